@@ -25,6 +25,8 @@ def run_save(path: Path, flags: str = '') -> None:
         marks = extract_directives(cell, remove=False)
         return marks.get('eval:', [''])[0].lower() == 'false' or bool(skip & marks.keys())
 
+    for cell in nb.cells: # else a cell that no longer prints anything would keep its old output
+        if not left_out(cell): cell['outputs'] = []
     with working_directory(path.parent): CaptureShell(path).run_all(nb, exc_stop=True, preproc=left_out)
     clean_nb(nb)
     write_nb(nb, path)

@@ -1,0 +1,260 @@
+"The house rules: imports go down only and are declared, the package starts fast, what is public is documented, saved outputs are clean"
+import ast
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / 'w2s'
+MODULES = sorted(path for path in PACKAGE.rglob('*.py') if path.name not in ('__init__.py', '_modidx.py'))
+NOTEBOOKS = sorted(path for path in (ROOT / 'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in path.relative_to(ROOT).parts))
+# The floors, lowest first: a module imports only from its own floor's lower numbers and from the floors before it
+FLOORS = ['errors', 'data', 'world', 'models', 'train', 'feedback', 'evaluate', 'experiments', 'plots', 'report', 'cli']
+HEAVY = ['torch', 'transformers', 'datasets', 'peft', 'accelerate', 'bitsandbytes', 'pandas', 'pyarrow',
+         'matplotlib', 'seaborn', 'sklearn', 'scipy']
+
+
+def dotted(path: Path) -> str:
+    "w2s/data/rows.py -> w2s.data.rows"
+    return '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+
+
+def report(offenders: list[str], rule: str) -> None:
+    "Fail with the whole list, so that one run shows all there is to mend"
+    assert not offenders, f'{rule}:\n  ' + '\n  '.join(offenders)
+
+
+def imported(path: Path, top_only: bool = False) -> Iterator[tuple[str, int]]:
+    "Every module that a file names in an import, in full, with its line; `top_only`: those that run when it is imported"
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    package = dotted(path).split('.')[:-1]
+    for node in tree.body if top_only else ast.walk(tree):
+        if isinstance(node, ast.Import): yield from ((name.name, node.lineno) for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[:len(package) - node.level + 1] if node.level else []
+            module = '.'.join(base + ([node.module] if node.module else []))
+            own = module.split('.')[0] == 'w2s'
+            for name in node.names:  # `from w2s.data import rows` names the module w2s.data.rows
+                full = f'{module}.{name.name}'
+                yield (full if own and (ROOT / full.replace('.', '/')).with_suffix('.py').exists() else module), node.lineno
+
+
+# Imports
+
+def place(module: str) -> tuple[int, int]:
+    "Floor of a module, and the number of its notebook"
+    floor = module.split('.')[1]
+    assert floor in FLOORS, f'{module}: no floor is named {floor}; put it in its place in FLOORS (tests/test_house.py)'
+    head = (ROOT / module.replace('.', '/')).with_suffix('.py').read_text(encoding='utf-8')
+    page = re.search(r'File to edit: \S*?(\d+)\w?_[\w.]+\.ipynb', head)
+    assert page, f'{module}: not exported from a numbered notebook'
+    return FLOORS.index(floor), int(page[1])
+
+
+def test_every_module_has_its_notebook():
+    offenders = []
+    for path in MODULES:
+        page = re.search(r'File to edit: (\S+\.ipynb)', path.read_text(encoding='utf-8'))
+        if not page or not (path.parent / page[1]).exists(): offenders.append(f'{path.relative_to(ROOT)}: {page[1] if page else "no notebook named"}')
+    report(offenders, 'every module follows from a notebook that is there')
+
+
+def test_imports_go_down():
+    offenders = []
+    for path in MODULES:
+        for target, line in imported(path):
+            if target.split('.')[0] != 'w2s' or target == 'w2s': continue
+            if not (ROOT / target.replace('.', '/')).with_suffix('.py').exists():
+                offenders.append(f'{path.relative_to(ROOT)}:{line} imports {target}, which is no module of ours')
+            elif place(target) >= place(dotted(path)): offenders.append(f'{path.relative_to(ROOT)}:{line} imports {target}')
+    report(offenders, f'imports go down only ({" < ".join(FLOORS)}; within a folder to lower notebook numbers)')
+
+
+def test_no_tools_at_run_time():
+    tools = {'fastcore', 'nbdev', 'execnb', 'trl', 'pytest', 'IPython'}
+    offenders = [f'{path.relative_to(ROOT)}:{line} imports {name}' for path in MODULES for name, line in imported(path)
+                 if name.split('.')[0] in tools]
+    report(offenders, 'w2s must run without what it is built and tested with')
+
+
+EACH_ALONE = '''
+import importlib, os, sys, traceback
+modules, before = sys.argv[1].split(), sys.argv[2].split()
+for name in before: importlib.import_module(name)
+failed = 0
+for name in modules:
+    child = os.fork()
+    if child == 0:
+        try: importlib.import_module(name)
+        except BaseException:
+            print(f'import {name}', file=sys.stderr); traceback.print_exc(); sys.stderr.flush(); os._exit(1)
+        os._exit(0)
+    failed += os.waitpid(child, 0)[1] != 0
+sys.exit(failed > 0)
+'''
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_each_module_imports_alone():
+    "Each in a process that has loaded none of ours. Torch and its like are loaded once, then the process is forked: they take seconds"
+    others = {name for path in MODULES for name, _ in imported(path, top_only=True) if name.split('.')[0] not in ('w2s', '__future__')}
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', EACH_ALONE, ' '.join(map(dotted, MODULES)), ' '.join(sorted(others))],
+                          cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+# Requirements
+
+def requirements(key: str) -> set[str]:
+    "Names on a line of settings.ini, as PyPI spells them: lower case, hyphens"
+    ini = ConfigParser(delimiters=['='])
+    ini.read(ROOT / 'settings.ini', encoding='utf-8')
+    return {re.match(r'[\w.-]+', item)[0].lower().replace('_', '-') for item in ini['DEFAULT'][key].split()}
+
+
+def undeclared(names: set[str], declared: set[str]) -> set[str]:
+    "Top-level imports that are neither Python's own, nor ours, nor declared"
+    distribution = {'sklearn': 'scikit-learn', 'yaml': 'pyyaml', 'PIL': 'pillow', 'IPython': 'ipython'}
+    known = sys.stdlib_module_names | {'tomllib', 'w2s', 'conftest', 'refresh', 'make_readme'}
+    return {name for name in names - known if distribution.get(name, name).lower().replace('_', '-') not in declared}
+
+
+def test_requirements_are_declared():
+    names = {name.split('.')[0] for path in MODULES for name, _ in imported(path)}
+    missing = undeclared(names, requirements('requirements'))
+    assert not missing, f'imported by w2s, not in the line `requirements` of settings.ini: {sorted(missing)}'
+
+
+def test_test_requirements_are_declared():
+    names = {name.split('.')[0] for path in (ROOT / 'tests').glob('*.py') for name, _ in imported(path)}
+    code = [''.join(cell['source']) for path in NOTEBOOKS for cell in cells(path) if cell['cell_type'] == 'code']
+    names |= {name for source in code for name in re.findall(r'^\s*(?:import|from)\s+(\w+)', source, flags=re.MULTILINE)}
+    declared = set().union(*map(requirements, ('requirements', 'jupyter_requirements', 'dev_requirements')))
+    missing = undeclared(names, declared | {'ipython', 'setuptools'})
+    assert not missing, f'imported by tests or notebooks, in no requirement line of settings.ini: {sorted(missing)}'
+
+
+# Start-up
+
+def cpu_seconds(command: list[str]) -> float:
+    "Least processor time of three runs of a command: what a person waits for on an idle machine, whatever else runs here now"
+    best = float('inf')
+    for _ in range(3):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        stderr = process.stderr.read().decode()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        process.stderr.close()
+        assert process.returncode == 0, f'{" ".join(command)}: {stderr[-2000:]}'
+        best = min(best, usage.ru_utime + usage.ru_stime)
+    return best
+
+
+@pytest.mark.parametrize('module', ['w2s', 'w2s.cli'])
+def test_heavy_imports_are_lazy(module):
+    code = f'import sys, {module}; print(*(name for name in {HEAVY} if name in sys.modules))'
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert not done.stdout.split(), f'`import {module}` loads {done.stdout.strip()}; import them inside the functions that need them'
+
+
+def test_import_is_fast():
+    assert (took := cpu_seconds([sys.executable, '-c', 'import w2s'])) < 1, f'import w2s takes {took:.2f} s'
+
+
+def test_help_is_fast():
+    program = Path(sys.executable).with_name('w2s')
+    assert program.exists(), f"{program} is not there: pip install -e '.[dev]'"
+    assert (took := cpu_seconds([str(program), '--help'])) < 1, f'w2s --help takes {took:.2f} s'
+
+
+# Documentation
+
+def comment_lines(source: str) -> set[int]:
+    "Numbers of the lines that hold a comment"
+    return {token.start[0] for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
+
+
+def parameters(function: ast.FunctionDef, method: bool) -> list[ast.arg]:
+    "All parameters of a function, without self or cls"
+    spec = function.args
+    static = any(isinstance(mark, ast.Name) and mark.id == 'staticmethod' for mark in function.decorator_list)
+    plain = (spec.posonlyargs + spec.args)[1 if method and not static else 0:]
+    return plain + [arg for arg in (spec.vararg, *spec.kwonlyargs, spec.kwarg) if arg]
+
+
+def faults(function: ast.FunctionDef, method: bool, comments: set[int]) -> list[str]:
+    "What a public function lacks"
+    args = parameters(function, method)
+    lines = [arg.lineno for arg in args]
+    found = [] if ast.get_docstring(function) else ['no docstring']
+    if function.returns is None: found.append('no return annotation')
+    for arg in args:
+        if arg.annotation is None: found.append(f'{arg.arg}: no annotation')
+        elif 'help=' in ast.unparse(arg.annotation): continue  # an option of the command line explains itself
+        if lines.count(arg.lineno) > 1 or not comments & set(range(arg.lineno, (arg.end_lineno or arg.lineno) + 1)):
+            found.append(f'{arg.arg}: no comment beside it')
+    return found
+
+
+def public(path: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef, bool]]:
+    "Public functions, classes, and methods of public classes: name, node, whether it is a method"
+    for node in ast.parse(path.read_text(encoding='utf-8')).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != '_':
+            yield node.name, node, False
+            if isinstance(node, ast.ClassDef):
+                yield from ((f'{node.name}.{item.name}', item, True) for item in node.body
+                            if isinstance(item, ast.FunctionDef) and item.name[0] != '_')
+
+
+def test_public_is_documented():
+    offenders = []
+    for path in MODULES:
+        comments = comment_lines(path.read_text(encoding='utf-8'))
+        for name, node, method in public(path):
+            if isinstance(node, ast.ClassDef): found = [] if ast.get_docstring(node) else ['no docstring']
+            else: found = faults(node, method, comments)
+            if found: offenders.append(f'{path.relative_to(ROOT)}:{node.lineno} {name}: {"; ".join(found)}')
+    report(offenders, 'every public function has a docstring, annotations, and a comment beside each parameter')
+
+
+# Saved outputs
+
+ADDRESS = re.compile(r'\b0x[0-9a-fA-F]{6,}')
+FOLDER = re.compile(r'(?<![\w.~/:])/(?:work|root|home|tmp|Users|opt|mnt|private|var/folders)/|\b[A-Z]:\\\\?Users')
+
+
+def cells(path: Path) -> list[dict]:
+    "The cells of a notebook"
+    return json.loads(path.read_text(encoding='utf-8'))['cells']
+
+
+def text_of(output: dict) -> str:
+    "The readable part of a saved output"
+    kinds = {kind: part for kind, part in output.get('data', {}).items() if not kind.startswith('image/') or kind.endswith('svg+xml')}
+    return ''.join(''.join(part) if isinstance(part, (str, list)) else json.dumps(part) for part in [output.get('text', ''), *kinds.values()])
+
+
+def output_faults(output: dict) -> list[str]:
+    "What a saved output must not hold"
+    text = text_of(output)
+    found = ['a saved error'] if output['output_type'] == 'error' else []
+    if output.get('name') == 'stderr': found.append(f'stderr: {text[:80]!r}')
+    if match := ADDRESS.search(text): found.append(f'a memory address: {match[0]}')
+    if match := FOLDER.search(text): found.append(f'a path of one machine: {text[match.start():match.start() + 60]!r}')
+    return found
+
+
+def test_saved_outputs_are_clean():
+    offenders = [f'{path.relative_to(ROOT)}, cell {i}: {fault}' for path in NOTEBOOKS for i, cell in enumerate(cells(path))
+                 for output in cell.get('outputs', []) for fault in output_faults(output)]
+    report(offenders, 'saved outputs are the same on every machine')
