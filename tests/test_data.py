@@ -23,7 +23,8 @@ from w2s.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parents[2] / 'shared' / 'data'
-HELPFUL, OFFICIAL, LLMBAR = DATA / 'hh_helpful', DATA / 'hh_rlhf_helpful_base' / 'helpful-base.test.jsonl.gz', DATA / 'llmbar' / 'Natural.json'
+HELPFUL, LLMBAR = DATA / 'hh_helpful', DATA / 'llmbar' / 'Natural.json'
+OFFICIAL = DATA / 'hh_rlhf_helpful_base' / 'helpful-base.test.jsonl.gz'
 GOOD = dict(prompt='What is X?', chosen='A letter.', rejected='A word.')
 USER, YES, NO = dict(role='user', content='Is 7 prime?'), dict(role='assistant', content='Yes.'), dict(role='assistant', content='No.')
 
@@ -48,7 +49,8 @@ def test_group_key_takes_typed_twice_as_one():
 def test_ids_and_orders_are_equal_across_processes():
     code = ('from w2s.data.rows import *; from w2s.data.samples import sample_preferences; from w2s.data.splits import *\n'
             'd = make_rows(sample_preferences(60), "preferences"); parts = group_split(d, dict(a=.5, b=.5), seed=3)\n'
-            'print(content_id(d["id"][:], d["group"][:], to_pairs(d, seed=2)["response_a"][:], parts["a"]["id"][:], sample_rows(d, 9, 1)["id"][:]))')
+            'print(content_id(d["id"][:], d["group"][:], to_pairs(d, seed=2)["response_a"][:],'
+            '      parts["a"]["id"][:], sample_rows(d, 9, 1)["id"][:]))')
     assert len({in_new_process(code, seed) for seed in ('1', '77')}) == 1
 
 
@@ -61,9 +63,11 @@ def test_id_of_a_prompt_with_odd_characters():
 @pytest.mark.parametrize('bad, message', [
     (dict(chosen=None), 'odd.jsonl, row 2: column "chosen" is missing'), (dict(rejected=3), 'row 2: column "rejected" is int 3'),
     (dict(prob=float('nan')), 'row 2: column "prob" is NaN'), (dict(prob=1.01), 'row 2: column "prob" is 1.01; want 0 to 1'),
-    (dict(weight=-1), 'row 2: column "weight" is -1; want a finite number that is not negative'), (dict(weight=float('inf')), 'row 2: column "weight" is inf'),
+    (dict(weight=-1), 'row 2: column "weight" is -1; want a finite number, at least 0'),
+    (dict(weight=float('inf')), 'row 2: column "weight" is inf'),
     (dict(weight=True), 'row 2: column "weight" is bool True'), (dict(prompt=[]), 'row 2: column "prompt" is an empty list'),
-    (dict(prompt=[dict(role='user')]), 'row 2: column "prompt" has dict'), (dict(prompt=[USER]), 'row 2: column "prompt" is a list of messages'),
+    (dict(prompt=[dict(role='user')]), 'row 2: column "prompt" has dict'),
+    (dict(prompt=[USER]), 'row 2: column "prompt" is a list of messages'),
     (dict(wieght=1), 'row 2: unknown column "wieght"; did you mean "weight"')])
 def test_a_bad_cell_is_named(bad, message):
     with refuses(message): make_rows([GOOD, GOOD | bad], 'preferences', where='odd.jsonl')
@@ -135,18 +139,24 @@ def test_a_byte_order_mark_and_windows_lines(tmp_path):
 
 
 @pytest.mark.parametrize('name, content, message', [
-    ('x.jsonl', b'{"a": 1}\n{"a": 1', 'x.jsonl, line 2: not JSON'), ('x.jsonl', b'{"a": 1}\n\n3\n', 'x.jsonl, line 3: a int'), ('x.jsonl', b'', 'x.jsonl: holds no rows'),
-    ('x.jsonl', b'{"a": "caf\xe9"}', 'x.jsonl, line 1: not UTF-8'), ('x.json', b'[{"a": 1},\n3]', 'x.json, row 2: a int'), ('x.json', b'[{"a": 1},', 'x.json, line 1: not JSON'),
-    ('x.csv', b'a,b\n1,2\n1\n', 'x.csv, line 3: 1 cells under 2 columns'), ('x.csv', b'a,a\n1,2\n', 'x.csv, line 1: two columns have one name'),
-    ('x.csv', b'a,b\n1,"2\n', 'x.csv, line 2: .*quotation mark'), ('x.csv', b'a,b\n', 'x.csv: holds no rows'), ('x.parquet', b'PAR', 'x.parquet: not a Parquet file'),
-    ('x.jsonl.gz', b'plain', 'x.jsonl.gz: cannot be unzipped'), ('x.jsonl.gz', gzip.compress(b'{"a": 1}' * 99)[:-9], 'x.jsonl.gz: cannot be unzipped'), ('x.xlsx', b'', '".xlsx" are not read')])
+    ('x.jsonl', b'{"a": 1}\n{"a": 1', 'x.jsonl, line 2: not JSON'), ('x.jsonl', b'{"a": 1}\n\n3\n', 'x.jsonl, line 3: a int'),
+    ('x.jsonl', b'', 'x.jsonl: holds no rows'),
+    ('x.jsonl', b'{"a": "caf\xe9"}', 'x.jsonl, line 1: not UTF-8'), ('x.json', b'[{"a": 1},\n3]', 'x.json, row 2: a int'),
+    ('x.json', b'[{"a": 1},', 'x.json, line 1: not JSON'),
+    ('x.csv', b'a,b\n1,2\n1\n', 'x.csv, line 3: 1 cells under 2 columns'),
+    ('x.csv', b'a,a\n1,2\n', 'x.csv, line 1: two columns have one name'),
+    ('x.csv', b'a,b\n1,"2\n', 'x.csv, line 2: .*quotation mark'), ('x.csv', b'a,b\n', 'x.csv: holds no rows'),
+    ('x.parquet', b'PAR', 'x.parquet: not a Parquet file'),
+    ('x.jsonl.gz', b'plain', 'x.jsonl.gz: cannot be unzipped'),
+    ('x.jsonl.gz', gzip.compress(b'{"a": 1}' * 99)[:-9], 'x.jsonl.gz: cannot be unzipped'), ('x.xlsx', b'', '".xlsx" are not read')])
 def test_a_broken_file_is_named_with_its_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with refuses(message): read_table(tmp_path / name)
 
 
 def test_a_column_that_changes_its_type(tmp_path):
-    with refuses('row 3: column "prompt" is a list, and a str before it'): read_table(jsonl(tmp_path / 'x.jsonl', dict(prompt='a'), dict(prompt=None), dict(prompt=[USER])))
+    with refuses('row 3: column "prompt" is a list, and a str before it'):
+        read_table(jsonl(tmp_path / 'x.jsonl', dict(prompt='a'), dict(prompt=None), dict(prompt=[USER])))
     assert read_table(jsonl(tmp_path / 'y.jsonl', dict(a=1), dict(b=2.5)))[:] == dict(a=[1, None], b=[None, 2.5])
 
 
@@ -156,6 +166,8 @@ def test_a_very_long_csv_cell(tmp_path):
 
 
 # --- readers
+
+HI, HO = '\n\nHuman: Hi\n\nAssistant:', '\n\nHuman: Ho\n\nAssistant:'
 
 def hh(start, chosen, rejected): return dict(chosen=start + chosen, rejected=start + rejected)
 
@@ -168,7 +180,7 @@ def test_dialogues_keep_every_letter():
 
 
 def test_dialogues_that_cannot_be_cut_are_counted_by_reason():
-    rows = [hh('\n\nHuman: Hi\n\nAssistant:', ' a', ' b'), dict(chosen='\n\nHuman: Hi\n\nAssistant: a', rejected='\n\nHuman: Ho\n\nAssistant: b'),
+    rows = [hh(HI, ' a', ' b'), dict(chosen=HI + ' a', rejected=HO + ' b'),
             dict(chosen='\n\nHuman: Hi\n\nAssistant: a', rejected='b'), dict(chosen='\n\nHuman: Hi\n\nAssistant: a', rejected=None)]
     ds, refused = preferences_from(Dataset.from_list(rows), 'hh.jsonl', split='test')
     assert len(ds) == 1 and [(r.where, r.row, r.reason, r.split) for r in refused] == [
@@ -176,13 +188,14 @@ def test_dialogues_that_cannot_be_cut_are_counted_by_reason():
 
 
 def test_empty_and_equal_responses_are_left_to_hygiene():
-    ds, refused = preferences_from(Dataset.from_list([hh('\n\nHuman: Hi\n\nAssistant:', '', ' b'), hh('\n\nHuman: Ho\n\nAssistant:', ' b', ' b')]))
+    ds, refused = preferences_from(Dataset.from_list([hh(HI, '', ' b'), hh(HO, ' b', ' b')]))
     assert len(ds) == 2 and not refused
 
 
-@pytest.mark.parametrize('row', [dict(prompt=[USER], chosen=[YES], rejected=[NO]), dict(chosen=[USER, YES], rejected=[USER, NO]), dict(prompt=[USER], chosen='Yes.', rejected='No.'),
-                                 dict(prompt='Is 7 prime?', chosen=[USER, YES], rejected=[USER, NO]), dict(prompt=[USER], chosen=[USER, YES], rejected=[USER, NO]),
-                                 dict(prompt=[USER], response_a='No.', response_b='Yes.', label='B')])
+@pytest.mark.parametrize('row', [
+    dict(prompt=[USER], chosen=[YES], rejected=[NO]), dict(chosen=[USER, YES], rejected=[USER, NO]),
+    dict(prompt=[USER], chosen='Yes.', rejected='No.'), dict(prompt='Is 7 prime?', chosen=[USER, YES], rejected=[USER, NO]),
+    dict(prompt=[USER], chosen=[USER, YES], rejected=[USER, NO]), dict(prompt=[USER], response_a='No.', response_b='Yes.', label='B')])
 def test_chat_forms_through_parquet(tmp_path, row):
     Dataset.from_list([row, row]).to_parquet(tmp_path / 'x.parquet')
     ds = read_preferences(tmp_path / 'x.parquet').splits['all']
@@ -191,10 +204,14 @@ def test_chat_forms_through_parquet(tmp_path, row):
 
 
 @pytest.mark.parametrize('row, reason', [
-    (dict(chosen=[YES], rejected=[NO]), MESSAGES), (dict(chosen=[USER, USER], rejected=[USER, NO]), MESSAGES), (dict(chosen=[], rejected=[USER, NO]), MESSAGES),
-    (dict(chosen=[USER, YES], rejected=[dict(USER, content='Is 8 prime?'), NO]), DIFFER), (dict(prompt='Another?', chosen=[USER, YES], rejected=[USER, NO]), DIFFER),
-    (dict(prompt=[USER], chosen=[dict(YES, content=None)], rejected=[NO]), MESSAGES), (dict(prompt=[], chosen='Yes.', rejected='No.'), MESSAGES),
-    (dict(prompt=None, chosen='Yes.', rejected='No.'), MISSING), (dict(prompt='?', output_1='Yes.', output_2='No.', label='tie'), TIE), (dict(prompt='?', output_1=None, output_2='No.', label=1), MISSING)])
+    (dict(chosen=[YES], rejected=[NO]), MESSAGES), (dict(chosen=[USER, USER], rejected=[USER, NO]), MESSAGES),
+    (dict(chosen=[], rejected=[USER, NO]), MESSAGES),
+    (dict(chosen=[USER, YES], rejected=[dict(USER, content='Is 8 prime?'), NO]), DIFFER),
+    (dict(prompt='Another?', chosen=[USER, YES], rejected=[USER, NO]), DIFFER),
+    (dict(prompt=[USER], chosen=[dict(YES, content=None)], rejected=[NO]), MESSAGES),
+    (dict(prompt=[], chosen='Yes.', rejected='No.'), MESSAGES),
+    (dict(prompt=None, chosen='Yes.', rejected='No.'), MISSING), (dict(prompt='?', output_1='Yes.', output_2='No.', label='tie'), TIE),
+    (dict(prompt='?', output_1=None, output_2='No.', label=1), MISSING)])
 def test_rows_that_are_refused_with_a_reason(row, reason):
     ok = {k: v for k, v in dict(chosen=[USER, YES], rejected=[USER, NO]).items()} if isinstance(row.get('chosen'), list) else None
     rows = [row] if ok is None else [row, ok | ({'prompt': row['prompt']} if 'prompt' in row else {})]
@@ -202,16 +219,21 @@ def test_rows_that_are_refused_with_a_reason(row, reason):
     assert refused[0].reason == reason and refused[0].reason in REASONS and refused[0].row == 1
 
 
-@pytest.mark.parametrize('columns, label, better', [(('output_1', 'output_2'), 1, 0), (('output_1', 'output_2'), '2', 1), (('response_0', 'response_1'), 1, 1), (('response_0', 'response_1'), 0.0, 0),
-                                                    (('response_1', 'response_2'), 1, 0), (('response_a', 'response_b'), 'A', 0), (('response_a', 'response_b'), 'response_b', 1)])
+@pytest.mark.parametrize('columns, label, better', [
+    (('output_1', 'output_2'), 1, 0), (('output_1', 'output_2'), '2', 1), (('response_0', 'response_1'), 1, 1),
+    (('response_0', 'response_1'), 0.0, 0), (('response_1', 'response_2'), 1, 0), (('response_a', 'response_b'), 'A', 0),
+    (('response_a', 'response_b'), 'response_b', 1)])
 def test_a_label_names_a_response(columns, label, better):
     ds, _ = preferences_from(Dataset.from_list([{'prompt': '?', columns[0]: 'first', columns[1]: 'second', 'label': label}]))
     assert ds[0]['chosen'] == ('first', 'second')[better]
 
 
-@pytest.mark.parametrize('columns, label', [(('output_1', 'output_2'), 0), (('response_0', 'response_1'), 2), (('response_a', 'response_b'), 1), (('response_a', 'response_b'), True)])
+@pytest.mark.parametrize('columns, label', [
+    (('output_1', 'output_2'), 0), (('response_0', 'response_1'), 2), (('response_a', 'response_b'), 1),
+    (('response_a', 'response_b'), True)])
 def test_a_label_that_names_nothing_stops(columns, label):
-    with refuses('x.csv, row 1: label .* names neither'): preferences_from(Dataset.from_list([{'prompt': '?', columns[0]: 'f', columns[1]: 's', 'label': label}]), 'x.csv')
+    with refuses('x.csv, row 1: label .* names neither'):
+        preferences_from(Dataset.from_list([{'prompt': '?', columns[0]: 'f', columns[1]: 's', 'label': label}]), 'x.csv')
 
 
 def test_numbers_out_of_csv(tmp_path):
@@ -228,12 +250,14 @@ def test_row_numbers_of_the_file_survive_refused_rows():
 
 
 def test_an_unknown_form_lists_columns_and_forms():
-    with refuses('Columns found: question, best, worst.*Forms understood:\n  prompt, chosen, rejected'): preferences_from(Dataset.from_list([dict(question='?', best='a', worst='b')]), 'x.csv')
+    with refuses('Columns found: question, best, worst.*Forms understood:\n  prompt, chosen, rejected'):
+        preferences_from(Dataset.from_list([dict(question='?', best='a', worst='b')]), 'x.csv')
     with refuses('no known form'): preferences_from(Dataset.from_list([dict(chosen='no dialogue', rejected='none')]))
 
 
-@pytest.mark.parametrize('name, split', [('helpful_train_gt.jsonl.gz', 'train_gt'), ('TRAIN_W2S.csv', 'train_w2s'), ('helpful-base.test.jsonl', 'test'), ('x-val.csv', 'val'), ('validation', 'val'),
-                                         ('train_prefs', 'train'), ('contest.csv', None), ('trained.csv', None), ('values.csv', None)])
+@pytest.mark.parametrize('name, split', [
+    ('helpful_train_gt.jsonl.gz', 'train_gt'), ('TRAIN_W2S.csv', 'train_w2s'), ('helpful-base.test.jsonl', 'test'), ('x-val.csv', 'val'),
+    ('validation', 'val'), ('train_prefs', 'train'), ('contest.csv', None), ('trained.csv', None), ('values.csv', None)])
 def test_split_names(name, split): assert split_of(name) == split
 
 
@@ -241,7 +265,8 @@ def test_a_folder(tmp_path):
     folder = write_samples(tmp_path / 's', n=50)
     (folder / 'README.md').write_text('x'); (folder / '.hidden.jsonl').write_text('x')
     got = read_preferences(str(folder))
-    assert set(got.splits) == {'train_gt', 'train_w2s', 'test'} and got.rows_read == dict(train_gt=20, train_w2s=20, test=10) and not got.refused
+    assert set(got.splits) == {'train_gt', 'train_w2s', 'test'} and got.rows_read == dict(train_gt=20, train_w2s=20, test=10)
+    assert not got.refused
     jsonl(folder / 'more_test.jsonl', GOOD | dict(gold=1))
     with refuses('both "more_test.jsonl" and "test.jsonl" are test'): read_preferences(folder)
     assert len(read_preferences(folder, splits=dict(test='more_test.jsonl')).splits['test']) == 1
@@ -281,7 +306,8 @@ def test_an_empty_folder(tmp_path):
 def typed_twice(n=400, share=8):
     "Rows of which some prompts occur again, in other white space or case"
     rows = sample_preferences(n)
-    return make_rows(rows + [dict(r, prompt=r['prompt'].upper().replace(' ', '  '), chosen=r['chosen'] + ' Yes.') for r in rows[::share]], 'preferences')
+    return make_rows(rows + [dict(r, prompt=r['prompt'].upper().replace(' ', '  '), chosen=r['chosen'] + ' Yes.') for r in rows[::share]],
+                     'preferences')
 
 
 @pytest.mark.parametrize('seed', range(3))
@@ -312,7 +338,8 @@ def test_splits_do_not_depend_on_the_order_of_rows():
     ds = typed_twice()
     for order in (1, 2):
         mixed = ds.shuffle(seed=order)
-        for a, b in zip(group_split(ds, dict(x=.3, y=.7), 5).values(), group_split(mixed, dict(x=.3, y=.7), 5).values(), strict=True): assert a['id'][:] == b['id'][:]
+        here, there = (group_split(d, dict(x=.3, y=.7), 5) for d in (ds, mixed))
+        for k in here: assert here[k]['id'][:] == there[k]['id'][:]
         assert sample_rows(ds, 37, 5)['id'][:] == sample_rows(mixed, 37, 5)['id'][:]
         assert sample_rows(ds, None, 5)['id'][:] == sample_rows(mixed, None, 5)['id'][:]
         assert split_record(dict(a=ds), 0) == split_record(dict(a=mixed), 0)
@@ -344,10 +371,12 @@ def test_sample_larger_than_the_rows_keeps_all():
 
 
 def test_drop_overlap_among_three():
-    parts = {k: make_rows([dict(prompt=p, chosen='a', rejected='b') for p in ps], 'preferences') for k, ps in dict(train_gt='abc', train_w2s='bcd', test='ce', other='aef').items()}
+    prompts = dict(train_gt='abc', train_w2s='bcd', test='ce', other='aef')
+    parts = {k: make_rows([dict(prompt=p, chosen='a', rejected='b') for p in ps], 'preferences') for k, ps in prompts.items()}
     clean, lost = drop_overlap(parts)
     assert {k: ''.join(v['prompt']) for k, v in clean.items()} == dict(train_gt='a', train_w2s='bd', test='ce', other='f')
-    assert lost == dict(train_gt=2, train_w2s=1, test=0, other=2) and len(overlap(clean)) == 0 and len(overlap(parts)) == 6  # b, c (three pairs of splits), a, e
+    assert lost == dict(train_gt=2, train_w2s=1, test=0, other=2) and len(overlap(clean)) == 0
+    assert len(overlap(parts)) == 6  # b, c (three pairs of splits), a, e
 
 
 # --- hygiene
@@ -359,13 +388,14 @@ def test_pitfall_8_data_side_each_fault_is_counted_once_and_strict_stops():
     got = report.found.set_index('check')['rows'].to_dict()
     assert got == {'chosen equals rejected': 1, 'empty response': 1, 'empty prompt': 1, 'row occurs more than once': 1}
     assert report.rows_left == dict(train_gt=40) == {k: len(v) for k, v in clean.items()}
-    assert all(c.strip() and r.strip() and c.strip() != r.strip() for c, r in zip(clean['train_gt']['chosen'], clean['train_gt']['rejected'], strict=True))
+    left = clean['train_gt']
+    assert all(c.strip() and r.strip() and c.strip() != r.strip() for c, r in zip(left['chosen'], left['rejected'], strict=True))
     with pytest.raises(DataError) as e: report.refuse_if_strict()
     assert all(name in str(e.value) for name in got)
 
 
 def test_an_empty_message_prompt_and_empty_chat_responses():
-    rows = [dict(prompt=[USER], chosen='Yes.', rejected='No.'), dict(prompt=[dict(role='user', content=' ')], chosen='Yes.', rejected='No.')]
+    rows = [dict(prompt=[dict(role='user', content=text)], chosen='Yes.', rejected='No.') for text in ('Is 7 prime?', ' ')]
     clean, report = clean_text(dict(all=make_rows(rows, 'preferences')))
     assert len(clean['all']) == 1 and report.found['check'].tolist() == ['empty prompt']
 
@@ -388,17 +418,19 @@ def test_checks_without_a_finding_are_in_the_saved_table(tmp_path):
 
 
 def test_added_lines_count_only_what_is_gone():
-    report = DataReport(rows_in=dict(train=10)).add('response too long', 'train', 2, 10, 'dropped', model='weak').add('prompt cut', 'train', 5, 8, 'cut', model='weak')
+    report = DataReport(rows_in=dict(train=10)).add('response too long', 'train', 2, 10, 'dropped', model='weak')
+    report = report.add('prompt cut', 'train', 5, 8, 'cut', model='weak')
     assert report.rows_left == dict(train=8) and 'train, weak' in str(report)
     with refuses('9 rows of 8'): report.add('x', 'train', 9, 8, 'cut')
 
 
 def test_rows_read_and_left_agree_with_what_the_reader_refused(tmp_path):
-    rows = [hh('\n\nHuman: Hi\n\nAssistant:', ' a', ' b'), dict(chosen='\n\nHuman: Hi\n\nAssistant: a', rejected='\n\nHuman: Ho\n\nAssistant: b'), hh('\n\nHuman: Ho\n\nAssistant:', ' a', ' a')]
+    rows = [hh(HI, ' a', ' b'), dict(chosen=HI + ' a', rejected=HO + ' b'), hh(HO, ' a', ' a')]
     got = read_preferences(jsonl(tmp_path / 'x.jsonl', *rows))
     for args in ((got.splits, got.refused, got.rows_read), (got.splits, got.refused)):
         clean, report = clean_text(*args)
-        assert report.rows_in == dict(all=3) and report.rows_left == dict(all=1) and report.found['check'].tolist() == [DIFFER, 'chosen equals rejected']
+        assert report.rows_in == dict(all=3) and report.rows_left == dict(all=1)
+        assert report.found['check'].tolist() == [DIFFER, 'chosen equals rejected']
 
 
 def test_hygiene_wants_preferences():
@@ -411,7 +443,8 @@ def test_samples_share_no_prompt_and_are_their_seeds(tmp_path):
     folder = write_samples(tmp_path, n=200, seed=3)
     parts = read_preferences(folder).splits
     assert len(overlap(parts)) == 0 and clean_text(parts)[1].found.empty
-    assert in_new_process('from w2s.data.samples import *; from w2s.data.rows import content_id; print(content_id(sample_preferences(30, 3)))') == content_id(sample_preferences(30, 3))
+    code = 'from w2s.data.samples import *; from w2s.data.rows import content_id; print(content_id(sample_preferences(30, 3)))'
+    assert in_new_process(code) == content_id(sample_preferences(30, 3))
     assert .7 < np.mean([r['gold'] for r in sample_preferences(2000, 5)]) < .8
 
 
@@ -435,9 +468,11 @@ def test_real_official_file():
     raw = [json.loads(line) for line in gzip.decompress(OFFICIAL.read_bytes()).decode().splitlines()]
     got = read_preferences(OFFICIAL)
     ds, gone = got.splits['all'], {r.row for r in got.refused}
-    assert len(ds) + len(gone) == len(raw) == 2354 and 0 < len(gone) < .005 * 2354 and Counter(r.reason for r in got.refused) == {DIFFER: len(gone)}
+    assert len(ds) + len(gone) == len(raw) == 2354 and 0 < len(gone) < .005 * 2354
+    assert Counter(r.reason for r in got.refused) == {DIFFER: len(gone)}
     kept = [r for i, r in enumerate(raw, 1) if i not in gone]
-    for r, p, c, x in zip(kept, ds['prompt'], ds['chosen'], ds['rejected'], strict=True): assert p + c == r['chosen'] and p + x == r['rejected'] and p.endswith(TURN)
+    for r, p, c, x in zip(kept, ds['prompt'], ds['chosen'], ds['rejected'], strict=True):
+        assert p + c == r['chosen'] and p + x == r['rejected'] and p.endswith(TURN)
     _, report = clean_text(got.splits, got.refused, got.rows_read)
     found = report.found.set_index('check')['rows']
     assert found['chosen equals rejected'] == 2 and found[DIFFER] == len(gone)
@@ -447,7 +482,8 @@ def test_real_official_file():
 def test_real_pairs_with_a_label():
     raw = json.loads(LLMBAR.read_text())
     ds = read_preferences(LLMBAR).splits['all']
-    assert [r[f'output_{r["label"]}'] for r in raw] == ds['chosen'][:] and [r['input'] for r in raw] == [prompt_text(p) for p in ds['prompt']]
+    assert [r[f'output_{r["label"]}'] for r in raw] == ds['chosen'][:]
+    assert [r['input'] for r in raw] == [prompt_text(p) for p in ds['prompt']]
 
 
 @needs(HELPFUL)

@@ -7,7 +7,8 @@ from w2s.errors import DataError
 from w2s.evaluate.intervals import (
     Estimate, crossed_bootstrap, difference, difference_table, estimate, interval, interval_table, score_matrix, t_factor, two_errors)
 from w2s.evaluate.metrics import (
-    ITEM_COLUMNS, ROLES, TIDY_COLUMNS, agreement, by_role, check_items, finite, item_rows, metric_rows, preference_correct, preference_scores, summarise)
+    ITEM_COLUMNS, ROLES, TIDY_COLUMNS, agreement, by_role, check_items, finite, item_rows, metric_rows, preference_correct,
+    preference_scores, summarise)
 
 STUDENT, FLOOR = ('student', 'dpo weak'), ('floor', 'dpo human')
 
@@ -24,7 +25,8 @@ def study(models=2, seeds=1, rows=300, seed_sd=.2, seed=0, lead=0.):
 def table(x, who=(STUDENT, FLOOR), ids=None, metric='accuracy', strong='opt-1.3b', task='hh'):
     "Items from scores of shape (models, seeds, rows)"
     ids = [f'q{i:04}' for i in range(x.shape[2])] if ids is None else ids
-    return pd.concat([item_rows(ids, v, metric, *w, 'opt-125m', strong, s, task) for w, m in zip(who, x, strict=True) for s, v in enumerate(m)], ignore_index=True)
+    return pd.concat([item_rows(ids, v, metric, *w, 'opt-125m', strong, s, task)
+                      for w, m in zip(who, x, strict=True) for s, v in enumerate(m)], ignore_index=True)
 
 
 # ---- metrics
@@ -89,8 +91,10 @@ def test_a_hole_is_refused_in_every_column(column):
 
 def test_a_missing_score_and_a_row_scored_twice_are_refused():
     items = table(study(rows=5))
-    with pytest.raises(DataError, match='1 of 10 values are not finite'): summarise(items.assign(value=items['value'].mask(items.index == 4)))
-    with pytest.raises(DataError, match='1 rows are scored twice, the first is id q0002 of student'): interval_table(pd.concat([items, items.iloc[2:3]]))
+    with pytest.raises(DataError, match='1 of 10 values are not finite'):
+        summarise(items.assign(value=items['value'].mask(items.index == 4)))
+    with pytest.raises(DataError, match='1 rows are scored twice, the first is id q0002 of student'):
+        interval_table(pd.concat([items, items.iloc[2:3]]))
     with pytest.raises(DataError, match='did you mean "floor"'): summarise(items.replace({'role': {'floor': 'flor'}}))
 
 
@@ -109,7 +113,8 @@ def test_summarise_is_the_same_to_the_bit_in_any_order():
 
 
 def test_order_of_roles_and_methods():
-    who = [('ceiling', 'dpo gold'), ('human', 'dpo human'), ('base', 'untuned'), ('student', 'dpo weak'), ('base', 'sft human'), ('floor', 'dpo human')]
+    who = [('ceiling', 'dpo gold'), ('human', 'dpo human'), ('base', 'untuned'),
+           ('student', 'dpo weak'), ('base', 'sft human'), ('floor', 'dpo human')]
     t = by_role(pd.DataFrame(who, columns=['role', 'method']))
     assert list(dict.fromkeys(t['role'])) == list(ROLES)
     assert list(t['method'])[:2] == ['untuned', 'sft human']
@@ -248,7 +253,8 @@ def test_difference_pairs_by_id_and_not_by_place():
 
 def test_interval_table_does_not_depend_on_the_order_of_rows():
     items = pd.concat([table(study(seeds=2, rows=80)), table(study(seeds=2, rows=80, seed=5), metric='margin')])
-    pd.testing.assert_frame_equal(interval_table(items, n=200), interval_table(items.sample(frac=1, random_state=3), n=200), check_exact=True)
+    pd.testing.assert_frame_equal(interval_table(items, n=200),
+                                  interval_table(items.sample(frac=1, random_state=3), n=200), check_exact=True)
 
 
 def test_interval_table_is_interval_for_each():
@@ -274,7 +280,8 @@ def test_label_agreement_cannot_be_compared_with_test_rows():
     with pytest.raises(DataError, match='student, dpo weak has no metric label_agreement; it has: accuracy'):
         difference(items, STUDENT, FLOOR, 'label_agreement')
     renamed = pd.concat([table(x[:1], who=[STUDENT]), items[items['metric'] == 'label_agreement'].assign(metric='accuracy')])
-    with pytest.raises(DataError, match='not scored on the same test rows: 40 differ'): difference(renamed, STUDENT, FLOOR, 'accuracy')
+    with pytest.raises(DataError, match='not scored on the same test rows: 40 differ'):
+        difference(renamed, STUDENT, FLOOR, 'accuracy')
 
 
 def test_other_seeds_are_refused_and_named():
@@ -295,7 +302,8 @@ def test_a_choice_is_never_averaged_over():
     assert interval(items, *STUDENT, 'accuracy', strong='7b').n == 20
     a, b = (dict(role=r, method=m, strong='7b') for r, m in (STUDENT, FLOOR))
     assert difference_table(items, 'accuracy', [(a, b)])['a'].tolist() == ['student (dpo weak, 7b)']
-    with pytest.raises(DataError, match='models in the table: floor, dpo human; student, dpo weak'): score_matrix(items, 'ceiling', 'dpo gold', 'accuracy')
+    with pytest.raises(DataError, match='models in the table: floor, dpo human; student, dpo weak'):
+        score_matrix(items, 'ceiling', 'dpo gold', 'accuracy')
     tasks = pd.concat([table(study(rows=20), task=t) for t in ('hh', 'tldr')])
     with pytest.raises(DataError, match='by task=, one of: hh, tldr'): interval(tasks, *STUDENT, 'accuracy')
 

@@ -13,10 +13,11 @@ from w2s.errors import DataError
 from w2s.evaluate.intervals import difference_table, interval_table
 from w2s.evaluate.metrics import ROLES, metric_rows, preference_scores, summarise
 from w2s.plots import (
-    METRICS, ROLE_COLORS, caption, group_names, model_colors, model_name, model_size, plot_differences, plot_roles, plot_seeds, plot_training, save_figure)
+    METRICS, ROLE_COLORS, caption, group_names, model_colors, model_name, model_size, plot_differences, plot_roles, plot_seeds,
+    plot_training, save_figure)
 
-MODELS = {('base', 'untuned'): -.1, ('base', 'sft weak'): -.02, ('base', 'sft human'): 0., ('floor', 'dpo human'): .1, ('student', 'dpo weak'): .2,
-          ('human', 'dpo human'): .25, ('ceiling', 'dpo human both halves'): .4}
+MODELS = {('base', 'untuned'): -.1, ('base', 'sft weak'): -.02, ('base', 'sft human'): 0., ('floor', 'dpo human'): .1,
+          ('student', 'dpo weak'): .2, ('human', 'dpo human'): .25, ('ceiling', 'dpo human both halves'): .4}
 
 
 def experiment(strong='m/opt-1.3b', weak='m/opt-125m', seeds=2, rows=60, seed=0, floor_strong=None, task='hh'):

@@ -6,7 +6,7 @@
 __all__ = ['ROLE_COLORS', 'COLORS', 'METRICS', 'SHARES', 'tint', 'model_colors', 'model_name', 'group_names', 'model_size',
            'caption', 'plot_roles', 'plot_seeds', 'plot_differences', 'plot_training', 'save_figure']
 
-# %% ../nbs/api/80_plots.ipynb #fa173bb5
+# %% ../nbs/api/80_plots.ipynb #ad698ffc
 import re
 import textwrap
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from matplotlib.colors import to_hex, to_rgb
 from .errors import DataError, unknown
 from .evaluate.metrics import MODEL, by_role
 
-# %% ../nbs/api/80_plots.ipynb #fe89018e
+# %% ../nbs/api/80_plots.ipynb #b3bcff00
 ROLE_COLORS = {'base': '#BBBBBB', 'floor': '#E69F00', 'student': '#0072B2', 'human': '#009E73', 'ceiling': '#882255'}
 COLORS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#999999') # for all that is not a role
 
-# %% ../nbs/api/80_plots.ipynb #b78aa094
+# %% ../nbs/api/80_plots.ipynb #49f8aca5
 def tint(
     color: str,   # any matplotlib colour
     share: float, # how much white is mixed in, 0 to 1
@@ -32,7 +32,7 @@ def tint(
     red, green, blue = (c + (1 - c) * share for c in to_rgb(color))
     return to_hex((red, green, blue))
 
-# %% ../nbs/api/80_plots.ipynb #de16593f
+# %% ../nbs/api/80_plots.ipynb #837873b1
 def model_colors(
     table: pd.DataFrame,         # has columns role and method
 ) -> dict[tuple[str, str], str]: # (role, method) -> colour, in the order of roles
@@ -41,7 +41,7 @@ def model_colors(
     after = models.groupby('role').cumcount(ascending=False) # methods of the same role that follow
     return {(r, m): tint(ROLE_COLORS[r], min(.3*i, .75)) for r, m, i in zip(models['role'], models['method'], after, strict=True)}
 
-# %% ../nbs/api/80_plots.ipynb #0417e2e4
+# %% ../nbs/api/80_plots.ipynb #d42aa755
 METRICS = { # metric -> (label of the axis, value of a model that has learned nothing)
     'accuracy': ('accuracy (implicit reward)', .5),
     'likelihood_accuracy': ('accuracy (log-likelihood)', .5),
@@ -52,7 +52,7 @@ METRICS = { # metric -> (label of the axis, value of a model that has learned no
 }
 SHARES = ('accuracy', 'likelihood_accuracy', 'label_agreement') # between 0 and 1
 
-# %% ../nbs/api/80_plots.ipynb #a832abb2
+# %% ../nbs/api/80_plots.ipynb #acd1934a
 def _of_metric(table: pd.DataFrame, metric: str, columns: Sequence[str]) -> pd.DataFrame:
     "Rows of one metric, in the order of roles; `DataError` where there are none or a column is missing"
     lacking = [c for c in [*MODEL, 'metric', 'value', *columns] if c not in table.columns]
@@ -60,17 +60,19 @@ def _of_metric(table: pd.DataFrame, metric: str, columns: Sequence[str]) -> pd.D
     if metric not in set(table['metric']): raise DataError(unknown(metric, set(table['metric']), 'metric'))
     found = by_role(table[table['metric'] == metric])
     tasks = sorted(found['task'].unique())
-    if len(tasks) > 1: raise DataError(f'the table holds {len(tasks)} tasks ({", ".join(tasks)}); a figure shows one: table[table["task"] == "{tasks[0]}"]')
+    if len(tasks) > 1:
+        raise DataError(f'the table holds {len(tasks)} tasks ({", ".join(tasks)}); '
+                        f'a figure shows one: table[table["task"] == "{tasks[0]}"]')
     return found
 
-# %% ../nbs/api/80_plots.ipynb #86ca58c3
+# %% ../nbs/api/80_plots.ipynb #97cf82e7
 def model_name(
     name: str, # a path, a hub name, or ''
 ) -> str:      # its last part
     "Short name of a model"
     return name.replace('\\', '/').rstrip('/').rpartition('/')[2]
 
-# %% ../nbs/api/80_plots.ipynb #a89fd615
+# %% ../nbs/api/80_plots.ipynb #0e1204d5
 def group_names(
     table: pd.DataFrame, # has columns weak and strong
 ) -> pd.Series:          # name of the group of bars of each row; '' everywhere if there is one group
@@ -82,7 +84,7 @@ def group_names(
     other = 'weak' if several == ['strong'] else 'strong'
     return names[several[0]].where(names[several[0]] != '', names[other])
 
-# %% ../nbs/api/80_plots.ipynb #fd602e3e
+# %% ../nbs/api/80_plots.ipynb #68f5b140
 def model_size(
     name: str, # name of a model, as opt-1.3b
 ) -> float:    # parameters; infinite where the name does not tell
@@ -90,7 +92,7 @@ def model_size(
     found = re.findall(r'(\d+(?:\.\d+)?)([kmb])(?![a-z])', name.lower())
     return float(found[-1][0]) * {'k': 1e3, 'm': 1e6, 'b': 1e9}[found[-1][1]] if found else float('inf')
 
-# %% ../nbs/api/80_plots.ipynb #2dea6fc6
+# %% ../nbs/api/80_plots.ipynb #64518f9a
 def caption(
     intervals: pd.DataFrame, # columns n, seeds and level
 ) -> str:
@@ -102,7 +104,7 @@ def caption(
     wide = ' (few: the less they agree, the wider)' if intervals['seeds'].min() < 4 else ''
     return start + f' and {seeds} seeds{wide}.'
 
-# %% ../nbs/api/80_plots.ipynb #dfd608a7
+# %% ../nbs/api/80_plots.ipynb #66b939b0
 def _axes(ax: Axes | None, width: float, height: float) -> Axes:
     "The axes given, or a new figure of this size in inches; no box around it"
     ax = ax if ax is not None else plt.subplots(figsize=(width, height), layout='constrained')[1]
@@ -110,12 +112,13 @@ def _axes(ax: Axes | None, width: float, height: float) -> Axes:
     ax.tick_params(labelsize=8)
     return ax
 
-# %% ../nbs/api/80_plots.ipynb #327c3b16
+# %% ../nbs/api/80_plots.ipynb #0ae6f6c0
 def _caption_below(ax: Axes, text: str) -> None:
     "Small text under the label of the x axis"
-    ax.annotate(text, xy=(.5, 0), xycoords=ax.xaxis.label, xytext=(0, -5), textcoords='offset points', ha='center', va='top', fontsize=7, color='0.35')
+    ax.annotate(text, (.5, 0), xycoords=ax.xaxis.label, xytext=(0, -5), textcoords='offset points',
+                ha='center', va='top', fontsize=7, color='0.35')
 
-# %% ../nbs/api/80_plots.ipynb #b5225328
+# %% ../nbs/api/80_plots.ipynb #7e9288ef
 def _value_axis(ax: Axes, table: pd.DataFrame, metric: str) -> float:
     "Label, limits and line of chance of a y axis that shows a metric; returns the value where bars start"
     label, start = METRICS.get(metric, (metric, 0.))
@@ -125,11 +128,12 @@ def _value_axis(ax: Axes, table: pd.DataFrame, metric: str) -> float:
     low, high = low - (room if low < start else room/2), high + (room if high > start else room/2)
     ax.set_ylim((max(low, 0), min(high, 1.03)) if metric in SHARES else (low, high))
     ax.axhline(start, color='0.25', lw=1, ls='--' if metric in SHARES else '-', zorder=3)
-    if metric in SHARES: ax.annotate('chance', (1, start), xycoords=ax.get_yaxis_transform(), xytext=(2, 0), textcoords='offset points',
-                                     va='center', fontsize=8, color='0.25')
+    if metric in SHARES:
+        ax.annotate('chance', (1, start), xycoords=ax.get_yaxis_transform(), xytext=(2, 0), textcoords='offset points',
+                    va='center', fontsize=8, color='0.25')
     return start
 
-# %% ../nbs/api/80_plots.ipynb #8e20a9b7
+# %% ../nbs/api/80_plots.ipynb #f17322f7
 def _bars(ax: Axes, x: Sequence[float], table: pd.DataFrame, start: float, width: float, color: str, label: str) -> None:
     "Bars with interval lines, and the value above (or, for bars that go down, below) each line"
     v, low, high = (table[c].to_numpy() for c in ('value', 'low', 'high'))
@@ -139,9 +143,10 @@ def _bars(ax: Axes, x: Sequence[float], table: pd.DataFrame, start: float, width
         up = value >= start
         text = (f'{value:.3f}' if abs(value) < 10 else f'{value:.1f}').replace('-', '−')
         y = float(np.clip(max(hi, start) if up else min(lo, start), *ax.get_ylim()))
-        ax.annotate(text, (at, y), xytext=(0, 2 if up else -2), textcoords='offset points', ha='center', va='bottom' if up else 'top', fontsize=7, color='0.2')
+        ax.annotate(text, (at, y), xytext=(0, 2 if up else -2), textcoords='offset points',
+                    ha='center', va='bottom' if up else 'top', fontsize=7, color='0.2')
 
-# %% ../nbs/api/80_plots.ipynb #3e8412fc
+# %% ../nbs/api/80_plots.ipynb #381ab8e5
 def plot_roles(
     intervals: pd.DataFrame,   # from `interval_table`
     metric: str = 'accuracy',  # which metric of the table
@@ -166,26 +171,26 @@ def plot_roles(
     _caption_below(ax, ('Bars start at chance. ' if metric in SHARES else '') + caption(table))
     return ax
 
-# %% ../nbs/api/80_plots.ipynb #e6cb6ad4
+# %% ../nbs/api/80_plots.ipynb #01e08b61
 def _positions(group: pd.Series, names: list[str], width: float) -> pd.Series:
     "Where each bar stands: one after the other in a single group, else close together around the place of its group"
     if len(names) == 1: return pd.Series(np.arange(len(group), dtype=float), index=group.index)
     place, last = group.groupby(group).cumcount(), group.groupby(group).transform('size') - 1
     return group.map(names.index) + (place - last/2) * width
 
-# %% ../nbs/api/80_plots.ipynb #a28ce202
+# %% ../nbs/api/80_plots.ipynb #9a2c99e8
 def _tick_names(table: pd.DataFrame) -> list[str]:
     "Role and method of each row, in short lines"
     return [f'{role}\n{textwrap.fill(method, 13)}' for role, method in zip(table['role'], table['method'], strict=True)]
 
-# %% ../nbs/api/80_plots.ipynb #84f8e7d4
+# %% ../nbs/api/80_plots.ipynb #bb3607df
 def _models_line(table: pd.DataFrame) -> str:
     "Names of the models that all bars share, for the label of the x axis"
     words = {'strong': 'strong student', 'weak': 'weak supervisor'}
     names = {c: [n for n in dict.fromkeys(table[c].map(model_name)) if n] for c in words}
     return ', '.join(f'{words[c]}{" " + names[c][0] if len(names[c]) == 1 else ""}' for c in words if names[c])
 
-# %% ../nbs/api/80_plots.ipynb #a4f80508
+# %% ../nbs/api/80_plots.ipynb #80de3886
 def plot_seeds(
     tidy: pd.DataFrame,                     # from `summarise`
     intervals: pd.DataFrame | None = None,  # from `interval_table`, to draw means with intervals beside the dots
@@ -201,10 +206,11 @@ def plot_seeds(
     ax = _axes(ax, max(5, 1.5 + .9 * len(at)), 3.4)
     _value_axis(ax, whole if means is None else pd.concat([whole, means]), metric)
     for i, (_, mine) in enumerate(table.groupby('seed')):
-        ax.plot(key[mine.index].map(at), mine['value'], 'o-', color='0.55', mfc='none', mec='0.3', ms=4, lw=.6, label='one seed' if i == 0 else None)
+        ax.plot(key[mine.index].map(at), mine['value'], 'o-', color='0.55', mfc='none', mec='0.3', ms=4, lw=.6,
+                label='one seed' if i == 0 else None)
     for i, (_, m) in enumerate(means.iterrows() if means is not None else ()):
-        ax.errorbar(at[tuple(m[MODEL])] + .2, m['value'], [[m['value'] - m['low']], [m['high'] - m['value']]], fmt='D', ms=5, lw=1.5, capsize=3,
-                    color=ROLE_COLORS[m['role']], mec='0.25', label='mean, interval' if i == 0 else None, zorder=4)
+        ax.errorbar(at[tuple(m[MODEL])] + .2, m['value'], [[m['value'] - m['low']], [m['high'] - m['value']]],
+                    fmt='D', ms=5, lw=1.5, capsize=3, color=ROLE_COLORS[m['role']], mec='0.25', label='mean, interval' if i == 0 else None, zorder=4)
     group = group_names(table)
     ticks = dict(zip(key, _tick_names(table) + ('\n' + group).where(group != '', ''), strict=True))
     ax.set_xticks(range(len(at)), [ticks[k] for k in at])
@@ -213,14 +219,15 @@ def plot_seeds(
     if means is not None: _caption_below(ax, caption(means))
     return ax
 
-# %% ../nbs/api/80_plots.ipynb #f24f0619
+# %% ../nbs/api/80_plots.ipynb #1902e7a6
 def plot_differences(
     differences: pd.DataFrame, # from `difference_table`, of one metric
     ax: Axes | None = None,    # where to draw; None: a new figure
 ) -> Axes:
     "Paired differences with intervals, one a line; filled where zero is left out"
     lacking = [c for c in ('a', 'b', 'metric', 'value', 'low', 'high', 'n', 'seeds', 'level', 'clear') if c not in differences.columns]
-    if lacking or differences['metric'].nunique() != 1: raise DataError('plot_differences needs the table of difference_table, of one metric')
+    if lacking or differences['metric'].nunique() != 1:
+        raise DataError('plot_differences needs the table of difference_table, of one metric')
     ax = _axes(ax, 6, 1.2 + .45 * len(differences))
     ax.axvline(0, color='0.25', lw=1)
     for y, (_, d) in enumerate(differences.iterrows()):
@@ -233,7 +240,7 @@ def plot_differences(
     _caption_below(ax, caption(differences) + ' Filled: zero is left out.')
     return ax
 
-# %% ../nbs/api/80_plots.ipynb #7f751d6f
+# %% ../nbs/api/80_plots.ipynb #b6549afb
 def plot_training(
     history: pd.DataFrame,       # columns step and `value`; optional stage and seed; a stage "student: …" takes the role's colour
     value: str = 'loss',         # column on the y axis
@@ -243,10 +250,12 @@ def plot_training(
 ) -> Axes:
     "Curves over training steps: one colour a stage, one line a seed"
     lacking = [c for c in ('step', value) if c not in history.columns]
-    if lacking or not len(history): raise DataError(f'plot_training needs the column {", ".join(lacking) or "step"} and at least one row; '
-                                                    f'columns found: {", ".join(map(str, history.columns))}')
+    if lacking or not len(history):
+        raise DataError(f'plot_training needs the column {", ".join(lacking) or "step"} and at least one row; '
+                        f'columns found: {", ".join(map(str, history.columns))}')
     ax = _axes(ax, 5.5, 3)
-    table = history.assign(**{c: '' for c in ('stage', 'seed') if c not in history.columns}).dropna(subset=[value]).sort_values('step', kind='stable')
+    table = history.assign(**{c: '' for c in ('stage', 'seed') if c not in history.columns})
+    table = table.dropna(subset=[value]).sort_values('step', kind='stable')
     for i, (stage, of_stage) in enumerate(table.groupby('stage', sort=False)):
         for j, (_, h) in enumerate(of_stage.groupby('seed', sort=False)):
             color = ROLE_COLORS.get(str(stage).partition(':')[0], COLORS[i % len(COLORS)])
@@ -258,7 +267,7 @@ def plot_training(
     ax.legend(frameon=False, fontsize=8)
     return ax
 
-# %% ../nbs/api/80_plots.ipynb #2570b4ef
+# %% ../nbs/api/80_plots.ipynb #b7ac9f58
 def save_figure(
     ax: Axes,         # what a plot function returned
     path: Path | str, # file to write, with its ending; folders are made

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEEP_ORDER', 'sample_rows', 'group_split', 'overlap', 'drop_overlap', 'split_record']
 
-# %% ../../nbs/api/data/30_splits.ipynb #ac5cae90
+# %% ../../nbs/api/data/30_splits.ipynb #88dbf192
 import hashlib
 import itertools
 import math
@@ -14,27 +14,27 @@ from collections.abc import Iterable, Mapping
 import pandas as pd
 from datasets import Dataset
 
-# %% ../../nbs/api/data/30_splits.ipynb #43fb485c
+# %% ../../nbs/api/data/30_splits.ipynb #b7261b4c
 from .rows import content_id
 from ..errors import ConfigError, DataError
 
-# %% ../../nbs/api/data/30_splits.ipynb #c25c15c7
+# %% ../../nbs/api/data/30_splits.ipynb #2ee79e26
 def _place(seed: int, name: str) -> bytes:
     "Where a name stands in the order of this seed"
     return hashlib.sha256(f'{seed}:{name}'.encode()).digest()
 
-# %% ../../nbs/api/data/30_splits.ipynb #f75c7c6a
+# %% ../../nbs/api/data/30_splits.ipynb #ee90dc54
 def _cells(ds: Dataset, column: str) -> list:
     "The cells of one column"
     return ds.with_format(None)[column][:]
 
-# %% ../../nbs/api/data/30_splits.ipynb #0738fdaa
+# %% ../../nbs/api/data/30_splits.ipynb #722d8162
 def _take(ds: Dataset, rows: Iterable[int], seed: int, n: int | None = None) -> Dataset:
     "The first n of these rows in the order of the seed; None: all of them"
     ids = _cells(ds, 'id')
     return ds.select(sorted(rows, key=lambda i: _place(seed, ids[i]))[:n])
 
-# %% ../../nbs/api/data/30_splits.ipynb #0d36eed7
+# %% ../../nbs/api/data/30_splits.ipynb #4ed0c4bb
 def sample_rows(
     ds: Dataset,   # rows with an `id`
     n: int | None, # how many at most; None keeps all
@@ -44,14 +44,14 @@ def sample_rows(
     if n is not None and n < 1: raise ConfigError(f'rows is {n}; want at least 1')
     return _take(ds, range(len(ds)), seed, n)
 
-# %% ../../nbs/api/data/30_splits.ipynb #e2292dd5
+# %% ../../nbs/api/data/30_splits.ipynb #0b77ef2f
 def _check_shares(shares: Mapping[str, float]) -> None:
     "Shares must be positive and sum to 1"
     bad = [k for k, v in shares.items() if not (math.isfinite(v) and v > 0)]
     if bad or not shares: raise ConfigError(f'share of "{bad[0] if bad else ""}" must be above 0; leave a split out if it is not wanted')
     if abs(sum(shares.values()) - 1) > 1e-6: raise ConfigError(f'shares {dict(shares)} sum to {sum(shares.values()):g}; want 1')
 
-# %% ../../nbs/api/data/30_splits.ipynb #a57b6f40
+# %% ../../nbs/api/data/30_splits.ipynb #04b6e753
 def _assign(sizes: Mapping[str, int], shares: Mapping[str, float], seed: int) -> dict[str, str]:
     "Group -> split"
     total = sum(sizes.values())
@@ -62,7 +62,7 @@ def _assign(sizes: Mapping[str, int], shares: Mapping[str, float], seed: int) ->
         wanted[where[group]] -= sizes[group]
     return where
 
-# %% ../../nbs/api/data/30_splits.ipynb #c8475bea
+# %% ../../nbs/api/data/30_splits.ipynb #ae0d8871
 def group_split(
     ds: Dataset,                 # rows with `id` and `group`
     shares: Mapping[str, float], # split -> share of the rows; they sum to 1
@@ -74,19 +74,21 @@ def group_split(
     where = _assign(Counter(groups), shares, seed)
     parts = {k: [i for i, g in enumerate(groups) if where[g] == k] for k in shares}
     empty = [k for k, v in parts.items() if not v]
-    if empty: raise DataError(f'split "{empty[0]}" got no rows: {len(ds)} rows in {len(where)} groups are too few for the shares {dict(shares)}')
+    if empty:
+        raise DataError(f'split "{empty[0]}" got no rows: {len(ds)} rows in {len(where)} groups are too few for the shares {dict(shares)}')
     return {k: _take(ds, v, seed) for k, v in parts.items()}
 
-# %% ../../nbs/api/data/30_splits.ipynb #c9e93628
+# %% ../../nbs/api/data/30_splits.ipynb #100df7c0
 def overlap(
     splits: Mapping[str, Dataset],
 ) -> pd.DataFrame:                 # columns split_a, split_b, group, rows_a, rows_b; empty if nothing is shared
     "Every group that is in two splits, once for each pair of splits"
     counts = {k: Counter(_cells(v, 'group')) for k, v in splits.items()}
-    found = [(a, b, g, counts[a][g], counts[b][g]) for a, b in itertools.combinations(counts, 2) for g in sorted(counts[a].keys() & counts[b].keys())]
+    found = [(a, b, g, counts[a][g], counts[b][g]) for a, b in itertools.combinations(counts, 2)
+             for g in sorted(counts[a].keys() & counts[b].keys())]
     return pd.DataFrame(found, columns=['split_a', 'split_b', 'group', 'rows_a', 'rows_b'])
 
-# %% ../../nbs/api/data/30_splits.ipynb #729a64e8
+# %% ../../nbs/api/data/30_splits.ipynb #0793c4fd
 KEEP_ORDER = ('test', 'val', 'train_w2s', 'train_gt')
 
 def drop_overlap(
@@ -104,7 +106,7 @@ def drop_overlap(
     lost = {k: len(v) - len(keep[k]) for k, v in splits.items()}
     return {k: v.select(keep[k]) if lost[k] else v for k, v in splits.items()}, lost
 
-# %% ../../nbs/api/data/30_splits.ipynb #0fad90f1
+# %% ../../nbs/api/data/30_splits.ipynb #783c32cd
 def split_record(
     splits: Mapping[str, Dataset],
     seed: int,                     # that the splits were made with

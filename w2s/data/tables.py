@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXT_FORMS', 'read_table']
 
-# %% ../../nbs/api/data/15_tables.ipynb #4afdeb11
+# %% ../../nbs/api/data/15_tables.ipynb #b35080ed
 import csv
 import gzip
 import io
@@ -16,17 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-# %% ../../nbs/api/data/15_tables.ipynb #06514a6e
+# %% ../../nbs/api/data/15_tables.ipynb #616f07cf
 from ..errors import DataError
 
-# %% ../../nbs/api/data/15_tables.ipynb #1c66a517
+# %% ../../nbs/api/data/15_tables.ipynb #15ab4bd6
 def _bytes(path: Path) -> bytes:
     "The content of a file, unzipped if its name ends in .gz"
     if not path.is_file(): raise DataError(f'{path}: no such file')
     try: return gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
     except (OSError, EOFError) as e: raise DataError(f'{path}: cannot be unzipped ({e}); is it cut off, or not a gzip file?') from e
 
-# %% ../../nbs/api/data/15_tables.ipynb #b3c7499e
+# %% ../../nbs/api/data/15_tables.ipynb #03a4d03f
 def _text(path: Path) -> str:
     "The content of a file as UTF-8 text"
     data = _bytes(path)
@@ -35,19 +35,20 @@ def _text(path: Path) -> str:
         line = data[:e.start].count(b'\n') + 1
         raise DataError(f'{path}, line {line}: not UTF-8 text ({e.reason}); save the file as UTF-8') from e
 
-# %% ../../nbs/api/data/15_tables.ipynb #c5f2a95c
+# %% ../../nbs/api/data/15_tables.ipynb #27c05eed
 def _jsonl(text: str, where: str) -> list[dict]:
     "One object a line"
     rows = []
     for n, line in enumerate(text.split('\n'), 1):
         if not line.strip(): continue
         try: row = json.loads(line)
-        except json.JSONDecodeError as e: raise DataError(f'{where}, line {n}: not JSON ({e.msg} at character {e.pos + 1}); mend or remove the line') from e
+        except json.JSONDecodeError as e:
+            raise DataError(f'{where}, line {n}: not JSON ({e.msg} at character {e.pos + 1}); mend or remove the line') from e
         if not isinstance(row, dict): raise DataError(f'{where}, line {n}: a {type(row).__name__}, not an object with columns')
         rows.append(row)
     return rows
 
-# %% ../../nbs/api/data/15_tables.ipynb #27305109
+# %% ../../nbs/api/data/15_tables.ipynb #f2406051
 def _json(text: str, where: str) -> list[dict]:
     "A list of objects, or JSONL under the name of JSON"
     if not text.lstrip().startswith('['): return _jsonl(text, where)
@@ -57,7 +58,7 @@ def _json(text: str, where: str) -> list[dict]:
     if bad: raise DataError(f'{where}, row {bad}: a {type(rows[bad - 1]).__name__}, not an object with columns')
     return rows
 
-# %% ../../nbs/api/data/15_tables.ipynb #5d91a55c
+# %% ../../nbs/api/data/15_tables.ipynb #fd1872b5
 def _csv(text: str, where: str, sep: str = ',') -> list[dict]:
     "Texts under the names of the first line"
     reader = csv.reader(io.StringIO(text, newline=''), delimiter=sep, strict=True)
@@ -68,40 +69,43 @@ def _csv(text: str, where: str, sep: str = ',') -> list[dict]:
         if len(set(head)) < len(head): raise DataError(f'{where}, line 1: two columns have one name: {", ".join(head)}')
         for cells in reader:
             if not cells: continue
-            if len(cells) != len(head): raise DataError(f'{where}, line {reader.line_num}: {len(cells)} cells under {len(head)} columns; quote cells that hold "{sep}"')
+            if len(cells) != len(head):
+                n = reader.line_num
+                raise DataError(f'{where}, line {n}: {len(cells)} cells under {len(head)} columns; quote cells that hold "{sep}"')
             rows.append(dict(zip(head, cells, strict=True)))
     except csv.Error as e: raise DataError(f'{where}, line {reader.line_num}: {e}; is a quotation mark left open?') from e
     finally: csv.field_size_limit(old)
     return rows
 
-# %% ../../nbs/api/data/15_tables.ipynb #bb91ed98
+# %% ../../nbs/api/data/15_tables.ipynb #917aad84
 def _column(name: str, values: list, where: str) -> pa.Array:
     "One typed column"
     try: return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as e:
         first = next(v for v in values if v is not None)
         bad = next((i for i, v in enumerate(values, 1) if v is not None and type(v) is not type(first)), None)
-        what = f'row {bad}: column "{name}" is a {type(values[bad - 1]).__name__}, and a {type(first).__name__} before it' if bad else f'column "{name}": {e}'
-        raise DataError(f'{where}, {what}; one column has one type') from e
+        if bad is None: raise DataError(f'{where}: column "{name}" cannot be read: {e}') from e
+        kinds = f'is a {type(values[bad - 1]).__name__}, and a {type(first).__name__} before it'
+        raise DataError(f'{where}, row {bad}: column "{name}" {kinds}; one column has one type') from e
 
-# %% ../../nbs/api/data/15_tables.ipynb #3283b1d8
+# %% ../../nbs/api/data/15_tables.ipynb #e2428e1d
 def _table(rows: list[dict], where: str) -> Dataset:
     "A data set with every column that any row has"
     names = list(dict.fromkeys(k for r in rows for k in r))
     if not names: raise DataError(f'{where}: holds no rows')
     return Dataset(pa.table({c: _column(c, [r.get(c) for r in rows], where) for c in names}))
 
-# %% ../../nbs/api/data/15_tables.ipynb #1a2ed184
+# %% ../../nbs/api/data/15_tables.ipynb #e82a61d4
 def _parquet(data: bytes, where: str) -> Dataset:
     "A Parquet file"
     try: return Dataset(pq.read_table(io.BytesIO(data)))
     except (pa.ArrowInvalid, OSError) as e: raise DataError(f'{where}: not a Parquet file ({e})') from e
 
-# %% ../../nbs/api/data/15_tables.ipynb #356d4760
+# %% ../../nbs/api/data/15_tables.ipynb #76e643de
 TEXT_FORMS: dict[str, Callable[[str, str], list[dict]]] = {
     '.jsonl': _jsonl, '.json': _json, '.csv': _csv, '.tsv': lambda text, where: _csv(text, where, sep='\t')}
 
-# %% ../../nbs/api/data/15_tables.ipynb #2a93c315
+# %% ../../nbs/api/data/15_tables.ipynb #d8263971
 def read_table(
     path: str | Path, # .jsonl, .json, .csv, .tsv or .parquet, each also with .gz
 ) -> Dataset:         # the columns as they are in the file; CSV cells are texts
@@ -109,5 +113,7 @@ def read_table(
     path = Path(path)
     form = (path.with_suffix('') if path.suffix == '.gz' else path).suffix.lower()
     if form == '.parquet': return _parquet(_bytes(path), str(path))
-    if form not in TEXT_FORMS: raise DataError(f'{path}: files of the form "{form}" are not read; known: {", ".join(TEXT_FORMS)}, .parquet, each also with .gz')
+    if form not in TEXT_FORMS:
+        known = ', '.join((*TEXT_FORMS, '.parquet'))
+        raise DataError(f'{path}: files of the form "{form}" are not read; known: {known}, each also with .gz')
     return _table(TEXT_FORMS[form](_text(path), str(path)), str(path))

@@ -6,7 +6,7 @@
 __all__ = ['RESPONSES', 'TEST_SHARE', 'Reader', 'row_texts', 'readable', 'set_test_aside', 'halves', 'PreferenceData',
            'load_preferences']
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #136af658
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #63eb6794
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from ..data.splits import group_split, sample_rows
 from ..errors import ConfigError, DataError
 from ..train.tokens import encode_rows, lost_characters, report_tokens
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #1510c752
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #39bdc3a5
 @dataclass(frozen=True)
 class Reader:
     "How a model reads text"
@@ -28,17 +28,17 @@ class Reader:
     tokenizer: Any   # its tokenizer
     limit: int       # longest sequence in tokens: the smaller of the setting and the model's context
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #7d54b75c
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #c81013f4
 RESPONSES = ('chosen', 'rejected')
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #0468989b
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #ebf5f8fc
 def row_texts(
     data: Dataset, # rows of kind "preferences"
 ) -> list[str]:    # prompt and responses of each row as one text
     "All that a model reads of each row"
     return [prompt_text(p) + c + r for p, c, r in zip(data['prompt'], data['chosen'], data['rejected'])]
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #421c459e
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #61974651
 def readable(
     splits: Mapping[str, Dataset], # rows of kind "preferences"
     readers: list[Reader],         # every model of the experiment
@@ -57,10 +57,10 @@ def readable(
         if not len(out[split]): raise DataError(f'no row of split "{split}" can be read by every model:\n{report}')
     return out, report
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #7e101ac2
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #a704fefa
 TEST_SHARE = .2 # of the prompts, where the source has no test split
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #6063115e
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #af30e126
 def set_test_aside(
     splits: Mapping[str, Dataset], # 'test' and others, or one without a test split
 ) -> tuple[dict[str, Dataset], Dataset]: # rows to train on, test rows
@@ -70,7 +70,7 @@ def set_test_aside(
     parts = group_split(rows, {'train': 1 - TEST_SHARE, 'test': TEST_SHARE}, seed=0)
     return {'train': parts['train']}, parts['test']
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #48082ae9
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #c0676052
 def halves(
     train: Mapping[str, Dataset], # of `set_test_aside`
     rows: int | None,             # training rows in both halves together; None: all
@@ -79,16 +79,17 @@ def halves(
 ) -> tuple[Dataset, Dataset]:     # labelled, unlabelled
     "The labelled and the unlabelled rows of one seed; no prompt is in both. Raises `ConfigError`"
     if not 0 < label_share < 1: raise ConfigError(f'label_share is {label_share}; it must lie between 0 and 1')
-    if 'train_gt' in train: labelled, unlabelled = train['train_gt'], train['train_w2s']
-    else:
+    shares = {'train_gt': label_share, 'train_w2s': 1 - label_share}
+    most = min(int(len(train[k])/v) for k, v in shares.items()) if 'train_gt' in train else sum(map(len, train.values()))
+    if rows and rows > most: raise ConfigError(f'rows is {rows}, but with label_share {label_share} there are no more than {most} that every model can read')
+    if 'train_gt' not in train:
         pool = sample_rows(concatenate_datasets(list(train.values())), rows, seed)
         parts = group_split(pool, {'labelled': label_share, 'unlabelled': 1 - label_share}, seed)
         return parts['labelled'], parts['unlabelled']
-    total = rows or int(min(len(labelled)/label_share, len(unlabelled)/(1 - label_share)))
-    want = max(1, round(total*label_share)), max(1, round(total*(1 - label_share)))
-    return sample_rows(labelled, want[0], seed), sample_rows(unlabelled, want[1], seed)
+    labelled, unlabelled = (sample_rows(train[k], max(1, round((rows or most)*v)), seed) for k, v in shares.items())
+    return labelled, unlabelled
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #bb1bc091
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #2dd9c182
 @dataclass(frozen=True)
 class PreferenceData:
     "The rows of an experiment"
@@ -96,7 +97,7 @@ class PreferenceData:
     test: Dataset             # the same for all models and seeds
     report: DataReport        # what was found and done on the way
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #9db12209
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #88651bd6
 def load_preferences(
     source: str,                  # file, folder or name of a data set
     readers: list[Reader],        # every model of the experiment
