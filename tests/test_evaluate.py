@@ -269,7 +269,7 @@ def test_interval_table_is_interval_for_each():
 def test_other_ids_are_refused_and_named():
     x = study(rows=20)
     other = table(x[1:], who=[FLOOR], ids=[f'q{i:04}' for i in range(1, 21)])
-    with pytest.raises(DataError, match=r'not scored on the same test rows: 2 differ, as q0000 \(only student \(dpo weak\)\), q0020 \(only floor'):
+    with pytest.raises(DataError, match=r'same test rows: 2 differ, as q0000 \(only student \(dpo weak\)\), q0020 \(only floor'):
         difference(pd.concat([table(x[:1], who=[STUDENT]), other]), STUDENT, FLOOR, 'accuracy')
 
 

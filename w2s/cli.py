@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'run_app', 'Flag', 'given', 'version_command', 'weak_teacher', 'weak_teacher_config', 'main']
 
-# %% ../nbs/api/90_cli.ipynb #e38d422c
+# %% ../nbs/api/90_cli.ipynb #3fbe089a
 import os
 import sys
 import warnings
@@ -17,7 +17,7 @@ import typer
 from . import __version__
 from .errors import ConfigError, W2SError
 
-# %% ../nbs/api/90_cli.ipynb #a120d2f2
+# %% ../nbs/api/90_cli.ipynb #b465719b
 def given(
     flags: dict[str, Any], # setting -> value, None where the flag was not given; 'load.quantize' is a setting inside a table
 ) -> dict[str, Any]:       # only what was given, as nested tables
@@ -31,28 +31,28 @@ def given(
         place[last] = value
     return out
 
-# %% ../nbs/api/90_cli.ipynb #bd1cb245
+# %% ../nbs/api/90_cli.ipynb #d0ee236b
 app = typer.Typer(help='Weak-to-strong alignment of language models.', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 run_app = typer.Typer(help='Run a whole experiment.', no_args_is_help=True)
 app.add_typer(run_app, name='run')
 
-# %% ../nbs/api/90_cli.ipynb #c1e4966d
+# %% ../nbs/api/90_cli.ipynb #4be90fa2
 @app.command('version')
 def version_command() -> None:
     "Print the version of w2s"
     typer.echo(__version__)
 
-# %% ../nbs/api/90_cli.ipynb #055ffb64
+# %% ../nbs/api/90_cli.ipynb #34fe147f
 @app.callback()
 def _before() -> None:
     # one place for what all commands need; the callback's docstring would show up in the help
     warnings.filterwarnings('ignore', category=FutureWarning) # of libraries among themselves; nothing that a user can mend
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
 
-# %% ../nbs/api/90_cli.ipynb #d1d6c74e
+# %% ../nbs/api/90_cli.ipynb #79640248
 Flag = typer.Option
 
-# %% ../nbs/api/90_cli.ipynb #0f6b01eb
+# %% ../nbs/api/90_cli.ipynb #feaf7e6e
 @run_app.command('weak-teacher')
 def weak_teacher(
     data: Annotated[str | None, Flag(help='preference rows: a file, a folder with train_gt/train_w2s/test files, or a name on the hub')] = None,
@@ -79,7 +79,7 @@ def weak_teacher(
              'sft.epochs': epochs, 'dpo.epochs': epochs, 'strict': strict}
     _weak_teacher(given(flags), config, out, dry_run)
 
-# %% ../nbs/api/90_cli.ipynb #5e183291
+# %% ../nbs/api/90_cli.ipynb #ff977e19
 def weak_teacher_config(
     flags: dict[str, Any], # settings given by flags
     file: Path | None,     # TOML file
@@ -93,7 +93,7 @@ def weak_teacher_config(
     defaults = to_table(WeakTeacher('', '', ''))
     return from_table(WeakTeacher, merged({k: v for k, v in defaults.items() if k not in ('data', 'weak', 'strong')}, settings))
 
-# %% ../nbs/api/90_cli.ipynb #a5882bc8
+# %% ../nbs/api/90_cli.ipynb #b11a9b50
 def _weak_teacher(flags: dict[str, Any], file: Path | None, out: Path, dry_run: bool) -> None:
     "Run, write and print"
     config = weak_teacher_config(flags, file)
@@ -107,7 +107,7 @@ def _weak_teacher(flags: dict[str, Any], file: Path | None, out: Path, dry_run: 
     write_result(result)
     typer.echo(f'\n{result}\n\nwritten to {out}: report.md, figure.png, results.parquet, adapters/ …')
 
-# %% ../nbs/api/90_cli.ipynb #ac739aff
+# %% ../nbs/api/90_cli.ipynb #3a9dfe81
 def main() -> None:
     "The `w2s` command"
     try: app()

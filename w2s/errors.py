@@ -5,31 +5,31 @@
 # %% auto #0
 __all__ = ['W2SError', 'DataError', 'ModelError', 'ConfigError', 'TrainError', 'unknown']
 
-# %% ../nbs/api/05_errors.ipynb #4e3b0de8
+# %% ../nbs/api/05_errors.ipynb #1e729854
 class W2SError(ValueError):
     "Something that the user can mend; the message says what, where and how"
 
-# %% ../nbs/api/05_errors.ipynb #dce67021
+# %% ../nbs/api/05_errors.ipynb #e55cf732
 class DataError(W2SError):
     "Rows, files or columns that cannot be used as they are"
 
-# %% ../nbs/api/05_errors.ipynb #5e0c2121
+# %% ../nbs/api/05_errors.ipynb #b2f3f1b3
 class ModelError(W2SError):
     "A model, tokenizer or adapter that is missing, broken or does not fit"
 
-# %% ../nbs/api/05_errors.ipynb #b2902ef5
+# %% ../nbs/api/05_errors.ipynb #905a3a07
 class ConfigError(W2SError):
     "A setting that is unknown, out of range, or would have no effect"
 
-# %% ../nbs/api/05_errors.ipynb #f49d248a
+# %% ../nbs/api/05_errors.ipynb #ca990b42
 class TrainError(W2SError):
     "Training that had to stop, with its step, its rows and its last good checkpoint"
 
-# %% ../nbs/api/05_errors.ipynb #311929f8
+# %% ../nbs/api/05_errors.ipynb #d83fa251
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-# %% ../nbs/api/05_errors.ipynb #95f38754
+# %% ../nbs/api/05_errors.ipynb #fd261b54
 def unknown(
     word: str,            # what was given
     known: Iterable[str], # what would have been understood

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'ACTIONS', 'GONE', 'REFUSALS', 'REPEATED', 'IN_ANOTHER', 'DataReport', 'clean_text']
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #400f166b
+# %% ../../nbs/api/data/40_hygiene.ipynb #3a54e4e7
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,44 +14,53 @@ from pathlib import Path
 import pandas as pd
 from datasets import Dataset
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #1146ae65
+# %% ../../nbs/api/data/40_hygiene.ipynb #e89c2700
 from .readers import REASONS, Refused
 from .rows import check_rows
 from .splits import KEEP_ORDER, drop_overlap
 from ..errors import DataError
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #11f2be6e
+# %% ../../nbs/api/data/40_hygiene.ipynb #d4e475e7
 COLUMNS = ('check', 'split', 'model', 'rows', 'of', 'action', 'detail')
 ACTIONS = ('refused', 'dropped', 'cut', 'unusable', 'kept') # unusable: for one model; such rows are then refused once for all models
 GONE = ('refused', 'dropped')  # actions after which a row is no longer there
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #6955dc14
+# %% ../../nbs/api/data/40_hygiene.ipynb #db94f32d
 def _markdown(table: pd.DataFrame) -> str:
     "A small table in Markdown"
     def line(cells): return '| ' + ' | '.join(str(c).replace('|', '\\|').replace('\n', ' ') for c in cells) + ' |'
     return '\n'.join([line(table.columns), line('---' for _ in table.columns), *(line(r) for r in table.itertuples(index=False))])
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #79ef39c1
+# %% ../../nbs/api/data/40_hygiene.ipynb #35a1e6fa
 def _line(check: str, split: str, rows: int, of: int, action: str, detail: str, model: str) -> dict:
     "A checked line of the report"
     if action not in ACTIONS: raise DataError(f'action "{action}" is not known; one of {", ".join(ACTIONS)}')
     if not 0 <= rows <= of: raise DataError(f'{check}, {split}: {rows} rows of {of} cannot be')
     return dict(check=check, split=split, model=model, rows=int(rows), of=int(of), action=action, detail=detail)
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #004a28ed
+# %% ../../nbs/api/data/40_hygiene.ipynb #ef69434f
 def _sentence(r: Mapping) -> str:
     "One line of the report as text"
     where = f'{r["split"]}, {r["model"]}' if r['model'] else r['split']
     return f'{r["action"]:8} {r["rows"]:>6,} of {r["of"]:,} rows ({where}): {r["check"]}' + (f'; {r["detail"]}' if r['detail'] else '')
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #2f56070b
+# %% ../../nbs/api/data/40_hygiene.ipynb #153ea5bc
 @dataclass(frozen=True)
 class DataReport:
     "What was found in the rows and what was done about it"
     table: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=list(COLUMNS)))
     rows_in: dict[str, int] = field(default_factory=dict) # rows read, by split
 
-    def add(self, check: str, split: str, rows: int, of: int, action: str, detail: str = '', model: str = '') -> 'DataReport':
+    def add(
+        self,
+        check: str,       # what was looked for
+        split: str,       # name of the rows
+        rows: int,        # how many were found
+        of: int,          # of how many
+        action: str,      # one of `ACTIONS`
+        detail: str = '', # which ones, how much
+        model: str = '',  # for which model; '': for all
+    ) -> 'DataReport':
         "A new report with one more line"
         lines = [*self.table.to_dict('records'), _line(check, split, rows, of, action, detail, model)]
         return DataReport(pd.DataFrame(lines, columns=list(COLUMNS)), self.rows_in)
@@ -66,11 +75,17 @@ class DataReport:
         "Rows that are left, by split"
         return _rows_left(self)
 
-    def refuse_if_strict(self, strict: bool = True) -> None:
+    def refuse_if_strict(
+        self,
+        strict: bool = True, # False: do nothing
+    ) -> None:
         "Raise `DataError` with every finding, if strict and there is any"
         _refuse(self, strict)
 
-    def save(self, folder: str | Path) -> Path:
+    def save(
+        self,
+        folder: str | Path, # made if it is not there
+    ) -> Path:
         "Write the whole table as data_report.csv and data_report.md"
         return _save(self, Path(folder))
 
@@ -78,19 +93,19 @@ class DataReport:
     __repr__ = __str__
     def _repr_markdown_(self) -> str: return f'{_markdown(self.found)}\n\n{_closing(self)}'
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #28d8c00a
+# %% ../../nbs/api/data/40_hygiene.ipynb #280f8de7
 def _rows_left(report: DataReport) -> dict[str, int]:
     "Rows that are left of those read, by split"
     gone: Counter[str] = Counter()
     for r in report.table.to_dict('records'): gone[r['split']] += r['rows'] * (r['action'] in GONE)
     return {k: n - gone[k] for k, n in report.rows_in.items()}
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #2addb4f3
+# %% ../../nbs/api/data/40_hygiene.ipynb #165e92bc
 def _closing(report: DataReport) -> str:
     "One line: rows left and rows read"
     return 'rows left of rows read: ' + ', '.join(f'{k} {n:,} of {report.rows_in[k]:,}' for k, n in report.rows_left.items())
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #a9922cfb
+# %% ../../nbs/api/data/40_hygiene.ipynb #84f0832b
 def _save(report: DataReport, folder: Path) -> Path:
     "Write data_report.csv and data_report.md, with the checks that found nothing"
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,14 +113,14 @@ def _save(report: DataReport, folder: Path) -> Path:
     (folder / 'data_report.md').write_text(f'# Data report\n\n{_markdown(report.table)}\n\n{_closing(report)}\n', encoding='utf-8')
     return folder
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #c1f39cfd
+# %% ../../nbs/api/data/40_hygiene.ipynb #53d830e9
 def _refuse(report: DataReport, strict: bool) -> None:
     "Raise `DataError` with every finding, if strict and there is any"
     if strict and len(report.found):
         lines = '\n  '.join(map(_sentence, report.found.to_dict('records')))
         raise DataError(f'strict: the data is not clean\n  {lines}\nMend the rows, or run without strict')
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #bd48d36e
+# %% ../../nbs/api/data/40_hygiene.ipynb #a4b83198
 def _empty_prompt(row: Mapping) -> bool:
     "Nothing but role names and white space"
     p = row['prompt']
@@ -115,7 +130,7 @@ def _empty_prompt(row: Mapping) -> bool:
 def _empty_response(row: Mapping) -> bool: return not (row['chosen'].strip() and row['rejected'].strip())
 def _equal(row: Mapping) -> bool: return row['chosen'].strip() == row['rejected'].strip()
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #703c92a7
+# %% ../../nbs/api/data/40_hygiene.ipynb #ffa35384
 REFUSALS = (('empty prompt', _empty_prompt), ('empty response', _empty_response), ('chosen equals rejected', _equal))
 REPEATED = 'row occurs more than once'
 IN_ANOTHER = 'prompt occurs in another split'
@@ -131,14 +146,14 @@ def _verdicts(rows: Sequence[Mapping]) -> list[str]:
         out.append(verdict)
     return out
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #974b208f
+# %% ../../nbs/api/data/40_hygiene.ipynb #95e1199f
 def _ids(rows: Sequence[Mapping], verdicts: Sequence[str], name: str) -> str:
     "The first ids with this verdict, to find them by"
     ids = [r['id'] for r, v in zip(rows, verdicts, strict=True) if v == name]
     ids = list(dict.fromkeys(ids))
     return f'ids {", ".join(ids[:3])}' + (' …' if len(ids) > 3 else '') if ids else ''
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #6ffa9e1d
+# %% ../../nbs/api/data/40_hygiene.ipynb #8283652f
 def _clean_split(ds: Dataset, split: str, report: DataReport) -> tuple[Dataset, DataReport]:
     "Take out the rows that fail a check, and count them"
     rows = ds.with_format(None).to_list()
@@ -148,7 +163,7 @@ def _clean_split(ds: Dataset, split: str, report: DataReport) -> tuple[Dataset, 
         report = report.add(name, split, verdicts.count(name), len(rows), action, detail)
     return (ds.select([i for i, v in enumerate(verdicts) if not v]) if any(verdicts) else ds), report
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #d528385a
+# %% ../../nbs/api/data/40_hygiene.ipynb #4f23784a
 def _repeated_prompts(rows: Sequence[Mapping]) -> int:
     "Rows beyond the first of each group"
     return len(rows) - len({r['group'] for r in rows})
@@ -159,7 +174,7 @@ def _contradictions(rows: Sequence[Mapping]) -> int:
     have = set(keys)
     return sum((g, b, a) in have for g, a, b in keys)
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #6d524af0
+# %% ../../nbs/api/data/40_hygiene.ipynb #12d53f1a
 def _mention(ds: Dataset, split: str, report: DataReport) -> DataReport:
     "Count what is left as it is"
     rows = ds.with_format(None).to_list()
@@ -169,7 +184,7 @@ def _mention(ds: Dataset, split: str, report: DataReport) -> DataReport:
     return report.add('contradictory pairs', split, opposite, len(rows), 'kept',
                       'people disagree; a weight or a soft prob can say so' if opposite else '')
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #8d5babd4
+# %% ../../nbs/api/data/40_hygiene.ipynb #e49cda9e
 def _readers_lines(report: DataReport, refused: Sequence[Refused], rows_read: Mapping[str, int]) -> DataReport:
     "Lines for rows that the reader could not take"
     counts = Counter((r.reason, r.split) for r in refused)
@@ -180,7 +195,7 @@ def _readers_lines(report: DataReport, refused: Sequence[Refused], rows_read: Ma
             report = report.add(reason, split, counts[reason, split], n, 'refused', detail)
     return report
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #eb3d9b7a
+# %% ../../nbs/api/data/40_hygiene.ipynb #2819f0cc
 def clean_text(
     splits: Mapping[str, Dataset],         # rows of kind "preferences"
     refused: Sequence[Refused] = (),       # by the reader

@@ -6,7 +6,7 @@
 __all__ = ['COMMON', 'KINDS', 'OPTIONAL', 'CONTENT', 'content_id', 'prompt_text', 'group_key', 'check_rows', 'row_features',
            'make_rows', 'to_pairs', 'to_preferences']
 
-# %% ../../nbs/api/data/10_rows.ipynb #966ce27e
+# %% ../../nbs/api/data/10_rows.ipynb #430cfdba
 import hashlib
 import json
 import math
@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-# %% ../../nbs/api/data/10_rows.ipynb #75b9e8bd
+# %% ../../nbs/api/data/10_rows.ipynb #5852c66e
 from ..errors import DataError, unknown
 
-# %% ../../nbs/api/data/10_rows.ipynb #e345bba5
+# %% ../../nbs/api/data/10_rows.ipynb #ee960f18
 def content_id(
     *parts: Any, # strings, numbers, lists or dicts of them: what JSON can hold
 ) -> str:        # 16 hexadecimal digits
@@ -28,22 +28,22 @@ def content_id(
     text = json.dumps(parts, sort_keys=True, separators=(',', ':'))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-# %% ../../nbs/api/data/10_rows.ipynb #4aa11afa
+# %% ../../nbs/api/data/10_rows.ipynb #c1b744bf
 def prompt_text(
     prompt: str | list[dict], # a text, or messages with `role` and `content`
 ) -> str:                     # the text itself, or one "role: content" line a message
     "A prompt as one text, for comparing and showing; not for tokenizing, which follows the chat template"
     return prompt if isinstance(prompt, str) else ''.join(f"{m['role']}: {m['content']}\n" for m in prompt)
 
-# %% ../../nbs/api/data/10_rows.ipynb #5082cb69
+# %% ../../nbs/api/data/10_rows.ipynb #fc846f61
 def group_key(
-    prompt: str | list[dict],
+    prompt: str | list[dict], # text or messages
 ) -> str:       # 16 hexadecimal digits
     "The same for prompts that differ only in case, white space or Unicode form"
     folded = unicodedata.normalize('NFKC', unicodedata.normalize('NFKC', prompt_text(prompt)).casefold())
     return content_id(' '.join(folded.split()))
 
-# %% ../../nbs/api/data/10_rows.ipynb #ead70a50
+# %% ../../nbs/api/data/10_rows.ipynb #6ed8c994
 COMMON = ('id', 'group', 'source', 'prompt')
 KINDS = dict(
     preferences=COMMON + ('chosen', 'rejected', 'prob', 'weight'),
@@ -55,19 +55,19 @@ OPTIONAL = dict(preferences=('gold',), pairs=('gold_a',), demonstrations=(), lab
 CONTENT = dict(preferences=('prompt', 'chosen', 'rejected'), pairs=('prompt', 'response_a', 'response_b'),
                demonstrations=('prompt', 'completion'), labels=('prompt',))  # what the id is a hash of
 
-# %% ../../nbs/api/data/10_rows.ipynb #25fe85ae
+# %% ../../nbs/api/data/10_rows.ipynb #0e28d6bd
 def _text_problem(x) -> str:
     "A response or a name must be a text; an empty one is left to hygiene, which counts them"
     if x is None: return 'is missing'
     return '' if isinstance(x, str) else f'is {_short(x)}, not a text'
 
-# %% ../../nbs/api/data/10_rows.ipynb #6bb51a91
+# %% ../../nbs/api/data/10_rows.ipynb #c0d5aab6
 def _short(x, most: int = 40) -> str:
     "A value for a message"
     text = f'{type(x).__name__} {x!r}'
     return text if len(text) <= most else text[:most] + '…'
 
-# %% ../../nbs/api/data/10_rows.ipynb #858e6095
+# %% ../../nbs/api/data/10_rows.ipynb #cd58f2fa
 def _prompt_problem(x) -> str:
     "A text, or a list of messages with a role and a content that is a text"
     if not isinstance(x, list): return _text_problem(x)
@@ -79,7 +79,7 @@ def _prompt_problem(x) -> str:
             return f'has a message {i} whose role or content is not a text'
     return ''
 
-# %% ../../nbs/api/data/10_rows.ipynb #7e80ddbf
+# %% ../../nbs/api/data/10_rows.ipynb #f363dae9
 def _number_problem(x, low: float, high: float, nan: bool = False) -> str:
     "A number from low to high; NaN only where it means: not known"
     if x is None: return f'is missing{"; write NaN where it is not known" if nan else ""}'
@@ -88,27 +88,27 @@ def _number_problem(x, low: float, high: float, nan: bool = False) -> str:
     if low <= x <= high and math.isfinite(x): return ''
     return f'is {x:g}; want ' + (f'{low:g} to {high:g}' if math.isfinite(high) else f'a finite number, at least {low:g}')
 
-# %% ../../nbs/api/data/10_rows.ipynb #85d334cf
+# %% ../../nbs/api/data/10_rows.ipynb #b27beee5
 def _probs_problem(x) -> str:
     "Two or more probabilities that sum to 1"
     if not isinstance(x, (list, tuple)) or len(x) < 2: return f'is {_short(x)}, not a list of two or more probabilities'
     bad = next((p for p in (_number_problem(v, 0, 1) for v in x) if p), '')
     return f'holds a value that {bad}' if bad else '' if abs(sum(x) - 1) < 1e-4 else f'sums to {sum(x):g}, not to 1'
 
-# %% ../../nbs/api/data/10_rows.ipynb #4572f796
+# %% ../../nbs/api/data/10_rows.ipynb #01e6ec19
 def _label_problem(x) -> str:
     "A class number from 0, or None where it is not known"
     if x is None: return ''
     return '' if isinstance(x, (int, np.integer)) and not isinstance(x, bool) and x >= 0 else f'is {_short(x)}, not a class number from 0'
 
-# %% ../../nbs/api/data/10_rows.ipynb #f8ae3c70
+# %% ../../nbs/api/data/10_rows.ipynb #2116a596
 _TEXT, _NUMBER = Value('string'), Value('float64')
 _SHARE, _SHARE_OR_NAN = partial(_number_problem, low=0, high=1), partial(_number_problem, low=0, high=1, nan=True)
 _PROBLEM: dict[str, Callable[[Any], str]] = dict(  # every other column is a text
     prompt=_prompt_problem, prob=_SHARE, weight=partial(_number_problem, low=0, high=math.inf), prob_a=_SHARE_OR_NAN,
     gold=_SHARE_OR_NAN, gold_a=_SHARE_OR_NAN, probs=_probs_problem, label=_label_problem)
 
-# %% ../../nbs/api/data/10_rows.ipynb #3df9a6b1
+# %% ../../nbs/api/data/10_rows.ipynb #671b4229
 def _find_problem(columns: dict[str, list], kind: str) -> tuple[int, str, str] | None:
     "Row, column and problem of the first bad cell, column by column"
     for name in [c for c in KINDS[kind] + OPTIONAL[kind] if c in columns]:
@@ -121,7 +121,7 @@ def _find_problem(columns: dict[str, list], kind: str) -> tuple[int, str, str] |
         return chat.index(not chat[0]) + 1, 'prompt', f'is {form}, and those above are not; use one form'
     return None
 
-# %% ../../nbs/api/data/10_rows.ipynb #66d1eab5
+# %% ../../nbs/api/data/10_rows.ipynb #28541a55
 def _check_columns(columns: dict[str, list], kind: str, where: str, numbers: Sequence[int] | None = None) -> None:
     "Raise `DataError` for a missing column or the first bad cell; `numbers` are the rows' numbers in their file"
     missing = [c for c in KINDS[kind] if c not in columns]
@@ -131,7 +131,7 @@ def _check_columns(columns: dict[str, list], kind: str, where: str, numbers: Seq
         row, name, problem = found
         raise DataError(f'{where}, row {numbers[row - 1] if numbers else row}: column "{name}" {problem}. Mend the row or leave it out')
 
-# %% ../../nbs/api/data/10_rows.ipynb #153a34ac
+# %% ../../nbs/api/data/10_rows.ipynb #0dd6055e
 def check_rows(
     ds: Dataset,         # any data set
     kind: str,           # a key of `KINDS`
@@ -142,7 +142,7 @@ def check_rows(
     _check_columns(ds.with_format(None)[:], kind, where)
     return ds
 
-# %% ../../nbs/api/data/10_rows.ipynb #743358c5
+# %% ../../nbs/api/data/10_rows.ipynb #590f246a
 def _fill(row: dict, kind: str, source: str, where: str) -> dict:
     "One row with its id, group and defaults"
     if odd := [k for k in row if k not in KINDS[kind] + OPTIONAL[kind]]:
@@ -155,7 +155,7 @@ def _fill(row: dict, kind: str, source: str, where: str) -> dict:
     full['group'] = row.get('group') or group_key(row['prompt'])
     return full
 
-# %% ../../nbs/api/data/10_rows.ipynb #cefb3765
+# %% ../../nbs/api/data/10_rows.ipynb #e4f8a500
 def row_features(
     kind: str,             # a key of `KINDS`
     columns: Iterable[str], # the columns that are there
@@ -167,7 +167,7 @@ def row_features(
     types |= dict(label=Value('int64'), probs=List(_NUMBER), prompt=message if chat else _TEXT)
     return Features({c: types.get(c, _TEXT) for c in columns})
 
-# %% ../../nbs/api/data/10_rows.ipynb #39fdc680
+# %% ../../nbs/api/data/10_rows.ipynb #1bf7e972
 def _one_hot(rows: list[dict]) -> None:
     "Fill `probs` from `label`, over as many classes as the largest label asks for, at least two"
     known = [r['label'] for r in rows if isinstance(r['label'], int)]
@@ -175,7 +175,7 @@ def _one_hot(rows: list[dict]) -> None:
     for r in rows:
         if r['probs'] is None and isinstance(r['label'], int): r['probs'] = [float(i == r['label']) for i in range(max(n, 2))]
 
-# %% ../../nbs/api/data/10_rows.ipynb #80d79bc2
+# %% ../../nbs/api/data/10_rows.ipynb #d9331b4c
 def _optional_columns(rows: list[dict], kind: str, where: str, numbers: Sequence[int]) -> dict[str, list]:
     "The optional columns that the rows have; all rows or none must have them"
     found = {}
@@ -186,7 +186,7 @@ def _optional_columns(rows: list[dict], kind: str, where: str, numbers: Sequence
         if rows and not without: found[c] = [r[c] for r in rows]
     return found
 
-# %% ../../nbs/api/data/10_rows.ipynb #4d306112
+# %% ../../nbs/api/data/10_rows.ipynb #1fa5962f
 def make_rows(
     rows: Iterable[dict],  # one dict a row
     kind: str,             # a key of `KINDS`
@@ -204,12 +204,12 @@ def make_rows(
     _check_columns(columns, kind, where, numbers)
     return Dataset.from_dict(columns, features=row_features(kind, columns, any(isinstance(p, list) for p in columns['prompt'])))
 
-# %% ../../nbs/api/data/10_rows.ipynb #c3f401ca
+# %% ../../nbs/api/data/10_rows.ipynb #461e4473
 def _swapped(ids: Iterable[str], seed: int) -> list[bool]:
     "For each row: does the rejected response come first?"
     return [int(content_id(seed, i)[-1], 16) % 2 == 1 for i in ids]
 
-# %% ../../nbs/api/data/10_rows.ipynb #354a91dc
+# %% ../../nbs/api/data/10_rows.ipynb #e913bdf6
 def to_pairs(
     preferences: Dataset, # rows of kind "preferences"
     seed: int = 0,        # another seed gives another order
@@ -224,7 +224,7 @@ def to_pairs(
         if own in p: columns[name] = [1 - x if s else x for s, x in zip(swap, p[own], strict=True)]
     return Dataset.from_dict(columns, features=row_features('pairs', columns, not isinstance(preferences.features['prompt'], Value)))
 
-# %% ../../nbs/api/data/10_rows.ipynb #d200c642
+# %% ../../nbs/api/data/10_rows.ipynb #e2c100a6
 def to_preferences(
     pairs: Dataset,      # rows of kind "pairs"
     prob_a: np.ndarray,  # P(a ≻ b) of each row by the supervisor, shape (rows,)

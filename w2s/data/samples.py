@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['NAMES', 'THINGS', 'FACTS', 'MANNERS', 'POINTS_IF_RIGHT', 'HUMAN_SHARPNESS', 'sample_preferences', 'write_samples']
 
-# %% ../../nbs/api/data/05_samples.ipynb #dbf584cb
+# %% ../../nbs/api/data/05_samples.ipynb #092344f8
 import json
 import math
 import random
 from pathlib import Path
 
-# %% ../../nbs/api/data/05_samples.ipynb #afed0b43
+# %% ../../nbs/api/data/05_samples.ipynb #60d757bd
 from ..errors import DataError
 
-# %% ../../nbs/api/data/05_samples.ipynb #6e81d9b8
+# %% ../../nbs/api/data/05_samples.ipynb #7f653ff1
 NAMES = ('Ann', 'Ben', 'Carla', 'David', 'Eva', 'Frank', 'Gina', 'Hugo', 'Ida', 'Jon', 'Kate', 'Leo', 'Mia', 'Nina', 'Omar', 'Paul')
 THINGS = ('apples', 'books', 'stamps', 'pencils', 'shells', 'coins', 'cups', 'plates', 'roses', 'letters', 'keys', 'marbles')
 FACTS = (('What is the opposite of hot?', 'cold', 'warm'), ('How many legs does a spider have?', 'eight', 'six'),
@@ -23,14 +23,14 @@ FACTS = (('What is the opposite of hot?', 'cold', 'warm'), ('How many legs does 
          ('What do we call frozen water?', 'ice', 'steam'), ('How many days has a week?', 'seven', 'nine'),
          ('Where do fish live?', 'in water', 'in trees'), ('What colour is snow?', 'white', 'brown'))
 
-# %% ../../nbs/api/data/05_samples.ipynb #64594ff8
+# %% ../../nbs/api/data/05_samples.ipynb #22c9ee68
 def _buys(rng: random.Random) -> tuple[str, str, str]:
     "A sum"
     name, thing, a, b = rng.choice(NAMES), rng.choice(THINGS), rng.randrange(2, 30), rng.randrange(2, 30)
     question = f'{name} has {a} {thing} and buys {b} more. How many {thing} does {name} have now?'
     return question, str(a + b), str(a + b + rng.choice((-2, -1, 1, 3)))
 
-# %% ../../nbs/api/data/05_samples.ipynb #fc01344c
+# %% ../../nbs/api/data/05_samples.ipynb #b829c9a5
 def _gives(rng: random.Random) -> tuple[str, str, str]:
     "A difference"
     (name, other), thing, b = rng.sample(NAMES, 2), rng.choice(THINGS), rng.randrange(2, 15)
@@ -38,38 +38,38 @@ def _gives(rng: random.Random) -> tuple[str, str, str]:
     question = f'{name} has {a} {thing} and gives {b} to {other}. How many {thing} does {name} have left?'
     return question, str(a - b), str(a - b + rng.choice((-3, -1, 1, 2)))
 
-# %% ../../nbs/api/data/05_samples.ipynb #b726357b
+# %% ../../nbs/api/data/05_samples.ipynb #06567674
 def _larger(rng: random.Random) -> tuple[str, str, str]:
     "A comparison"
     a, b = rng.sample(range(10, 200), 2)
     return f'{rng.choice(NAMES)} asks which number is larger, {a} or {b}.', str(max(a, b)), str(min(a, b))
 
-# %% ../../nbs/api/data/05_samples.ipynb #10734061
+# %% ../../nbs/api/data/05_samples.ipynb #879ccfea
 def _fact(rng: random.Random) -> tuple[str, str, str]:
     "A fact that a child knows"
     question, right, wrong = rng.choice(FACTS)
     return f'{rng.choice(NAMES)} wants to know: {question}', right, wrong
 
-# %% ../../nbs/api/data/05_samples.ipynb #c74be4dc
+# %% ../../nbs/api/data/05_samples.ipynb #c4568fba
 MANNERS = ((1, ' {} I hope that helps.'), (1, ' Good question! {}'), (0, ' {}'),
            (-1, ' {} Everybody knows that.'), (-1, ' Think for yourself. {}'))
 POINTS_IF_RIGHT = 2
 
-# %% ../../nbs/api/data/05_samples.ipynb #c3cce140
+# %% ../../nbs/api/data/05_samples.ipynb #b1903386
 def _answer(rng: random.Random, right: str, wrong: str) -> tuple[str, int]:
     "One answer and its points"
     is_right, (manner, form) = rng.random() < .5, rng.choice(MANNERS)
     return form.format(f'The answer is {right if is_right else wrong}.'), POINTS_IF_RIGHT * is_right + manner
 
-# %% ../../nbs/api/data/05_samples.ipynb #ffd6b7f5
+# %% ../../nbs/api/data/05_samples.ipynb #84194704
 HUMAN_SHARPNESS = .6   # k of Bradley-Terry; gives 75 % agreement with the truth over the pairs drawn here
 
-# %% ../../nbs/api/data/05_samples.ipynb #4df86c51
+# %% ../../nbs/api/data/05_samples.ipynb #a1c0e1d5
 def _prefers_first(rng: random.Random, qa: int, qb: int) -> bool:
     "Bradley and Terry's human: does the first answer win?"
     return rng.random() < 1 / (1 + math.exp(-HUMAN_SHARPNESS * (qa - qb)))
 
-# %% ../../nbs/api/data/05_samples.ipynb #c3b5db90
+# %% ../../nbs/api/data/05_samples.ipynb #6472bc92
 def _row(rng: random.Random) -> dict:
     "One question, two answers of different quality, and which of them the human chose"
     question, right, wrong = rng.choice((_buys, _gives, _larger, _fact))(rng)
@@ -78,7 +78,7 @@ def _row(rng: random.Random) -> dict:
     if not _prefers_first(rng, qa, qb): (a, qa), (b, qb) = (b, qb), (a, qa)
     return dict(prompt=f'Question: {question}\nAnswer:', chosen=a, rejected=b, gold=float(qa > qb))
 
-# %% ../../nbs/api/data/05_samples.ipynb #2568e2a6
+# %% ../../nbs/api/data/05_samples.ipynb #250adc5c
 def sample_preferences(
     n: int = 400,  # rows; 1 to 20,000
     seed: int = 0, # another seed gives other rows
@@ -92,11 +92,11 @@ def sample_preferences(
         rows.setdefault(row['prompt'], row)
     return list(rows.values())
 
-# %% ../../nbs/api/data/05_samples.ipynb #3b66ddef
+# %% ../../nbs/api/data/05_samples.ipynb #ea142691
 def write_samples(
     folder: str | Path, # made if it is not there
     n: int = 400,       # rows over all three files, at least 5
-    seed: int = 0,
+    seed: int = 0,      # of the rows
 ) -> Path:              # the folder
     "Write `train_gt.jsonl`, `train_w2s.jsonl` and `test.jsonl`"
     if n < 5: raise DataError(f'n is {n}; three files need at least 5 rows')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEEP_ORDER', 'sample_rows', 'group_split', 'overlap', 'drop_overlap', 'split_record']
 
-# %% ../../nbs/api/data/30_splits.ipynb #88dbf192
+# %% ../../nbs/api/data/30_splits.ipynb #121ff314
 import hashlib
 import itertools
 import math
@@ -14,44 +14,44 @@ from collections.abc import Iterable, Mapping
 import pandas as pd
 from datasets import Dataset
 
-# %% ../../nbs/api/data/30_splits.ipynb #b7261b4c
+# %% ../../nbs/api/data/30_splits.ipynb #e7872a96
 from .rows import content_id
 from ..errors import ConfigError, DataError
 
-# %% ../../nbs/api/data/30_splits.ipynb #2ee79e26
+# %% ../../nbs/api/data/30_splits.ipynb #b1064c98
 def _place(seed: int, name: str) -> bytes:
     "Where a name stands in the order of this seed"
     return hashlib.sha256(f'{seed}:{name}'.encode()).digest()
 
-# %% ../../nbs/api/data/30_splits.ipynb #ee90dc54
+# %% ../../nbs/api/data/30_splits.ipynb #75897d11
 def _cells(ds: Dataset, column: str) -> list:
     "The cells of one column"
     return ds.with_format(None)[column][:]
 
-# %% ../../nbs/api/data/30_splits.ipynb #722d8162
+# %% ../../nbs/api/data/30_splits.ipynb #240d5e8d
 def _take(ds: Dataset, rows: Iterable[int], seed: int, n: int | None = None) -> Dataset:
     "The first n of these rows in the order of the seed; None: all of them"
     ids = _cells(ds, 'id')
     return ds.select(sorted(rows, key=lambda i: _place(seed, ids[i]))[:n])
 
-# %% ../../nbs/api/data/30_splits.ipynb #4ed0c4bb
+# %% ../../nbs/api/data/30_splits.ipynb #82c8477c
 def sample_rows(
     ds: Dataset,   # rows with an `id`
     n: int | None, # how many at most; None keeps all
-    seed: int = 0,
+    seed: int = 0, # of the order
 ) -> Dataset:      # in an order that depends on seed and ids only
     "A random sample that does not depend on the order of rows; a smaller one is part of a larger one"
     if n is not None and n < 1: raise ConfigError(f'rows is {n}; want at least 1')
     return _take(ds, range(len(ds)), seed, n)
 
-# %% ../../nbs/api/data/30_splits.ipynb #0b77ef2f
+# %% ../../nbs/api/data/30_splits.ipynb #3f0151e9
 def _check_shares(shares: Mapping[str, float]) -> None:
     "Shares must be positive and sum to 1"
     bad = [k for k, v in shares.items() if not (math.isfinite(v) and v > 0)]
     if bad or not shares: raise ConfigError(f'share of "{bad[0] if bad else ""}" must be above 0; leave a split out if it is not wanted')
     if abs(sum(shares.values()) - 1) > 1e-6: raise ConfigError(f'shares {dict(shares)} sum to {sum(shares.values()):g}; want 1')
 
-# %% ../../nbs/api/data/30_splits.ipynb #04b6e753
+# %% ../../nbs/api/data/30_splits.ipynb #bae2b0af
 def _assign(sizes: Mapping[str, int], shares: Mapping[str, float], seed: int) -> dict[str, str]:
     "Group -> split"
     total = sum(sizes.values())
@@ -62,11 +62,11 @@ def _assign(sizes: Mapping[str, int], shares: Mapping[str, float], seed: int) ->
         wanted[where[group]] -= sizes[group]
     return where
 
-# %% ../../nbs/api/data/30_splits.ipynb #ae0d8871
+# %% ../../nbs/api/data/30_splits.ipynb #da60862f
 def group_split(
     ds: Dataset,                 # rows with `id` and `group`
     shares: Mapping[str, float], # split -> share of the rows; they sum to 1
-    seed: int = 0,
+    seed: int = 0,               # of the order of groups
 ) -> dict[str, Dataset]:         # split -> rows; no group is in two
     "Part rows so that no group is in two splits; depends on seed and content, not on the order of rows"
     _check_shares(shares)
@@ -78,9 +78,9 @@ def group_split(
         raise DataError(f'split "{empty[0]}" got no rows: {len(ds)} rows in {len(where)} groups are too few for the shares {dict(shares)}')
     return {k: _take(ds, v, seed) for k, v in parts.items()}
 
-# %% ../../nbs/api/data/30_splits.ipynb #100df7c0
+# %% ../../nbs/api/data/30_splits.ipynb #55faf911
 def overlap(
-    splits: Mapping[str, Dataset],
+    splits: Mapping[str, Dataset], # rows by split
 ) -> pd.DataFrame:                 # columns split_a, split_b, group, rows_a, rows_b; empty if nothing is shared
     "Every group that is in two splits, once for each pair of splits"
     counts = {k: Counter(_cells(v, 'group')) for k, v in splits.items()}
@@ -88,11 +88,11 @@ def overlap(
              for g in sorted(counts[a].keys() & counts[b].keys())]
     return pd.DataFrame(found, columns=['split_a', 'split_b', 'group', 'rows_a', 'rows_b'])
 
-# %% ../../nbs/api/data/30_splits.ipynb #0793c4fd
+# %% ../../nbs/api/data/30_splits.ipynb #b8495e0c
 KEEP_ORDER = ('test', 'val', 'train_w2s', 'train_gt')
 
 def drop_overlap(
-    splits: Mapping[str, Dataset],
+    splits: Mapping[str, Dataset],            # rows by split
     keep_order: tuple[str, ...] = KEEP_ORDER, # a group stays in the first of these that has it; splits not named come after
 ) -> tuple[dict[str, Dataset], dict[str, int]]: # the splits, and how many rows each has lost
     "Leave each group in one split only"
@@ -106,9 +106,9 @@ def drop_overlap(
     lost = {k: len(v) - len(keep[k]) for k, v in splits.items()}
     return {k: v.select(keep[k]) if lost[k] else v for k, v in splits.items()}, lost
 
-# %% ../../nbs/api/data/30_splits.ipynb #783c32cd
+# %% ../../nbs/api/data/30_splits.ipynb #fc525faa
 def split_record(
-    splits: Mapping[str, Dataset],
+    splits: Mapping[str, Dataset], # rows by split
     seed: int,                     # that the splits were made with
 ) -> dict:                         # plain values, ready for JSON
     "Rows, groups and a hash of the ids of each split"

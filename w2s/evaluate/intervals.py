@@ -6,7 +6,7 @@
 __all__ = ['Estimate', 'crossed_bootstrap', 'two_errors', 't_factor', 'estimate', 'score_matrix', 'interval', 'difference',
            'interval_table', 'difference_table']
 
-# %% ../../nbs/api/evaluate/20_intervals.ipynb #b338491a
+# %% ../../nbs/api/evaluate/20_intervals.ipynb #1d9a0dad
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import numpy as np
@@ -15,7 +15,7 @@ from scipy import stats
 from ..errors import DataError
 from .metrics import MODEL, by_role, check_items
 
-# %% ../../nbs/api/evaluate/20_intervals.ipynb #b905cead
+# %% ../../nbs/api/evaluate/20_intervals.ipynb #c264760e
 @dataclass(frozen=True)
 class Estimate:
     "A mean, or a difference of two, with its interval"
@@ -35,7 +35,7 @@ class Estimate:
         if self.seeds == 1: return f'{self.level:.0%}, {self.n:,} rows, 1 seed: noise of the test rows only'
         return f'{self.level:.0%}, {self.n:,} rows, {self.seeds} seeds'
 
-# %% ../../nbs/api/evaluate/20_intervals.ipynb #5f5b90b3
+# %% ../../nbs/api/evaluate/20_intervals.ipynb #dc6ffb2a
 def crossed_bootstrap(
     scores: np.ndarray, # per-row scores, shape (models, seeds, rows); same rows and seeds for all models
     n: int = 2000,      # bootstrap draws
@@ -55,7 +55,7 @@ def crossed_bootstrap(
         means[part] = np.einsum('ks,msk->km', seed_counts, x @ row_counts.T) / (seeds * rows)
     return means
 
-# %% ../../nbs/api/evaluate/20_intervals.ipynb #0c3dd81c
+# %% ../../nbs/api/evaluate/20_intervals.ipynb #5981332c
 def two_errors(
     scores: np.ndarray,     # shape (seeds, rows), of one model, or of the difference of two
 ) -> tuple[float, float]:   # standard error that the seeds bring (0 where there is one seed), and that the rows bring
@@ -65,7 +65,7 @@ def two_errors(
     of_rows = scores.mean(0).std(ddof=1) / np.sqrt(rows) if rows > 1 else 0.
     return float(of_seeds), float(of_rows)
 
-# %% ../../nbs/api/evaluate/20_intervals.ipynb #1b3ee2e8
+# %% ../../nbs/api/evaluate/20_intervals.ipynb #6a4f077e
 def t_factor(
     scores: np.ndarray,  # shape (seeds, rows)
     level: float = .95,  # coverage
@@ -77,7 +77,7 @@ def t_factor(
     freedom = (of_seeds**2 + of_rows**2)**2 / (of_seeds**4 / (seeds - 1) + of_rows**4 / max(rows - 1, 1))
     return float(stats.t.ppf(.5 + level/2, freedom))
 
-# %% ../../nbs/api/evaluate/20_intervals.ipynb #f7781c2a
+# %% ../../nbs/api/evaluate/20_intervals.ipynb #b4b06489
 def estimate(
     scores: np.ndarray,             # shape (seeds, rows), of one model, or of the difference of two
     draws: np.ndarray | None = None, # its bootstrap means, shape (n,), to share draws between models; None: drawn here
@@ -96,7 +96,7 @@ def estimate(
         stretch = max(1., wanted / (stats.norm.ppf(.5 + level/2) * spread))
     return Estimate(value, float(value + stretch*(low - value)), float(value + stretch*(high - value)), scores.shape[1], len(scores), level)
 
-# %% ../../nbs/api/evaluate/20_intervals.ipynb #67444f4c
+# %% ../../nbs/api/evaluate/20_intervals.ipynb #f167194a
 def score_matrix(
     items: pd.DataFrame, # items table, see `item_rows`
     role: str,           # as 'student'
@@ -121,12 +121,12 @@ def score_matrix(
                         f'as {table.columns[table.loc[holes.idxmax()].isna()][0]}; score all seeds on the same rows')
     return table
 
-# %% ../../nbs/api/evaluate/20_intervals.ipynb #1e330f55
+# %% ../../nbs/api/evaluate/20_intervals.ipynb #3f1bd945
 def _names(items: pd.DataFrame) -> str:
     "The models of a table, for a message"
     return '; '.join(sorted(f'{r}, {m}' for r, m in set(zip(items['role'], items['method'], strict=True))))
 
-# %% ../../nbs/api/evaluate/20_intervals.ipynb #fb297484
+# %% ../../nbs/api/evaluate/20_intervals.ipynb #75776c67
 def interval(
     items: pd.DataFrame, # items table
     role: str,           # as 'student'
@@ -140,7 +140,7 @@ def interval(
     "Mean of one model over its test rows, with its interval"
     return estimate(score_matrix(check_items(items), role, method, metric, **more).to_numpy(), level=level, n=n, seed=seed)
 
-# %% ../../nbs/api/evaluate/20_intervals.ipynb #a969beac
+# %% ../../nbs/api/evaluate/20_intervals.ipynb #952a0a8f
 def difference(
     items: pd.DataFrame,                      # items table
     a: tuple[str, str] | Mapping[str, str],   # (role, method), or a dict with role, method and any of task, weak, strong
@@ -156,18 +156,18 @@ def difference(
     for axis, what in ((1, 'test rows'), (0, 'seeds')): _same(x.axes[axis], y.axes[axis], what, _label(a), _label(b))
     return estimate((x - y).to_numpy(), level=level, n=n, seed=seed)
 
-# %% ../../nbs/api/evaluate/20_intervals.ipynb #a15d7b91
+# %% ../../nbs/api/evaluate/20_intervals.ipynb #b7311d00
 def _who(model: tuple[str, str] | Mapping[str, str]) -> dict[str, str]:
     "A model's name as keywords of `score_matrix`"
     return dict(model) if isinstance(model, Mapping) else dict(zip(('role', 'method'), model, strict=True))
 
-# %% ../../nbs/api/evaluate/20_intervals.ipynb #6b5e8e02
+# %% ../../nbs/api/evaluate/20_intervals.ipynb #71b5065c
 def _label(model: tuple[str, str] | Mapping[str, str]) -> str:
     "A model's name for a table or message: role (method, …)"
     role, *rest = _who(model).values()
     return f'{role} ({", ".join(rest)})'
 
-# %% ../../nbs/api/evaluate/20_intervals.ipynb #d5076379
+# %% ../../nbs/api/evaluate/20_intervals.ipynb #c13272df
 def _same(x: pd.Index, y: pd.Index, what: str, a: str, b: str) -> None:
     "Refuse two sets of rows or seeds that differ"
     only = x.symmetric_difference(y)
@@ -176,7 +176,7 @@ def _same(x: pd.Index, y: pd.Index, what: str, a: str, b: str) -> None:
     raise DataError(f'{a} and {b} were not scored on the same {what}: {len(only)} differ, as '
                     + ', '.join(f'{i} (only {m})' for i, m in where.items()) + '; score both on the same ones before comparing them')
 
-# %% ../../nbs/api/evaluate/20_intervals.ipynb #fb8729bd
+# %% ../../nbs/api/evaluate/20_intervals.ipynb #843cb907
 def interval_table(
     items: pd.DataFrame, # items table
     level: float = .95,  # coverage
@@ -195,7 +195,7 @@ def interval_table(
         rows += [who | vars(estimate(x, d, level)) for (who, x), d in zip(group, draws.T, strict=True)]
     return by_role(pd.DataFrame(rows))
 
-# %% ../../nbs/api/evaluate/20_intervals.ipynb #d7170abb
+# %% ../../nbs/api/evaluate/20_intervals.ipynb #f02a8c68
 def difference_table(
     items: pd.DataFrame, # items table
     metric: str,         # as 'accuracy'

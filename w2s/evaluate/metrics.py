@@ -6,13 +6,13 @@
 __all__ = ['ROLES', 'MODEL', 'ITEM_COLUMNS', 'TIDY_COLUMNS', 'STEPS', 'finite', 'preference_correct', 'agreement',
            'preference_scores', 'item_rows', 'metric_rows', 'check_items', 'by_role', 'summarise']
 
-# %% ../../nbs/api/evaluate/10_metrics.ipynb #0cc4f6cc
+# %% ../../nbs/api/evaluate/10_metrics.ipynb #8dd0fe8b
 from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 from ..errors import DataError, unknown
 
-# %% ../../nbs/api/evaluate/10_metrics.ipynb #560415d7
+# %% ../../nbs/api/evaluate/10_metrics.ipynb #ad6d286a
 def finite(
     values: Sequence[float] | np.ndarray, # one number a row
     what: str,                            # their name, for the message
@@ -25,14 +25,14 @@ def finite(
                                  'look for the row that made the model overflow before counting it as wrong')
     return x
 
-# %% ../../nbs/api/evaluate/10_metrics.ipynb #003578c4
+# %% ../../nbs/api/evaluate/10_metrics.ipynb #89a644b2
 def preference_correct(
     margin: Sequence[float] | np.ndarray, # score of chosen less score of rejected, one a row
 ) -> np.ndarray:                          # 1 right, 0 wrong, 1/2 at a tie
     "Is the chosen response ahead? Ties earn half, so a model that cannot tell scores 1/2"
     return (np.sign(finite(margin, 'margin')) + 1) / 2
 
-# %% ../../nbs/api/evaluate/10_metrics.ipynb #81512333
+# %% ../../nbs/api/evaluate/10_metrics.ipynb #c5e5b429
 def agreement(
     prob_a: Sequence[float] | np.ndarray, # one labeller's P(a ≻ b), one a row
     prob_b: Sequence[float] | np.ndarray, # the other's, same rows in the same order
@@ -45,7 +45,7 @@ def agreement(
             raise DataError(f'{what}: values from {p.min():.3g} to {p.max():.3g} are no probabilities; use sigmoid(margin)')
     return (np.sign(x - .5) * np.sign(y - .5) + 1) / 2
 
-# %% ../../nbs/api/evaluate/10_metrics.ipynb #e72f6e07
+# %% ../../nbs/api/evaluate/10_metrics.ipynb #b2ee0121
 def preference_scores(
     logp_chosen: Sequence[float] | np.ndarray,            # log-prob of the chosen response in nats, one a row
     logp_rejected: Sequence[float] | np.ndarray,          # of the rejected one, same rows
@@ -60,14 +60,14 @@ def preference_scores(
     if len(m) != len(c): raise DataError(f'{len(m)} margins against {len(c)} log-probs: these are not the same rows')
     return dict(accuracy=preference_correct(m), margin=m) | scores
 
-# %% ../../nbs/api/evaluate/10_metrics.ipynb #8c3c051f
+# %% ../../nbs/api/evaluate/10_metrics.ipynb #448568ea
 ROLES = ('base', 'floor', 'student', 'human', 'ceiling')
 MODEL = ['task', 'role', 'method', 'weak', 'strong']     # the columns that say which model
 ITEM_COLUMNS = MODEL + ['seed', 'id', 'metric', 'value']
 TIDY_COLUMNS = MODEL + ['seed', 'metric', 'value', 'n']
 STEPS = ('untuned', 'sft', 'dpo') # first word of a method, in the order of training
 
-# %% ../../nbs/api/evaluate/10_metrics.ipynb #2a2c349e
+# %% ../../nbs/api/evaluate/10_metrics.ipynb #3df88d97
 def item_rows(
     ids: Sequence[str],                   # id of each test row
     values: Sequence[float] | np.ndarray, # score of each test row, same order
@@ -86,21 +86,21 @@ def item_rows(
     who = dict(task=task, role=role, method=method, weak=weak, strong=strong, seed=seed, metric=metric)
     return pd.DataFrame({'id': list(ids), 'value': value, **who})[ITEM_COLUMNS]
 
-# %% ../../nbs/api/evaluate/10_metrics.ipynb #8b6d0251
+# %% ../../nbs/api/evaluate/10_metrics.ipynb #5cc602b7
 def metric_rows(
     ids: Sequence[str],                 # id of each test row
     scores: Mapping[str, np.ndarray],   # metric name -> score of each row, same order
-    role: str,                          # as in `item_rows`, like all that follow
-    method: str,
-    weak: str,
-    strong: str,
-    seed: int,
-    task: str,
+    role: str,                          # one of `ROLES`
+    method: str,                        # how the model was made
+    weak: str,                          # name of the weak supervisor; '' where there is none
+    strong: str,                        # name of the strong model; '' where there is none
+    seed: int,                          # seed of the whole run
+    task: str,                          # name of the data
 ) -> pd.DataFrame:                      # columns `ITEM_COLUMNS`, one row a test row and metric
     "Scores of one model on several metrics as rows of the items table"
     return pd.concat([item_rows(ids, v, m, role, method, weak, strong, seed, task) for m, v in scores.items()], ignore_index=True)
 
-# %% ../../nbs/api/evaluate/10_metrics.ipynb #fba5ee8a
+# %% ../../nbs/api/evaluate/10_metrics.ipynb #f46a8caf
 def check_items(
     items: pd.DataFrame, # columns `ITEM_COLUMNS`
 ) -> pd.DataFrame:       # the same table
@@ -117,7 +117,7 @@ def check_items(
                         f'{r["metric"]}, seed {r["seed"]}; was a run added twice?')
     return items
 
-# %% ../../nbs/api/evaluate/10_metrics.ipynb #fc59dcef
+# %% ../../nbs/api/evaluate/10_metrics.ipynb #e6d51a7c
 def _order(column: pd.Series) -> pd.Series:
     "What a column is sorted by: roles as in `ROLES`, methods as in training, all else as it is"
     def step(method): return next((i for i, word in enumerate(STEPS) if method.split(' ')[0] == word), len(STEPS))
@@ -125,7 +125,7 @@ def _order(column: pd.Series) -> pd.Series:
     if column.name == 'method': return column.map({m: f'{step(m)} {m}' for m in column.unique()})
     return column
 
-# %% ../../nbs/api/evaluate/10_metrics.ipynb #3009252c
+# %% ../../nbs/api/evaluate/10_metrics.ipynb #072df816
 def by_role(
     table: pd.DataFrame, # has a column role, and any of the other columns of items
 ) -> pd.DataFrame:       # sorted, new index
@@ -134,7 +134,7 @@ def by_role(
     keys = [c for c in ['task', 'role', 'method', 'weak', 'strong', 'seed', 'metric', 'id'] if c in table.columns]
     return table.sort_values(keys, key=_order, kind='stable', ignore_index=True)
 
-# %% ../../nbs/api/evaluate/10_metrics.ipynb #9c4cbcde
+# %% ../../nbs/api/evaluate/10_metrics.ipynb #51be431c
 def summarise(
     items: pd.DataFrame, # columns `ITEM_COLUMNS`
 ) -> pd.DataFrame:       # columns `TIDY_COLUMNS`: value is the mean over test rows, n their number

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_value', 'from_table', 'merged', 'read_toml', 'to_table', 'to_toml', 'settings_hash']
 
-# %% ../../nbs/api/experiments/05_config.ipynb #32d55881
+# %% ../../nbs/api/experiments/05_config.ipynb #e974e8d6
 import hashlib
 import json
 import sys
@@ -21,7 +21,7 @@ from ..errors import ConfigError, unknown
 if sys.version_info >= (3, 11): import tomllib
 else: import tomli as tomllib
 
-# %% ../../nbs/api/experiments/05_config.ipynb #bd412e91
+# %% ../../nbs/api/experiments/05_config.ipynb #bf0cf642
 def check_value(
     value: Any,  # as read from the file or the command line
     kind: Any,   # the field's type
@@ -38,7 +38,7 @@ def check_value(
     names = ' or '.join(getattr(o, '__name__', str(o)) for o in options if o is not type(None))
     raise ConfigError(f'setting {where} is {value!r}; it must be of type {names}')
 
-# %% ../../nbs/api/experiments/05_config.ipynb #f2c04b03
+# %% ../../nbs/api/experiments/05_config.ipynb #a1f1265f
 def from_table(
     cls: Any,               # a dataclass
     table: dict[str, Any],  # settings by name; tables inside for dataclasses inside
@@ -52,7 +52,7 @@ def from_table(
     if missing := [n for n in required if n not in table]: raise ConfigError(f'setting {where}{missing[0]} is needed and has no default')
     return cls(**{name: check_value(value, kinds[name], where + name) for name, value in table.items()})
 
-# %% ../../nbs/api/experiments/05_config.ipynb #8f6d12da
+# %% ../../nbs/api/experiments/05_config.ipynb #59f04e39
 def merged(
     low: dict[str, Any],  # settings
     high: dict[str, Any], # settings that win
@@ -62,7 +62,7 @@ def merged(
     for k, v in high.items(): out[k] = merged(out[k], v) if isinstance(v, dict) and isinstance(out.get(k), dict) else v
     return out
 
-# %% ../../nbs/api/experiments/05_config.ipynb #00814e84
+# %% ../../nbs/api/experiments/05_config.ipynb #b9398c24
 def read_toml(
     path: str | Path, # of a TOML file
 ) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def read_toml(
     try: return tomllib.loads(Path(path).read_text(encoding='utf-8'))
     except tomllib.TOMLDecodeError as e: raise ConfigError(f'{path} is not valid TOML: {e}') from e
 
-# %% ../../nbs/api/experiments/05_config.ipynb #2093cfe2
+# %% ../../nbs/api/experiments/05_config.ipynb #eb01646a
 def to_table(
     config: Any,         # an instance of a dataclass
 ) -> dict[str, Any]:     # plain values, without those that are None
@@ -81,14 +81,14 @@ def to_table(
         return list(v) if isinstance(v, tuple) else v
     return plain(asdict(config))
 
-# %% ../../nbs/api/experiments/05_config.ipynb #e27e6ae3
+# %% ../../nbs/api/experiments/05_config.ipynb #8ab63649
 def to_toml(
     config: Any, # an instance of a dataclass
 ) -> str:        # the text of a file that `read_toml` and `from_table` turn back into it
     "Every setting, with defaults filled in, as TOML"
     return tomli_w.dumps(to_table(config))
 
-# %% ../../nbs/api/experiments/05_config.ipynb #8108dfa9
+# %% ../../nbs/api/experiments/05_config.ipynb #23635dab
 def settings_hash(
     settings: Any, # values that JSON can hold
 ) -> str:          # 12 hexadecimal digits

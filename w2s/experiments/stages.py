@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'Run', 'stage_folder', 'run_stage', 'sync_tree', 'lock']
 
-# %% ../../nbs/api/experiments/10_stages.ipynb #6e0c1140
+# %% ../../nbs/api/experiments/10_stages.ipynb #0e4adea0
 import json
 import os
 import shutil
@@ -19,17 +19,17 @@ from filelock import FileLock, Timeout
 from ..errors import ConfigError
 from .config import settings_hash
 
-# %% ../../nbs/api/experiments/10_stages.ipynb #be9e30c5
+# %% ../../nbs/api/experiments/10_stages.ipynb #b9139281
 FORMAT = 1 # raised when the meaning of a stage changes: older results are then made anew
 
-# %% ../../nbs/api/experiments/10_stages.ipynb #aa13c7d9
+# %% ../../nbs/api/experiments/10_stages.ipynb #beecf3f3
 @dataclass(frozen=True)
 class Run:
     "Where the stages of an experiment live, and who hears about them"
     root: Path                               # folder of the whole experiment
     say: Callable[[str], None] = print       # hears a line when a stage begins or is found done
 
-# %% ../../nbs/api/experiments/10_stages.ipynb #771283f0
+# %% ../../nbs/api/experiments/10_stages.ipynb #0a0eb14e
 def stage_folder(
     run: Run,               # the experiment
     name: str,              # of the stage, for people
@@ -38,7 +38,7 @@ def stage_folder(
     "The folder of a stage, named by the hash of its inputs"
     return run.root/'stages'/f'{name}-{settings_hash({"name": name, "format": FORMAT, "inputs": inputs})}'
 
-# %% ../../nbs/api/experiments/10_stages.ipynb #a0696853
+# %% ../../nbs/api/experiments/10_stages.ipynb #20e5a952
 def run_stage(
     run: Run,                      # the experiment
     name: str,                     # of the stage, for people
@@ -58,7 +58,7 @@ def run_stage(
     os.replace(part, final)
     return final
 
-# %% ../../nbs/api/experiments/10_stages.ipynb #4b180822
+# %% ../../nbs/api/experiments/10_stages.ipynb #82c16fda
 def sync_tree(
     folder: Path, # with all that is in it
 ) -> None:
@@ -68,7 +68,7 @@ def sync_tree(
         try: os.fsync(handle)
         finally: os.close(handle)
 
-# %% ../../nbs/api/experiments/10_stages.ipynb #c0e25e07
+# %% ../../nbs/api/experiments/10_stages.ipynb #712b2e45
 def lock(
     root: Path, # folder of the experiment; made if it is not there
 ) -> FileLock:  # held; release it, or leave its `with`

@@ -7,8 +7,7 @@ __all__ = ['PAIRS', 'WeakTeacher', 'Model', 'know_model', 'open_base', 'Study', 
            'dpo_stage', 'pair_rewards', 'label_stage', 'Arm', 'train_arm', 'ceiling_rows', 'evaluate_arm', 'SeedRows',
            'supervise', 'train_students', 'label_table', 'Result', 'summary_table', 'caption', 'run']
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #e647fe1b
-import json
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #be94eb6d
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -34,7 +33,7 @@ from ..train.loop import Objective, TrainSettings, dpo_objective, material, sft_
 from ..train.reference import stored_logps, tokens_hash
 from ..train.tokens import EncodedRow, encode_rows
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #4566fdd9
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #1b8abaa6
 @dataclass(frozen=True)
 class WeakTeacher:
     "Weak-to-strong by preference labels (Tao & Li 2409.08813)"
@@ -65,7 +64,7 @@ class WeakTeacher:
         if self.beta <= 0: raise ConfigError(f'beta is {self.beta}; it must be above 0')
         if not 0 <= self.smoothing < .5: raise ConfigError(f'smoothing is {self.smoothing}; it must lie in [0, 0.5)')
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #a4503f05
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #7e5332f5
 @dataclass(frozen=True)
 class Model:
     "One of the two models, known but not yet loaded"
@@ -75,7 +74,7 @@ class Model:
     fingerprint: str   # of its weights
     load: LoadSettings # how it is to be loaded
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #3fcd317e
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #e98c1735
 def know_model(
     role: str,           # 'weak' or 'strong'
     name: str,           # folder or name on the hub
@@ -85,7 +84,7 @@ def know_model(
     limit = min(config.max_length, context_length(load_config(name, config.load)))
     return Model(role, name, Reader(role, load_tokenizer(name, config.load), limit), fingerprint(local_folder(name, config.load)), config.load)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #79449dba
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #4043a64d
 @lru_cache(maxsize=1)
 def _open(name: str, load: LoadSettings, fingerprint: str) -> Base:
     "The one base that is in memory"
@@ -93,14 +92,14 @@ def _open(name: str, load: LoadSettings, fingerprint: str) -> Base:
     check_model(base)
     return base
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #bf62bb9e
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #5720f696
 def open_base(
     model: Model, # of `know_model`
 ) -> Base:        # loaded and checked; the one before it is let go
     "Load a base, unless it is the one in memory"
     return _open(model.name, model.load, model.fingerprint)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #9afcdab6
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #1c8443cb
 @dataclass(frozen=True)
 class Study:
     "What the stages of one experiment share"
@@ -108,7 +107,7 @@ class Study:
     run: Run         # its folder
     quiet: bool      # no progress bars
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #708d1b4e
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #ed8be43e
 def train_stage(
     study: Study,                           # the experiment
     model: Model,                           # that is trained
@@ -133,7 +132,7 @@ def train_stage(
              'start': adapter_hash(start), 'train': material(settings), 'seed': seed}
     return run_stage(study.run, name, {**known, **inputs}, work)/'adapter'
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #ed18de26
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #e7252d00
 def encoded(
     model: Model,  # that reads them
     rows: Dataset, # of kind "preferences"; all readable
@@ -141,7 +140,7 @@ def encoded(
     "Rows as a model reads them"
     return encode_rows(model.reader.tokenizer, rows, RESPONSES, model.reader.limit).rows
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #3e445f55
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #d4e62ab3
 def sft_stage(
     study: Study,   # the experiment
     model: Model,   # that is trained
@@ -154,7 +153,7 @@ def sft_stage(
     inputs = {'objective': 'sft', 'rows': tokens_hash([replace(r, sequences=r.sequences[:1]) for r in tokens]), 'weights': weights}
     return train_stage(study, model, f'{name}-sft', study.config.sft, None, inputs, lambda base: sft_objective(tokens, weights), seed)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #fb4e2fb8
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #acf5c19a
 def dpo_stage(
     study: Study,   # the experiment
     model: Model,   # that is trained
@@ -173,12 +172,12 @@ def dpo_stage(
     inputs = {'objective': 'dpo', 'rows': tokens_hash(tokens), 'weights': weights, 'target': target, 'beta': c.beta, 'smoothing': c.smoothing}
     return train_stage(study, model, f'{name}-dpo', c.dpo, sft, inputs, objective, seed)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #cca9ce13
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #2485850b
 def pair_rewards(
     study: Study,              # the experiment
     model: Model,              # the judge
-    policy: Path,              # its DPO adapter
-    reference: Path,           # its SFT adapter
+    policy: Path | None,       # its DPO adapter; None: the base
+    reference: Path | None,    # its SFT adapter; None: the base
     tokens: Sequence[EncodedRow], # pairs
     label: str,                # of the progress bar
 ) -> tuple[np.ndarray, np.ndarray]: # implicit rewards and log-probs of the policy, each (rows, 2)
@@ -187,7 +186,7 @@ def pair_rewards(
     ours, theirs = (stored_logps(store, base, a, tokens, budget, label=label, quiet=study.quiet) for a in (policy, reference))
     return implicit_reward(ours, theirs, study.config.beta), ours
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #232d6dde
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #4e382fdc
 def label_stage(
     study: Study,       # the experiment
     model: Model,       # the weak supervisor
@@ -206,7 +205,7 @@ def label_stage(
               'dtype': model.load.dtype, 'rows': tokens_hash(tokens), 'beta': study.config.beta}
     return label_pairs(pairs, np.load(run_stage(study.run, f'weak-seed{seed}-labels', inputs, work)/'rewards.npy'), source=f'weak:{Path(model.name).name}')
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #d192db3d
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #11f687a0
 @dataclass(frozen=True)
 class Arm:
     "A trained model and its reference"
@@ -217,21 +216,21 @@ class Arm:
     reference: Path | None  # adapter of its reference; None: the base
     seed: int
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #ca06aa51
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #bac11adf
 def train_arm(
     study: Study,   # the experiment
     model: Model,   # that is trained
     role: str,      # of the result
     method: str,    # for the table
     rows: Dataset,  # of kind "preferences"
-    seed: int,
+    seed: int,      # of adapter and order
 ) -> Arm:           # after SFT and DPO
     "SFT, then DPO, on the same rows"
     name = f'{"weak" if role == "floor" else role}-seed{seed}'
     sft = sft_stage(study, model, name, rows, seed)
     return Arm(role, method, model, dpo_stage(study, model, name, rows, sft, seed), sft, seed)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #ced90d24
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #db4ffe3b
 def ceiling_rows(
     labelled: Dataset,    # of kind "preferences"
     unlabelled: Dataset,  # the student's rows, with human labels
@@ -241,7 +240,7 @@ def ceiling_rows(
     if 'gold' in unlabelled.column_names: return 'dpo gold', given_labels(to_pairs(unlabelled, seed), 'gold_a', 'gold').rows
     return 'dpo human both halves', concatenate_datasets([labelled, unlabelled])
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #e09e1ae9
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #96eda553
 def evaluate_arm(
     study: Study,   # the experiment
     arm: Arm,       # what is evaluated
@@ -252,15 +251,16 @@ def evaluate_arm(
     def work(folder: Path) -> None:
         rewards, logps = pair_rewards(study, m, arm.policy, arm.reference, tokens, f'{arm.role} on test rows')
         margin = None if arm.policy is None else rewards[:, 0] - rewards[:, 1]
-        np.savez(folder/'scores.npz', **preference_scores(logps[:, 0], logps[:, 1], margin))
+        pd.DataFrame(preference_scores(logps[:, 0], logps[:, 1], margin)).to_parquet(folder/'scores.parquet', index=False)
 
     inputs = {'policy': adapter_hash(arm.policy), 'reference': adapter_hash(arm.reference), 'base': m.fingerprint, 'quantize': m.load.quantize,
               'dtype': m.load.dtype, 'rows': tokens_hash(tokens), 'beta': c.beta}
-    scores = dict(np.load(run_stage(study.run, f'{arm.role}-{arm.method.replace(" ", "-")}-seed{arm.seed}-test', inputs, work)/'scores.npz'))
+    done = run_stage(study.run, f'{arm.role}-{arm.method.replace(" ", "-")}-seed{arm.seed}-test', inputs, work)
+    scores = {str(k): v.to_numpy() for k, v in pd.read_parquet(done/'scores.parquet').items()}
     weak, strong = Path(c.weak).name, Path(c.strong).name
     return metric_rows([r.id for r in tokens], scores, arm.role, arm.method, weak, '' if arm.role == 'floor' else strong, arm.seed, 'preferences')
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #083a1266
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #9b7918ee
 @dataclass(frozen=True)
 class SeedRows:
     "The rows of one seed after labelling"
@@ -270,12 +270,12 @@ class SeedRows:
     weak: WeakLabels     # labels of the supervisor for the unlabelled rows
     floor: Arm           # the supervisor
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #d21e4764
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #508f2fd1
 def supervise(
     study: Study,          # the experiment
     model: Model,          # the weak supervisor
     data: PreferenceData,  # its rows
-    seed: int,
+    seed: int,             # of halves, adapters and order
 ) -> SeedRows:
     "Train the weak supervisor of one seed and let it label the other half"
     c = study.config
@@ -284,7 +284,7 @@ def supervise(
     assert floor.reference and floor.policy
     return SeedRows(seed, labelled, unlabelled, label_stage(study, model, floor.reference, floor.policy, unlabelled, seed), floor)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #6ed6755f
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #dbd81274
 def train_students(
     study: Study,    # the experiment
     model: Model,    # the strong student
@@ -300,7 +300,7 @@ def train_students(
             Arm('base', 'sft human', model, human_arm.reference, None, seed)]
     return [*base, student, human_arm, ceiling]
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #44bf2899
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #977649a5
 def label_table(
     seeds: Sequence[SeedRows], # after labelling
 ) -> pd.DataFrame:             # a row a seed
@@ -313,11 +313,11 @@ def label_table(
                         confidence=float(np.abs(2*s.weak.prob_a - 1).mean())))
     return pd.DataFrame(out)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #451c75ed
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #bdffbf82
 PAIRS = [(('student', 'dpo weak'), ('human', 'dpo human')), (('student', 'dpo weak'), ('floor', 'dpo human')),
          (('student', 'dpo weak'), ('base', 'sft weak'))] # differences that the paper is about
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #3c01cbd2
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #4cc979fb
 @dataclass(frozen=True)
 class Result:
     "The whole comparison"
@@ -331,13 +331,12 @@ class Result:
     differences: pd.DataFrame # paired differences of accuracy, with their intervals
     adapters: dict[str, Path] # trained adapters in PEFT form
 
-    def summary(self) -> pd.DataFrame: return summary_table(self)
     def _repr_html_(self) -> str: return summary_table(self).to_html(index=False) + f'<p>{caption(self)}</p>'
     def __repr__(self) -> str: return f'{summary_table(self).to_string(index=False)}\n{caption(self)}'
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #18ea2144
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #373dac0b
 def summary_table(
-    result: Result,
+    result: Result, # of a run
 ) -> pd.DataFrame:  # role, method, model, and value [low, high] for each metric
     "The table that a person looks at first"
     t = result.intervals
@@ -348,9 +347,9 @@ def summary_table(
     metrics = [m for m in ('accuracy', 'likelihood_accuracy', 'margin', 'logp_chosen', 'logp_rejected') if m in wide]
     return wide[['role', 'method', 'model', *metrics]].fillna('–').rename_axis(columns=None)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #7617553e
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #d381109c
 def caption(
-    result: Result,
+    result: Result, # of a run
 ) -> str:
     "What the intervals are, what the ceiling is, and what the labels were worth"
     t, labels, seeds = result.intervals, result.labels, int(result.intervals.seeds.max())
@@ -361,7 +360,7 @@ def caption(
             f'Ceiling: {what}. '
             f'Weak labels agree with human ones on {labels.agreement.mean():.1%} of {labels.rows.sum():,} pairs ({labels.ties.sum()} ties).')
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #2c9b8849
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #73879ce4
 def run(
     config: WeakTeacher,                    # what to compare
     out: str | Path = 'runs/weak-teacher',  # folder of stages and results; used again by later runs
@@ -372,7 +371,7 @@ def run(
     try: return _run(Study(config, Run(Path(out), (lambda line: None) if quiet else print), quiet))
     finally: held.release()
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #e9e292a8
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #1a131ab7
 def _run(study: Study) -> Result:
     "All stages, then all tables"
     c = study.config

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALPHABET', 'SPECIAL', 'tiny_tokenizer', 'tiny_config', 'tiny_model', 'packed', 'pretrain']
 
-# %% ../../nbs/api/models/05_tiny.ipynb #f6c012f7
+# %% ../../nbs/api/models/05_tiny.ipynb #a30af69e
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
-# %% ../../nbs/api/models/05_tiny.ipynb #866fd351
+# %% ../../nbs/api/models/05_tiny.ipynb #555d93c8
 ALPHABET = pre_tokenizers.ByteLevel.alphabet() # the 256 bytes as printable characters: nothing is ever unknown
 SPECIAL = ['<pad>', '<s>', '</s>']             # ids 0, 1 and 2
 
-# %% ../../nbs/api/models/05_tiny.ipynb #d1abde44
+# %% ../../nbs/api/models/05_tiny.ipynb #fa5f8c6d
 def tiny_tokenizer(
     texts: Iterable[str],   # what the pieces are learned from
     vocab_size: int = 512,  # pieces, the 256 bytes and 3 special tokens among them
@@ -31,7 +31,7 @@ def tiny_tokenizer(
         vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=sorted(ALPHABET), show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', bos_token='<s>', eos_token='</s>')
 
-# %% ../../nbs/api/models/05_tiny.ipynb #1bee19e0
+# %% ../../nbs/api/models/05_tiny.ipynb #8d0eac77
 def tiny_config(
     vocab_size: int,     # pieces of the tokenizer
     hidden: int = 64,    # width; a multiple of 64
@@ -44,7 +44,7 @@ def tiny_config(
         num_attention_heads=hidden//32, max_position_embeddings=context, tie_word_embeddings=True,
         pad_token_id=0, bos_token_id=1, eos_token_id=2)
 
-# %% ../../nbs/api/models/05_tiny.ipynb #aefff05c
+# %% ../../nbs/api/models/05_tiny.ipynb #52990f19
 def tiny_model(
     folder: str | Path,                 # where model and tokenizer are written; made if it is not there
     texts: Iterable[str],               # what the tokenizer learns its pieces from
@@ -64,7 +64,7 @@ def tiny_model(
     tok.save_pretrained(folder)
     return Path(folder)
 
-# %% ../../nbs/api/models/05_tiny.ipynb #0275ef51
+# %% ../../nbs/api/models/05_tiny.ipynb #b69fc761
 def packed(
     texts: Iterable[str],                # sentences or documents
     tokenizer: PreTrainedTokenizerFast,  # of the model
@@ -75,7 +75,7 @@ def packed(
     rows = len(ids) // length
     return torch.tensor(ids[:rows*length]).view(rows, length)
 
-# %% ../../nbs/api/models/05_tiny.ipynb #8758a40f
+# %% ../../nbs/api/models/05_tiny.ipynb #470c6e0b
 def pretrain(
     folder: str | Path,             # of a model written by `tiny_model`; its weights are replaced
     texts: Iterable[str],           # what it reads

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WINDOW', 'epoch_batches', 'micro_batches', 'Block', 'block']
 
-# %% ../../nbs/api/train/15_batches.ipynb #5429feaf
+# %% ../../nbs/api/train/15_batches.ipynb #fb0382db
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,10 +15,10 @@ import torch
 from ..errors import ConfigError
 from .tokens import Encoded
 
-# %% ../../nbs/api/train/15_batches.ipynb #9174d0c0
+# %% ../../nbs/api/train/15_batches.ipynb #3730ae17
 WINDOW = 16 # optimizer batches sorted together: long enough to save padding, short enough to mix
 
-# %% ../../nbs/api/train/15_batches.ipynb #4ebffbd2
+# %% ../../nbs/api/train/15_batches.ipynb #9678bd72
 def epoch_batches(
     lengths: Sequence[int], # tokens of each row
     size: int,              # rows a step
@@ -35,7 +35,7 @@ def epoch_batches(
         batches += [window[j:j + size].tolist() for j in range(0, len(window), size)]
     return [batches[i] for i in rng.permutation(len(batches))]
 
-# %% ../../nbs/api/train/15_batches.ipynb #2fa7626d
+# %% ../../nbs/api/train/15_batches.ipynb #2b2be6e7
 def micro_batches(
     rows: Sequence[int],    # row numbers of one optimizer batch, or of a whole data set to be scored
     lengths: Sequence[int], # tokens of each row of the data set
@@ -48,7 +48,7 @@ def micro_batches(
         else: out.append([i])
     return out
 
-# %% ../../nbs/api/train/15_batches.ipynb #5ee52b0c
+# %% ../../nbs/api/train/15_batches.ipynb #ca9745b1
 @dataclass(frozen=True)
 class Block:
     "Some sequences, padded to one length, and where their response tokens are"
@@ -59,11 +59,14 @@ class Block:
     position: torch.Tensor        # (response tokens,): where its prediction is read, one place before it
     target: torch.Tensor          # (response tokens,): its id
 
-    def to(self, device: torch.device | str) -> 'Block':
+    def to(
+        self,
+        device: torch.device | str, # where the model is
+    ) -> 'Block':
         "The same block on another device"
         return Block(*(t.to(device) for t in vars(self).values()))
 
-# %% ../../nbs/api/train/15_batches.ipynb #3a720253
+# %% ../../nbs/api/train/15_batches.ipynb #45a61bf1
 def block(
     sequences: Sequence[Encoded], # prompts with their responses
     side: str = 'right',          # where the padding goes: 'right' or 'left'; the result is the same

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PIECE', 'CELLS', 'token_logps', 'head_of', 'response_hidden', 'response_logps', 'check_model', 'score']
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #5fef2497
+# %% ../../nbs/api/train/20_logprobs.ipynb #c708e2d9
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -20,11 +20,11 @@ from ..models.load import Base, set_mode
 from .batches import Block, block, micro_batches
 from .tokens import Encoded, EncodedRow
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #c7556fd6
+# %% ../../nbs/api/train/20_logprobs.ipynb #63319ef2
 PIECE = 8192  # words of the vocabulary at once
 CELLS = 2**24 # numbers in a piece of logits: 64 MB, whatever the vocabulary
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #d30646e7
+# %% ../../nbs/api/train/20_logprobs.ipynb #5f24974b
 def _pieces(
     hidden: Tensor,        # (tokens, width), any type
     weight: Tensor,        # (vocabulary, width)
@@ -43,7 +43,7 @@ def _pieces(
             capped = z if cap is None else cap * torch.tanh(z / cap)
             yield rows, v, w, capped, (None if cap is None else 1 - (capped / cap)**2)
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #13beb23d
+# %% ../../nbs/api/train/20_logprobs.ipynb #a490f445
 class _TokenLogps(torch.autograd.Function):
     "Log-probability of each target, with memory for tokens × width instead of tokens × vocabulary"
     @staticmethod
@@ -71,7 +71,7 @@ class _TokenLogps(torch.autograd.Function):
             out[rows] += (d * grads[0][rows, None] * (1 if slope is None else slope)) @ w
         return out.to(hidden.dtype), None, None, None, None, None
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #b4b5e6c9
+# %% ../../nbs/api/train/20_logprobs.ipynb #cc5fcbde
 def token_logps(
     hidden: Tensor,               # (tokens, width): states from which each target is predicted
     target: Tensor,               # (tokens,): ids
@@ -83,7 +83,7 @@ def token_logps(
     "Log-probability of each target, without the table of logits"
     return _TokenLogps.apply(hidden, target, weight, bias, scale, cap)
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #982eae56
+# %% ../../nbs/api/train/20_logprobs.ipynb #79d22db7
 def head_of(
     model: Any,  # a causal language model, with or without an adapter
 ) -> dict:       # weight, bias, scale and cap, for `token_logps`
@@ -95,7 +95,7 @@ def head_of(
     return dict(weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach(), scale=float(scale),
                 cap=config.get('final_logit_softcapping'))
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #95a0f8eb
+# %% ../../nbs/api/train/20_logprobs.ipynb #751137ef
 def response_hidden(
     model: Any,    # a causal language model, with or without an adapter
     data: Block,   # on any device
@@ -107,7 +107,7 @@ def response_hidden(
     out = body(input_ids=data.input_ids, attention_mask=data.attention_mask, use_cache=False, **extra)
     return out.last_hidden_state[data.sequence, data.position]
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #4cb13292
+# %% ../../nbs/api/train/20_logprobs.ipynb #8221555e
 def response_logps(
     model: Any,        # a causal language model, with or without an adapter
     data: Block,       # sequences with their response tokens
@@ -116,7 +116,7 @@ def response_logps(
     per_token = token_logps(response_hidden(model, data), data.target.to(model.device), **head_of(model))
     return torch.zeros(len(data.input_ids), device=per_token.device).index_add(0, data.sequence.to(per_token.device), per_token)
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #63296cfa
+# %% ../../nbs/api/train/20_logprobs.ipynb #12d4047e
 def check_model(
     base: Base, # just loaded
 ) -> None:
@@ -125,7 +125,7 @@ def check_model(
     rows = [Encoded(tuple((7*i + k) % (top - 3) + 3 for i in range(n)), 2) for k, n in ((0, 12), (1, 7))]
     with torch.no_grad():
         padded = response_logps(base.model, block(rows)).cpu()
-        for row, ours in zip(rows, padded):
+        for row, ours in zip(rows, padded, strict=True):
             ids = torch.tensor([row.ids], device=base.model.device)
             logp = base.model(ids).logits[0].float().log_softmax(-1)
             own = logp[torch.arange(row.start - 1, len(row.ids) - 1), ids[0, row.start:]].sum().item()
@@ -134,7 +134,7 @@ def check_model(
                 raise ModelError(f'{base.name}: log-probs from the hidden states ({ours.item():.3f}) are not those of its logits ({own:.3f}); '
                                  'its head or its positions are of a kind that is not supported')
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #0df7da24
+# %% ../../nbs/api/train/20_logprobs.ipynb #b60dd978
 def score(
     model: Any,                  # a causal language model, with or without an adapter; left in evaluation mode
     rows: Sequence[EncodedRow],  # each with the same number of sequences

@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'OPTIMIZERS', 'IMMATERIAL', 'TrainSettings', 'material',
            'dpo_objective', 'step_gradient', 'trainable', 'save_checkpoint', 'checkpoints', 'load_checkpoint',
            'make_optimizer', 'take_step', 'plan_steps', 'train']
 
-# %% ../../nbs/api/train/50_loop.ipynb #c0032efb
+# %% ../../nbs/api/train/50_loop.ipynb #ccdfcc29
 import json
 import math
 import os
@@ -32,11 +32,11 @@ from .batches import block, epoch_batches, micro_batches
 from .logprobs import response_logps
 from .tokens import Encoded, EncodedRow
 
-# %% ../../nbs/api/train/50_loop.ipynb #fadef103
+# %% ../../nbs/api/train/50_loop.ipynb #812ca423
 SCHEDULES = ('cosine', 'linear', 'constant')
 OPTIMIZERS = ('adamw', 'paged_adamw_8bit')
 
-# %% ../../nbs/api/train/50_loop.ipynb #450463d9
+# %% ../../nbs/api/train/50_loop.ipynb #e98cdc1d
 @dataclass(frozen=True)
 class TrainSettings:
     "How an adapter is trained"
@@ -61,17 +61,17 @@ class TrainSettings:
         if self.schedule not in SCHEDULES: raise ConfigError(unknown(self.schedule, SCHEDULES, 'schedule'))
         if self.optimizer not in OPTIMIZERS: raise ConfigError(unknown(self.optimizer, OPTIMIZERS, 'optimizer'))
 
-# %% ../../nbs/api/train/50_loop.ipynb #5524cfe3
+# %% ../../nbs/api/train/50_loop.ipynb #7c9e767d
 IMMATERIAL = ('token_budget', 'gradient_checkpointing', 'checkpoint_every')
 
-# %% ../../nbs/api/train/50_loop.ipynb #cbffc509
+# %% ../../nbs/api/train/50_loop.ipynb #613f18a6
 def material(
     settings: TrainSettings, # of a training
 ) -> dict[str, Any]:         # plain values
     "The settings that can change what is learned"
     return {k: v for k, v in asdict(settings).items() if k not in IMMATERIAL}
 
-# %% ../../nbs/api/train/50_loop.ipynb #70d0c402
+# %% ../../nbs/api/train/50_loop.ipynb #3e8c214f
 def learning_rate(
     step: int,               # from 0
     total: int,              # steps of the whole training
@@ -84,7 +84,7 @@ def learning_rate(
     shape = {'cosine': (1 + math.cos(math.pi * done)) / 2, 'linear': 1 - done, 'constant': 1.}[settings.schedule]
     return settings.learning_rate * shape
 
-# %% ../../nbs/api/train/50_loop.ipynb #c1d6805a
+# %% ../../nbs/api/train/50_loop.ipynb #8f1ecc82
 @dataclass(frozen=True)
 class Objective:
     "Rows to learn from, and the loss of each"
@@ -95,7 +95,7 @@ class Objective:
     weights: Tensor                             # (rows,)
     sizes: list[int]                            # of each row: 1, or its response tokens
 
-# %% ../../nbs/api/train/50_loop.ipynb #2a1b002b
+# %% ../../nbs/api/train/50_loop.ipynb #e5c8be12
 def _weights(weights: Sequence[float] | None, rows: int) -> Tensor:
     "Weights as a checked tensor of one a row"
     out = torch.ones(rows) if weights is None else torch.tensor(list(weights), dtype=torch.float32)
@@ -103,17 +103,17 @@ def _weights(weights: Sequence[float] | None, rows: int) -> Tensor:
     losses.check_weights(out)
     return out
 
-# %% ../../nbs/api/train/50_loop.ipynb #b0483c7d
+# %% ../../nbs/api/train/50_loop.ipynb #0514dbd3
 def sft_objective(
     rows: Sequence[EncodedRow],              # the first sequence of each is learned: the completion, or the chosen response
     weights: Sequence[float] | None = None,  # one a row; None: 1
 ) -> Objective:
     "Supervised fine-tuning on completions only; loss a token over the whole optimizer batch"
-    first = [(r.sequences[0],) for r in rows]
+    first: list[tuple[Encoded, ...]] = [r.sequences[:1] for r in rows]
     return Objective([r.id for r in rows], first, lambda logps, _: logps[:, 0], lambda values, _: losses.sft(values),
-                     _weights(weights, len(first)), [len(s.response) for s, in first])
+                     _weights(weights, len(first)), [len(s.response) for (s,) in first])
 
-# %% ../../nbs/api/train/50_loop.ipynb #aa1fcc5d
+# %% ../../nbs/api/train/50_loop.ipynb #c940cd80
 def dpo_objective(
     rows: Sequence[EncodedRow],              # (chosen, rejected)
     reference: Any,                          # (rows, 2): log-probs under the frozen reference, from `stored_logps`
@@ -132,7 +132,7 @@ def dpo_objective(
                      lambda logps, i: losses.margin(logps, ref[i].to(logps.device), beta),
                      lambda values, i: losses.dpo(values, p[i].to(values.device), smoothing), _weights(weights, len(rows)), [1]*len(rows))
 
-# %% ../../nbs/api/train/50_loop.ipynb #74eddd8d
+# %% ../../nbs/api/train/50_loop.ipynb #cfe674fe
 def step_gradient(
     model: Any,             # with a trainable adapter, in training mode
     objective: Objective,   # rows and loss
@@ -152,14 +152,14 @@ def step_gradient(
         total, value = total + loss.item(), value + values.sum().item() / len(batch)
     return {'loss': total, 'value': value}
 
-# %% ../../nbs/api/train/50_loop.ipynb #6fc22eb7
+# %% ../../nbs/api/train/50_loop.ipynb #03365667
 def trainable(
     model: Any,               # with an adapter
 ) -> dict[str, Tensor]:       # in the order of the model
     "The weights that training changes, by name"
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
-# %% ../../nbs/api/train/50_loop.ipynb #8edf8c8c
+# %% ../../nbs/api/train/50_loop.ipynb #bd777fb8
 def _sync(folder: Path) -> None:
     "Force the files of a folder, and its own list of names, to disk"
     for path in [*folder.iterdir(), folder]:
@@ -167,7 +167,7 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
         os.close(handle)
 
-# %% ../../nbs/api/train/50_loop.ipynb #406e95ee
+# %% ../../nbs/api/train/50_loop.ipynb #000fdfa6
 def save_checkpoint(
     folder: Path,                     # of all checkpoints of this training
     step: int,                        # steps taken
@@ -189,14 +189,14 @@ def save_checkpoint(
     for old in checkpoints(folder)[:-2]: shutil.rmtree(old)
     return final
 
-# %% ../../nbs/api/train/50_loop.ipynb #c926a219
+# %% ../../nbs/api/train/50_loop.ipynb #243c7069
 def checkpoints(
     folder: Path, # of all checkpoints of one training
 ) -> list[Path]:  # whole ones, from first to last
     "The checkpoints that can be loaded"
     return sorted(p for p in folder.iterdir() if re.fullmatch(r'step-\d{6}', p.name)) if folder.is_dir() else []
 
-# %% ../../nbs/api/train/50_loop.ipynb #fb3adae3
+# %% ../../nbs/api/train/50_loop.ipynb #aed09b05
 def load_checkpoint(
     checkpoint: Path,                 # its folder
     model: Any,                       # with an adapter of the same shape; its values are replaced
@@ -209,7 +209,7 @@ def load_checkpoint(
     optimizer.load_state_dict(torch.load(checkpoint/'optimizer.pt', weights_only=True))
     return json.loads((checkpoint/'history.json').read_text(encoding='utf-8'))
 
-# %% ../../nbs/api/train/50_loop.ipynb #bd14fa2d
+# %% ../../nbs/api/train/50_loop.ipynb #4c2fed2c
 def make_optimizer(
     model: Any,               # with a trainable adapter
     settings: TrainSettings,  # optimizer and weight decay
@@ -221,7 +221,7 @@ def make_optimizer(
     import bitsandbytes as bnb
     return bnb.optim.PagedAdamW8bit(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
-# %% ../../nbs/api/train/50_loop.ipynb #684c2787
+# %% ../../nbs/api/train/50_loop.ipynb #523f6885
 def take_step(
     model: Any,                       # with a trainable adapter
     optimizer: torch.optim.Optimizer, # of its weights
@@ -239,7 +239,7 @@ def take_step(
     optimizer.step()
     return {**note, 'grad_norm': norm.item(), 'learning_rate': rate}
 
-# %% ../../nbs/api/train/50_loop.ipynb #9326dcec
+# %% ../../nbs/api/train/50_loop.ipynb #40aa4f2f
 def plan_steps(
     objective: Objective,    # rows
     settings: TrainSettings, # epochs and batch size
@@ -249,7 +249,7 @@ def plan_steps(
     lengths = [max(len(s.ids) for s in row) for row in objective.sequences]
     return [b for e in range(settings.epochs) for b in epoch_batches(lengths, settings.batch_size, seed, e)]
 
-# %% ../../nbs/api/train/50_loop.ipynb #dfd9f3d7
+# %% ../../nbs/api/train/50_loop.ipynb #97524894
 def train(
     model: Any,               # with a trainable adapter; changed in place
     objective: Objective,     # rows and loss
@@ -278,7 +278,7 @@ def train(
     if settings.gradient_checkpointing: model.gradient_checkpointing_disable()
     return pd.DataFrame(history)
 
-# %% ../../nbs/api/train/50_loop.ipynb #12529c6e
+# %% ../../nbs/api/train/50_loop.ipynb #392b863b
 def _stopped(error: TrainError, step: int, folder: Path) -> str:
     "The message of a training that had to stop"
     good = checkpoints(folder)

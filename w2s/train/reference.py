@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PART', 'tokens_hash', 'logps_key', 'write_atomic', 'store_folder', 'tolerance', 'stored_logps']
 
-# %% ../../nbs/api/train/40_reference.ipynb #7abc1b8c
+# %% ../../nbs/api/train/40_reference.ipynb #de796ac3
 import hashlib
 import json
 import os
@@ -23,7 +23,7 @@ from ..models.load import Base
 from .logprobs import score
 from .tokens import EncodedRow
 
-# %% ../../nbs/api/train/40_reference.ipynb #73b63bd2
+# %% ../../nbs/api/train/40_reference.ipynb #9e47bbe4
 def tokens_hash(
     rows: Sequence[EncodedRow], # as they go through the model
 ) -> str:                       # 16 hexadecimal digits
@@ -32,7 +32,7 @@ def tokens_hash(
     for r in rows: digest.update(json.dumps([r.id, [[s.start, *s.ids] for s in r.sequences]]).encode())
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/api/train/40_reference.ipynb #01c2206c
+# %% ../../nbs/api/train/40_reference.ipynb #307e929d
 def logps_key(
     base: Base,                  # model
     adapter: str | Path | None,  # folder of its adapter; None: the base alone
@@ -42,7 +42,7 @@ def logps_key(
     return {'base': base.fingerprint, 'adapter': adapter_hash(adapter), 'quantize': base.settings.quantize,
             'dtype': base.settings.dtype, 'tokens': tokens_hash(rows)}
 
-# %% ../../nbs/api/train/40_reference.ipynb #d77daabe
+# %% ../../nbs/api/train/40_reference.ipynb #08b5455a
 def write_atomic(
     path: Path,     # the file, which appears whole or not at all
     content: bytes, # of it
@@ -56,10 +56,10 @@ def write_atomic(
         os.fsync(f.fileno())
     os.replace(name, path)
 
-# %% ../../nbs/api/train/40_reference.ipynb #a44a81eb
+# %% ../../nbs/api/train/40_reference.ipynb #5837ce30
 PART = 512 # rows a part: some seconds of work, and a bound on what a kill can lose
 
-# %% ../../nbs/api/train/40_reference.ipynb #1ef5ebca
+# %% ../../nbs/api/train/40_reference.ipynb #44795493
 def store_folder(
     store: str | Path,   # folder of all kept log-probs
     key: dict[str, str], # of `logps_key`
@@ -67,7 +67,7 @@ def store_folder(
     "Where log-probs with this key are kept"
     return Path(store)/hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
 
-# %% ../../nbs/api/train/40_reference.ipynb #9a21309b
+# %% ../../nbs/api/train/40_reference.ipynb #8db34538
 def _score_parts(folder: Path, model: Any, rows: Sequence[EncodedRow], budget: int, label: str, quiet: bool) -> None:
     "Score the parts that are not there yet"
     parts = range(0, len(rows), PART)
@@ -77,7 +77,7 @@ def _score_parts(folder: Path, model: Any, rows: Sequence[EncodedRow], budget: i
         values = score(model, rows[i:i + PART], budget, label=label, quiet=quiet)
         write_atomic(path, values.astype('<f8').tobytes())
 
-# %% ../../nbs/api/train/40_reference.ipynb #c825ff76
+# %% ../../nbs/api/train/40_reference.ipynb #caa64a95
 def tolerance(
     dtype: str,   # of the arithmetic
     tokens: int,  # of the response
@@ -85,18 +85,18 @@ def tolerance(
     "By how much two computations of one log-prob may differ"
     return (2e-4 if dtype == 'float32' else .05) * max(1, tokens)**.5
 
-# %% ../../nbs/api/train/40_reference.ipynb #d7212cc8
+# %% ../../nbs/api/train/40_reference.ipynb #c1fbf61b
 def _check_kept(values: np.ndarray, model: Any, base: Base, rows: Sequence[EncodedRow], n: int, budget: int, folder: Path) -> None:
     "Compute some rows anew; raise `TrainError` if they are not what was kept"
     picks = sorted(range(len(rows)), key=lambda i: hashlib.sha256(rows[i].id.encode()).digest())[:n]
     fresh = score(model, [rows[i] for i in picks], budget, quiet=True)
-    for i, new, old in zip(picks, fresh, values[picks]):
-        for s, a, b in zip(rows[i].sequences, new, old):
+    for i, new, old in zip(picks, fresh, values[picks], strict=True):
+        for s, a, b in zip(rows[i].sequences, new, old, strict=True):
             if not abs(a - b) <= tolerance(base.settings.dtype, len(s.response)):
                 raise TrainError(f'kept log-prob of row {rows[i].id} is {b:.4f}, but it is {a:.4f} when computed again; '
                                  f'the store is damaged or was made by another version: delete {folder}')
 
-# %% ../../nbs/api/train/40_reference.ipynb #2e4855e1
+# %% ../../nbs/api/train/40_reference.ipynb #85243c21
 def stored_logps(
     store: str | Path,           # folder of all kept log-probs
     base: Base,                  # model
@@ -113,7 +113,7 @@ def stored_logps(
     folder, parts = store_folder(store, key), -(-len(rows)//PART)
     missing = [n for n in range(parts) if not (folder/f'{n:05}.npy').exists()]
     write_atomic(folder/'key.json', json.dumps(key, indent=1).encode())
-    model = load_adapter(base, adapter) if adapter else base.model
+    model: Any = load_adapter(base, adapter) if adapter else base.model
     try:
         if missing: _score_parts(folder, model, rows, budget, label, quiet)
         values = np.concatenate([np.frombuffer((folder/f'{n:05}.npy').read_bytes(), '<f8') for n in range(parts)]).reshape(len(rows), -1)

@@ -6,7 +6,7 @@
 __all__ = ['MIN_PROMPT', 'TOO_LONG', 'EQUAL', 'Encoded', 'common_start', 'prompt_and_full', 'close', 'token_ids', 'encode',
            'cut_prompt', 'fit', 'EncodedRow', 'Tokens', 'encode_rows', 'lost_characters', 'report_tokens']
 
-# %% ../../nbs/api/train/10_tokens.ipynb #7a1d300f
+# %% ../../nbs/api/train/10_tokens.ipynb #e5c19b4f
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from datasets import Dataset
 from ..data.hygiene import DataReport
 from ..errors import DataError
 
-# %% ../../nbs/api/train/10_tokens.ipynb #eda605a3
+# %% ../../nbs/api/train/10_tokens.ipynb #488940b4
 @dataclass(frozen=True)
 class Encoded:
     "A prompt with one response, as token ids"
@@ -28,17 +28,17 @@ class Encoded:
         "Ids of the response, the end token included"
         return self.ids[self.start:]
 
-# %% ../../nbs/api/train/10_tokens.ipynb #dbbf4ceb
+# %% ../../nbs/api/train/10_tokens.ipynb #9fa98321
 def common_start(
     a: Sequence[int], # ids
     b: Sequence[int], # ids
 ) -> int:             # length of the common beginning
     "How far two sequences agree from the left"
-    for i, (x, y) in enumerate(zip(a, b)):
+    for i, (x, y) in enumerate(zip(a, b, strict=False)): # one may be longer
         if x != y: return i
     return min(len(a), len(b))
 
-# %% ../../nbs/api/train/10_tokens.ipynb #d6dd0409
+# %% ../../nbs/api/train/10_tokens.ipynb #d357c75c
 def prompt_and_full(
     tokenizer: Any,                # of the model
     prompt: str | list[dict],      # text, or chat messages
@@ -53,7 +53,7 @@ def prompt_and_full(
     return (tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True),
             tokenizer.apply_chat_template(reply, tokenize=False), False)
 
-# %% ../../nbs/api/train/10_tokens.ipynb #27158f01
+# %% ../../nbs/api/train/10_tokens.ipynb #f62c1f2b
 def close(
     ids: Sequence[int],  # of a whole plain text
     bos: int | None,     # begin token of the tokenizer, if it has one
@@ -65,7 +65,7 @@ def close(
     while len(ids) > 1 and eos is not None and ids[-1] == eos: ids = ids[:-1]
     return ids if eos is None else [*ids, eos]
 
-# %% ../../nbs/api/train/10_tokens.ipynb #861fed94
+# %% ../../nbs/api/train/10_tokens.ipynb #1975755c
 def token_ids(
     tokenizer: Any,     # of the model
     texts: list[str],   # may hold duplicates
@@ -75,31 +75,31 @@ def token_ids(
     different = list(dict.fromkeys(texts))
     if not different: return []
     ids = tokenizer(different, add_special_tokens=special, padding=False, truncation=False, verbose=False)['input_ids']
-    known = dict(zip(different, ids))
+    known = dict(zip(different, ids, strict=True))
     return [known[t] for t in texts]
 
-# %% ../../nbs/api/train/10_tokens.ipynb #960446ce
+# %% ../../nbs/api/train/10_tokens.ipynb #7aea868a
 def encode(
     tokenizer: Any,                  # of the model
     prompts: list[str | list[dict]], # one for each response
     responses: list[str],            # same length
 ) -> list[Encoded]:                  # nothing is cut yet
     "Prompts and responses as token ids, with the boundary between them; raises `DataError`"
-    texts = [prompt_and_full(tokenizer, p, r) for p, r in zip(prompts, responses)]
+    texts = [prompt_and_full(tokenizer, p, r) for p, r in zip(prompts, responses, strict=True)]
     out: list[Encoded] = [Encoded((), 0)] * len(texts)
     for special in (True, False):
         rows = [i for i, t in enumerate(texts) if t[2] is special]
         starts = token_ids(tokenizer, [texts[i][0] for i in rows], special)
         fulls = token_ids(tokenizer, [texts[i][1] for i in rows], special)
-        for i, p, full in zip(rows, starts, fulls):
+        for i, p, full in zip(rows, starts, fulls, strict=True):
             ids = close(full, tokenizer.bos_token_id, tokenizer.eos_token_id) if special else full
             out[i] = Encoded(tuple(ids), common_start(close(p, tokenizer.bos_token_id, None), ids))
     return out
 
-# %% ../../nbs/api/train/10_tokens.ipynb #94831c78
+# %% ../../nbs/api/train/10_tokens.ipynb #8678f9e0
 MIN_PROMPT = 8 # tokens of a prompt that must remain (or all of a shorter one): with fewer, a response answers nothing
 
-# %% ../../nbs/api/train/10_tokens.ipynb #2e39b20d
+# %% ../../nbs/api/train/10_tokens.ipynb #5ae9629c
 def cut_prompt(
     row: Encoded,      # prompt and response
     remove: int,       # tokens to take away
@@ -109,7 +109,7 @@ def cut_prompt(
     keep = 1 if row.start and row.ids[0] == bos else 0
     return Encoded(row.ids[:keep] + row.ids[keep + remove:], row.start - remove)
 
-# %% ../../nbs/api/train/10_tokens.ipynb #b28dfeba
+# %% ../../nbs/api/train/10_tokens.ipynb #204eba55
 def fit(
     rows: tuple[Encoded, ...], # the responses to one prompt
     limit: int,                # longest sequence, in tokens
@@ -120,10 +120,10 @@ def fit(
     if remove and any(r.start - remove < min(MIN_PROMPT, r.start) for r in rows): return None
     return tuple(cut_prompt(r, remove, bos) for r in rows), remove
 
-# %% ../../nbs/api/train/10_tokens.ipynb #093f4295
+# %% ../../nbs/api/train/10_tokens.ipynb #6a0fe8a2
 TOO_LONG, EQUAL = 'response too long', 'equal after tokenization'
 
-# %% ../../nbs/api/train/10_tokens.ipynb #5841caf7
+# %% ../../nbs/api/train/10_tokens.ipynb #95921648
 @dataclass(frozen=True)
 class EncodedRow:
     "One row: the same prompt with one or two responses"
@@ -131,7 +131,7 @@ class EncodedRow:
     sequences: tuple[Encoded, ...]  # (completion,), (chosen, rejected) or (a, b)
     cut: int                        # tokens taken from the prompt
 
-# %% ../../nbs/api/train/10_tokens.ipynb #e265a6c1
+# %% ../../nbs/api/train/10_tokens.ipynb #14ef9501
 @dataclass(frozen=True)
 class Tokens:
     "A data set as token ids, and what could not be kept"
@@ -139,7 +139,7 @@ class Tokens:
     refused: dict[str, str]   # id of a refused row: the reason
     limit: int                # longest sequence, in tokens
 
-# %% ../../nbs/api/train/10_tokens.ipynb #6acdde9b
+# %% ../../nbs/api/train/10_tokens.ipynb #f79fcd73
 def encode_rows(
     tokenizer: Any,                 # of the model
     data: Dataset,                  # rows with `id`, `prompt` and the columns
@@ -150,14 +150,14 @@ def encode_rows(
     prompts, each = list(data['prompt']), []
     for column in columns: each.append(encode(tokenizer, prompts, list(data[column])))
     rows, refused = [], {}
-    for id, sequences in zip(data['id'], zip(*each)):
+    for id, sequences in zip(data['id'], zip(*each, strict=True), strict=True):
         fitted = fit(sequences, limit, tokenizer.bos_token_id)
         if fitted is None: refused[id] = TOO_LONG
         elif len(sequences) == 2 and fitted[0][0].response == fitted[0][1].response: refused[id] = EQUAL
         else: rows.append(EncodedRow(id, *fitted))
     return Tokens(rows, refused, limit)
 
-# %% ../../nbs/api/train/10_tokens.ipynb #b31ee829
+# %% ../../nbs/api/train/10_tokens.ipynb #93a57091
 def lost_characters(
     tokenizer: Any,         # of the model
     texts: Sequence[str],   # all that it is going to read
@@ -168,7 +168,7 @@ def lost_characters(
         return char.casefold() not in tokenizer.decode(ids, clean_up_tokenization_spaces=False).casefold()
     return [c for c in sorted(set().union(*texts)) if c != ' ' and lost(c)]
 
-# %% ../../nbs/api/train/10_tokens.ipynb #0ddda569
+# %% ../../nbs/api/train/10_tokens.ipynb #49a6c0f3
 def report_tokens(
     report: DataReport,      # so far
     split: str,              # name of the rows
