@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'run_app', 'Flag', 'given', 'version_command', 'weak_teacher', 'weak_teacher_config', 'main']
 
-# %% ../nbs/api/90_cli.ipynb #3fbe089a
+# %% ../nbs/api/90_cli.ipynb #f2ecc13c
 import os
 import sys
 import warnings
@@ -17,7 +17,7 @@ import typer
 from . import __version__
 from .errors import ConfigError, W2SError
 
-# %% ../nbs/api/90_cli.ipynb #b465719b
+# %% ../nbs/api/90_cli.ipynb #f287aa81
 def given(
     flags: dict[str, Any], # setting -> value, None where the flag was not given; 'load.quantize' is a setting inside a table
 ) -> dict[str, Any]:       # only what was given, as nested tables
@@ -31,28 +31,28 @@ def given(
         place[last] = value
     return out
 
-# %% ../nbs/api/90_cli.ipynb #d0ee236b
+# %% ../nbs/api/90_cli.ipynb #4d4183a2
 app = typer.Typer(help='Weak-to-strong alignment of language models.', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 run_app = typer.Typer(help='Run a whole experiment.', no_args_is_help=True)
 app.add_typer(run_app, name='run')
 
-# %% ../nbs/api/90_cli.ipynb #4be90fa2
+# %% ../nbs/api/90_cli.ipynb #a0afebce
 @app.command('version')
 def version_command() -> None:
     "Print the version of w2s"
     typer.echo(__version__)
 
-# %% ../nbs/api/90_cli.ipynb #34fe147f
+# %% ../nbs/api/90_cli.ipynb #94c3e6fe
 @app.callback()
 def _before() -> None:
     # one place for what all commands need; the callback's docstring would show up in the help
     warnings.filterwarnings('ignore', category=FutureWarning) # of libraries among themselves; nothing that a user can mend
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
 
-# %% ../nbs/api/90_cli.ipynb #79640248
+# %% ../nbs/api/90_cli.ipynb #03508328
 Flag = typer.Option
 
-# %% ../nbs/api/90_cli.ipynb #feaf7e6e
+# %% ../nbs/api/90_cli.ipynb #b804f117
 @run_app.command('weak-teacher')
 def weak_teacher(
     data: Annotated[str | None, Flag(help='preference rows: a file, a folder with train_gt/train_w2s/test files, or a name on the hub')] = None,
@@ -68,18 +68,21 @@ def weak_teacher(
     sft_lr: Annotated[float | None, Flag(help='learning rate of SFT [default: 2e-4]')] = None,
     dpo_lr: Annotated[float | None, Flag(help='learning rate of DPO [default: 5e-5]')] = None,
     epochs: Annotated[int | None, Flag(help='epochs of SFT and of DPO [default: 1]')] = None,
+    token_budget: Annotated[int | None, Flag(help='padded tokens at once: memory and speed, not the result [default: 8192]')] = None,
+    gradient_checkpointing: Annotated[bool | None, Flag('--gradient-checkpointing', help='less memory, a third slower')] = None,
     config: Annotated[Path | None, Flag(help='TOML file with any settings; flags win over it')] = None,
     out: Annotated[Path, Flag(help='folder of stages and results; finished stages in it are used again')] = Path('runs/weak-teacher'),
     strict: Annotated[bool | None, Flag('--strict', help='stop if the data report finds anything')] = None,
     dry_run: Annotated[bool, Flag('--dry-run', help='print the plan and stop')] = False,
 ) -> None:
     "Weak supervisor, students of weak and of human labels, ceiling and baselines, on preference rows (Tao & Li 2409.08813)."
+    both = {'epochs': epochs, 'token_budget': token_budget, 'gradient_checkpointing': gradient_checkpointing}
     flags = {'data': data, 'weak': weak, 'strong': strong, 'rows': rows, 'test_rows': test_rows, 'seeds': seeds, 'load.quantize': quantize,
              'load.dtype': dtype, 'beta': beta, 'targets': targets, 'sft.learning_rate': sft_lr, 'dpo.learning_rate': dpo_lr,
-             'sft.epochs': epochs, 'dpo.epochs': epochs, 'strict': strict}
+             'strict': strict, **{f'{stage}.{k}': v for stage in ('sft', 'dpo') for k, v in both.items()}}
     _weak_teacher(given(flags), config, out, dry_run)
 
-# %% ../nbs/api/90_cli.ipynb #ff977e19
+# %% ../nbs/api/90_cli.ipynb #8a0f5e77
 def weak_teacher_config(
     flags: dict[str, Any], # settings given by flags
     file: Path | None,     # TOML file
@@ -93,7 +96,7 @@ def weak_teacher_config(
     defaults = to_table(WeakTeacher('', '', ''))
     return from_table(WeakTeacher, merged({k: v for k, v in defaults.items() if k not in ('data', 'weak', 'strong')}, settings))
 
-# %% ../nbs/api/90_cli.ipynb #b11a9b50
+# %% ../nbs/api/90_cli.ipynb #28e7a908
 def _weak_teacher(flags: dict[str, Any], file: Path | None, out: Path, dry_run: bool) -> None:
     "Run, write and print"
     config = weak_teacher_config(flags, file)
@@ -107,7 +110,7 @@ def _weak_teacher(flags: dict[str, Any], file: Path | None, out: Path, dry_run: 
     write_result(result)
     typer.echo(f'\n{result}\n\nwritten to {out}: report.md, figure.png, results.parquet, adapters/ …')
 
-# %% ../nbs/api/90_cli.ipynb #3a9dfe81
+# %% ../nbs/api/90_cli.ipynb #ceb6e8df
 def main() -> None:
     "The `w2s` command"
     try: app()

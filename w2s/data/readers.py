@@ -7,7 +7,7 @@ __all__ = ['MISSING', 'NOT_DIALOGUE', 'DIFFER', 'MESSAGES', 'TIE', 'REASONS', 'T
            'PROMPT_COLUMNS', 'TIES', 'FORMS', 'NUMBERS', 'SPLITS', 'Refused', 'split_dialogue', 'preferences_from',
            'Read', 'split_of', 'read_preferences']
 
-# %% ../../nbs/api/data/20_readers.ipynb #beec0673
+# %% ../../nbs/api/data/20_readers.ipynb #6792dc8c
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ from pathlib import Path
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
-# %% ../../nbs/api/data/20_readers.ipynb #168212aa
+# %% ../../nbs/api/data/20_readers.ipynb #c9ca1b3b
 from .rows import make_rows
 from .tables import TEXT_FORMS, read_table
 from ..errors import DataError
 
-# %% ../../nbs/api/data/20_readers.ipynb #2ecef9b7
+# %% ../../nbs/api/data/20_readers.ipynb #0ca5aef6
 @dataclass(frozen=True)
 class Refused:
     "A row that a reader could not take"
@@ -29,7 +29,7 @@ class Refused:
     reason: str     # one of a few fixed sentences, so that they can be counted
     split: str = 'all'
 
-# %% ../../nbs/api/data/20_readers.ipynb #b8e38d17
+# %% ../../nbs/api/data/20_readers.ipynb #77bbdfc8
 MISSING = 'a text is missing (null)'
 NOT_DIALOGUE = 'not a dialogue: no assistant turn'
 DIFFER = 'chosen and rejected differ before the last assistant turn'
@@ -37,7 +37,7 @@ MESSAGES = 'messages that are not plain text, or a response that is not one assi
 TIE = 'the label names neither response'
 REASONS = (MISSING, NOT_DIALOGUE, DIFFER, MESSAGES, TIE)
 
-# %% ../../nbs/api/data/20_readers.ipynb #ac0faabb
+# %% ../../nbs/api/data/20_readers.ipynb #5ca57120
 TURN = '\n\nAssistant:'
 
 def split_dialogue(
@@ -47,7 +47,7 @@ def split_dialogue(
     at = text.rfind(TURN)
     return None if at < 0 else (text[:at + len(TURN)], text[at + len(TURN):])
 
-# %% ../../nbs/api/data/20_readers.ipynb #b4cdc46e
+# %% ../../nbs/api/data/20_readers.ipynb #ebdb0c33
 def _hh_row(row: dict) -> dict | str:
     "A row of whole dialogues; a text is the reason why it is refused"
     if row['chosen'] is None or row['rejected'] is None: return MISSING
@@ -55,7 +55,7 @@ def _hh_row(row: dict) -> dict | str:
     if chosen is None or rejected is None: return NOT_DIALOGUE
     return dict(prompt=chosen[0], chosen=chosen[1], rejected=rejected[1]) if chosen[0] == rejected[0] else DIFFER
 
-# %% ../../nbs/api/data/20_readers.ipynb #6d7b0496
+# %% ../../nbs/api/data/20_readers.ipynb #d92e68a2
 def _plain(messages: list) -> list[dict] | None:
     "Messages with role and content alone, or None where there is anything else in them"
     for m in messages:
@@ -64,7 +64,7 @@ def _plain(messages: list) -> list[dict] | None:
         if any(v for k, v in m.items() if k not in ('role', 'content')): return None
     return [dict(role=m['role'], content=m['content']) for m in messages]
 
-# %% ../../nbs/api/data/20_readers.ipynb #dfdddde9
+# %% ../../nbs/api/data/20_readers.ipynb #afc27dc4
 def _chat_row(prompt: str | list | None, chosen: list, rejected: list) -> dict | str:
     "Responses as message lists, with or without the prompt at their start"
     a, b = _plain(chosen), _plain(rejected)
@@ -79,7 +79,7 @@ def _chat_row(prompt: str | list | None, chosen: list, rejected: list) -> dict |
     if start and before and start != before: return DIFFER
     return dict(prompt=start or before, chosen=a[-1]['content'], rejected=b[-1]['content'])
 
-# %% ../../nbs/api/data/20_readers.ipynb #2f0e6a5d
+# %% ../../nbs/api/data/20_readers.ipynb #6dccfa00
 def _trl_row(row: dict) -> dict | str:
     "A row with prompt, chosen and rejected in any of TRL's forms"
     prompt, chosen, rejected = row.get('prompt'), row['chosen'], row['rejected']
@@ -88,14 +88,14 @@ def _trl_row(row: dict) -> dict | str:
     start = _plain(prompt) if isinstance(prompt, list) else prompt
     return MESSAGES if not start and isinstance(prompt, list) else dict(prompt=start, chosen=chosen, rejected=rejected)
 
-# %% ../../nbs/api/data/20_readers.ipynb #4bce9d84
+# %% ../../nbs/api/data/20_readers.ipynb #8619508c
 PAIR_COLUMNS = (('response_a', 'response_b'), ('response_0', 'response_1'), ('response_1', 'response_2'),
                 ('output_1', 'output_2'), ('output_a', 'output_b'))
 LABEL_COLUMNS = ('label', 'preferred')
 PROMPT_COLUMNS = ('prompt', 'instruction', 'input')
 TIES = ('tie', 'equal', 'neither', 'both')
 
-# %% ../../nbs/api/data/20_readers.ipynb #9c7c3b9a
+# %% ../../nbs/api/data/20_readers.ipynb #7f1ca847
 def _label_name(label, columns: tuple[str, str], where: str) -> int | None:
     "0 or 1: which of the two columns the label names; None for a tie"
     text = str(label).strip().lower()
@@ -106,14 +106,14 @@ def _label_name(label, columns: tuple[str, str], where: str) -> int | None:
     ends = [c.rsplit('_', 1)[1] for c in columns]
     raise DataError(f'{where}: label {label!r} names neither {columns[0]} nor {columns[1]}; write {ends[0]!r} or {ends[1]!r}, or "tie"')
 
-# %% ../../nbs/api/data/20_readers.ipynb #170328c5
+# %% ../../nbs/api/data/20_readers.ipynb #1f5617a4
 def _prompt_of(row: dict) -> str | list | None:
     "The prompt, or an instruction with its input below it"
     if 'prompt' in row: return row['prompt']
     parts = [row[c] for c in ('instruction', 'input') if c in row]
     return None if any(p is None for p in parts) else '\n\n'.join(p for p in parts if p.strip())
 
-# %% ../../nbs/api/data/20_readers.ipynb #17912551
+# %% ../../nbs/api/data/20_readers.ipynb #2529a5cf
 def _pair_row(row: dict, columns: tuple[str, str], label: str, where: str) -> dict | str:
     "A pair with a label"
     prompt, texts = _prompt_of(row), [row[c] for c in columns]
@@ -124,13 +124,13 @@ def _pair_row(row: dict, columns: tuple[str, str], label: str, where: str) -> di
     better = _label_name(row[label], columns, where)
     return TIE if better is None else dict(prompt=prompt, chosen=texts[better], rejected=texts[1 - better])
 
-# %% ../../nbs/api/data/20_readers.ipynb #e32ea3ff
+# %% ../../nbs/api/data/20_readers.ipynb #26482a1a
 FORMS = '''prompt, chosen, rejected (texts or chat messages);
   chosen, rejected (dialogues "\\n\\nHuman: … \\n\\nAssistant: …", or chat messages with a shared start);
   prompt (or instruction and input), two responses (response_a/_b, response_0/_1, response_1/_2, output_1/_2 or output_a/_b),
     label or preferred'''
 
-# %% ../../nbs/api/data/20_readers.ipynb #9e08f4c0
+# %% ../../nbs/api/data/20_readers.ipynb #bcdcddb2
 def _form(columns: dict[str, list], where: str) -> Callable[[dict, str], dict | str]:
     "The function that understands a row of this table"
     have = set(columns)
@@ -143,7 +143,7 @@ def _form(columns: dict[str, list], where: str) -> Callable[[dict, str], dict | 
     if pair and label and have & set(PROMPT_COLUMNS): return lambda row, at: _pair_row(row, pair, label, at)
     raise DataError(f'{where}: no known form of preference rows. Columns found: {", ".join(columns)}. Forms understood:\n  {FORMS}')
 
-# %% ../../nbs/api/data/20_readers.ipynb #9aff9ca5
+# %% ../../nbs/api/data/20_readers.ipynb #57ae5a25
 NUMBERS = ('prob', 'weight', 'gold')
 
 def _number(x, name: str, at: str) -> float:
@@ -154,7 +154,7 @@ def _number(x, name: str, at: str) -> float:
     shown = 'empty' if x is None or x == '' else repr(x)
     raise DataError(f'{at}: column "{name}" is {shown}, not a number; fill it in or leave the column out')
 
-# %% ../../nbs/api/data/20_readers.ipynb #44e20323
+# %% ../../nbs/api/data/20_readers.ipynb #479576a9
 def preferences_from(
     table: Dataset,        # raw columns, as `read_table` gives them
     where: str = 'table',  # file name for messages
@@ -173,7 +173,7 @@ def preferences_from(
         else: rows[i] = row | {c: _number(raw[c], c, at) for c in NUMBERS if c in raw}
     return make_rows(rows.values(), 'preferences', source, where, numbers=list(rows)), refused
 
-# %% ../../nbs/api/data/20_readers.ipynb #d035116e
+# %% ../../nbs/api/data/20_readers.ipynb #46bb1e06
 @dataclass(frozen=True)
 class Read:
     "What was read from one source"
@@ -186,7 +186,7 @@ class Read:
         parts = [f'{k} {len(v):,} of {self.rows_read[k]:,}' for k, v in self.splits.items()]
         return f'Read({self.source!r}: {"; ".join(parts)} rows)'
 
-# %% ../../nbs/api/data/20_readers.ipynb #177ea0a5
+# %% ../../nbs/api/data/20_readers.ipynb #8dc1fada
 SPLITS = ('train_gt', 'train_w2s', 'test', 'train', 'val')
 
 def split_of(
@@ -198,7 +198,7 @@ def split_of(
         if re.search(rf'(?<![a-z0-9]){word}(?![a-z0-9])', words): return split
     return None
 
-# %% ../../nbs/api/data/20_readers.ipynb #cd0928b1
+# %% ../../nbs/api/data/20_readers.ipynb #18e2e41b
 def _named(names: Iterable[str], splits: Mapping[str, str] | None, where: str) -> dict[str, str]:
     "Our split -> the file or split of that source, by the given mapping or by name"
     names = sorted(names)
@@ -215,19 +215,19 @@ def _named(names: Iterable[str], splits: Mapping[str, str] | None, where: str) -
         found[split] = n
     return {s: found[s] for s in SPLITS if s in found}
 
-# %% ../../nbs/api/data/20_readers.ipynb #22572570
+# %% ../../nbs/api/data/20_readers.ipynb #93f52a8f
 def _table_files(folder: Path) -> list[str]:
     "Names of the files in a folder that `read_table` can read"
     known = (*TEXT_FORMS, '.parquet')
     names = sorted(f.name for f in folder.iterdir() if f.is_file() and not f.name.startswith('.'))
     return [n for n in names if n.removesuffix('.gz').lower().endswith(known)]
 
-# %% ../../nbs/api/data/20_readers.ipynb #f5664980
+# %% ../../nbs/api/data/20_readers.ipynb #bb0544ad
 def _saved(folder: Path) -> bool:
     "Did `save_to_disk` write this folder?"
     return (folder / 'dataset_dict.json').exists() or (folder / 'state.json').exists()
 
-# %% ../../nbs/api/data/20_readers.ipynb #2771e5ca
+# %% ../../nbs/api/data/20_readers.ipynb #f88d7929
 def _hub_tables(source: str, splits: Mapping[str, str] | None) -> dict[str, tuple[str, Dataset]]:
     "Tables of a data set by name, or of a folder in the hub's layout"
     name, config = source, None
@@ -241,7 +241,7 @@ def _hub_tables(source: str, splits: Mapping[str, str] | None) -> dict[str, tupl
     if isinstance(found, Dataset): return {'all': (source, found)}
     return {ours: (f'{source} [{theirs}]', found[theirs]) for ours, theirs in _named(found, splits, source).items()}
 
-# %% ../../nbs/api/data/20_readers.ipynb #b017b12f
+# %% ../../nbs/api/data/20_readers.ipynb #2e949161
 def _tables(source: str, splits: Mapping[str, str] | None) -> dict[str, tuple[str, Dataset]]:
     "Our split -> (where, raw table)"
     path = Path(source)
@@ -250,7 +250,7 @@ def _tables(source: str, splits: Mapping[str, str] | None) -> dict[str, tuple[st
         return {s: (str(path / f), read_table(path / f)) for s, f in _named(files, splits, source).items()}
     return _hub_tables(source, splits)
 
-# %% ../../nbs/api/data/20_readers.ipynb #b061fcb1
+# %% ../../nbs/api/data/20_readers.ipynb #858331a7
 def _same_numbers(tables: Mapping[str, tuple[str, Dataset]]) -> None:
     "Refuse `prob`, `weight` or `gold` in some splits only"
     for c in NUMBERS:
@@ -258,7 +258,7 @@ def _same_numbers(tables: Mapping[str, tuple[str, Dataset]]) -> None:
         lack = [where for where, t in tables.values() if c not in t.column_names]
         if have and lack: raise DataError(f'{lack[0]}: column "{c}" is missing, and {have[0]} has it; give it in all files or in none')
 
-# %% ../../nbs/api/data/20_readers.ipynb #294b9f74
+# %% ../../nbs/api/data/20_readers.ipynb #8ac52cbd
 def read_preferences(
     source: str | Path,                   # a file, a folder, or the name of a data set ("name" or "name:config")
     splits: Mapping[str, str] | None = None, # our split -> file or split name of the source; None: by their names

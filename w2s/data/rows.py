@@ -6,7 +6,7 @@
 __all__ = ['COMMON', 'KINDS', 'OPTIONAL', 'CONTENT', 'content_id', 'prompt_text', 'group_key', 'check_rows', 'row_features',
            'make_rows', 'to_pairs', 'to_preferences']
 
-# %% ../../nbs/api/data/10_rows.ipynb #430cfdba
+# %% ../../nbs/api/data/10_rows.ipynb #629c2172
 import hashlib
 import json
 import math
@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-# %% ../../nbs/api/data/10_rows.ipynb #5852c66e
+# %% ../../nbs/api/data/10_rows.ipynb #cad0d0ab
 from ..errors import DataError, unknown
 
-# %% ../../nbs/api/data/10_rows.ipynb #ee960f18
+# %% ../../nbs/api/data/10_rows.ipynb #62c08589
 def content_id(
     *parts: Any, # strings, numbers, lists or dicts of them: what JSON can hold
 ) -> str:        # 16 hexadecimal digits
@@ -28,14 +28,14 @@ def content_id(
     text = json.dumps(parts, sort_keys=True, separators=(',', ':'))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-# %% ../../nbs/api/data/10_rows.ipynb #c1b744bf
+# %% ../../nbs/api/data/10_rows.ipynb #94db166b
 def prompt_text(
     prompt: str | list[dict], # a text, or messages with `role` and `content`
 ) -> str:                     # the text itself, or one "role: content" line a message
     "A prompt as one text, for comparing and showing; not for tokenizing, which follows the chat template"
     return prompt if isinstance(prompt, str) else ''.join(f"{m['role']}: {m['content']}\n" for m in prompt)
 
-# %% ../../nbs/api/data/10_rows.ipynb #fc846f61
+# %% ../../nbs/api/data/10_rows.ipynb #09ebdd36
 def group_key(
     prompt: str | list[dict], # text or messages
 ) -> str:       # 16 hexadecimal digits
@@ -43,7 +43,7 @@ def group_key(
     folded = unicodedata.normalize('NFKC', unicodedata.normalize('NFKC', prompt_text(prompt)).casefold())
     return content_id(' '.join(folded.split()))
 
-# %% ../../nbs/api/data/10_rows.ipynb #6ed8c994
+# %% ../../nbs/api/data/10_rows.ipynb #f699364f
 COMMON = ('id', 'group', 'source', 'prompt')
 KINDS = dict(
     preferences=COMMON + ('chosen', 'rejected', 'prob', 'weight'),
@@ -51,23 +51,23 @@ KINDS = dict(
     demonstrations=COMMON + ('completion', 'weight'),
     labels=COMMON + ('label', 'probs', 'weight'),
 )
-OPTIONAL = dict(preferences=('gold',), pairs=('gold_a',), demonstrations=(), labels=())
+OPTIONAL = dict(preferences=('gold',), pairs=('gold_a', 'weight'), demonstrations=(), labels=())
 CONTENT = dict(preferences=('prompt', 'chosen', 'rejected'), pairs=('prompt', 'response_a', 'response_b'),
                demonstrations=('prompt', 'completion'), labels=('prompt',))  # what the id is a hash of
 
-# %% ../../nbs/api/data/10_rows.ipynb #0e28d6bd
+# %% ../../nbs/api/data/10_rows.ipynb #df8a9b98
 def _text_problem(x) -> str:
     "A response or a name must be a text; an empty one is left to hygiene, which counts them"
     if x is None: return 'is missing'
     return '' if isinstance(x, str) else f'is {_short(x)}, not a text'
 
-# %% ../../nbs/api/data/10_rows.ipynb #c0d5aab6
+# %% ../../nbs/api/data/10_rows.ipynb #ccef90bc
 def _short(x, most: int = 40) -> str:
     "A value for a message"
     text = f'{type(x).__name__} {x!r}'
     return text if len(text) <= most else text[:most] + '…'
 
-# %% ../../nbs/api/data/10_rows.ipynb #cd58f2fa
+# %% ../../nbs/api/data/10_rows.ipynb #bd79bf29
 def _prompt_problem(x) -> str:
     "A text, or a list of messages with a role and a content that is a text"
     if not isinstance(x, list): return _text_problem(x)
@@ -79,7 +79,7 @@ def _prompt_problem(x) -> str:
             return f'has a message {i} whose role or content is not a text'
     return ''
 
-# %% ../../nbs/api/data/10_rows.ipynb #f363dae9
+# %% ../../nbs/api/data/10_rows.ipynb #23427a46
 def _number_problem(x, low: float, high: float, nan: bool = False) -> str:
     "A number from low to high; NaN only where it means: not known"
     if x is None: return f'is missing{"; write NaN where it is not known" if nan else ""}'
@@ -88,27 +88,27 @@ def _number_problem(x, low: float, high: float, nan: bool = False) -> str:
     if low <= x <= high and math.isfinite(x): return ''
     return f'is {x:g}; want ' + (f'{low:g} to {high:g}' if math.isfinite(high) else f'a finite number, at least {low:g}')
 
-# %% ../../nbs/api/data/10_rows.ipynb #b27beee5
+# %% ../../nbs/api/data/10_rows.ipynb #812e6f2b
 def _probs_problem(x) -> str:
     "Two or more probabilities that sum to 1"
     if not isinstance(x, (list, tuple)) or len(x) < 2: return f'is {_short(x)}, not a list of two or more probabilities'
     bad = next((p for p in (_number_problem(v, 0, 1) for v in x) if p), '')
     return f'holds a value that {bad}' if bad else '' if abs(sum(x) - 1) < 1e-4 else f'sums to {sum(x):g}, not to 1'
 
-# %% ../../nbs/api/data/10_rows.ipynb #01e6ec19
+# %% ../../nbs/api/data/10_rows.ipynb #0c6021ab
 def _label_problem(x) -> str:
     "A class number from 0, or None where it is not known"
     if x is None: return ''
     return '' if isinstance(x, (int, np.integer)) and not isinstance(x, bool) and x >= 0 else f'is {_short(x)}, not a class number from 0'
 
-# %% ../../nbs/api/data/10_rows.ipynb #2116a596
+# %% ../../nbs/api/data/10_rows.ipynb #07c3b1ca
 _TEXT, _NUMBER = Value('string'), Value('float64')
 _SHARE, _SHARE_OR_NAN = partial(_number_problem, low=0, high=1), partial(_number_problem, low=0, high=1, nan=True)
 _PROBLEM: dict[str, Callable[[Any], str]] = dict(  # every other column is a text
     prompt=_prompt_problem, prob=_SHARE, weight=partial(_number_problem, low=0, high=math.inf), prob_a=_SHARE_OR_NAN,
     gold=_SHARE_OR_NAN, gold_a=_SHARE_OR_NAN, probs=_probs_problem, label=_label_problem)
 
-# %% ../../nbs/api/data/10_rows.ipynb #671b4229
+# %% ../../nbs/api/data/10_rows.ipynb #9446f287
 def _find_problem(columns: dict[str, list], kind: str) -> tuple[int, str, str] | None:
     "Row, column and problem of the first bad cell, column by column"
     for name in [c for c in KINDS[kind] + OPTIONAL[kind] if c in columns]:
@@ -121,7 +121,7 @@ def _find_problem(columns: dict[str, list], kind: str) -> tuple[int, str, str] |
         return chat.index(not chat[0]) + 1, 'prompt', f'is {form}, and those above are not; use one form'
     return None
 
-# %% ../../nbs/api/data/10_rows.ipynb #28541a55
+# %% ../../nbs/api/data/10_rows.ipynb #48bc0fce
 def _check_columns(columns: dict[str, list], kind: str, where: str, numbers: Sequence[int] | None = None) -> None:
     "Raise `DataError` for a missing column or the first bad cell; `numbers` are the rows' numbers in their file"
     missing = [c for c in KINDS[kind] if c not in columns]
@@ -131,7 +131,7 @@ def _check_columns(columns: dict[str, list], kind: str, where: str, numbers: Seq
         row, name, problem = found
         raise DataError(f'{where}, row {numbers[row - 1] if numbers else row}: column "{name}" {problem}. Mend the row or leave it out')
 
-# %% ../../nbs/api/data/10_rows.ipynb #0dd6055e
+# %% ../../nbs/api/data/10_rows.ipynb #17c32dd7
 def check_rows(
     ds: Dataset,         # any data set
     kind: str,           # a key of `KINDS`
@@ -142,7 +142,13 @@ def check_rows(
     _check_columns(ds.with_format(None)[:], kind, where)
     return ds
 
-# %% ../../nbs/api/data/10_rows.ipynb #590f246a
+# %% ../../nbs/api/data/10_rows.ipynb #550ec258
+def _row_id(row: dict, kind: str) -> str:
+    "A name for what the row is about; of two responses it does not know which one was chosen"
+    prompt, *responses = (row[c] for c in CONTENT[kind])
+    return content_id(prompt, *sorted(responses, key=str))
+
+# %% ../../nbs/api/data/10_rows.ipynb #d2fa1f02
 def _fill(row: dict, kind: str, source: str, where: str) -> dict:
     "One row with its id, group and defaults"
     if odd := [k for k in row if k not in KINDS[kind] + OPTIONAL[kind]]:
@@ -151,11 +157,11 @@ def _fill(row: dict, kind: str, source: str, where: str) -> dict:
     if p := _prompt_problem(row['prompt']): raise DataError(f'{where}: column "prompt" {p}')
     defaults = dict(source=source, prob=1.0, weight=1.0, prob_a=math.nan, label=None)
     full = {k: row.get(k, defaults.get(k)) for k in KINDS[kind]} | {k: row[k] for k in OPTIONAL[kind] if k in row}
-    full['id'] = row.get('id') or content_id(*(row[c] for c in CONTENT[kind]))
+    full['id'] = row.get('id') or _row_id(row, kind)
     full['group'] = row.get('group') or group_key(row['prompt'])
     return full
 
-# %% ../../nbs/api/data/10_rows.ipynb #e4f8a500
+# %% ../../nbs/api/data/10_rows.ipynb #58f9519f
 def row_features(
     kind: str,             # a key of `KINDS`
     columns: Iterable[str], # the columns that are there
@@ -167,7 +173,7 @@ def row_features(
     types |= dict(label=Value('int64'), probs=List(_NUMBER), prompt=message if chat else _TEXT)
     return Features({c: types.get(c, _TEXT) for c in columns})
 
-# %% ../../nbs/api/data/10_rows.ipynb #1bf7e972
+# %% ../../nbs/api/data/10_rows.ipynb #46dee97a
 def _one_hot(rows: list[dict]) -> None:
     "Fill `probs` from `label`, over as many classes as the largest label asks for, at least two"
     known = [r['label'] for r in rows if isinstance(r['label'], int)]
@@ -175,7 +181,7 @@ def _one_hot(rows: list[dict]) -> None:
     for r in rows:
         if r['probs'] is None and isinstance(r['label'], int): r['probs'] = [float(i == r['label']) for i in range(max(n, 2))]
 
-# %% ../../nbs/api/data/10_rows.ipynb #d9331b4c
+# %% ../../nbs/api/data/10_rows.ipynb #264b3fd3
 def _optional_columns(rows: list[dict], kind: str, where: str, numbers: Sequence[int]) -> dict[str, list]:
     "The optional columns that the rows have; all rows or none must have them"
     found = {}
@@ -186,7 +192,7 @@ def _optional_columns(rows: list[dict], kind: str, where: str, numbers: Sequence
         if rows and not without: found[c] = [r[c] for r in rows]
     return found
 
-# %% ../../nbs/api/data/10_rows.ipynb #1fa5962f
+# %% ../../nbs/api/data/10_rows.ipynb #56e8f70f
 def make_rows(
     rows: Iterable[dict],  # one dict a row
     kind: str,             # a key of `KINDS`
@@ -204,32 +210,31 @@ def make_rows(
     _check_columns(columns, kind, where, numbers)
     return Dataset.from_dict(columns, features=row_features(kind, columns, any(isinstance(p, list) for p in columns['prompt'])))
 
-# %% ../../nbs/api/data/10_rows.ipynb #461e4473
+# %% ../../nbs/api/data/10_rows.ipynb #3575b6a0
 def _swapped(ids: Iterable[str], seed: int) -> list[bool]:
-    "For each row: does the rejected response come first?"
+    "For each row: does the response that comes later in the alphabet come first?"
     return [int(content_id(seed, i)[-1], 16) % 2 == 1 for i in ids]
 
-# %% ../../nbs/api/data/10_rows.ipynb #e913bdf6
+# %% ../../nbs/api/data/10_rows.ipynb #3fe2caea
 def to_pairs(
     preferences: Dataset, # rows of kind "preferences"
     seed: int = 0,        # another seed gives another order
 ) -> Dataset:             # rows of kind "pairs", with the same ids and groups
-    "Put chosen and rejected in a random order that depends only on the seed and the row's id"
+    "Put the two responses in a random order that depends on seed and texts, and not on which one was chosen"
     p = preferences.with_format(None)[:]
-    swap = _swapped(p['id'], seed)
-    columns = {c: p[c] for c in COMMON}
-    for a, first, second in (('response_a', 'chosen', 'rejected'), ('response_b', 'rejected', 'chosen')):
-        columns[a] = [y if s else x for s, x, y in zip(swap, p[first], p[second], strict=True)]
+    columns = {c: p[c] for c in (*COMMON, 'weight')}
+    both = [sorted(pair, reverse=s) for s, *pair in zip(_swapped(p['id'], seed), p['chosen'], p['rejected'], strict=True)]
+    columns['response_a'], columns['response_b'] = [a for a, _ in both], [b for _, b in both]
     for name, own in (('prob_a', 'prob'), ('gold_a', 'gold')):
-        if own in p: columns[name] = [1 - x if s else x for s, x in zip(swap, p[own], strict=True)]
+        if own in p: columns[name] = [x if a == c else 1 - x for x, (a, _), c in zip(p[own], both, p['chosen'], strict=True)]
     return Dataset.from_dict(columns, features=row_features('pairs', columns, not isinstance(preferences.features['prompt'], Value)))
 
-# %% ../../nbs/api/data/10_rows.ipynb #e2c100a6
+# %% ../../nbs/api/data/10_rows.ipynb #26470235
 def to_preferences(
     pairs: Dataset,      # rows of kind "pairs"
     prob_a: np.ndarray,  # P(a ≻ b) of each row by the supervisor, shape (rows,)
     source: str,         # who says so
-) -> Dataset:            # rows of kind "preferences" with the same ids and groups, weight 1, `prob` at least 1/2
+) -> Dataset:            # rows of kind "preferences" with the same ids, groups and weights, `prob` at least 1/2
     "Preferences by a supervisor's probabilities: `a` if its probability is above 1/2, else `b`"
     q, p = pairs.with_format(None)[:], np.asarray(prob_a, dtype=float)
     if p.shape != (len(pairs),): raise DataError(f'prob_a has shape {p.shape}; want one probability for each of the {len(pairs)} pairs')
@@ -239,6 +244,6 @@ def to_preferences(
     columns = {c: q[c] for c in COMMON} | dict(source=[source] * len(a))
     columns['chosen'] = [x if f else y for f, x, y in zip(a, q['response_a'], q['response_b'], strict=True)]
     columns['rejected'] = [y if f else x for f, x, y in zip(a, q['response_a'], q['response_b'], strict=True)]
-    columns |= dict(prob=np.maximum(p, 1 - p).tolist(), weight=[1.0] * len(a))
+    columns |= dict(prob=np.maximum(p, 1 - p).tolist(), weight=q.get('weight', [1.0] * len(a)))
     if 'gold_a' in q: columns['gold'] = [g if f else 1 - g for f, g in zip(a, q['gold_a'], strict=True)]
     return Dataset.from_dict(columns, features=row_features('preferences', columns, not isinstance(pairs.features['prompt'], Value)))

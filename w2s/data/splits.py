@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEEP_ORDER', 'sample_rows', 'group_split', 'overlap', 'drop_overlap', 'split_record']
 
-# %% ../../nbs/api/data/30_splits.ipynb #121ff314
+# %% ../../nbs/api/data/30_splits.ipynb #96850a70
 import hashlib
 import itertools
 import math
@@ -14,27 +14,27 @@ from collections.abc import Iterable, Mapping
 import pandas as pd
 from datasets import Dataset
 
-# %% ../../nbs/api/data/30_splits.ipynb #e7872a96
+# %% ../../nbs/api/data/30_splits.ipynb #d7a56a27
 from .rows import content_id
 from ..errors import ConfigError, DataError
 
-# %% ../../nbs/api/data/30_splits.ipynb #b1064c98
+# %% ../../nbs/api/data/30_splits.ipynb #5605f85b
 def _place(seed: int, name: str) -> bytes:
     "Where a name stands in the order of this seed"
     return hashlib.sha256(f'{seed}:{name}'.encode()).digest()
 
-# %% ../../nbs/api/data/30_splits.ipynb #75897d11
+# %% ../../nbs/api/data/30_splits.ipynb #f58cffce
 def _cells(ds: Dataset, column: str) -> list:
     "The cells of one column"
     return ds.with_format(None)[column][:]
 
-# %% ../../nbs/api/data/30_splits.ipynb #240d5e8d
+# %% ../../nbs/api/data/30_splits.ipynb #5241bc79
 def _take(ds: Dataset, rows: Iterable[int], seed: int, n: int | None = None) -> Dataset:
     "The first n of these rows in the order of the seed; None: all of them"
     ids = _cells(ds, 'id')
     return ds.select(sorted(rows, key=lambda i: _place(seed, ids[i]))[:n])
 
-# %% ../../nbs/api/data/30_splits.ipynb #82c8477c
+# %% ../../nbs/api/data/30_splits.ipynb #a93d09e3
 def sample_rows(
     ds: Dataset,   # rows with an `id`
     n: int | None, # how many at most; None keeps all
@@ -44,14 +44,14 @@ def sample_rows(
     if n is not None and n < 1: raise ConfigError(f'rows is {n}; want at least 1')
     return _take(ds, range(len(ds)), seed, n)
 
-# %% ../../nbs/api/data/30_splits.ipynb #3f0151e9
+# %% ../../nbs/api/data/30_splits.ipynb #49e86163
 def _check_shares(shares: Mapping[str, float]) -> None:
     "Shares must be positive and sum to 1"
     bad = [k for k, v in shares.items() if not (math.isfinite(v) and v > 0)]
     if bad or not shares: raise ConfigError(f'share of "{bad[0] if bad else ""}" must be above 0; leave a split out if it is not wanted')
     if abs(sum(shares.values()) - 1) > 1e-6: raise ConfigError(f'shares {dict(shares)} sum to {sum(shares.values()):g}; want 1')
 
-# %% ../../nbs/api/data/30_splits.ipynb #bae2b0af
+# %% ../../nbs/api/data/30_splits.ipynb #c8c978c7
 def _assign(sizes: Mapping[str, int], shares: Mapping[str, float], seed: int) -> dict[str, str]:
     "Group -> split"
     total = sum(sizes.values())
@@ -62,7 +62,7 @@ def _assign(sizes: Mapping[str, int], shares: Mapping[str, float], seed: int) ->
         wanted[where[group]] -= sizes[group]
     return where
 
-# %% ../../nbs/api/data/30_splits.ipynb #da60862f
+# %% ../../nbs/api/data/30_splits.ipynb #f3476383
 def group_split(
     ds: Dataset,                 # rows with `id` and `group`
     shares: Mapping[str, float], # split -> share of the rows; they sum to 1
@@ -78,7 +78,7 @@ def group_split(
         raise DataError(f'split "{empty[0]}" got no rows: {len(ds)} rows in {len(where)} groups are too few for the shares {dict(shares)}')
     return {k: _take(ds, v, seed) for k, v in parts.items()}
 
-# %% ../../nbs/api/data/30_splits.ipynb #55faf911
+# %% ../../nbs/api/data/30_splits.ipynb #711652f8
 def overlap(
     splits: Mapping[str, Dataset], # rows by split
 ) -> pd.DataFrame:                 # columns split_a, split_b, group, rows_a, rows_b; empty if nothing is shared
@@ -88,7 +88,7 @@ def overlap(
              for g in sorted(counts[a].keys() & counts[b].keys())]
     return pd.DataFrame(found, columns=['split_a', 'split_b', 'group', 'rows_a', 'rows_b'])
 
-# %% ../../nbs/api/data/30_splits.ipynb #b8495e0c
+# %% ../../nbs/api/data/30_splits.ipynb #06f8bc84
 KEEP_ORDER = ('test', 'val', 'train_w2s', 'train_gt')
 
 def drop_overlap(
@@ -106,7 +106,7 @@ def drop_overlap(
     lost = {k: len(v) - len(keep[k]) for k, v in splits.items()}
     return {k: v.select(keep[k]) if lost[k] else v for k, v in splits.items()}, lost
 
-# %% ../../nbs/api/data/30_splits.ipynb #fc525faa
+# %% ../../nbs/api/data/30_splits.ipynb #a884787e
 def split_record(
     splits: Mapping[str, Dataset], # rows by split
     seed: int,                     # that the splits were made with

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXT_FORMS', 'read_table']
 
-# %% ../../nbs/api/data/15_tables.ipynb #b35080ed
+# %% ../../nbs/api/data/15_tables.ipynb #85fa6165
 import csv
 import gzip
 import io
@@ -16,17 +16,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-# %% ../../nbs/api/data/15_tables.ipynb #616f07cf
+# %% ../../nbs/api/data/15_tables.ipynb #43ca274a
 from ..errors import DataError
 
-# %% ../../nbs/api/data/15_tables.ipynb #15ab4bd6
+# %% ../../nbs/api/data/15_tables.ipynb #82293623
 def _bytes(path: Path) -> bytes:
     "The content of a file, unzipped if its name ends in .gz"
     if not path.is_file(): raise DataError(f'{path}: no such file')
     try: return gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
     except (OSError, EOFError) as e: raise DataError(f'{path}: cannot be unzipped ({e}); is it cut off, or not a gzip file?') from e
 
-# %% ../../nbs/api/data/15_tables.ipynb #03a4d03f
+# %% ../../nbs/api/data/15_tables.ipynb #9f5ebc9a
 def _text(path: Path) -> str:
     "The content of a file as UTF-8 text"
     data = _bytes(path)
@@ -35,7 +35,7 @@ def _text(path: Path) -> str:
         line = data[:e.start].count(b'\n') + 1
         raise DataError(f'{path}, line {line}: not UTF-8 text ({e.reason}); save the file as UTF-8') from e
 
-# %% ../../nbs/api/data/15_tables.ipynb #27c05eed
+# %% ../../nbs/api/data/15_tables.ipynb #344aa012
 def _jsonl(text: str, where: str) -> list[dict]:
     "One object a line"
     rows = []
@@ -48,7 +48,7 @@ def _jsonl(text: str, where: str) -> list[dict]:
         rows.append(row)
     return rows
 
-# %% ../../nbs/api/data/15_tables.ipynb #f2406051
+# %% ../../nbs/api/data/15_tables.ipynb #8794ff06
 def _json(text: str, where: str) -> list[dict]:
     "A list of objects, or JSONL under the name of JSON"
     if not text.lstrip().startswith('['): return _jsonl(text, where)
@@ -58,7 +58,7 @@ def _json(text: str, where: str) -> list[dict]:
     if bad: raise DataError(f'{where}, row {bad}: a {type(rows[bad - 1]).__name__}, not an object with columns')
     return rows
 
-# %% ../../nbs/api/data/15_tables.ipynb #fd1872b5
+# %% ../../nbs/api/data/15_tables.ipynb #e7cd9f9d
 def _csv(text: str, where: str, sep: str = ',') -> list[dict]:
     "Texts under the names of the first line"
     reader = csv.reader(io.StringIO(text, newline=''), delimiter=sep, strict=True)
@@ -77,7 +77,7 @@ def _csv(text: str, where: str, sep: str = ',') -> list[dict]:
     finally: csv.field_size_limit(old)
     return rows
 
-# %% ../../nbs/api/data/15_tables.ipynb #917aad84
+# %% ../../nbs/api/data/15_tables.ipynb #fbf99760
 def _column(name: str, values: list, where: str) -> pa.Array:
     "One typed column"
     try: return pa.array(values)
@@ -88,24 +88,24 @@ def _column(name: str, values: list, where: str) -> pa.Array:
         kinds = f'is a {type(values[bad - 1]).__name__}, and a {type(first).__name__} before it'
         raise DataError(f'{where}, row {bad}: column "{name}" {kinds}; one column has one type') from e
 
-# %% ../../nbs/api/data/15_tables.ipynb #e2428e1d
+# %% ../../nbs/api/data/15_tables.ipynb #58034987
 def _table(rows: list[dict], where: str) -> Dataset:
     "A data set with every column that any row has"
     names = list(dict.fromkeys(k for r in rows for k in r))
     if not names: raise DataError(f'{where}: holds no rows')
     return Dataset(pa.table({c: _column(c, [r.get(c) for r in rows], where) for c in names}))
 
-# %% ../../nbs/api/data/15_tables.ipynb #e82a61d4
+# %% ../../nbs/api/data/15_tables.ipynb #5942cd88
 def _parquet(data: bytes, where: str) -> Dataset:
     "A Parquet file"
     try: return Dataset(pq.read_table(io.BytesIO(data)))
     except (pa.ArrowInvalid, OSError) as e: raise DataError(f'{where}: not a Parquet file ({e})') from e
 
-# %% ../../nbs/api/data/15_tables.ipynb #76e643de
+# %% ../../nbs/api/data/15_tables.ipynb #4a68fe99
 TEXT_FORMS: dict[str, Callable[[str, str], list[dict]]] = {
     '.jsonl': _jsonl, '.json': _json, '.csv': _csv, '.tsv': lambda text, where: _csv(text, where, sep='\t')}
 
-# %% ../../nbs/api/data/15_tables.ipynb #d8263971
+# %% ../../nbs/api/data/15_tables.ipynb #1dd2ffca
 def read_table(
     path: str | Path, # .jsonl, .json, .csv, .tsv or .parquet, each also with .gz
 ) -> Dataset:         # the columns as they are in the file; CSV cells are texts

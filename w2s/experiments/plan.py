@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Speed', 'time_model', 'stage_table', 'Plan', 'plan']
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #0e2b237e
+# %% ../../nbs/api/experiments/40_plan.ipynb #3cd6e04d
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from ..train.batches import block
 from ..train.logprobs import response_logps
 from ..train.tokens import EncodedRow
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #e9701821
+# %% ../../nbs/api/experiments/40_plan.ipynb #1d673530
 @dataclass(frozen=True)
 class Speed:
     "How fast a model is on this machine"
@@ -29,7 +29,7 @@ class Speed:
     score: float    # seconds a token, forward only
     memory: float   # bytes at the height of a training step with a full micro-batch
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #8e2b82f3
+# %% ../../nbs/api/experiments/40_plan.ipynb #3cf24c2f
 def time_model(
     model: Model,                # not yet loaded
     rows: Sequence[EncodedRow],  # of the run
@@ -58,12 +58,12 @@ def time_model(
     fixed = base.model.get_memory_footprint() + 16*weights
     return Speed((middle - start)/tokens, (end - middle)/tokens, fixed + seen*max(1., config.dpo.token_budget/tokens))
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #2c404f71
+# %% ../../nbs/api/experiments/40_plan.ipynb #823e49d5
 def _size(rows: Sequence[EncodedRow], first: bool = False) -> int:
     "Tokens that go through the model once"
     return sum(len(s.ids) for r in rows for s in (r.sequences[:1] if first else r.sequences))
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #1fb56828
+# %% ../../nbs/api/experiments/40_plan.ipynb #49afff6f
 def stage_table(
     config: WeakTeacher,    # what is planned
     data: PreferenceData,   # its rows
@@ -85,7 +85,7 @@ def stage_table(
     out.append(('un-tuned test', 'strong', 'score', len(test), _size(test)))
     return pd.DataFrame(out, columns=['stage', 'model', 'kind', 'rows', 'tokens'])
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #438ba025
+# %% ../../nbs/api/experiments/40_plan.ipynb #b3166f35
 @dataclass(frozen=True)
 class Plan:
     "What a run is going to do"
@@ -103,7 +103,7 @@ class Plan:
         return (f'{self.report}\n\n{self.stages.to_string(index=False, float_format="{:.1f}".format)}\n\n'
                 f'{len(self.stages)} stages a seed, {self.seeds} seeds: about {self.minutes:.0f} min on this machine, {self.memory/2**30:.1f} GiB at the height')
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #854d27fe
+# %% ../../nbs/api/experiments/40_plan.ipynb #213b1806
 def plan(
     config: WeakTeacher, # what to plan
 ) -> Plan:

@@ -6,7 +6,7 @@
 __all__ = ['RESPONSES', 'TEST_SHARE', 'Reader', 'row_texts', 'readable', 'set_test_aside', 'halves', 'PreferenceData',
            'load_preferences']
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #597d2ba8
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #c90aa8c0
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from ..data.splits import group_split, sample_rows
 from ..errors import ConfigError, DataError
 from ..train.tokens import encode_rows, lost_characters, report_tokens
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #faa23004
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #25696c01
 @dataclass(frozen=True)
 class Reader:
     "How a model reads text"
@@ -28,17 +28,17 @@ class Reader:
     tokenizer: Any   # its tokenizer
     limit: int       # longest sequence in tokens: the smaller of the setting and the model's context
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #a25aa120
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #7837c62e
 RESPONSES = ('chosen', 'rejected')
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #0290c65b
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #1265a075
 def row_texts(
     data: Dataset, # rows of kind "preferences"
 ) -> list[str]:    # prompt and responses of each row as one text
     "All that a model reads of each row"
     return [prompt_text(p) + c + r for p, c, r in zip(data['prompt'], data['chosen'], data['rejected'], strict=True)]
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #77716119
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #2779cf60
 def readable(
     splits: Mapping[str, Dataset], # rows of kind "preferences"
     readers: list[Reader],         # every model of the experiment
@@ -57,10 +57,10 @@ def readable(
         if not len(out[split]): raise DataError(f'no row of split "{split}" can be read by every model:\n{report}')
     return out, report
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #1f7848b8
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #8853108c
 TEST_SHARE = .2 # of the prompts, where the source has no test split
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #8237665a
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #2fbad126
 def set_test_aside(
     splits: Mapping[str, Dataset], # 'test' and others, or one without a test split
 ) -> tuple[dict[str, Dataset], Dataset]: # rows to train on, test rows
@@ -70,7 +70,7 @@ def set_test_aside(
     parts = group_split(rows, {'train': 1 - TEST_SHARE, 'test': TEST_SHARE}, seed=0)
     return {'train': parts['train']}, parts['test']
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #d6842389
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #4ecfd8c3
 def halves(
     train: Mapping[str, Dataset], # of `set_test_aside`
     rows: int | None,             # training rows in both halves together; None: all
@@ -89,7 +89,7 @@ def halves(
     labelled, unlabelled = (sample_rows(train[k], max(1, round((rows or most)*v)), seed) for k, v in shares.items())
     return labelled, unlabelled
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #ccbfd389
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #713b28d1
 @dataclass(frozen=True)
 class PreferenceData:
     "The rows of an experiment"
@@ -97,7 +97,7 @@ class PreferenceData:
     test: Dataset             # the same for all models and seeds
     report: DataReport        # what was found and done on the way
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #33376541
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #d43f3ef6
 def load_preferences(
     source: str,                  # file, folder or name of a data set
     readers: list[Reader],        # every model of the experiment

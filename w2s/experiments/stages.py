@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['FORMAT', 'Run', 'stage_folder', 'run_stage', 'sync_tree', 'lock']
 
-# %% ../../nbs/api/experiments/10_stages.ipynb #0e4adea0
+# %% ../../nbs/api/experiments/10_stages.ipynb #2a061cec
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +17,19 @@ from filelock import FileLock, Timeout
 
 from ..errors import ConfigError
 from .config import settings_hash
+from ..train.loop import remove_tree
 
-# %% ../../nbs/api/experiments/10_stages.ipynb #b9139281
+# %% ../../nbs/api/experiments/10_stages.ipynb #bd14663e
 FORMAT = 1 # raised when the meaning of a stage changes: older results are then made anew
 
-# %% ../../nbs/api/experiments/10_stages.ipynb #beecf3f3
+# %% ../../nbs/api/experiments/10_stages.ipynb #1ceb42b7
 @dataclass(frozen=True)
 class Run:
     "Where the stages of an experiment live, and who hears about them"
     root: Path                               # folder of the whole experiment
-    say: Callable[[str], None] = print       # hears a line when a stage begins or is found done
+    say: Callable[[str], None] = print       # hears one line a stage: it is found done, starts, or goes on where it was killed
 
-# %% ../../nbs/api/experiments/10_stages.ipynb #0a0eb14e
+# %% ../../nbs/api/experiments/10_stages.ipynb #be9cfd28
 def stage_folder(
     run: Run,               # the experiment
     name: str,              # of the stage, for people
@@ -38,7 +38,7 @@ def stage_folder(
     "The folder of a stage, named by the hash of its inputs"
     return run.root/'stages'/f'{name}-{settings_hash({"name": name, "format": FORMAT, "inputs": inputs})}'
 
-# %% ../../nbs/api/experiments/10_stages.ipynb #20e5a952
+# %% ../../nbs/api/experiments/10_stages.ipynb #2a94c78d
 def run_stage(
     run: Run,                      # the experiment
     name: str,                     # of the stage, for people
@@ -47,18 +47,20 @@ def run_stage(
 ) -> Path:                         # the finished folder
     "Do the work of a stage once"
     final = stage_folder(run, name, inputs)
-    if final.is_dir(): return final
+    if final.is_dir():
+        run.say(f'{name}: found')
+        return final
     part = final.with_name(f'.unfinished-{final.name}')
     run.say(f'{name}: {"going on" if part.is_dir() else "starting"}')
     part.mkdir(parents=True, exist_ok=True)
     work(part)
     (part/'inputs.json').write_text(json.dumps(inputs, indent=1, sort_keys=True, ensure_ascii=False), encoding='utf-8')
-    shutil.rmtree(part/'checkpoints', ignore_errors=True)
+    remove_tree(part/'checkpoints')
     sync_tree(part)
     os.replace(part, final)
     return final
 
-# %% ../../nbs/api/experiments/10_stages.ipynb #82c16fda
+# %% ../../nbs/api/experiments/10_stages.ipynb #c16b5520
 def sync_tree(
     folder: Path, # with all that is in it
 ) -> None:
@@ -68,7 +70,7 @@ def sync_tree(
         try: os.fsync(handle)
         finally: os.close(handle)
 
-# %% ../../nbs/api/experiments/10_stages.ipynb #712b2e45
+# %% ../../nbs/api/experiments/10_stages.ipynb #14b15365
 def lock(
     root: Path, # folder of the experiment; made if it is not there
 ) -> FileLock:  # held; release it, or leave its `with`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['implicit_reward', 'WeakLabels', 'label_pairs', 'given_labels']
 
-# %% ../../nbs/api/feedback/10_preferences.ipynb #258dcf34
+# %% ../../nbs/api/feedback/10_preferences.ipynb #e6631fa1
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from scipy.special import expit
 from ..data.rows import to_preferences
 from ..errors import ConfigError, DataError
 
-# %% ../../nbs/api/feedback/10_preferences.ipynb #c78107b1
+# %% ../../nbs/api/feedback/10_preferences.ipynb #f98a55a9
 def implicit_reward(
     policy: np.ndarray,    # log-probs of responses under the DPO-trained model, any shape
     reference: np.ndarray, # the same under its SFT reference
@@ -25,7 +25,7 @@ def implicit_reward(
     if beta <= 0: raise ConfigError(f'beta is {beta}; it must be above 0')
     return beta * (np.asarray(policy, float) - np.asarray(reference, float))
 
-# %% ../../nbs/api/feedback/10_preferences.ipynb #3e202ea0
+# %% ../../nbs/api/feedback/10_preferences.ipynb #cc74b596
 @dataclass(frozen=True)
 class WeakLabels:
     "Labels of one supervisor, and what is known about them"
@@ -36,7 +36,7 @@ class WeakLabels:
     def __repr__(self): return f'WeakLabels({len(self.rows):,} pairs by {self.rows["source"][0]}, {self.ties} ties, ' \
                                f'mean confidence {np.abs(2*self.prob_a - 1).mean():.2f})'
 
-# %% ../../nbs/api/feedback/10_preferences.ipynb #df2a9c77
+# %% ../../nbs/api/feedback/10_preferences.ipynb #eab60dbc
 def label_pairs(
     pairs: Dataset,       # rows of kind "pairs"
     rewards: np.ndarray,  # (rows, 2): of response a and response b
@@ -50,7 +50,7 @@ def label_pairs(
     prob_a = np.where(r[:, 0] > r[:, 1], np.maximum(prob_a, np.nextafter(.5, 1)), np.minimum(prob_a, .5)) # a tiny lead is no tie
     return WeakLabels(to_preferences(pairs, prob_a, source), prob_a, int((r[:, 0] == r[:, 1]).sum()))
 
-# %% ../../nbs/api/feedback/10_preferences.ipynb #1481e696
+# %% ../../nbs/api/feedback/10_preferences.ipynb #c1d69173
 def given_labels(
     pairs: Dataset,        # rows of kind "pairs"
     column: str = 'prob_a', # 'prob_a': the rows' own (human) labels; 'gold_a': gold ones

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LoraSettings', 'check_targets', 'add_adapter', 'save_adapter', 'check_adapter', 'load_adapter', 'adapter_hash']
 
-# %% ../../nbs/api/models/20_adapters.ipynb #95f1d495
+# %% ../../nbs/api/models/20_adapters.ipynb #efd7ff5a
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from .load import Base, files_hash, set_mode # before peft: it quiets one messag
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
-# %% ../../nbs/api/models/20_adapters.ipynb #c7cd13c1
+# %% ../../nbs/api/models/20_adapters.ipynb #ce4fb4df
 @dataclass(frozen=True)
 class LoraSettings:
     "The trainable adapter"
@@ -30,7 +30,7 @@ class LoraSettings:
         if self.rank < 1: raise ConfigError(f'lora rank is {self.rank}; it must be at least 1')
         if not 0 <= self.dropout < 1: raise ConfigError(f'lora dropout is {self.dropout}; it must lie in [0, 1)')
 
-# %% ../../nbs/api/models/20_adapters.ipynb #9fde76aa
+# %% ../../nbs/api/models/20_adapters.ipynb #f3610acf
 def check_targets(
     base: Base,           # the model
     lora: LoraSettings,   # whose targets are checked
@@ -42,7 +42,7 @@ def check_targets(
     if missing := [t for t in lora.targets if t not in names]:
         raise ModelError(f'{base.name} has no linear layer named {", ".join(missing)} that can take an adapter; it has {", ".join(sorted(names))}')
 
-# %% ../../nbs/api/models/20_adapters.ipynb #dc70d92f
+# %% ../../nbs/api/models/20_adapters.ipynb #9f7b4682
 def add_adapter(
     base: Base,                         # stays frozen; take the adapter off again with `PeftModel.unload`
     lora: LoraSettings = LoraSettings(), # rank and its relatives
@@ -58,7 +58,7 @@ def add_adapter(
     set_mode(model, True)
     return model
 
-# %% ../../nbs/api/models/20_adapters.ipynb #1c1f4768
+# %% ../../nbs/api/models/20_adapters.ipynb #6c08ae6a
 def save_adapter(
     model: PeftModel,    # with one adapter
     base: Base,          # under it
@@ -70,7 +70,7 @@ def save_adapter(
     (Path(folder)/'w2s.json').write_text(json.dumps(note, indent=1, sort_keys=True), encoding='utf-8')
     return Path(folder)
 
-# %% ../../nbs/api/models/20_adapters.ipynb #d652c9a3
+# %% ../../nbs/api/models/20_adapters.ipynb #65369eed
 def check_adapter(
     base: Base,     # that is to carry it
     folder: Path,   # of the adapter
@@ -86,7 +86,7 @@ def check_adapter(
         named = json.loads((folder/'adapter_config.json').read_text(encoding='utf-8'))['base_model_name_or_path']
         if named != base.name: raise ModelError(f'the adapter in {folder} says that it belongs to {named}, not to {base.name}; load that base')
 
-# %% ../../nbs/api/models/20_adapters.ipynb #9cee5c56
+# %% ../../nbs/api/models/20_adapters.ipynb #25f51c13
 def load_adapter(
     base: Base,              # the model that it was trained on
     folder: str | Path,      # of the adapter
@@ -98,7 +98,7 @@ def load_adapter(
     set_mode(model, trainable)
     return model
 
-# %% ../../nbs/api/models/20_adapters.ipynb #102a224b
+# %% ../../nbs/api/models/20_adapters.ipynb #29254b5f
 def adapter_hash(
     folder: str | Path | None, # None: no adapter
 ) -> str:                      # 16 hexadecimal digits, or 'none'

@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'set_mode', 'LoadSettings', 'is_folder', 'files_hash', 'local_folder', 'fingerprint', 'load_tokenizer',
            'Base', 'model_error', 'context_length', 'load_config', 'load_base']
 
-# %% ../../nbs/api/models/10_load.ipynb #aff47c7b
+# %% ../../nbs/api/models/10_load.ipynb #4bcbff0e
 import hashlib
 import logging
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from transformers.utils import logging as hf_logging
 
 from ..errors import ConfigError, ModelError, unknown
 
-# %% ../../nbs/api/models/10_load.ipynb #0c13b8c9
+# %% ../../nbs/api/models/10_load.ipynb #e3c01c7d
 def set_mode(
     model: torch.nn.Module, # any model, with or without 4-bit layers and adapters
     training: bool,         # True: dropout acts; False: it does not
@@ -31,13 +31,13 @@ def set_mode(
     for module in model.modules():
         if type(module).__name__ == 'Linear4bit' and module.weight.device.type == 'cpu': module.training = True
 
-# %% ../../nbs/api/models/10_load.ipynb #a286278d
+# %% ../../nbs/api/models/10_load.ipynb #d40b86e2
 logging.getLogger('bitsandbytes.backends.cpu.ops').addFilter(lambda record: 'kernels-community' not in record.getMessage())
 
-# %% ../../nbs/api/models/10_load.ipynb #f2dff568
+# %% ../../nbs/api/models/10_load.ipynb #c1e77083
 DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch.float32}
 
-# %% ../../nbs/api/models/10_load.ipynb #8e6c3dc1
+# %% ../../nbs/api/models/10_load.ipynb #6b5d91e5
 @dataclass(frozen=True)
 class LoadSettings:
     "How a base model is loaded"
@@ -51,7 +51,7 @@ class LoadSettings:
         if self.quantize not in ('nf4', 'none'): raise ConfigError(unknown(self.quantize, ['nf4', 'none'], 'value of quantize'))
         if self.dtype not in DTYPES: raise ConfigError(unknown(self.dtype, DTYPES, 'value of dtype'))
 
-# %% ../../nbs/api/models/10_load.ipynb #fdae839d
+# %% ../../nbs/api/models/10_load.ipynb #5a4b34a7
 def is_folder(
     name: str | Path, # folder, or name on the hub such as 'facebook/opt-125m'
 ) -> bool:
@@ -64,7 +64,7 @@ def is_folder(
         raise ModelError(f'no model folder at {name}; {hint}')
     return False
 
-# %% ../../nbs/api/models/10_load.ipynb #f8859949
+# %% ../../nbs/api/models/10_load.ipynb #d0c05ade
 @lru_cache(maxsize=256)
 def _file_hash(path: str, size: int, changed: int) -> str: # size and time of change are there for the cache only
     "SHA-256 of a file's content"
@@ -73,7 +73,7 @@ def _file_hash(path: str, size: int, changed: int) -> str: # size and time of ch
         while block := f.read(1 << 24): digest.update(block)
     return digest.hexdigest()
 
-# %% ../../nbs/api/models/10_load.ipynb #de93a744
+# %% ../../nbs/api/models/10_load.ipynb #8dacf827
 def files_hash(
     files: list[Path], # read whole; their order does not matter
 ) -> str:              # 16 hexadecimal digits
@@ -81,7 +81,7 @@ def files_hash(
     parts = sorted(f'{f.name}:{_file_hash(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns)}' for f in files)
     return hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:16]
 
-# %% ../../nbs/api/models/10_load.ipynb #204613cc
+# %% ../../nbs/api/models/10_load.ipynb #dc12e5ab
 def local_folder(
     name: str | Path,                        # folder or name on the hub
     settings: LoadSettings = LoadSettings(), # its revision, and whether pickle files are wanted
@@ -92,7 +92,7 @@ def local_folder(
     try: return Path(snapshot_download(str(name), revision=settings.revision, allow_patterns=wanted))
     except (OSError, ValueError) as e: raise ModelError(f'{name} is neither a folder here nor to be had from the hub: {str(e).splitlines()[0][:200]}') from e
 
-# %% ../../nbs/api/models/10_load.ipynb #5f20babf
+# %% ../../nbs/api/models/10_load.ipynb #cd2a9dae
 def fingerprint(
     folder: Path, # holds config.json and the weights
 ) -> str:         # 16 hexadecimal digits
@@ -101,7 +101,7 @@ def fingerprint(
     if len(files) < 2: raise ModelError(f'{folder} holds no weights: expected config.json and *.safetensors there')
     return files_hash(files)
 
-# %% ../../nbs/api/models/10_load.ipynb #cd5c5056
+# %% ../../nbs/api/models/10_load.ipynb #1935dbc3
 def load_tokenizer(
     name: str | Path,                         # folder or name on the hub
     settings: LoadSettings = LoadSettings(),  # only its revision and `trust_remote_code` are used
@@ -113,18 +113,18 @@ def load_tokenizer(
         raise ModelError(f'{name} has no tokenizer that can be read: it needs tokenizer.json (or the files it is made from) '
                          f'beside config.json ({str(e).splitlines()[0][:160]})') from e
 
-# %% ../../nbs/api/models/10_load.ipynb #e7760893
+# %% ../../nbs/api/models/10_load.ipynb #0990b73e
 @dataclass(frozen=True)
 class Base:
     "A frozen base model, ready to take adapters"
-    name: str               # as given: folder or name on the hub
+    name: str               # name on the hub, or the folder's whole path: adapters remember it, wherever they are loaded from
     model: PreTrainedModel  # frozen; on the GPU if there is one
     tokenizer: Any          # its tokenizer
     fingerprint: str        # of its weights
     settings: LoadSettings  # how it was loaded
     context: int            # longest sequence it can read, in tokens
 
-# %% ../../nbs/api/models/10_load.ipynb #42506a51
+# %% ../../nbs/api/models/10_load.ipynb #0c4c8dfb
 def model_error(
     name: str | Path, # what was being loaded
     error: Exception, # what transformers said
@@ -139,7 +139,7 @@ def model_error(
     if 'trust_remote_code' in text: return ModelError(f'{name} runs code of its own; if you trust it, set trust_remote_code')
     return ModelError(f'{name} cannot be loaded: {text.splitlines()[0][:300]}')
 
-# %% ../../nbs/api/models/10_load.ipynb #6552f18a
+# %% ../../nbs/api/models/10_load.ipynb #3cc99cae
 def context_length(
     config: Any, # of the model
 ) -> int:        # tokens; a very large number where the model sets no limit
@@ -147,7 +147,7 @@ def context_length(
     known = {k: v for k, v in config.to_dict().items() if k in ('max_position_embeddings', 'n_positions', 'max_seq_len', 'seq_length')}
     return min([int(v) for v in known.values() if v] or [1 << 30])
 
-# %% ../../nbs/api/models/10_load.ipynb #19785a33
+# %% ../../nbs/api/models/10_load.ipynb #4d5037f0
 def load_config(
     name: str | Path,                        # folder or name on the hub
     settings: LoadSettings = LoadSettings(), # how it is to be loaded
@@ -157,7 +157,7 @@ def load_config(
     try: return AutoConfig.from_pretrained(name, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError) as e: raise model_error(name, e) from e
 
-# %% ../../nbs/api/models/10_load.ipynb #dfc5b942
+# %% ../../nbs/api/models/10_load.ipynb #9204f2f5
 def load_base(
     name: str | Path,                        # folder or name on the hub
     settings: LoadSettings = LoadSettings(), # bits, type of arithmetic, and the doors that are closed by default
@@ -166,6 +166,7 @@ def load_base(
     "Load a frozen causal model with its tokenizer; raises `ModelError`"
     hf_logging.disable_progress_bar()
     device, dtype, config = device or ('cuda' if torch.cuda.is_available() else 'cpu'), DTYPES[settings.dtype], load_config(name, settings)
+    name = str(Path(name).expanduser().resolve()) if is_folder(name) else str(name)
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     tokenizer = load_tokenizer(name, settings)
     try:
@@ -176,4 +177,4 @@ def load_base(
     except (OSError, ValueError, KeyError) as e: raise model_error(name, e) from e
     model.requires_grad_(False)
     set_mode(model, False)
-    return Base(str(name), model, tokenizer, fingerprint(local_folder(name, settings)), settings, context_length(config))
+    return Base(name, model, tokenizer, fingerprint(local_folder(name, settings)), settings, context_length(config))

@@ -6,9 +6,9 @@
 __all__ = ['MIN_PROMPT', 'TOO_LONG', 'EQUAL', 'Encoded', 'common_start', 'prompt_and_full', 'close', 'token_ids', 'encode',
            'cut_prompt', 'fit', 'EncodedRow', 'Tokens', 'encode_rows', 'lost_characters', 'report_tokens']
 
-# %% ../../nbs/api/train/10_tokens.ipynb #e5c19b4f
+# %% ../../nbs/api/train/10_tokens.ipynb #ffcaf50f
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset
@@ -16,7 +16,7 @@ from datasets import Dataset
 from ..data.hygiene import DataReport
 from ..errors import DataError
 
-# %% ../../nbs/api/train/10_tokens.ipynb #488940b4
+# %% ../../nbs/api/train/10_tokens.ipynb #a57b3b3d
 @dataclass(frozen=True)
 class Encoded:
     "A prompt with one response, as token ids"
@@ -28,7 +28,7 @@ class Encoded:
         "Ids of the response, the end token included"
         return self.ids[self.start:]
 
-# %% ../../nbs/api/train/10_tokens.ipynb #9fa98321
+# %% ../../nbs/api/train/10_tokens.ipynb #90a0c78e
 def common_start(
     a: Sequence[int], # ids
     b: Sequence[int], # ids
@@ -38,7 +38,7 @@ def common_start(
         if x != y: return i
     return min(len(a), len(b))
 
-# %% ../../nbs/api/train/10_tokens.ipynb #d357c75c
+# %% ../../nbs/api/train/10_tokens.ipynb #684bc7d1
 def prompt_and_full(
     tokenizer: Any,                # of the model
     prompt: str | list[dict],      # text, or chat messages
@@ -53,7 +53,7 @@ def prompt_and_full(
     return (tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True),
             tokenizer.apply_chat_template(reply, tokenize=False), False)
 
-# %% ../../nbs/api/train/10_tokens.ipynb #f62c1f2b
+# %% ../../nbs/api/train/10_tokens.ipynb #2154bc4d
 def close(
     ids: Sequence[int],  # of a whole plain text
     bos: int | None,     # begin token of the tokenizer, if it has one
@@ -65,7 +65,7 @@ def close(
     while len(ids) > 1 and eos is not None and ids[-1] == eos: ids = ids[:-1]
     return ids if eos is None else [*ids, eos]
 
-# %% ../../nbs/api/train/10_tokens.ipynb #1975755c
+# %% ../../nbs/api/train/10_tokens.ipynb #e419b613
 def token_ids(
     tokenizer: Any,     # of the model
     texts: list[str],   # may hold duplicates
@@ -78,7 +78,7 @@ def token_ids(
     known = dict(zip(different, ids, strict=True))
     return [known[t] for t in texts]
 
-# %% ../../nbs/api/train/10_tokens.ipynb #7aea868a
+# %% ../../nbs/api/train/10_tokens.ipynb #2195325a
 def encode(
     tokenizer: Any,                  # of the model
     prompts: list[str | list[dict]], # one for each response
@@ -96,10 +96,10 @@ def encode(
             out[i] = Encoded(tuple(ids), common_start(close(p, tokenizer.bos_token_id, None), ids))
     return out
 
-# %% ../../nbs/api/train/10_tokens.ipynb #8678f9e0
+# %% ../../nbs/api/train/10_tokens.ipynb #3b3c650a
 MIN_PROMPT = 8 # tokens of a prompt that must remain (or all of a shorter one): with fewer, a response answers nothing
 
-# %% ../../nbs/api/train/10_tokens.ipynb #5ae9629c
+# %% ../../nbs/api/train/10_tokens.ipynb #56ddfb23
 def cut_prompt(
     row: Encoded,      # prompt and response
     remove: int,       # tokens to take away
@@ -109,7 +109,7 @@ def cut_prompt(
     keep = 1 if row.start and row.ids[0] == bos else 0
     return Encoded(row.ids[:keep] + row.ids[keep + remove:], row.start - remove)
 
-# %% ../../nbs/api/train/10_tokens.ipynb #204eba55
+# %% ../../nbs/api/train/10_tokens.ipynb #bebabc46
 def fit(
     rows: tuple[Encoded, ...], # the responses to one prompt
     limit: int,                # longest sequence, in tokens
@@ -120,10 +120,10 @@ def fit(
     if remove and any(r.start - remove < min(MIN_PROMPT, r.start) for r in rows): return None
     return tuple(cut_prompt(r, remove, bos) for r in rows), remove
 
-# %% ../../nbs/api/train/10_tokens.ipynb #6a0fe8a2
+# %% ../../nbs/api/train/10_tokens.ipynb #480077ca
 TOO_LONG, EQUAL = 'response too long', 'equal after tokenization'
 
-# %% ../../nbs/api/train/10_tokens.ipynb #95921648
+# %% ../../nbs/api/train/10_tokens.ipynb #afc5299a
 @dataclass(frozen=True)
 class EncodedRow:
     "One row: the same prompt with one or two responses"
@@ -131,7 +131,7 @@ class EncodedRow:
     sequences: tuple[Encoded, ...]  # (completion,), (chosen, rejected) or (a, b)
     cut: int                        # tokens taken from the prompt
 
-# %% ../../nbs/api/train/10_tokens.ipynb #14ef9501
+# %% ../../nbs/api/train/10_tokens.ipynb #9e2ad9c8
 @dataclass(frozen=True)
 class Tokens:
     "A data set as token ids, and what could not be kept"
@@ -139,7 +139,7 @@ class Tokens:
     refused: dict[str, str]   # id of a refused row: the reason
     limit: int                # longest sequence, in tokens
 
-# %% ../../nbs/api/train/10_tokens.ipynb #f79fcd73
+# %% ../../nbs/api/train/10_tokens.ipynb #426ead3e
 def encode_rows(
     tokenizer: Any,                 # of the model
     data: Dataset,                  # rows with `id`, `prompt` and the columns
@@ -150,14 +150,16 @@ def encode_rows(
     prompts, each = list(data['prompt']), []
     for column in columns: each.append(encode(tokenizer, prompts, list(data[column])))
     rows, refused = [], {}
-    for id, sequences in zip(data['id'], zip(*each, strict=True), strict=True):
+    for id, several in zip(data['id'], zip(*each, strict=True), strict=True):
+        start = min(s.start for s in several) # where the first of them leaves the prompt
+        sequences = tuple(replace(s, start=start) for s in several)
         fitted = fit(sequences, limit, tokenizer.bos_token_id)
         if fitted is None: refused[id] = TOO_LONG
         elif len(sequences) == 2 and fitted[0][0].response == fitted[0][1].response: refused[id] = EQUAL
         else: rows.append(EncodedRow(id, *fitted))
     return Tokens(rows, refused, limit)
 
-# %% ../../nbs/api/train/10_tokens.ipynb #93a57091
+# %% ../../nbs/api/train/10_tokens.ipynb #5cd8f3b5
 def lost_characters(
     tokenizer: Any,         # of the model
     texts: Sequence[str],   # all that it is going to read
@@ -168,7 +170,7 @@ def lost_characters(
         return char.casefold() not in tokenizer.decode(ids, clean_up_tokenization_spaces=False).casefold()
     return [c for c in sorted(set().union(*texts)) if c != ' ' and lost(c)]
 
-# %% ../../nbs/api/train/10_tokens.ipynb #49a6c0f3
+# %% ../../nbs/api/train/10_tokens.ipynb #c1908af1
 def report_tokens(
     report: DataReport,      # so far
     split: str,              # name of the rows
