@@ -7,7 +7,7 @@ __all__ = ['PAIRS', 'STAGES', 'WeakTeacher', 'Model', 'know_model', 'open_base',
            'dpo_stage', 'pair_rewards', 'label_stage', 'Arm', 'train_arm', 'ceiling_rows', 'evaluate_arm', 'SeedRows',
            'supervise', 'train_students', 'label_table', 'Result', 'summary_table', 'caption', 'counted', 'run']
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #38c6546f
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #cb9ae55b
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -33,7 +33,7 @@ from ..train.loop import Objective, TrainSettings, dpo_objective, material, sft_
 from ..train.reference import stored_logps, tokens_hash
 from ..train.tokens import EncodedRow, encode_rows
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #27511a06
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #89ac85c7
 @dataclass(frozen=True)
 class WeakTeacher:
     "Weak-to-strong by preference labels (Tao & Li 2409.08813)"
@@ -64,7 +64,7 @@ class WeakTeacher:
         if self.beta <= 0: raise ConfigError(f'beta is {self.beta}; it must be above 0')
         if not 0 <= self.smoothing < .5: raise ConfigError(f'smoothing is {self.smoothing}; it must lie in [0, 0.5)')
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #4bf2442f
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #9e8c32cd
 @dataclass(frozen=True)
 class Model:
     "One of the two models, known but not yet loaded"
@@ -74,7 +74,7 @@ class Model:
     fingerprint: str   # of its weights
     load: LoadSettings # how it is to be loaded
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #61d98fe2
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #f34d7509
 def know_model(
     role: str,           # 'weak' or 'strong'
     name: str,           # folder or name on the hub
@@ -84,7 +84,7 @@ def know_model(
     limit = min(config.max_length, context_length(load_config(name, config.load)))
     return Model(role, name, Reader(role, load_tokenizer(name, config.load), limit), fingerprint(local_folder(name, config.load)), config.load)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #85a0e13c
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #55206582
 @lru_cache(maxsize=1)
 def _open(name: str, load: LoadSettings, fingerprint: str) -> Base:
     "The one base that is in memory"
@@ -92,14 +92,14 @@ def _open(name: str, load: LoadSettings, fingerprint: str) -> Base:
     check_model(base)
     return base
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #4bd1b67b
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #16ef517b
 def open_base(
     model: Model, # of `know_model`
 ) -> Base:        # loaded and checked; the one before it is let go
     "Load a base, unless it is the one in memory"
     return _open(model.name, model.load, model.fingerprint)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #15e5221c
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #64416fd6
 @dataclass(frozen=True)
 class Study:
     "What the stages of one experiment share"
@@ -107,7 +107,7 @@ class Study:
     run: Run         # its folder
     quiet: bool      # no progress bars
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #da0ea5c6
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #e26b33eb
 def train_stage(
     study: Study,                           # the experiment
     model: Model,                           # that is trained
@@ -132,7 +132,7 @@ def train_stage(
              'start': adapter_hash(start), 'train': material(settings, study.config.lora.dropout), 'seed': seed}
     return run_stage(study.run, name, {**known, **inputs}, work)/'adapter'
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #8ed4db0d
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #8b12b8bb
 def encoded(
     model: Model,  # that reads them
     rows: Dataset, # of kind "preferences"; all readable
@@ -140,7 +140,7 @@ def encoded(
     "Rows as a model reads them"
     return encode_rows(model.reader.tokenizer, rows, RESPONSES, model.reader.limit).rows
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #beecb5b0
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #2a98e4bf
 def sft_stage(
     study: Study,   # the experiment
     model: Model,   # that is trained
@@ -153,7 +153,7 @@ def sft_stage(
     inputs = {'objective': 'sft', 'rows': tokens_hash([replace(r, sequences=r.sequences[:1]) for r in tokens]), 'weights': weights}
     return train_stage(study, model, f'{name}-sft', study.config.sft, None, inputs, lambda base: sft_objective(tokens, weights), seed)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #bd9e3bde
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #6dde7766
 def dpo_stage(
     study: Study,   # the experiment
     model: Model,   # that is trained
@@ -172,7 +172,7 @@ def dpo_stage(
     inputs = {'objective': 'dpo', 'rows': tokens_hash(tokens), 'weights': weights, 'target': target, 'beta': c.beta, 'smoothing': c.smoothing}
     return train_stage(study, model, f'{name}-dpo', c.dpo, sft, inputs, objective, seed)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #4526d903
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #c3213652
 def pair_rewards(
     study: Study,              # the experiment
     model: Model,              # the judge
@@ -186,7 +186,7 @@ def pair_rewards(
     ours, theirs = (stored_logps(store, base, a, tokens, budget, label=label, quiet=study.quiet) for a in (policy, reference))
     return implicit_reward(ours, theirs, study.config.beta), ours
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #5c43ac90
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #ef05c396
 def label_stage(
     study: Study,       # the experiment
     model: Model,       # the weak supervisor
@@ -205,7 +205,7 @@ def label_stage(
               'dtype': model.load.dtype, 'rows': tokens_hash(tokens), 'beta': study.config.beta}
     return label_pairs(pairs, np.load(run_stage(study.run, f'weak-seed{seed}-labels', inputs, work)/'rewards.npy'), source=f'weak:{Path(model.name).name}')
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #50554cb8
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #b62bc5ba
 @dataclass(frozen=True)
 class Arm:
     "A trained model and its reference"
@@ -216,7 +216,7 @@ class Arm:
     reference: Path | None  # adapter of its reference; None: the base
     seed: int
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #47e344ba
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #aa7350ee
 def train_arm(
     study: Study,   # the experiment
     model: Model,   # that is trained
@@ -230,7 +230,7 @@ def train_arm(
     sft = sft_stage(study, model, name, rows, seed)
     return Arm(role, method, model, dpo_stage(study, model, name, rows, sft, seed), sft, seed)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #57405ede
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #68b76950
 def ceiling_rows(
     labelled: Dataset,    # of kind "preferences"
     unlabelled: Dataset,  # the student's rows, with human labels
@@ -240,7 +240,7 @@ def ceiling_rows(
     if 'gold' in unlabelled.column_names: return 'dpo gold', given_labels(to_pairs(unlabelled, seed), 'gold_a', 'gold').rows
     return 'dpo human both halves', given_labels(to_pairs(concatenate_datasets([labelled, unlabelled]), seed)).rows
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #137b3c56
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #4f8d02c2
 def evaluate_arm(
     study: Study,   # the experiment
     arm: Arm,       # what is evaluated
@@ -260,7 +260,7 @@ def evaluate_arm(
     weak, strong = Path(c.weak).name, Path(c.strong).name
     return metric_rows([r.id for r in tokens], scores, arm.role, arm.method, weak, '' if arm.role == 'floor' else strong, arm.seed, 'preferences')
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #cb6c3468
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #f39df47e
 @dataclass(frozen=True)
 class SeedRows:
     "The rows of one seed after labelling"
@@ -270,7 +270,7 @@ class SeedRows:
     weak: WeakLabels     # labels of the supervisor for the unlabelled rows
     floor: Arm           # the supervisor
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #f31d6aff
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #cd026010
 def supervise(
     study: Study,          # the experiment
     model: Model,          # the weak supervisor
@@ -284,7 +284,7 @@ def supervise(
     assert floor.reference and floor.policy
     return SeedRows(seed, labelled, unlabelled, label_stage(study, model, floor.reference, floor.policy, unlabelled, seed), floor)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #866e7467
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #71e1bd19
 def train_students(
     study: Study,    # the experiment
     model: Model,    # the strong student
@@ -300,7 +300,7 @@ def train_students(
             Arm('base', 'sft human', model, human_arm.reference, None, seed)]
     return [*base, student, human_arm, ceiling]
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #80fc2508
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #513bbbb7
 def label_table(
     seeds: Sequence[SeedRows], # after labelling
 ) -> pd.DataFrame:             # a row a seed
@@ -313,11 +313,11 @@ def label_table(
                         confidence=float(np.abs(2*s.weak.prob_a - 1).mean())))
     return pd.DataFrame(out)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #66e6d6e7
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #5376c4c6
 PAIRS = [(('student', 'dpo weak'), ('human', 'dpo human')), (('student', 'dpo weak'), ('floor', 'dpo human')),
          (('student', 'dpo weak'), ('base', 'sft weak'))] # differences that the paper is about
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #95a86c00
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #635cd129
 @dataclass(frozen=True)
 class Result:
     "The whole comparison"
@@ -334,7 +334,7 @@ class Result:
     def _repr_html_(self) -> str: return summary_table(self).to_html(index=False) + f'<p>{caption(self)}</p>'
     def __repr__(self) -> str: return f'{summary_table(self).to_string(index=False)}\n{caption(self)}'
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #6f00e336
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #d55e3369
 def summary_table(
     result: Result, # of a run
 ) -> pd.DataFrame:  # role, method, model, and value [low, high] for each metric
@@ -347,7 +347,7 @@ def summary_table(
     metrics = [m for m in ('accuracy', 'likelihood_accuracy', 'margin', 'logp_chosen', 'logp_rejected') if m in wide]
     return wide[['role', 'method', 'model', *metrics]].fillna('–').rename_axis(columns=None)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #ea342900
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #f80fa6f6
 def caption(
     result: Result, # of a run
 ) -> str:
@@ -360,10 +360,10 @@ def caption(
             f'Ceiling: {what}. '
             f'Weak labels agree with human ones on {labels.agreement.mean():.1%} of {labels.rows.sum():,} pairs ({labels.ties.sum()} ties).')
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #a64608ab
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #313e64ef
 STAGES = 16 # a seed: two trainings for each of four arms, the labels, seven evaluations
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #a330b46c
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #81ca29a1
 def counted(
     total: int, # stages of the run
 ) -> Callable[[str], None]:
@@ -372,7 +372,7 @@ def counted(
     def say(line: str) -> None: print(f'[{next(numbers):>{len(str(total))}}/{total}] {line}', flush=True)
     return say
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #b5ade991
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #abf6262a
 def run(
     config: WeakTeacher,                    # what to compare
     out: str | Path = 'runs/weak-teacher',  # folder of stages and results; used again by later runs
@@ -383,7 +383,7 @@ def run(
     try: return _run(Study(config, Run(Path(out), (lambda line: None) if quiet else counted(STAGES*config.seeds)), quiet))
     finally: held.release()
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #e3361dd5
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #43615295
 def _run(study: Study) -> Result:
     "All stages, then all tables"
     c = study.config
