@@ -112,7 +112,6 @@ def test_dpo_trains_on_the_same_tokens(both):
 MERGING = [dict(prompt=f'{name} says the answ', chosen='er is cold.', rejected='arm.') for name in ('Ann', 'Ben', 'Ida')]
 
 
-@pytest.mark.xfail(strict=True, reason='each response has its own start: scratch/defects.md, 1')
 def test_dpo_boundary_where_tokens_merge(both):
     "The prompt ends inside a word: both responses start where the first of them leaves the prompt, as in TRL"
     data, dpo = make_rows(MERGING, 'preferences'), both['dpo']

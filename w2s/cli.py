@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'run_app', 'Flag', 'given', 'version_command', 'weak_teacher', 'weak_teacher_config', 'main']
 
-# %% ../nbs/api/90_cli.ipynb #f2ecc13c
+# %% ../nbs/api/90_cli.ipynb #5c42b0f1
 import os
 import sys
 import warnings
@@ -17,7 +17,7 @@ import typer
 from . import __version__
 from .errors import ConfigError, W2SError
 
-# %% ../nbs/api/90_cli.ipynb #f287aa81
+# %% ../nbs/api/90_cli.ipynb #a0835551
 def given(
     flags: dict[str, Any], # setting -> value, None where the flag was not given; 'load.quantize' is a setting inside a table
 ) -> dict[str, Any]:       # only what was given, as nested tables
@@ -31,28 +31,28 @@ def given(
         place[last] = value
     return out
 
-# %% ../nbs/api/90_cli.ipynb #4d4183a2
+# %% ../nbs/api/90_cli.ipynb #0dc0ec95
 app = typer.Typer(help='Weak-to-strong alignment of language models.', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 run_app = typer.Typer(help='Run a whole experiment.', no_args_is_help=True)
 app.add_typer(run_app, name='run')
 
-# %% ../nbs/api/90_cli.ipynb #a0afebce
+# %% ../nbs/api/90_cli.ipynb #b7291fdf
 @app.command('version')
 def version_command() -> None:
     "Print the version of w2s"
     typer.echo(__version__)
 
-# %% ../nbs/api/90_cli.ipynb #94c3e6fe
+# %% ../nbs/api/90_cli.ipynb #5fd91229
 @app.callback()
 def _before() -> None:
     # one place for what all commands need; the callback's docstring would show up in the help
     warnings.filterwarnings('ignore', category=FutureWarning) # of libraries among themselves; nothing that a user can mend
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
 
-# %% ../nbs/api/90_cli.ipynb #03508328
+# %% ../nbs/api/90_cli.ipynb #66904ced
 Flag = typer.Option
 
-# %% ../nbs/api/90_cli.ipynb #b804f117
+# %% ../nbs/api/90_cli.ipynb #cd77b7d9
 @run_app.command('weak-teacher')
 def weak_teacher(
     data: Annotated[str | None, Flag(help='preference rows: a file, a folder with train_gt/train_w2s/test files, or a name on the hub')] = None,
@@ -82,21 +82,21 @@ def weak_teacher(
              'strict': strict, **{f'{stage}.{k}': v for stage in ('sft', 'dpo') for k, v in both.items()}}
     _weak_teacher(given(flags), config, out, dry_run)
 
-# %% ../nbs/api/90_cli.ipynb #8a0f5e77
+# %% ../nbs/api/90_cli.ipynb #46b93245
 def weak_teacher_config(
     flags: dict[str, Any], # settings given by flags
     file: Path | None,     # TOML file
 ) -> Any:                  # a `WeakTeacher`
     "Settings of the experiment: its defaults, then the file, then the flags; raises `ConfigError`"
     from w2s.experiments.config import from_table, merged, read_toml, to_table
-    from w2s.experiments.weak_teacher import WeakTeacher
+    from w2s.experiments.preference_stages import WeakTeacher
     settings = merged(read_toml(file) if file else {}, flags)
     lacking = [f'--{k}' for k in ('data', 'weak', 'strong') if k not in settings]
     if lacking: raise ConfigError(f'{" and ".join(lacking)} not given: this experiment needs preference rows, a weak and a strong model')
     defaults = to_table(WeakTeacher('', '', ''))
     return from_table(WeakTeacher, merged({k: v for k, v in defaults.items() if k not in ('data', 'weak', 'strong')}, settings))
 
-# %% ../nbs/api/90_cli.ipynb #28e7a908
+# %% ../nbs/api/90_cli.ipynb #c6f79e48
 def _weak_teacher(flags: dict[str, Any], file: Path | None, out: Path, dry_run: bool) -> None:
     "Run, write and print"
     config = weak_teacher_config(flags, file)
@@ -110,7 +110,7 @@ def _weak_teacher(flags: dict[str, Any], file: Path | None, out: Path, dry_run: 
     write_result(result)
     typer.echo(f'\n{result}\n\nwritten to {out}: report.md, figure.png, results.parquet, adapters/ …')
 
-# %% ../nbs/api/90_cli.ipynb #ceb6e8df
+# %% ../nbs/api/90_cli.ipynb #42788232
 def main() -> None:
     "The `w2s` command"
     try: app()

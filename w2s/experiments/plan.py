@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Speed', 'time_model', 'stage_table', 'Plan', 'plan']
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #3cd6e04d
+# %% ../../nbs/api/experiments/40_plan.ipynb #00008ff5
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,14 +14,15 @@ import pandas as pd
 import torch
 
 from .preference_data import PreferenceData, halves, load_preferences
-from .weak_teacher import Model, WeakTeacher, ceiling_rows, encoded, know_model, open_base
+from .preference_stages import Model, WeakTeacher, encoded, know_model, open_base
+from .weak_teacher import ceiling_rows
 from ..models.adapters import add_adapter
 from ..models.load import set_mode
 from ..train.batches import block
 from ..train.logprobs import response_logps
 from ..train.tokens import EncodedRow
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #1d673530
+# %% ../../nbs/api/experiments/40_plan.ipynb #9be31d6c
 @dataclass(frozen=True)
 class Speed:
     "How fast a model is on this machine"
@@ -29,7 +30,7 @@ class Speed:
     score: float    # seconds a token, forward only
     memory: float   # bytes at the height of a training step with a full micro-batch
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #3cf24c2f
+# %% ../../nbs/api/experiments/40_plan.ipynb #9903858c
 def time_model(
     model: Model,                # not yet loaded
     rows: Sequence[EncodedRow],  # of the run
@@ -58,12 +59,12 @@ def time_model(
     fixed = base.model.get_memory_footprint() + 16*weights
     return Speed((middle - start)/tokens, (end - middle)/tokens, fixed + seen*max(1., config.dpo.token_budget/tokens))
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #823e49d5
+# %% ../../nbs/api/experiments/40_plan.ipynb #16c2b939
 def _size(rows: Sequence[EncodedRow], first: bool = False) -> int:
     "Tokens that go through the model once"
     return sum(len(s.ids) for r in rows for s in (r.sequences[:1] if first else r.sequences))
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #49afff6f
+# %% ../../nbs/api/experiments/40_plan.ipynb #c5fdd470
 def stage_table(
     config: WeakTeacher,    # what is planned
     data: PreferenceData,   # its rows
@@ -85,7 +86,7 @@ def stage_table(
     out.append(('un-tuned test', 'strong', 'score', len(test), _size(test)))
     return pd.DataFrame(out, columns=['stage', 'model', 'kind', 'rows', 'tokens'])
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #b3166f35
+# %% ../../nbs/api/experiments/40_plan.ipynb #a67977ff
 @dataclass(frozen=True)
 class Plan:
     "What a run is going to do"
@@ -101,9 +102,9 @@ class Plan:
 
     def __repr__(self) -> str:
         return (f'{self.report}\n\n{self.stages.to_string(index=False, float_format="{:.1f}".format)}\n\n'
-                f'{len(self.stages)} stages a seed, {self.seeds} seeds: about {self.minutes:.0f} min on this machine, {self.memory/2**30:.1f} GiB at the height')
+                f'{len(self.stages)} passes a seed, {self.seeds} seed(s): about {self.minutes:.0f} min on this machine, {self.memory/2**30:.1f} GiB at the height')
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #213b1806
+# %% ../../nbs/api/experiments/40_plan.ipynb #985dd630
 def plan(
     config: WeakTeacher, # what to plan
 ) -> Plan:

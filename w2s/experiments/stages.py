@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'Run', 'stage_folder', 'run_stage', 'sync_tree', 'lock']
 
-# %% ../../nbs/api/experiments/10_stages.ipynb #2a061cec
+# %% ../../nbs/api/experiments/10_stages.ipynb #56f082c9
 import json
 import os
 from collections.abc import Callable
@@ -17,19 +17,19 @@ from filelock import FileLock, Timeout
 
 from ..errors import ConfigError
 from .config import settings_hash
-from ..train.loop import remove_tree
+from ..train.checkpoints import remove_tree
 
-# %% ../../nbs/api/experiments/10_stages.ipynb #bd14663e
+# %% ../../nbs/api/experiments/10_stages.ipynb #681e5178
 FORMAT = 1 # raised when the meaning of a stage changes: older results are then made anew
 
-# %% ../../nbs/api/experiments/10_stages.ipynb #1ceb42b7
+# %% ../../nbs/api/experiments/10_stages.ipynb #b77ebfe5
 @dataclass(frozen=True)
 class Run:
     "Where the stages of an experiment live, and who hears about them"
     root: Path                               # folder of the whole experiment
     say: Callable[[str], None] = print       # hears one line a stage: it is found done, starts, or goes on where it was killed
 
-# %% ../../nbs/api/experiments/10_stages.ipynb #be9cfd28
+# %% ../../nbs/api/experiments/10_stages.ipynb #9a606c25
 def stage_folder(
     run: Run,               # the experiment
     name: str,              # of the stage, for people
@@ -38,7 +38,7 @@ def stage_folder(
     "The folder of a stage, named by the hash of its inputs"
     return run.root/'stages'/f'{name}-{settings_hash({"name": name, "format": FORMAT, "inputs": inputs})}'
 
-# %% ../../nbs/api/experiments/10_stages.ipynb #2a94c78d
+# %% ../../nbs/api/experiments/10_stages.ipynb #74ea73be
 def run_stage(
     run: Run,                      # the experiment
     name: str,                     # of the stage, for people
@@ -60,7 +60,7 @@ def run_stage(
     os.replace(part, final)
     return final
 
-# %% ../../nbs/api/experiments/10_stages.ipynb #c16b5520
+# %% ../../nbs/api/experiments/10_stages.ipynb #aa60bf74
 def sync_tree(
     folder: Path, # with all that is in it
 ) -> None:
@@ -70,7 +70,7 @@ def sync_tree(
         try: os.fsync(handle)
         finally: os.close(handle)
 
-# %% ../../nbs/api/experiments/10_stages.ipynb #14b15365
+# %% ../../nbs/api/experiments/10_stages.ipynb #b2c5607a
 def lock(
     root: Path, # folder of the experiment; made if it is not there
 ) -> FileLock:  # held; release it, or leave its `with`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PIECE', 'CELLS', 'token_logps', 'head_of', 'response_hidden', 'response_logps', 'check_model', 'score']
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #c708e2d9
+# %% ../../nbs/api/train/20_logprobs.ipynb #8f91ec10
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -20,11 +20,11 @@ from ..models.load import Base, set_mode
 from .batches import Block, block, micro_batches
 from .tokens import Encoded, EncodedRow
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #63319ef2
+# %% ../../nbs/api/train/20_logprobs.ipynb #42855089
 PIECE = 8192  # words of the vocabulary at once
-CELLS = 2**24 # numbers in a piece of logits: 64 MB, whatever the vocabulary
+CELLS = 2**20 # numbers in a piece of logits: 4 MB, whatever the vocabulary; larger pieces are not faster
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #5f24974b
+# %% ../../nbs/api/train/20_logprobs.ipynb #aee50f9b
 def _pieces(
     hidden: Tensor,        # (tokens, width), any type
     weight: Tensor,        # (vocabulary, width)
@@ -43,7 +43,7 @@ def _pieces(
             capped = z if cap is None else cap * torch.tanh(z / cap)
             yield rows, v, w, capped, (None if cap is None else 1 - (capped / cap)**2)
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #a490f445
+# %% ../../nbs/api/train/20_logprobs.ipynb #f280cacf
 class _TokenLogps(torch.autograd.Function):
     "Log-probability of each target, with memory for tokens × width instead of tokens × vocabulary"
     @staticmethod
@@ -71,7 +71,7 @@ class _TokenLogps(torch.autograd.Function):
             out[rows] += (d * grads[0][rows, None] * (1 if slope is None else slope)) @ w
         return out.to(hidden.dtype), None, None, None, None, None
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #cc5fcbde
+# %% ../../nbs/api/train/20_logprobs.ipynb #8c946908
 def token_logps(
     hidden: Tensor,               # (tokens, width): states from which each target is predicted
     target: Tensor,               # (tokens,): ids
@@ -83,7 +83,7 @@ def token_logps(
     "Log-probability of each target, without the table of logits"
     return _TokenLogps.apply(hidden, target, weight, bias, scale, cap)
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #79d22db7
+# %% ../../nbs/api/train/20_logprobs.ipynb #1e1d2fd9
 def head_of(
     model: Any,  # a causal language model, with or without an adapter
 ) -> dict:       # weight, bias, scale and cap, for `token_logps`
@@ -95,7 +95,7 @@ def head_of(
     return dict(weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach(), scale=float(scale),
                 cap=config.get('final_logit_softcapping'))
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #751137ef
+# %% ../../nbs/api/train/20_logprobs.ipynb #fc8a04f5
 def response_hidden(
     model: Any,    # a causal language model, with or without an adapter
     data: Block,   # on any device
@@ -107,7 +107,7 @@ def response_hidden(
     out = body(input_ids=data.input_ids, attention_mask=data.attention_mask, use_cache=False, **extra)
     return out.last_hidden_state[data.sequence, data.position]
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #8221555e
+# %% ../../nbs/api/train/20_logprobs.ipynb #d8abd310
 def response_logps(
     model: Any,        # a causal language model, with or without an adapter
     data: Block,       # sequences with their response tokens
@@ -116,7 +116,7 @@ def response_logps(
     per_token = token_logps(response_hidden(model, data), data.target.to(model.device), **head_of(model))
     return torch.zeros(len(data.input_ids), device=per_token.device).index_add(0, data.sequence.to(per_token.device), per_token)
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #12d4047e
+# %% ../../nbs/api/train/20_logprobs.ipynb #af869b9d
 def check_model(
     base: Base, # just loaded
 ) -> None:
@@ -134,7 +134,7 @@ def check_model(
                 raise ModelError(f'{base.name}: log-probs from the hidden states ({ours.item():.3f}) are not those of its logits ({own:.3f}); '
                                  'its head or its positions are of a kind that is not supported')
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #b60dd978
+# %% ../../nbs/api/train/20_logprobs.ipynb #961345fe
 def score(
     model: Any,                  # a causal language model, with or without an adapter; left in evaluation mode
     rows: Sequence[EncodedRow],  # each with the same number of sequences

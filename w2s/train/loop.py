@@ -4,16 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'IMMATERIAL', 'OUT_OF_MEMORY', 'TrainSettings', 'material', 'learning_rate', 'Objective',
-           'sft_objective', 'dpo_objective', 'step_gradient', 'trainable', 'remove_tree', 'save_checkpoint',
-           'checkpoints', 'load_checkpoint', 'make_optimizer', 'take_step', 'plan_steps', 'train']
+           'sft_objective', 'dpo_objective', 'step_gradient', 'make_optimizer', 'take_step', 'plan_steps', 'train']
 
-# %% ../../nbs/api/train/50_loop.ipynb #3f92adb1
-import json
+# %% ../../nbs/api/train/50_loop.ipynb #c747db4e
 import math
 import os
-import re
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +16,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -29,14 +23,15 @@ from ..errors import ConfigError, DataError, TrainError, unknown
 from ..models.load import set_mode
 from . import losses
 from .batches import block, epoch_batches, micro_batches
+from .checkpoints import checkpoints, load_checkpoint, save_checkpoint, trainable
 from .logprobs import response_logps
 from .tokens import Encoded, EncodedRow
 
-# %% ../../nbs/api/train/50_loop.ipynb #3ff9de11
+# %% ../../nbs/api/train/50_loop.ipynb #23fe666b
 SCHEDULES = ('cosine', 'linear', 'constant')
 OPTIMIZERS = ('adamw', 'paged_adamw_8bit')
 
-# %% ../../nbs/api/train/50_loop.ipynb #56ed269c
+# %% ../../nbs/api/train/50_loop.ipynb #91ce12d8
 @dataclass(frozen=True)
 class TrainSettings:
     "How an adapter is trained"
@@ -61,10 +56,10 @@ class TrainSettings:
         if self.schedule not in SCHEDULES: raise ConfigError(unknown(self.schedule, SCHEDULES, 'schedule'))
         if self.optimizer not in OPTIMIZERS: raise ConfigError(unknown(self.optimizer, OPTIMIZERS, 'optimizer'))
 
-# %% ../../nbs/api/train/50_loop.ipynb #684c5413
+# %% ../../nbs/api/train/50_loop.ipynb #5de0e0b1
 IMMATERIAL = ('token_budget', 'gradient_checkpointing', 'checkpoint_every')
 
-# %% ../../nbs/api/train/50_loop.ipynb #78f0b340
+# %% ../../nbs/api/train/50_loop.ipynb #456cba64
 def material(
     settings: TrainSettings, # of a training
     dropout: float = 0.0,    # of its adapter
@@ -73,7 +68,7 @@ def material(
     out = {k: v for k, v in asdict(settings).items() if k not in IMMATERIAL}
     return {**out, 'token_budget': settings.token_budget} if dropout else out
 
-# %% ../../nbs/api/train/50_loop.ipynb #d587ab4d
+# %% ../../nbs/api/train/50_loop.ipynb #00add20f
 def learning_rate(
     step: int,               # from 0
     total: int,              # steps of the whole training
@@ -86,7 +81,7 @@ def learning_rate(
     shape = {'cosine': (1 + math.cos(math.pi * done)) / 2, 'linear': 1 - done, 'constant': 1.}[settings.schedule]
     return settings.learning_rate * shape
 
-# %% ../../nbs/api/train/50_loop.ipynb #cb04b80f
+# %% ../../nbs/api/train/50_loop.ipynb #7cc0ba19
 @dataclass(frozen=True)
 class Objective:
     "Rows to learn from, and the loss of each"
@@ -97,7 +92,7 @@ class Objective:
     weights: Tensor                             # (rows,)
     sizes: list[int]                            # of each row: 1, or its response tokens
 
-# %% ../../nbs/api/train/50_loop.ipynb #ff649d25
+# %% ../../nbs/api/train/50_loop.ipynb #e575fe2e
 def _weights(weights: Sequence[float] | None, rows: int) -> Tensor:
     "Weights as a checked tensor of one a row"
     out = torch.ones(rows) if weights is None else torch.tensor(list(weights), dtype=torch.float32)
@@ -105,7 +100,7 @@ def _weights(weights: Sequence[float] | None, rows: int) -> Tensor:
     losses.check_weights(out)
     return out
 
-# %% ../../nbs/api/train/50_loop.ipynb #7014b468
+# %% ../../nbs/api/train/50_loop.ipynb #05246765
 def sft_objective(
     rows: Sequence[EncodedRow],              # the first sequence of each is learned: the completion, or the chosen response
     weights: Sequence[float] | None = None,  # one a row; None: 1
@@ -115,7 +110,7 @@ def sft_objective(
     return Objective([r.id for r in rows], first, lambda logps, _: logps[:, 0], lambda values, _: losses.sft(values),
                      _weights(weights, len(first)), [len(s.response) for (s,) in first])
 
-# %% ../../nbs/api/train/50_loop.ipynb #2641ccbf
+# %% ../../nbs/api/train/50_loop.ipynb #b4ced414
 def dpo_objective(
     rows: Sequence[EncodedRow],              # (chosen, rejected)
     reference: Any,                          # (rows, 2): log-probs under the frozen reference, from `stored_logps`
@@ -134,7 +129,7 @@ def dpo_objective(
                      lambda logps, i: losses.margin(logps, ref[i].to(logps.device), beta),
                      lambda values, i: losses.dpo(values, p[i].to(values.device), smoothing), _weights(weights, len(rows)), [1]*len(rows))
 
-# %% ../../nbs/api/train/50_loop.ipynb #5cee1039
+# %% ../../nbs/api/train/50_loop.ipynb #7d353a14
 def step_gradient(
     model: Any,             # with a trainable adapter, in training mode
     objective: Objective,   # rows and loss
@@ -154,74 +149,7 @@ def step_gradient(
         total, value = total + loss.item(), value + values.sum().item() / len(batch)
     return {'loss': total, 'value': value}
 
-# %% ../../nbs/api/train/50_loop.ipynb #d3370268
-def trainable(
-    model: Any,               # with an adapter
-) -> dict[str, Tensor]:       # in the order of the model
-    "The weights that training changes, by name"
-    return {n: p for n, p in model.named_parameters() if p.requires_grad}
-
-# %% ../../nbs/api/train/50_loop.ipynb #c2353163
-def _sync(folder: Path) -> None:
-    "Force the files of a folder, and its own list of names, to disk"
-    for path in [*folder.iterdir(), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-# %% ../../nbs/api/train/50_loop.ipynb #d97cec4d
-def remove_tree(
-    folder: Path, # and all that is in it
-) -> None:
-    "Remove a folder so that half of it is never found under its name"
-    gone = folder.with_name(f'.removed-{folder.name}')
-    shutil.rmtree(gone, ignore_errors=True) # of an earlier kill
-    if folder.exists(): os.replace(folder, gone)
-    shutil.rmtree(gone, ignore_errors=True)
-
-# %% ../../nbs/api/train/50_loop.ipynb #3f6bbbc3
-def save_checkpoint(
-    folder: Path,                     # of all checkpoints of this training
-    step: int,                        # steps taken
-    model: Any,                       # with its adapter
-    optimizer: torch.optim.Optimizer, # its memory
-    history: list[dict],              # the curve so far
-) -> Path:                            # the checkpoint's folder
-    "Write a checkpoint that is either whole or absent; the last two are kept"
-    folder.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=folder, prefix='.writing-'))
-    save_file({n: p.detach().cpu().contiguous() for n, p in trainable(model).items()}, part/'adapter.safetensors')
-    torch.save(optimizer.state_dict(), part/'optimizer.pt')
-    (part/'history.json').write_text(json.dumps(history), encoding='utf-8')
-    _sync(part)
-    final = folder/f'step-{step:06}'
-    if final.exists(): remove_tree(final)
-    os.replace(part, final)
-    _sync(folder/final.name)
-    for old in checkpoints(folder)[:-2]: remove_tree(old)
-    return final
-
-# %% ../../nbs/api/train/50_loop.ipynb #574d37dd
-def checkpoints(
-    folder: Path, # of all checkpoints of one training
-) -> list[Path]:  # whole ones, from first to last
-    "The checkpoints that can be loaded"
-    return sorted(p for p in folder.iterdir() if re.fullmatch(r'step-\d{6}', p.name)) if folder.is_dir() else []
-
-# %% ../../nbs/api/train/50_loop.ipynb #fe0e7914
-def load_checkpoint(
-    checkpoint: Path,                 # its folder
-    model: Any,                       # with an adapter of the same shape; its values are replaced
-    optimizer: torch.optim.Optimizer, # of the same weights
-) -> list[dict]:                      # the curve so far; its length is the number of steps taken
-    "Put weights and optimizer back to where they were"
-    saved, weights = load_file(checkpoint/'adapter.safetensors'), trainable(model)
-    if saved.keys() != weights.keys(): raise TrainError(f'{checkpoint} belongs to another adapter; delete it to start anew')
-    for name, value in saved.items(): weights[name].data.copy_(value)
-    optimizer.load_state_dict(torch.load(checkpoint/'optimizer.pt', weights_only=True))
-    return json.loads((checkpoint/'history.json').read_text(encoding='utf-8'))
-
-# %% ../../nbs/api/train/50_loop.ipynb #33ac568b
+# %% ../../nbs/api/train/50_loop.ipynb #e24ac40e
 def make_optimizer(
     model: Any,               # with a trainable adapter
     settings: TrainSettings,  # optimizer and weight decay
@@ -233,7 +161,7 @@ def make_optimizer(
     import bitsandbytes as bnb
     return bnb.optim.PagedAdamW8bit(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
-# %% ../../nbs/api/train/50_loop.ipynb #8d6c854a
+# %% ../../nbs/api/train/50_loop.ipynb #060dacc0
 def take_step(
     model: Any,                       # with a trainable adapter
     optimizer: torch.optim.Optimizer, # of its weights
@@ -251,7 +179,7 @@ def take_step(
     optimizer.step()
     return {**note, 'grad_norm': norm.item(), 'learning_rate': rate}
 
-# %% ../../nbs/api/train/50_loop.ipynb #71015854
+# %% ../../nbs/api/train/50_loop.ipynb #fadbc891
 def plan_steps(
     objective: Objective,    # rows
     settings: TrainSettings, # epochs and batch size
@@ -261,11 +189,11 @@ def plan_steps(
     lengths = [max(len(s.ids) for s in row) for row in objective.sequences]
     return [b for e in range(settings.epochs) for b in epoch_batches(lengths, settings.batch_size, seed, e)]
 
-# %% ../../nbs/api/train/50_loop.ipynb #b6ec1301
+# %% ../../nbs/api/train/50_loop.ipynb #27a9ddcb
 OUT_OF_MEMORY = ('out of memory at step {step}: lower token_budget (it is {budget}; the result stays the same), or set gradient_checkpointing; '
                  'then start again with the same command')
 
-# %% ../../nbs/api/train/50_loop.ipynb #188e6b8c
+# %% ../../nbs/api/train/50_loop.ipynb #adb0a644
 def train(
     model: Any,               # with a trainable adapter; changed in place
     objective: Objective,     # rows and loss
@@ -295,7 +223,7 @@ def train(
     if settings.gradient_checkpointing: model.gradient_checkpointing_disable()
     return pd.DataFrame(history)
 
-# %% ../../nbs/api/train/50_loop.ipynb #5eff7944
+# %% ../../nbs/api/train/50_loop.ipynb #73f6d915
 def _stopped(error: TrainError, step: int, folder: Path) -> str:
     "The message of a training that had to stop"
     good = checkpoints(folder)

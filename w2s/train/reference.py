@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PART', 'tokens_hash', 'logps_key', 'write_atomic', 'store_folder', 'tolerance', 'stored_logps']
 
-# %% ../../nbs/api/train/40_reference.ipynb #dafa90b7
+# %% ../../nbs/api/train/40_reference.ipynb #d6801e3b
 import hashlib
 import json
 import os
@@ -23,7 +23,7 @@ from ..models.load import Base
 from .logprobs import score
 from .tokens import EncodedRow
 
-# %% ../../nbs/api/train/40_reference.ipynb #eb8158bb
+# %% ../../nbs/api/train/40_reference.ipynb #5d513d9b
 def tokens_hash(
     rows: Sequence[EncodedRow], # as they go through the model
 ) -> str:                       # 16 hexadecimal digits
@@ -32,7 +32,7 @@ def tokens_hash(
     for r in rows: digest.update(json.dumps([r.id, [[s.start, *s.ids] for s in r.sequences]]).encode())
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/api/train/40_reference.ipynb #1e5fab28
+# %% ../../nbs/api/train/40_reference.ipynb #b9c86c5b
 def logps_key(
     base: Base,                  # model
     adapter: str | Path | None,  # folder of its adapter; None: the base alone
@@ -42,7 +42,7 @@ def logps_key(
     return {'base': base.fingerprint, 'adapter': adapter_hash(adapter), 'quantize': base.settings.quantize,
             'dtype': base.settings.dtype, 'tokens': tokens_hash(rows)}
 
-# %% ../../nbs/api/train/40_reference.ipynb #eea932f9
+# %% ../../nbs/api/train/40_reference.ipynb #02535096
 def write_atomic(
     path: Path,     # the file, which appears whole or not at all
     content: bytes, # of it
@@ -56,10 +56,10 @@ def write_atomic(
         os.fsync(f.fileno())
     os.replace(name, path)
 
-# %% ../../nbs/api/train/40_reference.ipynb #c70e484a
+# %% ../../nbs/api/train/40_reference.ipynb #fafc2a2f
 PART = 512 # rows a part: some seconds of work, and a bound on what a kill can lose
 
-# %% ../../nbs/api/train/40_reference.ipynb #ac60ce7d
+# %% ../../nbs/api/train/40_reference.ipynb #201919bf
 def store_folder(
     store: str | Path,   # folder of all kept log-probs
     key: dict[str, str], # of `logps_key`
@@ -67,7 +67,7 @@ def store_folder(
     "Where log-probs with this key are kept"
     return Path(store)/hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
 
-# %% ../../nbs/api/train/40_reference.ipynb #4acd1065
+# %% ../../nbs/api/train/40_reference.ipynb #c619fc75
 def _score_parts(folder: Path, model: Any, rows: Sequence[EncodedRow], budget: int, label: str, quiet: bool) -> None:
     "Score the parts that are not there yet"
     parts = range(0, len(rows), PART)
@@ -77,7 +77,7 @@ def _score_parts(folder: Path, model: Any, rows: Sequence[EncodedRow], budget: i
         values = score(model, rows[i:i + PART], budget, label=label, quiet=quiet)
         write_atomic(path, values.astype('<f8').tobytes())
 
-# %% ../../nbs/api/train/40_reference.ipynb #0832695b
+# %% ../../nbs/api/train/40_reference.ipynb #49c03772
 def tolerance(
     dtype: str,   # of the arithmetic
     tokens: int,  # of the response
@@ -85,7 +85,7 @@ def tolerance(
     "By how much two computations of one log-prob may differ"
     return (2e-4 if dtype == 'float32' else .05) * max(1, tokens)**.5
 
-# %% ../../nbs/api/train/40_reference.ipynb #7c98353a
+# %% ../../nbs/api/train/40_reference.ipynb #5bb8d442
 def _check_kept(values: np.ndarray, model: Any, base: Base, rows: Sequence[EncodedRow], n: int, budget: int, folder: Path) -> None:
     "Compute some rows anew; raise `TrainError` if they are not what was kept"
     picks = sorted(range(len(rows)), key=lambda i: hashlib.sha256(rows[i].id.encode()).digest())[:n]
@@ -96,7 +96,7 @@ def _check_kept(values: np.ndarray, model: Any, base: Base, rows: Sequence[Encod
                 raise TrainError(f'kept log-prob of row {rows[i].id} is {b:.4f}, but it is {a:.4f} when computed again; '
                                  f'the store is damaged or was made by another version: delete {folder}')
 
-# %% ../../nbs/api/train/40_reference.ipynb #cf910571
+# %% ../../nbs/api/train/40_reference.ipynb #2aed2242
 def stored_logps(
     store: str | Path,           # folder of all kept log-probs
     base: Base,                  # model

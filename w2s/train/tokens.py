@@ -6,7 +6,7 @@
 __all__ = ['MIN_PROMPT', 'TOO_LONG', 'EQUAL', 'Encoded', 'common_start', 'prompt_and_full', 'close', 'token_ids', 'encode',
            'cut_prompt', 'fit', 'EncodedRow', 'Tokens', 'encode_rows', 'lost_characters', 'report_tokens']
 
-# %% ../../nbs/api/train/10_tokens.ipynb #ffcaf50f
+# %% ../../nbs/api/train/10_tokens.ipynb #c309a3ce
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,7 @@ from datasets import Dataset
 from ..data.hygiene import DataReport
 from ..errors import DataError
 
-# %% ../../nbs/api/train/10_tokens.ipynb #a57b3b3d
+# %% ../../nbs/api/train/10_tokens.ipynb #d8c128ec
 @dataclass(frozen=True)
 class Encoded:
     "A prompt with one response, as token ids"
@@ -28,7 +28,7 @@ class Encoded:
         "Ids of the response, the end token included"
         return self.ids[self.start:]
 
-# %% ../../nbs/api/train/10_tokens.ipynb #90a0c78e
+# %% ../../nbs/api/train/10_tokens.ipynb #bf6debfc
 def common_start(
     a: Sequence[int], # ids
     b: Sequence[int], # ids
@@ -38,7 +38,7 @@ def common_start(
         if x != y: return i
     return min(len(a), len(b))
 
-# %% ../../nbs/api/train/10_tokens.ipynb #684bc7d1
+# %% ../../nbs/api/train/10_tokens.ipynb #958edefa
 def prompt_and_full(
     tokenizer: Any,                # of the model
     prompt: str | list[dict],      # text, or chat messages
@@ -53,7 +53,7 @@ def prompt_and_full(
     return (tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True),
             tokenizer.apply_chat_template(reply, tokenize=False), False)
 
-# %% ../../nbs/api/train/10_tokens.ipynb #2154bc4d
+# %% ../../nbs/api/train/10_tokens.ipynb #d22230f1
 def close(
     ids: Sequence[int],  # of a whole plain text
     bos: int | None,     # begin token of the tokenizer, if it has one
@@ -65,7 +65,7 @@ def close(
     while len(ids) > 1 and eos is not None and ids[-1] == eos: ids = ids[:-1]
     return ids if eos is None else [*ids, eos]
 
-# %% ../../nbs/api/train/10_tokens.ipynb #e419b613
+# %% ../../nbs/api/train/10_tokens.ipynb #55d9e2b2
 def token_ids(
     tokenizer: Any,     # of the model
     texts: list[str],   # may hold duplicates
@@ -78,7 +78,7 @@ def token_ids(
     known = dict(zip(different, ids, strict=True))
     return [known[t] for t in texts]
 
-# %% ../../nbs/api/train/10_tokens.ipynb #2195325a
+# %% ../../nbs/api/train/10_tokens.ipynb #4e3c1578
 def encode(
     tokenizer: Any,                  # of the model
     prompts: list[str | list[dict]], # one for each response
@@ -96,10 +96,10 @@ def encode(
             out[i] = Encoded(tuple(ids), common_start(close(p, tokenizer.bos_token_id, None), ids))
     return out
 
-# %% ../../nbs/api/train/10_tokens.ipynb #3b3c650a
+# %% ../../nbs/api/train/10_tokens.ipynb #25bc9f7a
 MIN_PROMPT = 8 # tokens of a prompt that must remain (or all of a shorter one): with fewer, a response answers nothing
 
-# %% ../../nbs/api/train/10_tokens.ipynb #56ddfb23
+# %% ../../nbs/api/train/10_tokens.ipynb #ee9906aa
 def cut_prompt(
     row: Encoded,      # prompt and response
     remove: int,       # tokens to take away
@@ -109,7 +109,7 @@ def cut_prompt(
     keep = 1 if row.start and row.ids[0] == bos else 0
     return Encoded(row.ids[:keep] + row.ids[keep + remove:], row.start - remove)
 
-# %% ../../nbs/api/train/10_tokens.ipynb #bebabc46
+# %% ../../nbs/api/train/10_tokens.ipynb #3e27372d
 def fit(
     rows: tuple[Encoded, ...], # the responses to one prompt
     limit: int,                # longest sequence, in tokens
@@ -120,10 +120,10 @@ def fit(
     if remove and any(r.start - remove < min(MIN_PROMPT, r.start) for r in rows): return None
     return tuple(cut_prompt(r, remove, bos) for r in rows), remove
 
-# %% ../../nbs/api/train/10_tokens.ipynb #480077ca
+# %% ../../nbs/api/train/10_tokens.ipynb #0b8d9166
 TOO_LONG, EQUAL = 'response too long', 'equal after tokenization'
 
-# %% ../../nbs/api/train/10_tokens.ipynb #afc5299a
+# %% ../../nbs/api/train/10_tokens.ipynb #b06082a2
 @dataclass(frozen=True)
 class EncodedRow:
     "One row: the same prompt with one or two responses"
@@ -131,7 +131,7 @@ class EncodedRow:
     sequences: tuple[Encoded, ...]  # (completion,), (chosen, rejected) or (a, b)
     cut: int                        # tokens taken from the prompt
 
-# %% ../../nbs/api/train/10_tokens.ipynb #9e2ad9c8
+# %% ../../nbs/api/train/10_tokens.ipynb #be2a709e
 @dataclass(frozen=True)
 class Tokens:
     "A data set as token ids, and what could not be kept"
@@ -139,7 +139,7 @@ class Tokens:
     refused: dict[str, str]   # id of a refused row: the reason
     limit: int                # longest sequence, in tokens
 
-# %% ../../nbs/api/train/10_tokens.ipynb #426ead3e
+# %% ../../nbs/api/train/10_tokens.ipynb #79aa0234
 def encode_rows(
     tokenizer: Any,                 # of the model
     data: Dataset,                  # rows with `id`, `prompt` and the columns
@@ -159,7 +159,7 @@ def encode_rows(
         else: rows.append(EncodedRow(id, *fitted))
     return Tokens(rows, refused, limit)
 
-# %% ../../nbs/api/train/10_tokens.ipynb #5cd8f3b5
+# %% ../../nbs/api/train/10_tokens.ipynb #ef33d705
 def lost_characters(
     tokenizer: Any,         # of the model
     texts: Sequence[str],   # all that it is going to read
@@ -170,7 +170,7 @@ def lost_characters(
         return char.casefold() not in tokenizer.decode(ids, clean_up_tokenization_spaces=False).casefold()
     return [c for c in sorted(set().union(*texts)) if c != ' ' and lost(c)]
 
-# %% ../../nbs/api/train/10_tokens.ipynb #c1908af1
+# %% ../../nbs/api/train/10_tokens.ipynb #94073e33
 def report_tokens(
     report: DataReport,      # so far
     split: str,              # name of the rows
