@@ -14,13 +14,17 @@ import pandas as pd
 import pytest
 import torch
 
+from w2s.cli import weak_teacher_config
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.experiments.stages import Run, run_stage
+from w2s.experiments.weak_teacher import run
 from w2s.models.adapters import LoraSettings, add_adapter, save_adapter
 from w2s.models.load import LoadSettings, load_base
 from w2s.models.tiny import tiny_model
+from w2s.report import write_result
 from w2s.train import loop
-from w2s.train.loop import TrainSettings, sft_objective, train, trainable
+from w2s.train.checkpoints import trainable
+from w2s.train.loop import TrainSettings, sft_objective, train
 from w2s.train.tokens import encode_rows
 
 ROOT = Path(__file__).parents[1]
@@ -123,7 +127,7 @@ def test_five_kills_end_in_the_same_bits(home, straight, record_property):
 def test_a_second_start_does_nothing(home, straight):
     "A finished run, started again: no stage is touched, the results are the same"
     before, files = finished(straight), contents(straight)
-    assert start(home, straight).wait() == 0
+    write_result(run(weak_teacher_config({}, home/'run.toml'), straight, quiet=True))
     assert finished(straight) == before and contents(straight) == files
 
 

@@ -2,8 +2,6 @@
 import sys
 from pathlib import Path
 
-import pytest
-
 from w2s.train import logprobs
 
 sys.path.insert(0, str(Path(__file__).parents[1]/'benchmarks'))
@@ -38,7 +36,6 @@ def test_beyond_a_piece_the_vocabulary_is_for_free():
     assert abs(measure(16384, 256, HIDDEN) / measure(LARGE, 256, HIDDEN) - 1) < .02
 
 
-@pytest.mark.xfail(strict=True, reason='four tables of 2**24 cells: scratch/defects.md, 8')
 def test_the_constant_is_small():
     "As the package is set: 64 times the vocabulary costs less than twice the memory"
     assert measure(LARGE, 1024, HIDDEN) < 2*measure(SMALL, 1024, HIDDEN)

@@ -22,19 +22,22 @@ from transformers import PreTrainedTokenizerFast
 from w2s.data.rows import make_rows, to_pairs
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.errors import DataError, TrainError
-from w2s.experiments import weak_teacher
-from w2s.experiments.preference_data import Reader, load_preferences, readable
+from w2s.experiments import preference_stages, weak_teacher
+from w2s.experiments.preference_data import Reader, halves, load_preferences, readable
 from w2s.experiments.stages import Run, stage_folder
-from w2s.experiments.weak_teacher import Study, WeakTeacher, run
+from w2s.experiments.preference_stages import Study, WeakTeacher, know_model
+from w2s.experiments.weak_teacher import run
 from w2s.feedback.preferences import given_labels
 from w2s.models.adapters import LoraSettings, add_adapter, adapter_hash, load_adapter, save_adapter
 from w2s.models.load import Base, LoadSettings, load_base, load_tokenizer, set_mode
 from w2s.models.tiny import pretrain, tiny_model, tiny_tokenizer
+from w2s.train import checkpoints as checkpoint_module
 from w2s.train import loop, losses
 from w2s.train import reference as store_module
 from w2s.train.batches import block
+from w2s.train.checkpoints import checkpoints, trainable
 from w2s.train.logprobs import check_model, head_of, response_hidden, response_logps, score, token_logps
-from w2s.train.loop import TrainSettings, checkpoints, dpo_objective, make_optimizer, material, sft_objective, step_gradient, train, trainable
+from w2s.train.loop import TrainSettings, dpo_objective, make_optimizer, material, sft_objective, step_gradient, train
 from w2s.train.reference import logps_key, store_folder, stored_logps, tolerance
 from w2s.train.tokens import EQUAL, TOO_LONG, Encoded, EncodedRow, encode, encode_rows
 
@@ -153,11 +156,11 @@ def test_pitfall_02_dpo_has_a_gradient_wherever_it_is_wrong(dtype, smoothing):
 
 
 def test_pitfall_02_log_probs_of_a_certain_model_are_finite():
-    "Logits of ±60: log-prob and gradient of the sure-but-wrong token are finite and not zero"
-    weight, hidden = torch.eye(4), torch.tensor([[60., -60., 0., 0.], [-60., 60., 20., 0.]], requires_grad=True)
+    "Logits of ±120: log-prob and gradient of the sure-but-wrong token are finite and not zero"
+    weight, hidden = torch.eye(4), torch.tensor([[120., -120., 0., 0.], [-120., 120., 20., 0.]], requires_grad=True)
     out = token_logps(hidden, torch.tensor([1, 0]), weight)
     out.sum().backward()
-    assert torch.allclose(out, torch.tensor([-120., -120.])) and torch.isfinite(hidden.grad).all()
+    assert torch.allclose(out, torch.tensor([-240., -240.])) and torch.isfinite(hidden.grad).all()
     assert hidden.grad[0, 1] == 1 and hidden.grad[1, 0] == 1
 
 
@@ -570,10 +573,10 @@ def test_pitfall_14_what_is_trained_is_saved(folder, tmp_path, rows, quantize):
     train(model, sft_objective(rows[:16]), TrainSettings(batch_size=8, learning_rate=1e-2), tmp_path/'ck', quiet=True)
     same = [n for n, p in trainable(model).items() if torch.equal(p, before[n])]
     assert not same
-    saved = load_file(save_adapter(model, base, tmp_path/'adapter')/'adapter_model.safetensors')
-    assert len(saved) == len(before)
     set_mode(model, False)
     with torch.no_grad(): ours = model(torch.arange(5, 45).view(2, 20)).logits.numpy()
+    saved = load_file(save_adapter(model, base, tmp_path/'adapter')/'adapter_model.safetensors')
+    assert len(saved) == len(before)
     with torch.no_grad(), model.disable_adapter(): assert abs(ours - model(torch.arange(5, 45).view(2, 20)).logits.numpy()).max() > .05
     new_process(RELOAD, folder, tmp_path/'adapter', quantize, tmp_path/'theirs.npy')
     assert abs(np.load(tmp_path/'theirs.npy') - ours).max() < 1e-6
@@ -707,7 +710,7 @@ def test_pitfall_16_killed_in_the_middle_of_a_save(base, tmp_path, rows, moment,
     "The checkpoint before it loads, whatever file was being written"
     settings = dict(batch_size=4, epochs=2, checkpoint_every=2)
     straight = weights_after(base, rows[:10], tmp_path/'straight', **settings)
-    place = {'weights': (loop, 'save_file'), 'optimizer': (torch, 'save'), 'sync': (loop, '_sync'), 'rename': (os, 'replace'), 'history': (Path, 'write_text')}[moment]
+    place = {'weights': (checkpoint_module, 'save_file'), 'optimizer': (torch, 'save'), 'sync': (checkpoint_module, '_sync'), 'rename': (os, 'replace'), 'history': (Path, 'write_text')}[moment]
     real, calls = getattr(*place), []
     def killed(*a, **k):
         if 'step-000004' in str(a) or len(calls) == (2 if moment == 'sync' else 1): raise KeyboardInterrupt # the second save
@@ -827,7 +830,8 @@ class Recorder:
         if name.endswith(('-labels', '-test')): # the stage's own files, but of random rewards
             rng = np.random.default_rng(hash_of(inputs))
             with pytest.MonkeyPatch.context() as m:
-                m.setattr(weak_teacher, 'pair_rewards', lambda study, model, policy, reference, tokens, label: rng.normal(size=(2, len(tokens), 2)))
+                for module in (preference_stages, weak_teacher):
+                    m.setattr(module, 'pair_rewards', lambda study, model, policy, reference, tokens, label: rng.normal(size=(2, len(tokens), 2)))
                 work(folder)
         return folder
 
@@ -839,10 +843,10 @@ def stage_keys(config, root, monkeypatch):
     "Name -> folder of every stage of this configuration; nothing is trained"
     recorder = Recorder()
     study = Study(config, Run(root, lambda line: None), True)
-    weak, strong = (weak_teacher.know_model(r, n, config) for r, n in (('weak', config.weak), ('strong', config.strong)))
+    weak, strong = (know_model(r, n, config) for r, n in (('weak', config.weak), ('strong', config.strong)))
     data = load_preferences(config.data, [weak.reader, strong.reader], config.test_rows, config.strict)
     with monkeypatch.context() as m:
-        m.setattr(weak_teacher, 'run_stage', recorder)
+        for module in (preference_stages, weak_teacher): m.setattr(module, 'run_stage', recorder)
         for seed in range(config.seeds):
             s = weak_teacher.supervise(study, weak, data, seed)
             for arm in (s.floor, *weak_teacher.train_students(study, strong, s)): weak_teacher.evaluate_arm(study, arm, data.test)
@@ -950,7 +954,8 @@ import sys, json, hashlib, warnings
 import numpy as np
 from pathlib import Path
 from w2s.experiments.config import from_table
-from w2s.experiments.weak_teacher import WeakTeacher, run
+from w2s.experiments.preference_stages import WeakTeacher
+from w2s.experiments.weak_teacher import run
 result = run(from_table(WeakTeacher, json.loads(sys.argv[1])), sys.argv[2], quiet=True)
 sha = lambda b: hashlib.sha256(b).hexdigest()[:16]
 out = {k: sha((Path(v)/'adapter_model.safetensors').read_bytes()) for k, v in sorted(result.adapters.items())}
@@ -1005,10 +1010,10 @@ def test_pitfall_18_all_roles_answer_for_the_same_rows(world, done):
     ids = {tuple(sorted(g.id)) for _, g in done.items.groupby(['role', 'method', 'metric', 'seed'])}
     assert len(ids) == 1 and len(set(next(iter(ids)))) == 10 and {'floor', 'student', 'human', 'ceiling', 'base'} == set(done.items.role)
     source = {json.loads(x)['prompt']: n for n in ('train_gt', 'train_w2s', 'test') for x in (Path(world.data)/f'{n}.jsonl').read_text().splitlines()}
-    weak, strong = (weak_teacher.know_model(r, n, world) for r, n in (('weak', world.weak), ('strong', world.strong)))
+    weak, strong = (know_model(r, n, world) for r, n in (('weak', world.weak), ('strong', world.strong)))
     data = load_preferences(world.data, [weak.reader, strong.reader], world.test_rows)
     for seed in (0, 1):
-        labelled, unlabelled = weak_teacher.halves(data.train, world.rows, world.label_share, seed)
+        labelled, unlabelled = halves(data.train, world.rows, world.label_share, seed)
         _, best = weak_teacher.ceiling_rows(labelled, unlabelled, seed)
         assert {source[p] for p in labelled['prompt']} == {'train_gt'} and {source[p] for p in unlabelled['prompt']} == {'train_w2s'}
         assert sorted(best['id']) == sorted(unlabelled['id'])
@@ -1024,7 +1029,7 @@ def test_pitfall_18_no_group_is_in_two_halves_of_one_file(world, tmp_path):
     reader = Reader('weak', load_tokenizer(world.weak), 256)
     data = load_preferences(str(tmp_path/'all.jsonl'), [reader])
     for seed in range(5):
-        a, b = weak_teacher.halves(data.train, 60, .5, seed)
+        a, b = halves(data.train, 60, .5, seed)
         groups = [set(x['group']) for x in (a, b, data.test)]
         assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2]) and all(groups)
 

@@ -17,8 +17,9 @@ from w2s.models.load import LoadSettings, load_base
 from w2s.models.tiny import pretrain, tiny_model
 from w2s.train import losses
 from w2s.train.batches import block
+from w2s.train.checkpoints import trainable
 from w2s.train.logprobs import response_logps
-from w2s.train.loop import dpo_objective, sft_objective, step_gradient, trainable
+from w2s.train.loop import dpo_objective, sft_objective, step_gradient
 from w2s.train.reference import stored_logps
 from w2s.train.tokens import encode_rows
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'versions', 'result_figure', 'markdown_table', 'report_text', 'write_result']
 
-# %% ../nbs/api/85_report.ipynb #fc7ed16e
+# %% ../nbs/api/85_report.ipynb #f31f37eb
 import json
 import platform
 import shutil
@@ -22,16 +22,16 @@ from .experiments.weak_teacher import Result, caption, summary_table
 from .plots import plot_roles
 from .train.reference import write_atomic
 
-# %% ../nbs/api/85_report.ipynb #8affed21
+# %% ../nbs/api/85_report.ipynb #7291a259
 PACKAGES = ('w2s', 'torch', 'transformers', 'peft', 'bitsandbytes', 'accelerate', 'datasets', 'tokenizers', 'numpy', 'scipy', 'pandas')
 
-# %% ../nbs/api/85_report.ipynb #28c06173
+# %% ../nbs/api/85_report.ipynb #f0968f7e
 def versions() -> dict[str, str]: # package or part of the machine -> version
     "What a result was made with"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads'
     return {**{p: version(p) for p in PACKAGES}, 'python': platform.python_version(), 'system': platform.platform(), 'device': device}
 
-# %% ../nbs/api/85_report.ipynb #19d874c4
+# %% ../nbs/api/85_report.ipynb #5365bcc0
 def result_figure(
     result: Result, # of a run
 ) -> Figure:        # accuracy of every role
@@ -40,7 +40,7 @@ def result_figure(
     plot_roles(result.intervals, 'accuracy', ax=figure.subplots())
     return figure
 
-# %% ../nbs/api/85_report.ipynb #2704f32d
+# %% ../nbs/api/85_report.ipynb #82b65aa1
 def markdown_table(
     table: pd.DataFrame, # of texts and numbers
 ) -> str:
@@ -48,7 +48,7 @@ def markdown_table(
     def line(cells) -> str: return '| ' + ' | '.join(str(c) for c in cells) + ' |'
     return '\n'.join([line(table.columns), line(['---']*len(table.columns)), *map(line, table.itertuples(index=False))])
 
-# %% ../nbs/api/85_report.ipynb #cce42dda
+# %% ../nbs/api/85_report.ipynb #91fc8424
 def report_text(
     result: Result, # of a run
 ) -> str:           # Markdown
@@ -60,13 +60,14 @@ def report_text(
         '## Weak labels', markdown_table(result.labels.round(3)), '## Data', result.report._repr_markdown_(),
         '## Settings', f'```toml\n{to_toml(result.config)}```']) + '\n'
 
-# %% ../nbs/api/85_report.ipynb #e0214c79
+# %% ../nbs/api/85_report.ipynb #e3fe8e20
 def write_result(
     result: Result, # of a run; its folder is written to
 ) -> Path:          # the folder
     "Write table, figure, numbers, settings, versions and adapters into the run's folder"
     folder = result.folder
-    tables = {'results': result.table, 'items': result.items, 'intervals': result.intervals, 'differences': result.differences, 'labels': result.labels}
+    tables = {'results': result.table, 'items': result.items, 'intervals': result.intervals, 'differences': result.differences,
+              'labels': result.labels, 'weak_labels': result.weak_labels, 'histories': result.histories}
     for name, table in tables.items(): table.to_parquet(folder/f'{name}.parquet', index=False)
     result.report.save(folder)
     write_atomic(folder/'config.toml', to_toml(result.config).encode())

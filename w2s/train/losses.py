@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['margin', 'dpo', 'sft', 'weighted_sum', 'check_weights']
 
-# %% ../../nbs/api/train/30_losses.ipynb #06e2919f
+# %% ../../nbs/api/train/30_losses.ipynb #be3da385
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
 
-# %% ../../nbs/api/train/30_losses.ipynb #c8544d17
+# %% ../../nbs/api/train/30_losses.ipynb #fda0d615
 def margin(
     policy: Tensor,     # (rows, 2): log-probs of chosen and rejected under the policy
     reference: Tensor,  # (rows, 2): the same under the frozen reference
@@ -23,7 +23,7 @@ def margin(
     chosen, rejected = (policy - reference).unbind(1)
     return beta * (chosen - rejected)
 
-# %% ../../nbs/api/train/30_losses.ipynb #d7825c9c
+# %% ../../nbs/api/train/30_losses.ipynb #8930dc60
 def dpo(
     margins: Tensor,          # (rows,): of `margin`
     target: Tensor,           # (rows,): P(chosen ≻ rejected), in [0, 1]
@@ -34,14 +34,14 @@ def dpo(
     p = target.to(margins.dtype)
     return F.binary_cross_entropy_with_logits(margins, p + smoothing*(1 - 2*p), reduction='none')
 
-# %% ../../nbs/api/train/30_losses.ipynb #10a90b7f
+# %% ../../nbs/api/train/30_losses.ipynb #a31c21dc
 def sft(
     logps: Tensor, # (rows,): log-prob of each completion, end token included
 ) -> Tensor:       # (rows,): in nats a row, not a token
     "Negative log-likelihood of completions"
     return -logps
 
-# %% ../../nbs/api/train/30_losses.ipynb #64dc68b6
+# %% ../../nbs/api/train/30_losses.ipynb #dd405a5f
 def weighted_sum(
     losses: Tensor,  # (rows,): of one micro-batch
     weights: Tensor, # (rows,): at least 0
@@ -49,7 +49,7 @@ def weighted_sum(
     "Sum of weighted losses"
     return (losses * weights.to(losses.device, losses.dtype)).sum()
 
-# %% ../../nbs/api/train/30_losses.ipynb #e3dc3ff2
+# %% ../../nbs/api/train/30_losses.ipynb #4f4c9da5
 def check_weights(
     weights: Tensor, # (rows,): of a whole data set
 ) -> None:
