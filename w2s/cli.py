@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'run_app', 'Flag', 'given', 'version_command', 'weak_teacher', 'weak_teacher_config', 'main']
 
-# %% ../nbs/api/90_cli.ipynb #efc54bc9
+# %% ../nbs/api/90_cli.ipynb #8f8a23f8
 import os
 import sys
 import warnings
@@ -17,7 +17,7 @@ import typer
 from . import __version__
 from .errors import ConfigError, W2SError
 
-# %% ../nbs/api/90_cli.ipynb #ecf5747c
+# %% ../nbs/api/90_cli.ipynb #66e675bc
 def given(
     flags: dict[str, Any], # setting -> value, None where the flag was not given; 'load.quantize' is a setting inside a table
 ) -> dict[str, Any]:       # only what was given, as nested tables
@@ -31,28 +31,28 @@ def given(
         place[last] = value
     return out
 
-# %% ../nbs/api/90_cli.ipynb #2121a584
+# %% ../nbs/api/90_cli.ipynb #748f8bdd
 app = typer.Typer(help='Weak-to-strong alignment of language models.', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 run_app = typer.Typer(help='Run a whole experiment.', no_args_is_help=True)
 app.add_typer(run_app, name='run')
 
-# %% ../nbs/api/90_cli.ipynb #8e53269c
+# %% ../nbs/api/90_cli.ipynb #92084a8f
 @app.command('version')
 def version_command() -> None:
     "Print the version of w2s"
     typer.echo(__version__)
 
-# %% ../nbs/api/90_cli.ipynb #5d1737b9
+# %% ../nbs/api/90_cli.ipynb #ff3bd5d0
 @app.callback()
 def _before() -> None:
     # one place for what all commands need; the callback's docstring would show up in the help
     warnings.filterwarnings('ignore', category=FutureWarning) # of libraries among themselves; nothing that a user can mend
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
 
-# %% ../nbs/api/90_cli.ipynb #398c757b
+# %% ../nbs/api/90_cli.ipynb #23d36794
 Flag = typer.Option
 
-# %% ../nbs/api/90_cli.ipynb #2ae2b20b
+# %% ../nbs/api/90_cli.ipynb #80002f3d
 @run_app.command('weak-teacher')
 def weak_teacher(
     data: Annotated[str | None, Flag(help='preference rows: a file, a folder with train_gt/train_w2s/test files, or a name on the hub')] = None,
@@ -82,7 +82,7 @@ def weak_teacher(
              'strict': strict, **{f'{stage}.{k}': v for stage in ('sft', 'dpo') for k, v in both.items()}}
     _weak_teacher(given(flags), config, out, dry_run)
 
-# %% ../nbs/api/90_cli.ipynb #afed2613
+# %% ../nbs/api/90_cli.ipynb #f1da3a9f
 def weak_teacher_config(
     flags: dict[str, Any], # settings given by flags
     file: Path | None,     # TOML file
@@ -96,7 +96,7 @@ def weak_teacher_config(
     defaults = to_table(WeakTeacher('', '', ''))
     return from_table(WeakTeacher, merged({k: v for k, v in defaults.items() if k not in ('data', 'weak', 'strong')}, settings))
 
-# %% ../nbs/api/90_cli.ipynb #b072847d
+# %% ../nbs/api/90_cli.ipynb #c298fee7
 def _weak_teacher(flags: dict[str, Any], file: Path | None, out: Path, dry_run: bool) -> None:
     "Run, write and print"
     config = weak_teacher_config(flags, file)
@@ -110,7 +110,7 @@ def _weak_teacher(flags: dict[str, Any], file: Path | None, out: Path, dry_run: 
     write_result(result)
     typer.echo(f'\n{result}\n\nwritten to {out}: report.md, figure.png, results.parquet, adapters/ …')
 
-# %% ../nbs/api/90_cli.ipynb #9e56b4ca
+# %% ../nbs/api/90_cli.ipynb #a458e03a
 def main() -> None:
     "The `w2s` command"
     try: app()

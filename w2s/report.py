@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'versions', 'result_figure', 'markdown_table', 'report_text', 'write_result']
 
-# %% ../nbs/api/85_report.ipynb #f31f37eb
+# %% ../nbs/api/85_report.ipynb #c6b11edc
 import json
 import platform
 import shutil
@@ -22,16 +22,16 @@ from .experiments.weak_teacher import Result, caption, summary_table
 from .plots import plot_roles
 from .train.reference import write_atomic
 
-# %% ../nbs/api/85_report.ipynb #7291a259
+# %% ../nbs/api/85_report.ipynb #1bc3be66
 PACKAGES = ('w2s', 'torch', 'transformers', 'peft', 'bitsandbytes', 'accelerate', 'datasets', 'tokenizers', 'numpy', 'scipy', 'pandas')
 
-# %% ../nbs/api/85_report.ipynb #f0968f7e
+# %% ../nbs/api/85_report.ipynb #a43f49bf
 def versions() -> dict[str, str]: # package or part of the machine -> version
     "What a result was made with"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads'
     return {**{p: version(p) for p in PACKAGES}, 'python': platform.python_version(), 'system': platform.platform(), 'device': device}
 
-# %% ../nbs/api/85_report.ipynb #5365bcc0
+# %% ../nbs/api/85_report.ipynb #1b363317
 def result_figure(
     result: Result, # of a run
 ) -> Figure:        # accuracy of every role
@@ -40,7 +40,7 @@ def result_figure(
     plot_roles(result.intervals, 'accuracy', ax=figure.subplots())
     return figure
 
-# %% ../nbs/api/85_report.ipynb #82b65aa1
+# %% ../nbs/api/85_report.ipynb #80e7cb5c
 def markdown_table(
     table: pd.DataFrame, # of texts and numbers
 ) -> str:
@@ -48,7 +48,7 @@ def markdown_table(
     def line(cells) -> str: return '| ' + ' | '.join(str(c) for c in cells) + ' |'
     return '\n'.join([line(table.columns), line(['---']*len(table.columns)), *map(line, table.itertuples(index=False))])
 
-# %% ../nbs/api/85_report.ipynb #91fc8424
+# %% ../nbs/api/85_report.ipynb #b48d5e96
 def report_text(
     result: Result, # of a run
 ) -> str:           # Markdown
@@ -60,7 +60,7 @@ def report_text(
         '## Weak labels', markdown_table(result.labels.round(3)), '## Data', result.report._repr_markdown_(),
         '## Settings', f'```toml\n{to_toml(result.config)}```']) + '\n'
 
-# %% ../nbs/api/85_report.ipynb #e3fe8e20
+# %% ../nbs/api/85_report.ipynb #397d2461
 def write_result(
     result: Result, # of a run; its folder is written to
 ) -> Path:          # the folder

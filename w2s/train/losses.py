@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['margin', 'dpo', 'sft', 'weighted_sum', 'check_weights']
 
-# %% ../../nbs/api/train/30_losses.ipynb #be3da385
+# %% ../../nbs/api/train/30_losses.ipynb #b39e0821
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
 
-# %% ../../nbs/api/train/30_losses.ipynb #fda0d615
+# %% ../../nbs/api/train/30_losses.ipynb #d4de214b
 def margin(
     policy: Tensor,     # (rows, 2): log-probs of chosen and rejected under the policy
     reference: Tensor,  # (rows, 2): the same under the frozen reference
@@ -23,7 +23,7 @@ def margin(
     chosen, rejected = (policy - reference).unbind(1)
     return beta * (chosen - rejected)
 
-# %% ../../nbs/api/train/30_losses.ipynb #8930dc60
+# %% ../../nbs/api/train/30_losses.ipynb #47ef4934
 def dpo(
     margins: Tensor,          # (rows,): of `margin`
     target: Tensor,           # (rows,): P(chosen ≻ rejected), in [0, 1]
@@ -34,14 +34,14 @@ def dpo(
     p = target.to(margins.dtype)
     return F.binary_cross_entropy_with_logits(margins, p + smoothing*(1 - 2*p), reduction='none')
 
-# %% ../../nbs/api/train/30_losses.ipynb #a31c21dc
+# %% ../../nbs/api/train/30_losses.ipynb #2ca267d4
 def sft(
     logps: Tensor, # (rows,): log-prob of each completion, end token included
 ) -> Tensor:       # (rows,): in nats a row, not a token
     "Negative log-likelihood of completions"
     return -logps
 
-# %% ../../nbs/api/train/30_losses.ipynb #dd405a5f
+# %% ../../nbs/api/train/30_losses.ipynb #97d1e25b
 def weighted_sum(
     losses: Tensor,  # (rows,): of one micro-batch
     weights: Tensor, # (rows,): at least 0
@@ -49,7 +49,7 @@ def weighted_sum(
     "Sum of weighted losses"
     return (losses * weights.to(losses.device, losses.dtype)).sum()
 
-# %% ../../nbs/api/train/30_losses.ipynb #4f4c9da5
+# %% ../../nbs/api/train/30_losses.ipynb #8e13eae2
 def check_weights(
     weights: Tensor, # (rows,): of a whole data set
 ) -> None:
