@@ -27,7 +27,7 @@ from w2s.experiments.preference_data import Reader, halves, load_preferences, re
 from w2s.experiments.stages import Run, stage_folder
 from w2s.experiments.preference_stages import Study, WeakTeacher, know_model
 from w2s.experiments.weak_teacher import run
-from w2s.feedback.preferences import given_labels
+from w2s.feedback.preferences import given_labels, label_pairs
 from w2s.models.adapters import LoraSettings, add_adapter, adapter_hash, load_adapter, save_adapter
 from w2s.models.load import Base, LoadSettings, load_base, load_tokenizer, set_mode
 from w2s.models.tiny import pretrain, tiny_model, tiny_tokenizer
@@ -942,6 +942,16 @@ def test_pitfall_17_seeds_are_in_the_keys(world, tmp_path, monkeypatch):
     assert one.keys() == two.keys() and all(one[k] != two[k] for k in one)
 
 
+def test_pitfall_17_the_seed_itself_is_in_the_key(world, tmp_path, monkeypatch):
+    "The same rows in the same order, trained with another seed: another adapter, another key"
+    recorder, model = Recorder(), know_model('weak', world.weak, world)
+    monkeypatch.setattr(preference_stages, 'run_stage', recorder)
+    rows = load_preferences(world.data, [model.reader], world.test_rows).train['train_gt']
+    study = Study(world, Run(tmp_path, lambda line: None), True)
+    keys = {preference_stages.sft_stage(study, model, 'same', rows, seed).parent.name for seed in (0, 1, 0)}
+    assert len(keys) == 2
+
+
 def test_pitfall_17_names_that_abbreviate_alike_do_not_collide(tmp_path):
     "`loss` and `lr`, a value that moves from one to the other, an empty list and none"
     inputs = [dict(loss=1, lr=2), dict(loss=2, lr=1), dict(l=1), dict(loss=[]), dict(loss=None), dict(loss={}), dict(loss='1'), dict(loss=1), dict(loss=1.5), dict(loss=True)]
@@ -996,6 +1006,16 @@ def test_pitfall_18_student_does_not_see_human_labels(world, done, tmp_path):
     a, b = adapters(done), adapters(run(with_rows(world, tmp_path/'data', train_w2s=turned), tmp_path/'out', quiet=True))
     assert a['floor-seed0'] == b['floor-seed0'] and a['human-seed0'] != b['human-seed0']
     assert a['student-seed0'] == b['student-seed0']
+
+
+def test_pitfall_18_the_sides_of_a_pair_do_not_know_the_label():
+    "Ties go to b: if b were where the human's choice is, a labeller who knows nothing would be right"
+    rows = sample_preferences(40)
+    a, b = (to_pairs(make_rows(r, 'preferences'), seed=1) for r in (rows, [turned(r) for r in rows]))
+    for c in ('id', 'response_a', 'response_b'): assert list(a[c]) == list(b[c])
+    assert np.allclose(a['prob_a'], 1 - np.array(b['prob_a'])) and list(a['gold_a']) == list(b['gold_a']) # the truth does not turn
+    assert .2 < np.mean(np.array(a['prob_a']) > .5) < .8
+    assert list(label_pairs(a, np.zeros((40, 2)), 'tie').rows['chosen']) == list(label_pairs(b, np.zeros((40, 2)), 'tie').rows['chosen'])
 
 
 def test_pitfall_18_test_rows_reach_nothing_but_the_evaluation(world, done, tmp_path):
