@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Speed', 'time_model', 'stage_table', 'Plan', 'plan']
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #87fa8f97
+# %% ../../nbs/api/experiments/40_plan.ipynb #75e76cae
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from ..train.batches import block
 from ..train.logprobs import response_logps
 from ..train.tokens import EncodedRow
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #667ffc57
+# %% ../../nbs/api/experiments/40_plan.ipynb #537a47b4
 @dataclass(frozen=True)
 class Speed:
     "How fast a model is on this machine"
@@ -30,7 +30,7 @@ class Speed:
     score: float    # seconds a token, forward only
     memory: float   # bytes at the height of a training step with a full micro-batch
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #9c7a6cbc
+# %% ../../nbs/api/experiments/40_plan.ipynb #da32bd8e
 def time_model(
     model: Model,                # not yet loaded
     rows: Sequence[EncodedRow],  # of the run
@@ -59,12 +59,12 @@ def time_model(
     fixed = base.model.get_memory_footprint() + 16*weights
     return Speed((middle - start)/tokens, (end - middle)/tokens, fixed + seen*max(1., config.dpo.token_budget/tokens))
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #54d2be79
+# %% ../../nbs/api/experiments/40_plan.ipynb #06be4cd7
 def _size(rows: Sequence[EncodedRow], first: bool = False) -> int:
     "Tokens that go through the model once"
     return sum(len(s.ids) for r in rows for s in (r.sequences[:1] if first else r.sequences))
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #23dcc0fc
+# %% ../../nbs/api/experiments/40_plan.ipynb #53ec165b
 def stage_table(
     config: WeakTeacher,    # what is planned
     data: PreferenceData,   # its rows
@@ -86,7 +86,7 @@ def stage_table(
     out.append(('un-tuned test', 'strong', 'score', len(test), _size(test)))
     return pd.DataFrame(out, columns=['stage', 'model', 'kind', 'rows', 'tokens'])
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #27caee69
+# %% ../../nbs/api/experiments/40_plan.ipynb #f0d20e41
 @dataclass(frozen=True)
 class Plan:
     "What a run is going to do"
@@ -104,7 +104,7 @@ class Plan:
         return (f'{self.report}\n\n{self.stages.to_string(index=False, float_format="{:.1f}".format)}\n\n'
                 f'{len(self.stages)} passes over rows a seed, {self.seeds} seed{"s" if self.seeds > 1 else ""}: about {self.minutes:.0f} min on this machine, {self.memory/2**30:.1f} GiB at the height')
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #e7713a94
+# %% ../../nbs/api/experiments/40_plan.ipynb #92f9fe7a
 def plan(
     config: WeakTeacher, # what to plan
 ) -> Plan:

@@ -6,7 +6,7 @@
 __all__ = ['WeakTeacher', 'Model', 'know_model', 'open_base', 'Study', 'train_stage', 'encoded', 'sft_stage', 'dpo_stage',
            'pair_rewards', 'label_stage']
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #f91fa64b
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #fe6858a1
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -28,7 +28,7 @@ from ..train.loop import Objective, TrainSettings, dpo_objective, material, sft_
 from ..train.reference import stored_logps, tokens_hash
 from ..train.tokens import EncodedRow, encode_rows
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #e6e2fffa
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #845d66bc
 @dataclass(frozen=True)
 class WeakTeacher:
     "Weak-to-strong by preference labels (Tao & Li 2409.08813)"
@@ -59,7 +59,7 @@ class WeakTeacher:
         if self.beta <= 0: raise ConfigError(f'beta is {self.beta}; it must be above 0')
         if not 0 <= self.smoothing < .5: raise ConfigError(f'smoothing is {self.smoothing}; it must lie in [0, 0.5)')
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #348489a7
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #a7666b43
 @dataclass(frozen=True)
 class Model:
     "One of the two models, known but not yet loaded"
@@ -69,7 +69,7 @@ class Model:
     fingerprint: str   # of its weights
     load: LoadSettings # how it is to be loaded
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #c00175d0
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #53dfe126
 def know_model(
     role: str,           # 'weak' or 'strong'
     name: str,           # folder or name on the hub
@@ -79,7 +79,7 @@ def know_model(
     limit = min(config.max_length, context_length(load_config(name, config.load)))
     return Model(role, name, Reader(role, load_tokenizer(name, config.load), limit), fingerprint(local_folder(name, config.load)), config.load)
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #7fd045f9
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #5f6be271
 @lru_cache(maxsize=1)
 def _open(name: str, load: LoadSettings, fingerprint: str) -> Base:
     "The one base that is in memory"
@@ -87,14 +87,14 @@ def _open(name: str, load: LoadSettings, fingerprint: str) -> Base:
     check_model(base)
     return base
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #7433daeb
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #6543842a
 def open_base(
     model: Model, # of `know_model`
 ) -> Base:        # loaded and checked; the one before it is let go
     "Load a base, unless it is the one in memory"
     return _open(model.name, model.load, model.fingerprint)
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #f439f3b9
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #18365f5a
 @dataclass(frozen=True)
 class Study:
     "What the stages of one experiment share"
@@ -102,7 +102,7 @@ class Study:
     run: Run         # its folder
     quiet: bool      # no progress bars
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #07401bfb
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #e69138ac
 def train_stage(
     study: Study,                           # the experiment
     model: Model,                           # that is trained
@@ -127,7 +127,7 @@ def train_stage(
              'start': adapter_hash(start), 'train': material(settings, study.config.lora.dropout), 'seed': seed}
     return run_stage(study.run, name, {**known, **inputs}, work)/'adapter'
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #a70a9965
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #0a96a2f3
 def encoded(
     model: Model,  # that reads them
     rows: Dataset, # of kind "preferences"; all readable
@@ -135,7 +135,7 @@ def encoded(
     "Rows as a model reads them"
     return encode_rows(model.reader.tokenizer, rows, RESPONSES, model.reader.limit).rows
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #f9e8ff38
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #fbbb1687
 def sft_stage(
     study: Study,   # the experiment
     model: Model,   # that is trained
@@ -148,7 +148,7 @@ def sft_stage(
     inputs = {'objective': 'sft', 'rows': tokens_hash([replace(r, sequences=r.sequences[:1]) for r in tokens]), 'weights': weights}
     return train_stage(study, model, f'{name}-sft', study.config.sft, None, inputs, lambda base: sft_objective(tokens, weights), seed)
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #cfb8e12a
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #90ce6c32
 def dpo_stage(
     study: Study,   # the experiment
     model: Model,   # that is trained
@@ -167,7 +167,7 @@ def dpo_stage(
     inputs = {'objective': 'dpo', 'rows': tokens_hash(tokens), 'weights': weights, 'target': target, 'beta': c.beta, 'smoothing': c.smoothing}
     return train_stage(study, model, f'{name}-dpo', c.dpo, sft, inputs, objective, seed)
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #ed094210
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #3a72bcaa
 def pair_rewards(
     study: Study,              # the experiment
     model: Model,              # the judge
@@ -181,7 +181,7 @@ def pair_rewards(
     ours, theirs = (stored_logps(store, base, a, tokens, budget, label=label, quiet=study.quiet) for a in (policy, reference))
     return implicit_reward(ours, theirs, study.config.beta), ours
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #f6b42b33
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #bb14f2cf
 def label_stage(
     study: Study,       # the experiment
     model: Model,       # the weak supervisor

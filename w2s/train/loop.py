@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'IMMATERIAL', 'OUT_OF_MEMORY', 'TrainSettings', 'material', 'learning_rate', 'Objective',
            'sft_objective', 'dpo_objective', 'step_gradient', 'make_optimizer', 'take_step', 'plan_steps', 'train']
 
-# %% ../../nbs/api/train/50_loop.ipynb #b7224f19
+# %% ../../nbs/api/train/50_loop.ipynb #5b560b3b
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -27,11 +27,11 @@ from .checkpoints import checkpoints, load_checkpoint, save_checkpoint, trainabl
 from .logprobs import response_logps
 from .tokens import Encoded, EncodedRow
 
-# %% ../../nbs/api/train/50_loop.ipynb #cb6c4f05
+# %% ../../nbs/api/train/50_loop.ipynb #fe0e1847
 SCHEDULES = ('cosine', 'linear', 'constant')
 OPTIMIZERS = ('adamw', 'paged_adamw_8bit')
 
-# %% ../../nbs/api/train/50_loop.ipynb #2ef0cc75
+# %% ../../nbs/api/train/50_loop.ipynb #e3fd8fc8
 @dataclass(frozen=True)
 class TrainSettings:
     "How an adapter is trained"
@@ -56,10 +56,10 @@ class TrainSettings:
         if self.schedule not in SCHEDULES: raise ConfigError(unknown(self.schedule, SCHEDULES, 'schedule'))
         if self.optimizer not in OPTIMIZERS: raise ConfigError(unknown(self.optimizer, OPTIMIZERS, 'optimizer'))
 
-# %% ../../nbs/api/train/50_loop.ipynb #5718194d
+# %% ../../nbs/api/train/50_loop.ipynb #fdc9920f
 IMMATERIAL = ('token_budget', 'gradient_checkpointing', 'checkpoint_every')
 
-# %% ../../nbs/api/train/50_loop.ipynb #10bd2310
+# %% ../../nbs/api/train/50_loop.ipynb #6cbc0ea1
 def material(
     settings: TrainSettings, # of a training
     dropout: float = 0.0,    # of its adapter
@@ -68,7 +68,7 @@ def material(
     out = {k: v for k, v in asdict(settings).items() if k not in IMMATERIAL}
     return {**out, 'token_budget': settings.token_budget} if dropout else out
 
-# %% ../../nbs/api/train/50_loop.ipynb #4f163190
+# %% ../../nbs/api/train/50_loop.ipynb #588749f2
 def learning_rate(
     step: int,               # from 0
     total: int,              # steps of the whole training
@@ -81,7 +81,7 @@ def learning_rate(
     shape = {'cosine': (1 + math.cos(math.pi * done)) / 2, 'linear': 1 - done, 'constant': 1.}[settings.schedule]
     return settings.learning_rate * shape
 
-# %% ../../nbs/api/train/50_loop.ipynb #1b5c2bf9
+# %% ../../nbs/api/train/50_loop.ipynb #d44cf945
 @dataclass(frozen=True)
 class Objective:
     "Rows to learn from, and the loss of each"
@@ -92,7 +92,7 @@ class Objective:
     weights: Tensor                             # (rows,)
     sizes: list[int]                            # of each row: 1, or its response tokens
 
-# %% ../../nbs/api/train/50_loop.ipynb #a1c727e4
+# %% ../../nbs/api/train/50_loop.ipynb #d02af9b9
 def _weights(weights: Sequence[float] | None, rows: int) -> Tensor:
     "Weights as a checked tensor of one a row"
     out = torch.ones(rows) if weights is None else torch.tensor(list(weights), dtype=torch.float32)
@@ -100,7 +100,7 @@ def _weights(weights: Sequence[float] | None, rows: int) -> Tensor:
     losses.check_weights(out)
     return out
 
-# %% ../../nbs/api/train/50_loop.ipynb #a8a48286
+# %% ../../nbs/api/train/50_loop.ipynb #c8e001eb
 def sft_objective(
     rows: Sequence[EncodedRow],              # the first sequence of each is learned: the completion, or the chosen response
     weights: Sequence[float] | None = None,  # one a row; None: 1
@@ -110,7 +110,7 @@ def sft_objective(
     return Objective([r.id for r in rows], first, lambda logps, _: logps[:, 0], lambda values, _: losses.sft(values),
                      _weights(weights, len(first)), [len(s.response) for (s,) in first])
 
-# %% ../../nbs/api/train/50_loop.ipynb #7be14fc4
+# %% ../../nbs/api/train/50_loop.ipynb #f4770d34
 def dpo_objective(
     rows: Sequence[EncodedRow],              # (chosen, rejected)
     reference: Any,                          # (rows, 2): log-probs under the frozen reference, from `stored_logps`
@@ -129,7 +129,7 @@ def dpo_objective(
                      lambda logps, i: losses.margin(logps, ref[i].to(logps.device), beta),
                      lambda values, i: losses.dpo(values, p[i].to(values.device), smoothing), _weights(weights, len(rows)), [1]*len(rows))
 
-# %% ../../nbs/api/train/50_loop.ipynb #08c53a8c
+# %% ../../nbs/api/train/50_loop.ipynb #71cb04cb
 def step_gradient(
     model: Any,             # with a trainable adapter, in training mode
     objective: Objective,   # rows and loss
@@ -149,7 +149,7 @@ def step_gradient(
         total, value = total + loss.item(), value + values.sum().item() / len(batch)
     return {'loss': total, 'value': value}
 
-# %% ../../nbs/api/train/50_loop.ipynb #cb485d7e
+# %% ../../nbs/api/train/50_loop.ipynb #6c848b40
 def make_optimizer(
     model: Any,               # with a trainable adapter
     settings: TrainSettings,  # optimizer and weight decay
@@ -161,7 +161,7 @@ def make_optimizer(
     import bitsandbytes as bnb
     return bnb.optim.PagedAdamW8bit(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
-# %% ../../nbs/api/train/50_loop.ipynb #202b952a
+# %% ../../nbs/api/train/50_loop.ipynb #ce691171
 def take_step(
     model: Any,                       # with a trainable adapter
     optimizer: torch.optim.Optimizer, # of its weights
@@ -179,7 +179,7 @@ def take_step(
     optimizer.step()
     return {**note, 'grad_norm': norm.item(), 'learning_rate': rate}
 
-# %% ../../nbs/api/train/50_loop.ipynb #ef109724
+# %% ../../nbs/api/train/50_loop.ipynb #11b29919
 def plan_steps(
     objective: Objective,    # rows
     settings: TrainSettings, # epochs and batch size
@@ -189,11 +189,11 @@ def plan_steps(
     lengths = [max(len(s.ids) for s in row) for row in objective.sequences]
     return [b for e in range(settings.epochs) for b in epoch_batches(lengths, settings.batch_size, seed, e)]
 
-# %% ../../nbs/api/train/50_loop.ipynb #2865154e
+# %% ../../nbs/api/train/50_loop.ipynb #0ab8accf
 OUT_OF_MEMORY = ('out of memory at step {step}: lower token_budget (it is {budget}; the result stays the same), or set gradient_checkpointing; '
                  'then start again with the same command')
 
-# %% ../../nbs/api/train/50_loop.ipynb #29822d86
+# %% ../../nbs/api/train/50_loop.ipynb #6838706b
 def train(
     model: Any,               # with a trainable adapter; changed in place
     objective: Objective,     # rows and loss
@@ -223,7 +223,7 @@ def train(
     if settings.gradient_checkpointing: model.gradient_checkpointing_disable()
     return pd.DataFrame(history)
 
-# %% ../../nbs/api/train/50_loop.ipynb #79b404d4
+# %% ../../nbs/api/train/50_loop.ipynb #67f4538a
 def _stopped(error: TrainError, step: int, folder: Path) -> str:
     "The message of a training that had to stop"
     good = checkpoints(folder)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PART', 'tokens_hash', 'logps_key', 'write_atomic', 'store_folder', 'tolerance', 'stored_logps']
 
-# %% ../../nbs/api/train/40_reference.ipynb #f7652afa
+# %% ../../nbs/api/train/40_reference.ipynb #8eea0a8f
 import hashlib
 import json
 import os
@@ -23,7 +23,7 @@ from ..models.load import Base
 from .logprobs import score
 from .tokens import EncodedRow
 
-# %% ../../nbs/api/train/40_reference.ipynb #57e21d96
+# %% ../../nbs/api/train/40_reference.ipynb #c382ae3d
 def tokens_hash(
     rows: Sequence[EncodedRow], # as they go through the model
 ) -> str:                       # 16 hexadecimal digits
@@ -32,7 +32,7 @@ def tokens_hash(
     for r in rows: digest.update(json.dumps([r.id, [[s.start, *s.ids] for s in r.sequences]]).encode())
     return digest.hexdigest()[:16]
 
-# %% ../../nbs/api/train/40_reference.ipynb #a2d224d0
+# %% ../../nbs/api/train/40_reference.ipynb #f83799ea
 def logps_key(
     base: Base,                  # model
     adapter: str | Path | None,  # folder of its adapter; None: the base alone
@@ -42,7 +42,7 @@ def logps_key(
     return {'base': base.fingerprint, 'adapter': adapter_hash(adapter), 'quantize': base.settings.quantize,
             'dtype': base.settings.dtype, 'tokens': tokens_hash(rows)}
 
-# %% ../../nbs/api/train/40_reference.ipynb #5429f4c7
+# %% ../../nbs/api/train/40_reference.ipynb #b43a1604
 def write_atomic(
     path: Path,     # the file, which appears whole or not at all
     content: bytes, # of it
@@ -56,10 +56,10 @@ def write_atomic(
         os.fsync(f.fileno())
     os.replace(name, path)
 
-# %% ../../nbs/api/train/40_reference.ipynb #aef4c977
+# %% ../../nbs/api/train/40_reference.ipynb #ac417246
 PART = 512 # rows a part: some seconds of work, and a bound on what a kill can lose
 
-# %% ../../nbs/api/train/40_reference.ipynb #fcdcb52d
+# %% ../../nbs/api/train/40_reference.ipynb #10bf8f94
 def store_folder(
     store: str | Path,   # folder of all kept log-probs
     key: dict[str, str], # of `logps_key`
@@ -67,7 +67,7 @@ def store_folder(
     "Where log-probs with this key are kept"
     return Path(store)/hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
 
-# %% ../../nbs/api/train/40_reference.ipynb #f8ac6570
+# %% ../../nbs/api/train/40_reference.ipynb #2f0b783b
 def _score_parts(folder: Path, model: Any, rows: Sequence[EncodedRow], budget: int, label: str, quiet: bool) -> None:
     "Score the parts that are not there yet"
     parts = range(0, len(rows), PART)
@@ -77,7 +77,7 @@ def _score_parts(folder: Path, model: Any, rows: Sequence[EncodedRow], budget: i
         values = score(model, rows[i:i + PART], budget, label=label, quiet=quiet)
         write_atomic(path, values.astype('<f8').tobytes())
 
-# %% ../../nbs/api/train/40_reference.ipynb #381a7561
+# %% ../../nbs/api/train/40_reference.ipynb #467a356c
 def tolerance(
     dtype: str,   # of the arithmetic
     tokens: int,  # of the response
@@ -85,7 +85,7 @@ def tolerance(
     "By how much two computations of one log-prob may differ"
     return (2e-4 if dtype == 'float32' else .05) * max(1, tokens)**.5
 
-# %% ../../nbs/api/train/40_reference.ipynb #a6824b2b
+# %% ../../nbs/api/train/40_reference.ipynb #6a56dc68
 def _check_kept(values: np.ndarray, model: Any, base: Base, rows: Sequence[EncodedRow], n: int, budget: int, folder: Path) -> None:
     "Compute some rows anew; raise `TrainError` if they are not what was kept"
     picks = sorted(range(len(rows)), key=lambda i: hashlib.sha256(rows[i].id.encode()).digest())[:n]
@@ -95,22 +95,21 @@ def _check_kept(values: np.ndarray, model: Any, base: Base, rows: Sequence[Encod
             if not abs(a - b) <= tolerance(base.settings.dtype, len(s.response)):
                 raise TrainError(f'kept log-prob of row {rows[i].id} is {b:.4f}, but it is {a:.4f} when computed again; '
                                  f'the store is damaged or was made by another version: delete {folder}')
-Within one process this is done once: values that it has computed or checked itself, in files that have not changed since, are simply read.
 
-# %% ../../nbs/api/train/40_reference.ipynb #b0e08dab
+# %% ../../nbs/api/train/40_reference.ipynb #bb72ff6f
 _SEEN: set[tuple] = set() # files, with size and time of change, that this process has written or checked
 
-# %% ../../nbs/api/train/40_reference.ipynb #a655ca88
+# %% ../../nbs/api/train/40_reference.ipynb #aa44c52d
 def _state(files: Sequence[Path]) -> tuple:
     "What some files are known by, without reading them"
     return tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files)
 
-# %% ../../nbs/api/train/40_reference.ipynb #97499313
+# %% ../../nbs/api/train/40_reference.ipynb #1209b04d
 def _read(files: Sequence[Path], rows: int) -> np.ndarray:
     "Kept log-probs, shape (rows, sequences a row)"
     return np.concatenate([np.frombuffer(f.read_bytes(), '<f8') for f in files]).reshape(rows, -1)
 
-# %% ../../nbs/api/train/40_reference.ipynb #527e9735
+# %% ../../nbs/api/train/40_reference.ipynb #a3a3abde
 def stored_logps(
     store: str | Path,           # folder of all kept log-probs
     base: Base,                  # model
