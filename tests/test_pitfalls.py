@@ -517,6 +517,8 @@ def test_pitfall_11_on_a_hit_rows_are_computed_again(tmp_path, base, sft, rows, 
     monkeypatch.setattr(store_module, 'score', lambda model, rows, *a, **k: scored.append(len(rows)) or score(model, rows, *a, **k))
     first = stored_logps(tmp_path/'s', base, sft, rows, quiet=True)
     assert scored == [len(rows)]
+    assert (stored_logps(tmp_path/'s', base, sft, rows, quiet=True) == first).all() and scored == [len(rows)] # its own work is not doubted
+    store_module._SEEN.clear() # another process
     assert (stored_logps(tmp_path/'s', base, sft, rows, quiet=True) == first).all() and scored == [len(rows), 8]
     kept = next((tmp_path/'s').glob('*/00000.npy'))
     kept.write_bytes((np.frombuffer(kept.read_bytes(), '<f8') + .05).tobytes())
