@@ -414,7 +414,7 @@ def test_checks_without_a_finding_are_in_the_saved_table(tmp_path):
     saved = pd.read_csv(report.save(tmp_path / 'a' / 'b') / 'data_report.csv')
     assert list(saved.columns) == list(COLUMNS) and len(saved) == len(REASONS) + 4 + 1 + 2 and saved['rows'].sum() == 0
     assert 'contradictory pairs' in (tmp_path / 'a' / 'b' / 'data_report.md').read_text()
-    assert str(report) == 'rows left of rows read: train 20 of 20'
+    assert str(report) == f'{len(saved)} checks found nothing; rows left of rows read: train 20 of 20'
 
 
 def test_added_lines_count_only_what_is_gone():
