@@ -7,7 +7,7 @@ __all__ = ['STUDENT', 'HUMAN', 'FLOOR', 'PAIRS', 'STAGES', 'Arm', 'train_arm', '
            'supervise', 'train_students', 'label_table', 'weak_label_table', 'history_table', 'Result', 'summary_table',
            'fallen', 'caption', 'counted', 'run', 'WeakTeacher']
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #bc7c22ef
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #5df39d61
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +29,10 @@ from ..feedback.preferences import WeakLabels, given_labels
 from ..models.adapters import adapter_hash
 from ..train.reference import tokens_hash
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #1d4d35e9
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #d19a4b21
 _all_ = ['WeakTeacher'] # a reader of this module should find it here
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #46d17618
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #9d007f92
 @dataclass(frozen=True)
 class Arm:
     "A trained model and its reference"
@@ -43,7 +43,7 @@ class Arm:
     reference: Path | None  # adapter of its reference; None: the base
     seed: int
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #0d0621a7
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #170f976a
 def train_arm(
     study: Study,   # the experiment
     model: Model,   # that is trained
@@ -57,7 +57,7 @@ def train_arm(
     sft = sft_stage(study, model, name, rows, seed)
     return Arm(role, method, model, dpo_stage(study, model, name, rows, sft, seed), sft, seed)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #d7da2734
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #638309d5
 def ceiling_rows(
     labelled: Dataset,    # of kind "preferences"
     unlabelled: Dataset,  # the student's rows, with human labels
@@ -67,7 +67,7 @@ def ceiling_rows(
     if 'gold' in unlabelled.column_names: return 'dpo gold', given_labels(to_pairs(unlabelled, seed), 'gold_a', 'gold').rows
     return 'dpo human both halves', given_labels(to_pairs(concatenate_datasets([labelled, unlabelled]), seed)).rows
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #a376a23a
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #eb72aab6
 def evaluate_arm(
     study: Study,   # the experiment
     arm: Arm,       # what is evaluated
@@ -87,7 +87,7 @@ def evaluate_arm(
     weak, strong = Path(c.weak).name, Path(c.strong).name
     return metric_rows([r.id for r in tokens], scores, arm.role, arm.method, weak, '' if arm.role == 'floor' else strong, arm.seed, 'preferences')
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #b9cacad0
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #7e4a6c8e
 @dataclass(frozen=True)
 class SeedRows:
     "The rows of one seed after labelling"
@@ -97,7 +97,7 @@ class SeedRows:
     weak: WeakLabels     # labels of the supervisor for the unlabelled rows
     floor: Arm           # the supervisor
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #fed841a9
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #4985dfb0
 def supervise(
     study: Study,          # the experiment
     model: Model,          # the weak supervisor
@@ -111,7 +111,7 @@ def supervise(
     assert floor.reference and floor.policy
     return SeedRows(seed, labelled, unlabelled, label_stage(study, model, floor.reference, floor.policy, unlabelled, seed), floor)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #1ab4e783
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #6bf2405a
 def train_students(
     study: Study,    # the experiment
     model: Model,    # the strong student
@@ -127,7 +127,7 @@ def train_students(
             Arm('base', 'sft human', model, human_arm.reference, None, seed)]
     return [*base, student, human_arm, ceiling]
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #2fa226ea
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #4c9d0738
 def label_table(
     seeds: Sequence[SeedRows], # after labelling
 ) -> pd.DataFrame:             # a row a seed
@@ -140,7 +140,7 @@ def label_table(
                         confidence=float(np.abs(2*s.weak.prob_a - 1).mean())))
     return pd.DataFrame(out)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #1bf1350f
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #1507f985
 def weak_label_table(
     seeds: Sequence[SeedRows], # after labelling
 ) -> pd.DataFrame:             # seed, id, prompt, chosen, rejected, prob, agrees, and gold where the rows have it
@@ -151,7 +151,7 @@ def weak_label_table(
         out.append(pd.DataFrame(s.weak.rows.with_format(None)[:]).drop(columns=['group', 'source', 'weight']).assign(seed=s.seed, agrees=agrees))
     return pd.concat(out, ignore_index=True)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #9c24161c
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #b034704a
 def history_table(
     arms: Sequence[Arm], # trained ones and others
 ) -> pd.DataFrame:       # stage, seed, step, loss, value, grad_norm, learning_rate
@@ -160,11 +160,11 @@ def history_table(
     files = [(a, kind, f.parent/'history.csv') for a in trained for kind, f in (('sft', a.reference), ('dpo', a.policy)) if f]
     return pd.concat([pd.read_csv(f).assign(stage=f'{a.role}: {kind}', seed=a.seed) for a, kind, f in files], ignore_index=True)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #95c2bd7b
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #ac7361e0
 STUDENT, HUMAN, FLOOR = ('student', 'dpo weak'), ('human', 'dpo human'), ('floor', 'dpo human')
 PAIRS = [(STUDENT, HUMAN), (STUDENT, FLOOR), (HUMAN, FLOOR), (STUDENT, ('base', 'sft weak'))] # what the paper is about; the ceiling's follow
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #5128b0b5
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #a809f727
 @dataclass(frozen=True)
 class Result:
     "The whole comparison"
@@ -183,20 +183,20 @@ class Result:
     def _repr_html_(self) -> str: return summary_table(self).to_html(index=False) + f'<p>{caption(self)}</p>'
     def __repr__(self) -> str: return f'{summary_table(self).to_string(index=False)}\n{caption(self)}'
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #3250b126
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #da7bc71f
 def summary_table(
     result: Result, # of a run
 ) -> pd.DataFrame:  # role, method, model, and value [low, high] for each metric
     "The table that a person looks at first"
     t = result.intervals
-    def cell(r: Any) -> str: return f'{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]' if 'accuracy' in r.metric else f'{r.value:.1f} [{r.low:.1f}, {r.high:.1f}]' if 'logp' in r.metric else f'{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]'
+    def cell(r: Any) -> str: return f'{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]' if 'accuracy' in r.metric else f'{r.value:.1f} [{r.low:.1f}, {r.high:.1f}]' if 'logp' in r.metric else f'{r.value:.4f} [{r.low:.4f}, {r.high:.4f}]'
     names = t.strong.where(t.strong != '', t.weak)
     flat = t.assign(model=names, cell=[cell(r) for r in t.itertuples()])
     wide = flat.pivot_table(index=['role', 'method', 'model'], columns='metric', values='cell', aggfunc='first', sort=False).reset_index()
     metrics = [m for m in ('accuracy', 'likelihood_accuracy', 'margin', 'logp_chosen', 'logp_rejected') if m in wide]
     return wide[['role', 'method', 'model', *metrics]].fillna('–').rename_axis(columns=None)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #3848f3bf
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #7282987c
 def fallen(
     intervals: pd.DataFrame, # of `interval_table`
 ) -> str:                    # a sentence, or nothing
@@ -206,7 +206,7 @@ def fallen(
     if after > 1.5 * before: return ''
     return f' Mind: DPO took the log-prob of chosen responses from {before:.1f} to {after:.1f} nats; look at what the student writes.'
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #e3b2d717
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #e2ccbba5
 def caption(
     result: Result, # of a run
 ) -> str:
@@ -220,10 +220,10 @@ def caption(
             f'Weak labels agree with human ones on {labels.agreement.mean():.1%} of {labels.rows.sum():,} pairs ({labels.ties.sum()} ties). '
             f'The un-tuned model has no reference, so no implicit reward.{fallen(t)}')
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #dcc40676
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #e15b068d
 STAGES = 16 # a seed: two trainings for each of four arms, the labels, seven evaluations
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #365713f0
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #f294f195
 def counted(
     total: int, # stages of the run
 ) -> Callable[[str], None]:
@@ -232,7 +232,7 @@ def counted(
     def say(line: str) -> None: print(f'[{next(numbers):>{len(str(total))}}/{total}] {line}', flush=True)
     return say
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #a92c7987
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #8da21904
 def run(
     config: WeakTeacher,                    # what to compare
     out: str | Path = 'runs/weak-teacher',  # folder of stages and results; used again by later runs
@@ -247,7 +247,7 @@ def run(
     try: return _run(study, models, data)
     finally: held.release()
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #10598bef
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #141b7467
 def _run(study: Study, models: Sequence[Model], data: PreferenceData) -> Result:
     "All stages, then all tables"
     c, (weak, strong) = study.config, models
