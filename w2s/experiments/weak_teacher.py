@@ -7,7 +7,7 @@ __all__ = ['STUDENT', 'HUMAN', 'FLOOR', 'PAIRS', 'STAGES', 'Arm', 'train_arm', '
            'supervise', 'train_students', 'label_table', 'weak_label_table', 'history_table', 'Result', 'summary_table',
            'fallen', 'caption', 'counted', 'run', 'WeakTeacher']
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #5df39d61
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #7a82ee72
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +29,10 @@ from ..feedback.preferences import WeakLabels, given_labels
 from ..models.adapters import adapter_hash
 from ..train.reference import tokens_hash
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #d19a4b21
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #32c6ec69
 _all_ = ['WeakTeacher'] # a reader of this module should find it here
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #9d007f92
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #724b72f1
 @dataclass(frozen=True)
 class Arm:
     "A trained model and its reference"
@@ -43,7 +43,7 @@ class Arm:
     reference: Path | None  # adapter of its reference; None: the base
     seed: int
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #170f976a
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #faef3ecf
 def train_arm(
     study: Study,   # the experiment
     model: Model,   # that is trained
@@ -57,7 +57,7 @@ def train_arm(
     sft = sft_stage(study, model, name, rows, seed)
     return Arm(role, method, model, dpo_stage(study, model, name, rows, sft, seed), sft, seed)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #638309d5
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #47983c24
 def ceiling_rows(
     labelled: Dataset,    # of kind "preferences"
     unlabelled: Dataset,  # the student's rows, with human labels
@@ -67,7 +67,7 @@ def ceiling_rows(
     if 'gold' in unlabelled.column_names: return 'dpo gold', given_labels(to_pairs(unlabelled, seed), 'gold_a', 'gold').rows
     return 'dpo human both halves', given_labels(to_pairs(concatenate_datasets([labelled, unlabelled]), seed)).rows
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #eb72aab6
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #04b5d211
 def evaluate_arm(
     study: Study,   # the experiment
     arm: Arm,       # what is evaluated
@@ -87,7 +87,7 @@ def evaluate_arm(
     weak, strong = Path(c.weak).name, Path(c.strong).name
     return metric_rows([r.id for r in tokens], scores, arm.role, arm.method, weak, '' if arm.role == 'floor' else strong, arm.seed, 'preferences')
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #7e4a6c8e
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #a0e9c41c
 @dataclass(frozen=True)
 class SeedRows:
     "The rows of one seed after labelling"
@@ -97,7 +97,7 @@ class SeedRows:
     weak: WeakLabels     # labels of the supervisor for the unlabelled rows
     floor: Arm           # the supervisor
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #4985dfb0
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #8f0eb3e4
 def supervise(
     study: Study,          # the experiment
     model: Model,          # the weak supervisor
@@ -111,7 +111,7 @@ def supervise(
     assert floor.reference and floor.policy
     return SeedRows(seed, labelled, unlabelled, label_stage(study, model, floor.reference, floor.policy, unlabelled, seed), floor)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #6bf2405a
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #aabc4362
 def train_students(
     study: Study,    # the experiment
     model: Model,    # the strong student
@@ -127,7 +127,7 @@ def train_students(
             Arm('base', 'sft human', model, human_arm.reference, None, seed)]
     return [*base, student, human_arm, ceiling]
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #4c9d0738
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #69fec73b
 def label_table(
     seeds: Sequence[SeedRows], # after labelling
 ) -> pd.DataFrame:             # a row a seed
@@ -140,7 +140,7 @@ def label_table(
                         confidence=float(np.abs(2*s.weak.prob_a - 1).mean())))
     return pd.DataFrame(out)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #1507f985
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #649e61ea
 def weak_label_table(
     seeds: Sequence[SeedRows], # after labelling
 ) -> pd.DataFrame:             # seed, id, prompt, chosen, rejected, prob, agrees, and gold where the rows have it
@@ -151,7 +151,7 @@ def weak_label_table(
         out.append(pd.DataFrame(s.weak.rows.with_format(None)[:]).drop(columns=['group', 'source', 'weight']).assign(seed=s.seed, agrees=agrees))
     return pd.concat(out, ignore_index=True)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #b034704a
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #d07db682
 def history_table(
     arms: Sequence[Arm], # trained ones and others
 ) -> pd.DataFrame:       # stage, seed, step, loss, value, grad_norm, learning_rate
@@ -160,11 +160,11 @@ def history_table(
     files = [(a, kind, f.parent/'history.csv') for a in trained for kind, f in (('sft', a.reference), ('dpo', a.policy)) if f]
     return pd.concat([pd.read_csv(f).assign(stage=f'{a.role}: {kind}', seed=a.seed) for a, kind, f in files], ignore_index=True)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #ac7361e0
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #33a61ca5
 STUDENT, HUMAN, FLOOR = ('student', 'dpo weak'), ('human', 'dpo human'), ('floor', 'dpo human')
 PAIRS = [(STUDENT, HUMAN), (STUDENT, FLOOR), (HUMAN, FLOOR), (STUDENT, ('base', 'sft weak'))] # what the paper is about; the ceiling's follow
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #a809f727
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #e9dbfe2b
 @dataclass(frozen=True)
 class Result:
     "The whole comparison"
@@ -183,7 +183,7 @@ class Result:
     def _repr_html_(self) -> str: return summary_table(self).to_html(index=False) + f'<p>{caption(self)}</p>'
     def __repr__(self) -> str: return f'{summary_table(self).to_string(index=False)}\n{caption(self)}'
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #da7bc71f
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #42c16e24
 def summary_table(
     result: Result, # of a run
 ) -> pd.DataFrame:  # role, method, model, and value [low, high] for each metric
@@ -196,7 +196,7 @@ def summary_table(
     metrics = [m for m in ('accuracy', 'likelihood_accuracy', 'margin', 'logp_chosen', 'logp_rejected') if m in wide]
     return wide[['role', 'method', 'model', *metrics]].fillna('–').rename_axis(columns=None)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #7282987c
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #735d84ee
 def fallen(
     intervals: pd.DataFrame, # of `interval_table`
 ) -> str:                    # a sentence, or nothing
@@ -206,7 +206,7 @@ def fallen(
     if after > 1.5 * before: return ''
     return f' Mind: DPO took the log-prob of chosen responses from {before:.1f} to {after:.1f} nats; look at what the student writes.'
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #e2ccbba5
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #1cafcb46
 def caption(
     result: Result, # of a run
 ) -> str:
@@ -220,10 +220,10 @@ def caption(
             f'Weak labels agree with human ones on {labels.agreement.mean():.1%} of {labels.rows.sum():,} pairs ({labels.ties.sum()} ties). '
             f'The un-tuned model has no reference, so no implicit reward.{fallen(t)}')
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #e15b068d
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #25a2eb83
 STAGES = 16 # a seed: two trainings for each of four arms, the labels, seven evaluations
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #f294f195
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #07284aac
 def counted(
     total: int, # stages of the run
 ) -> Callable[[str], None]:
@@ -232,7 +232,7 @@ def counted(
     def say(line: str) -> None: print(f'[{next(numbers):>{len(str(total))}}/{total}] {line}', flush=True)
     return say
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #8da21904
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #d690f011
 def run(
     config: WeakTeacher,                    # what to compare
     out: str | Path = 'runs/weak-teacher',  # folder of stages and results; used again by later runs
@@ -247,7 +247,7 @@ def run(
     try: return _run(study, models, data)
     finally: held.release()
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #141b7467
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #e3005c84
 def _run(study: Study, models: Sequence[Model], data: PreferenceData) -> Result:
     "All stages, then all tables"
     c, (weak, strong) = study.config, models
