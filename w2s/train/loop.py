@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'IMMATERIAL', 'OUT_OF_MEMORY', 'TrainSettings', 'material', 'learning_rate', 'Objective',
-           'sft_objective', 'dpo_objective', 'step_gradient', 'make_optimizer', 'take_step', 'plan_steps', 'train']
+           'row_weights', 'sft_objective', 'dpo_objective', 'step_gradient', 'for_step', 'make_optimizer', 'take_step',
+           'plan_steps', 'train']
 
-# %% ../../nbs/api/train/50_loop.ipynb #5b560b3b
+# %% ../../nbs/api/train/50_loop.ipynb #e6f64317
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,36 +82,40 @@ def learning_rate(
     shape = {'cosine': (1 + math.cos(math.pi * done)) / 2, 'linear': 1 - done, 'constant': 1.}[settings.schedule]
     return settings.learning_rate * shape
 
-# %% ../../nbs/api/train/50_loop.ipynb #d44cf945
+# %% ../../nbs/api/train/50_loop.ipynb #7285a17a
 @dataclass(frozen=True)
 class Objective:
     "Rows to learn from, and the loss of each"
     ids: list[str]                              # of the rows, for error messages
     sequences: list[tuple[Encoded, ...]]        # of each row: one completion, or chosen and rejected
     value: Callable[[Tensor, Tensor], Tensor]   # (log-probs (n, k), row numbers) -> (n,): what is drawn over training
-    loss: Callable[[Tensor, Tensor], Tensor]    # (values (n,), row numbers) -> (n,)
+    loss: Callable[[Tensor, Tensor], Tensor]    # (log-probs (n, k), row numbers) -> (n,)
     weights: Tensor                             # (rows,)
     sizes: list[int]                            # of each row: 1, or its response tokens
+    prepare: Callable[[Any, Sequence[int], float, int], 'Objective'] | None = None # see `for_step`
 
-# %% ../../nbs/api/train/50_loop.ipynb #d02af9b9
-def _weights(weights: Sequence[float] | None, rows: int) -> Tensor:
-    "Weights as a checked tensor of one a row"
+# %% ../../nbs/api/train/50_loop.ipynb #c078d384
+def row_weights(
+    weights: Sequence[float] | None, # one a row; None: 1
+    rows: int,                       # how many rows there are
+) -> Tensor:                         # (rows,)
+    "Weights as a checked tensor of one a row; raises `DataError`"
     out = torch.ones(rows) if weights is None else torch.tensor(list(weights), dtype=torch.float32)
     if len(out) != rows: raise DataError(f'{rows} rows, but {len(out)} weights')
     losses.check_weights(out)
     return out
 
-# %% ../../nbs/api/train/50_loop.ipynb #c8e001eb
+# %% ../../nbs/api/train/50_loop.ipynb #b4f07977
 def sft_objective(
     rows: Sequence[EncodedRow],              # the first sequence of each is learned: the completion, or the chosen response
     weights: Sequence[float] | None = None,  # one a row; None: 1
 ) -> Objective:
     "Supervised fine-tuning on completions only; loss a token over the whole optimizer batch"
     first: list[tuple[Encoded, ...]] = [r.sequences[:1] for r in rows]
-    return Objective([r.id for r in rows], first, lambda logps, _: logps[:, 0], lambda values, _: losses.sft(values),
-                     _weights(weights, len(first)), [len(s.response) for (s,) in first])
+    return Objective([r.id for r in rows], first, lambda logps, _: logps[:, 0], lambda logps, _: losses.sft(logps[:, 0]),
+                     row_weights(weights, len(first)), [len(s.response) for (s,) in first])
 
-# %% ../../nbs/api/train/50_loop.ipynb #f4770d34
+# %% ../../nbs/api/train/50_loop.ipynb #6e82c55b
 def dpo_objective(
     rows: Sequence[EncodedRow],              # (chosen, rejected)
     reference: Any,                          # (rows, 2): log-probs under the frozen reference, from `stored_logps`
@@ -125,11 +130,11 @@ def dpo_objective(
     if ref.shape != (len(rows), 2) or len(p) != len(rows):
         raise DataError(f'{len(rows)} rows, but reference of shape {tuple(ref.shape)} and {len(p)} targets')
     if not ((p >= 0) & (p <= 1)).all(): raise DataError('targets are probabilities: they must lie in [0, 1]')
-    return Objective([r.id for r in rows], [r.sequences for r in rows],
-                     lambda logps, i: losses.margin(logps, ref[i].to(logps.device), beta),
-                     lambda values, i: losses.dpo(values, p[i].to(values.device), smoothing), _weights(weights, len(rows)), [1]*len(rows))
+    def margin(logps: Tensor, i: Tensor) -> Tensor: return losses.margin(logps, ref[i].to(logps.device), beta)
+    return Objective([r.id for r in rows], [r.sequences for r in rows], margin,
+                     lambda logps, i: losses.dpo(margin(logps, i), p[i].to(logps.device), smoothing), row_weights(weights, len(rows)), [1]*len(rows))
 
-# %% ../../nbs/api/train/50_loop.ipynb #71cb04cb
+# %% ../../nbs/api/train/50_loop.ipynb #49e91392
 def step_gradient(
     model: Any,             # with a trainable adapter, in training mode
     objective: Objective,   # rows and loss
@@ -137,17 +142,31 @@ def step_gradient(
     budget: int,            # padded tokens at once
 ) -> dict[str, float]:      # mean loss and mean value of the step
     "Add up the gradient of one optimizer batch; raises `TrainError` if a loss is not finite"
+    if objective.prepare is not None: raise ConfigError('this objective must be prepared for its step: give `for_step(objective, …)` here')
     lengths = [sum(len(s.ids) for s in row) for row in objective.sequences]
     size, total, value = sum(objective.sizes[i] for i in batch), 0., 0.
     for part in micro_batches(batch, lengths, budget):
         index, k = torch.tensor(part), len(objective.sequences[part[0]])
         logps = response_logps(model, block([s for i in part for s in objective.sequences[i]])).view(len(part), k)
-        values = objective.value(logps, index)
-        loss = losses.weighted_sum(objective.loss(values, index), objective.weights[index]) / size
+        loss = losses.weighted_sum(objective.loss(logps, index), objective.weights[index]) / size
         if not torch.isfinite(loss): raise TrainError(f'the loss is {loss.item()} in rows {", ".join(objective.ids[i] for i in part[:8])}')
         loss.backward()
-        total, value = total + loss.item(), value + values.sum().item() / len(batch)
+        total, value = total + loss.item(), value + objective.value(logps.detach(), index).sum().item() / len(batch)
     return {'loss': total, 'value': value}
+
+# %% ../../nbs/api/train/50_loop.ipynb #4ae5841a
+def for_step(
+    objective: Objective,   # of the whole training
+    model: Any,             # left in training mode
+    batch: Sequence[int],   # row numbers of the step
+    done: float,            # share of the steps already taken: 0 at the first
+    budget: int,            # padded tokens at once
+) -> Objective:             # without `prepare`
+    "The objective of one step: what `prepare` makes of it, if there is one"
+    if objective.prepare is None: return objective
+    ready = objective.prepare(model, batch, done, budget)
+    set_mode(model, True)
+    return replace(ready, prepare=None)
 
 # %% ../../nbs/api/train/50_loop.ipynb #6c848b40
 def make_optimizer(
@@ -193,7 +212,7 @@ def plan_steps(
 OUT_OF_MEMORY = ('out of memory at step {step}: lower token_budget (it is {budget}; the result stays the same), or set gradient_checkpointing; '
                  'then start again with the same command')
 
-# %% ../../nbs/api/train/50_loop.ipynb #6838706b
+# %% ../../nbs/api/train/50_loop.ipynb #fb871639
 def train(
     model: Any,               # with a trainable adapter; changed in place
     objective: Objective,     # rows and loss
@@ -213,7 +232,9 @@ def train(
     with tqdm(total=len(steps), initial=len(history), desc=label, unit='step', disable=quiet, leave=False) as bar:
         for step in range(len(history), len(steps)):
             torch.manual_seed(seed * 1_000_003 + step) # dropout is a function of seed and step: nothing else to save
-            try: note = take_step(model, optimizer, objective, steps[step], learning_rate(step, len(steps), settings), settings)
+            try:
+                goal = for_step(objective, model, steps[step], step / len(steps), settings.token_budget)
+                note = take_step(model, optimizer, goal, steps[step], learning_rate(step, len(steps), settings), settings)
             except TrainError as e: raise TrainError(_stopped(e, step, folder)) from e
             except torch.OutOfMemoryError as e: raise TrainError(OUT_OF_MEMORY.format(step=step, budget=settings.token_budget)) from e
             history.append({'step': step, **note})

@@ -1,0 +1,380 @@
+"Label words, losses on soft labels, and what the confidence loss must not depend on (pitfalls 2, 3, 4, 5, 7, 12, 16, 18)"
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from w2s.data.rows import make_rows
+from w2s.errors import ConfigError, DataError
+from w2s.models.adapters import LoraSettings, add_adapter
+from w2s.models.load import LoadSettings, load_base
+from w2s.models.tiny import pretrain, tiny_model
+from w2s.train import labels as labels_module
+from w2s.train import loop
+from w2s.train.batches import block
+from w2s.train.checkpoints import trainable
+from w2s.train.label_losses import class_counts, confidence, confidence_weight, harden, soft_xent
+from w2s.train.labels import (
+    batch_opinion, class_logps, class_probs, encode_labels, encode_words, label_objective, label_targets, weak_labels)
+from w2s.train.logprobs import response_logps
+from w2s.train.loop import TrainSettings, for_step, step_gradient, train
+
+WORDS = (' no', ' yes')
+THINGS = [a + b for a in ('zo', 'mi', 'ka', 'ple', 'dro', 'fa') for b in ('rk', 'nda', 'lop', 'st', 'mbi', 'ff', 'rn')]
+
+
+def question(thing): return f'Q: May I put a {thing} in the stew?\nA:' if len(thing) % 2 else f'Q: Is a {thing} food, or is it not?\nA:'
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    "A tiny model that has read a little, so that its rows differ"
+    texts = [question(t) + (' yes' if t < 'm' else ' no') for t in THINGS]
+    folder = tiny_model(tmp_path_factory.mktemp('tiny')/'model', texts)
+    pretrain(folder, texts, steps=30)
+    return load_base(folder, LoadSettings('none', 'float32'), device='cpu')
+
+
+@pytest.fixture(scope='module')
+def data(): return make_rows([{'prompt': question(t), 'label': int(t < 'm'), 'group': t} for t in THINGS], 'labels')
+
+
+@pytest.fixture(scope='module')
+def rows(base, data): return encode_labels(base.tokenizer, data, WORDS, 128).rows
+
+
+def shaken(base, dropout=0., seed=4, size=.1):
+    "An adapter whose every weight is moved"
+    model = add_adapter(base, LoraSettings(rank=2, dropout=dropout), seed=0)
+    draw = torch.Generator().manual_seed(seed)
+    for p in trainable(model).values(): p.data += size*torch.randn(p.shape, generator=draw)
+    return model
+
+
+def step(base, goal, batch, budget=10**6, done=.5, dropout=0.):
+    "Loss and gradient of one step"
+    model = shaken(base, dropout)
+    try:
+        note = step_gradient(model, for_step(goal, model, batch, done, budget), batch, budget)
+        return note['loss'], torch.cat([p.grad.flatten() for p in trainable(model).values()])
+    finally: model.unload()
+
+
+def targets(n, classes=2, seed=0): return np.random.default_rng(seed).dirichlet(np.linspace(.6, 1.4, classes), n)
+
+
+# ---- the equation
+
+def direct(p, weak, alpha):
+    "Burns et al., Eq. 1, for class probabilities of two classes, in plain numpy: share of the weak labels, sorted list, threshold"
+    f, w = p[:, 1], weak[:, 1]
+    positive = int(np.ceil(w.sum() - .5))
+    t = np.sort(f)[::-1][positive - 1] if positive else np.inf
+    out = []
+    for fi, wi in zip(f, w, strict=True):
+        hard = 1. if fi >= t else 0.
+        weak_part = -wi*np.log(fi) - (1 - wi)*np.log(1 - fi)
+        own_part = -hard*np.log(fi) - (1 - hard)*np.log(1 - fi)
+        out.append((1 - alpha)*weak_part + alpha*own_part)
+    return np.array(out)
+
+
+@pytest.mark.parametrize('seed', range(30))
+def test_confidence_is_the_equation_on_random_batches(seed):
+    r = np.random.default_rng(seed)
+    n, alpha = r.integers(1, 80), r.uniform()
+    p, weak = r.dirichlet(r.uniform(.3, 3, 2), n).clip(1e-5, 1), r.dirichlet(r.uniform(.3, 3, 2), n)
+    p /= p.sum(1, keepdims=True)
+    ours = confidence(torch.tensor(p).log(), torch.tensor(weak), harden(torch.tensor(p).log(), class_counts(torch.tensor(weak))), alpha)
+    assert np.allclose(ours, direct(p, weak, alpha), atol=1e-5)
+
+
+@pytest.mark.parametrize('budget', [1, 300, 10**6])
+@pytest.mark.parametrize('done, alpha', [(0., 0.), (.1, .375), (.5, .75)])
+def test_a_step_has_the_loss_of_the_equation(base, rows, budget, done, alpha):
+    "From prompts to the number that training sees"
+    weak, batch = targets(len(rows)), list(range(3, 30))
+    model = shaken(base)
+    p = class_probs(model, rows, quiet=True)
+    model.unload()
+    found, _ = step(base, label_objective(rows, weak, loss='confidence'), batch, budget, done)
+    assert found == pytest.approx(direct(p[batch], weak[batch], alpha).mean(), abs=1e-5)
+
+
+# ---- 2: losses at the ends of the scale
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('alpha', [0., .75])
+def test_pitfall_02_label_losses_have_a_gradient_wherever_they_are_wrong(dtype, alpha):
+    for z, label, hard in itertools.product((-60., -20., -8., 8., 20., 60.), (0., .3, 1.), (0., 1.)):
+        x = torch.tensor([[0., z]], dtype=dtype, requires_grad=True)
+        loss = confidence(x, torch.tensor([[1 - label, label]]), torch.tensor([[1 - hard, hard]]), alpha)
+        loss.sum().backward()
+        want = 1/(1 + math.exp(-z)) - (1 - alpha)*label - alpha*hard
+        assert torch.isfinite(loss).all() and torch.isfinite(x.grad).all()
+        assert abs(x.grad[0, 1].item() - want) < (1e-6 if dtype == torch.float32 else 5e-3)
+        if abs(want) > .01: assert x.grad[0, 1].item() * want > 0
+
+
+def test_pitfall_02_the_loss_of_16_bit_logits_is_computed_in_32():
+    x = (3*torch.randn(200, 4, generator=torch.Generator().manual_seed(0))).bfloat16()
+    y = torch.tensor(targets(200, 4))
+    exact = -(y * x.double().log_softmax(1)).sum(1)
+    assert soft_xent(x, y).dtype == torch.float32 and (soft_xent(x, y) - exact).abs().max() < 1e-5
+
+
+# ---- 3: the threshold is that of the optimizer batch
+
+def test_pitfall_03_micro_batches_do_not_matter(base, rows):
+    weak, batch = targets(len(rows)), list(range(32))
+    goal, four = label_objective(rows, weak, loss='confidence'), 4*max(sum(len(s.ids) for s in r.sequences) for r in rows)
+    model = shaken(base)
+    opinions = [batch_opinion(model, [rows[i] for i in batch], torch.tensor(weak[batch]), b) for b in (10**6, four, 1)]
+    model.unload()
+    for o in opinions[1:]: assert torch.equal(o, opinions[0])
+    assert 0 < opinions[0][:, 1].sum() < 32
+    (loss, whole), *others = [step(base, goal, batch, b) for b in (10**6, four, 1)]
+    for other, gradient in others: assert abs(other - loss) < 1e-6 and (gradient - whole).abs().max() < 1e-6
+    plain = step(base, label_objective(rows, weak), batch)[1]
+    assert (plain - whole).abs().max() > 1e-3
+
+
+def test_pitfall_03_the_order_of_rows_does_not_matter(base, rows):
+    weak, batch = targets(len(rows)), list(range(32))
+    goal = label_objective(rows, weak, loss='confidence')
+    loss, whole = step(base, goal, batch)
+    for seed in range(3):
+        other, gradient = step(base, goal, np.random.default_rng(seed).permutation(batch).tolist(), 400)
+        assert abs(other - loss) < 1e-6 and (gradient - whole).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize('share', [0., .1, .5, .8, 1.])
+def test_pitfall_03_the_class_share_is_that_of_the_weak_labels(share):
+    "Also when the student says the same of all rows, where a quantile makes everything class 0 or everything class 1"
+    weak = torch.tensor([[1 - share, share]]*40)
+    for own in (torch.zeros(40, 2), torch.randn(40, 2), torch.tensor([[5., -5.]]*40), torch.randn(40, 2).round()):
+        hard = harden(own, class_counts(weak))
+        assert torch.allclose(hard.sum(1), torch.ones(40)) and hard[:, 1].mean().item() == pytest.approx(share, abs=1e-6)
+
+
+def test_pitfall_03_rows_that_are_alike_are_treated_alike():
+    "Five kinds of rows, eight of each: none of a kind is favoured for its place, and noise of another padding makes no difference"
+    r = np.random.default_rng(0)
+    which = r.permutation(np.repeat(np.arange(5), 8))
+    own = torch.tensor(r.normal(size=(5, 2)))[which]
+    weak = torch.tensor([[.55, .45]]*40)
+    hard, noisy = harden(own, class_counts(weak)), harden(own + 1e-6*torch.tensor(r.normal(size=(40, 2))), class_counts(weak))
+    for k in range(5): assert (hard[which == k] == hard[which == k][0]).all()
+    assert hard[:, 1].sum() == 18 and torch.equal(hard, noisy)
+
+
+def test_pitfall_03_nothing_is_remembered_of_evaluation_rows(base, rows):
+    goal, model, batch = label_objective(rows, targets(len(rows)), loss='confidence'), shaken(base), list(range(16))
+    def gradient():
+        for p in trainable(model).values(): p.grad = None
+        step_gradient(model, for_step(goal, model, batch, .5, 500), batch, 500)
+        return torch.cat([p.grad.flatten() for p in trainable(model).values()])
+    before = gradient()
+    class_probs(model, rows[16:], quiet=True)                    # an evaluation
+    for_step(goal, model, list(range(16, 40)), .9, 500)          # another step's preparation
+    assert torch.equal(gradient(), before)
+    model.unload()
+
+
+def test_opinions_of_more_classes_are_the_best_assignment():
+    r = np.random.default_rng(0)
+    for _ in range(20):
+        own, counts = torch.tensor(r.normal(size=(6, 3))), [1, 2, 3]
+        hard = harden(own, counts)
+        assert hard.sum(0).tolist() == counts
+        logps = own.log_softmax(1).numpy()
+        best = max(sum(logps[i, c] for i, c in enumerate(cs)) for cs in set(itertools.permutations([0, 1, 1, 2, 2, 2])))
+        assert (hard.numpy()*logps).sum() == pytest.approx(best, abs=1e-3)
+
+
+# ---- 4: the warm-up
+
+@pytest.mark.parametrize('warmup', [0., .1, .2, 1.])
+def test_pitfall_04_the_warm_up_is_a_straight_line(warmup):
+    x = np.linspace(0, 1, 1001)
+    a = np.array([confidence_weight(t, warmup, .5) for t in x])
+    assert a.max() == .5 and (np.diff(a) >= 0).all()
+    if warmup:
+        assert a[0] == 0 and np.diff(a).max() < .5/(1000*warmup) + 1e-9 # continuous
+        assert confidence_weight(warmup, warmup, .5) == .5 and confidence_weight(warmup/2, warmup, .5) == pytest.approx(.25)
+    else: assert (a == .5).all()
+
+
+def test_pitfall_04_training_follows_the_line(base, rows, tmp_path, monkeypatch):
+    "Twenty steps, warm-up over a fifth: 0, 1/4, 2/4, 3/4 of the highest weight, then all of it"
+    seen, real = {}, labels_module.confidence
+    def watched(logps, target, hard, alpha): seen[step_number[0]] = alpha; return real(logps, target, hard, alpha)
+    step_number, take = [0], loop.take_step
+    def take_step(*a):
+        out = take(*a)
+        step_number[0] += 1
+        return out
+    monkeypatch.setattr(labels_module, 'confidence', watched)
+    monkeypatch.setattr(loop, 'take_step', take_step)
+    model = add_adapter(base, LoraSettings(rank=2))
+    train(model, label_objective(rows[:20], targets(20), loss='confidence', highest=.6), TrainSettings(epochs=5, batch_size=5), tmp_path, quiet=True)
+    model.unload()
+    assert [seen.get(i, 0.) for i in range(20)] == pytest.approx([0., .15, .3, .45] + [.6]*16)
+
+
+@pytest.mark.parametrize('bad', [dict(warmup=-.1), dict(warmup=1.1), dict(highest=2.), dict(highest=math.nan)])
+def test_settings_out_of_range_are_refused(rows, bad):
+    with pytest.raises(ConfigError, match='must lie in'): label_objective(rows, targets(len(rows)), loss='confidence', **bad)
+    with pytest.raises(ConfigError, match='no use for them'): label_objective(rows, targets(len(rows)), **bad)
+
+
+# ---- 5: weights
+
+def test_pitfall_05_weights_act(base, rows):
+    weak, batch = targets(len(rows)), [0, 1, 2, 3]
+    def gradient(w, batch=batch, loss='xent'):
+        w = [1.]*len(rows) if w is None else w + [1.]*(len(rows) - 4)
+        out = step(base, label_objective(rows, weak, w, loss), batch)[1]
+        return out * len(batch)
+    doubled = gradient([1., 2., 1., 1.])
+    assert (doubled - gradient(None)).abs().max() > 1e-3
+    assert (doubled - gradient(None, [0, 1, 1, 2, 3])).abs().max() < 1e-5
+    assert (gradient([3., 1., 1., 1.], [0])/3 - gradient(None, [0])).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize('loss', ['xent', 'confidence'])
+def test_pitfall_05_rows_of_weight_0_teach_nothing_and_have_no_say_in_the_threshold(base, rows, loss):
+    weak, batch = targets(len(rows)), list(range(30))
+    weak[1::2] = [0., 1.] # those that are left out would ask for another share of classes
+    goals = [label_objective(rows, weak, w, loss) for w in ([1., 0.]*(len(rows)//2), None)]
+    (_, left_out), (_, absent), (_, plain) = step(base, goals[0], batch), step(base, goals[1], batch[::2]), step(base, goals[1], batch)
+    assert (left_out*30 - absent*15).abs().max() < 1e-5 < (left_out - plain).abs().max()
+
+
+# ---- 7: end tokens, pads, templates
+
+def test_pitfall_07_the_end_token_has_no_part_in_a_label(base, data, rows):
+    end = base.tokenizer.eos_token_id
+    assert all(end not in s.ids and s.response for r in rows for s in r.sequences)
+    assert [base.tokenizer.decode(s.response) for s in rows[0].sequences] == list(WORDS)
+    own = PreTrainedTokenizerFast(tokenizer_object=base.tokenizer._tokenizer, eos_token='</s>', pad_token='</s>', bos_token='<s>')
+    assert [r.sequences for r in encode_labels(own, data, WORDS, 128).rows] == [r.sequences for r in rows] # the pad is the end token
+
+
+def test_class_log_probs_are_those_of_the_words(base):
+    "Several tokens a word: the sum of its own tokens' log-probs, by the model's own logits"
+    words = (' no', ' certainly not', ' perhaps yes')
+    seqs = encode_words(base.tokenizer, question('zork'), words)
+    assert len({len(s.response) for s in seqs}) > 1
+    with torch.no_grad():
+        ours = class_logps(response_logps(base.model, block(seqs))[None])[0]
+        total = []
+        for s in seqs:
+            logp = base.model(torch.tensor([s.ids])).logits[0].log_softmax(-1)
+            total.append(sum(logp[t - 1, s.ids[t]].item() for t in range(s.start, len(s.ids))))
+    assert torch.allclose(ours, torch.tensor(total).log_softmax(0), atol=1e-4)
+
+
+def test_nothing_that_a_template_writes_after_the_word_is_counted(base):
+    tok = PreTrainedTokenizerFast(tokenizer_object=base.tokenizer._tokenizer, eos_token='</s>', pad_token='<pad>', bos_token='<s>')
+    tok.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    seqs = encode_words(tok, [{'role': 'user', 'content': 'May I?'}], ('no', 'yes'))
+    assert [tok.decode(s.ids) for s in seqs] == ['[user] May I?</s>[assistant] no', '[user] May I?</s>[assistant] yes']
+
+
+@pytest.mark.parametrize('words', [(' no', ' no'), (' no', ''), (' no', ' no way'), (' not a bit', ' not')])
+def test_words_that_cannot_win_are_refused(base, data, words):
+    with pytest.raises(DataError, match='could never win'): encode_labels(base.tokenizer, data, words, 128)
+
+
+def test_a_long_prompt_is_cut_from_the_left_for_all_words_alike(base):
+    data = make_rows([{'prompt': 'Q: ' + 'very '*80 + 'good?\nA:', 'label': 1}, {'prompt': 'Q: good?\nA:', 'label': 1}], 'labels')
+    tokens = encode_labels(base.tokenizer, data, WORDS, 40)
+    long, short = tokens.rows
+    assert long.cut > 0 and short.cut == 0 and max(len(s.ids) for s in long.sequences) == 40
+    assert long.sequences[0].ids[:long.sequences[0].start] == long.sequences[1].ids[:long.sequences[1].start]
+    assert base.tokenizer.decode(long.sequences[1].ids).endswith('good?\nA: yes')
+
+
+# ---- 12: the opinion in evaluation mode, the training in training mode
+
+def test_pitfall_12_dropout_has_no_part_in_the_opinion(base, rows):
+    weak, batch = targets(len(rows)), list(range(32))
+    model = shaken(base, dropout=.5)
+    goal = label_objective(rows, weak, loss='confidence')
+    a, b = (batch_opinion(model, [rows[i] for i in batch], torch.tensor(weak[batch]), 500) for _ in range(2))
+    assert torch.equal(a, b)
+    for_step(goal, model, batch, .5, 500)
+    assert model.training and next(m for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p == .5).training
+    model.unload()
+
+
+# ---- 16: killed and started again
+
+def test_pitfall_16_resume_ends_in_the_same_bits(base, rows, tmp_path, monkeypatch):
+    goal = label_objective(rows, targets(len(rows)), loss='confidence')
+    settings = TrainSettings(epochs=2, batch_size=8, learning_rate=5e-3, checkpoint_every=3)
+    def weights(folder):
+        model = add_adapter(base, LoraSettings(rank=2, dropout=.1), seed=0)
+        try:
+            train(model, goal, settings, folder, quiet=True)
+            return {n: p.detach().clone() for n, p in trainable(model).items()}
+        finally: model.unload()
+    straight, take, left = weights(tmp_path/'a'), loop.take_step, [7]
+    def dies(*a):
+        if not left[0]: raise KeyboardInterrupt
+        left[0] -= 1
+        return take(*a)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(loop, 'take_step', dies)
+        weights(tmp_path/'b')
+    again = weights(tmp_path/'b')
+    assert all(torch.equal(again[n], straight[n]) for n in straight)
+
+
+def test_an_objective_that_was_not_prepared_takes_no_step(base, rows):
+    goal, model = label_objective(rows, targets(len(rows)), loss='confidence'), shaken(base)
+    with pytest.raises(ConfigError, match='for_step'): step_gradient(model, goal, [0, 1], 500)
+    model.unload()
+
+
+# ---- 18: leakage
+
+def test_pitfall_18_a_supervisor_may_not_label_what_it_was_trained_on(data):
+    probs = targets(len(data))
+    with pytest.raises(DataError, match='was trained on 1 of the groups'): weak_labels(data, probs, 'pico', seen=[data['group'][5], 'other'])
+    assert weak_labels(data, probs, 'pico', seen=['other'])['source'] == ['pico']*len(data)
+
+
+def test_pitfall_18_gold_labels_of_weak_rows_are_not_read(base, data, rows, tmp_path):
+    "Training with the gold labels taken away, or all turned round, ends in the same bits"
+    labelled, out = weak_labels(data, targets(len(data)), 'pico', seen=[]), []
+    for n, gold in enumerate((labelled['label'], [None]*len(data), [1 - x for x in labelled['label']])):
+        d = labelled.remove_columns('label').add_column('label', gold)
+        model = add_adapter(base, LoraSettings(rank=2), seed=0)
+        train(model, label_objective(rows, label_targets(d, rows), loss='confidence'), TrainSettings(learning_rate=5e-3), tmp_path/str(n), quiet=True)
+        out.append(torch.cat([p.detach().flatten().clone() for p in trainable(model).values()]))
+        model.unload()
+    assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
+
+
+def test_targets_follow_the_ids_and_not_the_places(data, rows):
+    shuffled = data.select(np.random.default_rng(0).permutation(len(data)).tolist())
+    assert (label_targets(shuffled, rows) == label_targets(data, rows)).all()
+
+
+# ---- learning
+
+def test_soft_labels_are_learned(base, rows, tmp_path):
+    "The lowest cross-entropy is where the student says what the labels say"
+    weak = np.array([[.2, .8], [.7, .3]])[[len(r.sequences[0].ids) % 2 for r in rows]]
+    model = add_adapter(base, LoraSettings(rank=4), seed=0)
+    before = class_probs(model, rows, quiet=True)
+    train(model, label_objective(rows, weak), TrainSettings(epochs=20, batch_size=16, learning_rate=1e-2), tmp_path, quiet=True)
+    after = class_probs(model, rows, quiet=True)
+    model.unload()
+    assert abs(after - weak).mean() < .5*abs(before - weak).mean()
+    assert soft_xent(torch.tensor(after).log(), torch.tensor(weak)).mean() < soft_xent(torch.tensor(before).log(), torch.tensor(weak)).mean()
