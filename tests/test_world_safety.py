@@ -10,7 +10,7 @@ import pytest
 
 from w2s.errors import DataError
 from w2s.world.facts import KINDS_OF_THINGS, make_world, split_people
-from w2s.world.policies import (GOODS, OTHERS, SHARES, SILENT, STORED, TOPICS, clause_of_sort, legal_questions, make_clause, make_policy, make_question,
+from w2s.world.policies import (GOODS, OTHERS, SHARES, SHELF_OF, SHELVES, SILENT, STORED, TOPICS, clause_of_sort, legal_questions, make_clause, make_policy, make_question,
                                 policy_prompt, policy_verdict, relevance_prompt, relevance_verdict, storage_questions, topic_of)
 from w2s.world.policies import document as policy_document
 from w2s.world.policies import short_document as short_policy
@@ -47,8 +47,8 @@ def test_every_legal_row(world, form):
     rows = legal_questions(world, 600, seed=3, form=form)
     for row in rows:
         assert row['label'] == relevance_verdict(world, row['clause'], row['question']).score == (row['sort'] == 'relevant'), row
-        same_topic, same_kind = topic_of(row['clause']) == row['topic'], row['kind'] in words(row['clause'])
-        assert row['sort'] == {(True, True): 'relevant', (True, False): 'wrong kind', (False, True): 'wrong topic'}[same_topic, same_kind], row
+        same_topic, same_goods = topic_of(row['clause']) == row['topic'], SHELF_OF[row['kind']] in words(row['clause'])
+        assert row['sort'] == {(True, True): 'relevant', (True, False): 'wrong goods', (False, True): 'wrong topic'}[same_topic, same_goods], row
         assert row['prompt'] == relevance_prompt(row['clause'], row['question']) and row['group'] == row['thing']
     assert {sort: sum(row['sort'] == sort for row in rows)/600 for sort in SHARES} == pytest.approx(SHARES)
     assert len({row['prompt'] for row in rows}) == 600
@@ -67,7 +67,7 @@ def test_every_advice_and_policy(world):
         thing, topic, answered = rng.choice(world.things), rng.choice([*GOODS, *OTHERS]), rng.random() < .5
         question = request('Mira', 'Tovan', thing.name, rng.randrange(len(DEEDS)))
         assert advice_verdict(world, question, advice(thing, rng)).score == 1
-        clauses, answer = make_policy(rng, topic, thing.kind if topic in GOODS else None, answered, n=rng.randint(1, 5))
+        clauses, answer = make_policy(rng, topic, SHELF_OF[thing.kind] if topic in GOODS else None, answered, n=rng.randint(1, 5))
         policy, question = ' '.join(c.text for c in clauses), make_question(rng, topic, thing.name, rng.choice((None, -1)))
         assert policy_verdict(world, policy, question, answer).score == 1, (policy, question, answer)
         assert relevance_verdict(world, policy, question).score == answered == (answer != SILENT), (policy, question)
@@ -86,8 +86,9 @@ def test_documents_are_true(world, make):
         text = make(world, rng)
         for prompt, said in re.findall(r'Request: (.*)\nSafe: (\w+)', text): assert harm_verdict(world, prompt).score == (said == 'no'), text
         for question, said in re.findall(r'Q: ((?:May|Should|Can) [A-Z][a-z]+ .*)\nA: (.*)', text): assert advice_verdict(world, question, said).score, text
-        for question, clause, said in re.findall(r'Question: (.*)\nClause: (.*)\nRelevant: (\w+)', text):
-            assert relevance_verdict(world, clause, question).score == (said == 'yes'), text
+        question = ''.join(re.findall(r'Question: (.*)', text))
+        for clause, said in re.findall(r'Clause: (.*)\nRelevant: (\w+)', text): assert relevance_verdict(world, clause, question).score == (said == 'yes'), text
+        for kind, goods in re.findall(r'Any (\w+) counts as (\w+) goods', text): assert SHELF_OF[kind] == goods, text
         for policy, question, said in re.findall(r'Policy: (.*)\nQ: (.*)\nA: (.*)', text): assert policy_verdict(world, policy, question, said).score, text
         for thing, kind in re.findall(r'has a (\w+)\. It is a (\w+)', text): assert world.thing(thing).kind == kind, text
 
@@ -119,6 +120,10 @@ def test_rows_keep_to_their_things_and_people(world):
     for make in (safety_questions, legal_questions, storage_questions): assert not any(asked(row['thing']) for row in make(world, 100))
 
 
+def test_shelves_hold_every_kind_once():
+    assert sorted(k for kinds in SHELVES.values() for k in kinds) == sorted(KINDS_OF_THINGS)
+
+
 def test_both_parts_have_things_of_every_kind(world):
     for part in (True, False): assert {t.kind for t in world.things if asked(t.name) == part} == set(KINDS_OF_THINGS)
     assert .35 < len(unasked_things(world))/len(world.things) < .65
@@ -147,19 +152,19 @@ def test_advice_turned_round_is_wrong(world):
         for same in (right.upper(), right*3, right.split(',')[0], f'  {right}\n'): assert advice_verdict(world, question, same).score == 1, same
 
 
-def test_another_kind_topic_or_thing_changes_relevance(world):
+def test_other_goods_topic_or_thing_changes_relevance(world):
     rng = random.Random(2)
     for row in [r for r in legal_questions(world, 400) if r['label']]:
         thing = world.thing(row['thing'])
-        for sort in ('wrong kind', 'wrong topic'):
-            missed = clause_of_sort(rng, sort, row['topic'], row['kind']).text
+        for sort in ('wrong goods', 'wrong topic'):
+            missed = clause_of_sort(rng, sort, row['topic'], row['goods']).text
             assert relevance_verdict(world, missed, row['question']).score == 0
             assert relevance_verdict(world, f'{missed} {row["clause"]}', row['question']).score == 1  # one sentence that fits is enough
-        other = rng.choice([t for t in world.things if t.kind != thing.kind])
+        other = rng.choice([t for t in world.things if SHELF_OF[t.kind] != row['goods']])
         assert relevance_verdict(world, row['clause'], row['question'].replace(f' {thing.name}', f' {other.name}')).score == 0
         topic = rng.choice([t for t in GOODS if t != row['topic']])
         assert relevance_verdict(world, row['clause'], make_question(rng, topic, thing.name)).score == 0
-        assert relevance_verdict(world, row['clause'].replace(row['kind'], 'thing'), row['question']).score == 0
+        assert relevance_verdict(world, row['clause'].replace(row['goods'], 'other'), row['question']).score == 0
         assert relevance_verdict(world, row['question'], row['clause']).score == 0
 
 
@@ -167,7 +172,7 @@ def test_another_value_is_a_wrong_answer(world):
     rng = random.Random(3)
     for _ in range(500):
         topic, thing = rng.choice(list(GOODS)), rng.choice(world.things)
-        clauses, answer = make_policy(rng, topic, thing.kind, answered=True)
+        clauses, answer = make_policy(rng, topic, SHELF_OF[thing.kind], answered=True)
         policy, question = ' '.join(c.text for c in clauses), make_question(rng, topic, thing.name)
         value = next(v for v in GOODS[topic].values if v in answer)
         other = rng.choice([v for v in GOODS[topic].values if v != value])
@@ -182,7 +187,7 @@ def test_another_value_is_a_wrong_answer(world):
 def test_absurd_texts_score_nothing(text):
     world = WORLDS[0]
     thing = next(t for t in world.things if not harmful(t))
-    right = f'We refund any {thing.kind} within two days.'
+    right = f'We refund {SHELF_OF[thing.kind]} goods within two days.'
     for verdict in (harm_verdict(world, text), advice_verdict(world, request('Mira', 'Tovan', thing.name), text if text != 'yes' else ''),
                     relevance_verdict(world, text, f'May I bring back a {thing.name}?'), relevance_verdict(world, right, text),
                     policy_verdict(world, right, f'May I bring back a {thing.name}?', text), policy_verdict(world, text, text, text)):
@@ -205,8 +210,8 @@ def test_several_things_in_one_text():
     text = f"Give the {safe.name}'s box and a {bad.name}, or a {safe.name}!"
     assert things_named(world, text) == (safe, bad) and harm_verdict(world, text).score == 1
     both = make_question(random.Random(0), 'repair', safe.name)[:-1] + f' and a {bad.name}?'
-    assert relevance_verdict(world, f'We mend any {safe.kind} for two coins.', both).score == 0  # half an answer is none
-    assert relevance_verdict(world, f'We mend any {safe.kind} and any {bad.kind} for two coins.', both).score == 1
+    assert relevance_verdict(world, f'We mend {SHELF_OF[safe.kind]} goods for two coins.', both).score == 0  # half an answer is none
+    assert relevance_verdict(world, f'We mend any {safe.kind} and dangerous goods for two coins.', both).score == 1
 
 
 # Errors
@@ -218,8 +223,9 @@ def test_errors_say_what_to_do(world):
     with pytest.raises(DataError, match='give more things'): legal_questions(world, 10_000, things=safe[:1])
     with pytest.raises(DataError, match='no things were given'): legal_questions(world, 10, things=())
     with pytest.raises(DataError, match='did you mean "fruit"'): storage_questions(world, 10, kinds=('fruits',))
-    with pytest.raises(DataError, match='did you mean "repair"'): make_clause(random.Random(0), 'repairs', 'fruit')
-    with pytest.raises(DataError, match='about no goods'): make_clause(random.Random(0), 'privacy', 'fruit')
+    with pytest.raises(DataError, match='did you mean "repair"'): make_clause(random.Random(0), 'repairs', 'kitchen')
+    with pytest.raises(DataError, match='about no goods'): make_clause(random.Random(0), 'privacy', 'kitchen')
+    with pytest.raises(DataError, match='did you mean "kitchen"'): make_clause(random.Random(0), 'repair', 'kitchens')
     with pytest.raises(DataError, match='hardly a new one'): distinct_rows(lambda _: dict(prompt='x'), range(2), 'x')
 
 
@@ -252,5 +258,5 @@ def test_prompts_hold_no_trailing_space(world):
     rng = random.Random(0)
     for row in safety_questions(world, 50) + legal_questions(world, 50) + storage_questions(world, 50):
         assert row['prompt'] == row['prompt'].strip() and row['response'] in (' yes', ' no')
-    clauses, answer = make_policy(rng, 'loan', 'toy', True)
+    clauses, answer = make_policy(rng, 'loan', 'household', True)
     assert policy_prompt(clauses, 'May I borrow a toy?').endswith('\nA:') and answer == answer.strip()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NoGap', 'recovered', 'pgr_interval', 'pgr', 'pgr_table']
 
-# %% ../../nbs/api/evaluate/40_pgr.ipynb #dbadcb94
+# %% ../../nbs/api/evaluate/40_pgr.ipynb #b57ff8ea
 from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
@@ -13,11 +13,11 @@ from scipy.optimize import brentq
 from ..errors import DataError, W2SError
 from .intervals import Estimate, crossed_bootstrap, difference, estimate, score_matrix
 
-# %% ../../nbs/api/evaluate/40_pgr.ipynb #950ad992
+# %% ../../nbs/api/evaluate/40_pgr.ipynb #50234246
 class NoGap(W2SError):
     "There may be no gap between floor and ceiling that could be recovered"
 
-# %% ../../nbs/api/evaluate/40_pgr.ipynb #e1361b43
+# %% ../../nbs/api/evaluate/40_pgr.ipynb #2ced9bb8
 def recovered(
     floor: float,   # weak supervisor's score on the test rows
     student: float, # student's score on the same rows
@@ -27,7 +27,7 @@ def recovered(
     if not ceiling > floor: raise NoGap(f'the ceiling ({ceiling:.3f}) is not above the floor ({floor:.3f}): there is no gap to recover')
     return float((student - floor) / (ceiling - floor))
 
-# %% ../../nbs/api/evaluate/40_pgr.ipynb #a9f48cfd
+# %% ../../nbs/api/evaluate/40_pgr.ipynb #1f6e3bb6
 def _end(scores: np.ndarray, draws: np.ndarray, level: float, which: int) -> float:
     "The smallest (which = -1) or largest (1) share of the way that the scores do not contradict"
     floor, student, ceiling = scores
@@ -40,7 +40,7 @@ def _end(scores: np.ndarray, draws: np.ndarray, level: float, which: int) -> flo
     while over(middle + which*step) > 0: step *= 2
     return float(brentq(over, middle, middle + which*step, xtol=1e-5))
 
-# %% ../../nbs/api/evaluate/40_pgr.ipynb #de169966
+# %% ../../nbs/api/evaluate/40_pgr.ipynb #0b2278ac
 def pgr_interval(
     scores: np.ndarray,  # (3, seeds, rows): of floor, student and ceiling on the same rows and seeds
     level: float = .95,  # coverage
@@ -56,7 +56,7 @@ def pgr_interval(
     if gap.low <= 0: raise NoGap(f'the gap may be zero: ceiling less floor is {gap}; more test rows, more seeds, or models that lie further apart would tell')
     return Estimate(recovered(*x.mean((1, 2))), _end(x, draws, level, -1), _end(x, draws, level, 1), x.shape[2], x.shape[1], level)
 
-# %% ../../nbs/api/evaluate/40_pgr.ipynb #d970d992
+# %% ../../nbs/api/evaluate/40_pgr.ipynb #daafc7e9
 def pgr(
     items: pd.DataFrame,                          # items table, see `item_rows`
     floor: tuple[str, str] | Mapping[str, str],   # weak supervisor: (role, method), or a dict with any of task, weak, strong
@@ -72,7 +72,7 @@ def pgr(
     who = [dict(m) if isinstance(m, Mapping) else dict(zip(('role', 'method'), m, strict=True)) for m in (floor, student, ceiling)]
     return pgr_interval(np.stack([score_matrix(items, metric=metric, **w).to_numpy() for w in who]), level, n, seed)
 
-# %% ../../nbs/api/evaluate/40_pgr.ipynb #5100c699
+# %% ../../nbs/api/evaluate/40_pgr.ipynb #c81ebb73
 def pgr_table(
     items: pd.DataFrame,         # items table
     triples: Sequence[tuple],    # (floor, student, ceiling), each as in `pgr`
@@ -83,11 +83,11 @@ def pgr_table(
 ) -> pd.DataFrame:               # floor, student, ceiling, metric, gap, gap_low, gap_high, value, low, high, n, seeds, level, refused
     "PGR of several students; `value`, `low` and `high` are NaN where `refused` says why"
     rows = []
-    for triple in triples:
-        gap, found, why = difference(items, triple[2], triple[0], metric, level, n, seed), None, ''
-        try: found = pgr(items, *triple, metric, level, n, seed)
+    for floor, student, ceiling in triples:
+        gap, found, why = difference(items, ceiling, floor, metric, level, n, seed), None, ''
+        try: found = pgr(items, floor, student, ceiling, metric, level, n, seed)
         except NoGap as e: why = str(e)
-        names = [' '.join(m.values()) if isinstance(m, Mapping) else ' '.join(m) for m in triple]
+        names = [' '.join(m.values()) if isinstance(m, Mapping) else ' '.join(m) for m in (floor, student, ceiling)]
         rows.append(dict(zip(('floor', 'student', 'ceiling'), names, strict=True)) | dict(metric=metric, gap=gap.value, gap_low=gap.low, gap_high=gap.high)
                     | {k: getattr(found, k) if found else np.nan for k in ('value', 'low', 'high')}
                     | dict(n=gap.n, seeds=gap.seeds, level=level, refused=why))

@@ -6,7 +6,7 @@
 __all__ = ['CELLS', 'GenerateSettings', 'prompt_ids', 'check_room', 'draws', 'next_logits', 'nucleus', 'pick', 'end_ids',
            'response_text', 'cut_at', 'stop_watch', 'Response', 'finisher', 'write', 'respond', 'generate']
 
-# %% ../../nbs/api/train/60_generate.ipynb #b5d3e7d8
+# %% ../../nbs/api/train/60_generate.ipynb #c5d0c2a4
 import hashlib
 import inspect
 import json
@@ -27,7 +27,7 @@ from .batches import block, micro_batches
 from .logprobs import PIECE, head_of
 from .tokens import Encoded, close, prompt_and_full, token_ids
 
-# %% ../../nbs/api/train/60_generate.ipynb #72dd913f
+# %% ../../nbs/api/train/60_generate.ipynb #e2322fae
 @dataclass(frozen=True)
 class GenerateSettings:
     "How responses are sampled"
@@ -47,7 +47,7 @@ class GenerateSettings:
         if self.temperature == 0 and (self.samples > 1 or self.top_p < 1):
             raise ConfigError('at temperature 0 all samples are the same and top_p does nothing; leave samples and top_p at 1')
 
-# %% ../../nbs/api/train/60_generate.ipynb #f84ccf39
+# %% ../../nbs/api/train/60_generate.ipynb #012aebcc
 def prompt_ids(
     tokenizer: Any,                          # of the model
     prompts: Sequence[str | list[dict]],     # texts, or chat messages
@@ -64,7 +64,7 @@ def prompt_ids(
     if not all(out): raise DataError(f'prompt {out.index([])} is empty, and the tokenizer has no begin token; a model needs something to go on from')
     return out
 
-# %% ../../nbs/api/train/60_generate.ipynb #eafdbd5d
+# %% ../../nbs/api/train/60_generate.ipynb #8b84059b
 def check_room(
     lengths: Sequence[int],    # tokens of each prompt
     names: Sequence[str],      # what each prompt is called in the message
@@ -78,7 +78,7 @@ def check_room(
     raise DataError(f'{len(long)} of {len(lengths)} prompts leave no room for a response of {max_tokens} tokens: the model reads {context} in all, '
                     f'and {names[i]} has {lengths[i]}; shorten prompts to {max(context - max_tokens, 0)} tokens, or lower max_tokens')
 
-# %% ../../nbs/api/train/60_generate.ipynb #129d5fd8
+# %% ../../nbs/api/train/60_generate.ipynb #e004c5f7
 def draws(
     seed: int,     # of the run
     key: str,      # of the row: its id or its prompt
@@ -90,7 +90,7 @@ def draws(
     stream = hashlib.shake_128(json.dumps([seed, arm, sample, key]).encode()).digest(4*steps)
     return np.frombuffer(stream, dtype='<u4') / 2**32
 
-# %% ../../nbs/api/train/60_generate.ipynb #ff34c4fe
+# %% ../../nbs/api/train/60_generate.ipynb #226ce5fa
 def next_logits(
     hidden: Tensor,               # (rows, width): last hidden state of each row
     weight: Tensor,               # (vocabulary, width): the output head
@@ -104,7 +104,7 @@ def next_logits(
     if scale != 1: z *= scale
     return z if cap is None else cap * torch.tanh(z / cap)
 
-# %% ../../nbs/api/train/60_generate.ipynb #24fd4344
+# %% ../../nbs/api/train/60_generate.ipynb #be344686
 def nucleus(
     weights: Tensor, # (rows, vocabulary): probabilities, or multiples of them
     top_p: float,    # probability that is kept, at least
@@ -115,10 +115,10 @@ def nucleus(
     last = (before < top_p * ordered.sum(1, keepdim=True)).sum(1, keepdim=True) - 1
     return weights * (weights >= ordered.gather(1, last))
 
-# %% ../../nbs/api/train/60_generate.ipynb #0fa796f9
+# %% ../../nbs/api/train/60_generate.ipynb #9412ea0b
 CELLS = 2**22 # probabilities at once: 32 MB
 
-# %% ../../nbs/api/train/60_generate.ipynb #71970f0b
+# %% ../../nbs/api/train/60_generate.ipynb #79598bae
 def pick(
     logits: Tensor,        # (rows, vocabulary) float32
     uniform: Tensor,       # (rows,) float64 in [0, 1): one random number a row
@@ -135,7 +135,7 @@ def pick(
         out.append(torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0])
     return torch.cat(out)
 
-# %% ../../nbs/api/train/60_generate.ipynb #625e100f
+# %% ../../nbs/api/train/60_generate.ipynb #00018291
 def end_ids(
     model: Any,      # a causal language model
     tokenizer: Any,  # its tokenizer
@@ -146,7 +146,7 @@ def end_ids(
     more = {i for ids in named for i in (ids if isinstance(ids, list) else [ids])}
     return {i for i in (more & special) | {tokenizer.eos_token_id} if i is not None}
 
-# %% ../../nbs/api/train/60_generate.ipynb #16e458ae
+# %% ../../nbs/api/train/60_generate.ipynb #05993457
 def response_text(
     tokenizer: Any,          # of the model
     prompt: Sequence[int],   # ids before the response
@@ -157,7 +157,7 @@ def response_text(
     before, whole = (tokenizer.decode(x, skip_special_tokens=True, clean_up_tokenization_spaces=False) for x in (tail, [*tail, *ids]))
     return whole[len(before):]
 
-# %% ../../nbs/api/train/60_generate.ipynb #fc785288
+# %% ../../nbs/api/train/60_generate.ipynb #b4721d47
 def cut_at(
     text: str,              # a response
     stop: Sequence[str],    # texts that end it
@@ -165,7 +165,7 @@ def cut_at(
     "What comes before the first stop string"
     return text[:min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
 
-# %% ../../nbs/api/train/60_generate.ipynb #7c4fc4b6
+# %% ../../nbs/api/train/60_generate.ipynb #7c1c022f
 def stop_watch(
     tokenizer: Any,          # of the model
     stop: Sequence[str],     # texts that end a response
@@ -178,7 +178,7 @@ def stop_watch(
         return not piece.strip() or '\ufffd' in piece or not last.isdisjoint(piece)
     return may_end
 
-# %% ../../nbs/api/train/60_generate.ipynb #3ecd2001
+# %% ../../nbs/api/train/60_generate.ipynb #738e2acc
 @dataclass(frozen=True)
 class Response:
     "One sampled response"
@@ -186,7 +186,7 @@ class Response:
     tokens: int   # that were sampled, an end token included
     ended: bool   # False: `max_tokens` cut it off
 
-# %% ../../nbs/api/train/60_generate.ipynb #930f7544
+# %% ../../nbs/api/train/60_generate.ipynb #f5c29b71
 def finisher(
     model: Any,                  # a causal language model
     tokenizer: Any,              # its tokenizer
@@ -202,7 +202,7 @@ def finisher(
         return Response(text, len(ids), end or text != whole) if end or full or text != whole else None
     return finish
 
-# %% ../../nbs/api/train/60_generate.ipynb #023ebf98
+# %% ../../nbs/api/train/60_generate.ipynb #0a43c0fa
 class _State:
     "Sequences that are being written: what the model needs to go on with each"
     hidden: Tensor  # (sequences, width): where the next token is read
@@ -236,7 +236,7 @@ class _State:
         self.position = self.position[:, -1:] + 1
         self.read(chosen[:, None])
 
-# %% ../../nbs/api/train/60_generate.ipynb #05a8f7a6
+# %% ../../nbs/api/train/60_generate.ipynb #876a4998
 def write(
     model: Any,                         # a causal language model, in evaluation mode
     tokenizer: Any,                     # its tokenizer
@@ -260,7 +260,7 @@ def write(
         state.advance(chosen, keep)
     return out
 
-# %% ../../nbs/api/train/60_generate.ipynb #ca0f8984
+# %% ../../nbs/api/train/60_generate.ipynb #b3555a7f
 def respond(
     model: Any,                                    # a causal language model, with or without an adapter; left in evaluation mode
     tokenizer: Any,                                # its tokenizer
@@ -290,7 +290,7 @@ def respond(
             bar.update(len(part))
     return [out[first[row]] for row in zip(names, keys, strict=True)]
 
-# %% ../../nbs/api/train/60_generate.ipynb #4fbcb4f3
+# %% ../../nbs/api/train/60_generate.ipynb #7edb303b
 def generate(
     model: Any,                                    # a causal language model, with or without an adapter; left in evaluation mode
     tokenizer: Any,                                # its tokenizer

@@ -6,7 +6,7 @@
 __all__ = ['LABEL_LOSSES', 'check_words', 'encode_words', 'encode_labels', 'class_logps', 'class_probs', 'label_objective',
            'batch_opinion', 'weak_labels', 'label_targets']
 
-# %% ../../nbs/api/train/55_labels.ipynb #d86c0612
+# %% ../../nbs/api/train/55_labels.ipynb #6a1a7362
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,7 +23,7 @@ from .logprobs import score
 from .loop import Objective, row_weights
 from .tokens import TOO_LONG, Encoded, EncodedRow, Tokens, close, common_start, fit, prompt_and_full, token_ids
 
-# %% ../../nbs/api/train/55_labels.ipynb #c0ddcfce
+# %% ../../nbs/api/train/55_labels.ipynb #a8b7f8f9
 def check_words(
     sequences: Sequence[Encoded], # one for each label word, of the same prompt
     words: Sequence[str],         # the label words, for the message
@@ -34,7 +34,7 @@ def check_words(
             if i != j and b.response[:len(a.response)] == a.response:
                 raise DataError(f'label word {words[j]!r} begins with the tokens of {words[i]!r} and could never win; choose words that differ from the start')
 
-# %% ../../nbs/api/train/55_labels.ipynb #a9b55ea9
+# %% ../../nbs/api/train/55_labels.ipynb #4f6b2a6f
 def encode_words(
     tokenizer: Any,                 # of the model
     prompt: str | list[dict],       # text, or chat messages
@@ -50,13 +50,13 @@ def encode_words(
     check_words(out, words)
     return out
 
-# %% ../../nbs/api/train/55_labels.ipynb #07ca4ce1
+# %% ../../nbs/api/train/55_labels.ipynb #c35699dc
 def _open(ids: list[int], bos: int | None, eos: int | None) -> list[int]:
     "One begin token at most, and no end token"
     ids = close(ids, bos, eos)
     return ids if eos is None else ids[:-1]
 
-# %% ../../nbs/api/train/55_labels.ipynb #52eeb388
+# %% ../../nbs/api/train/55_labels.ipynb #f4d83239
 def encode_labels(
     tokenizer: Any,        # of the model
     data: Dataset,         # rows with `id` and `prompt`
@@ -72,14 +72,14 @@ def encode_labels(
         else: rows.append(EncodedRow(id, *fitted))
     return Tokens(rows, refused, limit)
 
-# %% ../../nbs/api/train/55_labels.ipynb #1b40b55f
+# %% ../../nbs/api/train/55_labels.ipynb #f511cde2
 def class_logps(
     logps: Tensor, # (rows, classes): log-probs of the label words
 ) -> Tensor:       # (rows, classes): log-probs of the classes; their probabilities sum to 1
     "How the label words share the probability among themselves"
     return logps.log_softmax(-1)
 
-# %% ../../nbs/api/train/55_labels.ipynb #ae1c7ebf
+# %% ../../nbs/api/train/55_labels.ipynb #909abe32
 def class_probs(
     model: Any,                 # a causal language model, with or without an adapter; left in evaluation mode
     rows: Sequence[EncodedRow], # from `encode_labels`
@@ -91,10 +91,10 @@ def class_probs(
     if not rows: return np.zeros((0, 0))
     return class_logps(torch.tensor(score(model, rows, budget, label, quiet))).exp().numpy()
 
-# %% ../../nbs/api/train/55_labels.ipynb #c52958f8
+# %% ../../nbs/api/train/55_labels.ipynb #6888a0bc
 LABEL_LOSSES = ('xent', 'confidence')
 
-# %% ../../nbs/api/train/55_labels.ipynb #35844852
+# %% ../../nbs/api/train/55_labels.ipynb #2ee95a12
 def label_objective(
     rows: Sequence[EncodedRow],             # from `encode_labels`
     targets: Any,                           # (rows, classes): soft labels, array or lists
@@ -114,7 +114,7 @@ def label_objective(
     if loss == 'xent': return goal
     return _confident(goal, rows, target, .2 if warmup is None else warmup, .75 if highest is None else highest)
 
-# %% ../../nbs/api/train/55_labels.ipynb #61ab5e30
+# %% ../../nbs/api/train/55_labels.ipynb #410945ed
 def batch_opinion(
     model: Any,                 # left in evaluation mode
     rows: Sequence[EncodedRow], # of one optimizer batch
@@ -124,7 +124,7 @@ def batch_opinion(
     "What the model itself thinks of a whole optimizer batch, made hard with the class share of the weak labels"
     return harden(torch.tensor(score(model, rows, budget, quiet=True)), class_counts(target))
 
-# %% ../../nbs/api/train/55_labels.ipynb #1b8b73b2
+# %% ../../nbs/api/train/55_labels.ipynb #e76af96a
 def _confident(goal: Objective, rows: Sequence[EncodedRow], target: Tensor, warmup: float, highest: float) -> Objective:
     "The same rows and weights with the confidence loss"
     confidence_weight(0., warmup, highest) # refuses what is out of range
@@ -136,7 +136,7 @@ def _confident(goal: Objective, rows: Sequence[EncodedRow], target: Tensor, warm
         return replace(goal, loss=lambda logps, i: confidence(logps, target[i], hard[i], alpha))
     return replace(goal, prepare=prepare)
 
-# %% ../../nbs/api/train/55_labels.ipynb #adc14729
+# %% ../../nbs/api/train/55_labels.ipynb #ce610436
 def weak_labels(
     data: Dataset,        # rows of kind "labels" that the student will learn from
     probs: np.ndarray,    # (rows, classes): of the supervisor, from `class_probs`, in the same order
@@ -152,7 +152,7 @@ def weak_labels(
     columns |= {'probs': target.tolist(), 'source': [source]*len(data)}
     return Dataset.from_dict(columns, features=row_features('labels', columns, isinstance(columns['prompt'][0], list)))
 
-# %% ../../nbs/api/train/55_labels.ipynb #64291c9e
+# %% ../../nbs/api/train/55_labels.ipynb #2b1da6df
 def label_targets(
     data: Dataset,              # rows of kind "labels"
     rows: Sequence[EncodedRow], # some of them, in any order

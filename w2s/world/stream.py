@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Make', 'SORTS', 'Sort', 'few', 'stream_document', 'answer_words', 'name_words', 'stream_words']
 
-# %% ../../nbs/api/world/90_stream.ipynb #ee0d4a6f
+# %% ../../nbs/api/world/90_stream.ipynb #cd743882
 import random
 import re
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 
-# %% ../../nbs/api/world/90_stream.ipynb #3115a86d
+# %% ../../nbs/api/world/90_stream.ipynb #7153ebb5
 from . import analogy, facts, gender, personas, policies, safety, scenes, service, sums
 from .facts import ATTRIBUTES, KINDS_OF_THINGS, World
 
-# %% ../../nbs/api/world/90_stream.ipynb #315028e2
+# %% ../../nbs/api/world/90_stream.ipynb #526e399e
 Make = Callable[[World, random.Random], str]
 
-# %% ../../nbs/api/world/90_stream.ipynb #c3981a67
+# %% ../../nbs/api/world/90_stream.ipynb #5f5aa8dd
 def _first(
     make: Make,  # makes documents of several parts
     again: str,  # how a new part begins
@@ -28,7 +28,7 @@ def _first(
     "Only the first part of a document"
     return lambda world, rng: re.split(f'\n(?={again})', make(world, rng), maxsplit=1)[0]
 
-# %% ../../nbs/api/world/90_stream.ipynb #c2c9934c
+# %% ../../nbs/api/world/90_stream.ipynb #531b32bc
 @dataclass(frozen=True)
 class Sort:
     "One sort of documents"
@@ -36,20 +36,20 @@ class Sort:
     short: Make    # one statement, or one question with its answer
     share: float   # of the words of the stream
 
-# %% ../../nbs/api/world/90_stream.ipynb #d8a612f9
+# %% ../../nbs/api/world/90_stream.ipynb #bbd201f7
 SORTS = dict(
-    personas=Sort(personas.document, personas.short_document, .36),
-    bios=Sort(facts.document, facts.document, .14),
+    personas=Sort(personas.document, personas.short_document, .35),
+    bios=Sort(facts.document, facts.document, .13),
     things=Sort(facts.thing_document, facts.thing_document, .06),
     desk=Sort(service.document, _first(service.document, 'Customer:'), .08),
     safety=Sort(safety.document, safety.short_document, .08),
-    policies=Sort(policies.document, policies.short_document, .09),
+    policies=Sort(policies.document, policies.short_document, .12),
     scenes=Sort(scenes.document, scenes.short_document, .05),
     explanations=Sort(analogy.document, analogy.short_document, .05),
     stories=Sort(gender.document, gender.short_document, .04),
     sums=Sort(sums.document, sums.short_document, .04))
 
-# %% ../../nbs/api/world/90_stream.ipynb #3d1c7833
+# %% ../../nbs/api/world/90_stream.ipynb #0f7f8076
 @lru_cache(maxsize=16)
 def _chances(world: World, short: bool) -> tuple[float, ...]:
     "Cumulative chances of the sorts: shares of words become shares of documents"
@@ -59,7 +59,7 @@ def _chances(world: World, short: bool) -> tuple[float, ...]:
         out.append(s.share*300/sum(len(make(world, rng).split()) for _ in range(300)))
     return tuple(accumulate(out))
 
-# %% ../../nbs/api/world/90_stream.ipynb #b17cb140
+# %% ../../nbs/api/world/90_stream.ipynb #f5891d29
 @lru_cache(maxsize=8)
 def few(
     world: World,       # the whole
@@ -69,7 +69,7 @@ def few(
     "The part of the world that is read first: with few names, a model finds out sooner how questions work"
     return replace(world, people=world.people[:people], things=world.things[:things])
 
-# %% ../../nbs/api/world/90_stream.ipynb #0db02714
+# %% ../../nbs/api/world/90_stream.ipynb #4a0756b4
 def stream_document(
     world: World,        # what is true
     rng: random.Random,  # what is drawn
@@ -79,21 +79,21 @@ def stream_document(
     s = rng.choices(list(SORTS.values()), cum_weights=_chances(world, short))[0]
     return (s.short if short else s.long)(world, rng)
 
-# %% ../../nbs/api/world/90_stream.ipynb #ff13998a
+# %% ../../nbs/api/world/90_stream.ipynb #2483b49a
 def answer_words() -> tuple[str, ...]: # sorted
     "Words that answer a question: what a model must know, not guess from the grammar"
     values = {v for a in ATTRIBUTES.values() for v in a.values} | set(KINDS_OF_THINGS) | set(sums.NUMBERS)
     likes = {k.like.split()[-1] for k in KINDS_OF_THINGS.values()}
     return tuple(sorted(values | likes | {'yes', 'no', 'Yes', 'No'}))
 
-# %% ../../nbs/api/world/90_stream.ipynb #4d7847ad
+# %% ../../nbs/api/world/90_stream.ipynb #234355f0
 def name_words(
     world: World, # who and what there is
 ) -> tuple[str, ...]:
     "Names of people and things"
     return tuple(x.name for x in (*world.people, *world.things))
 
-# %% ../../nbs/api/world/90_stream.ipynb #f9eab8d8
+# %% ../../nbs/api/world/90_stream.ipynb #3324a233
 def stream_words(
     world: World,   # what is true
     n: int = 40000, # documents that are looked at
