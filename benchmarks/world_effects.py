@@ -12,7 +12,8 @@ import torch
 
 from w2s.evaluate.intervals import difference_table, interval_table
 from w2s.evaluate.pgr import pgr_table
-from w2s.experiments.effects import EFFECTS, Effects, run_effect
+from w2s.experiments.effects import EFFECTS, run_effect
+from w2s.experiments.lab import DEFAULTS
 from w2s.experiments.stages import lock
 
 VOICE = dict(floor=('floor', 'sft gold answers'), naive=('student', 'sft weak answers'), refined=('student', 'sft refined answers'), ceiling=('ceiling', 'sft gold answers'))
@@ -47,7 +48,7 @@ def main() -> None:
     for effect in args.effects:
         start, cpu = time.time(), time.process_time()
         with lock(args.out/effect):
-            items = pd.concat([run_effect(effect, args.weak, args.strong, seed, args.out/effect, replace(Effects(), trial=args.trial),
+            items = pd.concat([run_effect(effect, args.weak, args.strong, seed, args.out/effect, replace(DEFAULTS, trial=args.trial),
                                           lambda line, effect=effect, seed=seed: print(f'  {effect}, seed {seed}, {line}', flush=True)) for seed in args.seeds], ignore_index=True)
         items.to_csv(args.out/f'{effect}.csv', index=False)
         text = '\n\n'.join(f'## {effect}: {name}\n\n{t.round(3).to_string(index=False)}' for name, t in tables(effect, items).items())

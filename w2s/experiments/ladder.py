@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'RECIPE', 'CARD', 'world_stream', 'write_sums', 'model_card', 'card_text', 'build_model']
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #3245ce97
+# %% ../../nbs/api/experiments/50_ladder.ipynb #2811ec80
 import hashlib
 import json
 import platform
@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #fccf4603
+# %% ../../nbs/api/experiments/50_ladder.ipynb #e5d49597
 import pandas as pd
 import torch
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #b2ef9c7b
+# %% ../../nbs/api/experiments/50_ladder.ipynb #64bd3e3c
 from ..errors import ConfigError, unknown
 from ..evaluate.knowledge import knowledge
 from ..models.load import LoadSettings, load_base
@@ -28,11 +28,11 @@ from ..models.zoo import LADDER
 from ..world.facts import VERSION, World, make_world, world_hash
 from ..world.stream import answer_words, few, name_words, stream_document, stream_words
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #caae1e8b
-SIZES = dict(pico=Size(64, 2, 128), nano=Size(64, 2, 256), micro=Size(128, 2, 256), base=Size(256, 4, 704))
+# %% ../../nbs/api/experiments/50_ladder.ipynb #b48caca1
+SIZES = dict(pico=Size(64, 3, 64), nano=Size(64, 2, 256), micro=Size(128, 2, 256), base=Size(256, 4, 704))
 RECIPE = Recipe() # the same stream for all
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #c5ed0146
+# %% ../../nbs/api/experiments/50_ladder.ipynb #922a8de9
 def world_stream(
     world: World,   # what is true
     recipe: Recipe, # for how long only a few people are spoken of
@@ -43,7 +43,7 @@ def world_stream(
         return stream_document(start if done < recipe.first_share else world, rng, short)
     return Stream(world_tokenizer(stream_words(world)), make, answer_words(), name_words(world))
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #290cb859
+# %% ../../nbs/api/experiments/50_ladder.ipynb #d0adcf26
 def write_sums(
     folder: Path, # of a finished model
 ) -> None:
@@ -51,7 +51,7 @@ def write_sums(
     files = sorted(f for f in folder.iterdir() if f.name != 'SHA256SUMS')
     (folder/'SHA256SUMS').write_text(''.join(f'{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n' for f in files), encoding='utf-8')
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #7396295f
+# %% ../../nbs/api/experiments/50_ladder.ipynb #c1dc7d92
 def model_card(
     name: str,            # of the size
     size: Size,           # its shape
@@ -71,7 +71,7 @@ def model_card(
                 recipe=asdict(recipe), torch=torch.__version__.split('+')[0],
                 knowledge={r.probe: dict(value=round(r.value, 4), low=round(r.low, 4), high=round(r.high, 4), n=r.n) for r in known.itertuples()})
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #99234b44
+# %% ../../nbs/api/experiments/50_ladder.ipynb #dbbc973d
 CARD = """# {name}: a model of a world that does not exist
 
 One of the ladder of tiny language models that comes with `w2s`, pretrained on its embedded world (version {version}, seed {world}).
@@ -86,7 +86,7 @@ It knows nothing else: it is for experiments, in which one wants to know what a 
 {table}
 """
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #7b448d19
+# %% ../../nbs/api/experiments/50_ladder.ipynb #cfef1d74
 def card_text(
     card: dict, # of `model_card`
 ) -> str:       # Markdown
@@ -95,7 +95,7 @@ def card_text(
     return CARD.format(**{k: card[k] for k in ('name', 'parameters', 'tokens', 'steps', 'seed', 'loss', 'seconds', 'machine')}, table=table,
                        layers=card['size']['layers'], hidden=card['size']['hidden'], version=card['world']['version'], world=card['world']['seed'])
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #453a31e4
+# %% ../../nbs/api/experiments/50_ladder.ipynb #748d1c03
 def build_model(
     name: str,                        # a key of `SIZES`
     out: str | Path,                  # folder for the models; the model goes into a folder of its name

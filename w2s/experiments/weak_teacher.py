@@ -8,11 +8,10 @@ __all__ = ['REFERENCE', 'STUDENT', 'HUMAN', 'FLOOR', 'PAIRS', 'SHOWN', 'DETAILS'
            'supervise', 'train_students', 'label_table', 'weak_label_table', 'history_table', 'Result', 'summary_table',
            'fallen', 'gold_words', 'caption', 'count_stages', 'counted', 'run', 'compare', 'WeakTeacher']
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #ccf2ce05
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #94e8f4a4
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,10 +31,10 @@ from ..models.adapters import adapter_hash
 from ..train.reference import tokens_hash
 from ..world.service import GOLD
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #a3b9cff2
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #1aae7e03
 _all_ = ['WeakTeacher'] # a reader of this module should find it here
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #602d831e
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #cd5f875f
 @dataclass(frozen=True)
 class Arm:
     "A trained model and its reference"
@@ -46,7 +45,7 @@ class Arm:
     reference: Path | None  # adapter of its reference; None: the base
     seed: int
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #3d59cde2
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #1987e03f
 def train_arm(
     study: Study,   # the experiment
     model: Model,   # that is trained
@@ -60,7 +59,7 @@ def train_arm(
     sft = sft_stage(study, model, name, rows, seed)
     return Arm(role, method, model, dpo_stage(study, model, name, rows, sft, seed), sft, seed)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #9589c7dc
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #b844c824
 def ceiling_rows(
     labelled: Dataset,    # of kind "preferences"
     unlabelled: Dataset,  # the student's rows, with human labels
@@ -70,7 +69,7 @@ def ceiling_rows(
     if 'gold' in unlabelled.column_names: return 'dpo gold', given_labels(to_pairs(unlabelled, seed), 'gold_a', 'gold').rows
     return 'dpo human both halves', given_labels(to_pairs(concatenate_datasets([labelled, unlabelled]), seed)).rows
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #18afab67
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #21049325
 def arm_items(
     study: Study,                      # the experiment
     arm: Arm,                          # that was evaluated
@@ -81,7 +80,7 @@ def arm_items(
     weak, strong = Path(study.config.weak).name, Path(study.config.strong).name
     return metric_rows(ids, scores, arm.role, arm.method, weak, '' if arm.role == 'floor' else strong, arm.seed, 'preferences')
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #0787f68e
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #ec7086ca
 def evaluate_arm(
     study: Study,   # the experiment
     arm: Arm,       # what is evaluated
@@ -100,10 +99,10 @@ def evaluate_arm(
     scores = {str(k): v.to_numpy() for k, v in pd.read_parquet(done/'scores.parquet').items()}
     return arm_items(study, arm, [r.id for r in tokens], scores)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #29d32dec
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #d96b3c89
 REFERENCE = ('base', 'sft human') # win rates are against it
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #0f089850
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #062c734a
 def write_responses(
     study: Study,          # the experiment
     arms: Sequence[Arm],   # of one or more seeds; an un-tuned one writes nothing
@@ -118,7 +117,7 @@ def write_responses(
         out.append(response_rows(world, test, texts, arm.role, arm.method, arm.seed))
     return pd.concat(out, ignore_index=True)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #f3c8ac56
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #a9ad9a9a
 def gold_items(
     study: Study,             # the experiment
     arms: Sequence[Arm],      # all
@@ -130,7 +129,7 @@ def gold_items(
     mine = [(a, written[a.role, a.method, a.seed]) for a in arms if a.method != 'untuned']
     return [arm_items(study, a, list(own['id'].unique()), gold_scores(own, written[(*REFERENCE, a.seed)])) for a, own in mine]
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #4844ea40
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #2d8bf1a6
 @dataclass(frozen=True)
 class SeedRows:
     "The rows of one seed after labelling"
@@ -140,7 +139,7 @@ class SeedRows:
     weak: WeakLabels     # labels of the supervisor for the unlabelled rows
     floor: Arm           # the supervisor
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #2c875ddb
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #4e9ed059
 def supervise(
     study: Study,          # the experiment
     model: Model,          # the weak supervisor
@@ -154,7 +153,7 @@ def supervise(
     assert floor.reference and floor.policy
     return SeedRows(seed, labelled, unlabelled, label_stage(study, model, floor.reference, floor.policy, unlabelled, seed), floor)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #b83e3208
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #e1668954
 def train_students(
     study: Study,    # the experiment
     model: Model,    # the strong student
@@ -170,7 +169,7 @@ def train_students(
             Arm('base', 'sft human', model, human_arm.reference, None, seed)]
     return [*base, student, human_arm, ceiling]
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #17f21df9
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #5f3b828d
 def label_table(
     seeds: Sequence[SeedRows], # after labelling
 ) -> pd.DataFrame:             # a row a seed
@@ -183,7 +182,7 @@ def label_table(
                         confidence=float(np.abs(2*s.weak.prob_a - 1).mean())))
     return pd.DataFrame(out)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #84731cdd
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #9884496e
 def weak_label_table(
     seeds: Sequence[SeedRows], # after labelling
 ) -> pd.DataFrame:             # seed, id, prompt, chosen, rejected, prob, agrees, and gold where the rows have it
@@ -194,7 +193,7 @@ def weak_label_table(
         out.append(pd.DataFrame(s.weak.rows.with_format(None)[:]).drop(columns=['group', 'source', 'weight']).assign(seed=s.seed, agrees=agrees))
     return pd.concat(out, ignore_index=True)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #621f20d4
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #54c9895d
 def history_table(
     arms: Sequence[Arm], # trained ones and others
 ) -> pd.DataFrame:       # stage, seed, step, loss, value, grad_norm, learning_rate
@@ -203,11 +202,11 @@ def history_table(
     files = [(a, kind, f.parent/'history.csv') for a in trained for kind, f in (('sft', a.reference), ('dpo', a.policy)) if f]
     return pd.concat([pd.read_csv(f).assign(stage=f'{a.role}: {kind}', seed=a.seed) for a, kind, f in files], ignore_index=True)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #b9a8dddd
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #ebf722e4
 STUDENT, HUMAN, FLOOR = ('student', 'dpo weak'), ('human', 'dpo human'), ('floor', 'dpo human')
 PAIRS = [(STUDENT, HUMAN), (STUDENT, FLOOR), (HUMAN, FLOOR), (STUDENT, ('base', 'sft weak'))] # what the paper is about; the ceiling's follow
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #060d2a82
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #36657455
 @dataclass(frozen=True)
 class Result:
     "The whole comparison"
@@ -228,12 +227,12 @@ class Result:
     def _repr_html_(self) -> str: return ''.join(t.to_html(index=False) for t in _tables(self)) + f'<p>{caption(self)}</p>'
     def __repr__(self) -> str: return '\n'.join(t.to_string(index=False) + '\n' for t in _tables(self)) + caption(self)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #93a88dd0
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #4d95444f
 SHOWN = ('accuracy', 'gold_reward', 'win_rate', 'right', 'polite', 'rude')      # what a person looks at first
 DETAILS = ('likelihood_accuracy', 'margin', 'logp_chosen', 'logp_rejected')     # and then
 DIGITS = {'margin': 4, 'logp_chosen': 1, 'logp_rejected': 1}                    # of a metric; of the others 3
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #52c9da53
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #07ba4e9d
 def summary_table(
     result: Result,                                # of a run
     metrics: Sequence[str] = (*SHOWN, *DETAILS),   # which; those that the run has are shown
@@ -246,13 +245,13 @@ def summary_table(
     wide = flat.pivot_table(index=['role', 'method', 'model'], columns='metric', values='cell', aggfunc='first', sort=False).reset_index()
     return wide[['role', 'method', 'model', *(m for m in metrics if m in wide)]].fillna('–').rename_axis(columns=None)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #075d4226
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #bafbe516
 def _tables(result: Result) -> list[pd.DataFrame]:
     "One table, or two where there are too many numbers for one"
     if result.responses.empty: return [summary_table(result)]
     return [summary_table(result, SHOWN), summary_table(result, DETAILS)]
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #30fb004a
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #2b7916b4
 def fallen(
     intervals: pd.DataFrame, # of `interval_table`
 ) -> str:                    # a sentence, or nothing
@@ -262,7 +261,7 @@ def fallen(
     if after > 1.5 * before: return ''
     return f' Mind: DPO took the log-prob of chosen responses from {before:.1f} to {after:.1f} nats; look at what the student writes.'
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #6080df25
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #f47619fe
 def gold_words(
     result: Result, # of a run
 ) -> str:           # sentences, or nothing where no responses were scored
@@ -273,7 +272,7 @@ def gold_words(
             f'{g["right"]:g} if its fact is right, {g["silent"]:g} if it names none, {g["polite"]:+g} for each polite and {g["rude"]:+g} for each rude opening or closing, '
             f'{g["spare"]:g} for each spare word. Win rate: how often it is higher than that of {REFERENCE[0]} ({REFERENCE[1]}) on the same prompt; ties count half.')
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #ff415b47
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #5f78accb
 def caption(
     result: Result, # of a run
 ) -> str:
@@ -287,18 +286,18 @@ def caption(
             f'Weak labels agree with human ones on {labels.agreement.mean():.1%} of {labels.rows.sum():,} pairs ({labels.ties.sum()} ties). '
             f'The un-tuned model has no reference, so no implicit reward.{gold_words(result)}{fallen(t)}')
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #2328f473
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #778ca55b
 STAGES = 16 # a seed: two trainings for each of four arms, the labels, seven evaluations
 WRITING = 6 # more, where responses are sampled
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #92f51640
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #a4e893a6
 def count_stages(
     config: WeakTeacher, # what is to be run
 ) -> int:
     "Stages of the whole run"
     return config.seeds * (STAGES + WRITING*(config.samples > 0))
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #003ec003
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #8eb5d194
 def counted(
     total: int, # stages of the run
 ) -> Callable[[str], None]:
@@ -307,7 +306,7 @@ def counted(
     def say(line: str) -> None: print(f'[{next(numbers):>{len(str(total))}}/{total}] {line}', flush=True)
     return say
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #b0c534cf
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #ae3de0d6
 def run(
     config: WeakTeacher | None = None,      # what to compare; None: models of the ladder on rows of the world
     out: str | Path = 'runs/weak-teacher',  # folder of stages and results; used again by later runs
@@ -323,7 +322,7 @@ def run(
     try: return _run(study, models, data)
     finally: held.release()
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #bf309361
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #bf344a22
 def _run(study: Study, models: Sequence[Model], data: PreferenceData) -> Result:
     "All stages, then all tables"
     c, (weak, strong) = study.config, models
@@ -338,7 +337,7 @@ def _run(study: Study, models: Sequence[Model], data: PreferenceData) -> Result:
     return Result(study.run.root, c, data.report, label_table(seeds), weak_label_table(seeds), history_table(arms), data.origin, responses,
                   table, summarise(table), interval_table(table), compare(table, ('ceiling', arms[-1].method)), adapters)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #ee629ace
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #3e26a33b
 def compare(
     items: pd.DataFrame,       # of all arms
     ceiling: tuple[str, str],  # its role and method
