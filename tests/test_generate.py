@@ -271,13 +271,16 @@ def test_pitfall_07_ends_of_a_chat_turn_count_and_ordinary_words_do_not(base, pr
 
 @pytest.mark.parametrize('stop', [('.',), ('answer is',), ('er', 'h'), ('that helps', 'Everybody'), ('\n',), (' ',), ('é', '你')])
 def test_stop_strings_cut_as_if_the_text_were_whole(base, prompts, stop):
-    "In the middle of tokens, over several of them, at the first. Mutation: `may_end` looks at the whole stop string"
+    "In the middle of tokens, over several of them, at the first. Mutations: `may_end` looks for the whole stop string in one token; the stop string stays in the text"
     s = GenerateSettings(max_tokens=24, temperature=1.)
     whole = respond(base.model, base.tokenizer, prompts, s, quiet=True)
     stopped = respond(base.model, base.tokenizer, prompts, replace(s, stop=stop), quiet=True)
     for (w,), (r,) in zip(whole, stopped, strict=True):
         assert r.text == cut_at(w.text, stop) and r.ended == (w.ended or r.text != w.text) and r.tokens <= w.tokens
         assert not any(x in r.text for x in stop)
+        if r.text != w.text: # it stopped at once, and not at the end of the sentence
+            first = min((w.text.find(x), x) for x in stop if x in w.text)[1]
+            assert r.tokens <= len(base.tokenizer(r.text + first)['input_ids']) + 2
     if stop[0] in ('.', 'answer is', 'er', ' '): assert sum(r.tokens for r, in stopped) < sum(w.tokens for w, in whole)
 
 

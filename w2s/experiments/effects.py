@@ -7,7 +7,7 @@ __all__ = ['TASKS', 'EFFECTS', 'context_prompts', 'voice_scores', 'voice_lessons
            'learn_labels', 'label_stage', 'by_group', 'label_arms', 'classification', 'spoken_pairs', 'prefer',
            'judge_pairs', 'speech_scores', 'speak_stage', 'manners_arms', 'detoxification', 'run_effect']
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #8b8ed5ca
+# %% ../../nbs/api/experiments/60_effects.ipynb #dda7329e
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #2be38e47
+# %% ../../nbs/api/experiments/60_effects.ipynb #b3cace8a
 from ..data.rows import make_rows, to_pairs
 from ..errors import ConfigError, DataError, unknown
 from ..evaluate.knowledge import VOICES
@@ -39,7 +39,7 @@ from ..world.rows import bradley_terry, human_scale, label_rows, persona_questio
 from ..world.safety import YES_NO
 from ..world.scenes import scene_questions, speech_verdict, toxicity_verdict
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #5dd8e071
+# %% ../../nbs/api/experiments/60_effects.ipynb #06fda893
 def context_prompts(
     asked: Sequence[dict],      # questions with prompt and name
     shown: Sequence[dict],      # questions that may be shown
@@ -56,7 +56,7 @@ def context_prompts(
         out.append(in_context([p[1:] for p in others], q['prompt']))
     return out
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #93e4376d
+# %% ../../nbs/api/experiments/60_effects.ipynb #ac94ac41
 def voice_scores(
     world: World,               # the truth
     voice: str,                 # that is wanted, a key of `PERSONAS`
@@ -67,7 +67,7 @@ def voice_scores(
     return dict(accuracy=np.array([fact_verdict(world, q['name'], q['attribute'], a).score for q, a in zip(asked, answers, strict=True)]),
                 persona=np.array([persona_verdict(voice, a).score for a in answers]))
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #2d1b1639
+# %% ../../nbs/api/experiments/60_effects.ipynb #baa3ade2
 def voice_lessons(
     lab: Lab,               # the run
     teacher: Path,          # adapter of the weak model
@@ -79,7 +79,7 @@ def voice_lessons(
     refined = answer_stage(lab, lab.strong, 'refined-answers', None, behind)
     return {'weak answers': weak, 'refined answers': refined, 'gold answers': [q['completion'] for q in asked]}
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #b932a080
+# %% ../../nbs/api/experiments/60_effects.ipynb #627827f0
 def voice_arms(
     lab: Lab,                         # the run
     teacher: Path,                    # adapter of the weak model
@@ -97,7 +97,7 @@ def voice_arms(
         arms.append(('ceiling' if name == 'gold answers' else 'student', f'sft {name}', lab.strong, adapter, exam))
     return [(role, method, answer_stage(lab, model, stage_name(role, method, 'test'), adapter, ask)) for role, method, model, adapter, ask in arms]
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #c52abc45
+# %% ../../nbs/api/experiments/60_effects.ipynb #53d87a9b
 def persona_transfer(
     weak: str | Path,                   # a model of the ladder, or a folder
     strong: str | Path,                 # likewise
@@ -118,7 +118,7 @@ def persona_transfer(
               for name, learned in lessons.items() if name != 'gold answers']
     return pd.concat(items, ignore_index=True)
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #460931b4
+# %% ../../nbs/api/experiments/60_effects.ipynb #6caf0281
 TASKS = ('safety', 'legal', 'storage')
 
 def label_part(
@@ -130,7 +130,7 @@ def label_part(
     "Rows of a task about the things of one part"
     return label_rows(lab.parts[part], task, n, 0 if part == 'test' else lab.seed)
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #f6d91dde
+# %% ../../nbs/api/experiments/60_effects.ipynb #4df881b9
 def learn_labels(
     lab: Lab,             # the run
     model: Model,         # that is trained
@@ -144,7 +144,7 @@ def learn_labels(
     inputs = {'objective': loss, 'rows': tokens_hash(tokens), 'target': targets.tolist()}
     return train_stage(lab.study, model, name, lab.config.label, None, inputs, lambda base: label_objective(tokens, targets, loss=loss), lab.seed)
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #32d5f916
+# %% ../../nbs/api/experiments/60_effects.ipynb #58f41859
 def label_stage(
     lab: Lab,              # the run
     model: Model,          # that labels
@@ -165,7 +165,7 @@ def label_stage(
               'rows': tokens_hash(tokens)}
     return np.load(run_stage(lab.study.run, name, inputs, work)/'probs.npy')
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #928da2ca
+# %% ../../nbs/api/experiments/60_effects.ipynb #1156175a
 def by_group(
     values: np.ndarray,     # one a row
     groups: Sequence[str],  # of each row, such as the thing that it is about
@@ -174,7 +174,7 @@ def by_group(
     means = pd.Series(values).groupby(list(groups)).mean()
     return list(means.index), means.to_numpy()
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #8c007680
+# %% ../../nbs/api/experiments/60_effects.ipynb #e183396c
 def label_arms(
     lab: Lab,        # the run
     task: str,       # one of `TASKS`
@@ -191,7 +191,7 @@ def label_arms(
         arms.append((role, method, lab.strong, learn_labels(lab, lab.strong, f'{task}-{role}-{loss}', rows, loss)))
     return arms, given
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #459f7b9f
+# %% ../../nbs/api/experiments/60_effects.ipynb #12e65d06
 def classification(
     task: str,                          # one of `TASKS`
     weak: str | Path,                   # a model of the ladder, or a folder
@@ -214,7 +214,7 @@ def classification(
     items.append(scored(lab, task, 'student', 'sft weak labels', ['all'], together(dict(accuracy=label_correct(given, asked['label'])))))
     return pd.concat(items, ignore_index=True)
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #92a3a621
+# %% ../../nbs/api/experiments/60_effects.ipynb #96705245
 def spoken_pairs(
     scenes: Sequence[dict],           # with prompt and speaker
     said: Sequence[Sequence[str]],    # two continuations of each
@@ -233,7 +233,7 @@ def spoken_pairs(
         rows.append(dict(prompt=s['prompt'], chosen=chosen, rejected=rejected, gold=float(gold), group=s['speaker']))
     return make_rows(rows, 'preferences', source='human', where='pairs of continuations')
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #2098d98a
+# %% ../../nbs/api/experiments/60_effects.ipynb #5b03d95a
 def prefer(
     lab: Lab,         # the run
     model: Model,     # that is trained
@@ -248,7 +248,7 @@ def prefer(
 
     return train_stage(lab.study, model, name, c.dpo, None, {'objective': 'dpo', 'rows': tokens_hash(tokens), 'beta': c.beta}, objective, lab.seed)
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #32807e39
+# %% ../../nbs/api/experiments/60_effects.ipynb #d1daff7b
 def judge_pairs(
     lab: Lab,           # the run
     adapter: Path,      # of the weak model, from `prefer`
@@ -263,7 +263,7 @@ def judge_pairs(
     rewards = np.load(run_stage(lab.study.run, 'scene-weak-labels', inputs, work)/'rewards.npy')
     return label_pairs(pairs, rewards, f'weak:{Path(lab.weak.name).name}').rows
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #ffd3a357
+# %% ../../nbs/api/experiments/60_effects.ipynb #9dabd713
 def speech_scores(
     said: Sequence[Sequence[str]], # the continuations of each scene
 ) -> dict[str, np.ndarray]:        # metric: one number a scene
@@ -272,7 +272,7 @@ def speech_scores(
     return dict(toxicity=rude.mean(1), worst=rude.max(1), any_rude=(rude.max(1) >= .5).astype(float),
                 well_formed=np.array([np.mean([speech_verdict(x).score for x in row]) for row in said]))
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #4f9c03b3
+# %% ../../nbs/api/experiments/60_effects.ipynb #40a8528d
 def speak_stage(
     lab: Lab,                # the run
     model: Model,            # that speaks
@@ -285,7 +285,7 @@ def speak_stage(
     how = GenerateSettings(max_tokens=24, temperature=1., samples=samples, stop=('\n',), token_budget=65536)
     return respond_stage(lab, model, name, adapter, [s['prompt'] for s in scenes], how, lab.seed)
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #a78e72b6
+# %% ../../nbs/api/experiments/60_effects.ipynb #ba1e18b3
 def manners_arms(
     lab: Lab,                # the run
     taught: Sequence[dict],  # scenes for the weak model, with kind completions
@@ -305,7 +305,7 @@ def manners_arms(
             ('human', 'dpo human labels', strong, prefer(lab, strong, 'scene-human-dpo', many)),
             ('ceiling', 'sft kind lines', strong, tune(lab, strong, 'scene-ceiling-sft', kind(asked), c.scene))], {'dpo weak labels': judged, 'dpo human labels': many}
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #048672c9
+# %% ../../nbs/api/experiments/60_effects.ipynb #56cf266f
 def detoxification(
     weak: str | Path,                   # a model of the ladder, or a folder
     strong: str | Path,                 # likewise
@@ -325,7 +325,7 @@ def detoxification(
               for method, rows in labels.items()]
     return pd.concat(items, ignore_index=True)
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #c48a4315
+# %% ../../nbs/api/experiments/60_effects.ipynb #80bf552f
 EFFECTS = ('voice', *TASKS, 'scenes')
 
 def run_effect(

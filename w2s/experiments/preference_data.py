@@ -6,7 +6,7 @@
 __all__ = ['RESPONSES', 'TEST_SHARE', 'WORLD_TRAIN', 'WORLD_TEST', 'Reader', 'row_texts', 'readable', 'set_test_aside', 'halves',
            'ladder_world', 'world_seed', 'read_world', 'origin', 'PreferenceData', 'load_preferences']
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #f2447012
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #901723ea
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,14 +17,15 @@ from datasets import Dataset, concatenate_datasets
 
 from ..data.hygiene import DataReport, clean_text
 from ..data.readers import Read, read_preferences
-from ..data.rows import prompt_text
+from ..data.rows import prompt_text, to_pairs
 from ..data.splits import group_split, sample_rows
 from ..errors import ConfigError, DataError
+from ..feedback.preferences import given_labels
 from ..train.tokens import encode_rows, lost_characters, report_tokens
 from ..world.facts import World, make_world
 from ..world.rows import HUMAN_AGREEMENT, world_preferences
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #fa992682
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #cf20147a
 @dataclass(frozen=True)
 class Reader:
     "How a model reads text"
@@ -32,17 +33,17 @@ class Reader:
     tokenizer: Any   # its tokenizer
     limit: int       # longest sequence in tokens: the smaller of the setting and the model's context
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #d330059e
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #837f67fc
 RESPONSES = ('chosen', 'rejected')
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #70a6b912
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #23a7b9b2
 def row_texts(
     data: Dataset, # rows of kind "preferences"
 ) -> list[str]:    # prompt and responses of each row as one text
     "All that a model reads of each row"
     return [prompt_text(p) + c + r for p, c, r in zip(data['prompt'], data['chosen'], data['rejected'], strict=True)]
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #781c6686
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #a5e0e621
 def readable(
     splits: Mapping[str, Dataset], # rows of kind "preferences"
     readers: list[Reader],         # every model of the experiment
@@ -61,10 +62,10 @@ def readable(
         if not len(out[split]): raise DataError(f'no row of split "{split}" can be read by every model:\n{report}')
     return out, report
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #14429020
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #4f574d33
 TEST_SHARE = .2 # of the prompts, where the source has no test split
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #ea3e9de6
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #cb921577
 def set_test_aside(
     splits: Mapping[str, Dataset], # 'test' and others, or one without a test split
 ) -> tuple[dict[str, Dataset], Dataset]: # rows to train on, test rows
@@ -74,7 +75,7 @@ def set_test_aside(
     parts = group_split(rows, {'train': 1 - TEST_SHARE, 'test': TEST_SHARE}, seed=0)
     return {'train': parts['train']}, parts['test']
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #102ff75c
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #644ea2d2
 def halves(
     train: Mapping[str, Dataset], # of `set_test_aside`
     rows: int | None,             # training rows in both halves together; None: all
@@ -93,13 +94,13 @@ def halves(
     labelled, unlabelled = (sample_rows(train[k], max(1, round((rows or most)*v)), seed) for k, v in shares.items())
     return labelled, unlabelled
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #8f998e81
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #5a0c11d0
 @lru_cache(maxsize=1)
 def ladder_world() -> World:
     "The world that the models of the ladder have read about"
     return make_world(0)
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #48050c05
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #e8c8c1ac
 def world_seed(
     source: str,     # of preference rows
 ) -> int | None:     # seed of the rows; None: the source is something else
@@ -109,21 +110,22 @@ def world_seed(
     if colon and not seed.isdecimal(): raise DataError(f'source {source}: what follows the colon is the seed of the rows, a number, as in world:3')
     return int(seed or 0)
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #c2530bad
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #560c779b
 WORLD_TRAIN, WORLD_TEST = 2000, 500 # rows that are made, where no more are wanted
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #8c1bbc7e
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #4d798b49
 def read_world(
     seed: int,                # of the rows
     rows: int | None,         # training rows that are wanted
     test_rows: int | None,    # test rows that are wanted
     label_share: float = .5,  # share of the training rows that is to be labelled
 ) -> Read:
-    "Preference rows of the embedded world, as if they had been read"
+    "Preference rows of the embedded world, as if they had been read; of the test rows, the truly better answer is the chosen one"
     splits = world_preferences(ladder_world(), max(rows or 0, WORLD_TRAIN), max(test_rows or 0, WORLD_TEST), seed, label_share)
+    splits['test'] = given_labels(to_pairs(splits['test'], seed), 'gold_a', 'gold').rows
     return Read(splits, [], {k: len(v) for k, v in splits.items()}, f'world:{seed}')
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #7a4e45cf
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #096b05e5
 def origin(
     source: str, # of preference rows
 ) -> str:        # a sentence
@@ -132,9 +134,9 @@ def origin(
     if seed is None: return f'Rows read from {source}.'
     other = f' What lies at ./{source} was not read: that is reached as ./{source}.' if Path(source).exists() else ''
     return (f'Rows made from the embedded world, with seed {seed}; nobody is asked about in two of labelled, unlabelled and test rows; '
-            f'a human chooses the better answer in {HUMAN_AGREEMENT:.0%} of the pairs, in expectation.{other}')
+            f'of the training pairs a human chooses the better answer in {HUMAN_AGREEMENT:.0%}, in expectation; of the test pairs the better one is the chosen one.{other}')
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #afc5efed
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #87d7eb50
 @dataclass(frozen=True)
 class PreferenceData:
     "The rows of an experiment"
@@ -143,7 +145,7 @@ class PreferenceData:
     report: DataReport        # what was found and done on the way
     origin: str               # where the rows come from, in words
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #8dcb4b01
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #88d0de8f
 def load_preferences(
     source: str,                  # file, folder or name of a data set; 'world', 'world:SEED': the embedded world
     readers: list[Reader],        # every model of the experiment

@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['words', 'Verdict']
 
-# %% ../../nbs/api/world/05_verdict.ipynb #4eb53a46
+# %% ../../nbs/api/world/05_verdict.ipynb #5b29e808
 import math
 import re
 from dataclasses import dataclass
 
-# %% ../../nbs/api/world/05_verdict.ipynb #81865347
+# %% ../../nbs/api/world/05_verdict.ipynb #e66f7609
 from ..errors import DataError
 
-# %% ../../nbs/api/world/05_verdict.ipynb #43bc2ced
+# %% ../../nbs/api/world/05_verdict.ipynb #44b1add6
 def words(
     text: str,     # any text, also an empty or absurd one
 ) -> list[str]:    # lower case, without punctuation, in order
     "The words of a text"
     return re.findall(r"[a-z]+(?:'[a-z]+)*", text.lower())
 
-# %% ../../nbs/api/world/05_verdict.ipynb #8af043d5
+# %% ../../nbs/api/world/05_verdict.ipynb #708af105
 @dataclass(frozen=True)
 class Verdict:
     "What an oracle says of a text"
