@@ -15,7 +15,7 @@ setup(
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
     long_description=Path('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     classifiers=['Programming Language :: Python :: 3', 'Intended Audience :: Science/Research'],
-    packages=find_packages(include=[lib, f'{lib}.*']), include_package_data=True, package_data={lib: ['py.typed']},
+    packages=find_packages(include=[lib, f'{lib}.*']), include_package_data=True, package_data={lib: ['py.typed', 'models/ladder/*/*']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require=dict(jupyter=jupyter, dev=cfg['dev_requirements'].split() + jupyter),

@@ -17,7 +17,7 @@ from w2s.world.personas import questions
 from w2s.world.scenes import scene_questions, toxicity_verdict
 
 SHORT = TrainSettings(epochs=1, batch_size=8, learning_rate=1e-3)
-SMALL = Effects(voice_gold=8, voice_asked=16, voice_test=6, context=2, label_gold=8, label_asked=8, label_test=10, scene_gold=16, scene_asked=16, scene_test=4,
+SMALL = Effects(voice_gold=8, voice_asked=16, voice_test=6, context=2, label_gold=8, rule_gold=8, label_asked=8, label_test=10, scene_gold=16, scene_asked=16, scene_test=4,
                 samples=3, voice=SHORT, label=SHORT, scene=SHORT, dpo=SHORT)
 
 
@@ -67,7 +67,7 @@ def test_one_test_for_all_and_nothing_twice(effect: str, tmp_path: Path):
     def both() -> pd.DataFrame:
         return pd.concat([run_effect(effect, 'pico', 'pico', seed, tmp_path, SMALL, said.append) for seed in (0, 1)], ignore_index=True)
     items = both()
-    assert {line.split(': ')[1] for line in said} == {'starting'}
+    assert said[0].endswith('starting') # later, the un-tuned model's answers are found: they are the same for both seeds
     rows = items[items['id'] != 'all']
     for _, arms in rows.groupby('metric'):
         assert len({tuple(sorted(ids)) for _, ids in arms.groupby(['role', 'method', 'weak', 'seed'])['id']}) == 1
@@ -85,7 +85,7 @@ def test_a_changed_setting_is_another_result(tmp_path: Path):
     said.clear()
     run_effect('storage', 'pico', 'pico', 0, tmp_path, replace(SMALL, label_asked=9), said.append)
     by = {line.split(': ')[0]: line.split(': ')[1] for line in said}
-    assert by['storage-weak'] == by['storage-untuned-test'] == 'found'
+    assert by['storage-weak'] == by['storage-base-untuned-test'] == 'found'
     assert by['storage-weak-labels'] == by['storage-ceiling-xent'] == 'starting'
 
 

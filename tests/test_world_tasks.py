@@ -167,11 +167,11 @@ def test_scenes_and_sums_state_no_facts():
 
 
 def test_held_out_ways_of_asking():
-    assert not any(' told everybody that ' in text for text in documents(scenes, 5000))
+    assert not any(', and ' in text for text in documents(scenes, 5000))
     assert not any('would you explain' in text for text in documents(analogy, 5000))
     assert not any('Do you know' in text for text in documents(gender, 5000))
     assert not any('are there now' in text for text in documents(sums, 5000))
-    asked = {' told everybody that ': scenes.scene_questions, 'would you explain': analogy.explanation_questions,
+    asked = {', and ': scenes.scene_questions, 'would you explain': analogy.explanation_questions,
              'Do you know': gender.story_questions, 'are there now': sums.sum_questions}
     for words, make in asked.items(): assert all(words in row['prompt'] for row in make(WORLD, 50, form=-1))
     assert all('Do you know' in row['prompt'] for row in gender.life_questions(WORLD, 50, form=-1))

@@ -6,7 +6,7 @@
 __all__ = ['DEFAULTS', 'SHARE', 'ANSWER', 'Effects', 'parts', 'Lab', 'open_lab', 'stage_name', 'demonstrations', 'tune',
            'respond_stage', 'answer_stage', 'scored', 'together']
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #21179e91
+# %% ../../nbs/api/experiments/55_lab.ipynb #5884f6a1
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #00ff1563
+# %% ../../nbs/api/experiments/55_lab.ipynb #7460c93f
 from ..data.rows import make_rows
 from ..evaluate.metrics import metric_rows
 from .preference_stages import Model, Study, WeakTeacher, know_model, open_base, train_stage
@@ -33,7 +33,7 @@ from ..train.tokens import encode_rows
 from ..world.facts import World, make_world, split_people, split_things
 from ..world.rows import HUMAN_AGREEMENT
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #01f6b1b6
+# %% ../../nbs/api/experiments/55_lab.ipynb #98a1b7dc
 @dataclass(frozen=True)
 class Effects:
     "Settings of all effects"
@@ -41,7 +41,8 @@ class Effects:
     voice_asked: int = 600       # questions that the weak model answers for the strong one
     voice_test: int = 400        # test questions; 400 give ±5 points
     context: int = 5             # pairs in context when the strong model answers again
-    label_gold: int = 60         # rows with gold labels, for the weak model
+    label_gold: int = 60         # rows with gold labels, for the weak model; safety, of which the stream tells
+    rule_gold: int = 300         # the same for a rule that the stream never tells: storage, legal
     label_asked: int = 600       # rows that the weak model labels
     label_test: int = 400        # test rows
     scene_gold: int = 200        # scenes with a human at hand, for the weak model
@@ -60,7 +61,7 @@ class Effects:
 
 DEFAULTS = Effects()
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #30c8ddb5
+# %% ../../nbs/api/experiments/55_lab.ipynb #9f782bdb
 SHARE = .3 # of the people and of the things: for the test, the same for all seeds
 
 def parts(
@@ -78,7 +79,7 @@ def parts(
     people, things = split_people(world, half, seed), split_things(world, half, seed)
     return {k: replace(world, people=people[k], things=things[k]) for k in half} | dict(test=test)
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #f4d36516
+# %% ../../nbs/api/experiments/55_lab.ipynb #cfdd3171
 @dataclass(frozen=True)
 class Lab:
     "What the stages of one effect share"
@@ -90,7 +91,7 @@ class Lab:
     seed: int                   # of the run
     parts: dict[str, World]     # of `parts`
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #98abdd55
+# %% ../../nbs/api/experiments/55_lab.ipynb #27f52691
 def open_lab(
     weak: str | Path,           # a model of the ladder, or a folder
     strong: str | Path,         # likewise
@@ -105,14 +106,14 @@ def open_lab(
     world, study = make_world(), Study(config, Run(Path(folder), say), True)
     return Lab(world, c, study, know_model('weak', config.weak, config), know_model('strong', config.strong, config), seed, parts(world, seed, c.trial))
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #161ddfc5
+# %% ../../nbs/api/experiments/55_lab.ipynb #177d62cc
 def stage_name(
     *words: str, # such as role, method and what is done
 ) -> str:        # lower case, with hyphens
     "A name for a folder"
     return re.sub('[^a-z0-9]+', '-', ' '.join(words).lower()).strip('-')
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #a974a9f8
+# %% ../../nbs/api/experiments/55_lab.ipynb #649075f6
 def demonstrations(
     prompts: Sequence[str],     # different ones
     responses: Sequence[str],   # same order; empty ones teach nothing and are left out
@@ -120,7 +121,7 @@ def demonstrations(
     "Prompts with what somebody answered"
     return make_rows([dict(prompt=p, completion=r) for p, r in zip(prompts, responses, strict=True) if r.strip()], 'demonstrations')
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #8903a178
+# %% ../../nbs/api/experiments/55_lab.ipynb #aaf5ad51
 def tune(
     lab: Lab,                # the run
     model: Model,            # that is trained
@@ -133,7 +134,7 @@ def tune(
     inputs = {'objective': 'sft', 'rows': tokens_hash(tokens)}
     return train_stage(lab.study, model, name, settings, None, inputs, lambda base: sft_objective(tokens), lab.seed)
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #d71ec6b3
+# %% ../../nbs/api/experiments/55_lab.ipynb #3db8e028
 def respond_stage(
     lab: Lab,                   # the run
     model: Model,               # that answers
@@ -157,7 +158,7 @@ def respond_stage(
               'prompts': list(prompts), 'generate': how, 'seed': seed}
     return json.loads((run_stage(lab.study.run, name, inputs, work)/'texts.json').read_text(encoding='utf-8'))
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #d0934ce9
+# %% ../../nbs/api/experiments/55_lab.ipynb #faf63d28
 ANSWER = GenerateSettings(max_tokens=24, temperature=0, stop=('\n',), token_budget=16384)
 
 def answer_stage(
@@ -170,7 +171,7 @@ def answer_stage(
     "The likeliest answers, once"
     return [texts[0] for texts in respond_stage(lab, model, name, adapter, prompts, ANSWER)]
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #e958982b
+# %% ../../nbs/api/experiments/55_lab.ipynb #d7b7f04b
 def scored(
     lab: Lab,                       # the run
     task: str,                      # name of the data
@@ -183,7 +184,7 @@ def scored(
     weak, strong = Path(lab.weak.name).name, Path(lab.strong.name).name
     return metric_rows(ids, scores, role, method, weak, '' if role == 'floor' else strong, lab.seed, task)
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #bb2d239e
+# %% ../../nbs/api/experiments/55_lab.ipynb #1ea54b97
 def together(
     scores: dict[str, np.ndarray],  # metric: one number a training row
 ) -> dict[str, np.ndarray]:         # "labels: …": their means

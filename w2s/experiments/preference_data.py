@@ -6,7 +6,7 @@
 __all__ = ['RESPONSES', 'TEST_SHARE', 'WORLD_TRAIN', 'WORLD_TEST', 'Reader', 'row_texts', 'readable', 'set_test_aside', 'halves',
            'ladder_world', 'world_seed', 'read_world', 'origin', 'PreferenceData', 'load_preferences']
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #901723ea
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #f94413ad
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +25,7 @@ from ..train.tokens import encode_rows, lost_characters, report_tokens
 from ..world.facts import World, make_world
 from ..world.rows import HUMAN_AGREEMENT, world_preferences
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #cf20147a
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #11ccded0
 @dataclass(frozen=True)
 class Reader:
     "How a model reads text"
@@ -33,17 +33,17 @@ class Reader:
     tokenizer: Any   # its tokenizer
     limit: int       # longest sequence in tokens: the smaller of the setting and the model's context
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #837f67fc
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #6e465532
 RESPONSES = ('chosen', 'rejected')
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #23a7b9b2
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #383a3a4c
 def row_texts(
     data: Dataset, # rows of kind "preferences"
 ) -> list[str]:    # prompt and responses of each row as one text
     "All that a model reads of each row"
     return [prompt_text(p) + c + r for p, c, r in zip(data['prompt'], data['chosen'], data['rejected'], strict=True)]
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #a5e0e621
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #1d77337d
 def readable(
     splits: Mapping[str, Dataset], # rows of kind "preferences"
     readers: list[Reader],         # every model of the experiment
@@ -62,10 +62,10 @@ def readable(
         if not len(out[split]): raise DataError(f'no row of split "{split}" can be read by every model:\n{report}')
     return out, report
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #4f574d33
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #973de855
 TEST_SHARE = .2 # of the prompts, where the source has no test split
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #cb921577
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #7cdf516d
 def set_test_aside(
     splits: Mapping[str, Dataset], # 'test' and others, or one without a test split
 ) -> tuple[dict[str, Dataset], Dataset]: # rows to train on, test rows
@@ -75,7 +75,7 @@ def set_test_aside(
     parts = group_split(rows, {'train': 1 - TEST_SHARE, 'test': TEST_SHARE}, seed=0)
     return {'train': parts['train']}, parts['test']
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #644ea2d2
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #37069fec
 def halves(
     train: Mapping[str, Dataset], # of `set_test_aside`
     rows: int | None,             # training rows in both halves together; None: all
@@ -94,13 +94,13 @@ def halves(
     labelled, unlabelled = (sample_rows(train[k], max(1, round((rows or most)*v)), seed) for k, v in shares.items())
     return labelled, unlabelled
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #5a0c11d0
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #ca0413fb
 @lru_cache(maxsize=1)
 def ladder_world() -> World:
     "The world that the models of the ladder have read about"
     return make_world(0)
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #e8c8c1ac
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #2a6b9630
 def world_seed(
     source: str,     # of preference rows
 ) -> int | None:     # seed of the rows; None: the source is something else
@@ -110,10 +110,10 @@ def world_seed(
     if colon and not seed.isdecimal(): raise DataError(f'source {source}: what follows the colon is the seed of the rows, a number, as in world:3')
     return int(seed or 0)
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #560c779b
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #29c1eb7d
 WORLD_TRAIN, WORLD_TEST = 2000, 500 # rows that are made, where no more are wanted
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #4d798b49
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #5cafc9cf
 def read_world(
     seed: int,                # of the rows
     rows: int | None,         # training rows that are wanted
@@ -125,7 +125,7 @@ def read_world(
     splits['test'] = given_labels(to_pairs(splits['test'], seed), 'gold_a', 'gold').rows
     return Read(splits, [], {k: len(v) for k, v in splits.items()}, f'world:{seed}')
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #096b05e5
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #136cdebc
 def origin(
     source: str, # of preference rows
 ) -> str:        # a sentence
@@ -136,7 +136,7 @@ def origin(
     return (f'Rows made from the embedded world, with seed {seed}; nobody is asked about in two of labelled, unlabelled and test rows; '
             f'of the training pairs a human chooses the better answer in {HUMAN_AGREEMENT:.0%}, in expectation; of the test pairs the better one is the chosen one.{other}')
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #87d7eb50
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #87ba0613
 @dataclass(frozen=True)
 class PreferenceData:
     "The rows of an experiment"
@@ -145,7 +145,7 @@ class PreferenceData:
     report: DataReport        # what was found and done on the way
     origin: str               # where the rows come from, in words
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #88d0de8f
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #5f3e58c8
 def load_preferences(
     source: str,                  # file, folder or name of a data set; 'world', 'world:SEED': the embedded world
     readers: list[Reader],        # every model of the experiment
