@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'versions', 'result_figure', 'markdown_table', 'responses_text', 'report_text', 'write_result']
 
-# %% ../nbs/api/85_report.ipynb #7924764c
+# %% ../nbs/api/85_report.ipynb #5db1144a
 import json
 import platform
 import shutil
@@ -23,16 +23,16 @@ from .evaluate.metrics import by_role
 from .plots import plot_roles
 from .train.reference import write_atomic
 
-# %% ../nbs/api/85_report.ipynb #4c37f2b4
+# %% ../nbs/api/85_report.ipynb #0eaed8a1
 PACKAGES = ('w2s', 'torch', 'transformers', 'peft', 'bitsandbytes', 'accelerate', 'datasets', 'tokenizers', 'numpy', 'scipy', 'pandas')
 
-# %% ../nbs/api/85_report.ipynb #85bffb36
+# %% ../nbs/api/85_report.ipynb #1f85a24a
 def versions() -> dict[str, str]: # package or part of the machine -> version
     "What a result was made with"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads'
     return {**{p: version(p) for p in PACKAGES}, 'python': platform.python_version(), 'system': platform.platform(), 'device': device}
 
-# %% ../nbs/api/85_report.ipynb #ec950fb0
+# %% ../nbs/api/85_report.ipynb #27a991be
 def result_figure(
     result: Result, # of a run
 ) -> Figure:        # accuracy of every role; below it their gold reward, where there is one
@@ -42,7 +42,7 @@ def result_figure(
     for ax, metric in zip(figure.subplots(len(metrics), squeeze=False)[:, 0], metrics, strict=True): plot_roles(result.intervals, metric, ax=ax)
     return figure
 
-# %% ../nbs/api/85_report.ipynb #7a664d1c
+# %% ../nbs/api/85_report.ipynb #9f358aab
 def markdown_table(
     table: pd.DataFrame, # of texts and numbers
 ) -> str:
@@ -50,7 +50,7 @@ def markdown_table(
     def line(cells) -> str: return '| ' + ' | '.join(str(c).strip().replace('|', '\\|').replace('\n', ' ') for c in cells) + ' |'
     return '\n'.join([line(table.columns), line(['---']*len(table.columns)), *map(line, table.itertuples(index=False))])
 
-# %% ../nbs/api/85_report.ipynb #930c1222
+# %% ../nbs/api/85_report.ipynb #42aa6dbb
 def responses_text(
     result: Result,    # of a run with responses
     prompts: int = 3,  # test prompts that are shown
@@ -64,7 +64,7 @@ def responses_text(
         out += [f'**{of_row["prompt"].iloc[0]}**'.replace('\n', ' / '), markdown_table(table)]
     return '\n\n'.join([*out, 'All of them are in responses.parquet.'])
 
-# %% ../nbs/api/85_report.ipynb #32fe7ea0
+# %% ../nbs/api/85_report.ipynb #5eae3088
 def report_text(
     result: Result, # of a run
 ) -> str:           # Markdown
@@ -80,7 +80,7 @@ def report_text(
               '## Settings', f'```toml\n{to_toml(result.config)}```']
     return '\n\n'.join(parts) + '\n'
 
-# %% ../nbs/api/85_report.ipynb #aaf9187e
+# %% ../nbs/api/85_report.ipynb #83b4ac08
 def write_result(
     result: Result, # of a run; its folder is written to
 ) -> Path:          # the folder

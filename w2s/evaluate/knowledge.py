@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['GREEDY', 'VOICES', 'PROBES', 'fact_rows', 'context_rows', 'chosen', 'kind_right', 'label_right', 'knowledge']
 
-# %% ../../nbs/api/evaluate/50_knowledge.ipynb #44a9e803
+# %% ../../nbs/api/evaluate/50_knowledge.ipynb #0aa3c530
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset
 
-# %% ../../nbs/api/evaluate/50_knowledge.ipynb #a8ed67fe
+# %% ../../nbs/api/evaluate/50_knowledge.ipynb #819e933c
 from ..data.rows import make_rows
 from .intervals import estimate
 from ..models.load import Base
@@ -25,10 +23,10 @@ from ..world.personas import PERSONAS, answer_as, in_context, persona_verdict, q
 from ..world.policies import legal_questions
 from ..world.safety import safety_questions
 
-# %% ../../nbs/api/evaluate/50_knowledge.ipynb #354c7180
-GREEDY = GenerateSettings(max_tokens=24, temperature=0, stop=('\n',), token_budget=16384)
+# %% ../../nbs/api/evaluate/50_knowledge.ipynb #066e0fd8
+GREEDY = GenerateSettings(max_tokens=24, temperature=0, stop=('\n',), token_budget=16384) # the likeliest words of one line; each probe uses it
 
-# %% ../../nbs/api/evaluate/50_knowledge.ipynb #e9b61458
+# %% ../../nbs/api/evaluate/50_knowledge.ipynb #9d8fad08
 def fact_rows(
     base: Base,                      # model and tokenizer
     world: World,                    # what is true
@@ -37,25 +35,25 @@ def fact_rows(
     forms: Sequence[int] = (0, 1, 2), # paraphrases; (3,): the one that is not in the stream
     held_out: bool = False,          # ask for facts that are not in the stream
 ) -> pd.DataFrame:                   # name, attribute, form, rank (1: the best known), answer, right
-    "Ask for facts and mark the likeliest answers"
+    "Ask for facts and mark the likeliest answers; raises `DataError` where there are too few questions"
     asked = questions(world, n, seed, forms=forms, held_out=held_out)
     texts = generate(base.model, base.tokenizer, [q['prompt'] for q in asked], GREEDY, quiet=True)
     rank = {p.name: i for i, p in enumerate(world.people, 1)}
     return pd.DataFrame([dict(name=q['name'], attribute=q['attribute'], form=q['form'], rank=rank[q['name']], answer=t[0],
                               right=fact_verdict(world, q['name'], q['attribute'], t[0]).score) for q, t in zip(asked, texts, strict=True)])
 
-# %% ../../nbs/api/evaluate/50_knowledge.ipynb #20a01c8c
+# %% ../../nbs/api/evaluate/50_knowledge.ipynb #779e5862
 VOICES = tuple(p for p in PERSONAS if p != 'plain')
 
-# %% ../../nbs/api/evaluate/50_knowledge.ipynb #46bdecef
+# %% ../../nbs/api/evaluate/50_knowledge.ipynb #3f425f2b
 def context_rows(
     base: Base,      # model and tokenizer
     world: World,    # what is true
     n: int = 400,    # questions, over all people, attributes and voices alike
     seed: int = 0,   # of the questions
     examples: int = 4, # pairs in one voice before the question
-) -> pd.DataFrame:   # persona, attribute, answer, right, voice: scores of fact and persona
-    "Show a voice by examples about other facts, ask, and mark both fact and voice"
+) -> pd.DataFrame:   # persona, name, attribute, answer, right, voice: scores of fact and persona
+    "Show a voice by examples about other facts, ask, and mark both fact and voice; raises `DataError` where there are too few questions"
     asked, rng, rows, prompts = questions(world, n*(examples + 1), seed), random.Random(seed), [], []
     for i in range(n):
         shown, q, voice = asked[n + i*examples:n + (i + 1)*examples], asked[i], VOICES[i % len(VOICES)]
@@ -66,7 +64,7 @@ def context_rows(
     return pd.DataFrame([dict(**r, answer=t, right=fact_verdict(world, r['name'], r['attribute'], t).score, voice=persona_verdict(r['persona'], t).score)
                          for r, t in zip(rows, texts, strict=True)])
 
-# %% ../../nbs/api/evaluate/50_knowledge.ipynb #5e988ff2
+# %% ../../nbs/api/evaluate/50_knowledge.ipynb #08f575b5
 def chosen(
     base: Base,             # model and tokenizer
     prompts: Sequence[str], # each to be gone on with one of the words
@@ -78,11 +76,11 @@ def chosen(
     picked = dict(zip([r.id for r in tokens.rows], class_probs(base.model, tokens.rows, 16384, quiet=True).argmax(1), strict=True))
     return np.array([picked[i] for i in rows['id']])
 
-# %% ../../nbs/api/evaluate/50_knowledge.ipynb #0cc1bc54
+# %% ../../nbs/api/evaluate/50_knowledge.ipynb #78ba36b2
 def kind_right(
     base: Base,    # model and tokenizer
     world: World,  # what is true
-    n: int = 200,  # things
+    n: int = 200,  # things; all of them, where there are fewer
     seed: int = 0, # of the draw
 ) -> np.ndarray:   # (n,): 1 where the kind is known
     "Of which kind is a thing? Chance is one in ten"
@@ -90,7 +88,7 @@ def kind_right(
     got = chosen(base, [f'A {t.name} is a' for t in things], [f' {k}' for k in kinds])
     return np.array([float(kinds[i] == t.kind) for i, t in zip(got, things, strict=True)])
 
-# %% ../../nbs/api/evaluate/50_knowledge.ipynb #fd1090cf
+# %% ../../nbs/api/evaluate/50_knowledge.ipynb #86436d19
 def label_right(
     base: Base,                       # model and tokenizer
     rows: Sequence[dict],             # with prompt, label and response, half of each label
@@ -98,8 +96,8 @@ def label_right(
     "Zero-shot answers to yes-or-no rows; chance is one in two"
     return (chosen(base, [r['prompt'] for r in rows], (' no', ' yes')) == np.array([r['label'] for r in rows])).astype(float)
 
-# %% ../../nbs/api/evaluate/50_knowledge.ipynb #fb5fa219
-PROBES: dict[str, Callable[[Base, World, int, int], np.ndarray]] = {
+# %% ../../nbs/api/evaluate/50_knowledge.ipynb #b9b282df
+PROBES: dict[str, Callable[[Base, World, int, int], np.ndarray]] = { # name: takes model, world, number of questions, seed; gives a score for each
     'facts': lambda b, w, n, seed: fact_rows(b, w, n, seed)['right'].to_numpy(),
     'facts, new paraphrase': lambda b, w, n, seed: fact_rows(b, w, n, seed, forms=(3,))['right'].to_numpy(),
     'facts, held out': lambda b, w, n, seed: fact_rows(b, w, min(n, len(w.held_out)), seed, held_out=True)['right'].to_numpy(),
@@ -110,7 +108,7 @@ PROBES: dict[str, Callable[[Base, World, int, int], np.ndarray]] = {
     'clause relevant or not': lambda b, w, n, seed: label_right(b, legal_questions(w, n, seed)),
 }
 
-# %% ../../nbs/api/evaluate/50_knowledge.ipynb #77583196
+# %% ../../nbs/api/evaluate/50_knowledge.ipynb #f657a908
 def knowledge(
     base: Base,      # of the ladder, or trained on the world
     world: World,    # what is true
