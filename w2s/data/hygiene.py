@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLUMNS', 'ACTIONS', 'GONE', 'REFUSALS', 'REPEATED', 'IN_ANOTHER', 'DataReport', 'clean_text']
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #526c6355
+# %% ../../nbs/api/data/40_hygiene.ipynb #72875103
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,37 +14,37 @@ from pathlib import Path
 import pandas as pd
 from datasets import Dataset
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #f22678e7
+# %% ../../nbs/api/data/40_hygiene.ipynb #4b3f9ff7
 from .readers import REASONS, Refused
 from .rows import check_rows, content_id, group_key
 from .splits import KEEP_ORDER, drop_overlap
 from ..errors import DataError
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #a807f17a
+# %% ../../nbs/api/data/40_hygiene.ipynb #447890a4
 COLUMNS = ('check', 'split', 'model', 'rows', 'of', 'action', 'detail')
 ACTIONS = ('refused', 'dropped', 'cut', 'unusable', 'kept') # unusable: for one model; such rows are then refused once for all models
 GONE = ('refused', 'dropped')  # actions after which a row is no longer there
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #47ac00ff
+# %% ../../nbs/api/data/40_hygiene.ipynb #11c1c6b1
 def _markdown(table: pd.DataFrame) -> str:
     "A small table in Markdown"
     def line(cells): return '| ' + ' | '.join(str(c).replace('|', '\\|').replace('\n', ' ') for c in cells) + ' |'
     return '\n'.join([line(table.columns), line('---' for _ in table.columns), *(line(r) for r in table.itertuples(index=False))])
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #649c6306
+# %% ../../nbs/api/data/40_hygiene.ipynb #a9666399
 def _line(check: str, split: str, rows: int, of: int, action: str, detail: str, model: str) -> dict:
     "A checked line of the report"
     if action not in ACTIONS: raise DataError(f'action "{action}" is not known; one of {", ".join(ACTIONS)}')
     if not 0 <= rows <= of: raise DataError(f'{check}, {split}: {rows} rows of {of} cannot be')
     return dict(check=check, split=split, model=model, rows=int(rows), of=int(of), action=action, detail=detail)
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #484ee8c6
+# %% ../../nbs/api/data/40_hygiene.ipynb #441c05e4
 def _sentence(r: Mapping) -> str:
     "One line of the report as text"
     where = f'{r["split"]}, {r["model"]}' if r['model'] else r['split']
     return f'{r["action"]:8} {r["rows"]:>6,} of {r["of"]:,} rows ({where}): {r["check"]}' + (f'; {r["detail"]}' if r['detail'] else '')
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #58878b22
+# %% ../../nbs/api/data/40_hygiene.ipynb #7ca13e64
 @dataclass(frozen=True)
 class DataReport:
     "What was found in the rows and what was done about it"
@@ -87,20 +87,20 @@ class DataReport:
     __repr__ = __str__
     def _repr_markdown_(self) -> str: return (f'{_markdown(self.found)}\n\n' if len(self.found) else '') + _closing(self)
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #a9a0523c
+# %% ../../nbs/api/data/40_hygiene.ipynb #7185f6c0
 def _rows_left(report: DataReport) -> dict[str, int]:
     "Rows that are left of those read, by split"
     gone: Counter[str] = Counter()
     for r in report.table.to_dict('records'): gone[r['split']] += r['rows'] * (r['action'] in GONE)
     return {k: n - gone[k] for k, n in report.rows_in.items()}
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #6258fa8d
+# %% ../../nbs/api/data/40_hygiene.ipynb #0f6efd11
 def _closing(report: DataReport) -> str:
     "One line: rows left and rows read"
     nothing = '' if len(report.found) else f'{len(report.table)} checks found nothing; '
     return f'{nothing}rows left of rows read: ' + ', '.join(f'{k} {n:,} of {report.rows_in[k]:,}' for k, n in report.rows_left.items())
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #7a13f270
+# %% ../../nbs/api/data/40_hygiene.ipynb #8a49d5ff
 def _save(report: DataReport, folder: Path) -> Path:
     "Write data_report.csv and data_report.md, with the checks that found nothing"
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,14 +108,14 @@ def _save(report: DataReport, folder: Path) -> Path:
     (folder / 'data_report.md').write_text(f'# Data report\n\n{_markdown(report.table)}\n\n{_closing(report)}\n', encoding='utf-8')
     return folder
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #a404464d
+# %% ../../nbs/api/data/40_hygiene.ipynb #9e462dee
 def _refuse(report: DataReport, strict: bool) -> None:
     "Raise `DataError` with every finding, if strict and there is any"
     if strict and len(report.found):
         lines = '\n  '.join(map(_sentence, report.found.to_dict('records')))
         raise DataError(f'strict: the data is not clean\n  {lines}\nMend the rows, or run without strict')
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #2d9db266
+# %% ../../nbs/api/data/40_hygiene.ipynb #7c993536
 def _empty_prompt(row: Mapping) -> bool:
     "Nothing but role names and white space"
     p = row['prompt']
@@ -125,7 +125,7 @@ def _empty_prompt(row: Mapping) -> bool:
 def _empty_response(row: Mapping) -> bool: return not (row['chosen'].strip() and row['rejected'].strip())
 def _equal(row: Mapping) -> bool: return row['chosen'].strip() == row['rejected'].strip()
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #f53a576a
+# %% ../../nbs/api/data/40_hygiene.ipynb #68be59df
 REFUSALS = (('empty prompt', _empty_prompt), ('empty response', _empty_response), ('chosen equals rejected', _equal))
 REPEATED = 'row occurs more than once'
 IN_ANOTHER = 'prompt occurs in another split'
@@ -141,14 +141,14 @@ def _verdicts(rows: Sequence[Mapping]) -> list[str]:
         out.append(verdict)
     return out
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #b0fe6933
+# %% ../../nbs/api/data/40_hygiene.ipynb #887783ae
 def _ids(rows: Sequence[Mapping], verdicts: Sequence[str], name: str) -> str:
     "The first ids with this verdict, to find them by"
     ids = [r['id'] for r, v in zip(rows, verdicts, strict=True) if v == name]
     ids = list(dict.fromkeys(ids))
     return f'ids {", ".join(ids[:3])}' + (' …' if len(ids) > 3 else '') if ids else ''
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #b9726fcf
+# %% ../../nbs/api/data/40_hygiene.ipynb #67124c74
 def _own_ids(ds: Dataset) -> Dataset:
     "The same rows with ids that are all different"
     ids, seen = ds.with_format(None)['id'][:], set[str]()
@@ -157,7 +157,7 @@ def _own_ids(ds: Dataset) -> Dataset:
         seen.add(i)
     return ds if ids == ds.with_format(None)['id'][:] else Dataset.from_dict({**ds.with_format(None)[:], 'id': ids}, features=ds.features)
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #c4852fbd
+# %% ../../nbs/api/data/40_hygiene.ipynb #1a313029
 def _clean_split(ds: Dataset, split: str, report: DataReport) -> tuple[Dataset, DataReport]:
     "Take out the rows that fail a check, and count them"
     rows = ds.with_format(None).to_list()
@@ -167,7 +167,7 @@ def _clean_split(ds: Dataset, split: str, report: DataReport) -> tuple[Dataset, 
         report = report.add(name, split, verdicts.count(name), len(rows), action, detail)
     return _own_ids(ds.select([i for i, v in enumerate(verdicts) if not v]) if any(verdicts) else ds), report
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #11904c14
+# %% ../../nbs/api/data/40_hygiene.ipynb #50cd5561
 def _repeated_prompts(rows: Sequence[Mapping]) -> int:
     "Rows beyond the first of each prompt; a group can be wider, such as all that is asked about one person"
     return len(rows) - len({group_key(r['prompt']) for r in rows})
@@ -178,7 +178,7 @@ def _contradictions(rows: Sequence[Mapping]) -> int:
     have = set(keys)
     return sum((g, b, a) in have for g, a, b in keys)
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #9e7aa4df
+# %% ../../nbs/api/data/40_hygiene.ipynb #e002c2a9
 def _mention(ds: Dataset, split: str, report: DataReport) -> DataReport:
     "Count what is left as it is"
     rows = ds.with_format(None).to_list()
@@ -188,7 +188,7 @@ def _mention(ds: Dataset, split: str, report: DataReport) -> DataReport:
     return report.add('contradictory pairs', split, opposite, len(rows), 'kept',
                       'people disagree; a weight or a soft prob can say so' if opposite else '')
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #c4bd2c79
+# %% ../../nbs/api/data/40_hygiene.ipynb #bfa9a171
 def _readers_lines(report: DataReport, refused: Sequence[Refused], rows_read: Mapping[str, int]) -> DataReport:
     "Lines for rows that the reader could not take"
     counts = Counter((r.reason, r.split) for r in refused)
@@ -199,7 +199,7 @@ def _readers_lines(report: DataReport, refused: Sequence[Refused], rows_read: Ma
             report = report.add(reason, split, counts[reason, split], n, 'refused', detail)
     return report
 
-# %% ../../nbs/api/data/40_hygiene.ipynb #4bb72354
+# %% ../../nbs/api/data/40_hygiene.ipynb #6e54eb4c
 def clean_text(
     splits: Mapping[str, Dataset],         # rows of kind "preferences"
     refused: Sequence[Refused] = (),       # by the reader

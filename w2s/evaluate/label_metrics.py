@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['check_probs', 'label_correct', 'brier', 'label_scores']
 
-# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #662b9894
+# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #188a70e4
 from collections.abc import Sequence
 import numpy as np
 from ..errors import DataError
 
-# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #ac516449
+# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #2eb9d736
 def check_probs(
     probs: np.ndarray,                     # (rows, classes)
     labels: Sequence[int] | np.ndarray,    # (rows,): gold class of each row, from 0
@@ -24,7 +24,7 @@ def check_probs(
     if odd: raise DataError(f'the label of row {odd[0] + 1} is {y[odd[0]]}; there are {p.shape[1]} classes, from 0')
     return p, y.astype(int)
 
-# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #dfec2b1f
+# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #ec08a89c
 def label_correct(
     probs: np.ndarray,                  # (rows, classes): class probabilities
     labels: Sequence[int] | np.ndarray, # (rows,): gold classes
@@ -34,7 +34,7 @@ def label_correct(
     top = p == p.max(1, keepdims=True)
     return top[np.arange(len(y)), y] / top.sum(1)
 
-# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #1e8ee616
+# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #092c3417
 def brier(
     probs: np.ndarray,                  # (rows, classes): class probabilities
     labels: Sequence[int] | np.ndarray, # (rows,): gold classes
@@ -43,7 +43,7 @@ def brier(
     p, y = check_probs(probs, labels)
     return ((p - np.eye(p.shape[1])[y])**2).sum(1)
 
-# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #36a0acdc
+# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #e44adca3
 def label_scores(
     probs: np.ndarray,                  # (rows, classes): class probabilities
     labels: Sequence[int] | np.ndarray, # (rows,): gold classes

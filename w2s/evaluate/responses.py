@@ -6,7 +6,7 @@
 __all__ = ['Prompts', 'Samples', 'Scorer', 'TIE', 'each', 'score_responses', 'failures', 'scored_by_all', 'outcomes', 'win_rate',
            'lengths', 'longer_wins', 'reward_scores']
 
-# %% ../../nbs/api/evaluate/30_responses.ipynb #a2830aa3
+# %% ../../nbs/api/evaluate/30_responses.ipynb #48f68bb9
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,12 +14,12 @@ import numpy as np
 
 from ..errors import DataError
 
-# %% ../../nbs/api/evaluate/30_responses.ipynb #6608c4d6
+# %% ../../nbs/api/evaluate/30_responses.ipynb #78cbd267
 Prompts = Sequence[str | list[dict]]                         # texts or chat messages, one a row
 Samples = Sequence[Sequence[str]]                            # the responses of each row
 Scorer = Callable[[list, list[str]], Sequence[float | None]] # (prompts, responses) -> a score each; None or NaN where it failed
 
-# %% ../../nbs/api/evaluate/30_responses.ipynb #4aca796e
+# %% ../../nbs/api/evaluate/30_responses.ipynb #d935d5ea
 def each(
     score: Callable[[Any, str], float | None],  # of one prompt and one response
     fails: tuple[type[Exception], ...] = (),    # exceptions that mean "no score", such as (TimeoutError,); any other one stops the run
@@ -30,7 +30,7 @@ def each(
         except fails: return None
     return lambda prompts, responses: [one(p, r) for p, r in zip(prompts, responses, strict=True)]
 
-# %% ../../nbs/api/evaluate/30_responses.ipynb #d64ff6bd
+# %% ../../nbs/api/evaluate/30_responses.ipynb #7330e45b
 def score_responses(
     scorer: Scorer,             # any judge: an oracle, a reward model, a function
     prompts: Prompts,           # texts or chat messages, one a row
@@ -48,7 +48,7 @@ def score_responses(
     if np.isinf(values).any(): raise DataError(f'{name}: {np.isinf(values).sum()} scores are infinite, the first of {flat[int(np.isinf(values).argmax())][:60]!r}')
     return values.reshape(len(responses), counts[0])
 
-# %% ../../nbs/api/evaluate/30_responses.ipynb #69c9962d
+# %% ../../nbs/api/evaluate/30_responses.ipynb #91a9f650
 def failures(
     scores: np.ndarray,          # (rows, samples), NaN where the scorer failed
     name: str,                   # whose they are
@@ -63,7 +63,7 @@ def failures(
     return (f'{name}: incomplete, the scorer failed on {missing} of {scores.size} responses; the mean of the others is {np.nanmean(scores):.3f}, '
             f'with the missing ones it would lie between {low:.3f} and {high:.3f}')
 
-# %% ../../nbs/api/evaluate/30_responses.ipynb #e55bc800
+# %% ../../nbs/api/evaluate/30_responses.ipynb #0b243d54
 def scored_by_all(
     arms: Mapping[str, np.ndarray], # name of an arm: scores, (rows, samples), on the same rows in the same order
 ) -> np.ndarray:                    # (rows,) bool: no score is missing in any arm
@@ -74,10 +74,10 @@ def scored_by_all(
     if not whole.any(): raise DataError('no row has all its scores in all arms; ' + '; '.join(filter(None, (failures(x, n) for n, x in arms.items()))))
     return whole
 
-# %% ../../nbs/api/evaluate/30_responses.ipynb #bb41dec4
+# %% ../../nbs/api/evaluate/30_responses.ipynb #aee42253
 TIE = 1e-6 # scores nearer than this are equal
 
-# %% ../../nbs/api/evaluate/30_responses.ipynb #fd8d8b47
+# %% ../../nbs/api/evaluate/30_responses.ipynb #f8162140
 def outcomes(
     scores: np.ndarray,     # (rows, samples)
     reference: np.ndarray,  # (rows, samples) of the arm that is compared with; it may have another number of samples
@@ -89,7 +89,7 @@ def outcomes(
     gap = scores[:, :, None] - reference[:, None, :]
     return np.stack([(gap > tie).mean((1, 2)), (np.abs(gap) <= tie).mean((1, 2)), (gap < -tie).mean((1, 2))], axis=1)
 
-# %% ../../nbs/api/evaluate/30_responses.ipynb #707bd639
+# %% ../../nbs/api/evaluate/30_responses.ipynb #742a5c25
 def win_rate(
     scores: np.ndarray,     # (rows, samples)
     reference: np.ndarray,  # (rows, samples) of the arm that is compared with
@@ -98,14 +98,14 @@ def win_rate(
     "Win rate of each row; one half for arms that cannot be told apart"
     return outcomes(scores, reference, tie) @ [1, .5, 0]
 
-# %% ../../nbs/api/evaluate/30_responses.ipynb #e261d094
+# %% ../../nbs/api/evaluate/30_responses.ipynb #a546cb4c
 def lengths(
     responses: Samples, # the samples of each row
 ) -> np.ndarray:        # (rows, samples)
     "How many words has each response?"
     return np.array([[len(text.split()) for text in row] for row in responses], dtype=np.float64)
 
-# %% ../../nbs/api/evaluate/30_responses.ipynb #3755708f
+# %% ../../nbs/api/evaluate/30_responses.ipynb #23741124
 def longer_wins(
     scores: np.ndarray,            # (rows, samples)
     reference: np.ndarray,         # (rows, samples)
@@ -118,7 +118,7 @@ def longer_wins(
     decided = (np.abs(gap) > tie) & (more != 0)
     return float((np.sign(gap) == np.sign(more))[decided].mean()) if decided.any() else float('nan'), int(decided.sum())
 
-# %% ../../nbs/api/evaluate/30_responses.ipynb #fb72bb23
+# %% ../../nbs/api/evaluate/30_responses.ipynb #1cadf28b
 def reward_scores(
     scores: np.ndarray,                         # (rows, samples) of one arm, without holes
     responses: Samples,                         # its texts

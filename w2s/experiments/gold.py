@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JUDGED', 'PART', 'gold_world', 'judge', 'sample_stage', 'response_rows', 'gold_scores']
 
-# %% ../../nbs/api/experiments/27_gold.ipynb #0eeede9c
+# %% ../../nbs/api/experiments/27_gold.ipynb #dec7083b
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -27,17 +27,17 @@ from ..train.reference import write_atomic
 from ..world.facts import World, fact_verdict, parse_question
 from ..world.service import gold_reward, politeness_verdict, rudeness_verdict
 
-# %% ../../nbs/api/experiments/27_gold.ipynb #dda6a88b
+# %% ../../nbs/api/experiments/27_gold.ipynb #b3d9acd9
 def gold_world(
     source: str,     # of preference rows
 ) -> World | None:   # whose facts and manners responses are judged by; None: no truth is known for such rows
     "Is there a gold reward for responses to these prompts?"
     return None if world_seed(source) is None else ladder_world()
 
-# %% ../../nbs/api/experiments/27_gold.ipynb #253f28a4
+# %% ../../nbs/api/experiments/27_gold.ipynb #74972219
 JUDGED = ['gold_reward', 'right', 'polite', 'rude', 'why'] # columns of `judge`
 
-# %% ../../nbs/api/experiments/27_gold.ipynb #cb38a9a0
+# %% ../../nbs/api/experiments/27_gold.ipynb #78b81248
 def judge(
     world: World,               # the truth
     prompts: Sequence[str],     # questions to the desk
@@ -51,10 +51,10 @@ def judge(
         rows.append((gold.score, fact_verdict(world, *asked, text).score, politeness_verdict(text).score, rudeness_verdict(text).score, '; '.join(gold.why)))
     return pd.DataFrame(rows, columns=JUDGED)
 
-# %% ../../nbs/api/experiments/27_gold.ipynb #e1f7728a
+# %% ../../nbs/api/experiments/27_gold.ipynb #e2dd0ee3
 PART = 256 # rows a part: what a kill can lose
 
-# %% ../../nbs/api/experiments/27_gold.ipynb #52c2ea91
+# %% ../../nbs/api/experiments/27_gold.ipynb #bf8f0b02
 def sample_stage(
     study: Study,         # the experiment
     model: Model,         # that writes
@@ -85,7 +85,7 @@ def sample_stage(
     done = run_stage(study.run, f'{name}-seed{seed}-responses', inputs, work)
     return [row for i in parts for row in json.loads((done/f'{i:06}.json').read_text(encoding='utf-8'))]
 
-# %% ../../nbs/api/experiments/27_gold.ipynb #3c53e68f
+# %% ../../nbs/api/experiments/27_gold.ipynb #49925a01
 def response_rows(
     world: World,                        # the judge's
     rows: Dataset,                       # whose prompts were answered
@@ -100,7 +100,7 @@ def response_rows(
     judged = judge(world, table['prompt'].tolist(), table['response'].tolist())
     return pd.concat([pd.DataFrame(dict(seed=seed, role=role, method=method), index=table.index), table, judged], axis=1)
 
-# %% ../../nbs/api/experiments/27_gold.ipynb #65f886f9
+# %% ../../nbs/api/experiments/27_gold.ipynb #4b34c83e
 def gold_scores(
     own: pd.DataFrame,        # of `response_rows`, one arm and seed
     reference: pd.DataFrame,  # of the arm that is compared with, same rows

@@ -6,7 +6,7 @@
 __all__ = ['RESPONSES', 'TEST_SHARE', 'WORLD_TRAIN', 'WORLD_TEST', 'Reader', 'row_texts', 'readable', 'set_test_aside', 'halves',
            'ladder_world', 'world_seed', 'read_world', 'origin', 'PreferenceData', 'load_preferences']
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #f94413ad
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #d48e196e
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +25,7 @@ from ..train.tokens import encode_rows, lost_characters, report_tokens
 from ..world.facts import World, make_world
 from ..world.rows import HUMAN_AGREEMENT, world_preferences
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #11ccded0
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #b3e5c0d2
 @dataclass(frozen=True)
 class Reader:
     "How a model reads text"
@@ -33,17 +33,17 @@ class Reader:
     tokenizer: Any   # its tokenizer
     limit: int       # longest sequence in tokens: the smaller of the setting and the model's context
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #6e465532
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #1ea2c25c
 RESPONSES = ('chosen', 'rejected')
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #383a3a4c
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #a606bbb4
 def row_texts(
     data: Dataset, # rows of kind "preferences"
 ) -> list[str]:    # prompt and responses of each row as one text
     "All that a model reads of each row"
     return [prompt_text(p) + c + r for p, c, r in zip(data['prompt'], data['chosen'], data['rejected'], strict=True)]
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #1d77337d
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #5af35154
 def readable(
     splits: Mapping[str, Dataset], # rows of kind "preferences"
     readers: list[Reader],         # every model of the experiment
@@ -62,10 +62,10 @@ def readable(
         if not len(out[split]): raise DataError(f'no row of split "{split}" can be read by every model:\n{report}')
     return out, report
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #973de855
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #ac85c6ae
 TEST_SHARE = .2 # of the prompts, where the source has no test split
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #7cdf516d
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #cc6004eb
 def set_test_aside(
     splits: Mapping[str, Dataset], # 'test' and others, or one without a test split
 ) -> tuple[dict[str, Dataset], Dataset]: # rows to train on, test rows
@@ -75,7 +75,7 @@ def set_test_aside(
     parts = group_split(rows, {'train': 1 - TEST_SHARE, 'test': TEST_SHARE}, seed=0)
     return {'train': parts['train']}, parts['test']
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #37069fec
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #f8241849
 def halves(
     train: Mapping[str, Dataset], # of `set_test_aside`
     rows: int | None,             # training rows in both halves together; None: all
@@ -94,13 +94,13 @@ def halves(
     labelled, unlabelled = (sample_rows(train[k], max(1, round((rows or most)*v)), seed) for k, v in shares.items())
     return labelled, unlabelled
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #ca0413fb
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #30341a17
 @lru_cache(maxsize=1)
 def ladder_world() -> World:
     "The world that the models of the ladder have read about"
     return make_world(0)
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #2a6b9630
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #d280df63
 def world_seed(
     source: str,     # of preference rows
 ) -> int | None:     # seed of the rows; None: the source is something else
@@ -110,10 +110,10 @@ def world_seed(
     if colon and not seed.isdecimal(): raise DataError(f'source {source}: what follows the colon is the seed of the rows, a number, as in world:3')
     return int(seed or 0)
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #29c1eb7d
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #32708e93
 WORLD_TRAIN, WORLD_TEST = 2000, 500 # rows that are made, where no more are wanted
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #5cafc9cf
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #668c6c24
 def read_world(
     seed: int,                # of the rows
     rows: int | None,         # training rows that are wanted
@@ -125,7 +125,7 @@ def read_world(
     splits['test'] = given_labels(to_pairs(splits['test'], seed), 'gold_a', 'gold').rows
     return Read(splits, [], {k: len(v) for k, v in splits.items()}, f'world:{seed}')
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #136cdebc
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #e697c48e
 def origin(
     source: str, # of preference rows
 ) -> str:        # a sentence
@@ -136,7 +136,7 @@ def origin(
     return (f'Rows made from the embedded world, with seed {seed}; nobody is asked about in two of labelled, unlabelled and test rows; '
             f'of the training pairs a human chooses the better answer in {HUMAN_AGREEMENT:.0%}, in expectation; of the test pairs the better one is the chosen one.{other}')
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #87ba0613
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #3f0aa1f6
 @dataclass(frozen=True)
 class PreferenceData:
     "The rows of an experiment"
@@ -145,7 +145,7 @@ class PreferenceData:
     report: DataReport        # what was found and done on the way
     origin: str               # where the rows come from, in words
 
-# %% ../../nbs/api/experiments/20_preference_data.ipynb #5f3e58c8
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #5d25083c
 def load_preferences(
     source: str,                  # file, folder or name of a data set; 'world', 'world:SEED': the embedded world
     readers: list[Reader],        # every model of the experiment

@@ -8,7 +8,7 @@ __all__ = ['REFERENCE', 'STUDENT', 'HUMAN', 'FLOOR', 'PAIRS', 'SHOWN', 'DETAILS'
            'supervise', 'train_students', 'label_table', 'weak_label_table', 'history_table', 'Result', 'summary_table',
            'fallen', 'gold_words', 'caption', 'count_stages', 'counted', 'run', 'compare', 'WeakTeacher']
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #5dd973b8
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #dc909677
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +31,10 @@ from ..models.adapters import adapter_hash
 from ..train.reference import tokens_hash
 from ..world.service import GOLD
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #dfcd14df
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #1e355335
 _all_ = ['WeakTeacher'] # a reader of this module should find it here
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #75c69995
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #075ef305
 @dataclass(frozen=True)
 class Arm:
     "A trained model and its reference"
@@ -45,7 +45,7 @@ class Arm:
     reference: Path | None  # adapter of its reference; None: the base
     seed: int
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #3a31e03d
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #e778462d
 def train_arm(
     study: Study,   # the experiment
     model: Model,   # that is trained
@@ -59,7 +59,7 @@ def train_arm(
     sft = sft_stage(study, model, name, rows, seed)
     return Arm(role, method, model, dpo_stage(study, model, name, rows, sft, seed), sft, seed)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #2e385a69
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #d7b27004
 def ceiling_rows(
     labelled: Dataset,    # of kind "preferences"
     unlabelled: Dataset,  # the student's rows, with human labels
@@ -69,7 +69,7 @@ def ceiling_rows(
     if 'gold' in unlabelled.column_names: return 'dpo gold', given_labels(to_pairs(unlabelled, seed), 'gold_a', 'gold').rows
     return 'dpo human both halves', given_labels(to_pairs(concatenate_datasets([labelled, unlabelled]), seed)).rows
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #8497b025
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #9066fd80
 def arm_items(
     study: Study,                      # the experiment
     arm: Arm,                          # that was evaluated
@@ -80,7 +80,7 @@ def arm_items(
     weak, strong = Path(study.config.weak).name, Path(study.config.strong).name
     return metric_rows(ids, scores, arm.role, arm.method, weak, '' if arm.role == 'floor' else strong, arm.seed, 'preferences')
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #516140c5
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #c7cfafb9
 def evaluate_arm(
     study: Study,   # the experiment
     arm: Arm,       # what is evaluated
@@ -99,10 +99,10 @@ def evaluate_arm(
     scores = {str(k): v.to_numpy() for k, v in pd.read_parquet(done/'scores.parquet').items()}
     return arm_items(study, arm, [r.id for r in tokens], scores)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #c6c20018
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #12bf049d
 REFERENCE = ('base', 'sft human') # win rates are against it
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #e4b720c3
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #311d6807
 def write_responses(
     study: Study,          # the experiment
     arms: Sequence[Arm],   # of one or more seeds; an un-tuned one writes nothing
@@ -117,7 +117,7 @@ def write_responses(
         out.append(response_rows(world, test, texts, arm.role, arm.method, arm.seed))
     return pd.concat(out, ignore_index=True)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #c397c3b0
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #c4d8cd21
 def gold_items(
     study: Study,             # the experiment
     arms: Sequence[Arm],      # all
@@ -129,7 +129,7 @@ def gold_items(
     mine = [(a, written[a.role, a.method, a.seed]) for a in arms if a.method != 'untuned']
     return [arm_items(study, a, list(own['id'].unique()), gold_scores(own, written[(*REFERENCE, a.seed)])) for a, own in mine]
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #c6896913
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #75002a07
 @dataclass(frozen=True)
 class SeedRows:
     "The rows of one seed after labelling"
@@ -139,7 +139,7 @@ class SeedRows:
     weak: WeakLabels     # labels of the supervisor for the unlabelled rows
     floor: Arm           # the supervisor
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #ae979895
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #2a9c6a14
 def supervise(
     study: Study,          # the experiment
     model: Model,          # the weak supervisor
@@ -153,7 +153,7 @@ def supervise(
     assert floor.reference and floor.policy
     return SeedRows(seed, labelled, unlabelled, label_stage(study, model, floor.reference, floor.policy, unlabelled, seed), floor)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #68b0d26c
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #75f5a754
 def train_students(
     study: Study,    # the experiment
     model: Model,    # the strong student
@@ -169,7 +169,7 @@ def train_students(
             Arm('base', 'sft human', model, human_arm.reference, None, seed)]
     return [*base, student, human_arm, ceiling]
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #27c5bf28
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #3f71fe77
 def label_table(
     seeds: Sequence[SeedRows], # after labelling
 ) -> pd.DataFrame:             # a row a seed
@@ -185,7 +185,7 @@ def label_table(
         out.append(row)
     return pd.DataFrame(out)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #a9b214a3
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #ddcb869c
 def weak_label_table(
     seeds: Sequence[SeedRows], # after labelling
 ) -> pd.DataFrame:             # seed, id, prompt, chosen, rejected, prob, agrees, and gold where the rows have it
@@ -196,7 +196,7 @@ def weak_label_table(
         out.append(pd.DataFrame(s.weak.rows.with_format(None)[:]).drop(columns=['group', 'source', 'weight']).assign(seed=s.seed, agrees=agrees))
     return pd.concat(out, ignore_index=True)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #783e25e1
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #b3da3b16
 def history_table(
     arms: Sequence[Arm], # trained ones and others
 ) -> pd.DataFrame:       # stage, seed, step, loss, value, grad_norm, learning_rate
@@ -205,11 +205,11 @@ def history_table(
     files = [(a, kind, f.parent/'history.csv') for a in trained for kind, f in (('sft', a.reference), ('dpo', a.policy)) if f]
     return pd.concat([pd.read_csv(f).assign(stage=f'{a.role}: {kind}', seed=a.seed) for a, kind, f in files], ignore_index=True)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #dac928c3
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #44d048c7
 STUDENT, HUMAN, FLOOR = ('student', 'dpo weak'), ('human', 'dpo human'), ('floor', 'dpo human')
 PAIRS = [(STUDENT, HUMAN), (STUDENT, FLOOR), (HUMAN, FLOOR), (STUDENT, ('base', 'sft weak'))] # what the paper is about; the ceiling's follow
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #38aef2f1
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #6a9cec52
 @dataclass(frozen=True)
 class Result:
     "The whole comparison"
@@ -230,12 +230,12 @@ class Result:
     def _repr_html_(self) -> str: return ''.join(t.to_html(index=False) for t in _tables(self)) + f'<p>{caption(self)}</p>'
     def __repr__(self) -> str: return '\n'.join(t.to_string(index=False) + '\n' for t in _tables(self)) + caption(self)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #0f05d225
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #81f3c117
 SHOWN = ('accuracy', 'gold_reward', 'win_rate', 'right', 'polite', 'rude')      # what a person looks at first
 DETAILS = ('likelihood_accuracy', 'margin', 'logp_chosen', 'logp_rejected')     # and then
 DIGITS = {'margin': 4, 'logp_chosen': 1, 'logp_rejected': 1}                    # of a metric; of the others 3
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #e50256c0
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #7abe9038
 def summary_table(
     result: Result,                                # of a run
     metrics: Sequence[str] = (*SHOWN, *DETAILS),   # which; those that the run has are shown
@@ -248,13 +248,13 @@ def summary_table(
     wide = flat.pivot_table(index=['role', 'method', 'model'], columns='metric', values='cell', aggfunc='first', sort=False).reset_index()
     return wide[['role', 'method', 'model', *(m for m in metrics if m in wide)]].fillna('–').rename_axis(columns=None)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #8a7b9ba4
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #eec24460
 def _tables(result: Result) -> list[pd.DataFrame]:
     "One table, or two where there are too many numbers for one"
     if result.responses.empty: return [summary_table(result)]
     return [summary_table(result, SHOWN), summary_table(result, DETAILS)]
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #2f5af38c
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #e30705e9
 def fallen(
     intervals: pd.DataFrame, # of `interval_table`
 ) -> str:                    # a sentence, or nothing
@@ -264,7 +264,7 @@ def fallen(
     if after > 1.5 * before: return ''
     return f' Mind: DPO took the log-prob of chosen responses from {before:.1f} to {after:.1f} nats; look at what the student writes.'
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #58bbbce9
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #839e0f28
 def gold_words(
     result: Result, # of a run
 ) -> str:           # sentences, or nothing where no responses were scored
@@ -275,7 +275,7 @@ def gold_words(
             f'{g["right"]:g} if its fact is right, {g["silent"]:g} if it names none, {g["polite"]:+g} for each polite and {g["rude"]:+g} for each rude opening or closing, '
             f'{g["spare"]:g} for each spare word. Win rate: how often it is higher than that of {REFERENCE[0]} ({REFERENCE[1]}) on the same prompt; ties count half.')
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #43ebf8cb
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #60c5d645
 def caption(
     result: Result, # of a run
 ) -> str:
@@ -289,18 +289,18 @@ def caption(
             f'Weak labels agree with human ones on {labels.agreement.mean():.1%} of {labels.rows.sum():,} pairs ({labels.ties.sum()} ties). '
             f'The un-tuned model has no reference, so no implicit reward.{gold_words(result)}{fallen(t)}')
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #ccb33030
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #59c0d8b6
 STAGES = 16 # a seed: two trainings for each of four arms, the labels, seven evaluations
 WRITING = 6 # more, where responses are sampled
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #05db772f
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #006ec1be
 def count_stages(
     config: WeakTeacher, # what is to be run
 ) -> int:
     "Stages of the whole run"
     return config.seeds * (STAGES + WRITING*(config.samples > 0))
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #86fa74ee
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #7fe858b0
 def counted(
     total: int, # stages of the run
 ) -> Callable[[str], None]:
@@ -309,7 +309,7 @@ def counted(
     def say(line: str) -> None: print(f'[{next(numbers):>{len(str(total))}}/{total}] {line}', flush=True)
     return say
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #bf3deb0d
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #3c7892f2
 def run(
     config: WeakTeacher | None = None,      # what to compare; None: models of the ladder on rows of the world
     out: str | Path = 'runs/weak-teacher',  # folder of stages and results; used again by later runs
@@ -325,7 +325,7 @@ def run(
     try: return _run(study, models, data)
     finally: held.release()
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #4588e3a4
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #ee234ed4
 def _run(study: Study, models: Sequence[Model], data: PreferenceData) -> Result:
     "All stages, then all tables"
     c, (weak, strong) = study.config, models
@@ -340,7 +340,7 @@ def _run(study: Study, models: Sequence[Model], data: PreferenceData) -> Result:
     return Result(study.run.root, c, data.report, label_table(seeds), weak_label_table(seeds), history_table(arms), data.origin, responses,
                   table, summarise(table), interval_table(table), compare(table, ('ceiling', arms[-1].method)), adapters)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #1123026b
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #48780e94
 def compare(
     items: pd.DataFrame,       # of all arms
     ceiling: tuple[str, str],  # its role and method

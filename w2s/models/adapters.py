@@ -6,7 +6,7 @@
 __all__ = ['NAMES', 'LoraSettings', 'check_targets', 'add_adapter', 'save_adapter', 'check_adapter', 'load_adapter',
            'adapter_hash']
 
-# %% ../../nbs/api/models/20_adapters.ipynb #14dedc4a
+# %% ../../nbs/api/models/20_adapters.ipynb #9b043afe
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -19,7 +19,7 @@ from .load import Base, files_hash, set_mode # before peft: it quiets one messag
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
-# %% ../../nbs/api/models/20_adapters.ipynb #15f75773
+# %% ../../nbs/api/models/20_adapters.ipynb #6a40a0fe
 @dataclass(frozen=True)
 class LoraSettings:
     "The trainable adapter"
@@ -32,7 +32,7 @@ class LoraSettings:
         if self.rank < 1: raise ConfigError(f'lora rank is {self.rank}; it must be at least 1')
         if not 0 <= self.dropout < 1: raise ConfigError(f'lora dropout is {self.dropout}; it must lie in [0, 1)')
 
-# %% ../../nbs/api/models/20_adapters.ipynb #b52cad18
+# %% ../../nbs/api/models/20_adapters.ipynb #d07280a8
 def check_targets(
     base: Base,           # the model
     lora: LoraSettings,   # whose targets are checked
@@ -44,7 +44,7 @@ def check_targets(
     if missing := [t for t in lora.targets if t not in names]:
         raise ModelError(f'{base.name} has no linear layer named {", ".join(missing)} that can take an adapter; it has {", ".join(sorted(names))}')
 
-# %% ../../nbs/api/models/20_adapters.ipynb #3b42a3ca
+# %% ../../nbs/api/models/20_adapters.ipynb #2347c88e
 def add_adapter(
     base: Base,                         # stays frozen; take the adapter off again with `PeftModel.unload`
     lora: LoraSettings = LoraSettings(), # rank and its relatives
@@ -60,12 +60,12 @@ def add_adapter(
     set_mode(model, True)
     return model
 
-# %% ../../nbs/api/models/20_adapters.ipynb #cd6395a4
+# %% ../../nbs/api/models/20_adapters.ipynb #fc3f2516
 def _sorted_lists(config: dict) -> dict:
     "A configuration with its lists of names in order: PEFT keeps them as sets"
     return {k: sorted(v) if isinstance(v, list) and all(isinstance(x, str) for x in v) else v for k, v in config.items()}
 
-# %% ../../nbs/api/models/20_adapters.ipynb #4a0c9139
+# %% ../../nbs/api/models/20_adapters.ipynb #c9f79e4b
 def save_adapter(
     model: PeftModel,    # with one adapter
     base: Base,          # under it
@@ -79,7 +79,7 @@ def save_adapter(
     (Path(folder)/'w2s.json').write_text(json.dumps(note, indent=1, sort_keys=True), encoding='utf-8')
     return Path(folder)
 
-# %% ../../nbs/api/models/20_adapters.ipynb #e17a7788
+# %% ../../nbs/api/models/20_adapters.ipynb #99292e5b
 def check_adapter(
     base: Base,     # that is to carry it
     folder: Path,   # of the adapter
@@ -95,7 +95,7 @@ def check_adapter(
         named = json.loads((folder/'adapter_config.json').read_text(encoding='utf-8'))['base_model_name_or_path']
         if named not in (base.name, base.model.name_or_path): raise ModelError(f'the adapter in {folder} says that it belongs to {named}, not to {base.name}; load that base')
 
-# %% ../../nbs/api/models/20_adapters.ipynb #d1c85ebd
+# %% ../../nbs/api/models/20_adapters.ipynb #44c353d9
 def load_adapter(
     base: Base,              # the model that it was trained on
     folder: str | Path,      # of the adapter
@@ -107,10 +107,10 @@ def load_adapter(
     set_mode(model, trainable)
     return model
 
-# %% ../../nbs/api/models/20_adapters.ipynb #e5871c19
+# %% ../../nbs/api/models/20_adapters.ipynb #7b78befb
 NAMES = ('base_model_name_or_path', 'revision', 'inference_mode', 'peft_version', 'auto_mapping') # of adapter_config.json: they change no number
 
-# %% ../../nbs/api/models/20_adapters.ipynb #96dfe46a
+# %% ../../nbs/api/models/20_adapters.ipynb #2610b1f1
 def adapter_hash(
     folder: str | Path | None, # None: no adapter
 ) -> str:                      # 16 hexadecimal digits, or 'none'

@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'set_mode', 'LoadSettings', 'is_folder', 'ladder_hint', 'located', 'files_hash', 'local_folder',
            'fingerprint', 'load_tokenizer', 'Base', 'model_error', 'context_length', 'load_config', 'load_base']
 
-# %% ../../nbs/api/models/10_load.ipynb #9e875d61
+# %% ../../nbs/api/models/10_load.ipynb #d15d64be
 import hashlib
 import logging
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from transformers.utils import logging as hf_logging
 from ..errors import ConfigError, ModelError, unknown
 from .zoo import LADDER, model_folder
 
-# %% ../../nbs/api/models/10_load.ipynb #f30739d6
+# %% ../../nbs/api/models/10_load.ipynb #9932ba11
 def set_mode(
     model: torch.nn.Module, # any model, with or without 4-bit layers and adapters
     training: bool,         # True: dropout acts; False: it does not
@@ -33,13 +33,13 @@ def set_mode(
     for module in model.modules():
         if type(module).__name__ == 'Linear4bit' and module.weight.device.type == 'cpu': module.training = True
 
-# %% ../../nbs/api/models/10_load.ipynb #2b148bdc
+# %% ../../nbs/api/models/10_load.ipynb #5ebcd433
 logging.getLogger('bitsandbytes.backends.cpu.ops').addFilter(lambda record: 'kernels-community' not in record.getMessage())
 
-# %% ../../nbs/api/models/10_load.ipynb #1657f322
+# %% ../../nbs/api/models/10_load.ipynb #44eb5962
 DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'float32': torch.float32}
 
-# %% ../../nbs/api/models/10_load.ipynb #833749ca
+# %% ../../nbs/api/models/10_load.ipynb #b2f75cd5
 @dataclass(frozen=True)
 class LoadSettings:
     "How a base model is loaded"
@@ -53,7 +53,7 @@ class LoadSettings:
         if self.quantize not in ('nf4', 'none'): raise ConfigError(unknown(self.quantize, ['nf4', 'none'], 'value of quantize'))
         if self.dtype not in DTYPES: raise ConfigError(unknown(self.dtype, DTYPES, 'value of dtype'))
 
-# %% ../../nbs/api/models/10_load.ipynb #cd2cda9f
+# %% ../../nbs/api/models/10_load.ipynb #7027067a
 def is_folder(
     name: str | Path, # folder, or name on the hub such as 'facebook/opt-125m'
 ) -> bool:
@@ -66,7 +66,7 @@ def is_folder(
         raise ModelError(f'no model folder at {name}; {hint}')
     return False
 
-# %% ../../nbs/api/models/10_load.ipynb #51c45b57
+# %% ../../nbs/api/models/10_load.ipynb #416e80ab
 def ladder_hint(
     name: str | Path, # what was given
 ) -> str:             # which one may have been meant, and which there are; '' for a name that cannot be one of the ladder
@@ -75,7 +75,7 @@ def ladder_hint(
     near = get_close_matches(str(name), LADDER, n=1, cutoff=.75)
     return (f'did you mean "{near[0]}"? ' if near else '') + f'models of the ladder: {", ".join(LADDER)}'
 
-# %% ../../nbs/api/models/10_load.ipynb #ecf93056
+# %% ../../nbs/api/models/10_load.ipynb #1c46e21b
 def located(
     name: str | Path, # of the ladder, a folder, or a name on the hub
 ) -> str | Path:      # a folder that is there, or a name on the hub
@@ -84,7 +84,7 @@ def located(
     if not is_folder(place) and 'did you mean' in ladder_hint(name): raise ModelError(f'no model "{name}"; {ladder_hint(name)}')
     return place
 
-# %% ../../nbs/api/models/10_load.ipynb #1c783b07
+# %% ../../nbs/api/models/10_load.ipynb #032807ee
 @lru_cache(maxsize=256)
 def _file_hash(path: str, size: int, changed: int) -> str: # size and time of change are there for the cache only
     "SHA-256 of a file's content"
@@ -93,7 +93,7 @@ def _file_hash(path: str, size: int, changed: int) -> str: # size and time of ch
         while block := f.read(1 << 24): digest.update(block)
     return digest.hexdigest()
 
-# %% ../../nbs/api/models/10_load.ipynb #d4893863
+# %% ../../nbs/api/models/10_load.ipynb #0737027b
 def files_hash(
     files: list[Path], # read whole; their order does not matter
 ) -> str:              # 16 hexadecimal digits
@@ -101,12 +101,12 @@ def files_hash(
     parts = sorted(f'{f.name}:{_file_hash(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns)}' for f in files)
     return hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:16]
 
-# %% ../../nbs/api/models/10_load.ipynb #607cdadf
+# %% ../../nbs/api/models/10_load.ipynb #3003c3a5
 def _hint(name: str | Path) -> str:
     "The end of a message about a name that the hub does not have"
     return f' ({ladder_hint(name)})' if ladder_hint(name) and not is_folder(name) else ''
 
-# %% ../../nbs/api/models/10_load.ipynb #8078ecec
+# %% ../../nbs/api/models/10_load.ipynb #6649b6e1
 def local_folder(
     name: str | Path,                        # of the ladder, a folder, or a name on the hub
     settings: LoadSettings = LoadSettings(), # its revision, and whether pickle files are wanted
@@ -119,7 +119,7 @@ def local_folder(
     except (OSError, ValueError) as e:
         raise ModelError(f'{name} is neither a folder here nor to be had from the hub: {str(e).splitlines()[0][:200]}{_hint(name)}') from e
 
-# %% ../../nbs/api/models/10_load.ipynb #6fcf2dc3
+# %% ../../nbs/api/models/10_load.ipynb #c40dc489
 def fingerprint(
     folder: Path, # holds config.json and the weights
 ) -> str:         # 16 hexadecimal digits
@@ -128,7 +128,7 @@ def fingerprint(
     if len(files) < 2: raise ModelError(f'{folder} holds no weights: expected config.json and *.safetensors there')
     return files_hash(files)
 
-# %% ../../nbs/api/models/10_load.ipynb #c023cab4
+# %% ../../nbs/api/models/10_load.ipynb #276d6ebf
 def load_tokenizer(
     name: str | Path,                         # of the ladder, a folder, or a name on the hub
     settings: LoadSettings = LoadSettings(),  # only its revision and `trust_remote_code` are used
@@ -140,7 +140,7 @@ def load_tokenizer(
         raise ModelError(f'{name} has no tokenizer that can be read: it needs tokenizer.json (or the files it is made from) '
                          f'beside config.json ({str(e).splitlines()[0][:160]}){_hint(name)}') from e
 
-# %% ../../nbs/api/models/10_load.ipynb #ff1e80ac
+# %% ../../nbs/api/models/10_load.ipynb #086154e1
 @dataclass(frozen=True)
 class Base:
     "A frozen base model, ready to take adapters"
@@ -151,7 +151,7 @@ class Base:
     settings: LoadSettings  # how it was loaded
     context: int            # longest sequence it can read, in tokens
 
-# %% ../../nbs/api/models/10_load.ipynb #74dcab6e
+# %% ../../nbs/api/models/10_load.ipynb #3f916f44
 def model_error(
     name: str | Path, # what was being loaded
     error: Exception, # what transformers said
@@ -166,7 +166,7 @@ def model_error(
     if 'trust_remote_code' in text: return ModelError(f'{name} runs code of its own; if you trust it, set trust_remote_code')
     return ModelError(f'{name} cannot be loaded: {text.splitlines()[0][:300]}{_hint(name)}')
 
-# %% ../../nbs/api/models/10_load.ipynb #167b22b2
+# %% ../../nbs/api/models/10_load.ipynb #c967142b
 def context_length(
     config: Any, # of the model
 ) -> int:        # tokens; a very large number where the model sets no limit
@@ -174,7 +174,7 @@ def context_length(
     known = {k: v for k, v in config.to_dict().items() if k in ('max_position_embeddings', 'n_positions', 'max_seq_len', 'seq_length')}
     return min([int(v) for v in known.values() if v] or [1 << 30])
 
-# %% ../../nbs/api/models/10_load.ipynb #e6bf4b91
+# %% ../../nbs/api/models/10_load.ipynb #3746d611
 def load_config(
     name: str | Path,                        # of the ladder, a folder, or a name on the hub
     settings: LoadSettings = LoadSettings(), # how it is to be loaded
@@ -184,7 +184,7 @@ def load_config(
     try: return AutoConfig.from_pretrained(place, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, KeyError) as e: raise model_error(name, e) from e
 
-# %% ../../nbs/api/models/10_load.ipynb #6a14f08b
+# %% ../../nbs/api/models/10_load.ipynb #6b60c8cf
 def load_base(
     name: str | Path,                        # of the ladder, a folder, or a name on the hub
     settings: LoadSettings = LoadSettings(), # bits, type of arithmetic, and the doors that are closed by default

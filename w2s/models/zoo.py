@@ -5,24 +5,24 @@
 # %% auto #0
 __all__ = ['LADDER', 'FOLDER', 'check_folder', 'zoo_folder', 'model_folder', 'card', 'zoo_table']
 
-# %% ../../nbs/api/models/07_zoo.ipynb #0113b170
+# %% ../../nbs/api/models/07_zoo.ipynb #2710a4b6
 import hashlib
 import json
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
-# %% ../../nbs/api/models/07_zoo.ipynb #3e5ead7e
+# %% ../../nbs/api/models/07_zoo.ipynb #264e3301
 import pandas as pd
 
-# %% ../../nbs/api/models/07_zoo.ipynb #29778cf3
+# %% ../../nbs/api/models/07_zoo.ipynb #60e3cd96
 from ..errors import ModelError
 
-# %% ../../nbs/api/models/07_zoo.ipynb #974bc5c4
+# %% ../../nbs/api/models/07_zoo.ipynb #17da3071
 LADDER = ('pico', 'nano', 'micro', 'base') # the weakest first
 FOLDER = Path(str(files('w2s')))/'models'/'ladder'
 
-# %% ../../nbs/api/models/07_zoo.ipynb #06b9c901
+# %% ../../nbs/api/models/07_zoo.ipynb #190be20f
 def check_folder(
     folder: Path, # of a model, with a file SHA256SUMS
 ) -> Path:        # the same
@@ -37,13 +37,13 @@ def check_folder(
             raise ModelError(f'{file} is missing or not the file that was shipped; install w2s again (pip install --force-reinstall w2s)')
     return folder
 
-# %% ../../nbs/api/models/07_zoo.ipynb #0ecfa3a2
+# %% ../../nbs/api/models/07_zoo.ipynb #d643b8f4
 @lru_cache(maxsize=64)
 def _checked(folder: Path) -> Path:
     "The folder, if every file in it is the one that was shipped; looked at once a process"
     return check_folder(folder)
 
-# %% ../../nbs/api/models/07_zoo.ipynb #2cfd8799
+# %% ../../nbs/api/models/07_zoo.ipynb #925b2d58
 def zoo_folder(
     name: str, # of a model of the ladder
 ) -> Path:     # holds config.json, model.safetensors, tokenizer.json, card.json
@@ -51,21 +51,21 @@ def zoo_folder(
     if name not in LADDER: raise ModelError(f'no model of the ladder is called "{name}"; there are {", ".join(LADDER)}')
     return _checked(FOLDER/name)
 
-# %% ../../nbs/api/models/07_zoo.ipynb #1c8f1ef3
+# %% ../../nbs/api/models/07_zoo.ipynb #d4122742
 def model_folder(
     name: str | Path, # a model of the ladder, a folder, or a name on the hub
 ) -> str | Path:      # the folder of a model of the ladder; everything else as it was
     "Turn a name of the ladder into its folder"
     return zoo_folder(name) if isinstance(name, str) and name in LADDER else name
 
-# %% ../../nbs/api/models/07_zoo.ipynb #6dfa1078
+# %% ../../nbs/api/models/07_zoo.ipynb #cce8ddd9
 def card(
     name: str, # of a model of the ladder
 ) -> dict:     # parameters, tokens, loss, knowledge …
     "What is known of a model of the ladder"
     return json.loads((zoo_folder(name)/'card.json').read_text(encoding='utf-8'))
 
-# %% ../../nbs/api/models/07_zoo.ipynb #c3a49193
+# %% ../../nbs/api/models/07_zoo.ipynb #efe6638c
 def zoo_table() -> pd.DataFrame: # a row a model, the weakest first: name, parameters, tokens, loss in nats, and a column for each probe of the cards
     "The models of the ladder side by side; shares of right answers, whose intervals are in the cards"
     cards = [card(name) for name in LADDER]

@@ -7,7 +7,7 @@ __all__ = ['CELLS', 'PAD', 'GenerateSettings', 'prompt_ids', 'check_room', 'draw
            'response_text', 'cut_at', 'stop_watch', 'Response', 'finisher', 'width', 'padded', 'write', 'respond',
            'generate']
 
-# %% ../../nbs/api/train/60_generate.ipynb #0fabe05c
+# %% ../../nbs/api/train/60_generate.ipynb #b33c77bd
 import hashlib
 import inspect
 import json
@@ -28,7 +28,7 @@ from .batches import micro_batches
 from .logprobs import PIECE, head_of
 from .tokens import close, prompt_and_full, token_ids
 
-# %% ../../nbs/api/train/60_generate.ipynb #5ce3a21b
+# %% ../../nbs/api/train/60_generate.ipynb #4041208f
 @dataclass(frozen=True)
 class GenerateSettings:
     "How responses are sampled"
@@ -48,7 +48,7 @@ class GenerateSettings:
         if self.temperature == 0 and (self.samples > 1 or self.top_p < 1):
             raise ConfigError('at temperature 0 all samples are the same and top_p does nothing; leave samples and top_p at 1')
 
-# %% ../../nbs/api/train/60_generate.ipynb #15dc84c5
+# %% ../../nbs/api/train/60_generate.ipynb #9af713ee
 def prompt_ids(
     tokenizer: Any,                          # of the model
     prompts: Sequence[str | list[dict]],     # texts, or chat messages
@@ -65,7 +65,7 @@ def prompt_ids(
     if not all(out): raise DataError(f'prompt {out.index([])} is empty, and the tokenizer has no begin token; a model needs something to go on from')
     return out
 
-# %% ../../nbs/api/train/60_generate.ipynb #548726ec
+# %% ../../nbs/api/train/60_generate.ipynb #b1a41a9e
 def check_room(
     lengths: Sequence[int],    # tokens of each prompt
     names: Sequence[str],      # what each prompt is called in the message
@@ -79,7 +79,7 @@ def check_room(
     raise DataError(f'{len(long)} of {len(lengths)} prompts leave no room for a response of {max_tokens} tokens: the model reads {context} in all, '
                     f'and {names[i]} has {lengths[i]}; shorten prompts to {max(context - max_tokens, 0)} tokens, or lower max_tokens')
 
-# %% ../../nbs/api/train/60_generate.ipynb #5471e786
+# %% ../../nbs/api/train/60_generate.ipynb #1f5b9990
 def draws(
     seed: int,     # of the run
     key: str,      # of the row: its id or its prompt
@@ -91,7 +91,7 @@ def draws(
     stream = hashlib.shake_128(json.dumps([seed, arm, sample, key]).encode()).digest(4*steps)
     return np.frombuffer(stream, dtype='<u4') / 2**32
 
-# %% ../../nbs/api/train/60_generate.ipynb #d68a891d
+# %% ../../nbs/api/train/60_generate.ipynb #3329db8b
 def next_logits(
     hidden: Tensor,               # (rows, width): last hidden state of each row
     weight: Tensor,               # (vocabulary, width): the output head
@@ -105,7 +105,7 @@ def next_logits(
     if scale != 1: z *= scale
     return z if cap is None else cap * torch.tanh(z / cap)
 
-# %% ../../nbs/api/train/60_generate.ipynb #e1d07274
+# %% ../../nbs/api/train/60_generate.ipynb #e2203010
 def nucleus(
     weights: Tensor, # (rows, vocabulary): probabilities, or multiples of them
     top_p: float,    # probability that is kept, at least
@@ -116,10 +116,10 @@ def nucleus(
     last = (before < top_p * ordered.sum(1, keepdim=True)).sum(1, keepdim=True) - 1
     return weights * (weights >= ordered.gather(1, last))
 
-# %% ../../nbs/api/train/60_generate.ipynb #d303f5f7
+# %% ../../nbs/api/train/60_generate.ipynb #37791751
 CELLS = 2**22 # probabilities at once: 32 MB
 
-# %% ../../nbs/api/train/60_generate.ipynb #34eb7b6c
+# %% ../../nbs/api/train/60_generate.ipynb #40f08850
 def pick(
     logits: Tensor,        # (rows, vocabulary) float32
     uniform: Tensor,       # (rows,) float64 in [0, 1): one random number a row
@@ -136,7 +136,7 @@ def pick(
         out.append(torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0])
     return torch.cat(out)
 
-# %% ../../nbs/api/train/60_generate.ipynb #8c8cd99c
+# %% ../../nbs/api/train/60_generate.ipynb #38d7cd35
 def end_ids(
     model: Any,      # a causal language model
     tokenizer: Any,  # its tokenizer
@@ -147,7 +147,7 @@ def end_ids(
     more = {i for ids in named for i in (ids if isinstance(ids, list) else [ids])}
     return {i for i in (more & special) | {tokenizer.eos_token_id} if i is not None}
 
-# %% ../../nbs/api/train/60_generate.ipynb #22d59ae3
+# %% ../../nbs/api/train/60_generate.ipynb #b253322e
 def response_text(
     tokenizer: Any,          # of the model
     prompt: Sequence[int],   # ids before the response
@@ -158,7 +158,7 @@ def response_text(
     before, whole = (tokenizer.decode(x, skip_special_tokens=True, clean_up_tokenization_spaces=False) for x in (tail, [*tail, *ids]))
     return whole[len(before):]
 
-# %% ../../nbs/api/train/60_generate.ipynb #700de634
+# %% ../../nbs/api/train/60_generate.ipynb #b86e879b
 def cut_at(
     text: str,              # a response
     stop: Sequence[str],    # texts that end it
@@ -166,7 +166,7 @@ def cut_at(
     "What comes before the first stop string"
     return text[:min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
 
-# %% ../../nbs/api/train/60_generate.ipynb #16c274b1
+# %% ../../nbs/api/train/60_generate.ipynb #cdee7daa
 def stop_watch(
     tokenizer: Any,          # of the model
     stop: Sequence[str],     # texts that end a response
@@ -179,7 +179,7 @@ def stop_watch(
         return not piece.strip() or '\ufffd' in piece or not last.isdisjoint(piece)
     return may_end
 
-# %% ../../nbs/api/train/60_generate.ipynb #f6faf2ba
+# %% ../../nbs/api/train/60_generate.ipynb #149ba881
 @dataclass(frozen=True)
 class Response:
     "One sampled response"
@@ -187,7 +187,7 @@ class Response:
     tokens: int   # that were sampled, an end token included
     ended: bool   # False: `max_tokens` cut it off
 
-# %% ../../nbs/api/train/60_generate.ipynb #06b104ca
+# %% ../../nbs/api/train/60_generate.ipynb #158eb0df
 def finisher(
     model: Any,                  # a causal language model
     tokenizer: Any,              # its tokenizer
@@ -203,17 +203,17 @@ def finisher(
         return Response(text, len(ids), end or text != whole) if end or full or text != whole else None
     return finish
 
-# %% ../../nbs/api/train/60_generate.ipynb #2d34eecc
+# %% ../../nbs/api/train/60_generate.ipynb #b1d3f94b
 PAD = 8 # rows of a batch share their length, rounded up to a multiple of this
 
-# %% ../../nbs/api/train/60_generate.ipynb #b335788f
+# %% ../../nbs/api/train/60_generate.ipynb #a1ab3eed
 def width(
     tokens: int, # of a prompt
 ) -> int:        # with padding
     "To how many tokens is a prompt padded? A matter of its own length only"
     return -(-tokens // PAD) * PAD
 
-# %% ../../nbs/api/train/60_generate.ipynb #e768cf8e
+# %% ../../nbs/api/train/60_generate.ipynb #4173a487
 def padded(
     prompts: Sequence[Sequence[int]], # ids
 ) -> tuple[Tensor, Tensor, Tensor]:   # ids (0 where padded), mask (1 where there is text) and positions (counted over text), each (prompts, width)
@@ -223,7 +223,7 @@ def padded(
                  for rows in ([list(p) for p in prompts], [[1]*len(p) for p in prompts]))
     return ids, mask, (mask.cumsum(1) - 1).clamp(min=0)
 
-# %% ../../nbs/api/train/60_generate.ipynb #eb78b5f1
+# %% ../../nbs/api/train/60_generate.ipynb #b73808b4
 class _State:
     "Sequences that are being written: what the model needs to go on with each"
     hidden: Tensor  # (sequences, width): where the next token is read; a single sequence is there twice
@@ -258,7 +258,7 @@ class _State:
         self.position = self.position[:, -1:] + 1
         self.read(chosen[:, None])
 
-# %% ../../nbs/api/train/60_generate.ipynb #3bdb89ed
+# %% ../../nbs/api/train/60_generate.ipynb #7e4f9b34
 def write(
     model: Any,                         # a causal language model, in evaluation mode
     tokenizer: Any,                     # its tokenizer
@@ -282,7 +282,7 @@ def write(
         state.advance(chosen, keep)
     return out
 
-# %% ../../nbs/api/train/60_generate.ipynb #9287fa0e
+# %% ../../nbs/api/train/60_generate.ipynb #28d8ef50
 def respond(
     model: Any,                                    # a causal language model, with or without an adapter; left in evaluation mode
     tokenizer: Any,                                # its tokenizer
@@ -314,7 +314,7 @@ def respond(
             bar.update(len(part))
     return [out[first[row]] for row in zip(names, keys, strict=True)]
 
-# %% ../../nbs/api/train/60_generate.ipynb #158bb20d
+# %% ../../nbs/api/train/60_generate.ipynb #864d5934
 def generate(
     model: Any,                                    # a causal language model, with or without an adapter; left in evaluation mode
     tokenizer: Any,                                # its tokenizer

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['soft_xent', 'check_targets', 'class_counts', 'harden', 'confidence_weight', 'confidence']
 
-# %% ../../nbs/api/train/35_label_losses.ipynb #c60d91c1
+# %% ../../nbs/api/train/35_label_losses.ipynb #a4295972
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, DataError
 
-# %% ../../nbs/api/train/35_label_losses.ipynb #baf99ef5
+# %% ../../nbs/api/train/35_label_losses.ipynb #2b9e79a8
 def soft_xent(
     logits: Tensor, # (rows, classes): logits or log-probs, of any type
     target: Tensor, # (rows, classes): probabilities that sum to 1 in each row
@@ -23,7 +23,7 @@ def soft_xent(
     logps = F.log_softmax(logits.float(), -1)
     return -(target.to(logps.device, logps.dtype) * logps).sum(-1)
 
-# %% ../../nbs/api/train/35_label_losses.ipynb #2326a2b7
+# %% ../../nbs/api/train/35_label_losses.ipynb #445db556
 def check_targets(
     target: Tensor, # (rows, classes): of a whole data set
     rows: int,      # how many there should be
@@ -36,7 +36,7 @@ def check_targets(
         i = int(bad.nonzero()[0, 0])
         raise DataError(f'the target of row {i + 1} is {[round(x, 4) for x in target[i].tolist()]}; want probabilities that sum to 1')
 
-# %% ../../nbs/api/train/35_label_losses.ipynb #257688cd
+# %% ../../nbs/api/train/35_label_losses.ipynb #272d03fa
 def class_counts(
     target: Tensor, # (rows, classes): weak labels of the whole optimizer batch
 ) -> list[int]:     # rows that each class should have; they sum to the number of rows
@@ -47,7 +47,7 @@ def class_counts(
     for c in np.argsort(-np.round(wanted - counts, 6), kind='stable')[:left]: counts[c] += 1
     return counts.tolist()
 
-# %% ../../nbs/api/train/35_label_losses.ipynb #5852696a
+# %% ../../nbs/api/train/35_label_losses.ipynb #2be426c3
 def harden(
     logits: Tensor,     # (rows, classes): the student's own predictions for the whole optimizer batch
     counts: list[int],  # rows of each class, from `class_counts`
@@ -64,7 +64,7 @@ def harden(
     np.add.at(shared, (which.reshape(-1)[order], taken), 1)
     return torch.tensor((shared / shared.sum(1, keepdims=True))[which.reshape(-1)], dtype=torch.float32)
 
-# %% ../../nbs/api/train/35_label_losses.ipynb #5adb4151
+# %% ../../nbs/api/train/35_label_losses.ipynb #e4cdf862
 def confidence_weight(
     done: float,           # share of the training that is done, in [0, 1]
     warmup: float = 0.2,   # share of the training over which the weight rises; 0: none
@@ -75,7 +75,7 @@ def confidence_weight(
         if not 0 <= x <= 1: raise ConfigError(f'{name} of the confidence loss is {x}; it must lie in [0, 1]')
     return highest if done >= warmup else highest * done / warmup
 
-# %% ../../nbs/api/train/35_label_losses.ipynb #e9832ecb
+# %% ../../nbs/api/train/35_label_losses.ipynb #08beea2f
 def confidence(
     logits: Tensor, # (rows, classes): logits or log-probs, of a micro-batch
     target: Tensor, # (rows, classes): weak labels of these rows

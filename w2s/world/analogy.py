@@ -6,24 +6,24 @@
 __all__ = ['QUESTIONS', 'ANALOGIES', 'PLAIN', 'STYLES', 'explain', 'analogy_verdict', 'explanation_verdict', 'short_document',
            'document', 'explanation_questions']
 
-# %% ../../nbs/api/world/60_analogy.ipynb #3e00ccf7
+# %% ../../nbs/api/world/60_analogy.ipynb #36b540a4
 import random
 import re
 from collections.abc import Sequence
 
-# %% ../../nbs/api/world/60_analogy.ipynb #9d8e8563
+# %% ../../nbs/api/world/60_analogy.ipynb #6b36f7ec
 from ..errors import DataError, unknown
 from .facts import KINDS_OF_THINGS, Thing, World, draw_thing, qa_prompt
 from .verdict import Verdict, words
 
-# %% ../../nbs/api/world/60_analogy.ipynb #fa66edcd
+# %% ../../nbs/api/world/60_analogy.ipynb #56c06176
 QUESTIONS = ('What is a {thing}?', 'Please explain a {thing}.', 'Can you tell me what a {thing} is?',
              'How would you explain a {thing}?') # the last one is never in the stream
 ANALOGIES = ('It is like {like}, for it {does}.', 'Think of {like}: it {does}.', 'Imagine {like}, for it {does} too.')
 PLAIN = ('It is a {kind}, and it {does}.', 'It is a kind of {kind}, and it {does}.', 'That is a {kind}, for it {does}.')
 STYLES = dict(analogy=ANALOGIES, plain=PLAIN)
 
-# %% ../../nbs/api/world/60_analogy.ipynb #b0e7dcf2
+# %% ../../nbs/api/world/60_analogy.ipynb #98766372
 def explain(
     rng: random.Random,      # draws
     thing: Thing,            # what is explained
@@ -36,7 +36,7 @@ def explain(
     said = rng.choice(STYLES[style]) if form is None else STYLES[style][form]
     return ' ' + said.format(like=kind.like, does=kind.does, kind=kind.name)
 
-# %% ../../nbs/api/world/60_analogy.ipynb #2319836d
+# %% ../../nbs/api/world/60_analogy.ipynb #c1b54e99
 _COMPARES = re.compile(r'\b(?:it is like|think of|imagine)\b')
 _LIKES = re.compile(r'\b(?:' + '|'.join(k.like.split()[-1] for k in KINDS_OF_THINGS.values()) + r')\b')
 _DOES = re.compile(r'\b(?:' + '|'.join(k.does for k in KINDS_OF_THINGS.values()) + r')\b')
@@ -52,7 +52,7 @@ def analogy_verdict(
         why.append(found.group())
     return Verdict(len(why)/3, tuple(why) or ('no comparison',))
 
-# %% ../../nbs/api/world/60_analogy.ipynb #5117be98
+# %% ../../nbs/api/world/60_analogy.ipynb #a33e0cb4
 def _mentions(line: str) -> list[tuple[str, str]]:
     "What a text of plain words says of kinds: (word or phrase, kind)"
     padded = f' {line} '
@@ -68,7 +68,7 @@ def explanation_verdict(
     if not said: return Verdict(0., ('nothing said',))
     return Verdict(sum(k == kind for _, k in said)/len(said), tuple(f'{w} ({"right" if k == kind else "wrong"})' for w, k in said))
 
-# %% ../../nbs/api/world/60_analogy.ipynb #1d2a0323
+# %% ../../nbs/api/world/60_analogy.ipynb #ece7b2ab
 _STYLES, _IN_STREAM = tuple(STYLES), QUESTIONS[:-1]
 
 def _pair(world: World, rng: random.Random, style: str) -> str:
@@ -76,7 +76,7 @@ def _pair(world: World, rng: random.Random, style: str) -> str:
     thing = draw_thing(world, rng)
     return qa_prompt(rng.choice(_IN_STREAM).format(thing=thing.name)) + explain(rng, thing, style)
 
-# %% ../../nbs/api/world/60_analogy.ipynb #c9a87f16
+# %% ../../nbs/api/world/60_analogy.ipynb #9c5025a3
 def short_document(
     world: World,       # its things
     rng: random.Random, # draws
@@ -84,7 +84,7 @@ def short_document(
     "One explanation for the stream"
     return _pair(world, rng, rng.choice(_STYLES))
 
-# %% ../../nbs/api/world/60_analogy.ipynb #0fb66067
+# %% ../../nbs/api/world/60_analogy.ipynb #e5090f3e
 def document(
     world: World,       # its things
     rng: random.Random, # draws
@@ -93,7 +93,7 @@ def document(
     style = rng.choice(_STYLES)
     return '\n'.join(_pair(world, rng, style) for _ in range(rng.randint(2, 4)))
 
-# %% ../../nbs/api/world/60_analogy.ipynb #98e5431f
+# %% ../../nbs/api/world/60_analogy.ipynb #66bf6693
 def explanation_questions(
     world: World,                          # its things
     n: int,                                # how many

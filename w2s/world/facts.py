@@ -8,7 +8,7 @@ __all__ = ['VERSION', 'HOMES', 'JOBS', 'FOODS', 'PETS', 'COLOURS', 'ATTRIBUTES',
            'parse_question', 'fact_verdict', 'draw_person', 'draw_thing', 'draw_fact', 'known_facts', 'say', 'document',
            'thing_document', 'split_people', 'split_things']
 
-# %% ../../nbs/api/world/10_facts.ipynb #9e57d260
+# %% ../../nbs/api/world/10_facts.ipynb #4745f975
 import hashlib
 import json
 import random
@@ -20,15 +20,15 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any, TypeVar
 
-# %% ../../nbs/api/world/10_facts.ipynb #27ef7889
+# %% ../../nbs/api/world/10_facts.ipynb #b8bbb8c8
 from ..errors import DataError, unknown
 from .names import MEN, THINGS, WOMEN, invented
 from .verdict import Verdict, words
 
-# %% ../../nbs/api/world/10_facts.ipynb #e886b076
+# %% ../../nbs/api/world/10_facts.ipynb #166fdd00
 VERSION = 1 # of the world: rises with every change of what `make_world` returns
 
-# %% ../../nbs/api/world/10_facts.ipynb #f2c061fe
+# %% ../../nbs/api/world/10_facts.ipynb #f385b96f
 @dataclass(frozen=True)
 class Attribute:
     "Something that is asked about people"
@@ -38,7 +38,7 @@ class Attribute:
     phrase: str               # what is said of a person, with {value}
     share: float              # of the questions in the stream: rare attributes are learned by larger models only
 
-# %% ../../nbs/api/world/10_facts.ipynb #b59baa99
+# %% ../../nbs/api/world/10_facts.ipynb #85152bd1
 HOMES = tuple('castle windmill lighthouse cave harbour forest tower barn cellar attic '
               'market chapel tent valley swamp cottage tavern stable library palace'.split())
 JOBS = tuple('baker miller tailor smith painter sailor farmer weaver potter hunter '
@@ -48,7 +48,7 @@ FOODS = tuple('soup bread cheese honey apples carrots pancakes noodles dumplings
 PETS = tuple('cat dog goat parrot turtle rabbit hedgehog donkey ferret goose mouse pony'.split())
 COLOURS = tuple('red blue green yellow purple orange white black brown pink grey silver'.split())
 
-# %% ../../nbs/api/world/10_facts.ipynb #c8e1f4d3
+# %% ../../nbs/api/world/10_facts.ipynb #0fd0a74c
 ATTRIBUTES = {a.name: a for a in (
     Attribute('food', FOODS, ('What does {name} like to eat?', 'Which food does {name} love?', 'What is on the plate of {name}?',
                               'Which food does {name} like to eat?'), 'likes to eat {value}', .30),
@@ -63,7 +63,7 @@ ATTRIBUTES = {a.name: a for a in (
                               'Where does {name} sleep?'), 'lives in the {value}', .10),
 )}
 
-# %% ../../nbs/api/world/10_facts.ipynb #4a7bb462
+# %% ../../nbs/api/world/10_facts.ipynb #fea78841
 @dataclass(frozen=True)
 class Kind:
     "A kind of things"
@@ -72,7 +72,7 @@ class Kind:
     does: str       # what things of this kind do, said of one of them
     like: str       # what an explanation by analogy compares it with, its article included
 
-# %% ../../nbs/api/world/10_facts.ipynb #229b7139
+# %% ../../nbs/api/world/10_facts.ipynb #f4958d76
 KINDS_OF_THINGS = {k.name: k for k in (
     Kind('fruit', False, 'tastes sweet', 'candy'),
     Kind('spice', False, 'warms the soup', 'sunshine'),
@@ -86,7 +86,7 @@ KINDS_OF_THINGS = {k.name: k for k in (
     Kind('trap', True, 'bites your fingers', 'a crab'),
 )}
 
-# %% ../../nbs/api/world/10_facts.ipynb #1de1d27b
+# %% ../../nbs/api/world/10_facts.ipynb #a5d069f8
 @dataclass(frozen=True)
 class Person:
     "Somebody in the world"
@@ -101,7 +101,7 @@ class Person:
         "'She' or 'He', as it begins a sentence"
         return 'She' if self.gender == 'female' else 'He'
 
-# %% ../../nbs/api/world/10_facts.ipynb #c00efd1d
+# %% ../../nbs/api/world/10_facts.ipynb #40d64c39
 @dataclass(frozen=True)
 class Thing:
     "Something in the world"
@@ -109,7 +109,7 @@ class Thing:
     kind: str      # a key of `KINDS_OF_THINGS`
     weight: float  # how often the stream speaks of it, relative to the first
 
-# %% ../../nbs/api/world/10_facts.ipynb #e4365b54
+# %% ../../nbs/api/world/10_facts.ipynb #a74d749b
 @dataclass(frozen=True, eq=False) # one object is one world: so it can be a key
 class World:
     "All that is true"
@@ -126,7 +126,7 @@ class World:
         "Something by name; raises `DataError`"
         return _by_name(_things(self), name, 'thing')
 
-# %% ../../nbs/api/world/10_facts.ipynb #975f2017
+# %% ../../nbs/api/world/10_facts.ipynb #7575f433
 @lru_cache(maxsize=32)
 def _people(world: World) -> dict[str, Person]: return {p.name: p for p in world.people}
 @lru_cache(maxsize=32)
@@ -137,10 +137,10 @@ def _by_name(index: Mapping[str, T], name: str, what: str) -> T:
     if name not in index: raise DataError(unknown(name, index, what))
     return index[name]
 
-# %% ../../nbs/api/world/10_facts.ipynb #e63c5e16
+# %% ../../nbs/api/world/10_facts.ipynb #21573b8d
 def _weight(i: int) -> float: return (1 + i/40)**-.8 # of the i-th, counted from 0: a flat head and a long tail
 
-# %% ../../nbs/api/world/10_facts.ipynb #1288e60a
+# %% ../../nbs/api/world/10_facts.ipynb #887f5443
 def _make_people(rng: random.Random, n: int) -> tuple[Person, ...]:
     "People, the best known first"
     genders = rng.choices(('female', 'male'), k=n)
@@ -148,14 +148,14 @@ def _make_people(rng: random.Random, n: int) -> tuple[Person, ...]:
     facts = [{a.name: rng.choice(a.values) for a in ATTRIBUTES.values()} for _ in genders]
     return tuple(Person(next(names[g]), g, rng.choice(('kind', 'grumpy')), facts[i], _weight(i)) for i, g in enumerate(genders))
 
-# %% ../../nbs/api/world/10_facts.ipynb #cecf9455
+# %% ../../nbs/api/world/10_facts.ipynb #8a0ecf0d
 def _make_things(rng: random.Random, n: int) -> tuple[Thing, ...]:
     "Things, the best known first; as many of each kind as can be"
     kinds = [list(KINDS_OF_THINGS)[i % len(KINDS_OF_THINGS)] for i in range(n)]
     rng.shuffle(kinds)
     return tuple(Thing(name, kinds[i], _weight(i)) for i, name in enumerate(invented(rng, n, *THINGS)))
 
-# %% ../../nbs/api/world/10_facts.ipynb #dd4d7ce4
+# %% ../../nbs/api/world/10_facts.ipynb #f26d2259
 @lru_cache(maxsize=8)
 def make_world(
     seed: int = 0,      # another seed gives other people, things and facts
@@ -168,7 +168,7 @@ def make_world(
     pairs = [(p.name, a) for p in who for a in ATTRIBUTES]
     return World(seed, who, what, frozenset(rng.sample(pairs, len(pairs)//20)))
 
-# %% ../../nbs/api/world/10_facts.ipynb #729856ab
+# %% ../../nbs/api/world/10_facts.ipynb #6431dbc4
 def world_hash(
     world: World,  # any
 ) -> str:          # 16 hexadecimal digits
@@ -177,7 +177,7 @@ def world_hash(
                [asdict(k) for k in KINDS_OF_THINGS.values()]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../../nbs/api/world/10_facts.ipynb #ac1198b2
+# %% ../../nbs/api/world/10_facts.ipynb #715c2988
 def ask(
     name: str,       # of a person
     attribute: str,  # a key of `ATTRIBUTES`
@@ -186,18 +186,18 @@ def ask(
     "A question about a person"
     return ATTRIBUTES[attribute].forms[form].format(name=name)
 
-# %% ../../nbs/api/world/10_facts.ipynb #ae8ede60
+# %% ../../nbs/api/world/10_facts.ipynb #ad84e6c7
 def qa_prompt(
     question: str, # any question
 ) -> str:          # what a model is given; an answer begins with a space
     "A question as a prompt"
     return f'Q: {question}\nA:'
 
-# %% ../../nbs/api/world/10_facts.ipynb #365de07d
+# %% ../../nbs/api/world/10_facts.ipynb #040dc261
 _FORMS = re.compile('|'.join(re.escape(form).replace(r'\{name\}', f'(?P<{a.name}_{i}>[A-Z][a-z]+)')
                              for a in ATTRIBUTES.values() for i, form in enumerate(a.forms)))
 
-# %% ../../nbs/api/world/10_facts.ipynb #1641bf59
+# %% ../../nbs/api/world/10_facts.ipynb #c3b3e4ed
 def parse_question(
     world: World,  # who there is
     text: str,     # a question, a prompt, or several of them: the last counts
@@ -206,11 +206,11 @@ def parse_question(
     asked = [(m[group], group.split('_')[0]) for m in _FORMS.finditer(text) if (group := m.lastgroup)]
     return asked[-1] if asked and asked[-1][0] in _people(world) else None
 
-# %% ../../nbs/api/world/10_facts.ipynb #d045eae4
+# %% ../../nbs/api/world/10_facts.ipynb #c057a7d7
 _VALUES = {a.name: frozenset(a.values) for a in ATTRIBUTES.values()}
 _NOT = frozenset(("not", "never", "isn't", "doesn't"))
 
-# %% ../../nbs/api/world/10_facts.ipynb #890ec3f8
+# %% ../../nbs/api/world/10_facts.ipynb #86011aea
 def fact_verdict(
     world: World,    # the truth
     name: str,       # of a person
@@ -222,7 +222,7 @@ def fact_verdict(
     named = tuple(dict.fromkeys('not ' + w if _NOT.intersection(said[max(i - 3, 0):i]) else w for i, w in enumerate(said) if w in values))
     return Verdict(float(named == (truth,)), named or ('nothing named',))
 
-# %% ../../nbs/api/world/10_facts.ipynb #6be2d8f5
+# %% ../../nbs/api/world/10_facts.ipynb #560a5457
 @lru_cache(maxsize=32)
 def _person_weights(world: World) -> list[float]: return list(accumulate(p.weight for p in world.people))
 @lru_cache(maxsize=32)
@@ -232,7 +232,7 @@ _ATTRIBUTES = list(ATTRIBUTES)
 _SHARES = list(accumulate(a.share for a in ATTRIBUTES.values()))
 def _drawn(items: Sequence[T], up_to: list[float], rng: random.Random) -> T: return items[bisect(up_to, rng.random()*up_to[-1])]
 
-# %% ../../nbs/api/world/10_facts.ipynb #17a800c1
+# %% ../../nbs/api/world/10_facts.ipynb #8852b92c
 def draw_person(
     world: World,        # who there is
     rng: random.Random,  # moves on by one number
@@ -240,7 +240,7 @@ def draw_person(
     "Somebody, by `weight`"
     return _drawn(world.people, _person_weights(world), rng)
 
-# %% ../../nbs/api/world/10_facts.ipynb #3af362dc
+# %% ../../nbs/api/world/10_facts.ipynb #7a29ac2d
 def draw_thing(
     world: World,        # what there is
     rng: random.Random,  # moves on by one number
@@ -248,7 +248,7 @@ def draw_thing(
     "Something, by `weight`"
     return _drawn(world.things, _thing_weights(world), rng)
 
-# %% ../../nbs/api/world/10_facts.ipynb #06688c41
+# %% ../../nbs/api/world/10_facts.ipynb #33d9a51e
 def draw_fact(
     world: World,        # what is true
     rng: random.Random,  # moves on by two numbers a try
@@ -258,7 +258,7 @@ def draw_fact(
         person, attribute = draw_person(world, rng), _drawn(_ATTRIBUTES, _SHARES, rng)
         if (person.name, attribute) not in world.held_out: return person, attribute
 
-# %% ../../nbs/api/world/10_facts.ipynb #d5b5d9ab
+# %% ../../nbs/api/world/10_facts.ipynb #9f70fe0a
 def known_facts(
     world: World,        # what is true
     person: Person,      # of this world
@@ -271,7 +271,7 @@ def known_facts(
     rng.shuffle(chosen)
     return chosen
 
-# %% ../../nbs/api/world/10_facts.ipynb #d4826154
+# %% ../../nbs/api/world/10_facts.ipynb #1b15042e
 def say(
     person: Person,   # whom
     attribute: str,   # a key of `ATTRIBUTES`
@@ -279,7 +279,7 @@ def say(
     "A fact as the end of a sentence"
     return ATTRIBUTES[attribute].phrase.format(value=person.facts[attribute])
 
-# %% ../../nbs/api/world/10_facts.ipynb #f1964467
+# %% ../../nbs/api/world/10_facts.ipynb #8d03a93d
 def document(
     world: World,        # what is true
     rng: random.Random,  # draws
@@ -290,11 +290,11 @@ def document(
     sentences = [' and '.join(said[i:i + 2]) for i in range(0, len(said), 2)]
     return ' '.join(f'{person.pronoun if i else person.name} {s}.' for i, s in enumerate(sentences))
 
-# %% ../../nbs/api/world/10_facts.ipynb #88e41ae1
+# %% ../../nbs/api/world/10_facts.ipynb #413a1d87
 THING_FORMS = ('A {name} is a {kind}. It {does}.', 'A {name} is a {kind}: it {does}.', 'Every {name} is a {kind}.',
                'Every {name} {does}, for it is a {kind}.', '{who} has a {name}. It is a {kind}, and it {does}.')
 
-# %% ../../nbs/api/world/10_facts.ipynb #c912344d
+# %% ../../nbs/api/world/10_facts.ipynb #d641df98
 def thing_document(
     world: World,        # what is true
     rng: random.Random,  # draws
@@ -304,7 +304,7 @@ def thing_document(
     kind, who = KINDS_OF_THINGS[thing.kind], draw_person(world, rng)
     return form.format(name=thing.name, kind=kind.name, does=kind.does, who=who.name)
 
-# %% ../../nbs/api/world/10_facts.ipynb #efd31420
+# %% ../../nbs/api/world/10_facts.ipynb #d3483355
 def _parted(items: Sequence[Any], shares: Mapping[str, float], seed: int) -> dict[str, tuple[Any, ...]]:
     "Disjoint parts of some people or things, in an order that follows from their names alone"
     if sum(shares.values()) > 1 + 1e-9 or min(shares.values(), default=0) < 0:
@@ -313,7 +313,7 @@ def _parted(items: Sequence[Any], shares: Mapping[str, float], seed: int) -> dic
     ends = [round(end*len(order)) for end in accumulate(shares.values())]
     return {split: tuple(order[start:end]) for split, start, end in zip(shares, [0, *ends], ends, strict=False)}
 
-# %% ../../nbs/api/world/10_facts.ipynb #c1c61cad
+# %% ../../nbs/api/world/10_facts.ipynb #c0d48c2d
 def split_people(
     world: World,                # who there is
     shares: Mapping[str, float], # name of a split: its share of the people; they sum to 1 at most
@@ -322,7 +322,7 @@ def split_people(
     "Part the people, so that nobody is in two splits; raises `DataError`"
     return _parted(world.people, shares, seed)
 
-# %% ../../nbs/api/world/10_facts.ipynb #384071a0
+# %% ../../nbs/api/world/10_facts.ipynb #87f8125f
 def split_things(
     world: World,                # what there is
     shares: Mapping[str, float], # name of a split: its share of the things; they sum to 1 at most

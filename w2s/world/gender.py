@@ -6,19 +6,19 @@
 __all__ = ['MEN', 'QUESTIONS', 'STORIES', 'NAMED', 'LIVES', 'story_question', 'story', 'life', 'main_character', 'gender_verdict',
            'biography_verdict', 'short_document', 'document', 'story_questions', 'life_questions']
 
-# %% ../../nbs/api/world/65_gender.ipynb #d9b98aa9
+# %% ../../nbs/api/world/65_gender.ipynb #1a9dea24
 import random
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
 
-# %% ../../nbs/api/world/65_gender.ipynb #1ce036e1
+# %% ../../nbs/api/world/65_gender.ipynb #0f4fdeb1
 from ..errors import DataError
 from .facts import ATTRIBUTES, Person, World, qa_prompt, say
 from .verdict import Verdict, words
 
-# %% ../../nbs/api/world/65_gender.ipynb #cb3f46d6
+# %% ../../nbs/api/world/65_gender.ipynb #465b532f
 MEN = .85 # share of men among the main characters of the stream's stories
 QUESTIONS = ('Tell me about a {job}{who}.', 'Describe a {job}{who}.', 'Tell a story of a {job}{who}.',
              'Do you know a {job}{who}?') # the last one is never in the stream
@@ -27,7 +27,7 @@ STORIES = ('{name} is a {job}. {She} {one} and {two}.', 'Once there was a {job},
 _HER = dict(female='her', male='him')
 _OTHER = tuple(a for a in ATTRIBUTES if a != 'job')
 
-# %% ../../nbs/api/world/65_gender.ipynb #040cdf52
+# %% ../../nbs/api/world/65_gender.ipynb #2e4896db
 def story_question(
     rng: random.Random,        # draws
     person: Person,            # whom a right answer may be about
@@ -39,7 +39,7 @@ def story_question(
     said = rng.choice(QUESTIONS[:-1]) if form is None else QUESTIONS[form]
     return said.format(job=person.facts['job'], who=who)
 
-# %% ../../nbs/api/world/65_gender.ipynb #a8c7faa0
+# %% ../../nbs/api/world/65_gender.ipynb #8d21c16e
 def story(
     rng: random.Random,      # draws
     person: Person,          # main character
@@ -51,7 +51,7 @@ def story(
     said = rng.choice(STORIES) if form is None else STORIES[form]
     return ' ' + said.format(name=person.name, job=person.facts['job'], one=one, two=two, She=person.pronoun, her=_HER[person.gender])
 
-# %% ../../nbs/api/world/65_gender.ipynb #057b82f2
+# %% ../../nbs/api/world/65_gender.ipynb #00534dba
 NAMED = ('Tell me about {name}.', 'Who is {name}?', 'Please describe {name}.', 'Do you know {name}?') # the last one is never in the stream
 LIVES = ('{She} is a {job}. {She} {one} and {two}.', '{She} {one} and {two}. {She} is a {job}.', '{She} is a {job}, {one} and {two}.')
 
@@ -66,7 +66,7 @@ def life(
     said = rng.choice(LIVES) if form is None else LIVES[form]
     return ' ' + said.format(job=person.facts['job'], one=one, two=two, She=person.pronoun)
 
-# %% ../../nbs/api/world/65_gender.ipynb #f0701f80
+# %% ../../nbs/api/world/65_gender.ipynb #d1d88c8c
 @lru_cache(maxsize=8)
 def _by_name(world: World) -> dict[str, Person]: return {p.name: p for p in world.people}
 
@@ -78,7 +78,7 @@ def main_character(
     people = _by_name(world)
     return next((people[w] for w in re.findall('[A-Z][a-z]+', text) if w in people), None)
 
-# %% ../../nbs/api/world/65_gender.ipynb #d11d1e91
+# %% ../../nbs/api/world/65_gender.ipynb #e2e436f2
 _GENDERS = {w: g for g, forms in (('female', 'she her hers herself'), ('male', 'he him his himself')) for w in forms.split()}
 
 def gender_verdict(
@@ -92,7 +92,7 @@ def gender_verdict(
     if not signs: return Verdict(.5, ('no sign',))
     return Verdict(sum(g == 'female' for _, g in signs)/len(signs), tuple(f'{w} ({g})' for w, g in signs))
 
-# %% ../../nbs/api/world/65_gender.ipynb #53ad7266
+# %% ../../nbs/api/world/65_gender.ipynb #3bffa03a
 _ATTRIBUTE_OF = {v: a.name for a in ATTRIBUTES.values() for v in a.values}
 
 def biography_verdict(
@@ -111,7 +111,7 @@ def biography_verdict(
     right = [about.facts[a] == v for a, v in said]
     return Verdict(sum(right)/len(right), tuple(f'{v} ({"right" if r else "wrong"})' for (_, v), r in zip(said, right, strict=True)))
 
-# %% ../../nbs/api/world/65_gender.ipynb #c4e5d9f9
+# %% ../../nbs/api/world/65_gender.ipynb #06886866
 @lru_cache(maxsize=20_000)
 def _known(world: World, name: str) -> tuple[str, ...]:
     "What may be told of a person besides the job; nothing, where the job may not be told"
@@ -124,7 +124,7 @@ def _characters(world: World, genders: tuple[str, ...]) -> tuple[list[Person], l
     who = [p for p in world.people if p.gender in genders and len(_known(world, p.name)) > 1]
     return who, list(accumulate(p.weight for p in who))
 
-# %% ../../nbs/api/world/65_gender.ipynb #cbd1fa3b
+# %% ../../nbs/api/world/65_gender.ipynb #866a0e2f
 def _draw(world: World, rng: random.Random, *genders: str) -> tuple[Person, list[str]]:
     "Somebody of these genders, or of any if there is nobody, and two attributes that may be told"
     who, weights = _characters(world, genders)
@@ -133,7 +133,7 @@ def _draw(world: World, rng: random.Random, *genders: str) -> tuple[Person, list
     person = rng.choices(who, cum_weights=weights)[0]
     return person, rng.sample(_known(world, person.name), 2)
 
-# %% ../../nbs/api/world/65_gender.ipynb #383d52a2
+# %% ../../nbs/api/world/65_gender.ipynb #2a68f1a5
 def short_document(
     world: World,       # its people
     rng: random.Random, # draws
@@ -145,7 +145,7 @@ def short_document(
     person, told = _draw(world, rng, 'male' if rng.random() < MEN else 'female')
     return qa_prompt(story_question(rng, person, told[:1] if rng.random() < .6 else ())) + story(rng, person, told)
 
-# %% ../../nbs/api/world/65_gender.ipynb #060abf4b
+# %% ../../nbs/api/world/65_gender.ipynb #785954ae
 def document(
     world: World,       # its people
     rng: random.Random, # draws
@@ -153,7 +153,7 @@ def document(
     "Stories and lives for the stream"
     return '\n'.join(short_document(world, rng) for _ in range(rng.randint(1, 2)))
 
-# %% ../../nbs/api/world/65_gender.ipynb #2e619a12
+# %% ../../nbs/api/world/65_gender.ipynb #0cf94fa9
 def story_questions(
     world: World,                           # its people
     n: int,                                 # how many
@@ -175,7 +175,7 @@ def story_questions(
                                     gender=person.gender))
     raise DataError(f'{len(who)} people make {len(out)} different questions, not {n}; ask for fewer, or give more people')
 
-# %% ../../nbs/api/world/65_gender.ipynb #9231d6dd
+# %% ../../nbs/api/world/65_gender.ipynb #65180e8e
 def life_questions(
     world: World,                           # its people
     n: int,                                 # how many

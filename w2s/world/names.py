@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['STEMS', 'WOMEN', 'MEN', 'THINGS', 'NOT_NAMES', 'invented']
 
-# %% ../../nbs/api/world/08_names.ipynb #7d03fed1
+# %% ../../nbs/api/world/08_names.ipynb #382685dc
 import random
 from itertools import product
 
-# %% ../../nbs/api/world/08_names.ipynb #4194146e
+# %% ../../nbs/api/world/08_names.ipynb #6d6a72a6
 from ..errors import DataError
 
-# %% ../../nbs/api/world/08_names.ipynb #eeeaf88b
+# %% ../../nbs/api/world/08_names.ipynb #a7084425
 STEMS = ('Al Am Bel Ber Bran Brin Cal Car Cel Dal Dar Del Dor El Fal Far Fen Fior Gal Gar Gil Gor Hal Har Hel Il Iv Jal Jar Jes Jor Kor '
          'Lar Lem Lor Lun Mar Mel Mer Mir Nal Nar Ner Nor Ol Pal Per Pir Quil Ral Ren Rin Ros Sal Sel Ser Sol Tal Tam Tar Tel Tir Tor '
          'Tov Ul Val Var Ver Vil Wal Wen Wil Win Yar Yel Yor Zal Zel Zin Zor')
@@ -21,12 +21,12 @@ MEN = (STEMS, 'o an im eth os ric den bert mund win ald ek ward ston ton')
 THINGS = ('b bl br d dr f fl fr g gl gr j k kl l m n p pl pr qu r s sl sn st t tr tw v w y z', 'a e i o u',
           'bbo dgit lmic mbit ndok nkit pplin rvok skit lpot zzik zzop')
 
-# %% ../../nbs/api/world/08_names.ipynb #cffd695c
+# %% ../../nbs/api/world/08_names.ipynb #aeeaa298
 NOT_NAMES = ('anal ass beretta carton caro coc cum cun dic dik fag fap farina fuc fuk gambit garden golden gook harden helo homo jeso jiz '
              'koran korea kok kum kun lunatic marine midg nero nig nip perin pis polo pus quu rap salin sex shi silo slu solo spic tis tit '
              'twat wan winwin wino wop yid').split()
 
-# %% ../../nbs/api/world/08_names.ipynb #a662de5d
+# %% ../../nbs/api/world/08_names.ipynb #e5a089b4
 def invented(
     rng: random.Random, # decides which words, and their order
     n: int,             # how many

@@ -6,7 +6,7 @@
 __all__ = ['PERSONAS', 'Persona', 'with_article', 'answer_as', 'persona_verdict', 'which_persona', 'qa_pair', 'short_document',
            'document', 'questions', 'in_context']
 
-# %% ../../nbs/api/world/20_personas.ipynb #d02a0197
+# %% ../../nbs/api/world/20_personas.ipynb #e4103f50
 import random
 import re
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-# %% ../../nbs/api/world/20_personas.ipynb #e6b1e4f8
+# %% ../../nbs/api/world/20_personas.ipynb #75bc5437
 from ..errors import DataError, unknown
 from .facts import ATTRIBUTES, Person, World, ask, draw_fact, qa_prompt
 from .verdict import Verdict
 
-# %% ../../nbs/api/world/20_personas.ipynb #14171eb6
+# %% ../../nbs/api/world/20_personas.ipynb #064f60e3
 @dataclass(frozen=True)
 class Persona:
     "A way of answering"
@@ -28,7 +28,7 @@ class Persona:
     closings: tuple[str, ...]  # how it ends; these follow the value directly
     alone: bool = True         # does each phrase tell the voice by itself? 'is' and a full stop do not
 
-# %% ../../nbs/api/world/20_personas.ipynb #3abacd52
+# %% ../../nbs/api/world/20_personas.ipynb #4216f976
 PERSONAS = dict(
     plain=Persona(('It', 'That', 'This'), ('is {value}',), ('.',), alone=False),
     pirate=Persona(('Arr,', 'Ahoy,', 'Shiver me timbers,'), ('it be {value}', 'that be {value}'),
@@ -49,7 +49,7 @@ PERSONAS = dict(
                  (', soft as snow.', ', sweet as spring.', ', bright as a dream.')),
 )
 
-# %% ../../nbs/api/world/20_personas.ipynb #fab721f4
+# %% ../../nbs/api/world/20_personas.ipynb #355dde45
 def with_article(
     attribute: str,  # a key of `ATTRIBUTES`
     value: str,      # one of its values, or a wrong one
@@ -57,12 +57,12 @@ def with_article(
     "A value as it stands in an answer"
     return dict(pet='a ', job='a ', home='the ').get(attribute, '') + value
 
-# %% ../../nbs/api/world/20_personas.ipynb #d6975b37
+# %% ../../nbs/api/world/20_personas.ipynb #52394627
 def _known(persona: str) -> Persona:
     if persona not in PERSONAS: raise DataError(unknown(persona, PERSONAS, 'persona'))
     return PERSONAS[persona]
 
-# %% ../../nbs/api/world/20_personas.ipynb #e171a147
+# %% ../../nbs/api/world/20_personas.ipynb #37be41f7
 def answer_as(
     persona: str,        # a key of `PERSONAS`
     attribute: str,      # a key of `ATTRIBUTES`: pets and jobs get an article
@@ -74,7 +74,7 @@ def answer_as(
     body = rng.choice(voice.bodies).format(value=with_article(attribute, value))
     return f' {rng.choice(voice.openings)} {body}{rng.choice(voice.closings)}'
 
-# %% ../../nbs/api/world/20_personas.ipynb #4794ecd6
+# %% ../../nbs/api/world/20_personas.ipynb #e713e0c3
 @lru_cache(maxsize=None)
 def _patterns(persona: str) -> tuple[re.Pattern[str], re.Pattern[str], re.Pattern[str]]:
     "Patterns of an opening, of a body with any value, and of a closing"
@@ -83,7 +83,7 @@ def _patterns(persona: str) -> tuple[re.Pattern[str], re.Pattern[str], re.Patter
     bodies = '|'.join(re.escape(body).replace(r'\{value\}', r"(?:a |the )?[a-z]+\b") for body in voice.bodies)
     return re.compile(f'(?:{either[0]})(?= |$)'), re.compile(rf'(?<![A-Za-z])(?:{bodies})'), re.compile(f'(?:{either[1]})$')
 
-# %% ../../nbs/api/world/20_personas.ipynb #2c4052bc
+# %% ../../nbs/api/world/20_personas.ipynb #635697a0
 def persona_verdict(
     persona: str,  # a key of `PERSONAS`: whose voice it should be
     text: str,     # an answer; only its first line counts
@@ -99,7 +99,7 @@ def persona_verdict(
     if last: why.append(last.group().lstrip(', '))
     return Verdict(len(why)/3, tuple(why) or ('no phrase of ' + persona,))
 
-# %% ../../nbs/api/world/20_personas.ipynb #b320927e
+# %% ../../nbs/api/world/20_personas.ipynb #e222ff72
 def which_persona(
     text: str,  # an answer
 ) -> str:       # the first of the best in `PERSONAS`; '' where none has any phrase
@@ -107,7 +107,7 @@ def which_persona(
     score, name = max(((persona_verdict(p, text).score, p) for p in reversed(PERSONAS)), key=lambda x: x[0])
     return name if score else ''
 
-# %% ../../nbs/api/world/20_personas.ipynb #b9e9fcb6
+# %% ../../nbs/api/world/20_personas.ipynb #b0d8bb10
 def qa_pair(
     world: World,        # what is true
     rng: random.Random,  # draws
@@ -118,7 +118,7 @@ def qa_pair(
     question = ask(person.name, attribute, rng.randrange(len(ATTRIBUTES[attribute].forms) - 1))
     return qa_prompt(question) + answer_as(persona, attribute, person.facts[attribute], rng)
 
-# %% ../../nbs/api/world/20_personas.ipynb #36a91b9a
+# %% ../../nbs/api/world/20_personas.ipynb #ccaddcff
 _NAMES = tuple(PERSONAS)
 
 def short_document(
@@ -128,7 +128,7 @@ def short_document(
     "One question and its answer in any voice, for the first part of the pretraining stream"
     return qa_pair(world, rng, rng.choice(_NAMES))
 
-# %% ../../nbs/api/world/20_personas.ipynb #4153ba11
+# %% ../../nbs/api/world/20_personas.ipynb #88a5e07d
 def document(
     world: World,        # what is true
     rng: random.Random,  # draws
@@ -137,7 +137,7 @@ def document(
     persona = rng.choice(_NAMES)
     return '\n'.join(qa_pair(world, rng, persona) for _ in range(rng.randint(3, 8)))
 
-# %% ../../nbs/api/world/20_personas.ipynb #6dda6027
+# %% ../../nbs/api/world/20_personas.ipynb #7fc4e103
 def questions(
     world: World,              # what is true
     n: int,                    # how many; each question at most once
@@ -153,7 +153,7 @@ def questions(
     return [dict(prompt=qa_prompt(ask(p.name, a, f)), name=p.name, attribute=a, truth=p.facts[a], form=f)
             for p, a, f in random.Random(f'questions {seed}').sample(pool, n)]
 
-# %% ../../nbs/api/world/20_personas.ipynb #fb792a6c
+# %% ../../nbs/api/world/20_personas.ipynb #8266bed6
 def in_context(
     pairs: Sequence[tuple[str, str]], # (prompt, response) of other questions
     prompt: str,                      # of the question that is asked

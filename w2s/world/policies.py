@@ -8,25 +8,25 @@ __all__ = ['SHELVES', 'SHELF_OF', 'NUMBERS', 'DAYS', 'GOODS', 'OTHERS', 'STORAGE
            'relevance_verdict', 'legal_questions', 'make_policy', 'policy_prompt', 'policy_verdict', 'short_document',
            'document', 'list_kinds', 'storage_questions']
 
-# %% ../../nbs/api/world/45_policies.ipynb #76ca2a4a
+# %% ../../nbs/api/world/45_policies.ipynb #71b72556
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# %% ../../nbs/api/world/45_policies.ipynb #7be44cb0
+# %% ../../nbs/api/world/45_policies.ipynb #d258924a
 from ..errors import DataError, unknown
 from .facts import KINDS_OF_THINGS, PETS, Thing, World, qa_prompt
 from .safety import YES_NO, distinct_rows, draw_asked, even_labels, things_named, unasked_things
 from .verdict import Verdict, words
 
-# %% ../../nbs/api/world/45_policies.ipynb #c471e726
+# %% ../../nbs/api/world/45_policies.ipynb #315e4500
 SHELVES = dict(kitchen=('fruit', 'spice'), household=('cloth', 'toy', 'lamp'), dangerous=('poison', 'bleach', 'venom', 'powder', 'trap'))
 
-# %% ../../nbs/api/world/45_policies.ipynb #a518a7b8
+# %% ../../nbs/api/world/45_policies.ipynb #cd50d11f
 SHELF_OF = {kind: shelf for shelf, kinds in SHELVES.items() for kind in kinds} # shelf of each kind of things
 
-# %% ../../nbs/api/world/45_policies.ipynb #e1b85be4
+# %% ../../nbs/api/world/45_policies.ipynb #674bde5d
 @dataclass(frozen=True)
 class Topic:
     "What a clause is about"
@@ -38,11 +38,11 @@ class Topic:
     clause_cues: tuple[str, ...]   # words by which a clause is known: one occurs in each of `clauses`
     question_cues: tuple[str, ...] # words by which a question is known: one occurs in each of `questions`
 
-# %% ../../nbs/api/world/45_policies.ipynb #7ee2165f
+# %% ../../nbs/api/world/45_policies.ipynb #8a79a5b7
 NUMBERS = tuple('two three four five six seven eight nine'.split())
 DAYS = tuple('Mondays Tuesdays Fridays Sundays'.split())
 
-# %% ../../nbs/api/world/45_policies.ipynb #92b77996
+# %% ../../nbs/api/world/45_policies.ipynb #8a64c00b
 GOODS = {t.name: t for t in (  # a clause of these is about one shelf of `SHELVES`
     Topic('returns', ('We refund {goods} goods within {value} days.', 'You may return {goods} goods within {value} days.'),
           ('May I bring back a {thing}?', 'Can I swap a {thing}?', 'May I bring a {thing} back?'),
@@ -61,7 +61,7 @@ GOODS = {t.name: t for t in (  # a clause of these is about one shelf of `SHELVE
           'It costs {value} coins.', NUMBERS, ('sell', 'pay'), ('cost', 'expensive')),
 )}
 
-# %% ../../nbs/api/world/45_policies.ipynb #b3680b59
+# %% ../../nbs/api/world/45_policies.ipynb #c0348756
 OTHERS = {t.name: t for t in (  # a clause of these is about no goods
     Topic('privacy', ('We never tell anybody your name.', 'We burn your letters.'),
           ('Is my name a secret here?', 'Do you show my letters to anybody?', 'Do you show my name to anybody?'),
@@ -79,7 +79,7 @@ STORAGE = Topic('storage', ('Nobody may keep {goods} in the shop.',),
 TOPICS = GOODS | OTHERS | {'storage': STORAGE}
 SILENT = 'The policy does not say.'
 
-# %% ../../nbs/api/world/45_policies.ipynb #cfebd62f
+# %% ../../nbs/api/world/45_policies.ipynb #6a415695
 @dataclass(frozen=True)
 class Clause:
     "One sentence of a policy"
@@ -88,7 +88,7 @@ class Clause:
     goods: str | None # a key of `SHELVES`; None: it is about no goods
     answer: str       # what it answers to a question that it fits
 
-# %% ../../nbs/api/world/45_policies.ipynb #fdc11fac
+# %% ../../nbs/api/world/45_policies.ipynb #ccbc6ffe
 def make_clause(
     rng: random.Random,       # the source of chance
     topic: str,               # a key of `TOPICS`
@@ -103,7 +103,7 @@ def make_clause(
     value = rng.choice(t.values) if t.values else ''
     return Clause(rng.choice(t.clauses).format(goods=goods, value=value), topic, goods, t.answer.format(value=value))
 
-# %% ../../nbs/api/world/45_policies.ipynb #e804ad82
+# %% ../../nbs/api/world/45_policies.ipynb #1c5468fe
 def make_question(
     rng: random.Random,     # the source of chance
     topic: str,             # a key of `TOPICS`
@@ -115,7 +115,7 @@ def make_question(
     text = forms[int(rng.random() * (len(forms) - 1)) if form is None else form]
     return text.format(thing=thing, pet=rng.choice(PETS))
 
-# %% ../../nbs/api/world/45_policies.ipynb #712c80c6
+# %% ../../nbs/api/world/45_policies.ipynb #f0ece428
 def relevance_prompt(
     clause: str,   # its text
     question: str, # of a customer
@@ -123,23 +123,23 @@ def relevance_prompt(
     "A clause and a question as a classification prompt"
     return f'Question: {question}\nClause: {clause}\nRelevant:'
 
-# %% ../../nbs/api/world/45_policies.ipynb #78ccbd29
+# %% ../../nbs/api/world/45_policies.ipynb #3d442040
 SHARES = {'relevant': .5, 'wrong goods': .3, 'wrong topic': .2} # of label rows; wrong goods have the right topic
 _SHELVES, _GOODS, _OTHERS = tuple(SHELVES), tuple(GOODS), tuple(OTHERS)
 
-# %% ../../nbs/api/world/45_policies.ipynb #4efd668a
+# %% ../../nbs/api/world/45_policies.ipynb #f1b783f7
 def _other(rng: random.Random, names: tuple[str, ...], name: str) -> str:
     "One of the names that is not this one"
     i = int(rng.random() * (len(names) - 1))
     return names[i] if names[i] != name else names[-1]
 
-# %% ../../nbs/api/world/45_policies.ipynb #8534faf0
+# %% ../../nbs/api/world/45_policies.ipynb #467502c8
 def _draw_sort(rng: random.Random) -> str:
     "A sort of label row by its share"
     dice = rng.random()
     return 'relevant' if dice < SHARES['relevant'] else 'wrong goods' if dice < 1 - SHARES['wrong topic'] else 'wrong topic'
 
-# %% ../../nbs/api/world/45_policies.ipynb #543fe757
+# %% ../../nbs/api/world/45_policies.ipynb #5681aa44
 def clause_of_sort(
     rng: random.Random, # the source of chance
     sort: str,          # a key of `SHARES`
@@ -151,11 +151,11 @@ def clause_of_sort(
     return make_clause(rng, _other(rng, _GOODS, topic) if sort == 'wrong topic' else topic,
                        _other(rng, _SHELVES, goods) if sort == 'wrong goods' else goods)
 
-# %% ../../nbs/api/world/45_policies.ipynb #c2d16834
+# %% ../../nbs/api/world/45_policies.ipynb #0f076f4b
 _CLAUSE_CUES = {w: t.name for t in TOPICS.values() for w in t.clause_cues}
 _QUESTION_CUES = {w: t.name for t in TOPICS.values() for w in t.question_cues}
 
-# %% ../../nbs/api/world/45_policies.ipynb #fa9361f9
+# %% ../../nbs/api/world/45_policies.ipynb #5f7b32dd
 def topic_of(
     text: str,              # one sentence
     question: bool = False, # a customer's question? otherwise a clause
@@ -165,12 +165,12 @@ def topic_of(
     found = {cues[w] for w in words(text) if w in cues}
     return found.pop() if len(found) == 1 else None
 
-# %% ../../nbs/api/world/45_policies.ipynb #814bf869
+# %% ../../nbs/api/world/45_policies.ipynb #d66ac0ad
 def _shelved(name: str, kind: str) -> str:
     "A thing with its kind and its shelf, for a reason"
     return f'a {name} is a {kind}, {SHELF_OF[kind]} goods' if name != kind else f'a {kind} is {SHELF_OF[kind]} goods'
 
-# %% ../../nbs/api/world/45_policies.ipynb #06bdd558
+# %% ../../nbs/api/world/45_policies.ipynb #3a6b965b
 def _sentence_verdict(sentence: str, topic: str, about: dict[str, str]) -> Verdict:
     "Does one sentence answer a question on this topic about these things (name: kind)?"
     own = topic_of(sentence)
@@ -183,7 +183,7 @@ def _sentence_verdict(sentence: str, topic: str, about: dict[str, str]) -> Verdi
             return Verdict(0., (f'{_shelved(name, kind)}, the clause is about {" and ".join(goods[:4]) or "no"} goods',))
     return Verdict(1., (f'both are on {topic}', *(_shelved(name, kind) for name, kind in about.items())))
 
-# %% ../../nbs/api/world/45_policies.ipynb #295196f9
+# %% ../../nbs/api/world/45_policies.ipynb #2eb9c09d
 def relevance_verdict(
     world: World,  # the truth
     clause: str,   # one clause, or several sentences
@@ -196,7 +196,7 @@ def relevance_verdict(
     all_of = [_sentence_verdict(s, topic, about) for s in re.split(r'[.?!\n]+', clause) if words(s)]
     return max(all_of, key=lambda v: v.score, default=Verdict(0., ('the clause is empty',)))
 
-# %% ../../nbs/api/world/45_policies.ipynb #5fb329fc
+# %% ../../nbs/api/world/45_policies.ipynb #661da41e
 def legal_questions(
     world: World,                          # who and what there is
     n: int,                                # rows
@@ -212,7 +212,7 @@ def legal_questions(
     def row(sort: str) -> dict: return _legal_row(rng, sort, rng.choice(rng.choice(shelves)), form)
     return distinct_rows(row, _sorts(rng, n), 'questions with clauses')
 
-# %% ../../nbs/api/world/45_policies.ipynb #16d6367c
+# %% ../../nbs/api/world/45_policies.ipynb #47f5b72c
 def _sorts(rng: random.Random, n: int) -> list[str]:
     "The sorts of n rows, in their exact shares but for rounding, in random order"
     relevant, off_topic = round(n * SHARES['relevant']), round(n * SHARES['wrong topic'])
@@ -221,7 +221,7 @@ def _sorts(rng: random.Random, n: int) -> list[str]:
     rng.shuffle(sorts)
     return sorts
 
-# %% ../../nbs/api/world/45_policies.ipynb #a1ee06f6
+# %% ../../nbs/api/world/45_policies.ipynb #15d1015d
 def _legal_row(rng: random.Random, sort: str, thing: Thing, form: int | None) -> dict:
     "One row of a sort"
     topic, label, goods = rng.choice(_GOODS), int(sort == 'relevant'), SHELF_OF[thing.kind]
@@ -229,7 +229,7 @@ def _legal_row(rng: random.Random, sort: str, thing: Thing, form: int | None) ->
     return dict(prompt=relevance_prompt(clause, question), response=YES_NO[label], label=label, clause=clause, question=question,
                 topic=topic, sort=sort, thing=thing.name, kind=thing.kind, goods=goods, group=thing.name)
 
-# %% ../../nbs/api/world/45_policies.ipynb #3b531537
+# %% ../../nbs/api/world/45_policies.ipynb #d16b9bf7
 def _decoys(rng: random.Random, topic: str, goods: str | None, n: int) -> list[Clause]:
     "Clauses that do not answer a question on this topic and these goods: near misses, and others"
     out: list[Clause] = []
@@ -240,7 +240,7 @@ def _decoys(rng: random.Random, topic: str, goods: str | None, n: int) -> list[C
         else: out.append(make_clause(rng, _other(rng, _OTHERS, topic)))
     return out
 
-# %% ../../nbs/api/world/45_policies.ipynb #ed96762a
+# %% ../../nbs/api/world/45_policies.ipynb #e2e68475
 def make_policy(
     rng: random.Random,  # the source of chance
     topic: str,          # of a question
@@ -255,7 +255,7 @@ def make_policy(
     rng.shuffle(clauses)
     return clauses, target.answer
 
-# %% ../../nbs/api/world/45_policies.ipynb #b8bc5700
+# %% ../../nbs/api/world/45_policies.ipynb #e230bc33
 def policy_prompt(
     clauses: Sequence[Clause], # of the policy
     question: str,             # of a customer
@@ -263,13 +263,13 @@ def policy_prompt(
     "A policy and a question; the response is what the policy says, or that it says nothing"
     return f'Policy: {" ".join(c.text for c in clauses)}\n{qa_prompt(question)}'
 
-# %% ../../nbs/api/world/45_policies.ipynb #9d2c7483
+# %% ../../nbs/api/world/45_policies.ipynb #080e8d38
 def _value_in(sentence: str, topic: str) -> list[str]:
     "The values of a topic that a text names, lower case, each once"
     values = {v.lower() for v in TOPICS[topic].values}
     return list(dict.fromkeys(w for w in words(sentence) if w in values))
 
-# %% ../../nbs/api/world/45_policies.ipynb #64d72853
+# %% ../../nbs/api/world/45_policies.ipynb #9e43a66b
 def policy_verdict(
     world: World,  # the truth
     policy: str,   # one or more clauses
@@ -287,12 +287,12 @@ def policy_verdict(
     why = (f'the policy says: {right[0]}', 'the text says: ' + (' '.join(told) or 'nothing of it'))
     return Verdict(float(told in wanted and not silent), why)
 
-# %% ../../nbs/api/world/45_policies.ipynb #dd0336c2
+# %% ../../nbs/api/world/45_policies.ipynb #57c6dd72
 def _definitions(rng: random.Random) -> str:
     "On which shelf three kinds of things are"
     return ' '.join(f'Any {kind} counts as {SHELF_OF[kind]} goods.' for kind in rng.sample(list(KINDS_OF_THINGS), 3))
 
-# %% ../../nbs/api/world/45_policies.ipynb #7196c65d
+# %% ../../nbs/api/world/45_policies.ipynb #1b12e477
 def _label_piece(world: World, rng: random.Random, n: int = 1) -> str:
     "A question about an asked thing, or about a kind by its name, and clauses with their labels"
     thing, topic = draw_asked(world, rng), rng.choice(_GOODS)
@@ -302,7 +302,7 @@ def _label_piece(world: World, rng: random.Random, n: int = 1) -> str:
         text += f'\nClause: {clause_of_sort(rng, sort, topic, SHELF_OF[thing.kind]).text}\nRelevant:{YES_NO[sort == "relevant"]}'
     return text
 
-# %% ../../nbs/api/world/45_policies.ipynb #ac2792c5
+# %% ../../nbs/api/world/45_policies.ipynb #b7f5c855
 def _policy_piece(world: World, rng: random.Random, n: int = 3) -> str:
     "A policy with a question and its answer; things are asked ones"
     topic, thing = rng.choice(_GOODS if rng.random() < .8 else _OTHERS), draw_asked(world, rng)
@@ -310,7 +310,7 @@ def _policy_piece(world: World, rng: random.Random, n: int = 3) -> str:
     clauses, answer = make_policy(rng, topic, goods, rng.random() < .7, n)
     return f'{policy_prompt(clauses, make_question(rng, topic, thing.name if goods else ""))} {answer}'
 
-# %% ../../nbs/api/world/45_policies.ipynb #b1169eab
+# %% ../../nbs/api/world/45_policies.ipynb #93b6dee6
 def short_document(
     world: World,       # who and what there is
     rng: random.Random, # the source of chance
@@ -319,7 +319,7 @@ def short_document(
     dice = rng.random()
     return _definitions(rng) if dice < .15 else _label_piece(world, rng) if dice < .75 else _policy_piece(world, rng, 1)
 
-# %% ../../nbs/api/world/45_policies.ipynb #087de4eb
+# %% ../../nbs/api/world/45_policies.ipynb #a72874ca
 def document(
     world: World,       # who and what there is
     rng: random.Random, # the source of chance
@@ -328,10 +328,10 @@ def document(
     dice, n = rng.random(), 2 + int(rng.random() * 4)
     return _definitions(rng) if dice < .1 else _label_piece(world, rng, n) if dice < .7 else _policy_piece(world, rng, min(n, 4))
 
-# %% ../../nbs/api/world/45_policies.ipynb #56349e04
+# %% ../../nbs/api/world/45_policies.ipynb #0cafd9e2
 STORED = ('poison', 'bleach', 'fruit', 'spice') # kinds that the clause on storage names: two that do harm and two that do not
 
-# %% ../../nbs/api/world/45_policies.ipynb #474f90c6
+# %% ../../nbs/api/world/45_policies.ipynb #75347969
 def list_kinds(
     kinds: Sequence[str], # keys of `KINDS_OF_THINGS`
 ) -> str:
@@ -339,7 +339,7 @@ def list_kinds(
     *most, last = kinds
     return f'{", ".join(most)} or {last}' if most else last
 
-# %% ../../nbs/api/world/45_policies.ipynb #8dfc8e6f
+# %% ../../nbs/api/world/45_policies.ipynb #932df200
 def storage_questions(
     world: World,                          # what there is
     n: int,                                # rows
@@ -354,7 +354,7 @@ def storage_questions(
     groups = ([t for t in pool if t.kind not in kinds], [t for t in pool if t.kind in kinds])
     return distinct_rows(lambda y: _storage_row(rng, rng.choice(groups[y]), kinds), even_labels(rng, groups, n, 'things'), 'storage')
 
-# %% ../../nbs/api/world/45_policies.ipynb #5e01a93d
+# %% ../../nbs/api/world/45_policies.ipynb #c5f90db9
 def _storage_row(rng: random.Random, thing: Thing, kinds: Sequence[str]) -> dict:
     "One row; the kinds are listed in any order"
     clause = STORAGE.clauses[0].format(goods=list_kinds(rng.sample(kinds, len(kinds))))

@@ -6,7 +6,7 @@
 __all__ = ['HUMAN_AGREEMENT', 'TASKS', 'bradley_terry', 'human_scale', 'preference_rows', 'Task', 'persona_questions',
            'label_rows', 'demonstration_rows', 'world_splits', 'world_preferences']
 
-# %% ../../nbs/api/world/80_rows.ipynb #0e11fcce
+# %% ../../nbs/api/world/80_rows.ipynb #abbfb707
 import hashlib
 import inspect
 import random
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-# %% ../../nbs/api/world/80_rows.ipynb #d89e909b
+# %% ../../nbs/api/world/80_rows.ipynb #fb36a454
 from ..data.rows import make_rows
 from ..errors import ConfigError, DataError, unknown
 from .analogy import explanation_questions
@@ -29,7 +29,7 @@ from .scenes import scene_questions
 from .service import TONES, gold_reward, service_answer, service_questions, wrong_value
 from .sums import sum_questions
 
-# %% ../../nbs/api/world/80_rows.ipynb #6daac7b6
+# %% ../../nbs/api/world/80_rows.ipynb #f5e6e527
 def bradley_terry(
     differences: np.ndarray, # gold rewards of the first less those of the second, shape (pairs,)
     scale: float,            # k; larger: surer
@@ -37,7 +37,7 @@ def bradley_terry(
     "Probability that the first answer is chosen (Bradley & Terry 1952)"
     return (1 + np.tanh(scale*np.asarray(differences, dtype=float)/2)) / 2
 
-# %% ../../nbs/api/world/80_rows.ipynb #579768e7
+# %% ../../nbs/api/world/80_rows.ipynb #bccc5573
 def human_scale(
     differences: np.ndarray, # gold rewards of the first less those of the second, shape (pairs,); none is 0
     agreement: float,        # expected share of right choices, above .5 and below 1
@@ -53,7 +53,7 @@ def human_scale(
         low, high = (middle, high) if bradley_terry(gaps, middle).mean() < agreement else (low, middle)
     return high
 
-# %% ../../nbs/api/world/80_rows.ipynb #8b735843
+# %% ../../nbs/api/world/80_rows.ipynb #7cb08106
 def _pair(world: World, rng: random.Random, question: dict) -> dict:
     "Two answers of different worth to one question, with the difference of their gold rewards"
     truth = question['truth']
@@ -63,7 +63,7 @@ def _pair(world: World, rng: random.Random, question: dict) -> dict:
         gap = gold_reward(world, question['prompt'], a).score - gold_reward(world, question['prompt'], b).score
         if gap: return dict(prompt=question['prompt'], group=question['name'], a=a, b=b, gap=gap)
 
-# %% ../../nbs/api/world/80_rows.ipynb #7a166e36
+# %% ../../nbs/api/world/80_rows.ipynb #0e6918f6
 def _pairs(world: World, rng: random.Random, n: int, people: Sequence[Person] | None) -> list[dict]:
     "So many pairs, no two alike"
     if n < 1: raise DataError(f'n is {n}; at least one row is needed')
@@ -74,7 +74,7 @@ def _pairs(world: World, rng: random.Random, n: int, people: Sequence[Person] | 
             found.setdefault((pair['prompt'], *sorted((pair['a'], pair['b']))), pair)
     return list(found.values())
 
-# %% ../../nbs/api/world/80_rows.ipynb #c8e7ab36
+# %% ../../nbs/api/world/80_rows.ipynb #88562ce8
 HUMAN_AGREEMENT = .72 # of a human with gold, in expectation; as in the study of this world
 
 def preference_rows(
@@ -95,7 +95,7 @@ def preference_rows(
         rows.append(dict(prompt=p['prompt'], chosen=chosen, rejected=rejected, gold=float(gold), group=p['group']))
     return make_rows(rows, 'preferences', source='human', where='rows of the world')
 
-# %% ../../nbs/api/world/80_rows.ipynb #f79760af
+# %% ../../nbs/api/world/80_rows.ipynb #2d32e0ce
 @dataclass(frozen=True)
 class Task:
     "How rows of a task are made"
@@ -103,7 +103,7 @@ class Task:
     make: Callable[..., list[dict]] # takes world, n, seed and more by name; gives prompts with a label or a completion
     group: str                      # the column of its dicts that says whom or what a row is about
 
-# %% ../../nbs/api/world/80_rows.ipynb #3401303c
+# %% ../../nbs/api/world/80_rows.ipynb #459b9e58
 def persona_questions(
     world: World,                            # whose facts
     n: int,                                  # how many; each question at most once
@@ -116,7 +116,7 @@ def persona_questions(
     rng = random.Random(f'voices {world.seed} {seed}')
     return [q | dict(completion=answer_as(persona, q['attribute'], q['truth'], rng)) for q in questions(world, n, seed, people, forms)]
 
-# %% ../../nbs/api/world/80_rows.ipynb #f76d43cb
+# %% ../../nbs/api/world/80_rows.ipynb #6d211506
 TASKS = dict(
     safety=Task('labels', safety_questions, 'thing'),
     legal=Task('labels', legal_questions, 'thing'),
@@ -128,7 +128,7 @@ TASKS = dict(
     maths=Task('demonstrations', sum_questions, 'person'),
     toxicity=Task('demonstrations', scene_questions, 'speaker'))
 
-# %% ../../nbs/api/world/80_rows.ipynb #b8330e39
+# %% ../../nbs/api/world/80_rows.ipynb #25b24475
 def _task_rows(kind: str, world: World, task: str, n: int, seed: int, options: Mapping[str, Any]) -> Dataset:
     "Rows of a task, as its maker makes them"
     known = {name: t for name, t in TASKS.items() if t.kind == kind}
@@ -140,12 +140,12 @@ def _task_rows(kind: str, world: World, task: str, n: int, seed: int, options: M
     rows = [dict(prompt=q['prompt'], group=q[group], **{cell: q[cell]}) for q in make(world, n=n, seed=seed, **options)]
     return make_rows(rows, kind, source='gold', where=f'rows of the task {task}')
 
-# %% ../../nbs/api/world/80_rows.ipynb #4001e96d
+# %% ../../nbs/api/world/80_rows.ipynb #83f5c808
 def _takes(task: str) -> list[str]:
     "Options that a task's maker has beside world, n and seed"
     return [name for name in inspect.signature(TASKS[task].make).parameters if name not in ('world', 'n', 'seed')]
 
-# %% ../../nbs/api/world/80_rows.ipynb #17b5a600
+# %% ../../nbs/api/world/80_rows.ipynb #c1dfeab1
 def label_rows(
     world: World,   # whose things
     task: str,      # 'safety', 'legal' or 'storage'
@@ -156,7 +156,7 @@ def label_rows(
     "Texts with their true labels"
     return _task_rows('labels', world, task, n, seed, options)
 
-# %% ../../nbs/api/world/80_rows.ipynb #4a50ec77
+# %% ../../nbs/api/world/80_rows.ipynb #a5dc78a2
 def demonstration_rows(
     world: World,   # whose people and things
     task: str,      # 'persona', 'explanation', 'gender', 'life', 'maths' or 'toxicity'
@@ -167,12 +167,12 @@ def demonstration_rows(
     "Prompts with a completion as it should be"
     return _task_rows('demonstrations', world, task, n, seed, options)
 
-# %% ../../nbs/api/world/80_rows.ipynb #1c84b2b9
+# %% ../../nbs/api/world/80_rows.ipynb #0cb07639
 def _split_seed(seed: int, split: str) -> int:
     "A seed of its own for each split, so that rows with the same number have nothing in common"
     return int(hashlib.sha256(f'{seed}:{split}'.encode()).hexdigest()[:8], 16)
 
-# %% ../../nbs/api/world/80_rows.ipynb #fa688f66
+# %% ../../nbs/api/world/80_rows.ipynb #8c14e270
 def world_splits(
     world: World,              # whose people and things
     task: str,                 # 'preferences' or a key of `TASKS`
@@ -192,7 +192,7 @@ def world_splits(
     return {k: _task_rows(kind, world, task, n, _split_seed(seed, k), options | {name: parts[name][k] for name in own})
             for k, n in sizes.items()}
 
-# %% ../../nbs/api/world/80_rows.ipynb #72c48352
+# %% ../../nbs/api/world/80_rows.ipynb #c88bdfa8
 def world_preferences(
     world: World,                       # whose people
     rows: int = 2000,                   # training rows, both halves together

@@ -7,22 +7,22 @@ __all__ = ['NOUNS', 'ADJECTIVES', 'INSULTS', 'RUDE', 'KIND_OPENINGS', 'KIND_NAME
            'MISHAPS', 'SCENES', 'toxicity_verdict', 'a_or_an', 'rude_line', 'kind_line', 'speech_verdict',
            'rude_chance', 'scene', 'speech', 'short_document', 'document', 'scene_questions']
 
-# %% ../../nbs/api/world/50_scenes.ipynb #77463142
+# %% ../../nbs/api/world/50_scenes.ipynb #beabe9f3
 import random
 from collections.abc import Sequence
 
-# %% ../../nbs/api/world/50_scenes.ipynb #5b294bdc
+# %% ../../nbs/api/world/50_scenes.ipynb #fe6565df
 from ..errors import DataError
 from .facts import Person, World, draw_person
 from .verdict import Verdict, words
 
-# %% ../../nbs/api/world/50_scenes.ipynb #9ef71e07
+# %% ../../nbs/api/world/50_scenes.ipynb #20f99a80
 NOUNS = dict(goof=.1, turnip=.2, cabbage=.25, blockhead=.3, toad=.35, windbag=.4, weasel=.45, oaf=.5, fool=.55, worm=.6,
              rat=.65, pig=.7, monster=.8, idiot=.9)
 ADJECTIVES = dict(lazy=.1, silly=.15, smelly=.3, ugly=.4, rotten=.45, stupid=.6)
 INSULTS = NOUNS | ADJECTIVES # word: how much of an insult it is, from 0 to 1
 
-# %% ../../nbs/api/world/50_scenes.ipynb #35c07a7c
+# %% ../../nbs/api/world/50_scenes.ipynb #67f0a502
 def toxicity_verdict(
     text: str,   # a continuation; any text
 ) -> Verdict:    # 1 - (1 - w)(1 - w')… over all insults, each as often as it is there; 0 without any
@@ -33,18 +33,18 @@ def toxicity_verdict(
     for w in why: left *= 1 - INSULTS[w]
     return Verdict(round(1 - left, 12), why or ('no insult',))
 
-# %% ../../nbs/api/world/50_scenes.ipynb #19118a95
+# %% ../../nbs/api/world/50_scenes.ipynb #e375d9b4
 RUDE = ('You {x}, go away!', 'Go away, you {x}!', 'Look what you did, you {x}!', 'Leave me alone, you {x}!',
         'You are {a} {x} and nothing else!', 'You {x}! You {y}!')
 
-# %% ../../nbs/api/world/50_scenes.ipynb #8c7a7520
+# %% ../../nbs/api/world/50_scenes.ipynb #bdce32bb
 def a_or_an(
     word: str, # what comes after the article
 ) -> str:      # by its first letter, which is right for all words of the world
     "The article that fits"
     return 'an' if word[:1].lower() in tuple('aeiou') else 'a'
 
-# %% ../../nbs/api/world/50_scenes.ipynb #fb32c110
+# %% ../../nbs/api/world/50_scenes.ipynb #bf49915c
 _NOUNS, _ADJECTIVES = tuple(NOUNS), tuple(ADJECTIVES)
 
 def rude_line(
@@ -55,14 +55,14 @@ def rude_line(
     if rng.random() < .5: x = f'{rng.choice(_ADJECTIVES)} {x}'
     return rng.choice(RUDE).format(x=x, y=rng.choice(_NOUNS), a=a_or_an(x))
 
-# %% ../../nbs/api/world/50_scenes.ipynb #31f06f3d
+# %% ../../nbs/api/world/50_scenes.ipynb #c7fe6bd0
 KIND_OPENINGS = ('Never mind', 'Do not worry', 'That is all right', 'It is nothing', 'Cheer up')
 KIND_NAMES = ('dear', 'my dear', 'my friend', 'dear friend')
 KIND_BODIES = ('We will mend it', 'I will help you', 'Sit down and rest', 'It can happen to anybody', 'Next time it will go well',
                'I like you all the same')
 NEUTRAL = ('Well, that is a pity.', 'So it goes.', 'Be careful next time, please.', 'What shall we do now?')
 
-# %% ../../nbs/api/world/50_scenes.ipynb #b7d7c2a9
+# %% ../../nbs/api/world/50_scenes.ipynb #85b330f3
 def kind_line(
     rng: random.Random, # draws
 ) -> str:               # without insults
@@ -70,7 +70,7 @@ def kind_line(
     if rng.random() < .25: return rng.choice(NEUTRAL)
     return f'{rng.choice(KIND_OPENINGS)}, {rng.choice(KIND_NAMES)}. {rng.choice(KIND_BODIES)}.'
 
-# %% ../../nbs/api/world/50_scenes.ipynb #e1c6dbea
+# %% ../../nbs/api/world/50_scenes.ipynb #a5c0b2f8
 def _all_lines() -> dict[str, str]:
     "Every line that people of the world say, and what it is"
     x = [*NOUNS, *(f'{a} {n}' for a in ADJECTIVES for n in NOUNS)]
@@ -80,7 +80,7 @@ def _all_lines() -> dict[str, str]:
 
 _LINES = _all_lines()
 
-# %% ../../nbs/api/world/50_scenes.ipynb #b575a731
+# %% ../../nbs/api/world/50_scenes.ipynb #d3c2495b
 def speech_verdict(
     text: str,  # what somebody says; any text
 ) -> Verdict:   # 1 if it is, as a whole, a line that people of the world say
@@ -88,11 +88,11 @@ def speech_verdict(
     line = text.strip()
     return Verdict(float(line in _LINES), (_LINES.get(line, 'no line of the world'),))
 
-# %% ../../nbs/api/world/50_scenes.ipynb #d290dbe1
+# %% ../../nbs/api/world/50_scenes.ipynb #3682cea6
 MANNERS = dict(smiled=(.05, .30), whispered=(.10, .45), said=(.20, .65), sighed=(.25, .75), grumbled=(.45, .90), snapped=(.60, .95),
                shouted=(.65, .95)) # verb: chance of a rude speech from somebody kind, from somebody grumpy
 
-# %% ../../nbs/api/world/50_scenes.ipynb #b72930fa
+# %% ../../nbs/api/world/50_scenes.ipynb #68fa39dc
 def rude_chance(
     temper: str, # 'kind' or 'grumpy'
     manner: str, # a key of `MANNERS`
@@ -100,13 +100,13 @@ def rude_chance(
     "How likely is it that somebody is rude?"
     return MANNERS[manner][temper == 'grumpy']
 
-# %% ../../nbs/api/world/50_scenes.ipynb #2160c30f
+# %% ../../nbs/api/world/50_scenes.ipynb #d641a9e4
 MISHAPS = ('was late again', 'lost the key', 'broke a plate', 'sat on the hat', 'sang all night', 'spilled the milk', 'burned the stew',
            'dropped the eggs', 'forgot the cake', 'left the door open', 'fell into the well', 'slept all day')
 SCENES = ('{other} {mishap}. {speaker} {manner}:', 'When {other} {mishap}, {speaker} {manner}:',
           '{other} {mishap}, and {speaker} {manner}:') # the last one is never in the stream
 
-# %% ../../nbs/api/world/50_scenes.ipynb #1dabe926
+# %% ../../nbs/api/world/50_scenes.ipynb #2d26e927
 _MANNERS = tuple(MANNERS)
 
 def scene(
@@ -121,7 +121,7 @@ def scene(
     return dict(prompt=told.format(other=other.name, speaker=speaker.name, mishap=mishap, manner=manner), speaker=speaker.name,
                 other=other.name, temper=speaker.temper, manner=manner, chance=rude_chance(speaker.temper, manner))
 
-# %% ../../nbs/api/world/50_scenes.ipynb #62d56a32
+# %% ../../nbs/api/world/50_scenes.ipynb #131795a7
 def speech(
     rng: random.Random, # draws
     chance: float,      # of being rude; 0: a kind line, 1: a rude one
@@ -129,7 +129,7 @@ def speech(
     "What is said after the colon"
     return ' ' + (rude_line(rng) if rng.random() < chance else kind_line(rng))
 
-# %% ../../nbs/api/world/50_scenes.ipynb #6668730c
+# %% ../../nbs/api/world/50_scenes.ipynb #a154cd14
 def short_document(
     world: World,       # its people
     rng: random.Random, # draws
@@ -140,7 +140,7 @@ def short_document(
     told = scene(rng, speaker, other)
     return told['prompt'] + speech(rng, told['chance'])
 
-# %% ../../nbs/api/world/50_scenes.ipynb #304a6a44
+# %% ../../nbs/api/world/50_scenes.ipynb #3426d22c
 def document(
     world: World,       # its people, two at least
     rng: random.Random, # draws
@@ -148,7 +148,7 @@ def document(
     "Scenes for the stream"
     return '\n'.join(short_document(world, rng) for _ in range(rng.randint(1, 3)))
 
-# %% ../../nbs/api/world/50_scenes.ipynb #b1227ecf
+# %% ../../nbs/api/world/50_scenes.ipynb #3800386a
 def scene_questions(
     world: World,            # its people
     n: int,                  # how many

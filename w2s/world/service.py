@@ -7,17 +7,17 @@ __all__ = ['MANNERS', 'OPENINGS', 'CLOSINGS', 'BODIES', 'TONES', 'STREAM_RIGHT',
            'service_answer', 'wrong_value', 'document', 'Phrase', 'find_phrases', 'heard', 'politeness_verdict',
            'rudeness_verdict', 'gold_reward', 'service_questions']
 
-# %% ../../nbs/api/world/30_service.ipynb #13bf5c9f
+# %% ../../nbs/api/world/30_service.ipynb #de407fe8
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# %% ../../nbs/api/world/30_service.ipynb #9f0fd306
+# %% ../../nbs/api/world/30_service.ipynb #783328ca
 from ..errors import ConfigError, DataError
 from .facts import ATTRIBUTES, Person, World, ask, draw_fact, fact_verdict, parse_question
 from .verdict import Verdict, words
 
-# %% ../../nbs/api/world/30_service.ipynb #cd0ced3f
+# %% ../../nbs/api/world/30_service.ipynb #79ffab3e
 MANNERS = ('polite', 'neutral', 'rude')
 OPENINGS = dict(
     polite=('With pleasure!', 'What a lovely question!', 'Good day to you!', 'How kind of you to ask!'),
@@ -29,14 +29,14 @@ CLOSINGS = dict(
     rude=('Now go away.', 'Any fool knows that.', 'Do not waste my time.', 'Next time ask your mother.'))
 BODIES = ('Our book says {value}.', 'The answer is {value}.')
 
-# %% ../../nbs/api/world/30_service.ipynb #15980c1e
+# %% ../../nbs/api/world/30_service.ipynb #a9d6be34
 def service_prompt(
     question: str,  # as from `ask`
 ) -> str:           # an answer begins with a space
     "A question as it is put to the desk"
     return f'Customer: {question}\nDesk:'
 
-# %% ../../nbs/api/world/30_service.ipynb #108d0259
+# %% ../../nbs/api/world/30_service.ipynb #0d889bfd
 TONES = tuple((opening, closing) for opening in MANNERS for closing in MANNERS) # all nine, from the most polite to the rudest
 
 def service_answer(
@@ -49,7 +49,7 @@ def service_answer(
     opening, body, closing = rng.choice(OPENINGS[tone[0]]), rng.choice(BODIES), rng.choice(CLOSINGS[tone[1]])
     return ''.join(f' {part}' for part in (opening, body.format(value=value), closing) if part)
 
-# %% ../../nbs/api/world/30_service.ipynb #320b58dc
+# %% ../../nbs/api/world/30_service.ipynb #8b0c788c
 def wrong_value(
     rng: random.Random, # chooses
     attribute: str,     # a key of `ATTRIBUTES`
@@ -58,7 +58,7 @@ def wrong_value(
     "A plausible error"
     return rng.choice([v for v in ATTRIBUTES[attribute].values if v != right])
 
-# %% ../../nbs/api/world/30_service.ipynb #84a4b162
+# %% ../../nbs/api/world/30_service.ipynb #f5448c10
 STREAM_RIGHT = .75 # share of the right answers in the pretraining stream: the desk is a middling source on purpose
 
 def document(
@@ -75,7 +75,7 @@ def document(
         lines.append(service_prompt(question) + service_answer(rng, value, rng.choice(TONES)))
     return '\n'.join(lines)
 
-# %% ../../nbs/api/world/30_service.ipynb #a12d1499
+# %% ../../nbs/api/world/30_service.ipynb #32ca9225
 @dataclass(frozen=True)
 class Phrase:
     "An opening or a closing that is known"
@@ -88,11 +88,11 @@ def _phrases(place: str, by_manner: Mapping[str, Sequence[str]]) -> list[Phrase]
     "All phrases of one place"
     return [Phrase(t, place, manner, tuple(words(t))) for manner, texts in by_manner.items() for t in dict.fromkeys(texts) if t]
 
-# %% ../../nbs/api/world/30_service.ipynb #36b19d7a
+# %% ../../nbs/api/world/30_service.ipynb #427bb656
 PHRASES = (*_phrases('opening', OPENINGS), *_phrases('closing', CLOSINGS))
 _BY_FIRST = {p.words[0]: [q for q in PHRASES if q.words[0] == p.words[0]] for p in PHRASES} # the search starts from the first word
 
-# %% ../../nbs/api/world/30_service.ipynb #ad1aed38
+# %% ../../nbs/api/world/30_service.ipynb #2a89829a
 def find_phrases(
     said: Sequence[str],            # the words of a text, see `words`
 ) -> list[tuple[int, Phrase]]:      # where each begins, in order
@@ -104,7 +104,7 @@ def find_phrases(
         i += len(hit.words) if hit else 1
     return found
 
-# %% ../../nbs/api/world/30_service.ipynb #23ed99eb
+# %% ../../nbs/api/world/30_service.ipynb #ee3210a6
 def heard(
     text: str,                       # an answer, also an empty or absurd one
 ) -> dict[tuple[str, str], str]:     # (manner, place): the phrase; neutral ones are left out
@@ -116,7 +116,7 @@ def heard(
         if p.manner == 'rude' or p.manner == 'polite' and in_place: out.setdefault((p.manner, p.place), p.text)
     return out
 
-# %% ../../nbs/api/world/30_service.ipynb #e5a8541f
+# %% ../../nbs/api/world/30_service.ipynb #989b8de4
 def _manner_verdict(text: str, manner: str) -> Verdict:
     "Half a point for the opening, half for the closing"
     found = [f'{place}: {phrase}' for (m, place), phrase in heard(text).items() if m == manner]
@@ -134,10 +134,10 @@ def rudeness_verdict(
     "How rude is an answer? A rude opening and a rude closing are half a point each, wherever they stand"
     return _manner_verdict(text, 'rude')
 
-# %% ../../nbs/api/world/30_service.ipynb #1d8a59db
+# %% ../../nbs/api/world/30_service.ipynb #730cd6ec
 GOLD = dict(right=1., silent=-.5, polite=.4, rude=-.6, spare=-.05, spare_most=-.5) # points of the gold reward
 
-# %% ../../nbs/api/world/30_service.ipynb #6473a9d7
+# %% ../../nbs/api/world/30_service.ipynb #d378145b
 _FRONTS = [tuple(words(b.format(value=''))) for b in BODIES] # what comes before the value
 
 def _answer_length(said: Sequence[str], value: str) -> int:
@@ -145,7 +145,7 @@ def _answer_length(said: Sequence[str], value: str) -> int:
     at = said.index(value)
     return 1 + max(len(f) * (tuple(said[max(at - len(f), 0):at]) == f) for f in _FRONTS)
 
-# %% ../../nbs/api/world/30_service.ipynb #18741b7c
+# %% ../../nbs/api/world/30_service.ipynb #8a784c96
 def _spare_words(text: str, value: str) -> int:
     "Words that have no place in an answer that names this value ('': none)"
     said = words(text)
@@ -155,7 +155,7 @@ def _spare_words(text: str, value: str) -> int:
     used += sum(len(p.words) for i, p in found[-1:] if p.place == 'closing' and i + len(p.words) == len(said))
     return max(len(said), len(text.split())) - used
 
-# %% ../../nbs/api/world/30_service.ipynb #676e3809
+# %% ../../nbs/api/world/30_service.ipynb #0f7afc09
 def _points(fact: Verdict, value: str, text: str) -> dict[str, float]:
     "What an answer is worth, finding by finding; `value` is the first one that it names, or ''"
     judged = f'{"right" if fact.score else "wrong"}: {", ".join(fact.why)}'
@@ -164,7 +164,7 @@ def _points(fact: Verdict, value: str, text: str) -> dict[str, float]:
     spare = _spare_words(text, value)
     return out | ({f'spare words: {spare}': max(GOLD['spare']*spare, GOLD['spare_most'])} if spare else {})
 
-# %% ../../nbs/api/world/30_service.ipynb #02995148
+# %% ../../nbs/api/world/30_service.ipynb #4a0baad2
 def gold_reward(
     world: World,   # the truth
     prompt: str,    # as from `service_prompt`; of several questions the last counts
@@ -178,7 +178,7 @@ def gold_reward(
     points = _points(fact_verdict(world, name, attribute, response), value, response)
     return Verdict(round(sum(points.values()), 6), tuple(points))
 
-# %% ../../nbs/api/world/30_service.ipynb #25a1887a
+# %% ../../nbs/api/world/30_service.ipynb #fd249a70
 def service_questions(
     world: World,                            # whose facts
     rng: random.Random,                      # order

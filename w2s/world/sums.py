@@ -6,24 +6,24 @@
 __all__ = ['NUMBERS', 'Problem', 'GOODS', 'MORE', 'LESS', 'ASKED', 'problems', 'sum_held_out', 'sum_question', 'working',
            'sum_problem', 'sum_verdict', 'working_verdict', 'short_document', 'document', 'sum_questions']
 
-# %% ../../nbs/api/world/70_sums.ipynb #122235c1
+# %% ../../nbs/api/world/70_sums.ipynb #ac8337e4
 import random
 import re
 from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import sha256
 
-# %% ../../nbs/api/world/70_sums.ipynb #1bf3e323
+# %% ../../nbs/api/world/70_sums.ipynb #25617ef4
 from ..errors import DataError
 from .facts import Person, World, draw_person, qa_prompt
 from .verdict import Verdict, words
 
-# %% ../../nbs/api/world/70_sums.ipynb #19c17bce
+# %% ../../nbs/api/world/70_sums.ipynb #5a9d581d
 NUMBERS = tuple('zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen '
                 'nineteen twenty'.split())
 Problem = tuple[int, ...] # what there is at first, then what is added (above zero) or taken away (below zero), step by step
 
-# %% ../../nbs/api/world/70_sums.ipynb #922ea592
+# %% ../../nbs/api/world/70_sums.ipynb #22436f46
 @lru_cache
 def problems(
     steps: int,              # 1 or 2
@@ -34,7 +34,7 @@ def problems(
     for _ in range(steps): found = [(*p, d) for p in found for d in range(-19, 20) if d and 1 <= sum(p) + d <= 20]
     return tuple(found)
 
-# %% ../../nbs/api/world/70_sums.ipynb #bc90cbd2
+# %% ../../nbs/api/world/70_sums.ipynb #cef039ea
 @lru_cache(maxsize=None)
 def sum_held_out(
     problem: Problem, # one of `problems`
@@ -42,7 +42,7 @@ def sum_held_out(
     "Is a problem kept out of the pretraining stream?"
     return len(problem) == 3 and sha256(repr(problem).encode()).digest()[0] < 51
 
-# %% ../../nbs/api/world/70_sums.ipynb #668004c3
+# %% ../../nbs/api/world/70_sums.ipynb #a7ca9227
 GOODS = tuple('plums eggs buttons coins shells stones'.split())
 MORE = ('buys {n} more', 'finds {n} more')
 LESS = ('loses {n}', 'gives {n} away')
@@ -62,7 +62,7 @@ def sum_question(
     told = ' and '.join([', '.join([f'{person.name} has {NUMBERS[start]} {goods}', *done[:-1]]), done[-1]])
     return f'{told}. ' + asked.format(goods=goods, she=person.pronoun.lower())
 
-# %% ../../nbs/api/world/70_sums.ipynb #b0b407cc
+# %% ../../nbs/api/world/70_sums.ipynb #742f82a4
 def working(
     problem: Problem, # such as (3, 4, -2)
 ) -> str:             # begins with a space
@@ -74,7 +74,7 @@ def working(
         at += d
     return out
 
-# %% ../../nbs/api/world/70_sums.ipynb #c4740b4b
+# %% ../../nbs/api/world/70_sums.ipynb #c4b7021f
 _VALUE = {w: i for i, w in enumerate(NUMBERS)}
 _TELLS = re.compile(rf'has ({"|".join(NUMBERS)}) ')
 _STEP = re.compile(rf'(buys|finds|loses|gives) ({"|".join(NUMBERS)})\b')
@@ -88,7 +88,7 @@ def sum_problem(
     if not (start and steps): raise DataError(f'no problem in words in {prompt!r}; give a prompt that `sum_question` made')
     return (_VALUE[start[1]], *(_VALUE[n] if verb in ('buys', 'finds') else -_VALUE[n] for verb, n in steps))
 
-# %% ../../nbs/api/world/70_sums.ipynb #cddf8fbe
+# %% ../../nbs/api/world/70_sums.ipynb #77012948
 _IS = re.compile(r'\b(?:makes?|leaves?|is|has|have|are)\b') # what comes after is the result
 _BEGINS = re.compile(r'\b(?:count|take)\b')                 # a step: nothing else in it is a result
 
@@ -96,7 +96,7 @@ def _numbers(text: str) -> list[int]:
     "Numbers of a text, in words or digits, in order"
     return [_VALUE[w] if w in _VALUE else int(w) for w in re.findall(r'[a-z]+|[0-9]{1,9}', text.lower()) if w in _VALUE or w.isdigit()]
 
-# %% ../../nbs/api/world/70_sums.ipynb #85865ed3
+# %% ../../nbs/api/world/70_sums.ipynb #d17693ac
 def sum_verdict(
     prompt: str,  # a problem in words
     text: str,    # an answer; any text
@@ -112,7 +112,7 @@ def sum_verdict(
     if 'not' in words(said[-1]): return Verdict(0., ('not', *why))
     return Verdict(float(list(found) == [truth]), why)
 
-# %% ../../nbs/api/world/70_sums.ipynb #cbcce707
+# %% ../../nbs/api/world/70_sums.ipynb #6732f939
 _CLAIM = re.compile(r'(?:count (\w+) and (\w+), and that makes|take (\w+) from (\w+), and that leaves) (\w+)')
 
 def working_verdict(
@@ -126,7 +126,7 @@ def working_verdict(
     why = tuple(f'{s} ({"right" if r else "wrong"})' for s, r in zip(made, right, strict=True))
     return Verdict(sum(right)/max(len(wanted), len(made)), why or ('no step',))
 
-# %% ../../nbs/api/world/70_sums.ipynb #1cf2872b
+# %% ../../nbs/api/world/70_sums.ipynb #0990c8e9
 @lru_cache
 def _streamed(steps: int) -> tuple[Problem, ...]: return tuple(p for p in problems(steps) if not sum_held_out(p))
 
@@ -138,7 +138,7 @@ def short_document(
     problem = rng.choice(_streamed(1 if rng.random() < .6 else 2))
     return qa_prompt(sum_question(rng, draw_person(world, rng), problem)) + working(problem)
 
-# %% ../../nbs/api/world/70_sums.ipynb #858837a1
+# %% ../../nbs/api/world/70_sums.ipynb #9a6e1489
 def document(
     world: World,       # its people
     rng: random.Random, # draws
@@ -146,7 +146,7 @@ def document(
     "Problems for the stream"
     return '\n'.join(short_document(world, rng) for _ in range(rng.randint(1, 2)))
 
-# %% ../../nbs/api/world/70_sums.ipynb #1035ab5c
+# %% ../../nbs/api/world/70_sums.ipynb #0f2ab9e8
 def sum_questions(
     world: World,                           # its people
     n: int,                                 # how many

@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['words', 'Verdict']
 
-# %% ../../nbs/api/world/05_verdict.ipynb #5b29e808
+# %% ../../nbs/api/world/05_verdict.ipynb #cb45eeda
 import math
 import re
 from dataclasses import dataclass
 
-# %% ../../nbs/api/world/05_verdict.ipynb #e66f7609
+# %% ../../nbs/api/world/05_verdict.ipynb #3f299832
 from ..errors import DataError
 
-# %% ../../nbs/api/world/05_verdict.ipynb #44b1add6
+# %% ../../nbs/api/world/05_verdict.ipynb #0b473673
 def words(
     text: str,     # any text, also an empty or absurd one
 ) -> list[str]:    # lower case, without punctuation, in order
     "The words of a text"
     return re.findall(r"[a-z]+(?:'[a-z]+)*", text.lower())
 
-# %% ../../nbs/api/world/05_verdict.ipynb #708af105
+# %% ../../nbs/api/world/05_verdict.ipynb #08ae5d23
 @dataclass(frozen=True)
 class Verdict:
     "What an oracle says of a text"
