@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'RECIPE', 'CARD', 'world_stream', 'write_sums', 'model_card', 'card_text', 'build_model']
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #0d4e5721
+# %% ../../nbs/api/experiments/50_ladder.ipynb #90f197e5
 import hashlib
 import json
 import platform
@@ -14,24 +14,23 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #abbef97f
+# %% ../../nbs/api/experiments/50_ladder.ipynb #ad27ed23
 import pandas as pd
 import torch
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #2e28e6d3
+# %% ../../nbs/api/experiments/50_ladder.ipynb #982239e3
 from ..errors import ConfigError, unknown
 from ..evaluate.knowledge import knowledge
 from ..models.load import LoadSettings, load_base
 from ..models.pretrain import Recipe, Size, Stream, pretrain_model, speed, world_tokenizer
-from ..models.zoo import LADDER
 from ..world.facts import VERSION, World, make_world, world_hash
 from ..world.stream import answer_words, few, name_words, stream_document, stream_words
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #f9ba76a5
+# %% ../../nbs/api/experiments/50_ladder.ipynb #35465fd6
 SIZES = dict(pico=Size(64, 3, 64), nano=Size(64, 2, 256), micro=Size(128, 2, 256), base=Size(256, 4, 704))
 RECIPE = Recipe() # the same stream for all
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #af73e248
+# %% ../../nbs/api/experiments/50_ladder.ipynb #997cdb59
 def world_stream(
     world: World,   # what is true
     recipe: Recipe, # for how long only a few people are spoken of
@@ -42,7 +41,7 @@ def world_stream(
         return stream_document(start if done < recipe.first_share else world, rng, short)
     return Stream(world_tokenizer(stream_words(world)), make, answer_words(), name_words(world))
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #0f8ee400
+# %% ../../nbs/api/experiments/50_ladder.ipynb #766f1ebe
 def write_sums(
     folder: Path, # of a finished model
 ) -> None:
@@ -50,7 +49,7 @@ def write_sums(
     files = sorted(f for f in folder.iterdir() if f.name != 'SHA256SUMS')
     (folder/'SHA256SUMS').write_text(''.join(f'{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n' for f in files), encoding='utf-8')
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #f1732d8f
+# %% ../../nbs/api/experiments/50_ladder.ipynb #5ff8d0b9
 def model_card(
     name: str,            # of the size
     size: Size,           # its shape
@@ -70,7 +69,7 @@ def model_card(
                 recipe=asdict(recipe), torch=torch.__version__.split('+')[0],
                 knowledge={r.probe: dict(value=round(r.value, 4), low=round(r.low, 4), high=round(r.high, 4), n=r.n) for r in known.itertuples()})
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #037ff3ce
+# %% ../../nbs/api/experiments/50_ladder.ipynb #1e28d0cd
 CARD = """# {name}: a model of a world that does not exist
 
 One of the ladder of tiny language models that comes with `w2s`, pretrained on its embedded world (version {version}, seed {world}).
@@ -85,7 +84,7 @@ It knows nothing else: it is for experiments, in which one wants to know what a 
 {table}
 """
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #5f42daf3
+# %% ../../nbs/api/experiments/50_ladder.ipynb #273d46f7
 def card_text(
     card: dict, # of `model_card`
 ) -> str:       # Markdown
@@ -94,7 +93,7 @@ def card_text(
     return CARD.format(**{k: card[k] for k in ('name', 'parameters', 'tokens', 'steps', 'seed', 'loss', 'seconds', 'machine')}, table=table,
                        layers=card['size']['layers'], hidden=card['size']['hidden'], version=card['world']['version'], world=card['world']['seed'])
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #64d92112
+# %% ../../nbs/api/experiments/50_ladder.ipynb #06bb5773
 def build_model(
     name: str,                        # a key of `SIZES`
     out: str | Path,                  # folder for the models; the model goes into a folder of its name
