@@ -251,7 +251,8 @@ def test_label_splits_keep_to_unasked_things():
 def label_of(task, prompt):
     if task == 'safety': return 1 - harm_verdict(WORLD, prompt).score
     parts = dict(line.split(': ') for line in prompt.split('\n')[:2])
-    return relevance_verdict(WORLD, parts['Clause'], parts['Question']).score
+    clause, question = ('Policy', 'Q') if task == 'storage' else ('Clause', 'Question')
+    return relevance_verdict(WORLD, parts[clause], parts[question]).score
 
 @pytest.mark.parametrize('task', ['safety', 'legal', 'storage'])
 def test_labels_agree_with_the_oracle(task):

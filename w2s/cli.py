@@ -6,7 +6,7 @@
 __all__ = ['app', 'run_app', 'Flag', 'zoo_app', 'given', 'version_command', 'weak_teacher', 'weak_teacher_config', 'zoo',
            'zoo_table', 'zoo_build', 'main']
 
-# %% ../nbs/api/90_cli.ipynb #534b053e
+# %% ../nbs/api/90_cli.ipynb #4b859e94
 import os
 import sys
 import warnings
@@ -19,7 +19,7 @@ import typer
 from . import __version__
 from .errors import ConfigError, W2SError
 
-# %% ../nbs/api/90_cli.ipynb #350b856a
+# %% ../nbs/api/90_cli.ipynb #2dbdecea
 def given(
     flags: dict[str, Any], # setting -> value, None where the flag was not given; 'load.quantize' is a setting inside a table
 ) -> dict[str, Any]:       # only what was given, as nested tables
@@ -33,28 +33,28 @@ def given(
         place[last] = value
     return out
 
-# %% ../nbs/api/90_cli.ipynb #298f9625
+# %% ../nbs/api/90_cli.ipynb #208f5b63
 app = typer.Typer(help='Weak-to-strong alignment of language models.', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 run_app = typer.Typer(help='Run a whole experiment.', no_args_is_help=True)
 app.add_typer(run_app, name='run')
 
-# %% ../nbs/api/90_cli.ipynb #dc677738
+# %% ../nbs/api/90_cli.ipynb #dc9f2440
 @app.command('version')
 def version_command() -> None:
     "Print the version of w2s"
     typer.echo(__version__)
 
-# %% ../nbs/api/90_cli.ipynb #cf456fb0
+# %% ../nbs/api/90_cli.ipynb #4c8a8b10
 @app.callback()
 def _before() -> None:
     # one place for what all commands need; the callback's docstring would show up in the help
     warnings.filterwarnings('ignore', category=FutureWarning) # of libraries among themselves; nothing that a user can mend
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
 
-# %% ../nbs/api/90_cli.ipynb #e300f827
+# %% ../nbs/api/90_cli.ipynb #3e4a2fad
 Flag = typer.Option
 
-# %% ../nbs/api/90_cli.ipynb #35096203
+# %% ../nbs/api/90_cli.ipynb #d0f3def0
 @run_app.command('weak-teacher')
 def weak_teacher(
     data: Annotated[str | None, Flag(help='preference rows: world or world:SEED (made on the spot), a file, a folder with train_gt/train_w2s/test files, or a name on the hub (default: world)')] = None,
@@ -89,7 +89,7 @@ def weak_teacher(
              'strict': strict, **{f'{stage}.{k}': v for stage in ('sft', 'dpo') for k, v in both.items()}}
     _weak_teacher(given(flags), config, out, dry_run)
 
-# %% ../nbs/api/90_cli.ipynb #6a1dd3d7
+# %% ../nbs/api/90_cli.ipynb #50f654c4
 def weak_teacher_config(
     flags: dict[str, Any], # settings given by flags
     file: Path | None,     # TOML file
@@ -99,7 +99,7 @@ def weak_teacher_config(
     from w2s.experiments.preference_stages import fill_settings
     return fill_settings(merged(read_toml(file) if file else {}, flags))
 
-# %% ../nbs/api/90_cli.ipynb #494e6254
+# %% ../nbs/api/90_cli.ipynb #5aed8a67
 def _weak_teacher(flags: dict[str, Any], file: Path | None, out: Path, dry_run: bool) -> None:
     "Run, write and print"
     config = weak_teacher_config(flags, file)
@@ -114,11 +114,11 @@ def _weak_teacher(flags: dict[str, Any], file: Path | None, out: Path, dry_run: 
     also = '' if result.responses.empty else 'responses.parquet, '
     typer.echo(f'\n{result}\n\nwritten to {out}: report.md, figure.png, results.parquet, {also}adapters/ …')
 
-# %% ../nbs/api/90_cli.ipynb #6ddd26c5
+# %% ../nbs/api/90_cli.ipynb #efada8d0
 zoo_app = typer.Typer(help='The models that come with w2s: list them, or build one.', invoke_without_command=True)
 app.add_typer(zoo_app, name='zoo')
 
-# %% ../nbs/api/90_cli.ipynb #5cf22cad
+# %% ../nbs/api/90_cli.ipynb #c8c5ac4c
 @zoo_app.callback()
 def zoo(
     context: typer.Context, # of typer: is there a command behind it?
@@ -129,7 +129,7 @@ def zoo(
     from w2s.models.zoo import LADDER, card
     Console().print(zoo_table([card(name) for name in LADDER]))
 
-# %% ../nbs/api/90_cli.ipynb #62125651
+# %% ../nbs/api/90_cli.ipynb #bd1c5594
 def zoo_table(
     cards: list[dict[str, Any]], # of models
 ) -> Any:                        # a table of rich
@@ -144,7 +144,7 @@ def zoo_table(
     for probe in cards[0]['knowledge']: table.add_row(probe, *(f'{c["knowledge"][probe]["value"]:.2f}' for c in cards))
     return table
 
-# %% ../nbs/api/90_cli.ipynb #3cdced32
+# %% ../nbs/api/90_cli.ipynb #5ffed9f2
 @zoo_app.command('build')
 def zoo_build(
     size: Annotated[str, Flag(help='pico, nano, micro or base')],
@@ -161,7 +161,7 @@ def zoo_build(
     Console().print(zoo_table([made]))
     typer.echo(f'written to {out/size}; w2s run weak-teacher --weak {out/size} takes it')
 
-# %% ../nbs/api/90_cli.ipynb #85fe8e3c
+# %% ../nbs/api/90_cli.ipynb #d45c59c7
 def main() -> None:
     "The `w2s` command"
     try: app()

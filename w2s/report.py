@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'versions', 'result_figure', 'markdown_table', 'responses_text', 'report_text', 'write_result']
 
-# %% ../nbs/api/85_report.ipynb #98d4c19a
+# %% ../nbs/api/85_report.ipynb #229fc5ec
 import json
 import platform
 import shutil
@@ -23,16 +23,16 @@ from .evaluate.metrics import by_role
 from .plots import plot_roles
 from .train.reference import write_atomic
 
-# %% ../nbs/api/85_report.ipynb #6617774b
+# %% ../nbs/api/85_report.ipynb #a28432ea
 PACKAGES = ('w2s', 'torch', 'transformers', 'peft', 'bitsandbytes', 'accelerate', 'datasets', 'tokenizers', 'numpy', 'scipy', 'pandas')
 
-# %% ../nbs/api/85_report.ipynb #2b19be1d
+# %% ../nbs/api/85_report.ipynb #4e35cd3e
 def versions() -> dict[str, str]: # package or part of the machine -> version
     "What a result was made with"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads'
     return {**{p: version(p) for p in PACKAGES}, 'python': platform.python_version(), 'system': platform.platform(), 'device': device}
 
-# %% ../nbs/api/85_report.ipynb #ea371114
+# %% ../nbs/api/85_report.ipynb #7a3393ba
 def result_figure(
     result: Result, # of a run
 ) -> Figure:        # accuracy of every role; below it their gold reward, where there is one
@@ -42,7 +42,7 @@ def result_figure(
     for ax, metric in zip(figure.subplots(len(metrics), squeeze=False)[:, 0], metrics, strict=True): plot_roles(result.intervals, metric, ax=ax)
     return figure
 
-# %% ../nbs/api/85_report.ipynb #42fb5612
+# %% ../nbs/api/85_report.ipynb #0495b4cc
 def markdown_table(
     table: pd.DataFrame, # of texts and numbers
 ) -> str:
@@ -50,7 +50,7 @@ def markdown_table(
     def line(cells) -> str: return '| ' + ' | '.join(str(c).strip().replace('|', '\\|').replace('\n', ' ') for c in cells) + ' |'
     return '\n'.join([line(table.columns), line(['---']*len(table.columns)), *map(line, table.itertuples(index=False))])
 
-# %% ../nbs/api/85_report.ipynb #fd47c7cb
+# %% ../nbs/api/85_report.ipynb #e8b651a5
 def responses_text(
     result: Result,    # of a run with responses
     prompts: int = 3,  # test prompts that are shown
@@ -64,7 +64,7 @@ def responses_text(
         out += [f'**{of_row["prompt"].iloc[0]}**'.replace('\n', ' / '), markdown_table(table)]
     return '\n\n'.join([*out, 'All of them are in responses.parquet.'])
 
-# %% ../nbs/api/85_report.ipynb #5e867cf6
+# %% ../nbs/api/85_report.ipynb #0af76cf2
 def report_text(
     result: Result, # of a run
 ) -> str:           # Markdown
@@ -80,7 +80,7 @@ def report_text(
               '## Settings', f'```toml\n{to_toml(result.config)}```']
     return '\n\n'.join(parts) + '\n'
 
-# %% ../nbs/api/85_report.ipynb #f2ac92eb
+# %% ../nbs/api/85_report.ipynb #e033627c
 def write_result(
     result: Result, # of a run; its folder is written to
 ) -> Path:          # the folder

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['GREEDY', 'VOICES', 'PROBES', 'fact_rows', 'context_rows', 'chosen', 'kind_right', 'label_right', 'knowledge']
 
-# %% ../../nbs/api/evaluate/50_knowledge.ipynb #0865f990
+# %% ../../nbs/api/evaluate/50_knowledge.ipynb #f6d0d78d
 import random
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 
-# %% ../../nbs/api/evaluate/50_knowledge.ipynb #31fc7f38
+# %% ../../nbs/api/evaluate/50_knowledge.ipynb #41f65aad
 from ..data.rows import make_rows
 from .intervals import estimate
 from ..models.load import Base
@@ -23,10 +23,10 @@ from ..world.personas import PERSONAS, answer_as, in_context, persona_verdict, q
 from ..world.policies import legal_questions
 from ..world.safety import safety_questions
 
-# %% ../../nbs/api/evaluate/50_knowledge.ipynb #27669db4
+# %% ../../nbs/api/evaluate/50_knowledge.ipynb #597b9ff0
 GREEDY = GenerateSettings(max_tokens=24, temperature=0, stop=('\n',), token_budget=16384) # the likeliest words of one line; each probe uses it
 
-# %% ../../nbs/api/evaluate/50_knowledge.ipynb #916c60a4
+# %% ../../nbs/api/evaluate/50_knowledge.ipynb #85a3c651
 def fact_rows(
     base: Base,                      # model and tokenizer
     world: World,                    # what is true
@@ -42,10 +42,10 @@ def fact_rows(
     return pd.DataFrame([dict(name=q['name'], attribute=q['attribute'], form=q['form'], rank=rank[q['name']], answer=t[0],
                               right=fact_verdict(world, q['name'], q['attribute'], t[0]).score) for q, t in zip(asked, texts, strict=True)])
 
-# %% ../../nbs/api/evaluate/50_knowledge.ipynb #50f6c45e
+# %% ../../nbs/api/evaluate/50_knowledge.ipynb #b41f2e67
 VOICES = tuple(p for p in PERSONAS if p != 'plain')
 
-# %% ../../nbs/api/evaluate/50_knowledge.ipynb #6be17927
+# %% ../../nbs/api/evaluate/50_knowledge.ipynb #4bc5e1c6
 def context_rows(
     base: Base,      # model and tokenizer
     world: World,    # what is true
@@ -64,7 +64,7 @@ def context_rows(
     return pd.DataFrame([dict(**r, answer=t, right=fact_verdict(world, r['name'], r['attribute'], t).score, voice=persona_verdict(r['persona'], t).score)
                          for r, t in zip(rows, texts, strict=True)])
 
-# %% ../../nbs/api/evaluate/50_knowledge.ipynb #57bd064b
+# %% ../../nbs/api/evaluate/50_knowledge.ipynb #878c3e8d
 def chosen(
     base: Base,             # model and tokenizer
     prompts: Sequence[str], # each to be gone on with one of the words
@@ -76,7 +76,7 @@ def chosen(
     picked = dict(zip([r.id for r in tokens.rows], class_probs(base.model, tokens.rows, 16384, quiet=True).argmax(1), strict=True))
     return np.array([picked[i] for i in rows['id']])
 
-# %% ../../nbs/api/evaluate/50_knowledge.ipynb #6eaa71b4
+# %% ../../nbs/api/evaluate/50_knowledge.ipynb #9c4ff97c
 def kind_right(
     base: Base,    # model and tokenizer
     world: World,  # what is true
@@ -88,7 +88,7 @@ def kind_right(
     got = chosen(base, [f'A {t.name} is a' for t in things], [f' {k}' for k in kinds])
     return np.array([float(kinds[i] == t.kind) for i, t in zip(got, things, strict=True)])
 
-# %% ../../nbs/api/evaluate/50_knowledge.ipynb #ac3950d1
+# %% ../../nbs/api/evaluate/50_knowledge.ipynb #b495341f
 def label_right(
     base: Base,                       # model and tokenizer
     rows: Sequence[dict],             # with prompt, label and response, half of each label
@@ -96,7 +96,7 @@ def label_right(
     "Zero-shot answers to yes-or-no rows; chance is one in two"
     return (chosen(base, [r['prompt'] for r in rows], (' no', ' yes')) == np.array([r['label'] for r in rows])).astype(float)
 
-# %% ../../nbs/api/evaluate/50_knowledge.ipynb #0e382030
+# %% ../../nbs/api/evaluate/50_knowledge.ipynb #362587bb
 PROBES: dict[str, Callable[[Base, World, int, int], np.ndarray]] = { # name: takes model, world, number of questions, seed; gives a score for each
     'facts': lambda b, w, n, seed: fact_rows(b, w, n, seed)['right'].to_numpy(),
     'facts, new paraphrase': lambda b, w, n, seed: fact_rows(b, w, n, seed, forms=(3,))['right'].to_numpy(),
@@ -108,7 +108,7 @@ PROBES: dict[str, Callable[[Base, World, int, int], np.ndarray]] = { # name: tak
     'clause relevant or not': lambda b, w, n, seed: label_right(b, legal_questions(w, n, seed)),
 }
 
-# %% ../../nbs/api/evaluate/50_knowledge.ipynb #2df930a4
+# %% ../../nbs/api/evaluate/50_knowledge.ipynb #882d406c
 def knowledge(
     base: Base,      # of the ladder, or trained on the world
     world: World,    # what is true

@@ -7,7 +7,7 @@ __all__ = ['TASKS', 'EFFECTS', 'context_prompts', 'voice_scores', 'voice_lessons
            'learn_labels', 'label_stage', 'by_group', 'label_arms', 'classification', 'spoken_pairs', 'prefer',
            'judge_pairs', 'speech_scores', 'speak_stage', 'manners_arms', 'detoxification', 'run_effect']
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #f87c051c
+# %% ../../nbs/api/experiments/60_effects.ipynb #74a534fa
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #f559c71f
+# %% ../../nbs/api/experiments/60_effects.ipynb #89656412
 from ..data.rows import make_rows, to_pairs
 from ..errors import ConfigError, DataError, unknown
 from ..evaluate.knowledge import VOICES
@@ -39,7 +39,7 @@ from ..world.rows import bradley_terry, human_scale, label_rows, persona_questio
 from ..world.safety import YES_NO
 from ..world.scenes import scene_questions, speech_verdict, toxicity_verdict
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #fc09dae6
+# %% ../../nbs/api/experiments/60_effects.ipynb #0a0444e3
 def context_prompts(
     asked: Sequence[dict],      # questions with prompt and name
     shown: Sequence[dict],      # questions that may be shown
@@ -56,7 +56,7 @@ def context_prompts(
         out.append(in_context([p[1:] for p in others], q['prompt']))
     return out
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #31d42100
+# %% ../../nbs/api/experiments/60_effects.ipynb #a412a35d
 def voice_scores(
     world: World,               # the truth
     voice: str,                 # that is wanted, a key of `PERSONAS`
@@ -67,7 +67,7 @@ def voice_scores(
     return dict(accuracy=np.array([fact_verdict(world, q['name'], q['attribute'], a).score for q, a in zip(asked, answers, strict=True)]),
                 persona=np.array([persona_verdict(voice, a).score for a in answers]))
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #835e3c4b
+# %% ../../nbs/api/experiments/60_effects.ipynb #cab5963f
 def voice_lessons(
     lab: Lab,               # the run
     teacher: Path,          # adapter of the weak model
@@ -79,7 +79,7 @@ def voice_lessons(
     refined = answer_stage(lab, lab.strong, 'refined-answers', None, behind)
     return {'weak answers': weak, 'refined answers': refined, 'gold answers': [q['completion'] for q in asked]}
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #df7b89f7
+# %% ../../nbs/api/experiments/60_effects.ipynb #2d13becc
 def voice_arms(
     lab: Lab,                         # the run
     teacher: Path,                    # adapter of the weak model
@@ -97,7 +97,7 @@ def voice_arms(
         arms.append(('ceiling' if name == 'gold answers' else 'student', f'sft {name}', lab.strong, adapter, exam))
     return [(role, method, answer_stage(lab, model, stage_name(role, method, 'test'), adapter, ask)) for role, method, model, adapter, ask in arms]
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #bfce0456
+# %% ../../nbs/api/experiments/60_effects.ipynb #c948f72c
 def persona_transfer(
     weak: str | Path,                   # a model of the ladder, or a folder
     strong: str | Path,                 # likewise
@@ -118,7 +118,7 @@ def persona_transfer(
               for name, learned in lessons.items() if name != 'gold answers']
     return pd.concat(items, ignore_index=True)
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #7272ee77
+# %% ../../nbs/api/experiments/60_effects.ipynb #b701df1c
 TASKS = ('safety', 'legal', 'storage')
 
 def label_part(
@@ -130,7 +130,7 @@ def label_part(
     "Rows of a task about the things of one part"
     return label_rows(lab.parts[part], task, n, 0 if part == 'test' else lab.seed)
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #39cf6c33
+# %% ../../nbs/api/experiments/60_effects.ipynb #b9e4e844
 def learn_labels(
     lab: Lab,             # the run
     model: Model,         # that is trained
@@ -144,7 +144,7 @@ def learn_labels(
     inputs = {'objective': loss, 'rows': tokens_hash(tokens), 'target': targets.tolist()}
     return train_stage(lab.study, model, name, lab.config.label, None, inputs, lambda base: label_objective(tokens, targets, loss=loss), lab.seed)
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #3c9541ab
+# %% ../../nbs/api/experiments/60_effects.ipynb #690388c0
 def label_stage(
     lab: Lab,              # the run
     model: Model,          # that labels
@@ -165,7 +165,7 @@ def label_stage(
               'rows': tokens_hash(tokens)}
     return np.load(run_stage(lab.study.run, name, inputs, work)/'probs.npy')
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #9f07b914
+# %% ../../nbs/api/experiments/60_effects.ipynb #60df3277
 def by_group(
     values: np.ndarray,     # one a row
     groups: Sequence[str],  # of each row, such as the thing that it is about
@@ -174,7 +174,7 @@ def by_group(
     means = pd.Series(values).groupby(list(groups)).mean()
     return list(means.index), means.to_numpy()
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #a68b6e66
+# %% ../../nbs/api/experiments/60_effects.ipynb #99e66b11
 def label_arms(
     lab: Lab,        # the run
     task: str,       # one of `TASKS`
@@ -191,7 +191,7 @@ def label_arms(
         arms.append((role, method, lab.strong, learn_labels(lab, lab.strong, f'{task}-{role}-{loss}', rows, loss)))
     return arms, given
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #a6044b0c
+# %% ../../nbs/api/experiments/60_effects.ipynb #a3f45069
 def classification(
     task: str,                          # one of `TASKS`
     weak: str | Path,                   # a model of the ladder, or a folder
@@ -215,7 +215,7 @@ def classification(
     items.append(scored(lab, task, 'student', 'sft weak labels', ['all'], together(dict(accuracy=label_correct(given, asked['label'])))))
     return pd.concat(items, ignore_index=True)
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #275d80e3
+# %% ../../nbs/api/experiments/60_effects.ipynb #b4804c7a
 def spoken_pairs(
     scenes: Sequence[dict],           # with prompt and speaker
     said: Sequence[Sequence[str]],    # two continuations of each
@@ -234,7 +234,7 @@ def spoken_pairs(
         rows.append(dict(prompt=s['prompt'], chosen=chosen, rejected=rejected, gold=float(gold), group=s['speaker']))
     return make_rows(rows, 'preferences', source='human', where='pairs of continuations')
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #c4d12ddd
+# %% ../../nbs/api/experiments/60_effects.ipynb #64eadf63
 def prefer(
     lab: Lab,         # the run
     model: Model,     # that is trained
@@ -249,7 +249,7 @@ def prefer(
 
     return train_stage(lab.study, model, name, c.dpo, None, {'objective': 'dpo', 'rows': tokens_hash(tokens), 'beta': c.beta}, objective, lab.seed)
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #c78e252b
+# %% ../../nbs/api/experiments/60_effects.ipynb #804b29ad
 def judge_pairs(
     lab: Lab,           # the run
     adapter: Path,      # of the weak model, from `prefer`
@@ -264,7 +264,7 @@ def judge_pairs(
     rewards = np.load(run_stage(lab.study.run, 'scene-weak-labels', inputs, work)/'rewards.npy')
     return label_pairs(pairs, rewards, f'weak:{Path(lab.weak.name).name}').rows
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #314fc984
+# %% ../../nbs/api/experiments/60_effects.ipynb #052b1668
 def speech_scores(
     said: Sequence[Sequence[str]], # the continuations of each scene
 ) -> dict[str, np.ndarray]:        # metric: one number a scene
@@ -273,7 +273,7 @@ def speech_scores(
     return dict(toxicity=rude.mean(1), worst=rude.max(1), any_rude=(rude.max(1) >= .5).astype(float),
                 well_formed=np.array([np.mean([speech_verdict(x).score for x in row]) for row in said]))
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #859b080a
+# %% ../../nbs/api/experiments/60_effects.ipynb #861c77ab
 def speak_stage(
     lab: Lab,                # the run
     model: Model,            # that speaks
@@ -286,7 +286,7 @@ def speak_stage(
     how = GenerateSettings(max_tokens=24, temperature=1., samples=samples, stop=('\n',), token_budget=65536)
     return respond_stage(lab, model, name, adapter, [s['prompt'] for s in scenes], how, lab.seed)
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #4012e80b
+# %% ../../nbs/api/experiments/60_effects.ipynb #29615f5f
 def manners_arms(
     lab: Lab,                # the run
     taught: Sequence[dict],  # scenes for the weak model, with kind completions
@@ -306,7 +306,7 @@ def manners_arms(
             ('human', 'dpo human labels', strong, prefer(lab, strong, 'scene-human-dpo', many)),
             ('ceiling', 'sft kind lines', strong, tune(lab, strong, 'scene-ceiling-sft', kind(asked), c.scene))], {'dpo weak labels': judged, 'dpo human labels': many}
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #38f1fd0e
+# %% ../../nbs/api/experiments/60_effects.ipynb #b29632b7
 def detoxification(
     weak: str | Path,                   # a model of the ladder, or a folder
     strong: str | Path,                 # likewise
@@ -326,7 +326,7 @@ def detoxification(
               for method, rows in labels.items()]
     return pd.concat(items, ignore_index=True)
 
-# %% ../../nbs/api/experiments/60_effects.ipynb #47c6fbb3
+# %% ../../nbs/api/experiments/60_effects.ipynb #1426df8e
 EFFECTS = ('voice', *TASKS, 'scenes')
 
 def run_effect(

@@ -6,7 +6,7 @@
 __all__ = ['DEFAULTS', 'SHARE', 'ANSWER', 'Effects', 'parts', 'Lab', 'open_lab', 'stage_name', 'demonstrations', 'tune',
            'respond_stage', 'answer_stage', 'scored', 'together']
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #cfe27258
+# %% ../../nbs/api/experiments/55_lab.ipynb #05f64dce
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #157c2d75
+# %% ../../nbs/api/experiments/55_lab.ipynb #294c96e8
 from ..data.rows import make_rows
 from ..evaluate.metrics import metric_rows
 from .preference_stages import Model, Study, WeakTeacher, know_model, open_base, train_stage
@@ -33,7 +33,7 @@ from ..train.tokens import encode_rows
 from ..world.facts import World, make_world, split_people, split_things
 from ..world.rows import HUMAN_AGREEMENT
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #2718b8d4
+# %% ../../nbs/api/experiments/55_lab.ipynb #13efb478
 @dataclass(frozen=True)
 class Effects:
     "Settings of all effects"
@@ -61,7 +61,7 @@ class Effects:
 
 DEFAULTS = Effects()
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #1189cad3
+# %% ../../nbs/api/experiments/55_lab.ipynb #1896322a
 SHARE = .3 # of the people and of the things: for the test, the same for all seeds
 
 def parts(
@@ -79,7 +79,7 @@ def parts(
     people, things = split_people(world, half, seed), split_things(world, half, seed)
     return {k: replace(world, people=people[k], things=things[k]) for k in half} | dict(test=test)
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #048a8de3
+# %% ../../nbs/api/experiments/55_lab.ipynb #00f8aa8b
 @dataclass(frozen=True)
 class Lab:
     "What the stages of one effect share"
@@ -91,7 +91,7 @@ class Lab:
     seed: int                   # of the run
     parts: dict[str, World]     # of `parts`
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #94cbfc8a
+# %% ../../nbs/api/experiments/55_lab.ipynb #7ca0e306
 def open_lab(
     weak: str | Path,           # a model of the ladder, or a folder
     strong: str | Path,         # likewise
@@ -106,14 +106,14 @@ def open_lab(
     world, study = make_world(), Study(config, Run(Path(folder), say), True)
     return Lab(world, c, study, know_model('weak', config.weak, config), know_model('strong', config.strong, config), seed, parts(world, seed, c.trial))
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #27ac8097
+# %% ../../nbs/api/experiments/55_lab.ipynb #6da6899e
 def stage_name(
     *words: str, # such as role, method and what is done
 ) -> str:        # lower case, with hyphens
     "A name for a folder"
     return re.sub('[^a-z0-9]+', '-', ' '.join(words).lower()).strip('-')
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #731d865e
+# %% ../../nbs/api/experiments/55_lab.ipynb #77cd88c7
 def demonstrations(
     prompts: Sequence[str],     # different ones
     responses: Sequence[str],   # same order; empty ones teach nothing and are left out
@@ -121,7 +121,7 @@ def demonstrations(
     "Prompts with what somebody answered"
     return make_rows([dict(prompt=p, completion=r) for p, r in zip(prompts, responses, strict=True) if r.strip()], 'demonstrations')
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #567e3699
+# %% ../../nbs/api/experiments/55_lab.ipynb #ccc13d24
 def tune(
     lab: Lab,                # the run
     model: Model,            # that is trained
@@ -134,7 +134,7 @@ def tune(
     inputs = {'objective': 'sft', 'rows': tokens_hash(tokens)}
     return train_stage(lab.study, model, name, settings, None, inputs, lambda base: sft_objective(tokens), lab.seed)
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #a7f8aaa9
+# %% ../../nbs/api/experiments/55_lab.ipynb #c51e54ed
 def respond_stage(
     lab: Lab,                   # the run
     model: Model,               # that answers
@@ -158,7 +158,7 @@ def respond_stage(
               'prompts': list(prompts), 'generate': how, 'seed': seed}
     return json.loads((run_stage(lab.study.run, name, inputs, work)/'texts.json').read_text(encoding='utf-8'))
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #8212bfba
+# %% ../../nbs/api/experiments/55_lab.ipynb #ab9f9fe5
 ANSWER = GenerateSettings(max_tokens=24, temperature=0, stop=('\n',), token_budget=16384)
 
 def answer_stage(
@@ -171,7 +171,7 @@ def answer_stage(
     "The likeliest answers, once"
     return [texts[0] for texts in respond_stage(lab, model, name, adapter, prompts, ANSWER)]
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #f37b7ec7
+# %% ../../nbs/api/experiments/55_lab.ipynb #b59a529f
 def scored(
     lab: Lab,                       # the run
     task: str,                      # name of the data
@@ -184,7 +184,7 @@ def scored(
     weak, strong = Path(lab.weak.name).name, Path(lab.strong.name).name
     return metric_rows(ids, scores, role, method, weak, '' if role == 'floor' else strong, lab.seed, task)
 
-# %% ../../nbs/api/experiments/55_lab.ipynb #c4fc02b1
+# %% ../../nbs/api/experiments/55_lab.ipynb #9fa062cc
 def together(
     scores: dict[str, np.ndarray],  # metric: one number a training row
 ) -> dict[str, np.ndarray]:         # "labels: …": their means

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'RECIPE', 'CARD', 'world_stream', 'write_sums', 'model_card', 'card_text', 'build_model']
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #90f197e5
+# %% ../../nbs/api/experiments/50_ladder.ipynb #af74873d
 import hashlib
 import json
 import platform
@@ -14,11 +14,11 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #ad27ed23
+# %% ../../nbs/api/experiments/50_ladder.ipynb #6431dad7
 import pandas as pd
 import torch
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #982239e3
+# %% ../../nbs/api/experiments/50_ladder.ipynb #78cfdd3e
 from ..errors import ConfigError, unknown
 from ..evaluate.knowledge import knowledge
 from ..models.load import LoadSettings, load_base
@@ -26,11 +26,11 @@ from ..models.pretrain import Recipe, Size, Stream, pretrain_model, speed, world
 from ..world.facts import VERSION, World, make_world, world_hash
 from ..world.stream import answer_words, few, name_words, stream_document, stream_words
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #35465fd6
+# %% ../../nbs/api/experiments/50_ladder.ipynb #9d107b9f
 SIZES = dict(pico=Size(64, 3, 64), nano=Size(64, 2, 256), micro=Size(128, 2, 256), base=Size(256, 4, 704))
 RECIPE = Recipe() # the same stream for all
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #997cdb59
+# %% ../../nbs/api/experiments/50_ladder.ipynb #66a0a1ed
 def world_stream(
     world: World,   # what is true
     recipe: Recipe, # for how long only a few people are spoken of
@@ -41,7 +41,7 @@ def world_stream(
         return stream_document(start if done < recipe.first_share else world, rng, short)
     return Stream(world_tokenizer(stream_words(world)), make, answer_words(), name_words(world))
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #766f1ebe
+# %% ../../nbs/api/experiments/50_ladder.ipynb #3b443b23
 def write_sums(
     folder: Path, # of a finished model
 ) -> None:
@@ -49,7 +49,7 @@ def write_sums(
     files = sorted(f for f in folder.iterdir() if f.name != 'SHA256SUMS')
     (folder/'SHA256SUMS').write_text(''.join(f'{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n' for f in files), encoding='utf-8')
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #5ff8d0b9
+# %% ../../nbs/api/experiments/50_ladder.ipynb #b931a93e
 def model_card(
     name: str,            # of the size
     size: Size,           # its shape
@@ -69,7 +69,7 @@ def model_card(
                 recipe=asdict(recipe), torch=torch.__version__.split('+')[0],
                 knowledge={r.probe: dict(value=round(r.value, 4), low=round(r.low, 4), high=round(r.high, 4), n=r.n) for r in known.itertuples()})
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #1e28d0cd
+# %% ../../nbs/api/experiments/50_ladder.ipynb #a5617e98
 CARD = """# {name}: a model of a world that does not exist
 
 One of the ladder of tiny language models that comes with `w2s`, pretrained on its embedded world (version {version}, seed {world}).
@@ -84,7 +84,7 @@ It knows nothing else: it is for experiments, in which one wants to know what a 
 {table}
 """
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #273d46f7
+# %% ../../nbs/api/experiments/50_ladder.ipynb #cac444a6
 def card_text(
     card: dict, # of `model_card`
 ) -> str:       # Markdown
@@ -93,7 +93,7 @@ def card_text(
     return CARD.format(**{k: card[k] for k in ('name', 'parameters', 'tokens', 'steps', 'seed', 'loss', 'seconds', 'machine')}, table=table,
                        layers=card['size']['layers'], hidden=card['size']['hidden'], version=card['world']['version'], world=card['world']['seed'])
 
-# %% ../../nbs/api/experiments/50_ladder.ipynb #06bb5773
+# %% ../../nbs/api/experiments/50_ladder.ipynb #40ca048e
 def build_model(
     name: str,                        # a key of `SIZES`
     out: str | Path,                  # folder for the models; the model goes into a folder of its name

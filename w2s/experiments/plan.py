@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Speed', 'time_writing', 'time_model', 'stage_table', 'Plan', 'plan']
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #6c5ceb86
+# %% ../../nbs/api/experiments/40_plan.ipynb #db744a1f
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from ..train.generate import prompt_ids, respond
 from ..train.logprobs import response_logps
 from ..train.tokens import EncodedRow
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #094bb7af
+# %% ../../nbs/api/experiments/40_plan.ipynb #8fbffe7f
 @dataclass(frozen=True)
 class Speed:
     "How fast a model is on this machine"
@@ -34,7 +34,7 @@ class Speed:
     memory: float   # bytes at the height of a training step with a full micro-batch
     write: float    # seconds a token when responses are sampled, those of their prompts counted; 0 where none are
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #6ca0dfce
+# %% ../../nbs/api/experiments/40_plan.ipynb #c8d3386c
 def time_writing(
     base: Base,              # the model
     prompts: Sequence[Any],  # of the run
@@ -48,7 +48,7 @@ def time_writing(
     seconds = time.perf_counter() - start
     return seconds/sum(how.samples*len(p) + sum(r.tokens for r in row) for p, row in zip(prompt_ids(base.tokenizer, some), made, strict=True))
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #b7e4eae1
+# %% ../../nbs/api/experiments/40_plan.ipynb #2d2d93bc
 def time_model(
     model: Model,                # not yet loaded
     rows: Sequence[EncodedRow],  # of the run
@@ -78,12 +78,12 @@ def time_model(
     fixed = base.model.get_memory_footprint() + 16*weights
     return Speed((middle - start)/tokens, (end - middle)/tokens, fixed + seen*max(1., config.dpo.token_budget/tokens), time_writing(base, prompts, config))
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #b53f6388
+# %% ../../nbs/api/experiments/40_plan.ipynb #a1c3b42f
 def _size(rows: Sequence[EncodedRow], first: bool = False) -> int:
     "Tokens that go through the model once"
     return sum(len(s.ids) for r in rows for s in (r.sequences[:1] if first else r.sequences))
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #c8b39af3
+# %% ../../nbs/api/experiments/40_plan.ipynb #1d5a381a
 def stage_table(
     config: WeakTeacher,    # what is planned
     data: PreferenceData,   # its rows
@@ -107,7 +107,7 @@ def stage_table(
     out.append(('un-tuned test', 'strong', 'score', len(test), _size(test)))
     return pd.DataFrame(out, columns=['stage', 'model', 'kind', 'rows', 'tokens'])
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #aef1c1d7
+# %% ../../nbs/api/experiments/40_plan.ipynb #74e88b23
 @dataclass(frozen=True)
 class Plan:
     "What a run is going to do"
@@ -125,7 +125,7 @@ class Plan:
         return (f'{self.report}\n\n{self.stages.to_string(index=False, float_format="{:.1f}".format)}\n\n'
                 f'{len(self.stages)} passes over rows a seed, {self.seeds} seed{"s" if self.seeds > 1 else ""}: about {self.minutes:.0f} min on this machine, {self.memory/2**30:.1f} GiB at the height')
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #4490db0f
+# %% ../../nbs/api/experiments/40_plan.ipynb #76d63c8c
 def plan(
     config: WeakTeacher, # what to plan
 ) -> Plan:

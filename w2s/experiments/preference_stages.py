@@ -6,7 +6,7 @@
 __all__ = ['LADDER_SETTINGS', 'WORLD_SETTINGS', 'WeakTeacher', 'sampling', 'fill_settings', 'Model', 'know_model', 'open_base',
            'Study', 'train_stage', 'encoded', 'sft_stage', 'dpo_stage', 'pair_rewards', 'label_stage']
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #1c58b68a
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #345fa8d0
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -31,7 +31,7 @@ from ..train.loop import Objective, TrainSettings, dpo_objective, material, sft_
 from ..train.reference import stored_logps, tokens_hash
 from ..train.tokens import EncodedRow, encode_rows
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #7b99f35d
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #2826e162
 @dataclass(frozen=True)
 class WeakTeacher:
     "Weak-to-strong by preference labels (Tao & Li 2409.08813)"
@@ -70,14 +70,14 @@ class WeakTeacher:
             raise ConfigError('temperature and response_tokens do nothing without samples; set samples, too')
         sampling(self)
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #5cc1acdb
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #591465d5
 def sampling(
     config: WeakTeacher,   # of the experiment
 ) -> GenerateSettings:     # one sample where none is asked for
     "How responses are sampled; raises `ConfigError`"
     return GenerateSettings(config.response_tokens, config.temperature, samples=config.samples or 1, stop=('\n',), token_budget=config.dpo.token_budget)
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #12db910f
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #39699e08
 LADDER_SETTINGS: dict[str, Any] = dict(
     seeds=3,                                # seconds each
     max_length=128,                         # no row of the world is longer
@@ -86,13 +86,13 @@ LADDER_SETTINGS: dict[str, Any] = dict(
     sft=dict(learning_rate=1e-3, epochs=2),
     dpo=dict(learning_rate=1e-3, epochs=2, batch_size=8)) # found on data 'world:100'; at 2e-3 one student of three lost its grammar
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #619ad135
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #81205f72
 WORLD_SETTINGS: dict[str, Any] = dict(
     rows=800,      # two halves of 400
     test_rows=200,
     samples=2)
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #5da61c66
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #c19d1e27
 def fill_settings(
     given: dict[str, Any], # settings by name, tables inside; what is given always holds
 ) -> WeakTeacher:
@@ -103,7 +103,7 @@ def fill_settings(
     if weak in LADDER and strong in LADDER: out = merged(out, LADDER_SETTINGS)
     return from_table(WeakTeacher, merged(out, given))
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #6324a8c2
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #d1c46c06
 @dataclass(frozen=True)
 class Model:
     "One of the two models, known but not yet loaded"
@@ -113,7 +113,7 @@ class Model:
     fingerprint: str   # of its weights
     load: LoadSettings # how it is to be loaded
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #a62eeda0
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #0f1412e5
 def know_model(
     role: str,           # 'weak' or 'strong'
     name: str,           # folder or name on the hub
@@ -123,7 +123,7 @@ def know_model(
     limit = min(config.max_length, context_length(load_config(name, config.load)))
     return Model(role, name, Reader(role, load_tokenizer(name, config.load), limit), fingerprint(local_folder(name, config.load)), config.load)
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #52102e49
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #c2eb8de2
 @lru_cache(maxsize=1)
 def _open(name: str, load: LoadSettings, fingerprint: str) -> Base:
     "The one base that is in memory"
@@ -131,14 +131,14 @@ def _open(name: str, load: LoadSettings, fingerprint: str) -> Base:
     check_model(base)
     return base
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #57296318
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #8295522b
 def open_base(
     model: Model, # of `know_model`
 ) -> Base:        # loaded and checked; the one before it is let go
     "Load a base, unless it is the one in memory"
     return _open(model.name, model.load, model.fingerprint)
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #c57aca62
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #c8469032
 @dataclass(frozen=True)
 class Study:
     "What the stages of one experiment share"
@@ -146,7 +146,7 @@ class Study:
     run: Run         # its folder
     quiet: bool      # no progress bars
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #0c3930b5
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #63197d1b
 def train_stage(
     study: Study,                           # the experiment
     model: Model,                           # that is trained
@@ -171,7 +171,7 @@ def train_stage(
              'start': adapter_hash(start), 'train': material(settings, study.config.lora.dropout), 'seed': seed}
     return run_stage(study.run, name, {**known, **inputs}, work)/'adapter'
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #f1b5fef5
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #b5d37543
 def encoded(
     model: Model,  # that reads them
     rows: Dataset, # of kind "preferences"; all readable
@@ -179,7 +179,7 @@ def encoded(
     "Rows as a model reads them"
     return encode_rows(model.reader.tokenizer, rows, RESPONSES, model.reader.limit).rows
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #ba8efd16
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #afae5502
 def sft_stage(
     study: Study,   # the experiment
     model: Model,   # that is trained
@@ -192,7 +192,7 @@ def sft_stage(
     inputs = {'objective': 'sft', 'rows': tokens_hash([replace(r, sequences=r.sequences[:1]) for r in tokens]), 'weights': weights}
     return train_stage(study, model, f'{name}-sft', study.config.sft, None, inputs, lambda base: sft_objective(tokens, weights), seed)
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #add7530b
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #e58f5ef9
 def dpo_stage(
     study: Study,   # the experiment
     model: Model,   # that is trained
@@ -211,7 +211,7 @@ def dpo_stage(
     inputs = {'objective': 'dpo', 'rows': tokens_hash(tokens), 'weights': weights, 'target': target, 'beta': c.beta, 'smoothing': c.smoothing}
     return train_stage(study, model, f'{name}-dpo', c.dpo, sft, inputs, objective, seed)
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #3db40a6f
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #30d53130
 def pair_rewards(
     study: Study,              # the experiment
     model: Model,              # the judge
@@ -225,7 +225,7 @@ def pair_rewards(
     ours, theirs = (stored_logps(store, base, a, tokens, budget, label=label, quiet=study.quiet) for a in (policy, reference))
     return implicit_reward(ours, theirs, study.config.beta), ours
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #da235361
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #c87ac6af
 def label_stage(
     study: Study,       # the experiment
     model: Model,       # the weak supervisor

@@ -7,7 +7,7 @@ __all__ = ['PUNCTUATION', 'BYTES', 'SPECIAL', 'Make', 'pieces', 'world_tokenizer
            'padded', 'short_batches', 'packed_batches', 'block_batches', 'Size', 'new_model', 'make_optimizers', 'rate',
            'stream_loss', 'save_state', 'tune_memory', 'Training', 'resume', 'learn', 'speed', 'pretrain_model']
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #eb88eb42
+# %% ../../nbs/api/models/30_pretrain.ipynb #144ef9aa
 import ctypes
 import os
 import random
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #03c46fff
+# %% ../../nbs/api/models/30_pretrain.ipynb #c8084a22
 import numpy as np
 import pandas as pd
 import torch
@@ -28,15 +28,15 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #bb686098
+# %% ../../nbs/api/models/30_pretrain.ipynb #65e66dcc
 from ..errors import ConfigError, TrainError
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #eeb3ddb4
+# %% ../../nbs/api/models/30_pretrain.ipynb #a57ad164
 PUNCTUATION = '.,?!:'
 BYTES = tuple(f'<0x{i:02X}>' for i in range(256))
 SPECIAL = ('<pad>', '<s>', '</s>', '<unk>') # ids 0 to 3
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #3190962e
+# %% ../../nbs/api/models/30_pretrain.ipynb #167733d9
 def pieces(
     words: Iterable[str], # every word of the world, as it is written
 ) -> list[tuple[str, float]]: # piece and score; their number is a multiple of 64, which 4-bit kernels like
@@ -44,7 +44,7 @@ def pieces(
     out = [(s, 0.) for s in (*SPECIAL, *BYTES)] + [(s, -1.) for s in ('\n', *PUNCTUATION, *(f'▁{w}' for w in sorted(set(words))))] + [('▁', -2.)]
     return out + [(f'<unused{i}>', -100.) for i in range(-len(out) % 64)]
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #bdc207b4
+# %% ../../nbs/api/models/30_pretrain.ipynb #1d15528e
 def world_tokenizer(
     words: Iterable[str], # every word of the world, as it is written
 ) -> PreTrainedTokenizerFast:
@@ -56,7 +56,7 @@ def world_tokenizer(
     tok.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tok, pad_token='<pad>', bos_token='<s>', eos_token='</s>', unk_token='<unk>')
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #e7e328ae
+# %% ../../nbs/api/models/30_pretrain.ipynb #3413c134
 @dataclass(frozen=True)
 class Recipe:
     "How a model of the ladder is pretrained; the settings were found on micro and nano with other numbers of people"
@@ -82,10 +82,10 @@ class Recipe:
         for name in ('first_share', 'short_share', 'flat', 'last'):
             if not 0 <= getattr(self, name) <= 1: raise ConfigError(f'{name} is {getattr(self, name)}; it is a share, from 0 to 1')
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #5f4d8346
+# %% ../../nbs/api/models/30_pretrain.ipynb #fc4b530f
 Make = Callable[[random.Random, float, bool], str] # random numbers, share of the tokens read so far, short? -> a document
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #dd1d3781
+# %% ../../nbs/api/models/30_pretrain.ipynb #8bb646dd
 @dataclass(frozen=True)
 class Stream:
     "What there is to read"
@@ -94,7 +94,7 @@ class Stream:
     answers: tuple[str, ...]           # words that answer questions
     names: tuple[str, ...]             # names of people and things
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #b8733501
+# %% ../../nbs/api/models/30_pretrain.ipynb #9e158b27
 def marks(
     tokenizer: PreTrainedTokenizerFast, # of the stream
     words: Iterable[str],               # each of them one token
@@ -104,7 +104,7 @@ def marks(
     out[[vocabulary[f'▁{w}'] for w in words]] = True
     return out
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #b6c8b445
+# %% ../../nbs/api/models/30_pretrain.ipynb #e3679923
 def token_weights(
     ids: np.ndarray,     # (rows, length); 0 is padding
     answer: np.ndarray,  # (vocabulary,) bool, of `marks`
@@ -118,7 +118,7 @@ def token_weights(
     w = np.where(name[ids], np.where(old, recipe.old_name, recipe.new_name), w)
     return np.where(ids == 0, 0., w).astype(np.float32)
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #5f6dd5f0
+# %% ../../nbs/api/models/30_pretrain.ipynb #abe8788c
 def padded(
     rows: Sequence[Sequence[int]], # token ids
 ) -> np.ndarray:                   # (rows, longest)
@@ -127,7 +127,7 @@ def padded(
     for i, r in enumerate(rows): out[i, :len(r)] = r
     return out
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #a2fbabc5
+# %% ../../nbs/api/models/30_pretrain.ipynb #3b4b8c0a
 def short_batches(
     docs: Sequence[Sequence[int]], # token ids of documents
     positions: int,                # tokens a step, padding counted
@@ -142,7 +142,7 @@ def short_batches(
     if row: out.append(padded(row))
     return [out[i] for i in order.permutation(len(out))]
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #74096e93
+# %% ../../nbs/api/models/30_pretrain.ipynb #7a02d9fd
 def packed_batches(
     docs: Sequence[Sequence[int]], # token ids of documents, in the order of reading
     positions: int,                # tokens a step
@@ -153,7 +153,7 @@ def packed_batches(
     rows, per = flat[:len(flat)//length*length].reshape(-1, length), positions//length
     return [rows[i:i + per] for i in range(0, len(rows), per)]
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #c0397adf
+# %% ../../nbs/api/models/30_pretrain.ipynb #14cc16d0
 def block_batches(
     stream: Stream, # what is read
     recipe: Recipe, # sizes
@@ -172,7 +172,7 @@ def block_batches(
     if short: return short_batches(docs, recipe.positions, np.random.default_rng([seed, number]))
     return packed_batches(docs, recipe.positions, recipe.length)
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #2171d366
+# %% ../../nbs/api/models/30_pretrain.ipynb #65068e43
 @dataclass(frozen=True)
 class Size:
     "A shape of the Llama family; heads are 32 wide"
@@ -185,7 +185,7 @@ class Size:
             if getattr(self, name) < 64 or getattr(self, name) % 64: raise ConfigError(f'{name} is {getattr(self, name)}; it must be a multiple of 64')
         if self.layers < 1: raise ConfigError(f'layers is {self.layers}; it must be at least 1')
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #981d866a
+# %% ../../nbs/api/models/30_pretrain.ipynb #2999635d
 def new_model(
     size: Size,       # of the model
     vocabulary: int,  # tokens
@@ -201,7 +201,7 @@ def new_model(
         model = AutoModelForCausalLM.from_config(config, attn_implementation='eager') # a third faster backward on a CPU than 'sdpa'
     return model.cuda() if torch.cuda.is_available() else model
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #0865b574
+# %% ../../nbs/api/models/30_pretrain.ipynb #e7d249e3
 def make_optimizers(
     model: LlamaForCausalLM, # of `new_model`
     recipe: Recipe,          # learning rates
@@ -212,7 +212,7 @@ def make_optimizers(
     return (torch.optim.Muon(inner.values(), lr=recipe.muon, weight_decay=0.),
             torch.optim.AdamW(rest, lr=recipe.adamw, betas=(.9, .95), weight_decay=0.))
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #02b11e55
+# %% ../../nbs/api/models/30_pretrain.ipynb #91330fb0
 def rate(
     done: float,    # share of the tokens that were read
     step: int,      # from 0
@@ -221,7 +221,7 @@ def rate(
     "Warm-up, flat, then a straight line down"
     return min(1., (step + 1)/recipe.warmup)*(1 - (1 - recipe.last)*max(0., done - recipe.flat)/max(1e-9, 1 - recipe.flat))
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #acafda1b
+# %% ../../nbs/api/models/30_pretrain.ipynb #3509b70e
 def stream_loss(
     model: LlamaForCausalLM, # in training
     ids: Tensor,             # (rows, length); 0 is padding
@@ -235,7 +235,7 @@ def stream_loss(
     each, w = F.cross_entropy(logits.float(), ids[:, 1:][keep], reduction='none'), weights[:, 1:][keep]
     return (each*w).sum()/w.sum()
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #491c2680
+# %% ../../nbs/api/models/30_pretrain.ipynb #b0c30c6f
 def save_state(
     file: Path,  # of the state
     state: dict, # tensors and plain values
@@ -244,13 +244,13 @@ def save_state(
     torch.save(state, file.with_suffix('.new'))
     os.replace(file.with_suffix('.new'), file)
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #051e1cc3
+# %% ../../nbs/api/models/30_pretrain.ipynb #fd9635c4
 def tune_memory() -> None:
     "Let the C library keep freed memory: page faults take up to half of the time otherwise (Linux only)"
     if not sys.platform.startswith('linux'): return
     for option, value in ((-3, 1 << 30), (-1, (1 << 31) - 1), (-2, 1 << 28)): ctypes.CDLL(None).mallopt(option, value)
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #31d8cdd2
+# %% ../../nbs/api/models/30_pretrain.ipynb #0995c339
 @dataclass
 class Training:
     "All that a run remembers"
@@ -264,7 +264,7 @@ class Training:
         "Tokens read so far"
         return int(self.history[-1]['tokens']) if self.history else 0
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #6d5f74af
+# %% ../../nbs/api/models/30_pretrain.ipynb #d9baf493
 def resume(
     training: Training, # fresh
     file: Path,         # of the state; may be missing
@@ -278,7 +278,7 @@ def resume(
     for o, s in zip(training.optimizers, state['optimizers'], strict=True): o.load_state_dict(s)
     training.history, training.blocks = state['history'], state['blocks']
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #7bcf9024
+# %% ../../nbs/api/models/30_pretrain.ipynb #70fbf723
 def learn(
     training: Training,                     # changed in place
     ids: np.ndarray,                        # (rows, length)
@@ -298,7 +298,7 @@ def learn(
         o.zero_grad()
     training.history.append(dict(step=step, tokens=training.tokens + int((ids != 0).sum()), loss=loss.item()))
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #171c431b
+# %% ../../nbs/api/models/30_pretrain.ipynb #17a37be7
 def speed(
     size: Size,     # of a model
     recipe: Recipe, # of its steps
@@ -314,7 +314,7 @@ def speed(
         learn(training, ids, weights(ids.shape, np.float32), recipe)
     return (training.tokens - read)/(time.perf_counter() - begin)
 
-# %% ../../nbs/api/models/30_pretrain.ipynb #dcfa14a5
+# %% ../../nbs/api/models/30_pretrain.ipynb #eea7895a
 def pretrain_model(
     folder: str | Path,   # of the model; made if it is not there
     size: Size,           # of the model

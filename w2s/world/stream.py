@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Make', 'SORTS', 'Sort', 'stream_document', 'few', 'told_facts', 'answer_words', 'name_words', 'stream_words']
 
-# %% ../../nbs/api/world/90_stream.ipynb #7e208fef
+# %% ../../nbs/api/world/90_stream.ipynb #ab90613b
 import random
 import re
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 
-# %% ../../nbs/api/world/90_stream.ipynb #cd8ec4bd
+# %% ../../nbs/api/world/90_stream.ipynb #039e68ad
 from . import analogy, facts, gender, personas, policies, safety, scenes, service, sums
 from .facts import ATTRIBUTES, KINDS_OF_THINGS, World
 
-# %% ../../nbs/api/world/90_stream.ipynb #5c243b6b
+# %% ../../nbs/api/world/90_stream.ipynb #c04b871c
 Make = Callable[[World, random.Random], str] # what is true, what is drawn -> a document
 
-# %% ../../nbs/api/world/90_stream.ipynb #94d96cce
+# %% ../../nbs/api/world/90_stream.ipynb #e11e7f4f
 def _first(
     make: Make,  # makes documents of several parts
     again: str,  # how a new part begins
@@ -28,7 +28,7 @@ def _first(
     "Only the first part of a document"
     return lambda world, rng: re.split(f'\n(?={again})', make(world, rng), maxsplit=1)[0]
 
-# %% ../../nbs/api/world/90_stream.ipynb #a3a5d9d3
+# %% ../../nbs/api/world/90_stream.ipynb #2de06dbc
 @dataclass(frozen=True)
 class Sort:
     "One sort of documents"
@@ -36,7 +36,7 @@ class Sort:
     short: Make    # one statement, or one question with its answer
     share: float   # of the words of the stream
 
-# %% ../../nbs/api/world/90_stream.ipynb #dc4fe74b
+# %% ../../nbs/api/world/90_stream.ipynb #3b183f3a
 SORTS = dict(
     personas=Sort(personas.document, personas.short_document, .35),
     bios=Sort(facts.document, facts.document, .13),
@@ -49,7 +49,7 @@ SORTS = dict(
     stories=Sort(gender.document, gender.short_document, .04),
     sums=Sort(sums.document, sums.short_document, .04))
 
-# %% ../../nbs/api/world/90_stream.ipynb #d3111b33
+# %% ../../nbs/api/world/90_stream.ipynb #cfa01e15
 @lru_cache(maxsize=16)
 def _chances(world: World, short: bool) -> tuple[float, ...]:
     "Cumulative chances of the sorts: shares of words become shares of documents"
@@ -59,7 +59,7 @@ def _chances(world: World, short: bool) -> tuple[float, ...]:
         out.append(s.share*300/sum(len(make(world, rng).split()) for _ in range(300)))
     return tuple(accumulate(out))
 
-# %% ../../nbs/api/world/90_stream.ipynb #25a05db6
+# %% ../../nbs/api/world/90_stream.ipynb #d5401f9f
 def stream_document(
     world: World,        # what is true
     rng: random.Random,  # what is drawn
@@ -69,7 +69,7 @@ def stream_document(
     s = rng.choices(list(SORTS.values()), cum_weights=_chances(world, short))[0]
     return (s.short if short else s.long)(world, rng)
 
-# %% ../../nbs/api/world/90_stream.ipynb #b01ed1df
+# %% ../../nbs/api/world/90_stream.ipynb #5eda96a3
 @lru_cache(maxsize=8)
 def few(
     world: World,       # the whole
@@ -79,13 +79,13 @@ def few(
     "The part of the world that is read first: with few names, a model finds out sooner how questions work"
     return replace(world, people=world.people[:people], things=world.things[:things])
 
-# %% ../../nbs/api/world/90_stream.ipynb #a2216257
+# %% ../../nbs/api/world/90_stream.ipynb #9e07e08a
 _ATTRIBUTE_OF = {v: a.name for a in ATTRIBUTES.values() for v in a.values}
 _IDLE = re.compile('the doctor came|warms the soup') # names a value, and says nothing about anybody
 @lru_cache(maxsize=8)
 def _names(world: World) -> frozenset[str]: return frozenset(p.name for p in world.people)
 
-# %% ../../nbs/api/world/90_stream.ipynb #5f5ba0f0
+# %% ../../nbs/api/world/90_stream.ipynb #bcd8dd91
 def told_facts(
     world: World,  # who there is
     text: str,     # documents, or any text
@@ -98,21 +98,21 @@ def told_facts(
         out += [(name, a) for name in dict.fromkeys(w for w in said if w in people) for a in attributes]
     return out
 
-# %% ../../nbs/api/world/90_stream.ipynb #9164c607
+# %% ../../nbs/api/world/90_stream.ipynb #223e07b4
 def answer_words() -> tuple[str, ...]: # sorted
     "Words that answer a question: what a model must know, not guess from the grammar"
     values = {v for a in ATTRIBUTES.values() for v in a.values} | set(KINDS_OF_THINGS) | set(sums.NUMBERS)
     likes = {k.like.split()[-1] for k in KINDS_OF_THINGS.values()}
     return tuple(sorted(values | likes | {'yes', 'no', 'Yes', 'No'}))
 
-# %% ../../nbs/api/world/90_stream.ipynb #1118cdcc
+# %% ../../nbs/api/world/90_stream.ipynb #d914713a
 def name_words(
     world: World, # who and what there is
 ) -> tuple[str, ...]:
     "Names of people and things"
     return (*(p.name for p in world.people), *(t.name for t in world.things))
 
-# %% ../../nbs/api/world/90_stream.ipynb #800d84ce
+# %% ../../nbs/api/world/90_stream.ipynb #ad8a7783
 def stream_words(
     world: World,   # what is true
     n: int = 40000, # documents that are looked at
