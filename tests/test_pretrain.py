@@ -104,7 +104,7 @@ def count_down(n: int, before):
 
 BOMBS = {
     'before the first state': (pretrain, 'learn', 2),
-    'in a block': (pretrain, 'learn', 15),
+    'in the second block': (pretrain, 'learn', 25),
     'state written, not yet in its place': (os, 'replace', 2),
     'last state written, no model yet': (pretrain.LlamaForCausalLM, 'save_pretrained', 1),
     'model written, state not yet removed': (pretrain.Path, 'unlink', 1),
@@ -122,6 +122,7 @@ def test_killed_anywhere(tmp_path, whole, where):
             run(tmp_path)
         finally: os._exit(1) # the bomb did not go off
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert (tmp_path/'training.pt').is_file() == (where != 'before the first state'), 'killed at another place than was meant'
     same(tmp_path, run(tmp_path), whole)
 
 
