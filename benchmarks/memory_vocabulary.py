@@ -24,7 +24,7 @@ from w2s.models.load import Base, LoadSettings
 from w2s.models.tiny import tiny_config
 from w2s.train import loop
 from w2s.train.batches import Block
-from w2s.train.loop import Objective, dpo_objective, step_gradient
+from w2s.train.loop import Objective, preference_objective, step_gradient
 from w2s.train.tokens import Encoded, EncodedRow
 
 PROMPT, LENGTH = 8, 128 # tokens of a prompt, and of a prompt with its response
@@ -54,7 +54,7 @@ def a_step(
     rng = np.random.default_rng(0)
     def one() -> Encoded: return Encoded(tuple(rng.integers(3, vocabulary, LENGTH).tolist()), PROMPT)
     rows = [EncodedRow(f'row{i}', (one(), one()), 0) for i in range(tokens // (2*LENGTH))]
-    return adapted, dpo_objective(rows, np.zeros((len(rows), 2)))
+    return adapted, preference_objective(rows, np.zeros((len(rows), 2)))
 
 
 def peak_bytes(

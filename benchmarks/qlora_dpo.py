@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from w2s.models.adapters import add_adapter
 from w2s.models.load import Base, LoadSettings, load_base, set_mode
 from w2s.models.tiny import tiny_tokenizer
-from w2s.train.loop import TrainSettings, dpo_objective, step_gradient
+from w2s.train.loop import TrainSettings, preference_objective, step_gradient
 from w2s.train.logprobs import score
 from w2s.train.tokens import Encoded, EncodedRow
 
@@ -66,7 +66,7 @@ def measure(base: Base, length: int, budget: int, checkpointing: bool) -> tuple[
     "Tokens a second in training and in scoring, and GiB"
     rows, device = pairs(length, budget, base.model.config.vocab_size), base.model.device
     tokens, settings = sum(len(s.ids) for r in rows for s in r.sequences), TrainSettings(token_budget=budget)
-    goal, model = dpo_objective(rows, np.zeros((len(rows), 2))), add_adapter(base)
+    goal, model = preference_objective(rows, np.zeros((len(rows), 2))), add_adapter(base)
     if device.type == 'cuda': torch.cuda.reset_peak_memory_stats()
     if checkpointing: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
     set_mode(model, True)

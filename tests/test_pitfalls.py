@@ -37,7 +37,7 @@ from w2s.train import reference as store_module
 from w2s.train.batches import block
 from w2s.train.checkpoints import checkpoints, trainable
 from w2s.train.logprobs import check_model, head_of, response_hidden, response_logps, score, token_logps
-from w2s.train.loop import TrainSettings, dpo_objective, make_optimizer, material, sft_objective, step_gradient, train
+from w2s.train.loop import TrainSettings, preference_objective, make_optimizer, material, sft_objective, step_gradient, train
 from w2s.train.reference import logps_key, store_folder, stored_logps, tolerance
 from w2s.train.tokens import EQUAL, TOO_LONG, Encoded, EncodedRow, encode, encode_rows
 
@@ -146,7 +146,7 @@ def test_pitfall_02_dpo_has_a_gradient_wherever_it_is_wrong(dtype, smoothing):
     for m in (-60., -20., -8., 8., 20., 60.):
         for target in (0., .3, 1.):
             x = torch.tensor([m], dtype=dtype, requires_grad=True)
-            loss = losses.dpo(x, torch.tensor([target]), smoothing)
+            loss = losses.cdpo(x, torch.tensor([target]), 1., smoothing)
             loss.sum().backward()
             p = target + smoothing*(1 - 2*target)
             want = 1/(1 + math.exp(-m)) - p
@@ -170,7 +170,7 @@ def weighted_gradient(base, rows, weights, index, budget=4096, kind='dpo'):
     "Loss and gradient, times the size they were divided by"
     model = shake(add_adapter(base, LoraSettings(rank=2), seed=0), 4)
     ref = np.full((len(rows), 2), -30.) + np.arange(len(rows))[:, None]*[.5, -.5]
-    goal = sft_objective(rows, weights) if kind == 'sft' else dpo_objective(rows, ref, weights=weights)
+    goal = sft_objective(rows, weights) if kind == 'sft' else preference_objective(rows, ref, weights=weights)
     note = step_gradient(model, goal, index, budget)
     size, out = sum(goal.sizes[i] for i in index), gradients(model)
     model.unload()
@@ -460,7 +460,7 @@ def test_pitfall_10_the_reference_is_the_frozen_sft_adapter(folder, tmp_path, ro
     reference, bare = stored_logps(tmp_path/'store', base, sft, rows, quiet=True), stored_logps(tmp_path/'store', base, None, rows, quiet=True)
     assert abs(reference - bare).min() > .01 # the adapter is not nothing
     policy = load_adapter(base, sft, trainable=True)
-    history = train(policy, dpo_objective(rows, reference), TrainSettings(batch_size=8, learning_rate=1e-2), tmp_path/'ck', quiet=True)
+    history = train(policy, preference_objective(rows, reference), TrainSettings(batch_size=8, learning_rate=1e-2), tmp_path/'ck', quiet=True)
     assert abs(history.loss[0] - math.log(2)) < (1e-5 if load.dtype == 'float32' else .02)
     assert abs(history.loss[2] - math.log(2)) > 1e-3 # and it learns
     moved = score(policy, rows, quiet=True)
@@ -649,7 +649,7 @@ def weights_after(base, rows, folder, kind='dpo', dropout=0., **settings):
     model = shake(add_adapter(base, LoraSettings(rank=2, dropout=dropout), seed=0), 2)
     weights = [1., .2, 2., .7, 0.] * (len(rows)//5 + 1)
     ref = np.array([[-25. - i % 7, -26. + i % 5] for i in range(len(rows))])
-    goal = dpo_objective(rows, ref, weights=weights[:len(rows)]) if kind == 'dpo' else sft_objective(rows, weights[:len(rows)])
+    goal = preference_objective(rows, ref, weights=weights[:len(rows)]) if kind == 'dpo' else sft_objective(rows, weights[:len(rows)])
     try:
         history = train(model, goal, TrainSettings(**{'batch_size': 8, 'learning_rate': 1e-3, 'max_grad_norm': 1e9} | settings), folder, seed=3, quiet=True)
         return {n: p.detach().clone() for n, p in trainable(model).items()}, history
@@ -677,7 +677,7 @@ def test_pitfall_16_micro_batches_do_not_matter(base, tmp_path, rows, kind, monk
 def test_pitfall_16_a_small_last_batch_is_divided_by_its_own_size(base, rows):
     "The mean over 5 rows, not over the 8 of a full batch"
     model = shake(add_adapter(base, LoraSettings(rank=2), seed=0), 2)
-    goal = dpo_objective(rows, np.full((len(rows), 2), -30.))
+    goal = preference_objective(rows, np.full((len(rows), 2), -30.))
     alone = [step_gradient(model, goal, [i], 4096)['loss'] for i in range(5)]
     assert abs(step_gradient(model, goal, [0, 1, 2, 3, 4], 200)['loss'] - np.mean(alone)) < 1e-6
 

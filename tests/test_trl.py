@@ -19,7 +19,7 @@ from w2s.train import losses
 from w2s.train.batches import block
 from w2s.train.checkpoints import trainable
 from w2s.train.logprobs import response_logps
-from w2s.train.loop import dpo_objective, sft_objective, step_gradient
+from w2s.train.loop import preference_objective, sft_objective, step_gradient
 from w2s.train.reference import stored_logps
 from w2s.train.tokens import encode_rows
 
@@ -82,12 +82,12 @@ def our_dpo(both, index, side):
     "Our loss and gradients of the same rows, padded on this side"
     rows, policy = [both['rows'][i] for i in index], both['policy']
     if side == 'right': # the way of the training loop
-        goal = dpo_objective(both['rows'], both['reference'], beta=BETA)
+        goal = preference_objective(both['rows'], both['reference'], beta=BETA)
         return step_gradient(policy, goal, index, budget=700)['loss'], own_gradients(policy)
     flat = [s for r in rows for s in r.sequences]
     logps = response_logps(policy, block(flat, 'left')) if side == 'left' else torch.cat([response_logps(policy, block([s])) for s in flat])
     reference = torch.tensor(both['reference'][index], dtype=torch.float32)
-    loss = losses.dpo(losses.margin(logps.view(-1, 2), reference, BETA), torch.ones(len(index))).mean()
+    loss = losses.dpo(losses.log_ratio_gap(logps.view(-1, 2), reference), torch.ones(len(index)), BETA).mean()
     loss.backward()
     return loss.item(), own_gradients(policy)
 

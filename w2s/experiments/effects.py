@@ -30,7 +30,7 @@ from ..models.adapters import adapter_hash, load_adapter
 from ..models.load import Base
 from ..train.generate import GenerateSettings
 from ..train.labels import class_probs, encode_labels, label_objective, label_targets, weak_labels
-from ..train.loop import Objective, dpo_objective
+from ..train.loop import Objective, preference_objective
 from ..train.reference import stored_logps, tokens_hash
 from ..train.tokens import encode_rows
 from ..world.facts import World, fact_verdict
@@ -245,7 +245,7 @@ def prefer(
     c, tokens = lab.config, encoded(model, rows)
     def objective(base: Base) -> Objective:
         reference = stored_logps(lab.study.run.root/'store', base, None, tokens, label=name, quiet=True)
-        return dpo_objective(tokens, reference, beta=c.beta)
+        return preference_objective(tokens, reference, beta=c.beta)
 
     return train_stage(lab.study, model, name, c.dpo, None, {'objective': 'dpo', 'rows': tokens_hash(tokens), 'beta': c.beta}, objective, lab.seed)
 

@@ -21,7 +21,8 @@ from datasets import Dataset
 # %% ../../nbs/api/experiments/55_lab.ipynb #294c96e8
 from ..data.rows import make_rows
 from ..evaluate.metrics import metric_rows
-from .preference_stages import Model, Study, WeakTeacher, know_model, open_base, train_stage
+from .preference_stages import Model, Study, know_model, open_base, train_stage
+from .weak_settings import WeakTeacher
 from .stages import Run, run_stage
 from ..models.adapters import LoraSettings, adapter_hash, load_adapter
 from ..models.load import LoadSettings

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'IMMATERIAL', 'OUT_OF_MEMORY', 'TrainSettings', 'material', 'learning_rate', 'Objective',
-           'row_weights', 'sft_objective', 'dpo_objective', 'step_gradient', 'for_step', 'make_optimizer', 'take_step',
-           'plan_steps', 'train']
+           'row_weights', 'row_targets', 'sft_objective', 'preference_objective', 'step_gradient', 'for_step',
+           'make_optimizer', 'take_step', 'plan_steps', 'train']
 
-# %% ../../nbs/api/train/50_loop.ipynb #e6f64317
+# %% ../../nbs/api/train/50_loop.ipynb #b2cf0ae2
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -23,16 +23,16 @@ from tqdm.auto import tqdm
 from ..errors import ConfigError, DataError, TrainError, unknown
 from ..models.load import set_mode
 from . import losses
-from .batches import block, epoch_batches, micro_batches
+from .batches import Block, block, epoch_batches, micro_batches
 from .checkpoints import checkpoints, load_checkpoint, save_checkpoint, trainable
 from .logprobs import response_logps
 from .tokens import Encoded, EncodedRow
 
-# %% ../../nbs/api/train/50_loop.ipynb #fe0e1847
+# %% ../../nbs/api/train/50_loop.ipynb #fb9ce51f
 SCHEDULES = ('cosine', 'linear', 'constant')
 OPTIMIZERS = ('adamw', 'paged_adamw_8bit')
 
-# %% ../../nbs/api/train/50_loop.ipynb #e3fd8fc8
+# %% ../../nbs/api/train/50_loop.ipynb #c203c7cd
 @dataclass(frozen=True)
 class TrainSettings:
     "How an adapter is trained"
@@ -57,10 +57,10 @@ class TrainSettings:
         if self.schedule not in SCHEDULES: raise ConfigError(unknown(self.schedule, SCHEDULES, 'schedule'))
         if self.optimizer not in OPTIMIZERS: raise ConfigError(unknown(self.optimizer, OPTIMIZERS, 'optimizer'))
 
-# %% ../../nbs/api/train/50_loop.ipynb #fdc9920f
+# %% ../../nbs/api/train/50_loop.ipynb #425e0119
 IMMATERIAL = ('token_budget', 'gradient_checkpointing', 'checkpoint_every')
 
-# %% ../../nbs/api/train/50_loop.ipynb #6cbc0ea1
+# %% ../../nbs/api/train/50_loop.ipynb #3dc9a0f8
 def material(
     settings: TrainSettings, # of a training
     dropout: float = 0.0,    # of its adapter
@@ -69,7 +69,7 @@ def material(
     out = {k: v for k, v in asdict(settings).items() if k not in IMMATERIAL}
     return {**out, 'token_budget': settings.token_budget} if dropout else out
 
-# %% ../../nbs/api/train/50_loop.ipynb #588749f2
+# %% ../../nbs/api/train/50_loop.ipynb #273fbc30
 def learning_rate(
     step: int,               # from 0
     total: int,              # steps of the whole training
@@ -82,7 +82,7 @@ def learning_rate(
     shape = {'cosine': (1 + math.cos(math.pi * done)) / 2, 'linear': 1 - done, 'constant': 1.}[settings.schedule]
     return settings.learning_rate * shape
 
-# %% ../../nbs/api/train/50_loop.ipynb #7285a17a
+# %% ../../nbs/api/train/50_loop.ipynb #ad8bb8f5
 @dataclass(frozen=True)
 class Objective:
     "Rows to learn from, and the loss of each"
@@ -93,8 +93,9 @@ class Objective:
     weights: Tensor                             # (rows,)
     sizes: list[int]                            # of each row: 1, or its response tokens
     prepare: Callable[[Any, Sequence[int], float, int], 'Objective'] | None = None # see `for_step`
+    forward: Callable[[Any, Block], Tensor] = response_logps # (model, block) -> (sequences,): log-probs, or another number a sequence
 
-# %% ../../nbs/api/train/50_loop.ipynb #c078d384
+# %% ../../nbs/api/train/50_loop.ipynb #60237ff9
 def row_weights(
     weights: Sequence[float] | None, # one a row; None: 1
     rows: int,                       # how many rows there are
@@ -105,7 +106,18 @@ def row_weights(
     losses.check_weights(out)
     return out
 
-# %% ../../nbs/api/train/50_loop.ipynb #b4f07977
+# %% ../../nbs/api/train/50_loop.ipynb #3775cc5e
+def row_targets(
+    target: Sequence[float] | None, # P(chosen ≻ rejected), one a row; None: 1
+    rows: int,                      # how many rows there are
+) -> Tensor:                        # (rows,)
+    "Targets as a checked tensor of one a row; raises `DataError`"
+    out = torch.ones(rows) if target is None else torch.tensor(list(target), dtype=torch.float32)
+    if len(out) != rows: raise DataError(f'{rows} rows, but {len(out)} targets')
+    if not ((out >= 0) & (out <= 1)).all(): raise DataError('targets are probabilities: they must lie in [0, 1]')
+    return out
+
+# %% ../../nbs/api/train/50_loop.ipynb #21e12f5b
 def sft_objective(
     rows: Sequence[EncodedRow],              # the first sequence of each is learned: the completion, or the chosen response
     weights: Sequence[float] | None = None,  # one a row; None: 1
@@ -115,26 +127,29 @@ def sft_objective(
     return Objective([r.id for r in rows], first, lambda logps, _: logps[:, 0], lambda logps, _: losses.sft(logps[:, 0]),
                      row_weights(weights, len(first)), [len(s.response) for (s,) in first])
 
-# %% ../../nbs/api/train/50_loop.ipynb #6e82c55b
-def dpo_objective(
+# %% ../../nbs/api/train/50_loop.ipynb #8094f88c
+def preference_objective(
     rows: Sequence[EncodedRow],              # (chosen, rejected)
     reference: Any,                          # (rows, 2): log-probs under the frozen reference, from `stored_logps`
     target: Sequence[float] | None = None,   # P(chosen ≻ rejected) of each row; None: 1
-    weights: Sequence[float] | None = None,  # one a row; None: 1
-    beta: float = 0.1,                       # Tao & Li: 0.1 on HH, 0.5 on TL;DR
-    smoothing: float = 0.0,                  # label smoothing
+    weights: Sequence[float] | None = None,  # one a row, such as a confidence; None: 1
+    beta: float = 0.1,                       # Tao & Li: 0.1 on HH, 0.5 on TL;DR; CW-PO: 0.5
+    loss: str = 'dpo',                       # a name in `PREFERENCE_LOSSES`
+    smoothing: float | None = None,          # ε of cdpo and rdpo; None: 0.1 for these, none for the others
 ) -> Objective:
-    "DPO with soft targets and weights; loss a row over the whole optimizer batch"
+    "A preference loss with soft targets and weights; loss a row over the whole optimizer batch"
+    if loss not in losses.PREFERENCE_LOSSES: raise ConfigError(unknown(loss, losses.PREFERENCE_LOSSES, 'preference loss'))
     ref = torch.as_tensor(reference, dtype=torch.float32)
-    p = torch.ones(len(rows)) if target is None else torch.tensor(list(target), dtype=torch.float32)
-    if ref.shape != (len(rows), 2) or len(p) != len(rows):
-        raise DataError(f'{len(rows)} rows, but reference of shape {tuple(ref.shape)} and {len(p)} targets')
-    if not ((p >= 0) & (p <= 1)).all(): raise DataError('targets are probabilities: they must lie in [0, 1]')
-    def margin(logps: Tensor, i: Tensor) -> Tensor: return losses.margin(logps, ref[i].to(logps.device), beta)
-    return Objective([r.id for r in rows], [r.sequences for r in rows], margin,
-                     lambda logps, i: losses.dpo(margin(logps, i), p[i].to(logps.device), smoothing), row_weights(weights, len(rows)), [1]*len(rows))
+    p, of_gap = row_targets(target, len(rows)), losses.PREFERENCE_LOSSES[loss]
+    eps = losses.SMOOTHING[loss] if smoothing is None else smoothing
+    if ref.shape != (len(rows), 2): raise DataError(f'{len(rows)} rows, but reference of shape {tuple(ref.shape)}')
+    of_gap(torch.zeros(0), torch.zeros(0), beta, eps) # a setting that cannot act stops here, not at the first step
+    def gap(logps: Tensor, i: Tensor) -> Tensor: return losses.log_ratio_gap(logps, ref[i].to(logps.device))
+    def value(logps: Tensor, i: Tensor) -> Tensor: return beta*gap(logps, i)
+    def of_row(logps: Tensor, i: Tensor) -> Tensor: return of_gap(gap(logps, i), p[i].to(logps.device), beta, eps)
+    return Objective([r.id for r in rows], [r.sequences for r in rows], value, of_row, row_weights(weights, len(rows)), [1]*len(rows))
 
-# %% ../../nbs/api/train/50_loop.ipynb #49e91392
+# %% ../../nbs/api/train/50_loop.ipynb #8c33aa45
 def step_gradient(
     model: Any,             # with a trainable adapter, in training mode
     objective: Objective,   # rows and loss
@@ -147,14 +162,14 @@ def step_gradient(
     size, total, value = sum(objective.sizes[i] for i in batch), 0., 0.
     for part in micro_batches(batch, lengths, budget):
         index, k = torch.tensor(part), len(objective.sequences[part[0]])
-        logps = response_logps(model, block([s for i in part for s in objective.sequences[i]])).view(len(part), k)
+        logps = objective.forward(model, block([s for i in part for s in objective.sequences[i]])).view(len(part), k)
         loss = losses.weighted_sum(objective.loss(logps, index), objective.weights[index]) / size
         if not torch.isfinite(loss): raise TrainError(f'the loss is {loss.item()} in rows {", ".join(objective.ids[i] for i in part[:8])}')
         loss.backward()
         total, value = total + loss.item(), value + objective.value(logps.detach(), index).sum().item() / len(batch)
     return {'loss': total, 'value': value}
 
-# %% ../../nbs/api/train/50_loop.ipynb #4ae5841a
+# %% ../../nbs/api/train/50_loop.ipynb #b4d924b5
 def for_step(
     objective: Objective,   # of the whole training
     model: Any,             # left in training mode
@@ -168,7 +183,7 @@ def for_step(
     set_mode(model, True)
     return replace(ready, prepare=None)
 
-# %% ../../nbs/api/train/50_loop.ipynb #6c848b40
+# %% ../../nbs/api/train/50_loop.ipynb #59ba1e57
 def make_optimizer(
     model: Any,               # with a trainable adapter
     settings: TrainSettings,  # optimizer and weight decay
@@ -180,7 +195,7 @@ def make_optimizer(
     import bitsandbytes as bnb
     return bnb.optim.PagedAdamW8bit(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
-# %% ../../nbs/api/train/50_loop.ipynb #ce691171
+# %% ../../nbs/api/train/50_loop.ipynb #32d97faa
 def take_step(
     model: Any,                       # with a trainable adapter
     optimizer: torch.optim.Optimizer, # of its weights
@@ -198,7 +213,7 @@ def take_step(
     optimizer.step()
     return {**note, 'grad_norm': norm.item(), 'learning_rate': rate}
 
-# %% ../../nbs/api/train/50_loop.ipynb #11b29919
+# %% ../../nbs/api/train/50_loop.ipynb #777d6448
 def plan_steps(
     objective: Objective,    # rows
     settings: TrainSettings, # epochs and batch size
@@ -208,11 +223,11 @@ def plan_steps(
     lengths = [max(len(s.ids) for s in row) for row in objective.sequences]
     return [b for e in range(settings.epochs) for b in epoch_batches(lengths, settings.batch_size, seed, e)]
 
-# %% ../../nbs/api/train/50_loop.ipynb #0ab8accf
+# %% ../../nbs/api/train/50_loop.ipynb #e84688b3
 OUT_OF_MEMORY = ('out of memory at step {step}: lower token_budget (it is {budget}; the result stays the same), or set gradient_checkpointing; '
                  'then start again with the same command')
 
-# %% ../../nbs/api/train/50_loop.ipynb #fb871639
+# %% ../../nbs/api/train/50_loop.ipynb #0b252777
 def train(
     model: Any,               # with a trainable adapter; changed in place
     objective: Objective,     # rows and loss
@@ -244,7 +259,7 @@ def train(
     if settings.gradient_checkpointing: model.gradient_checkpointing_disable()
     return pd.DataFrame(history)
 
-# %% ../../nbs/api/train/50_loop.ipynb #67f4538a
+# %% ../../nbs/api/train/50_loop.ipynb #8a4c0b9d
 def _stopped(error: TrainError, step: int, folder: Path) -> str:
     "The message of a training that had to stop"
     good = checkpoints(folder)
