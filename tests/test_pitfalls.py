@@ -22,11 +22,12 @@ from transformers import PreTrainedTokenizerFast
 from w2s.data.rows import make_rows, to_pairs
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.errors import DataError, TrainError
-from w2s.experiments import preference_stages, weak_teacher
+from w2s.experiments import gold, preference_stages, supervisors, weak_teacher
 from w2s.experiments.preference_data import Reader, halves, load_preferences, readable
+from w2s.experiments.preference_stages import Study, know_model
 from w2s.experiments.stages import Run, stage_folder
-from w2s.experiments.preference_stages import Study, WeakTeacher, know_model
-from w2s.experiments.weak_teacher import run
+from w2s.experiments.weak_settings import LabelUse, WeakTeacher
+from w2s.experiments.weak_teacher import know_models, run
 from w2s.feedback.preferences import given_labels, label_pairs
 from w2s.models.adapters import LoraSettings, add_adapter, adapter_hash, load_adapter, save_adapter
 from w2s.models.load import Base, LoadSettings, load_base, load_tokenizer, set_mode
@@ -829,11 +830,12 @@ class Recorder:
         seen = {k: v for k, v in inputs.items()} | {'kind': name.rsplit('-', 1)[-1]}
         save_file({'w': torch.tensor([hash_of(seen)])}, folder/'adapter'/'adapter_model.safetensors')
         (folder/'adapter'/'adapter_config.json').write_text('{"base_model_name_or_path": "x"}', encoding='utf-8')
-        if name.endswith(('-labels', '-test')): # the stage's own files, but of random rewards
+        (folder/'000000.json').write_text('[]', encoding='utf-8') # responses: nobody reads them
+        if name.endswith(('-labels', '-held-out', '-test')): # the stage's own files, but of random rewards
             rng = np.random.default_rng(hash_of(inputs))
             with pytest.MonkeyPatch.context() as m:
-                for module in (preference_stages, weak_teacher):
-                    m.setattr(module, 'pair_rewards', lambda study, model, policy, reference, tokens, label: rng.normal(size=(2, len(tokens), 2)))
+                m.setattr(weak_teacher, 'pair_rewards', lambda study, model, policy, reference, tokens, label: rng.normal(size=(2, len(tokens), 2)))
+                m.setattr(supervisors, '_rewards', lambda study, who, pairs, name: rng.normal(size=(len(pairs), 2)))
                 work(folder)
         return folder
 
@@ -841,105 +843,173 @@ class Recorder:
 def hash_of(inputs): return int(hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:8], 16)
 
 
+def nothing(*a): return pd.DataFrame()
+
+
 def stage_keys(config, root, monkeypatch):
-    "Name -> folder of every stage of this configuration; nothing is trained"
-    recorder = Recorder()
-    study = Study(config, Run(root, lambda line: None), True)
-    weak, strong = (know_model(r, n, config) for r, n in (('weak', config.weak), ('strong', config.strong)))
-    data = load_preferences(config.data, [weak.reader, strong.reader], config.test_rows, config.strict)
+    "Name -> folder of every stage of this configuration; nothing is trained, nothing is written"
+    recorder, study = Recorder(), Study(config, Run(root, lambda line: None), True)
+    weak, strong = know_models(config)
+    data = load_preferences(config.data, [m.reader for m in (*weak, strong)], config.test_rows, config.strict, config.rows, config.label_share)
     with monkeypatch.context() as m:
-        for module in (preference_stages, weak_teacher): m.setattr(module, 'run_stage', recorder)
-        for seed in range(config.seeds):
-            s = weak_teacher.supervise(study, weak, data, seed)
-            for arm in (s.floor, *weak_teacher.train_students(study, strong, s)): weak_teacher.evaluate_arm(study, arm, data.test)
+        for module in (preference_stages, supervisors, weak_teacher, gold): m.setattr(module, 'run_stage', recorder)
+        for table in ('response_rows', 'label_table', 'weak_label_table', 'history_table', 'summarise', 'interval_table', 'compare'):
+            m.setattr(weak_teacher, table, nothing)
+        m.setattr(weak_teacher, 'gold_judge', lambda config, root: 'nobody' if config.samples else None)
+        m.setattr(supervisors, 'fit_temperature', lambda margins, prob_a: 1 + abs(margins).mean())
+        weak_teacher.run_study(study, weak, strong, data)
     return recorder.stages
 
 
-ALL = {'everything'}
-CHANGES = { # field: (another value, the stages whose key changes; ALL: every one; 'test': those that score test rows)
-    'WeakTeacher.rows': (24, ALL), 'WeakTeacher.test_rows': (7, {'test'}), 'WeakTeacher.label_share': (.4, ALL), 'WeakTeacher.seeds': (2, set()),
-    'WeakTeacher.max_length': (30, ALL), 'WeakTeacher.beta': (.2, {'dpo', 'labels', 'test', 'student-seed0-sft'}), 'WeakTeacher.targets': ('soft', {'student-seed0-dpo', 'its test'}),
-    'WeakTeacher.smoothing': (.1, {'dpo', 'labels', 'test', 'student-seed0-sft'}), 'WeakTeacher.strict': (None, set()),
-    'LoadSettings.quantize': ('nf4', ALL), 'LoadSettings.dtype': ('bfloat16', ALL), 'LoadSettings.revision': ('main', set()),
+def one(arm): return {f'{arm}-seed0-test', f'{arm}-seed0-responses'}
+
+
+UNTUNED = {'base-untuned-seed0-test'}
+SFT_HUMAN = {'human-seed0-sft', *one('base-sft-human')}
+HUMAN = {'human-seed0-dpo', *one('human-dpo-human')}
+CEILING = {'ceiling-seed0-dpo', *one('ceiling-dpo-gold')}
+SFT_WEAK = {'student-seed0-sft', *one('base-sft-weak')}
+STUDENT = {'student-seed0-dpo', *one('student-dpo-weak')}
+FLOOR = {'weak-seed0-dpo', *one('floor-dpo-human')}
+TAUGHT = SFT_WEAK | STUDENT # what the labels reach
+EVERY = {'weak-seed0-sft', 'weak-seed0-labels', 'ceiling-seed0-sft', *UNTUNED, *SFT_HUMAN, *HUMAN, *CEILING, *TAUGHT, *FLOOR}
+TRAINED = EVERY - UNTUNED
+BEFORE = {'weak-seed0-sft', 'ceiling-seed0-sft', *SFT_HUMAN} # what comes before any preference training
+RESPONSES = {k for k in EVERY if k.endswith('-responses')}
+TESTED = {k for k in EVERY if k.endswith('-test')} | RESPONSES
+SOFT = {'labels': LabelUse(targets='soft')}
+CHANGES = { # field: (another value, the stages that are not found any more[, what else is set before and after])
+    'WeakTeacher.rows': (24, TRAINED), 'WeakTeacher.test_rows': (7, TESTED), 'WeakTeacher.label_share': (.4, TRAINED), 'WeakTeacher.seeds': (2, set()),
+    'WeakTeacher.max_length': (30, EVERY), 'WeakTeacher.beta': (.2, EVERY - BEFORE | {'base-sft-human-seed0-test'}), 'WeakTeacher.strict': (False, set()),
+    'WeakTeacher.supervisor': ('reward', {'weak-seed0-sft', 'weak-seed0-labels', *FLOOR, *TAUGHT}),
+    'WeakTeacher.loss': ('ipo', STUDENT | HUMAN | CEILING), 'WeakTeacher.smoothing': (.2, STUDENT | HUMAN | CEILING, {'loss': 'cdpo'}),
+    'WeakTeacher.start': ('base', STUDENT | HUMAN | CEILING | SFT_WEAK | {'ceiling-seed0-sft'}),
+    'WeakTeacher.others': (('ceiling',), HUMAN), # the SFT of human answers stays: win rates are against it
+    'WeakTeacher.samples': (2, RESPONSES), 'WeakTeacher.temperature': (.7, RESPONSES), 'WeakTeacher.response_tokens': (5, RESPONSES), 'WeakTeacher.gold': ('b', set()),
+    'LabelUse.subset': ('match', TAUGHT), 'LabelUse.targets': ('soft', STUDENT), 'LabelUse.weights': ('confidence', STUDENT), 'LabelUse.keep': (.5, TAUGHT),
+    'LabelUse.calibrate': (.6, {'weak-seed0-sft', 'weak-seed0-labels', *FLOOR, *TAUGHT}, SOFT),
+    'LoadSettings.quantize': ('nf4', EVERY), 'LoadSettings.dtype': ('bfloat16', EVERY), 'LoadSettings.revision': ('main', set()),
     'LoadSettings.trust_remote_code': (True, set()), 'LoadSettings.allow_pickle': (True, set()),
-    'LoraSettings.rank': (4, ALL), 'LoraSettings.alpha': (8, ALL), 'LoraSettings.dropout': (.1, ALL), 'LoraSettings.targets': (('q_proj',), ALL),
-    'TrainSettings.epochs': (2, ALL), 'TrainSettings.batch_size': (4, ALL), 'TrainSettings.learning_rate': (1e-4, ALL), 'TrainSettings.schedule': ('linear', ALL),
-    'TrainSettings.warmup': (.3, ALL), 'TrainSettings.weight_decay': (.1, ALL), 'TrainSettings.max_grad_norm': (.5, ALL), 'TrainSettings.optimizer': ('paged_adamw_8bit', ALL),
+    'LoraSettings.rank': (4, TRAINED), 'LoraSettings.alpha': (8, TRAINED), 'LoraSettings.dropout': (.1, TRAINED), 'LoraSettings.targets': (('q_proj',), TRAINED),
+    'TrainSettings.epochs': (2, TRAINED), 'TrainSettings.batch_size': (4, TRAINED), 'TrainSettings.learning_rate': (1e-4, TRAINED),
+    'TrainSettings.schedule': ('linear', TRAINED), 'TrainSettings.warmup': (.3, TRAINED), 'TrainSettings.weight_decay': (.1, TRAINED),
+    'TrainSettings.max_grad_norm': (.5, TRAINED), 'TrainSettings.optimizer': ('paged_adamw_8bit', TRAINED),
     'TrainSettings.token_budget': (99, set()), 'TrainSettings.gradient_checkpointing': (True, set()), 'TrainSettings.checkpoint_every': (7, set()),
 }
+MORE = [ # other values, where one does not tell the whole
+    ('WeakTeacher.supervisor', 'judge', {'weak-seed0-sft', 'weak-seed0-labels', *FLOOR, *TAUGHT}), ('WeakTeacher.loss', 'cdpo', STUDENT | HUMAN | CEILING),
+    ('WeakTeacher.loss', 'rdpo', STUDENT | HUMAN | CEILING), ('WeakTeacher.smoothing', .1, set(), {'loss': 'rdpo'}), # it is what None means
+    ('WeakTeacher.others', (), HUMAN | CEILING | {'ceiling-seed0-sft'}), ('LabelUse.weights', 'clipped', STUDENT, {'labels': LabelUse(weights='confidence')}),
+    *(('LabelUse.subset', which, TAUGHT) for which in ('mismatch', 'random', 'random match', 'random mismatch')),
+    ('LabelUse.targets', 'soft', STUDENT, {'labels': LabelUse(weights='confidence')}), ('LabelUse.targets', 'soft', STUDENT, {'loss': 'ipo'}),
+]
 PATHS = {'WeakTeacher.data', 'WeakTeacher.weak', 'WeakTeacher.strong'} # by content, below
-TABLES = {'WeakTeacher.load', 'WeakTeacher.lora', 'WeakTeacher.sft', 'WeakTeacher.dpo'}
-RESPONSES = {'WeakTeacher.samples', 'WeakTeacher.temperature', 'WeakTeacher.response_tokens'} # of rows of the world only: tests/test_world_run.py
+TABLES = {'WeakTeacher.load', 'WeakTeacher.lora', 'WeakTeacher.sft', 'WeakTeacher.dpo', 'WeakTeacher.labels'}
+PLACES = {'WeakTeacher': '', 'LabelUse': 'labels', 'LoadSettings': 'load', 'LoraSettings': 'lora'} # class -> setting that holds it
 
 
 def test_pitfall_17_every_field_is_in_the_table():
     "A new setting fails here until somebody says whether it matters"
-    fields = {f'{c.__name__}.{f.name}' for c in (WeakTeacher, LoadSettings, LoraSettings, TrainSettings) for f in dataclasses.fields(c)}
-    assert fields == CHANGES.keys() | PATHS | TABLES | RESPONSES
+    fields = {f'{c.__name__}.{f.name}' for c in (WeakTeacher, LabelUse, LoadSettings, LoraSettings, TrainSettings) for f in dataclasses.fields(c)}
+    assert fields == CHANGES.keys() | PATHS | TABLES
 
 
 @pytest.fixture(scope='module')
-def plain_keys(world, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as m: return stage_keys(world, tmp_path_factory.mktemp('plain'), m)
+def asked(world):
+    "The experiment with responses; nobody is there to judge them"
+    return replace(world, samples=1, gold='a')
 
 
-def changed_keys(world, plain, config, root, monkeypatch):
-    "The stages whose key is not what it was"
-    now = stage_keys(config, root, monkeypatch)
-    assert plain.keys() <= now.keys()
-    return {k for k in plain if plain[k] != now[k]}
+@pytest.fixture(scope='module')
+def plain_keys(asked, tmp_path_factory):
+    "Stages of the experiment with some settings"
+    known = {}
+    def keys(before):
+        if str(before) not in known:
+            with pytest.MonkeyPatch.context() as m: known[str(before)] = stage_keys(replace(asked, **before), tmp_path_factory.mktemp('plain'), m)
+        return known[str(before)]
+    return keys
 
 
-def declared_keys(plain, field, declared, part):
-    "The stages that may and must change"
-    tests = {k for k in plain if k.endswith('-test')}
-    base_only = {k for k in tests if 'untuned' in k}
-    sft_tests = {k for k in tests if k.startswith('base-sft-')}
-    if declared == ALL:
-        out = set(plain)
-        if field.startswith(('LoraSettings', 'TrainSettings')): out -= base_only # the un-tuned model has no adapter
-        if field in ('WeakTeacher.rows', 'WeakTeacher.label_share'): out -= base_only # other training rows, the same test rows
-        if part == 'dpo': out -= {'weak-seed0-sft', 'human-seed0-sft', 'ceiling-seed0-sft', 'base-sft-human-seed0-test'} # SFT comes before
-        return out
-    out = {k for k in plain if k in declared or k.rsplit('-', 1)[-1] in declared}
-    if field == 'WeakTeacher.smoothing': out -= base_only | {'base-sft-human-seed0-test'}
-    if 'its test' in declared: out |= {'student-dpo-weak-seed0-test'}
-    return out | (sft_tests & {'base-sft-weak-seed0-test'} if 'student-seed0-sft' in out else set())
+def changed_keys(plain, config, root, monkeypatch):
+    "The stages that are not found any more: their key is another one, or nobody asks for them"
+    now = set(stage_keys(config, root, monkeypatch).values())
+    return {k for k, folder in plain.items() if folder not in now}
 
 
-CASES = [(f, 'sft' if f.startswith('Train') else '') for f in CHANGES] + [(f, 'dpo') for f in CHANGES if f.startswith('Train')]
+CASES = [(f, 'sft' if f.startswith('Train') else '', *v) for f, v in CHANGES.items()] + [(f, '', *v) for f, *v in MORE]
+CASES += [(f, 'dpo', value, stages - BEFORE) for f, (value, stages, *_) in CHANGES.items() if f.startswith('Train')]
 
 
-@pytest.mark.parametrize('field, part', CASES)
-def test_pitfall_17_a_key_changes_if_and_only_if_the_setting_matters(world, plain_keys, tmp_path, monkeypatch, field, part):
-    cls, name = field.split('.')
-    value, declared = CHANGES[field]
-    if name == 'strict': value = False # True would stop the run or change nothing; see test_pitfall_08
-    place = {'WeakTeacher': '', 'LoadSettings': 'load', 'LoraSettings': 'lora', 'TrainSettings': part}[cls]
-    config = replace(world, **{name: value}) if not place else replace(world, **{place: replace(getattr(world, place), **{name: value})})
-    assert config != world or name == 'strict'
-    assert changed_keys(world, plain_keys, config, tmp_path, monkeypatch) == declared_keys(plain_keys, field, declared, part)
+def named(case): return f'{case[0]}-{case[1]}-{case[2]}'
 
 
-def test_pitfall_17_content_counts_and_not_its_place(world, plain_keys, tmp_path, monkeypatch, texts):
-    "The same rows and models in other folders: no key changes. Other rows or weights: the keys that they reach"
-    for name in ('data', 'weak', 'strong'): shutil.copytree(getattr(world, name), tmp_path/f'copy-{name}')
-    moved = replace(world, **{n: str(tmp_path/f'copy-{n}') for n in ('data', 'weak', 'strong')})
-    assert changed_keys(world, plain_keys, moved, tmp_path/'a', monkeypatch) == set()
-    other = with_rows(world, tmp_path/'rows', train_gt=lambda r: r | dict(chosen=r['chosen'] + ' Yes.'))
-    assert changed_keys(world, plain_keys, other, tmp_path/'b', monkeypatch) == set(plain_keys) - {
-        k for k in plain_keys if k.startswith(('human', 'ceiling', 'base-untuned', 'base-sft-human'))}
-    tiny_model(tmp_path/'strong2', texts, layers=2, seed=77)
-    reseeded = replace(world, strong=str(tmp_path/'strong2'))
-    assert changed_keys(world, plain_keys, reseeded, tmp_path/'c', monkeypatch) == {k for k in plain_keys if not k.startswith(('weak', 'floor'))}
+@pytest.mark.parametrize('case', CASES, ids=named)
+def test_pitfall_17_a_key_changes_if_and_only_if_the_setting_matters(asked, plain_keys, tmp_path, monkeypatch, case):
+    (cls, name), part, value, declared, before = case[0].split('.'), case[1], case[2], case[3], case[4] if len(case) > 4 else {}
+    plain, old = plain_keys(before), replace(asked, **before)
+    place = part or PLACES[cls]
+    config = replace(old, **{place: replace(getattr(old, place), **{name: value})} if place else {name: value})
+    assert config != old or name == 'strict' # True would stop the run or change nothing; see test_pitfall_08
+    assert {k.replace(f'-{old.loss}', '-dpo') for k in plain} == EVERY | ({'weak-seed0-held-out'} if old.labels.calibrate else set())
+    changed = {k.replace(f'-{old.loss}', '-dpo') for k in changed_keys(plain, config, tmp_path, monkeypatch)}
+    assert changed == declared
+
+
+def test_pitfall_17_a_temperature_reaches_the_student_alone(asked, tmp_path, monkeypatch):
+    "The same labels, another temperature: other targets and weights, the same order"
+    def keys(t):
+        with monkeypatch.context() as m:
+            m.setattr(supervisors, '_temperature', lambda *a: t)
+            return stage_keys(replace(asked, labels=LabelUse(targets='soft', calibrate=.6)), tmp_path/str(t), monkeypatch)
+    cold, hot = keys(.5), keys(2.)
+    assert 'weak-seed0-held-out' in cold and {k for k in cold if cold[k] != hot[k]} == STUDENT
+
+
+@pytest.mark.parametrize('kind, trained', [('dpo', {'sft', 'dpo'}), ('reward', {'reward'}), ('judge', set())])
+def test_pitfall_17_a_second_supervisor_leaves_the_first_alone(asked, texts, tmp_path, monkeypatch, kind, trained):
+    "An ensemble: trainings and labels of each one are found again, what the students are taught is new"
     tiny_model(tmp_path/'weak2', texts, layers=1, seed=77)
-    weak = changed_keys(world, plain_keys, replace(world, weak=str(tmp_path/'weak2')), tmp_path/'d', monkeypatch)
-    assert weak == {k for k in plain_keys if not k.startswith(('human', 'ceiling', 'base-untuned', 'base-sft-human'))}
+    single = stage_keys(replace(asked, supervisor=kind), tmp_path/'a', monkeypatch)
+    stage_keys(replace(asked, supervisor=kind, weak=f'{asked.weak}+{tmp_path/"weak2"}'), tmp_path/'b', monkeypatch)
+    there = {p.name for p in (tmp_path/'b'/'stages').iterdir()}
+    assert {k for k in single if single[k] not in there} == TAUGHT | (one('floor-dpo-human') if kind == 'dpo' else set())
+    for part in ('sft', 'dpo', 'reward'): assert len([n for n in there if n.startswith(f'weak-seed0-{part}-')]) == 2*(part in trained)
+    assert len([n for n in there if n.startswith('weak-seed0-labels-')]) == 2
 
 
-def test_pitfall_17_seeds_are_in_the_keys(world, tmp_path, monkeypatch):
+def test_pitfall_17_how_a_judge_is_asked_is_in_the_key(asked, tmp_path, monkeypatch):
+    "Rows of the world are judged in another form than the same rows from a file"
+    weak, pairs, keys = know_model('weak', asked.weak, asked), to_pairs(make_rows(sample_preferences(4), 'preferences')), []
+    for source in ('world', asked.data):
+        recorder, study = Recorder(), Study(replace(asked, data=source, supervisor='judge'), Run(tmp_path, lambda line: None), True)
+        with monkeypatch.context() as m:
+            m.setattr(supervisors, 'run_stage', recorder)
+            supervisors.ask(study, supervisors.Supervisor(weak, 'judge', None, None, 0), pairs, 'labels')
+        keys += recorder.stages.values()
+    assert keys[0] != keys[1]
+
+
+def test_pitfall_17_content_counts_and_not_its_place(asked, plain_keys, tmp_path, monkeypatch, texts):
+    "The same rows and models in other folders: no key changes. Other rows or weights: the keys that they reach"
+    plain = plain_keys({})
+    for name in ('data', 'weak', 'strong'): shutil.copytree(getattr(asked, name), tmp_path/f'copy-{name}')
+    moved = replace(asked, **{n: str(tmp_path/f'copy-{n}') for n in ('data', 'weak', 'strong')})
+    assert changed_keys(plain, moved, tmp_path/'a', monkeypatch) == set()
+    other = with_rows(asked, tmp_path/'rows', train_gt=lambda r: r | dict(chosen=r['chosen'] + ' Yes.'))
+    assert changed_keys(plain, other, tmp_path/'b', monkeypatch) == set(plain) - {
+        k for k in plain if k.startswith(('human', 'ceiling', 'base-untuned', 'base-sft-human'))}
+    tiny_model(tmp_path/'strong2', texts, layers=2, seed=77)
+    reseeded = replace(asked, strong=str(tmp_path/'strong2'))
+    assert changed_keys(plain, reseeded, tmp_path/'c', monkeypatch) == {k for k in plain if not k.startswith(('weak', 'floor'))}
+    tiny_model(tmp_path/'weak2', texts, layers=1, seed=77)
+    weak = changed_keys(plain, replace(asked, weak=str(tmp_path/'weak2')), tmp_path/'d', monkeypatch)
+    assert weak == {k for k in plain if not k.startswith(('human', 'ceiling', 'base-untuned', 'base-sft-human'))}
+
+
+def test_pitfall_17_seeds_are_in_the_keys(asked, tmp_path, monkeypatch):
     "Two seeds share no trained stage"
-    keys = stage_keys(replace(world, seeds=2), tmp_path, monkeypatch)
+    keys = stage_keys(replace(asked, seeds=2), tmp_path, monkeypatch)
     one = {k.replace('seed0', ''): v.rsplit('-', 1)[1] for k, v in keys.items() if 'seed0' in k}
     two = {k.replace('seed1', ''): v.rsplit('-', 1)[1] for k, v in keys.items() if 'seed1' in k}
     assert one.keys() == two.keys() and all(one[k] != two[k] for k in one)
@@ -967,7 +1037,7 @@ import sys, json, hashlib, warnings
 import numpy as np
 from pathlib import Path
 from w2s.experiments.config import from_table
-from w2s.experiments.preference_stages import WeakTeacher
+from w2s.experiments.weak_settings import WeakTeacher
 from w2s.experiments.weak_teacher import run
 result = run(from_table(WeakTeacher, json.loads(sys.argv[1])), sys.argv[2], quiet=True)
 sha = lambda b: hashlib.sha256(b).hexdigest()[:16]
@@ -1019,6 +1089,17 @@ def test_pitfall_18_the_sides_of_a_pair_do_not_know_the_label():
     assert np.allclose(a['prob_a'], 1 - np.array(b['prob_a'])) and list(a['gold_a']) == list(b['gold_a']) # the truth does not turn
     assert .2 < np.mean(np.array(a['prob_a']) > .5) < .8
     assert list(label_pairs(a, np.zeros((40, 2)), 'tie').rows['chosen']) == list(label_pairs(b, np.zeros((40, 2)), 'tie').rows['chosen'])
+
+
+@pytest.mark.parametrize('use', [LabelUse(targets='soft'), LabelUse(weights='confidence'), LabelUse(keep=.5), LabelUse('all', 'soft', 'sigmoid', .5, .6)], ids=str)
+def test_pitfall_18_only_subsets_read_human_labels_of_the_students_rows(asked, tmp_path, monkeypatch, use):
+    "chosen and rejected of train_w2s change places: however weak labels are used, what the student is taught is the same; subsets and random errors are about them"
+    other = with_rows(asked, tmp_path/'rows', train_w2s=turned)
+    def keys(at, **more):
+        a, b = (stage_keys(replace(c, **more), tmp_path/f'{at}{n}', monkeypatch) for n, c in enumerate((asked, other)))
+        return {k for k in a if a[k] != b[k]}
+    assert not keys('use', labels=use) & (TAUGHT | FLOOR | {'weak-seed0-sft', 'weak-seed0-labels'})
+    assert TAUGHT <= keys('match', labels=LabelUse('match')) and TAUGHT <= keys('random', labels=LabelUse('random'))
 
 
 def test_pitfall_18_test_rows_reach_nothing_but_the_evaluation(world, done, tmp_path):

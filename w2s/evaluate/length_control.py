@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRIOR', 'fit_lead', 'LengthBias', 'checked', 'length_bias', 'length_controlled_win_rate', 'length_table']
 
-# %% ../../nbs/api/evaluate/32_length_control.ipynb #dd7a19fe
+# %% ../../nbs/api/evaluate/32_length_control.ipynb #8290596a
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +15,10 @@ from scipy.special import expit
 from ..errors import DataError
 from .intervals import Estimate, estimate
 
-# %% ../../nbs/api/evaluate/32_length_control.ipynb #93e32c69
-PRIOR = 10. # standard deviation, in logits, of a normal prior on lead and slope: no more than a bound where a judge looks at nothing but length
+# %% ../../nbs/api/evaluate/32_length_control.ipynb #a95ace07
+PRIOR = (1., 100.) # standard deviations, in logits, of normal priors on lead and slope
 
-# %% ../../nbs/api/evaluate/32_length_control.ipynb #b3f16bd7
+# %% ../../nbs/api/evaluate/32_length_control.ipynb #e5db779f
 def fit_lead(
     x: np.ndarray,               # (pairs,): bounded difference in length
     y: np.ndarray,               # (pairs,): 1 a wins, 0 b wins, or a share
@@ -28,19 +28,19 @@ def fit_lead(
 ) -> np.ndarray:                 # (draws, 2): lead and slope
     "Logistic regression of outcomes on length for many draws at once (Newton's method with bounded steps)"
     w = np.zeros((len(counts), 2)) + [0, slope or 0]
-    free = np.array([lead, slope is None], float)
+    free, tight = np.array([lead, slope is None], float), np.array(PRIOR)**-2
     for _ in range(60):
         p = expit(w[:, :1] + w[:, 1:]*x)
         off, curve = counts*(y - p), counts*p*(1 - p)
-        g0, g1 = (off.sum(1) - w[:, 0]/PRIOR**2)*free[0], (off @ x - w[:, 1]/PRIOR**2)*free[1]
-        h00, h11, h01 = curve.sum(1) + PRIOR**-2, curve @ x**2 + PRIOR**-2, curve @ x * free.prod()
+        g0, g1 = (off.sum(1) - w[:, 0]*tight[0])*free[0], (off @ x - w[:, 1]*tight[1])*free[1]
+        h00, h11, h01 = curve.sum(1) + tight[0], curve @ x**2 + tight[1], curve @ x * free.prod()
         det = h00*h11 - h01**2
-        step = np.stack([(h11*g0 - h01*g1)/det, (h00*g1 - h01*g0)/det], axis=1).clip(-2, 2)
+        step = np.stack([(h11*g0 - h01*g1)/det, (h00*g1 - h01*g0)/det], axis=1).clip([-2, -10], [2, 10])
         w += step
         if abs(step).max() < 1e-8: break
     return w
 
-# %% ../../nbs/api/evaluate/32_length_control.ipynb #e735c08a
+# %% ../../nbs/api/evaluate/32_length_control.ipynb #33a61126
 @dataclass(frozen=True)
 class LengthBias:
     "What a judge pays for length"
@@ -54,7 +54,7 @@ class LengthBias:
         "A bounded difference in length"
         return np.tanh(np.asarray(more, float) / self.scale)
 
-# %% ../../nbs/api/evaluate/32_length_control.ipynb #551f6c45
+# %% ../../nbs/api/evaluate/32_length_control.ipynb #9a7e0d48
 def checked(
     outcomes: np.ndarray, # (rows,) or (rows, samples)
     words_a: np.ndarray,  # same shape
@@ -67,7 +67,7 @@ def checked(
     if y.min() < 0 or y.max() > 1: raise DataError(f'outcomes lie between {y.min():g} and {y.max():g}; want 1 where a wins, 0 where b does, 1/2 for a tie')
     return y.reshape(len(y), -1), (a - b).reshape(len(y), -1)
 
-# %% ../../nbs/api/evaluate/32_length_control.ipynb #be01bad7
+# %% ../../nbs/api/evaluate/32_length_control.ipynb #9d28dfae
 def length_bias(
     outcomes: np.ndarray, # (rows,) or (rows, samples): 1 where the first of two *equally good* answers wins
     words_a: np.ndarray,  # same shape: words of the first
@@ -79,7 +79,7 @@ def length_bias(
     scale = float(np.sqrt((more**2).mean()))
     return LengthBias(float(fit_lead(np.tanh(more.ravel()/scale), y.ravel(), np.ones((1, y.size)), lead=False)[0, 1]), scale)
 
-# %% ../../nbs/api/evaluate/32_length_control.ipynb #53099734
+# %% ../../nbs/api/evaluate/32_length_control.ipynb #6b96cff0
 def length_controlled_win_rate(
     outcomes: np.ndarray,           # (rows,) or (rows, samples): 1 where a wins, 0 where b does, 1/2 for a tie, or a share
     words_a: np.ndarray,            # same shape: words of a's answers
@@ -102,7 +102,7 @@ def length_controlled_win_rate(
     low, high = np.percentile(lead[1:], [50 - 50*level, 50 + 50*level])
     return Estimate(float(lead[0]), float(low), float(high), len(y), 1, level)
 
-# %% ../../nbs/api/evaluate/32_length_control.ipynb #4a508f8c
+# %% ../../nbs/api/evaluate/32_length_control.ipynb #5a7ff75d
 def length_table(
     outcomes: np.ndarray,           # (rows,) or (rows, samples): 1 where a wins, 0 where b does, 1/2 for a tie
     words_a: np.ndarray,            # same shape: words of a's answers

@@ -9,7 +9,7 @@ __all__ = ['FLOORS', 'REFERENCE', 'SHOWN', 'DETAILS', 'DIGITS', 'Arm', 'train_ar
            'label_words', 'caption', 'count_stages', 'counted', 'know_models', 'run', 'run_study', 'compare',
            'WeakTeacher']
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #0394089b
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #b3c82551
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +34,10 @@ from ..models.adapters import adapter_hash
 from ..train.reference import tokens_hash
 from ..world.service import GOLD
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #42c208de
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #58a0080e
 _all_ = ['WeakTeacher'] # a reader of this module should find it here
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #c92b4a3d
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #b5b6eeed
 @dataclass(frozen=True)
 class Arm:
     "A trained model and its reference"
@@ -48,7 +48,7 @@ class Arm:
     reference: Path | None  # adapter of its reference; None: the base
     seed: int
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #0ad605e3
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #b6263cc3
 def train_arm(
     study: Study,          # the experiment
     model: Model,          # that is trained
@@ -65,7 +65,7 @@ def train_arm(
     counted = rows if weights == 'none' else weighted(rows, weights)
     return Arm(role, f'{c.loss} {labels}', model, dpo_stage(study, model, name, counted, sft, seed, c.loss, c.smoothing, soft), sft, seed)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #f27d78b1
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #4ac5bc07
 def ceiling_rows(
     labelled: Dataset,    # of kind "preferences"
     unlabelled: Dataset,  # the student's rows, with human labels
@@ -75,7 +75,7 @@ def ceiling_rows(
     if 'gold' in unlabelled.column_names: return 'gold', given_labels(to_pairs(unlabelled, seed), 'gold_a', 'gold').rows
     return 'human both halves', given_labels(to_pairs(concatenate_datasets([labelled, unlabelled]), seed)).rows
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #c98ab81f
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #6c463ac0
 def arm_items(
     config: WeakTeacher,               # of the experiment
     role: str,                         # of the arm
@@ -88,7 +88,7 @@ def arm_items(
     strong = '' if role == 'floor' else Path(config.strong).name
     return metric_rows(ids, scores, role, method, short_name(config.weak), strong, seed, 'preferences')
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #40d7cd48
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #be973334
 def evaluate_arm(
     study: Study,   # the experiment
     arm: Arm,       # what is evaluated
@@ -107,7 +107,7 @@ def evaluate_arm(
     scores = {str(k): v.to_numpy() for k, v in pd.read_parquet(done/'scores.parquet').items()}
     return arm_items(c, arm.role, arm.method, arm.seed, [r.id for r in tokens], scores)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #0b59c882
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #be519267
 def floor_arm(
     rows: SeedRows, # of one seed
 ) -> Arm | None:    # None: the supervisor has no policy of its own
@@ -116,10 +116,10 @@ def floor_arm(
     if more or first.kind != 'dpo': return None
     return Arm('floor', 'dpo human', first.model, first.policy, first.reference, rows.seed)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #895b7a8a
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #7ba896dd
 FLOORS = {'dpo': 'dpo human', 'reward': 'reward human', 'judge': 'judge untrained'} # kind of supervisor -> its method in tables
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #a4598653
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #be0b23ef
 def evaluate_choice(
     study: Study,   # the experiment
     rows: SeedRows, # of one seed
@@ -133,10 +133,10 @@ def evaluate_choice(
     margin = rewards[:, 0] - rewards[:, 1]
     return arm_items(study.config, 'floor', FLOORS[rows.supervisors[0].kind], rows.seed, list(test['id']), {'accuracy': preference_correct(margin), 'margin': margin})
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #76151912
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #746b88a6
 REFERENCE = ('base', 'sft human') # win rates are against it
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #adfac7c2
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #e394fddd
 def write_responses(
     study: Study,          # the experiment
     arms: Sequence[Arm],   # of one or more seeds; an un-tuned one writes nothing
@@ -151,7 +151,7 @@ def write_responses(
         out.append(response_rows(score, test, texts, arm.role, arm.method, arm.seed))
     return pd.concat(out, ignore_index=True)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #ad2dbbb3
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #bfdce4a3
 def gold_items(
     config: WeakTeacher,      # of the experiment
     responses: pd.DataFrame,  # of `write_responses`, of all arms
@@ -162,7 +162,7 @@ def gold_items(
     return [arm_items(config, role, method, seed, list(own['id'].unique()), gold_scores(own, written[(*REFERENCE, seed)]))
             for (role, method, seed), own in written.items()]
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #261476f7
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #f89dfe93
 def train_students(
     study: Study,    # the experiment
     model: Model,    # the strong student
@@ -179,7 +179,7 @@ def train_students(
     if 'ceiling' in c.others: taught.append(train_arm(study, model, 'ceiling', *ceiling_rows(rows.labelled, rows.unlabelled, seed), seed))
     return out + taught
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #4cafcc9f
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #aa7a6fa2
 def label_table(
     seeds: Sequence[SeedRows], # after labelling
 ) -> pd.DataFrame:             # a row a seed
@@ -195,7 +195,7 @@ def label_table(
         out.append(row | dict(temperature=s.temperature))
     return pd.DataFrame(out)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #942beaf1
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #87bef143
 def weak_label_table(
     seeds: Sequence[SeedRows], # after labelling
 ) -> pd.DataFrame:             # seed, id, prompt, chosen, rejected, prob, agrees, and gold where the rows have it
@@ -206,7 +206,7 @@ def weak_label_table(
         out.append(pd.DataFrame(s.weak.rows.with_format(None)[:]).drop(columns=['group', 'source', 'weight']).assign(seed=s.seed, agrees=agrees))
     return pd.concat(out, ignore_index=True)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #ac3d45f9
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #1acad2c1
 def history_table(
     arms: Sequence[Arm], # trained ones and others
 ) -> pd.DataFrame:       # stage, seed, step, loss, value, grad_norm, learning_rate
@@ -215,7 +215,7 @@ def history_table(
     files = [(a, kind, f.parent/'history.csv') for a in trained for kind, f in (('sft', a.reference), (a.method.split()[0], a.policy)) if f]
     return pd.concat([pd.read_csv(f).assign(stage=f'{a.role}: {kind}', seed=a.seed) for a, kind, f in files], ignore_index=True)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #9200a526
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #9045345a
 def question_pairs(
     config: WeakTeacher,  # of the experiment
     items: pd.DataFrame,  # of all arms
@@ -226,7 +226,7 @@ def question_pairs(
     who['sft'] = ('base', 'sft weak') if config.start == 'sft' else ('base', 'untuned')
     return [(a, b) for a, b in ((who[x], who[y]) for x, y in wanted) if a and b]
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #043b5dff
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #2c1768d4
 @dataclass(frozen=True)
 class Result:
     "The whole comparison"
@@ -243,16 +243,17 @@ class Result:
     intervals: pd.DataFrame  # a row for each role and metric, over seeds, with its interval
     differences: pd.DataFrame # paired differences of accuracy and gold reward, with their intervals
     adapters: dict[str, Path] # trained adapters in PEFT form
+    test: Dataset            # test rows, of kind "preferences"
 
     def _repr_html_(self) -> str: return ''.join(t.to_html(index=False) for t in _tables(self)) + f'<p>{caption(self)}</p>'
     def __repr__(self) -> str: return '\n'.join(t.to_string(index=False) + '\n' for t in _tables(self)) + caption(self)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #decb1025
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #9c3fc41e
 SHOWN = ('accuracy', 'gold_reward', 'win_rate', 'right', 'polite', 'rude')      # what a person looks at first
 DETAILS = ('likelihood_accuracy', 'margin', 'logp_chosen', 'logp_rejected')     # and then
 DIGITS = {'margin': 4, 'logp_chosen': 1, 'logp_rejected': 1}                    # of a metric; of the others 3
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #af3353fe
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #4084bcad
 def summary_table(
     result: Result,                                # of a run
     metrics: Sequence[str] = (*SHOWN, *DETAILS),   # which; those that the run has are shown
@@ -265,13 +266,13 @@ def summary_table(
     wide = flat.pivot_table(index=['role', 'method', 'model'], columns='metric', values='cell', aggfunc='first', sort=False).reset_index()
     return wide[['role', 'method', 'model', *(m for m in metrics if m in wide)]].fillna('–').rename_axis(columns=None)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #5659a982
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #646fe583
 def _tables(result: Result) -> list[pd.DataFrame]:
     "One table, or two where there are too many numbers for one"
     if result.responses.empty: return [summary_table(result)]
     return [summary_table(result, SHOWN), summary_table(result, DETAILS)]
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #bc6e7f26
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #0cfc2fdc
 def fallen(
     intervals: pd.DataFrame, # of `interval_table`
 ) -> str:                    # a sentence, or nothing
@@ -282,7 +283,7 @@ def fallen(
     if after > 1.5 * before: return ''
     return f' Mind: preference training took the log-prob of chosen responses from {before:.1f} to {after:.1f} nats; look at what the student writes.'
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #742f2759
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #9bbab4e2
 def gold_words(
     config: WeakTeacher, # of a run
 ) -> str:                # sentences, or nothing where no responses were scored
@@ -293,7 +294,7 @@ def gold_words(
     return (f' Gold reward: of {config.samples} response{"s" if config.samples > 1 else ""} to each test prompt, sampled at temperature {config.temperature:g}: {points}. '
             f'Win rate: how often it is higher than that of {REFERENCE[0]} ({REFERENCE[1]}) on the same prompt; ties count half.')
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #a35ec016
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #c9c4c001
 def label_words(
     labels: pd.DataFrame, # of `label_table`
     config: WeakTeacher,  # of a run
@@ -306,7 +307,7 @@ def label_words(
     return (f'Weak labels agree with human ones on {labels.agreement.mean():.1%} of {labels.rows.sum():,} pairs ({labels.ties.sum()} ties). '
             + (f'Use of the labels: {said}. ' if said else ''))
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #b441a63d
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #d271305d
 def caption(
     result: Result, # of a run
 ) -> str:
@@ -318,7 +319,7 @@ def caption(
     return (f'{t.n.max():,} test rows, {seeds} seed{"s" if seeds > 1 else ""}; 95 % intervals from a bootstrap over {over}. {what}'
             f'{label_words(result.labels, result.config)}The un-tuned model has no reference, so no implicit reward.{gold_words(result.config)}{fallen(t)}')
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #4c6d1b45
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #8426fba9
 def count_stages(
     config: WeakTeacher, # what is to be run
 ) -> int:
@@ -334,7 +335,7 @@ def count_stages(
     written = (evaluated - 1 + policy)*(c.samples > 0)
     return c.seeds*(trainings + asked + strong + evaluated + written)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #f7b5f861
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #79011ad6
 def counted(
     total: int, # stages of the run
 ) -> Callable[[str], None]:
@@ -343,14 +344,14 @@ def counted(
     def say(line: str) -> None: print(f'[{next(numbers):>{len(str(total))}}/{total}] {line}', flush=True)
     return say
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #67f07080
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #a8531555
 def know_models(
     config: WeakTeacher, # of the experiment
 ) -> tuple[list[Model], Model]: # supervisors, strong student
     "The models of an experiment, not yet loaded; raises `ModelError`"
     return [know_model('weak', w, config) for w in weak_names(config.weak)], know_model('strong', config.strong, config)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #97e751b7
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #9373f3c8
 def run(
     config: WeakTeacher | None = None,      # what to compare; None: models of the ladder on rows of the world
     out: str | Path = 'runs/weak-teacher',  # folder of stages and results; used again by later runs
@@ -366,7 +367,7 @@ def run(
     try: return run_study(study, weak, strong, data)
     finally: held.release()
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #4ba73d46
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #66fc370b
 def run_study(
     study: Study,          # the experiment, its folder locked
     weak: Sequence[Model], # supervisors
@@ -385,9 +386,9 @@ def run_study(
     table = pd.concat([*items, *gold_items(c, responses)], ignore_index=True)
     adapters = {f'{a.role}-seed{a.seed}': a.policy for a in [*floors, *arms] if a.policy and a.role != 'base'}
     return Result(study.run.root, c, data.report, label_table(seeds), weak_label_table(seeds), history_table([*floors, *arms]), data.origin, responses,
-                  table, summarise(table), interval_table(table), compare(c, table), adapters)
+                  table, summarise(table), interval_table(table), compare(c, table), adapters, test)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #90b572b9
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #7fb1dd74
 def compare(
     config: WeakTeacher,  # of the experiment
     items: pd.DataFrame,  # of all arms
