@@ -18,8 +18,9 @@ from w2s.experiments.config import read_toml, to_table, to_toml
 from w2s.experiments.gold import sample_stage
 from w2s.experiments.plan import plan
 from w2s.experiments.preference_data import ladder_world, load_preferences
-from w2s.experiments.preference_stages import Study, WeakTeacher, fill_settings, know_model
+from w2s.experiments.preference_stages import Study, know_model
 from w2s.experiments.stages import Run
+from w2s.experiments.weak_settings import WeakTeacher, fill_settings
 from w2s.models.zoo import LADDER, card
 from w2s.world.facts import world_hash
 from w2s.world.service import gold_reward
