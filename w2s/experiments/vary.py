@@ -6,9 +6,9 @@
 __all__ = ['USES', 'VARIATIONS', 'number', 'supervisor_settings', 'use_settings', 'loss_settings', 'Variation', 'variants',
            'Varied', 'varied_table', 'run_varied', 'contrast']
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #a97bf825
+# %% ../../nbs/api/experiments/45_vary.ipynb #190f1fa9
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from .config import merged
 from .preference_data import load_preferences
 from .preference_stages import Model, Study
 from .stages import Run, lock
-from .weak_settings import SUBSETS, SUPERVISORS, WeakTeacher, fill_settings, weak_names
+from .weak_settings import SUBSETS, SUPERVISORS, WeakTeacher, fill_settings
 from .weak_teacher import Result, count_stages, counted, know_models, run_study
 from ..feedback.confidence import WEIGHTS
 from ..train.losses import PREFERENCE_LOSSES
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #3027cdb2
+# %% ../../nbs/api/experiments/45_vary.ipynb #a64a74c0
 def number(
     value: str,   # of a command line
     setting: str, # that it is for
@@ -35,7 +35,7 @@ def number(
     try: return float(top)/float(bottom) if slash else float(value)
     except (ValueError, ZeroDivisionError) as e: raise ConfigError(f'{setting} {value!r} is not a number; write it as .25 or 1/4') from e
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #7a03d064
+# %% ../../nbs/api/experiments/45_vary.ipynb #49dbfa60
 def supervisor_settings(
     value: str, # 'pico', 'pico+nano', 'pico reward', 'base judge'
 ) -> dict[str, Any]:
@@ -43,13 +43,13 @@ def supervisor_settings(
     model, space, kind = value.strip().rpartition(' ')
     return {'weak': model, 'supervisor': kind} if space and kind in SUPERVISORS else {'weak': value.strip(), 'supervisor': 'dpo'}
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #585a42da
+# %% ../../nbs/api/experiments/45_vary.ipynb #fc7f79ed
 USES: dict[str, dict[str, Any]] = { # how labels are used -> settings of `LabelUse`
     'hard': {}, 'soft': {'targets': 'soft'}, **{w: {'weights': w} for w in WEIGHTS},
     'top half': {'keep': .5}, 'top third': {'keep': 1/3},
     'calibrated soft': {'targets': 'soft', 'calibrate': .2}, 'calibrated confidence': {'weights': 'confidence', 'calibrate': .2}}
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #a109ddd4
+# %% ../../nbs/api/experiments/45_vary.ipynb #2b8b1a60
 def use_settings(
     value: str, # a key of `USES`
 ) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def use_settings(
     if value not in USES: raise ConfigError(unknown(value, USES, 'use of labels'))
     return {'labels': USES[value]}
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #f72e320f
+# %% ../../nbs/api/experiments/45_vary.ipynb #8e209805
 def loss_settings(
     value: str, # 'ipo', or 'ipo confidence'
 ) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def loss_settings(
     if loss not in PREFERENCE_LOSSES: raise ConfigError(unknown(loss, PREFERENCE_LOSSES, 'preference loss'))
     return {'loss': loss, 'labels': {'weights': weights or 'none'}}
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #95d61a83
+# %% ../../nbs/api/experiments/45_vary.ipynb #ff1b217b
 @dataclass(frozen=True)
 class Variation:
     "A setting that can be varied"
@@ -75,7 +75,7 @@ class Variation:
     others: tuple[str, ...]                     # what is trained again for each value, beside the student
     figure: str                                 # of the paper
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #8df0e62f
+# %% ../../nbs/api/experiments/45_vary.ipynb #76dde636
 VARIATIONS = {
     'supervisor': Variation(('pico', 'nano', 'micro', 'base', 'pico+nano', 'pico reward', 'base judge'), supervisor_settings, ('human', 'ceiling'), 'Figure 2b, Tables 10 and 13'),
     'student': Variation(('nano', 'micro', 'base'), lambda v: {'strong': v}, ('human', 'ceiling'), 'Figures 2a and 3a'),
@@ -86,7 +86,7 @@ VARIATIONS = {
     'loss': Variation(tuple(f'{loss}{w}' for loss in ('dpo', 'cdpo', 'rdpo', 'ipo') for w in ('', ' confidence')), loss_settings, ('human',), 'CW-PO, Table 1'),
     'start': Variation(('sft', 'base'), lambda v: {'start': v}, ('human',), 'Table 11')}
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #d81da20f
+# %% ../../nbs/api/experiments/45_vary.ipynb #b513712a
 def variants(
     given: dict[str, Any],      # settings that all share
     setting: str,               # a key of `VARIATIONS`
@@ -100,12 +100,12 @@ def variants(
     if len(chosen) < 2: raise ConfigError(f'{setting} has the one value {chosen[0]}; a variation needs two or more, or run without --vary')
     return {x: fill_settings(merged(merged({'others': list(v.others)}, given), v.settings(x))) for x in chosen}
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #6a90866f
+# %% ../../nbs/api/experiments/45_vary.ipynb #384d24e9
 def _models(configs: Mapping[str, WeakTeacher]) -> dict[str, tuple[list[Model], Model]]:
     "The models of each value"
     return {at: know_models(c) for at, c in configs.items()}
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #358792e7
+# %% ../../nbs/api/experiments/45_vary.ipynb #20455731
 @dataclass(frozen=True)
 class Varied:
     "One comparison at several values of a setting"
@@ -134,7 +134,7 @@ class Varied:
     def _repr_html_(self) -> str: return varied_table(self).to_html(index=False)
     def __repr__(self) -> str: return varied_table(self).to_string(index=False)
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #0aac9671
+# %% ../../nbs/api/experiments/45_vary.ipynb #838d69cb
 def varied_table(
     varied: Varied,                                        # of `run_varied`
     metrics: Sequence[str] = ('accuracy', 'gold_reward'),  # which; those that it has are shown
@@ -152,7 +152,7 @@ def varied_table(
         rows.append(row)
     return pd.DataFrame(rows).fillna('–')
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #1186c61e
+# %% ../../nbs/api/experiments/45_vary.ipynb #4780a9da
 def run_varied(
     given: dict[str, Any],                 # settings that all share, as of `fill_settings`
     setting: str,                          # a key of `VARIATIONS`
@@ -172,7 +172,7 @@ def run_varied(
     try: return Varied(Path(out), setting, {at: run_study(Study(c, Run(Path(out), say), quiet), *models[at], data[c.label_share]) for at, c in configs.items()})
     finally: held.release()
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #fd5490bb
+# %% ../../nbs/api/experiments/45_vary.ipynb #9680ca3d
 def contrast(
     varied: Varied,               # of `run_varied`
     a: str,                       # one value

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Arms', 'paired', 'win_row', 'win_table', 'likeness']
 
-# %% ../../nbs/api/experiments/35_wins.ipynb #116bb13c
+# %% ../../nbs/api/experiments/35_wins.ipynb #4654c93c
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,10 +19,10 @@ from ..evaluate.length_control import length_controlled_win_rate
 from ..evaluate.responses import TIE, lengths
 from ..evaluate.similarity import similarity_table
 
-# %% ../../nbs/api/experiments/35_wins.ipynb #073c9497
+# %% ../../nbs/api/experiments/35_wins.ipynb #fa8f8e90
 Arms = tuple[str, str] # role and method of an arm
 
-# %% ../../nbs/api/experiments/35_wins.ipynb #add3bc3a
+# %% ../../nbs/api/experiments/35_wins.ipynb #5b2a77bc
 def _grid(responses: pd.DataFrame, arm: Arms, seed: int) -> tuple[np.ndarray, np.ndarray]:
     "Gold rewards and words of one arm and seed, each (rows, samples), rows in the order of their ids"
     mine = responses[(responses['role'] == arm[0]) & (responses['method'] == arm[1]) & (responses['seed'] == seed)].sort_values(['id', 'sample'])
@@ -30,7 +30,7 @@ def _grid(responses: pd.DataFrame, arm: Arms, seed: int) -> tuple[np.ndarray, np
     shape = (mine['id'].nunique(), -1)
     return mine['gold_reward'].to_numpy().reshape(shape), lengths([[t] for t in mine['response']])[:, 0].reshape(shape)
 
-# %% ../../nbs/api/experiments/35_wins.ipynb #d0643c3c
+# %% ../../nbs/api/experiments/35_wins.ipynb #7f60ac1e
 def paired(
     responses: pd.DataFrame, # of a run
     a: Arms,                 # one arm
@@ -47,7 +47,7 @@ def paired(
         out.append((outcome, *words))
     return tuple(np.stack(part) for part in zip(*out, strict=True)) # type: ignore[return-value]
 
-# %% ../../nbs/api/experiments/35_wins.ipynb #907616fd
+# %% ../../nbs/api/experiments/35_wins.ipynb #7f5ee566
 def win_row(
     responses: pd.DataFrame, # of a run
     a: Arms,                 # one arm
@@ -56,15 +56,15 @@ def win_row(
     "One line of `win_table`"
     y, m, n = paired(responses, a, b)
     e = estimate(y.mean(2))
-    flat = [x.transpose(1, 0, 2).reshape(x.shape[1], -1) for x in (y, m, n)]
+    def by_row(x: np.ndarray) -> np.ndarray: return x.transpose(1, 0, 2).reshape(x.shape[1], -1)
     longer = float(((np.sign(m - n) + 1)/2).mean())
-    try: c = length_controlled_win_rate(*flat)
+    try: c = length_controlled_win_rate(by_row(y), by_row(m), by_row(n))
     except DataError: equal = (np.nan,)*3 # one arm is longer in every pair: nothing is known about equal length
     else: equal = (c.value, c.low, c.high)
     names = dict(a=f'{a[0]} ({a[1]})', b=f'{b[0]} ({b[1]})', win=float((y == 1).mean()), tie=float((y == .5).mean()), lose=float((y == 0).mean()))
     return names | dict(win_rate=e.value, low=e.low, high=e.high, **dict(zip(('equal_length', 'equal_low', 'equal_high'), equal, strict=True)), longer=longer)
 
-# %% ../../nbs/api/experiments/35_wins.ipynb #f91872ac
+# %% ../../nbs/api/experiments/35_wins.ipynb #d0cdc97c
 def win_table(
     responses: pd.DataFrame,             # of a run
     pairs: Sequence[tuple[Arms, Arms]],  # who meets whom
@@ -72,7 +72,7 @@ def win_table(
     "Wins, ties and losses; the win rate, at equal length too (NaN where one arm is longer in every pair); and what counting words would have given"
     return pd.DataFrame([win_row(responses, a, b) for a, b in pairs])
 
-# %% ../../nbs/api/experiments/35_wins.ipynb #8da38275
+# %% ../../nbs/api/experiments/35_wins.ipynb #2085918d
 def likeness(
     responses: pd.DataFrame,            # of a run
     test: Dataset,                      # its test rows, of kind "preferences"
