@@ -1,0 +1,50 @@
+"A reward model from a folder as the gold judge of a run on rows from a file"
+import torch
+from transformers import LlamaForSequenceClassification
+
+import w2s.experiments.gold as gold
+from w2s.data.samples import sample_preferences, write_samples
+from w2s.experiments.weak_settings import WeakTeacher
+from w2s.experiments.weak_teacher import count_stages, run
+from w2s.models.adapters import LoraSettings
+from w2s.models.load import LoadSettings
+from w2s.models.tiny import pretrain, tiny_config, tiny_model, tiny_tokenizer
+from w2s.report import write_result
+from w2s.train.loop import TrainSettings
+
+
+def reward_folder(folder, texts):
+    tok = tiny_tokenizer(texts)
+    config = tiny_config(len(tok))
+    config.num_labels = 1
+    torch.manual_seed(5)
+    model = LlamaForSequenceClassification(config)
+    model.score.weight.data.normal_(std=1.) # far enough from zero that answers differ in bfloat16
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    return folder
+
+
+def test_a_reward_model_scores_the_responses_of_a_run_once(tmp_path, monkeypatch):
+    texts = [r['prompt'] + r['chosen'] for r in sample_preferences(60, seed=3)]
+    write_samples(tmp_path/'data', 60, seed=3)
+    pretrain(tiny_model(tmp_path/'weak', texts, layers=1, seed=1), texts, steps=30)
+    reward_folder(tmp_path/'judge', texts*5)
+    step = TrainSettings(batch_size=8, learning_rate=3e-3)
+    config = WeakTeacher(str(tmp_path/'data'), str(tmp_path/'weak'), str(tmp_path/'weak'), rows=24, test_rows=6, load=LoadSettings('none', 'float32'),
+                         lora=LoraSettings(rank=2), sft=step, dpo=step, samples=2, response_tokens=8, gold=str(tmp_path/'judge'))
+    first = run(config, tmp_path/'run', quiet=True)
+    assert count_stages(config) == 22
+    written = first.responses
+    assert {'gold_reward', 'why'} <= set(written.columns) and 'right' not in written.columns
+    assert written.gold_reward.nunique() > 10
+    assert {'gold_reward', 'win_rate', 'longer_rate'} <= set(first.intervals.metric)
+    page = (write_result(first)/'report.md').read_text(encoding='utf-8')
+    assert 'by the reward model judge' in page and '## Wins, ties and losses' in page
+    # each score is that of the model itself, read anew
+    gold._scorer.cache_clear()
+    one = written.iloc[7]
+    assert abs(gold._scorer(config.gold)([one.prompt], [one.response])[0] - one.gold_reward) < 1e-6
+    # and a second run asks no model at all
+    monkeypatch.setattr(gold, '_scorer', None)
+    assert run(config, tmp_path/'run', quiet=True).responses.equals(written)
