@@ -7,11 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+import tomli_w
 from datasets import Dataset
 from scipy.special import expit
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
+from w2s.cli import app
 from w2s.data.rows import make_rows, to_pairs
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.errors import ConfigError, DataError
@@ -299,3 +302,23 @@ def test_the_most_confident_are_kept(pool):
     kept = student_rows(weak, human, LabelUse('match', keep=.25), 3)
     assert len(kept) == round(len(match)/4) and set(kept['id']) <= set(match['id'])
     assert min(kept['prob']) >= np.quantile(match['prob'], .7)
+
+
+# From a terminal
+
+def test_vary_from_a_terminal(given, tmp_path):
+    "Stages, tables, figure and a page of text of each value, under the name of the setting; a wrong name is refused before there is a folder"
+    (tmp_path/'run.toml').write_text(tomli_w.dumps(given), encoding='utf-8')
+    def w2s(*words): return CliRunner().invoke(app, ['run', 'weak-teacher', '--config', str(tmp_path/'run.toml'), '--out', str(tmp_path/'out'), *words])
+    wrong = w2s('--vary', 'strat')
+    assert isinstance(wrong.exception, ConfigError) and 'did you mean "start"' in str(wrong.exception) and not (tmp_path/'out').exists()
+    done = w2s('--vary', 'start')
+    assert done.exit_code == 0, done.output[-2000:]
+    written = {p.name for p in (tmp_path/'out').iterdir()}
+    assert {'stages', 'start.md', 'start.png', 'start.svg', 'start-versions.json', *(f'start-{t}.parquet' for t in ('intervals', 'differences', 'labels', 'items'))} <= written
+    table = pd.read_parquet(tmp_path/'out'/'start-intervals.parquet')
+    assert set(table['setting']) == {'start'} and set(table['at']) == {'sft', 'base'} == set(VARIATIONS['start'].values)
+    both = table[(table.role == 'student') & (table.metric == 'accuracy')]
+    assert len(both) == 2 and (both.n == 8).all()
+    text = (tmp_path/'out'/'start.md').read_text(encoding='utf-8')
+    assert text.startswith('# start: sft, base') and '## Accuracy' in text and 'student − human: accuracy' in done.output

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'run_app', 'Flag', 'zoo_app', 'given', 'version_command', 'weak_teacher', 'weak_teacher_config',
-           'label_command', 'zoo', 'zoo_table', 'zoo_build', 'main']
+           'label_command', 'zoo', 'cards_table', 'zoo_build', 'main']
 
-# %% ../nbs/api/90_cli.ipynb #a0be4270
+# %% ../nbs/api/90_cli.ipynb #197c4891
 import os
 import sys
 import warnings
@@ -19,7 +19,7 @@ import typer
 from . import __version__
 from .errors import ConfigError, W2SError
 
-# %% ../nbs/api/90_cli.ipynb #19043933
+# %% ../nbs/api/90_cli.ipynb #13365afd
 def given(
     flags: dict[str, Any], # setting -> value, None where the flag was not given; 'load.quantize' is a setting inside a table
 ) -> dict[str, Any]:       # only what was given, as nested tables
@@ -33,41 +33,55 @@ def given(
         place[last] = value
     return out
 
-# %% ../nbs/api/90_cli.ipynb #78081dcc
+# %% ../nbs/api/90_cli.ipynb #0a09b695
 app = typer.Typer(help='Weak-to-strong alignment of language models.', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 run_app = typer.Typer(help='Run a whole experiment.', no_args_is_help=True)
 app.add_typer(run_app, name='run')
 
-# %% ../nbs/api/90_cli.ipynb #4e00e7ef
+# %% ../nbs/api/90_cli.ipynb #39daf031
 @app.command('version')
 def version_command() -> None:
     "Print the version of w2s"
     typer.echo(__version__)
 
-# %% ../nbs/api/90_cli.ipynb #08a179e2
+# %% ../nbs/api/90_cli.ipynb #c56c02c4
 @app.callback()
 def _before() -> None:
     # one place for what all commands need; the callback's docstring would show up in the help
     warnings.filterwarnings('ignore', category=FutureWarning) # of libraries among themselves; nothing that a user can mend
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
 
-# %% ../nbs/api/90_cli.ipynb #9c473136
+# %% ../nbs/api/90_cli.ipynb #04595727
 Flag = typer.Option
 
-# %% ../nbs/api/90_cli.ipynb #cf2b8df0
+# %% ../nbs/api/90_cli.ipynb #7f5bdf3b
 @run_app.command('weak-teacher')
 def weak_teacher(
     data: Annotated[str | None, Flag(help='preference rows: world or world:SEED (made on the spot), a file, a folder with train_gt/train_w2s/test files, or a name on the hub (default: world)')] = None,
-    weak: Annotated[str | None, Flag(help='weak supervisor: pico, nano, micro or base (they come with w2s), a folder, or a name on the hub (default: pico)')] = None,
+    weak: Annotated[str | None, Flag(help='weak supervisor: pico, nano, micro or base (they come with w2s), a folder, or a name on the hub; several joined by + are an ensemble (default: pico)')] = None,
     strong: Annotated[str | None, Flag(help='strong student: likewise (default: base)')] = None,
+    supervisor: Annotated[str | None, Flag(help='dpo: implicit reward; reward: a Bradley-Terry reward model; judge: asked in both orders, untrained (default: dpo)')] = None,
+    vary: Annotated[str | None, Flag(help='run the comparison at several values of one setting: supervisor, student, share, beta, labels, use, loss or start')] = None,
+    values: Annotated[str | None, Flag(help='these values of it, with commas between them (default: those of the papers, for models of the ladder)')] = None,
     rows: Annotated[int | None, Flag(help='training rows, both halves together (default: all; world: 800)')] = None,
     test_rows: Annotated[int | None, Flag(help='test rows at most (default: 500; world: 200)')] = None,
+    label_share: Annotated[float | None, Flag(help='share of the training rows that the supervisor learns from (default: 0.5)')] = None,
     seeds: Annotated[int | None, Flag(help='repetitions (default: 1; ladder: 3)')] = None,
-    samples: Annotated[int | None, Flag(help='responses to each test prompt, scored by the gold reward that only world has (default: 0; world: 2)')] = None,
+    samples: Annotated[int | None, Flag(help='responses to each test prompt, scored by a gold reward: that of world, or --gold (default: 0; world: 2)')] = None,
+    temperature: Annotated[float | None, Flag(help='of these responses (default: 1.0)')] = None,
+    response_tokens: Annotated[int | None, Flag(help='of such a response at most (default: 32)')] = None,
+    gold: Annotated[str | None, Flag(help='reward model that scores responses: a folder, or a name on the hub (default: the world itself)')] = None,
     quantize: Annotated[str | None, Flag(help='nf4 or none (default: nf4)')] = None,
     dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: bfloat16; ladder: float32)')] = None,
     beta: Annotated[float | None, Flag(help='strength of the pull towards the reference (default: 0.1; ladder: 1.0)')] = None,
-    targets: Annotated[str | None, Flag(help="hard or soft: DPO's target is 1, or the labeller's own probability (default: hard)")] = None,
+    loss: Annotated[str | None, Flag(help='of the students: dpo, cdpo, rdpo or ipo (default: dpo)')] = None,
+    smoothing: Annotated[float | None, Flag(help='of cdpo and rdpo (default: 0.1)')] = None,
+    start: Annotated[str | None, Flag(help="where the students' preference training starts: sft or base (default: sft)")] = None,
+    subset: Annotated[str | None, Flag(help="weak labels that are used: all, match, mismatch (with the human ones), random, 'random match', 'random mismatch' (default: all)")] = None,
+    targets: Annotated[str | None, Flag(help="hard or soft: the loss's target is 1, or the labeller's own probability (default: hard)")] = None,
+    weights: Annotated[str | None, Flag(help='of pairs in the loss: none, confidence (CW-PO), sigmoid, clipped or clipped_fifth (default: none)')] = None,
+    keep: Annotated[float | None, Flag(help='share of the weak labels that is kept, the most confident ones (default: 1.0)')] = None,
+    calibrate: Annotated[float | None, Flag(help='share of the labelled rows held out to fit a temperature (default: 0.0)')] = None,
     sft_lr: Annotated[float | None, Flag(help='learning rate of SFT (default: 2e-4; ladder: 1e-3)')] = None,
     dpo_lr: Annotated[float | None, Flag(help='learning rate of DPO (default: 5e-5; ladder: 1e-3)')] = None,
     epochs: Annotated[int | None, Flag(help='epochs of SFT and of DPO (default: 1; ladder: 2)')] = None,
@@ -84,12 +98,16 @@ def weak_teacher(
     Other defaults hold for rows of the world, and where both models are of the ladder; they are named behind each flag.
     """
     both = {'epochs': epochs, 'token_budget': token_budget, 'gradient_checkpointing': gradient_checkpointing}
-    flags = {'data': data, 'weak': weak, 'strong': strong, 'rows': rows, 'test_rows': test_rows, 'seeds': seeds, 'samples': samples, 'load.quantize': quantize,
-             'load.dtype': dtype, 'beta': beta, 'targets': targets, 'sft.learning_rate': sft_lr, 'dpo.learning_rate': dpo_lr,
-             'strict': strict, **{f'{stage}.{k}': v for stage in ('sft', 'dpo') for k, v in both.items()}}
-    _weak_teacher(given(flags), config, out, dry_run)
+    use = {'subset': subset, 'targets': targets, 'weights': weights, 'keep': keep, 'calibrate': calibrate}
+    flags = {'data': data, 'weak': weak, 'strong': strong, 'supervisor': supervisor, 'rows': rows, 'test_rows': test_rows, 'label_share': label_share,
+             'seeds': seeds, 'samples': samples, 'temperature': temperature, 'response_tokens': response_tokens, 'gold': gold, 'beta': beta, 'loss': loss,
+             'smoothing': smoothing, 'start': start, 'strict': strict, 'load.quantize': quantize, 'load.dtype': dtype, 'sft.learning_rate': sft_lr,
+             'dpo.learning_rate': dpo_lr, **{f'labels.{k}': v for k, v in use.items()}, **{f'{stage}.{k}': v for stage in ('sft', 'dpo') for k, v in both.items()}}
+    if values is not None and vary is None: raise ConfigError('--values are of what is varied; name it by --vary')
+    if vary is None: _weak_teacher(given(flags), config, out, dry_run)
+    else: _varied(given(flags), config, vary, [v.strip() for v in (values or '').split(',') if v.strip()], out, dry_run)
 
-# %% ../nbs/api/90_cli.ipynb #cc2de10c
+# %% ../nbs/api/90_cli.ipynb #df6f4b08
 def weak_teacher_config(
     flags: dict[str, Any], # settings given by flags
     file: Path | None,     # TOML file
@@ -99,7 +117,7 @@ def weak_teacher_config(
     from w2s.experiments.weak_settings import fill_settings
     return fill_settings(merged(read_toml(file) if file else {}, flags))
 
-# %% ../nbs/api/90_cli.ipynb #119565b3
+# %% ../nbs/api/90_cli.ipynb #57ca7f20
 def _weak_teacher(flags: dict[str, Any], file: Path | None, out: Path, dry_run: bool) -> None:
     "Run, write and print"
     config = weak_teacher_config(flags, file)
@@ -114,7 +132,22 @@ def _weak_teacher(flags: dict[str, Any], file: Path | None, out: Path, dry_run: 
     also = '' if result.responses.empty else 'responses.parquet, '
     typer.echo(f'\n{result}\n\nwritten to {out}: report.md, figure.png, results.parquet, {also}adapters/ …')
 
-# %% ../nbs/api/90_cli.ipynb #69f07066
+# %% ../nbs/api/90_cli.ipynb #e5135207
+def _varied(flags: dict[str, Any], file: Path | None, setting: str, values: list[str], out: Path, dry_run: bool) -> None:
+    "Run a variation, write and print"
+    from w2s.experiments.config import merged, read_toml
+    from w2s.experiments.vary import run_varied, variants
+    shared = merged(read_toml(file) if file else {}, flags)
+    if dry_run:
+        from w2s.experiments.plan import plan
+        for at, c in variants(shared, setting, values).items():
+            typer.echo(f'{setting} {at}: {plan(c).summary}, less what it shares with the others')
+        return
+    from w2s.report import write_varied
+    varied = run_varied(shared, setting, values, out)
+    typer.echo(f'\n{varied}\n\nwritten to {write_varied(varied)}, with tables and a figure beside it')
+
+# %% ../nbs/api/90_cli.ipynb #5a9b9a06
 @app.command('label')
 def label_command(
     model: Annotated[str, Flag(help='the supervisor: pico, nano, micro or base (they come with w2s), a folder, or a name on the hub')],
@@ -148,17 +181,17 @@ def label_command(
     done = label(label_settings(model, _with_file(given(flags), config)), LabelJob(rows, train, calibrate, seed), out, work)
     typer.echo(f'\n{done}\n\nwritten: {out}, with a report in {out.with_suffix(".md").name} and {out.with_suffix(".json").name}')
 
-# %% ../nbs/api/90_cli.ipynb #8916cc6a
+# %% ../nbs/api/90_cli.ipynb #c99d0299
 def _with_file(flags: dict[str, Any], file: Path | None) -> dict[str, Any]:
     "Settings of a file, if there is one, and flags, which win"
     from w2s.experiments.config import merged, read_toml
     return merged(read_toml(file) if file else {}, flags)
 
-# %% ../nbs/api/90_cli.ipynb #a832d1d6
+# %% ../nbs/api/90_cli.ipynb #be4834d3
 zoo_app = typer.Typer(help='The models that come with w2s: list them, or build one.', invoke_without_command=True)
 app.add_typer(zoo_app, name='zoo')
 
-# %% ../nbs/api/90_cli.ipynb #f4480124
+# %% ../nbs/api/90_cli.ipynb #d369b330
 @zoo_app.callback()
 def zoo(
     context: typer.Context, # of typer: is there a command behind it?
@@ -167,10 +200,10 @@ def zoo(
     if context.invoked_subcommand: return
     from rich.console import Console
     from w2s.models.zoo import LADDER, card
-    Console().print(zoo_table([card(name) for name in LADDER]))
+    Console().print(cards_table([card(name) for name in LADDER]))
 
-# %% ../nbs/api/90_cli.ipynb #d5bb60aa
-def zoo_table(
+# %% ../nbs/api/90_cli.ipynb #e6dd8eb0
+def cards_table(
     cards: list[dict[str, Any]], # of models
 ) -> Any:                        # a table of rich
     "Models side by side, a column each"
@@ -184,7 +217,7 @@ def zoo_table(
     for probe in cards[0]['knowledge']: table.add_row(probe, *(f'{c["knowledge"][probe]["value"]:.2f}' for c in cards))
     return table
 
-# %% ../nbs/api/90_cli.ipynb #e2f68209
+# %% ../nbs/api/90_cli.ipynb #7a0f2c6d
 @zoo_app.command('build')
 def zoo_build(
     size: Annotated[str, Flag(help='pico, nano, micro or base')],
@@ -198,10 +231,10 @@ def zoo_build(
     if tokens is not None and minutes is not None: raise ConfigError('give --tokens or --minutes, not both')
     made = build_model(size, out, RECIPE if tokens is None else replace(RECIPE, tokens=tokens), minutes, seed)
     from rich.console import Console
-    Console().print(zoo_table([made]))
+    Console().print(cards_table([made]))
     typer.echo(f'written to {out/size}; w2s run weak-teacher --weak {out/size} takes it')
 
-# %% ../nbs/api/90_cli.ipynb #e9fe33f8
+# %% ../nbs/api/90_cli.ipynb #73d1694c
 def main() -> None:
     "The `w2s` command"
     try: app()
