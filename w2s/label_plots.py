@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MARKERS', 'needs', 'calibration_error', 'plot_reliability', 'plot_coverage', 'plot_margins', 'plot_confidence']
 
-# %% ../nbs/api/82_label_plots.ipynb #e9e3de94
+# %% ../nbs/api/82_label_plots.ipynb #b66432b8
 import textwrap
 from collections.abc import Mapping, Sequence
 import numpy as np
@@ -15,7 +15,7 @@ from .errors import DataError
 from .evaluate.metrics import finite
 from .plots import COLORS, _axes, _caption_below
 
-# %% ../nbs/api/82_label_plots.ipynb #c7afeac8
+# %% ../nbs/api/82_label_plots.ipynb #69343b95
 def needs(
     table: pd.DataFrame,     # what was given to a plot
     columns: Sequence[str],  # columns it must have
@@ -26,7 +26,7 @@ def needs(
     if lacking: raise DataError(f'{plot} needs the column {", ".join(lacking)}; columns found: {", ".join(map(str, table.columns))}')
     if not len(table): raise DataError(f'{plot}: the table has no rows')
 
-# %% ../nbs/api/82_label_plots.ipynb #13dc6e9e
+# %% ../nbs/api/82_label_plots.ipynb #6bcccc7f
 MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
 
 def _named(table: pd.DataFrame, alone: str) -> dict[str, pd.DataFrame]:
@@ -36,14 +36,14 @@ def _named(table: pd.DataFrame, alone: str) -> dict[str, pd.DataFrame]:
     if len(parts) > len(COLORS): raise DataError(f'{len(parts)} names in one figure; {len(COLORS)} can be told apart, so choose among them')
     return parts
 
-# %% ../nbs/api/82_label_plots.ipynb #9ee0c9da
+# %% ../nbs/api/82_label_plots.ipynb #dd8f5eda
 def calibration_error(
     table: pd.DataFrame, # columns prob, accuracy and n, one row a bin
 ) -> float:              # 0: probabilities mean what they say; in units of probability
     "Expected calibration error of binned labels (Guo et al. 2017, Eq. 3)"
     return float(np.average(np.abs(table['prob'] - table['accuracy']), weights=table['n']))
 
-# %% ../nbs/api/82_label_plots.ipynb #d308b8eb
+# %% ../nbs/api/82_label_plots.ipynb #091e4cff
 def _counts(ax: Axes, table: pd.DataFrame, width: float) -> None:
     "Rows of each bin as pale bars along the foot of the axes, the largest a tenth as high as the axes, with its number"
     heights = .1 * table['n'] / table['n'].max()
@@ -52,7 +52,7 @@ def _counts(ax: Axes, table: pd.DataFrame, width: float) -> None:
         ax.annotate(f'{n:,.0f}', (x, height), xycoords=ax.get_xaxis_transform(), xytext=(0, 1), textcoords='offset points',
                     ha='center', va='bottom', fontsize=6, color='0.45')
 
-# %% ../nbs/api/82_label_plots.ipynb #a287fa5f
+# %% ../nbs/api/82_label_plots.ipynb #d6334182
 def plot_reliability(
     table: pd.DataFrame,    # columns prob, accuracy, low, high, n, one row a bin; `name` for several labellers
     ax: Axes | None = None, # where to draw; None: a new figure
@@ -77,7 +77,7 @@ def plot_reliability(
     _caption_below(ax, textwrap.fill(f'Expected calibration error: {", ".join(errors)}; {full["n"].sum() // len(parts):,} labels.', 80))
     return ax
 
-# %% ../nbs/api/82_label_plots.ipynb #c93a2a8a
+# %% ../nbs/api/82_label_plots.ipynb #0af379d2
 def plot_coverage(
     table: pd.DataFrame,                          # columns coverage (share kept, 0 to 1), accuracy, low, high; `name` for several labellers
     baselines: Mapping[str, float] | None = None, # name -> accuracy on all pairs, drawn as dashed lines; None: only chance
@@ -100,13 +100,13 @@ def plot_coverage(
     ax.legend(frameon=False, fontsize=8)
     return ax
 
-# %% ../nbs/api/82_label_plots.ipynb #5e288a1b
+# %% ../nbs/api/82_label_plots.ipynb #968d8e8f
 def _edges(x: np.ndarray, bins: int) -> np.ndarray:
     "Edges of bars from zero (or below, where there are negative values) to where all but the largest half per cent end"
     low, high = min(x.min(), 0.), float(np.quantile(x, .995))
     return np.linspace(low, high if high > low else low + 1, bins + 1)
 
-# %% ../nbs/api/82_label_plots.ipynb #5270828c
+# %% ../nbs/api/82_label_plots.ipynb #f1a1841d
 def plot_margins(
     margin: Sequence[float] | np.ndarray,  # margin of the labeller's choice, one a pair, in nats × beta or logits
     match: Sequence[bool] | np.ndarray,    # does the human choice agree? same pairs
@@ -133,7 +133,7 @@ def plot_margins(
     _caption_below(ax, f'{agree.mean():.1%} match. Upright lines: medians.{tail}')
     return ax
 
-# %% ../nbs/api/82_label_plots.ipynb #a4a1b3ab
+# %% ../nbs/api/82_label_plots.ipynb #57806127
 def _violin(ax: Axes, at: int, values: np.ndarray, color: str) -> None:
     "One violin with its median and its middle half"
     body = ax.violinplot([values], [at], widths=.85, showextrema=False)['bodies'][0] # type: ignore[index]
@@ -143,7 +143,7 @@ def _violin(ax: Axes, at: int, values: np.ndarray, color: str) -> None:
     ax.plot([at], [median], 'o', ms=6, color='white', mec=color, mew=1.5, zorder=4)
     ax.annotate(f'{median:.2f}', (at, median), xytext=(8, 0), textcoords='offset points', va='center', fontsize=8, color='0.2')
 
-# %% ../nbs/api/82_label_plots.ipynb #1f1cdff7
+# %% ../nbs/api/82_label_plots.ipynb #cef20a52
 def plot_confidence(
     table: pd.DataFrame,    # columns name (a supervisor or a data set) and confidence (0 to 1), one row a label
     ax: Axes | None = None, # where to draw; None: a new figure

@@ -6,7 +6,7 @@
 __all__ = ['ROLE_COLORS', 'COLORS', 'METRICS', 'SHARES', 'tint', 'model_colors', 'model_name', 'group_names', 'model_size',
            'caption', 'plot_roles', 'plot_seeds', 'plot_differences', 'plot_training', 'save_figure']
 
-# %% ../nbs/api/80_plots.ipynb #a1cff2ee
+# %% ../nbs/api/80_plots.ipynb #41c50a50
 import re
 import textwrap
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from matplotlib.colors import to_hex, to_rgb
 from .errors import DataError, unknown
 from .evaluate.metrics import MODEL, by_role
 
-# %% ../nbs/api/80_plots.ipynb #8f7fe549
+# %% ../nbs/api/80_plots.ipynb #2cfbe231
 ROLE_COLORS = {'base': '#BBBBBB', 'floor': '#E69F00', 'student': '#0072B2', 'human': '#009E73', 'ceiling': '#882255'}
 COLORS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#999999') # for all that is not a role
 
-# %% ../nbs/api/80_plots.ipynb #1f155e2d
+# %% ../nbs/api/80_plots.ipynb #1486a8b4
 def tint(
     color: str,   # any matplotlib colour
     share: float, # how much white is mixed in, 0 to 1
@@ -32,7 +32,7 @@ def tint(
     red, green, blue = (c + (1 - c) * share for c in to_rgb(color))
     return to_hex((red, green, blue))
 
-# %% ../nbs/api/80_plots.ipynb #29cd5e56
+# %% ../nbs/api/80_plots.ipynb #ed6c7766
 def model_colors(
     table: pd.DataFrame,         # has columns role and method
 ) -> dict[tuple[str, str], str]: # (role, method) -> colour, in the order of roles
@@ -41,7 +41,7 @@ def model_colors(
     after = models.groupby('role').cumcount(ascending=False) # methods of the same role that follow
     return {(r, m): tint(ROLE_COLORS[r], min(.3*i, .75)) for r, m, i in zip(models['role'], models['method'], after, strict=True)}
 
-# %% ../nbs/api/80_plots.ipynb #dc212f48
+# %% ../nbs/api/80_plots.ipynb #128ac473
 METRICS = { # metric -> (label of the axis, value of a model that has learned nothing)
     'accuracy': ('accuracy (implicit reward)', .5),
     'likelihood_accuracy': ('accuracy (log-likelihood)', .5),
@@ -62,7 +62,7 @@ METRICS = { # metric -> (label of the axis, value of a model that has learned no
 }
 SHARES = ('accuracy', 'likelihood_accuracy', 'label_agreement', 'win_rate', 'longer_rate') # between 0 and 1, one half by chance
 
-# %% ../nbs/api/80_plots.ipynb #820484f7
+# %% ../nbs/api/80_plots.ipynb #2145ad02
 def _of_metric(table: pd.DataFrame, metric: str, columns: Sequence[str]) -> pd.DataFrame:
     "Rows of one metric, in the order of roles; `DataError` where there are none or a column is missing"
     lacking = [c for c in [*MODEL, 'metric', 'value', *columns] if c not in table.columns]
@@ -75,14 +75,14 @@ def _of_metric(table: pd.DataFrame, metric: str, columns: Sequence[str]) -> pd.D
                         f'a figure shows one: table[table["task"] == "{tasks[0]}"]')
     return found
 
-# %% ../nbs/api/80_plots.ipynb #e7e3c78b
+# %% ../nbs/api/80_plots.ipynb #0b8c75cb
 def model_name(
     name: str, # a path, a hub name, or ''
 ) -> str:      # its last part
     "Short name of a model"
     return name.replace('\\', '/').rstrip('/').rpartition('/')[2]
 
-# %% ../nbs/api/80_plots.ipynb #9f1b9caf
+# %% ../nbs/api/80_plots.ipynb #e8899bec
 def group_names(
     table: pd.DataFrame, # has columns weak and strong
 ) -> pd.Series:          # name of the group of bars of each row; '' everywhere if there is one group
@@ -94,7 +94,7 @@ def group_names(
     other = 'weak' if several == ['strong'] else 'strong'
     return names[several[0]].where(names[several[0]] != '', names[other])
 
-# %% ../nbs/api/80_plots.ipynb #cf89cd8a
+# %% ../nbs/api/80_plots.ipynb #c4b6513e
 def model_size(
     name: str, # name of a model, as opt-1.3b
 ) -> float:    # parameters; infinite where the name does not tell
@@ -102,7 +102,7 @@ def model_size(
     found = re.findall(r'(\d+(?:\.\d+)?)([kmb])(?![a-z])', name.lower())
     return float(found[-1][0]) * {'k': 1e3, 'm': 1e6, 'b': 1e9}[found[-1][1]] if found else float('inf')
 
-# %% ../nbs/api/80_plots.ipynb #2ef9c9c8
+# %% ../nbs/api/80_plots.ipynb #51414513
 def caption(
     intervals: pd.DataFrame, # columns n, seeds and level
 ) -> str:
@@ -114,7 +114,7 @@ def caption(
     wide = ' (few: the less they agree, the wider)' if intervals['seeds'].min() < 4 else ''
     return start + f' and {seeds} seeds{wide}.'
 
-# %% ../nbs/api/80_plots.ipynb #a5eed91b
+# %% ../nbs/api/80_plots.ipynb #ea19f13b
 def _axes(ax: Axes | None, width: float, height: float) -> Axes:
     "The axes given, or a new figure of this size in inches; no box around it"
     ax = ax if ax is not None else plt.subplots(figsize=(width, height), layout='constrained')[1]
@@ -122,13 +122,13 @@ def _axes(ax: Axes | None, width: float, height: float) -> Axes:
     ax.tick_params(labelsize=8)
     return ax
 
-# %% ../nbs/api/80_plots.ipynb #26972c6e
+# %% ../nbs/api/80_plots.ipynb #b44847c3
 def _caption_below(ax: Axes, text: str) -> None:
     "Small text under the label of the x axis"
     ax.annotate(text, (.5, 0), xycoords=ax.xaxis.label, xytext=(0, -5), textcoords='offset points',
                 ha='center', va='top', fontsize=7, color='0.35')
 
-# %% ../nbs/api/80_plots.ipynb #cb80dc02
+# %% ../nbs/api/80_plots.ipynb #de215158
 def _value_axis(ax: Axes, table: pd.DataFrame, metric: str) -> float:
     "Label, limits and line of chance of a y axis that shows a metric; returns the value where bars start"
     label, start = METRICS.get(metric, (metric, 0.))
@@ -143,7 +143,7 @@ def _value_axis(ax: Axes, table: pd.DataFrame, metric: str) -> float:
                     va='center', fontsize=8, color='0.25')
     return start
 
-# %% ../nbs/api/80_plots.ipynb #d457f1f3
+# %% ../nbs/api/80_plots.ipynb #3a9db711
 def _bars(ax: Axes, x: Sequence[float], table: pd.DataFrame, start: float, width: float, color: str, label: str) -> None:
     "Bars with interval lines, and the value above (or, for bars that go down, below) each line"
     v, low, high = (table[c].to_numpy() for c in ('value', 'low', 'high'))
@@ -156,7 +156,7 @@ def _bars(ax: Axes, x: Sequence[float], table: pd.DataFrame, start: float, width
         ax.annotate(text, (at, y), xytext=(0, 2 if up else -2), textcoords='offset points',
                     ha='center', va='bottom' if up else 'top', fontsize=7, color='0.2')
 
-# %% ../nbs/api/80_plots.ipynb #bc070123
+# %% ../nbs/api/80_plots.ipynb #a1c9c293
 def plot_roles(
     intervals: pd.DataFrame,   # from `interval_table`
     metric: str = 'accuracy',  # which metric of the table
@@ -181,26 +181,26 @@ def plot_roles(
     _caption_below(ax, ('Bars start at chance. ' if metric in SHARES else '') + caption(table))
     return ax
 
-# %% ../nbs/api/80_plots.ipynb #4bceae37
+# %% ../nbs/api/80_plots.ipynb #bbdd95d5
 def _positions(group: pd.Series, names: list[str], width: float) -> pd.Series:
     "Where each bar stands: one after the other in a single group, else close together around the place of its group"
     if len(names) == 1: return pd.Series(np.arange(len(group), dtype=float), index=group.index)
     place, last = group.groupby(group).cumcount(), group.groupby(group).transform('size') - 1
     return group.map(names.index) + (place - last/2) * width
 
-# %% ../nbs/api/80_plots.ipynb #72ba1dd3
+# %% ../nbs/api/80_plots.ipynb #5ff1cb3c
 def _tick_names(table: pd.DataFrame) -> list[str]:
     "Role and method of each row, in short lines"
     return [f'{role}\n{textwrap.fill(method, 13)}' for role, method in zip(table['role'], table['method'], strict=True)]
 
-# %% ../nbs/api/80_plots.ipynb #ee6de0ad
+# %% ../nbs/api/80_plots.ipynb #b2949baf
 def _models_line(table: pd.DataFrame) -> str:
     "Names of the models that all bars share, for the label of the x axis"
     words = {'strong': 'strong student', 'weak': 'weak supervisor'}
     names = {c: [n for n in dict.fromkeys(table[c].map(model_name)) if n] for c in words}
     return ', '.join(f'{words[c]}{" " + names[c][0] if len(names[c]) == 1 else ""}' for c in words if names[c])
 
-# %% ../nbs/api/80_plots.ipynb #6c7ccfe4
+# %% ../nbs/api/80_plots.ipynb #5190d51a
 def plot_seeds(
     tidy: pd.DataFrame,                     # from `summarise`
     intervals: pd.DataFrame | None = None,  # from `interval_table`, to draw means with intervals beside the dots
@@ -230,7 +230,7 @@ def plot_seeds(
     if means is not None: _caption_below(ax, caption(means))
     return ax
 
-# %% ../nbs/api/80_plots.ipynb #58758689
+# %% ../nbs/api/80_plots.ipynb #4ed5d77f
 def plot_differences(
     differences: pd.DataFrame, # from `difference_table`, of one metric
     ax: Axes | None = None,    # where to draw; None: a new figure
@@ -251,7 +251,7 @@ def plot_differences(
     _caption_below(ax, caption(differences) + ' Filled: zero is outside the interval.')
     return ax
 
-# %% ../nbs/api/80_plots.ipynb #b534342d
+# %% ../nbs/api/80_plots.ipynb #851cbfe5
 def plot_training(
     history: pd.DataFrame,       # columns step and `value`; optional stage and seed; a stage "student: …" takes the role's colour
     value: str = 'loss',         # column on the y axis
@@ -279,7 +279,7 @@ def plot_training(
     ax.legend(frameon=False, fontsize=8)
     return ax
 
-# %% ../nbs/api/80_plots.ipynb #bed287cd
+# %% ../nbs/api/80_plots.ipynb #ee66db96
 def save_figure(
     ax: Axes,         # what a plot function returned
     path: Path | str, # file to write, with its ending; folders are made

@@ -6,7 +6,7 @@
 __all__ = ['PACKAGES', 'versions', 'result_figure', 'markdown_table', 'responses_text', 'wins_text', 'report_text',
            'write_result', 'varied_figure', 'varied_text', 'write_varied']
 
-# %% ../nbs/api/85_report.ipynb #3dc4957c
+# %% ../nbs/api/85_report.ipynb #42160241
 import json
 import platform
 import shutil
@@ -29,16 +29,16 @@ from .plots import plot_roles
 from .study_plots import plot_varied
 from .train.reference import write_atomic
 
-# %% ../nbs/api/85_report.ipynb #4d7d3084
+# %% ../nbs/api/85_report.ipynb #2fea05df
 PACKAGES = ('w2s', 'torch', 'transformers', 'peft', 'bitsandbytes', 'accelerate', 'datasets', 'tokenizers', 'numpy', 'scipy', 'pandas')
 
-# %% ../nbs/api/85_report.ipynb #9efef967
+# %% ../nbs/api/85_report.ipynb #ab0227fd
 def versions() -> dict[str, str]: # package or part of the machine -> version
     "What a result was made with"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {torch.get_num_threads()} threads'
     return {**{p: version(p) for p in PACKAGES}, 'python': platform.python_version(), 'system': platform.platform(), 'device': device}
 
-# %% ../nbs/api/85_report.ipynb #649fd4e6
+# %% ../nbs/api/85_report.ipynb #11ff59e1
 def result_figure(
     result: Result, # of a run
 ) -> Figure:        # accuracy of every role; below it their gold reward, where there is one
@@ -48,7 +48,7 @@ def result_figure(
     for ax, metric in zip(figure.subplots(len(metrics), squeeze=False)[:, 0], metrics, strict=True): plot_roles(result.intervals, metric, ax=ax)
     return figure
 
-# %% ../nbs/api/85_report.ipynb #628c3a6c
+# %% ../nbs/api/85_report.ipynb #c460131c
 def markdown_table(
     table: pd.DataFrame, # of texts and numbers
 ) -> str:
@@ -56,7 +56,7 @@ def markdown_table(
     def line(cells) -> str: return '| ' + ' | '.join(str(c).strip().replace('|', '\\|').replace('\n', ' ') for c in cells) + ' |'
     return '\n'.join([line(table.columns), line(['---']*len(table.columns)), *map(line, table.itertuples(index=False))])
 
-# %% ../nbs/api/85_report.ipynb #15d5d74e
+# %% ../nbs/api/85_report.ipynb #ff870134
 def responses_text(
     result: Result,    # of a run with responses
     prompts: int = 3,  # test prompts that are shown
@@ -70,7 +70,7 @@ def responses_text(
         out += [f'**{of_row["prompt"].iloc[0]}**'.replace('\n', ' / '), markdown_table(table)]
     return '\n\n'.join([*out, 'All of them are in responses.parquet.'])
 
-# %% ../nbs/api/85_report.ipynb #c30f28ae
+# %% ../nbs/api/85_report.ipynb #84370257
 def wins_text(
     result: Result, # of a run with responses
 ) -> str:           # Markdown
@@ -80,7 +80,7 @@ def wins_text(
     pairs = [p for p in [*asked, *((a, REFERENCE) for a, _ in asked[:1])] if set(p) <= written]
     return markdown_table(win_table(result.responses, list(dict.fromkeys(pairs))).round(3).astype(object).where(lambda t: t.notna(), '–'))
 
-# %% ../nbs/api/85_report.ipynb #ff9172d2
+# %% ../nbs/api/85_report.ipynb #f7e3179d
 def report_text(
     result: Result, # of a run
 ) -> str:           # Markdown
@@ -96,7 +96,7 @@ def report_text(
               '## Settings', f'```toml\n{to_toml(result.config)}```']
     return '\n\n'.join(parts) + '\n'
 
-# %% ../nbs/api/85_report.ipynb #c5ab8b73
+# %% ../nbs/api/85_report.ipynb #c38ae4b5
 def write_result(
     result: Result, # of a run; its folder is written to
 ) -> Path:          # the folder
@@ -115,7 +115,7 @@ def write_result(
     write_atomic(folder/'report.md', report_text(result).encode())
     return folder
 
-# %% ../nbs/api/85_report.ipynb #5953f410
+# %% ../nbs/api/85_report.ipynb #33f1db0f
 def varied_figure(
     varied: Varied, # of `run_varied`
 ) -> Figure:        # accuracy by value; below it the gold reward, where there is one
@@ -126,7 +126,7 @@ def varied_figure(
     for ax, metric in zip(figure.subplots(len(metrics), squeeze=False)[:, 0], metrics, strict=True): plot_varied(t, metric, order=list(varied.results), ax=ax)
     return figure
 
-# %% ../nbs/api/85_report.ipynb #dff2a695
+# %% ../nbs/api/85_report.ipynb #8692cda7
 def varied_text(
     varied: Varied, # of `run_varied`
 ) -> str:           # Markdown
@@ -141,7 +141,7 @@ def varied_text(
     for at, r in varied.results.items(): parts += [f'## Settings of {varied.setting} {at}', f'```toml\n{to_toml(r.config)}```']
     return '\n\n'.join(parts) + '\n'
 
-# %% ../nbs/api/85_report.ipynb #c0ca7d2a
+# %% ../nbs/api/85_report.ipynb #c0f61624
 def write_varied(
     varied: Varied, # of `run_varied`; its folder is written to
 ) -> Path:          # the page of text

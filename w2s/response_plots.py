@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OUTCOMES', 'MARKS', 'outcome_shares', 'plot_outcomes', 'plot_similarity', 'plot_subsets']
 
-# %% ../nbs/api/86_response_plots.ipynb #69f65c44
+# %% ../nbs/api/86_response_plots.ipynb #12d00507
 import textwrap
 from collections.abc import Mapping, Sequence
 import numpy as np
@@ -16,7 +16,7 @@ from .evaluate.metrics import finite
 from .label_plots import needs
 from .plots import COLORS, _axes, _caption_below
 
-# %% ../nbs/api/86_response_plots.ipynb #9d0b67e0
+# %% ../nbs/api/86_response_plots.ipynb #60868af0
 def outcome_shares(
     table: pd.DataFrame, # columns name, win, tie, lose: counts, shares or per cent
 ) -> pd.DataFrame:       # the same with win, tie and lose as shares, and rate: win + tie / 2
@@ -30,7 +30,7 @@ def outcome_shares(
     shares = x / x.sum(1, keepdims=True)
     return table.assign(win=shares[:, 0], tie=shares[:, 1], lose=shares[:, 2], rate=shares[:, 0] + shares[:, 1]/2)
 
-# %% ../nbs/api/86_response_plots.ipynb #29721814
+# %% ../nbs/api/86_response_plots.ipynb #8e0c8318
 OUTCOMES = {'win': (COLORS[0], 'white'), 'tie': ('#CCCCCC', '0.2'), 'lose': (COLORS[1], '0.1')} # colour of the bar, of the number on it
 MARKS = (('^', '#882255', -.21), ('s', '#009E73', .21)) # shape, colour and place (in bars) of further rates
 
@@ -46,7 +46,7 @@ def _stacked(ax: Axes, table: pd.DataFrame, least: float = .05) -> None:
                 ax.text(at if w > 14 else start + w/2, y, f'{w:.0f}', ha='center', va='center', fontsize=8, color=ink)
         left = left + width
 
-# %% ../nbs/api/86_response_plots.ipynb #ea5c8277
+# %% ../nbs/api/86_response_plots.ipynb #d1b58c01
 def _rate_ends(shares: pd.DataFrame) -> np.ndarray | None:
     "Lengths of the interval below and above the win rate, in per cent, of shape (2, rows); None where the table has no interval"
     if not {'low', 'high'} <= set(shares.columns): return None
@@ -54,7 +54,7 @@ def _rate_ends(shares: pd.DataFrame) -> np.ndarray | None:
     if np.nanmin(ends) < -1e-6: raise DataError('plot_outcomes: low and high must hold the win rate, win + tie / 2, between 0 and 1')
     return np.maximum(ends, 0)
 
-# %% ../nbs/api/86_response_plots.ipynb #682fdb02
+# %% ../nbs/api/86_response_plots.ipynb #14149555
 def plot_outcomes(
     table: pd.DataFrame,                     # columns name, win, tie, lose; low and high (0 to 1) of the win rate if known
     marks: Mapping[str, str] | None = None,  # column with another rate (0 to 1) -> its name in the legend, two at most; None: no other
@@ -80,7 +80,7 @@ def plot_outcomes(
     ax.legend([named[n] for n in order], order, frameon=False, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1.0), ncols=4)
     return ax
 
-# %% ../nbs/api/86_response_plots.ipynb #3e22e7d0
+# %% ../nbs/api/86_response_plots.ipynb #0dc86881
 def plot_similarity(
     x: Sequence[float] | np.ndarray,  # similarity to the human-chosen response, one a prompt, of the student
     y: Sequence[float] | np.ndarray,  # the same of another model, same prompts
@@ -106,7 +106,7 @@ def plot_similarity(
     ax.legend(frameon=False, fontsize=8, loc='upper left')
     return ax
 
-# %% ../nbs/api/86_response_plots.ipynb #77164b96
+# %% ../nbs/api/86_response_plots.ipynb #df5ab3c4
 def _deltas(ax: Axes, table: pd.DataFrame, chosen: np.ndarray, rejected: np.ndarray) -> None:
     "Chosen less rejected above each pair of bars, with the interval of the difference where the table has one"
     known = {'low', 'high'} <= set(table.columns)
@@ -115,7 +115,7 @@ def _deltas(ax: Axes, table: pd.DataFrame, chosen: np.ndarray, rejected: np.ndar
         ax.annotate(f'{a - b:+.2f}{more}'.replace('-', '−'), (at, max(a, b, 0)), xytext=(0, 3), textcoords='offset points',
                     ha='center', fontsize=8, color='0.1' if a >= b else COLORS[5])
 
-# %% ../nbs/api/86_response_plots.ipynb #cfad374f
+# %% ../nbs/api/86_response_plots.ipynb #a5c3870f
 def plot_subsets(
     table: pd.DataFrame,    # columns set, chosen, rejected (mean gold reward); n (pairs), low and high (of the difference) if known
     ax: Axes | None = None, # where to draw; None: a new figure

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SETTINGS', 'at_number', 'at_name', 'at_order', 'plot_varied']
 
-# %% ../nbs/api/84_study_plots.ipynb #8b29249b
+# %% ../nbs/api/84_study_plots.ipynb #89558e80
 import textwrap
 from collections.abc import Sequence
 from fractions import Fraction
@@ -18,7 +18,7 @@ from .evaluate.metrics import ROLES
 from .label_plots import MARKERS, needs
 from .plots import ROLE_COLORS, SHARES, _axes, _bars, _caption_below, _of_metric, _value_axis, caption, model_name, model_size, tint
 
-# %% ../nbs/api/84_study_plots.ipynb #60f47ead
+# %% ../nbs/api/84_study_plots.ipynb #b3f2dbbd
 def at_number(
     at: str, # value of a setting: a number, a fraction, or a model that has its size in its name
 ) -> float:  # infinite where the value is none of these
@@ -26,7 +26,7 @@ def at_number(
     try: return float(Fraction(at))
     except (ValueError, ZeroDivisionError): return model_size(model_name(at))
 
-# %% ../nbs/api/84_study_plots.ipynb #80c614c1
+# %% ../nbs/api/84_study_plots.ipynb #1837ff9d
 def at_name(
     at: str, # value of a setting
 ) -> str:    # a model without its folders; all else, as 1/16, as it is
@@ -35,7 +35,7 @@ def at_name(
     except (ValueError, ZeroDivisionError): return model_name(at)
     return at
 
-# %% ../nbs/api/84_study_plots.ipynb #fe4a2932
+# %% ../nbs/api/84_study_plots.ipynb #6858a5ed
 def at_order(
     values: Sequence[str],              # values in the order of the table; the empty one is left out
     order: Sequence[str] | None = None, # which of them to show, in this order; None: all
@@ -48,7 +48,7 @@ def at_order(
     if order: return list(order)
     return sorted(found, key=at_number) if all(np.isfinite(at_number(v)) for v in found) else found
 
-# %% ../nbs/api/84_study_plots.ipynb #83847264
+# %% ../nbs/api/84_study_plots.ipynb #087689a9
 def _series(table: pd.DataFrame) -> pd.Series:
     "Name of the series that each row belongs to: 'role', 'role: method'; refuses two rows in one place"
     several = set(table.loc[table.duplicated(['role', 'at'], keep=False), 'role'])
@@ -64,7 +64,7 @@ def _series(table: pd.DataFrame) -> pd.Series:
         raise DataError(f'{min(mixed)} has rows with and without a value in the column at; leave one kind out')
     return names
 
-# %% ../nbs/api/84_study_plots.ipynb #e851f858
+# %% ../nbs/api/84_study_plots.ipynb #787ff4fa
 def _still(
     part: pd.DataFrame,   # one series
     places: Sequence[str], # values that are drawn
@@ -74,7 +74,7 @@ def _still(
     same = np.ptp(part[['value', 'low', 'high']].to_numpy(), axis=0).max() < 1e-9
     return bool(part['role'].iloc[0] != 'student' and len(places) > 1 and set(part['at']) == set(places) and same)
 
-# %% ../nbs/api/84_study_plots.ipynb #ad2b6a31
+# %% ../nbs/api/84_study_plots.ipynb #f475b7f5
 def _varied(intervals: pd.DataFrame, metric: str, roles: Sequence[str], order: Sequence[str] | None) -> tuple[pd.DataFrame, list[str]]:
     "Rows to draw, with a column `series`, and the values in their order"
     needs(intervals, ['setting', 'at', 'role', 'method', 'metric', 'value', 'low', 'high', 'n', 'seeds', 'level'], 'plot_varied')
@@ -92,20 +92,20 @@ def _varied(intervals: pd.DataFrame, metric: str, roles: Sequence[str], order: S
     found = found[found['at'].isin([*places, ''])].reset_index(drop=True)
     return found.assign(series=_series(found)), places
 
-# %% ../nbs/api/84_study_plots.ipynb #1bf62d52
+# %% ../nbs/api/84_study_plots.ipynb #db80b3f2
 SETTINGS = { # what is varied -> label of the x axis
     'student': 'strong student', 'supervisor': 'weak supervisor', 'family': 'family of models', 'labels': 'labels the student learns from',
     'share': 'share of the data with human labels', 'beta': 'β', 'loss': 'preference loss', 'weights': 'weight of a label',
 }
 
-# %% ../nbs/api/84_study_plots.ipynb #c517ba2e
+# %% ../nbs/api/84_study_plots.ipynb #9448aabb
 def _series_colors(table: pd.DataFrame) -> dict[str, str]:
     "Series -> colour: that of the role, in lighter tints for the series before the last of a role"
     names = table.drop_duplicates('series')
     after = names.groupby('role').cumcount(ascending=False)
     return {s: tint(ROLE_COLORS[r], min(.3*i, .75)) for s, r, i in zip(names['series'], names['role'], after, strict=True)}
 
-# %% ../nbs/api/84_study_plots.ipynb #ce2df523
+# %% ../nbs/api/84_study_plots.ipynb #58cd0e65
 def _setting_line(table: pd.DataFrame) -> str:
     "Label of the x axis: the setting, and the models that all rows share"
     setting = str(table['setting'].iloc[0])
@@ -113,14 +113,14 @@ def _setting_line(table: pd.DataFrame) -> str:
     shared = ', '.join(f'{word} {found[0]}' for word, found in names.items() if len(found) == 1 and setting != word)
     return SETTINGS.get(setting, setting) + (f'   ({shared})' if shared else '')
 
-# %% ../nbs/api/84_study_plots.ipynb #d0f649cd
+# %% ../nbs/api/84_study_plots.ipynb #79c2cf6e
 def _still_line(ax: Axes, part: pd.DataFrame, color: str, name: str) -> None:
     "A dashed line with its interval as a pale band"
     row = part.iloc[0]
     ax.axhspan(row['low'], row['high'], color=color, alpha=.12, lw=0, zorder=0)
     ax.axhline(row['value'], color=color, lw=1.5, ls='--', zorder=3, label=f'{name} {row["value"]:.3g}')
 
-# %% ../nbs/api/84_study_plots.ipynb #9379e100
+# %% ../nbs/api/84_study_plots.ipynb #a23bacc6
 def _varied_bars(ax: Axes, moving: dict[str, pd.DataFrame], places: list[str], colors: dict[str, str], start: float) -> None:
     "Bars of each series, side by side at each value"
     width = .8 / max(len(moving), 1) if len(moving) > 1 else .55
@@ -131,7 +131,7 @@ def _varied_bars(ax: Axes, moving: dict[str, pd.DataFrame], places: list[str], c
     ax.set_xlim(-.6, len(places) - .4)
     for text in ax.texts: text.set(zorder=5, bbox=dict(fc='white', ec='none', alpha=.75, pad=.4)) # readable on a dashed line
 
-# %% ../nbs/api/84_study_plots.ipynb #286f033e
+# %% ../nbs/api/84_study_plots.ipynb #18712ccf
 def _line_places(places: Sequence[str], log: bool) -> dict[str, float]:
     "Value -> x: its number where all are numbers, else equal steps"
     numbers = [at_number(p) for p in places]
@@ -139,7 +139,7 @@ def _line_places(places: Sequence[str], log: bool) -> dict[str, float]:
     if log and not (numeric and min(numbers) > 0): raise ConfigError(f'log=True needs positive numbers; the values are {", ".join(places)}')
     return dict(zip(places, numbers if numeric else map(float, range(len(places))), strict=True))
 
-# %% ../nbs/api/84_study_plots.ipynb #93235a87
+# %% ../nbs/api/84_study_plots.ipynb #0d3f803f
 def _varied_lines(ax: Axes, moving: dict[str, pd.DataFrame], x: dict[str, float], colors: dict[str, str], log: bool) -> None:
     "A line of each series with its intervals"
     if log: ax.set_xscale('log')
@@ -155,7 +155,7 @@ def _varied_lines(ax: Axes, moving: dict[str, pd.DataFrame], x: dict[str, float]
     room = (high/low)**.06 if log else .06*(high - low) or .5
     ax.set_xlim((low/room, high*room) if log else (low - room, high + room))
 
-# %% ../nbs/api/84_study_plots.ipynb #93678a75
+# %% ../nbs/api/84_study_plots.ipynb #ca18a1db
 def _close_in(ax: Axes, table: pd.DataFrame, metric: str) -> None:
     "Limits of the y axis around the intervals, for a metric whose zero is far away"
     if metric in SHARES: return
@@ -163,7 +163,7 @@ def _close_in(ax: Axes, table: pd.DataFrame, metric: str) -> None:
     room = .08 * max(high - low, 1e-6)
     ax.set_ylim(low - room, high + room)
 
-# %% ../nbs/api/84_study_plots.ipynb #322bd5f4
+# %% ../nbs/api/84_study_plots.ipynb #9bc53693
 def plot_varied(
     intervals: pd.DataFrame,            # tables of `interval_table`, one under the other, with columns setting and at (empty: not varied)
     metric: str = 'gold_reward',        # which metric of the table

@@ -6,7 +6,7 @@
 __all__ = ['wilson', 'reliability', 'expected_calibration_error', 'honest_error', 'pair_brier', 'coverage', 'cross_fitted',
            'calibration_line', 'calibration_report']
 
-# %% ../../nbs/api/evaluate/25_calibration.ipynb #504d018b
+# %% ../../nbs/api/evaluate/25_calibration.ipynb #644e38c5
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,7 +18,7 @@ from ..data.rows import content_id
 from ..errors import ConfigError, DataError
 from ..feedback.confidence import fit_sharpness
 
-# %% ../../nbs/api/evaluate/25_calibration.ipynb #4ee4c7a6
+# %% ../../nbs/api/evaluate/25_calibration.ipynb #981bf4ed
 def wilson(
     right: float | np.ndarray,  # how many were right; a soft or shared label may count in part
     n: int | np.ndarray,        # of how many, at least 1
@@ -30,7 +30,7 @@ def wilson(
     middle, half = (p + q/2)/(1 + q), z*np.sqrt(p*(1 - p)/n + q/n/4)/(1 + q)
     return np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)
 
-# %% ../../nbs/api/evaluate/25_calibration.ipynb #b58fac39
+# %% ../../nbs/api/evaluate/25_calibration.ipynb #3aa02c89
 def _check(prob: np.ndarray, correct: np.ndarray, least: float = 0.) -> tuple[np.ndarray, np.ndarray]:
     "Probabilities and outcomes as arrays; raises `DataError`"
     p, y = np.asarray(prob, float), np.asarray(correct, float)
@@ -41,13 +41,13 @@ def _check(prob: np.ndarray, correct: np.ndarray, least: float = 0.) -> tuple[np
         if len(bad): raise DataError(f'the {what} of row {bad[0] + 1} is {x[bad[0]]}; want {low:g} to 1. Leave rows without one out')
     return p, y
 
-# %% ../../nbs/api/evaluate/25_calibration.ipynb #ad6264ca
+# %% ../../nbs/api/evaluate/25_calibration.ipynb #16c22fcd
 def _bins(p: np.ndarray, bins: int, least: float) -> np.ndarray:
     "Number of each claim's bin; a claim on an edge belongs to the upper one, 1 to the last; raises `ConfigError`"
     if bins < 1: raise ConfigError(f'bins is {bins}; want at least 1')
     return np.minimum(((p - least) / (1 - least) * bins + 1e-9).astype(int), bins - 1)
 
-# %% ../../nbs/api/evaluate/25_calibration.ipynb #9ce34e22
+# %% ../../nbs/api/evaluate/25_calibration.ipynb #df6bba15
 def reliability(
     prob: np.ndarray,     # (rows,): P(chosen ≻ rejected), or of any claim
     correct: np.ndarray,  # (rows,): 1 where the claim is true, 0 where not, or a soft label
@@ -62,7 +62,7 @@ def reliability(
     low, high = wilson(table.accuracy * table.n, table.n)
     return table.assign(low=low, high=high)[['bin', 'prob', 'accuracy', 'low', 'high', 'n']]
 
-# %% ../../nbs/api/evaluate/25_calibration.ipynb #87d4991c
+# %% ../../nbs/api/evaluate/25_calibration.ipynb #ad7d72ce
 def expected_calibration_error(
     prob: np.ndarray,     # (rows,): claims, as in `reliability`
     correct: np.ndarray,  # (rows,): were they true?
@@ -73,7 +73,7 @@ def expected_calibration_error(
     p, y = _check(prob, correct, least)
     return float(np.abs(np.bincount(_bins(p, bins, least), weights=y - p)).sum() / len(p))
 
-# %% ../../nbs/api/evaluate/25_calibration.ipynb #cfdad439
+# %% ../../nbs/api/evaluate/25_calibration.ipynb #6b46b9bc
 def honest_error(
     prob: np.ndarray,   # (rows,): claims, as in `reliability`
     bins: int = 10,     # of equal width
@@ -87,7 +87,7 @@ def honest_error(
     found = [expected_calibration_error(p, rng.random(len(p)) < p, bins, least) for _ in range(draws)]
     return float(np.mean(found)), float(np.quantile(found, .95))
 
-# %% ../../nbs/api/evaluate/25_calibration.ipynb #4d45d989
+# %% ../../nbs/api/evaluate/25_calibration.ipynb #5e7f01e7
 def pair_brier(
     prob: np.ndarray,     # (rows,): P(chosen ≻ rejected) or P(a ≻ b)
     correct: np.ndarray,  # (rows,): was it so?
@@ -96,7 +96,7 @@ def pair_brier(
     p, y = _check(prob, correct)
     return (p - y)**2
 
-# %% ../../nbs/api/evaluate/25_calibration.ipynb #878ef059
+# %% ../../nbs/api/evaluate/25_calibration.ipynb #fa02d121
 def coverage(
     prob: np.ndarray,     # (rows,): P(chosen ≻ rejected), or anything that is larger where the supervisor is surer, 0 to 1
     correct: np.ndarray,  # (rows,): were the labels right?
@@ -113,7 +113,7 @@ def coverage(
     low, high = wilson(right, n)
     return pd.DataFrame(dict(coverage=n/len(p), n=n, prob=p[order][n - 1], accuracy=right/n, low=low, high=high))
 
-# %% ../../nbs/api/evaluate/25_calibration.ipynb #4b9e3cb3
+# %% ../../nbs/api/evaluate/25_calibration.ipynb #335d2523
 def cross_fitted(
     margins: np.ndarray,                 # (rows,): reward of a less reward of b, in logits
     prob_a: np.ndarray,                  # (rows,): human P(a ≻ b), hard or soft
@@ -129,7 +129,7 @@ def cross_fitted(
         if np.any(m[~here]): out[here] = m[here] * fit_sharpness(m[~here], human[~here])
     return out
 
-# %% ../../nbs/api/evaluate/25_calibration.ipynb #51560139
+# %% ../../nbs/api/evaluate/25_calibration.ipynb #c806fbf0
 def calibration_line(
     name: str,                # of the claims
     margins: np.ndarray,      # (rows,): reward of a less reward of b, in logits
@@ -151,7 +151,7 @@ def calibration_line(
                 ece=expected_calibration_error(claim, correct, bins), honest_ece=mean, worst_honest_ece=worst,
                 brier=pair_brier(expit(m), human).mean(), nll=nll, temperature=temperature)
 
-# %% ../../nbs/api/evaluate/25_calibration.ipynb #eae04456
+# %% ../../nbs/api/evaluate/25_calibration.ipynb #e82dd42e
 def calibration_report(
     margins: np.ndarray,  # (rows,): reward of a less reward of b, in logits, of rows the supervisor was not trained on
     prob_a: np.ndarray,   # (rows,): human P(a ≻ b), hard or soft

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRIOR', 'fit_lead', 'LengthBias', 'checked', 'length_bias', 'length_controlled_win_rate', 'length_table']
 
-# %% ../../nbs/api/evaluate/32_length_control.ipynb #609acb61
+# %% ../../nbs/api/evaluate/32_length_control.ipynb #67dfa6d5
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +15,10 @@ from scipy.special import expit
 from ..errors import DataError
 from .intervals import Estimate, estimate
 
-# %% ../../nbs/api/evaluate/32_length_control.ipynb #a213b99e
+# %% ../../nbs/api/evaluate/32_length_control.ipynb #2f2b285b
 PRIOR = (1., 100.) # standard deviations, in logits, of normal priors on lead and slope
 
-# %% ../../nbs/api/evaluate/32_length_control.ipynb #41a0d551
+# %% ../../nbs/api/evaluate/32_length_control.ipynb #892ed853
 def fit_lead(
     x: np.ndarray,               # (pairs,): bounded difference in length
     y: np.ndarray,               # (pairs,): 1 a wins, 0 b wins, or a share
@@ -40,7 +40,7 @@ def fit_lead(
         if abs(step).max() < 1e-8: break
     return w
 
-# %% ../../nbs/api/evaluate/32_length_control.ipynb #30ecc6f3
+# %% ../../nbs/api/evaluate/32_length_control.ipynb #c2a683d1
 @dataclass(frozen=True)
 class LengthBias:
     "What a judge pays for length"
@@ -54,7 +54,7 @@ class LengthBias:
         "A bounded difference in length"
         return np.tanh(np.asarray(more, float) / self.scale)
 
-# %% ../../nbs/api/evaluate/32_length_control.ipynb #23f9c651
+# %% ../../nbs/api/evaluate/32_length_control.ipynb #4f0c41bd
 def checked(
     outcomes: np.ndarray, # (rows,) or (rows, samples)
     words_a: np.ndarray,  # same shape
@@ -67,7 +67,7 @@ def checked(
     if y.min() < 0 or y.max() > 1: raise DataError(f'outcomes lie between {y.min():g} and {y.max():g}; want 1 where a wins, 0 where b does, 1/2 for a tie')
     return y.reshape(len(y), -1), (a - b).reshape(len(y), -1)
 
-# %% ../../nbs/api/evaluate/32_length_control.ipynb #7dfbc63d
+# %% ../../nbs/api/evaluate/32_length_control.ipynb #46a71040
 def length_bias(
     outcomes: np.ndarray, # (rows,) or (rows, samples): 1 where the first of two *equally good* answers wins
     words_a: np.ndarray,  # same shape: words of the first
@@ -79,7 +79,7 @@ def length_bias(
     scale = float(np.sqrt((more**2).mean()))
     return LengthBias(float(fit_lead(np.tanh(more.ravel()/scale), y.ravel(), np.ones((1, y.size)), lead=False)[0, 1]), scale)
 
-# %% ../../nbs/api/evaluate/32_length_control.ipynb #43b7ea83
+# %% ../../nbs/api/evaluate/32_length_control.ipynb #1bd943d2
 def length_controlled_win_rate(
     outcomes: np.ndarray,           # (rows,) or (rows, samples): 1 where a wins, 0 where b does, 1/2 for a tie, or a share
     words_a: np.ndarray,            # same shape: words of a's answers
@@ -102,7 +102,7 @@ def length_controlled_win_rate(
     low, high = np.percentile(lead[1:], [50 - 50*level, 50 + 50*level])
     return Estimate(float(lead[0]), float(low), float(high), len(y), 1, level)
 
-# %% ../../nbs/api/evaluate/32_length_control.ipynb #ede7c0e6
+# %% ../../nbs/api/evaluate/32_length_control.ipynb #f5c23154
 def length_table(
     outcomes: np.ndarray,           # (rows,) or (rows, samples): 1 where a wins, 0 where b does, 1/2 for a tie
     words_a: np.ndarray,            # same shape: words of a's answers

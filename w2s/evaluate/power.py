@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['errors_needed', 'detectable', 'detectable_by', 'power_table']
 
-# %% ../../nbs/api/evaluate/22_power.ipynb #67ea6f36
+# %% ../../nbs/api/evaluate/22_power.ipynb #175b7581
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,7 +16,7 @@ from scipy.optimize import brentq
 from ..errors import ConfigError, DataError
 from .intervals import Estimate, difference_table, score_matrix, two_errors
 
-# %% ../../nbs/api/evaluate/22_power.ipynb #6f9dc749
+# %% ../../nbs/api/evaluate/22_power.ipynb #405a3458
 def errors_needed(
     freedom: float,      # degrees of freedom of the standard error; inf: known
     power: float = .8,   # how often the difference should be found
@@ -29,7 +29,7 @@ def errors_needed(
     if not np.isfinite(freedom) or freedom > 1000: return float(ask + stats.norm.ppf(power))
     return float(brentq(lambda effect: stats.nct.sf(ask, freedom, effect) - power, 0, 3*ask + 10))
 
-# %% ../../nbs/api/evaluate/22_power.ipynb #97ad7cab
+# %% ../../nbs/api/evaluate/22_power.ipynb #4578f797
 def _freedom(scores: np.ndarray) -> float:
     "Degrees of freedom of the sum of two errors (Welch-Satterthwaite), as in `t_factor`"
     of_seeds, of_rows = two_errors(scores)
@@ -37,7 +37,7 @@ def _freedom(scores: np.ndarray) -> float:
     if seeds == 1 or of_seeds == 0: return np.inf
     return (of_seeds**2 + of_rows**2)**2 / (of_seeds**4/(seeds - 1) + of_rows**4/max(rows - 1, 1))
 
-# %% ../../nbs/api/evaluate/22_power.ipynb #8e71156c
+# %% ../../nbs/api/evaluate/22_power.ipynb #9c8b0afe
 def detectable(
     found: np.ndarray | Estimate, # differences on the same test rows, shape (seeds, rows); or an interval of them, where no more is kept
     power: float = .8,            # how often such a study should find it
@@ -52,7 +52,7 @@ def detectable(
     if not np.isfinite(d).all(): raise DataError('a difference is missing or not finite; leave its row out of all seeds')
     return errors_needed(_freedom(d), power, level) * float(np.hypot(*two_errors(d)))
 
-# %% ../../nbs/api/evaluate/22_power.ipynb #ca2f04fc
+# %% ../../nbs/api/evaluate/22_power.ipynb #11d984ae
 def detectable_by(
     scores: np.ndarray,         # differences on the same test rows, shape (seeds, rows), two seeds at least
     seeds: Sequence[int] = (3, 5, 10, 20),         # numbers of seeds to look at
@@ -71,7 +71,7 @@ def detectable_by(
         return errors_needed((a + b)**2 / (a**2/(k - 1) + b**2/(n - 1)), power, level) * np.sqrt(a + b) if a + b else 0.
     return pd.DataFrame([[effect(k, n) for n in rows] for k in seeds], pd.Index(seeds, name='seeds'), pd.Index(rows, name='rows'))
 
-# %% ../../nbs/api/evaluate/22_power.ipynb #1797545f
+# %% ../../nbs/api/evaluate/22_power.ipynb #ceb49f34
 def power_table(
     items: pd.DataFrame,     # items table
     metric: str,             # as 'gold_reward'

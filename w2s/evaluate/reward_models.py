@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMS', 'BF16', 'form_of', 'reward_ids', 'free_id', 'batch_rewards', 'open_reward_model', 'load_reward_model']
 
-# %% ../../nbs/api/evaluate/36_reward_models.ipynb #e5fde727
+# %% ../../nbs/api/evaluate/36_reward_models.ipynb #65c37c05
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ from ..models.load import DTYPES, LoadSettings, context_length, load_config, loa
 from ..train.batches import micro_batches
 from ..train.tokens import close
 
-# %% ../../nbs/api/evaluate/36_reward_models.ipynb #17b10267
+# %% ../../nbs/api/evaluate/36_reward_models.ipynb #957f7069
 FORMS = ('chat', 'pair', 'text')
 
-# %% ../../nbs/api/evaluate/36_reward_models.ipynb #17c09caf
+# %% ../../nbs/api/evaluate/36_reward_models.ipynb #f0917d1e
 def form_of(
     tokenizer: Any, # of a reward model
 ) -> str:           # one of `FORMS`
@@ -33,7 +33,7 @@ def form_of(
     if tokenizer.chat_template: return 'chat'
     return 'pair' if tokenizer.sep_token is not None else 'text'
 
-# %% ../../nbs/api/evaluate/36_reward_models.ipynb #b02ccbed
+# %% ../../nbs/api/evaluate/36_reward_models.ipynb #08eac663
 def reward_ids(
     tokenizer: Any,             # of a reward model
     prompt: str | list[dict],   # a text, or chat messages
@@ -47,7 +47,7 @@ def reward_ids(
     text = tokenizer.apply_chat_template([*asked, dict(role='assistant', content=response.strip())], tokenize=False)
     return tokenizer(text, add_special_tokens=False, verbose=False)['input_ids']
 
-# %% ../../nbs/api/evaluate/36_reward_models.ipynb #6dd8061a
+# %% ../../nbs/api/evaluate/36_reward_models.ipynb #b6d17b6e
 def free_id(
     ids: Sequence[Sequence[int]], # of one batch
     usual: int | None,            # padding token of the tokenizer
@@ -56,7 +56,7 @@ def free_id(
     used = set().union(*ids)
     return usual if usual is not None and usual not in used else next(i for i in range(len(used) + 1) if i not in used)
 
-# %% ../../nbs/api/evaluate/36_reward_models.ipynb #fae85786
+# %% ../../nbs/api/evaluate/36_reward_models.ipynb #c601c9d8
 def batch_rewards(
     model: Any,                   # with a head of one number
     ids: Sequence[Sequence[int]], # of one batch
@@ -69,7 +69,7 @@ def batch_rewards(
     model.config.pad_token_id = pad
     with torch.no_grad(): return model(input_ids=tokens, attention_mask=mask).logits[:, 0].double().cpu().numpy()
 
-# %% ../../nbs/api/evaluate/36_reward_models.ipynb #d918d119
+# %% ../../nbs/api/evaluate/36_reward_models.ipynb #515cb10e
 def open_reward_model(
     name: str | Path,       # folder, or name on the hub
     settings: LoadSettings, # type of the arithmetic, revision, and what is allowed
@@ -89,10 +89,10 @@ def open_reward_model(
     if model.config.num_labels != 1: raise ModelError(f'{name} gives {model.config.num_labels} numbers a text; a reward model gives one')
     return model.eval().to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
-# %% ../../nbs/api/evaluate/36_reward_models.ipynb #5099ea23
+# %% ../../nbs/api/evaluate/36_reward_models.ipynb #1ce69e60
 BF16 = LoadSettings('none', 'bfloat16') # how a large reward model is loaded
 
-# %% ../../nbs/api/evaluate/36_reward_models.ipynb #8f85cd1b
+# %% ../../nbs/api/evaluate/36_reward_models.ipynb #88ac4397
 def load_reward_model(
     name: str | Path,               # folder, or name on the hub
     settings: LoadSettings = BF16,  # type of the arithmetic, revision, and what is allowed; float32 for small ones

@@ -6,7 +6,7 @@
 __all__ = ['PLAIN', 'lexical_vectors', 'encoder_vectors', 'mean_states', 'embed', 'similarity', 'similarity_table', 'Line',
            'fit_r2', 'r2_difference']
 
-# %% ../../nbs/api/evaluate/34_similarity.ipynb #87e5f1f2
+# %% ../../nbs/api/evaluate/34_similarity.ipynb #6d8cb6c7
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..errors import DataError
 from ..models.load import LoadSettings, context_length, load_tokenizer, local_folder, model_error
 from ..train.batches import micro_batches
 
-# %% ../../nbs/api/evaluate/34_similarity.ipynb #4bf38ab8
+# %% ../../nbs/api/evaluate/34_similarity.ipynb #d553d554
 def lexical_vectors(
     texts: Sequence[str], # all texts of a comparison
 ) -> csr_array:           # (texts, dimensions), of length 1, or 0 for a text without words
@@ -33,10 +33,10 @@ def lexical_vectors(
     parts = [TfidfVectorizer(sublinear_tf=True, lowercase=True, **form).fit_transform(texts) for form in forms]
     return csr_array(normalize(hstack(parts, format='csr')))
 
-# %% ../../nbs/api/evaluate/34_similarity.ipynb #fa69d4a8
+# %% ../../nbs/api/evaluate/34_similarity.ipynb #a5acdef0
 PLAIN = LoadSettings('none', 'float32') # encoders are small: no 4-bit
 
-# %% ../../nbs/api/evaluate/34_similarity.ipynb #2892b546
+# %% ../../nbs/api/evaluate/34_similarity.ipynb #fa270aa3
 def encoder_vectors(
     texts: Sequence[str],                                  # any number
     encoder: str | Path,                                   # folder or name of a model
@@ -55,7 +55,7 @@ def encoder_vectors(
         out[part] = mean_states(model.to(device), [ids[i] for i in part])
     return normalize(out)
 
-# %% ../../nbs/api/evaluate/34_similarity.ipynb #1ffd5bf3
+# %% ../../nbs/api/evaluate/34_similarity.ipynb #0e54594d
 def mean_states(
     model: torch.nn.Module,    # with `last_hidden_state` in its output
     ids: Sequence[Sequence[int]], # of each text
@@ -68,7 +68,7 @@ def mean_states(
     with torch.no_grad(): hidden = model(input_ids=padded.to(device), attention_mask=mask.to(device)).last_hidden_state.double().cpu()
     return ((hidden*mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)).numpy()
 
-# %% ../../nbs/api/evaluate/34_similarity.ipynb #3355444b
+# %% ../../nbs/api/evaluate/34_similarity.ipynb #a625a83b
 def embed(
     texts: Sequence[str],               # all texts of a comparison
     encoder: str | Path | None = None,  # folder or name of a sentence encoder; None: the lexical measure
@@ -76,7 +76,7 @@ def embed(
     "Texts as vectors whose products are cosines"
     return lexical_vectors(texts) if encoder is None else csr_array(encoder_vectors(texts, encoder))
 
-# %% ../../nbs/api/evaluate/34_similarity.ipynb #f24ac2c6
+# %% ../../nbs/api/evaluate/34_similarity.ipynb #6049bb6e
 def similarity(
     texts_a: Sequence[str],             # one a row
     texts_b: Sequence[str],             # one a row, same rows
@@ -87,7 +87,7 @@ def similarity(
     v = embed([*texts_a, *texts_b], encoder)
     return v[:len(texts_a)].multiply(v[len(texts_a):]).sum(axis=1)
 
-# %% ../../nbs/api/evaluate/34_similarity.ipynb #f8f88ef2
+# %% ../../nbs/api/evaluate/34_similarity.ipynb #e943d530
 def similarity_table(
     responses: Mapping[str, Sequence[str | Sequence[str]]], # name of a model: its response to each prompt, or its samples
     chosen: Sequence[str],                                  # the response to each prompt that humans chose
@@ -107,7 +107,7 @@ def similarity_table(
     table['similarity'] = v[len(chosen):].multiply(v[table['row'].to_numpy()]).sum(axis=1)
     return table.pivot_table(index='row', columns='model', values='similarity', aggfunc='mean')[list(responses)].rename_axis(None, axis=1)
 
-# %% ../../nbs/api/evaluate/34_similarity.ipynb #7cc9eb19
+# %% ../../nbs/api/evaluate/34_similarity.ipynb #d20ab963
 @dataclass(frozen=True)
 class Line:
     "A straight line through points, and how much it explains"
@@ -120,13 +120,13 @@ class Line:
 
     def __str__(self): return f'R² = {self.r2:.2f} [{self.low:.2f}, {self.high:.2f}] (95%, {self.n} prompts)'
 
-# %% ../../nbs/api/evaluate/34_similarity.ipynb #2e9b96c2
+# %% ../../nbs/api/evaluate/34_similarity.ipynb #ba5f5c08
 def _correlation(x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> np.ndarray:
     "Correlation for each drawn set of rows, (draws,); NaN where a column does not vary"
     a, b = (v[rows] - v[rows].mean(1, keepdims=True) for v in (x, y))
     with np.errstate(invalid='ignore', divide='ignore'): return (a*b).sum(1) / np.sqrt((a**2).sum(1)*(b**2).sum(1))
 
-# %% ../../nbs/api/evaluate/34_similarity.ipynb #adf1abb2
+# %% ../../nbs/api/evaluate/34_similarity.ipynb #f8704719
 def _checked(*columns: Sequence[float] | np.ndarray) -> list[np.ndarray]:
     "Finite columns of one length, three rows at least, that vary"
     out = [np.asarray(c, float) for c in columns]
@@ -134,7 +134,7 @@ def _checked(*columns: Sequence[float] | np.ndarray) -> list[np.ndarray]:
     if not all(np.isfinite(c).all() and np.ptp(c) > 0 for c in out): raise DataError('a column has holes or does not vary; no line explains it')
     return out
 
-# %% ../../nbs/api/evaluate/34_similarity.ipynb #eee45a7e
+# %% ../../nbs/api/evaluate/34_similarity.ipynb #3f4589a8
 def fit_r2(
     x: Sequence[float] | np.ndarray,  # similarity of one model, one a prompt
     y: Sequence[float] | np.ndarray,  # of another, same prompts
@@ -148,7 +148,7 @@ def fit_r2(
     low, high = np.nanpercentile(draws, [2.5, 97.5])
     return Line(float(slope), float(intercept), float(_correlation(x, y, np.arange(len(x))[None])[0]**2), float(low), float(high), len(x))
 
-# %% ../../nbs/api/evaluate/34_similarity.ipynb #613316ab
+# %% ../../nbs/api/evaluate/34_similarity.ipynb #4fbfb856
 def r2_difference(
     student: Sequence[float] | np.ndarray,  # similarity of the student, one a prompt
     human: Sequence[float] | np.ndarray,    # of the human-trained model

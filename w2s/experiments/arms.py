@@ -6,7 +6,7 @@
 __all__ = ['FLOORS', 'REFERENCE', 'Arm', 'train_arm', 'ceiling_rows', 'arm_items', 'evaluate_arm', 'floor_arm', 'evaluate_choice',
            'write_responses', 'gold_items', 'train_students']
 
-# %% ../../nbs/api/experiments/29_arms.ipynb #b5f9f22b
+# %% ../../nbs/api/experiments/29_arms.ipynb #9889df07
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..feedback.preferences import given_labels
 from ..models.adapters import adapter_hash
 from ..train.reference import tokens_hash
 
-# %% ../../nbs/api/experiments/29_arms.ipynb #287daa7d
+# %% ../../nbs/api/experiments/29_arms.ipynb #2dd065c5
 @dataclass(frozen=True)
 class Arm:
     "A trained model and its reference"
@@ -38,7 +38,7 @@ class Arm:
     reference: Path | None  # adapter of its reference; None: the base
     seed: int
 
-# %% ../../nbs/api/experiments/29_arms.ipynb #57afad5a
+# %% ../../nbs/api/experiments/29_arms.ipynb #105609b9
 def train_arm(
     study: Study,          # the experiment
     model: Model,          # that is trained
@@ -55,7 +55,7 @@ def train_arm(
     counted = rows if weights == 'none' else weighted(rows, weights)
     return Arm(role, f'{c.loss} {labels}', model, dpo_stage(study, model, name, counted, sft, seed, c.loss, c.smoothing, soft), sft, seed)
 
-# %% ../../nbs/api/experiments/29_arms.ipynb #ef67e403
+# %% ../../nbs/api/experiments/29_arms.ipynb #37dc38ad
 def ceiling_rows(
     labelled: Dataset,    # of kind "preferences"
     unlabelled: Dataset,  # the student's rows, with human labels
@@ -65,7 +65,7 @@ def ceiling_rows(
     if 'gold' in unlabelled.column_names: return 'gold', given_labels(to_pairs(unlabelled, seed), 'gold_a', 'gold').rows
     return 'human both halves', given_labels(to_pairs(concatenate_datasets([labelled, unlabelled]), seed)).rows
 
-# %% ../../nbs/api/experiments/29_arms.ipynb #a54356d8
+# %% ../../nbs/api/experiments/29_arms.ipynb #1e0e7a06
 def arm_items(
     config: WeakTeacher,               # of the experiment
     role: str,                         # of the arm
@@ -78,7 +78,7 @@ def arm_items(
     strong = '' if role == 'floor' else Path(config.strong).name
     return metric_rows(ids, scores, role, method, short_name(config.weak), strong, seed, 'preferences')
 
-# %% ../../nbs/api/experiments/29_arms.ipynb #a7991f12
+# %% ../../nbs/api/experiments/29_arms.ipynb #b799c7c5
 def evaluate_arm(
     study: Study,   # the experiment
     arm: Arm,       # what is evaluated
@@ -97,7 +97,7 @@ def evaluate_arm(
     scores = {str(k): v.to_numpy() for k, v in pd.read_parquet(done/'scores.parquet').items()}
     return arm_items(c, arm.role, arm.method, arm.seed, [r.id for r in tokens], scores)
 
-# %% ../../nbs/api/experiments/29_arms.ipynb #bb199b64
+# %% ../../nbs/api/experiments/29_arms.ipynb #daab1c3f
 def floor_arm(
     rows: SeedRows, # of one seed
 ) -> Arm | None:    # None: the supervisor has no policy of its own
@@ -106,10 +106,10 @@ def floor_arm(
     if more or first.kind != 'dpo': return None
     return Arm('floor', 'dpo human', first.model, first.policy, first.reference, rows.seed)
 
-# %% ../../nbs/api/experiments/29_arms.ipynb #a6a1fee2
+# %% ../../nbs/api/experiments/29_arms.ipynb #09bb8c7d
 FLOORS = {'dpo': 'dpo human', 'reward': 'reward human', 'judge': 'judge untrained'} # kind of supervisor -> its method in tables
 
-# %% ../../nbs/api/experiments/29_arms.ipynb #0b4c4781
+# %% ../../nbs/api/experiments/29_arms.ipynb #2a3b1daa
 def evaluate_choice(
     study: Study,   # the experiment
     rows: SeedRows, # of one seed
@@ -123,10 +123,10 @@ def evaluate_choice(
     margin = rewards[:, 0] - rewards[:, 1]
     return arm_items(study.config, 'floor', FLOORS[rows.supervisors[0].kind], rows.seed, list(test['id']), {'accuracy': preference_correct(margin), 'margin': margin})
 
-# %% ../../nbs/api/experiments/29_arms.ipynb #dd4b8010
+# %% ../../nbs/api/experiments/29_arms.ipynb #c3a2a9a7
 REFERENCE = ('base', 'sft human') # win rates are against it
 
-# %% ../../nbs/api/experiments/29_arms.ipynb #ca449741
+# %% ../../nbs/api/experiments/29_arms.ipynb #0d80c549
 def write_responses(
     study: Study,          # the experiment
     arms: Sequence[Arm],   # of one or more seeds; an un-tuned one writes nothing
@@ -141,7 +141,7 @@ def write_responses(
         out.append(response_rows(score, test, texts, arm.role, arm.method, arm.seed))
     return pd.concat(out, ignore_index=True)
 
-# %% ../../nbs/api/experiments/29_arms.ipynb #79cd61ee
+# %% ../../nbs/api/experiments/29_arms.ipynb #efb7e53d
 def gold_items(
     config: WeakTeacher,      # of the experiment
     responses: pd.DataFrame,  # of `write_responses`, of all arms
@@ -152,7 +152,7 @@ def gold_items(
     return [arm_items(config, role, method, seed, list(own['id'].unique()), gold_scores(own, written[(*REFERENCE, seed)]))
             for (role, method, seed), own in written.items()]
 
-# %% ../../nbs/api/experiments/29_arms.ipynb #f41bae74
+# %% ../../nbs/api/experiments/29_arms.ipynb #f5c2be36
 def train_students(
     study: Study,    # the experiment
     model: Model,    # the strong student

@@ -6,7 +6,7 @@
 __all__ = ['JUDGED', 'Judge', 'PART', 'gold_world', 'judge', 'reward_judge', 'gold_judge', 'sample_stage', 'response_rows',
            'gold_scores']
 
-# %% ../../nbs/api/experiments/27_gold.ipynb #0f710c11
+# %% ../../nbs/api/experiments/27_gold.ipynb #adfc8ce1
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -33,17 +33,17 @@ from ..train.reference import write_atomic
 from ..world.facts import World, fact_verdict, parse_question
 from ..world.service import gold_reward, politeness_verdict, rudeness_verdict
 
-# %% ../../nbs/api/experiments/27_gold.ipynb #1c2e4068
+# %% ../../nbs/api/experiments/27_gold.ipynb #2dd29b0f
 def gold_world(
     source: str,     # of preference rows
 ) -> World | None:   # whose facts and manners responses are judged by; None: no truth is known for such rows
     "Is there a gold reward for responses to these prompts?"
     return None if world_seed(source) is None else ladder_world()
 
-# %% ../../nbs/api/experiments/27_gold.ipynb #3eee5ad5
+# %% ../../nbs/api/experiments/27_gold.ipynb #1723d23f
 JUDGED = ['gold_reward', 'right', 'polite', 'rude', 'why'] # columns of `judge`
 
-# %% ../../nbs/api/experiments/27_gold.ipynb #064096d4
+# %% ../../nbs/api/experiments/27_gold.ipynb #ea4d012e
 def judge(
     world: World,               # the truth
     prompts: Sequence[str],     # questions to the desk
@@ -57,16 +57,16 @@ def judge(
         rows.append((gold.score, fact_verdict(world, *asked, text).score, politeness_verdict(text).score, rudeness_verdict(text).score, '; '.join(gold.why)))
     return pd.DataFrame(rows, columns=JUDGED)
 
-# %% ../../nbs/api/experiments/27_gold.ipynb #d32140dc
+# %% ../../nbs/api/experiments/27_gold.ipynb #d9d24ca5
 Judge = Callable[[Sequence[Any], Sequence[str]], pd.DataFrame] # (prompts, responses) -> columns gold_reward, why, and for the world the others of `JUDGED`
 
-# %% ../../nbs/api/experiments/27_gold.ipynb #baca87c1
+# %% ../../nbs/api/experiments/27_gold.ipynb #a5381c71
 @lru_cache(maxsize=1)
 def _scorer(name: str) -> Scorer:
     "The one reward model that is in memory"
     return load_reward_model(name)
 
-# %% ../../nbs/api/experiments/27_gold.ipynb #792ff3f1
+# %% ../../nbs/api/experiments/27_gold.ipynb #32b55350
 def reward_judge(
     name: str,      # folder or name of a reward model
     store: Path,    # folder for its scores
@@ -82,7 +82,7 @@ def reward_judge(
         return pd.DataFrame({'gold_reward': json.loads(path.read_text(encoding='utf-8')), 'why': ''})
     return score
 
-# %% ../../nbs/api/experiments/27_gold.ipynb #d410c258
+# %% ../../nbs/api/experiments/27_gold.ipynb #ae55a093
 def gold_judge(
     config: WeakTeacher, # of the experiment
     root: Path,          # its folder
@@ -93,10 +93,10 @@ def gold_judge(
     world = gold_world(config.data)
     return None if world is None else partial(judge, world)
 
-# %% ../../nbs/api/experiments/27_gold.ipynb #f6affdbc
+# %% ../../nbs/api/experiments/27_gold.ipynb #ee26c096
 PART = 256 # rows a part: what a kill can lose
 
-# %% ../../nbs/api/experiments/27_gold.ipynb #526229a3
+# %% ../../nbs/api/experiments/27_gold.ipynb #aefe0690
 def sample_stage(
     study: Study,         # the experiment
     model: Model,         # that writes
@@ -127,7 +127,7 @@ def sample_stage(
     done = run_stage(study.run, f'{name}-seed{seed}-responses', inputs, work)
     return [row for i in parts for row in json.loads((done/f'{i:06}.json').read_text(encoding='utf-8'))]
 
-# %% ../../nbs/api/experiments/27_gold.ipynb #cc730437
+# %% ../../nbs/api/experiments/27_gold.ipynb #58c0ef22
 def response_rows(
     score: Judge,                        # who judges them
     rows: Dataset,                       # whose prompts were answered
@@ -142,7 +142,7 @@ def response_rows(
     judged = score(table['prompt'].tolist(), table['response'].tolist())
     return pd.concat([pd.DataFrame(dict(seed=seed, role=role, method=method), index=table.index), table, judged], axis=1)
 
-# %% ../../nbs/api/experiments/27_gold.ipynb #8116e6da
+# %% ../../nbs/api/experiments/27_gold.ipynb #e6e2156a
 def gold_scores(
     own: pd.DataFrame,        # of `response_rows`, one arm and seed
     reference: pd.DataFrame,  # of the arm that is compared with, same rows

@@ -8,7 +8,7 @@ __all__ = ['ACTING', 'SUPERVISOR', 'WORDS', 'LONGER', 'SHOWN', 'EXPLAINED', 'Lab
            'word_margins', 'judge_table', 'Labelled', 'ahead_of', 'measure', 'supervise_pairs', 'verdict', 'facts',
            'measured_text', 'report_text', 'trl_table', 'write_labels', 'check_out', 'label']
 
-# %% ../../nbs/api/experiments/70_label.ipynb #82e2807d
+# %% ../../nbs/api/experiments/70_label.ipynb #8f36ed11
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -44,7 +44,7 @@ from ..feedback.confidence import fit_temperature, weighted
 from ..feedback.preferences import WeakLabels, label_pairs
 from ..train.reference import write_atomic
 
-# %% ../../nbs/api/experiments/70_label.ipynb #cc240b4a
+# %% ../../nbs/api/experiments/70_label.ipynb #5e33d2fb
 @dataclass(frozen=True)
 class LabelJob:
     "What is to be labelled, and what the supervisor learns from"
@@ -57,7 +57,7 @@ class LabelJob:
         if not 0 <= self.calibrate < 1: raise ConfigError(f'calibrate is {self.calibrate}; it is the share of labelled prompts that is measured on, from 0 to below 1')
         if self.train and Path(self.train) == Path(self.rows): raise ConfigError(f'rows and train are both {self.rows}: a supervisor that labels what it learned from shows nothing')
 
-# %% ../../nbs/api/experiments/70_label.ipynb #18a20de2
+# %% ../../nbs/api/experiments/70_label.ipynb #cccc33c9
 ACTING = ('weak', 'supervisor', 'rows', 'max_length', 'beta', 'strict', 'load', 'lora', 'sft', 'dpo') # settings of `WeakTeacher` that do something here
 
 def acting(
@@ -66,7 +66,7 @@ def acting(
     "The settings behind some labels"
     return {k: v for k, v in to_table(config).items() if k in ACTING}
 
-# %% ../../nbs/api/experiments/70_label.ipynb #3972b36b
+# %% ../../nbs/api/experiments/70_label.ipynb #f8c5d22e
 def label_settings(
     model: str,                           # of the ladder, a folder, or a name on the hub
     given: dict[str, Any] | None = None,  # settings by name, tables inside; `rows`: labelled rows to learn from, at most
@@ -76,7 +76,7 @@ def label_settings(
         if name not in ACTING: raise ConfigError(f'{unknown(name, ACTING, "setting of a labelling")}; settings of students do nothing here')
     return fill_settings(merged(given or {}, dict(data='pairs', weak=model, strong=model)))
 
-# %% ../../nbs/api/experiments/70_label.ipynb #13a3bcdb
+# %% ../../nbs/api/experiments/70_label.ipynb #26e050bc
 def plain_pairs(
     table: Dataset, # raw columns of a file
 ) -> Dataset:       # the same without what a human said; of two responses the first is named, which means nothing
@@ -88,7 +88,7 @@ def plain_pairs(
     bare = table.remove_columns([c for c in columns if c in gone])
     return bare if two_named or pair is None else bare.add_column('label', [pair[0]]*len(bare))
 
-# %% ../../nbs/api/experiments/70_label.ipynb #afb66756
+# %% ../../nbs/api/experiments/70_label.ipynb #b9e64be2
 def said_by_human(
     table: Dataset,          # raw columns of a file
     first: dict[int, str],   # number of a row that was taken: its first response
@@ -103,7 +103,7 @@ def said_by_human(
     said = dict(zip(numbers, zip(rows['chosen'], rows['prob'], strict=True), strict=True))
     return [np.nan if n not in said else said[n][1] if said[n][0] == text else 1 - said[n][1] for n, text in first.items()]
 
-# %% ../../nbs/api/experiments/70_label.ipynb #7d89b191
+# %% ../../nbs/api/experiments/70_label.ipynb #02128c89
 def only_split(
     read: Read, # of `read_preferences`
 ) -> Dataset:   # its rows
@@ -111,7 +111,7 @@ def only_split(
     if len(read.splits) == 1: return next(iter(read.splits.values()))
     raise DataError(f'{read.source} holds {", ".join(read.splits)}; name one file of it')
 
-# %% ../../nbs/api/experiments/70_label.ipynb #1fa025ac
+# %% ../../nbs/api/experiments/70_label.ipynb #1fa123d8
 def with_human(
     rows: Dataset,         # of kind "preferences"
     said: Sequence[float], # P(chosen ≻ rejected) by a human, NaN where nobody said
@@ -121,7 +121,7 @@ def with_human(
     chat = bool(len(rows)) and isinstance(columns['prompt'][0], list)
     return Dataset.from_dict(columns, features=row_features('preferences', columns, chat))
 
-# %% ../../nbs/api/experiments/70_label.ipynb #77d79086
+# %% ../../nbs/api/experiments/70_label.ipynb #b7374b7e
 def read_pairs(
     source: str,      # file of pairs, labelled or not, or a data set that `read_preferences` can read
 ) -> tuple[Dataset, list[Refused], int]: # rows of kind "preferences" whose order says nothing, refused ones, how many were read
@@ -137,7 +137,7 @@ def read_pairs(
     said = said_by_human(table, dict(zip(numbers, rows['chosen'], strict=True)), source)
     return with_human(rows, said), refused, len(table)
 
-# %% ../../nbs/api/experiments/70_label.ipynb #366eacda
+# %% ../../nbs/api/experiments/70_label.ipynb #d132dd78
 @dataclass(frozen=True)
 class LabelData:
     "The rows of a labelling"
@@ -146,7 +146,7 @@ class LabelData:
     rows: Dataset         # of kind "preferences" whose order says nothing; `gold`: what a human said, NaN where nobody did
     report: DataReport    # what was found and done on the way
 
-# %% ../../nbs/api/experiments/70_label.ipynb #271aa976
+# %% ../../nbs/api/experiments/70_label.ipynb #d14b5a94
 def load_label_data(
     job: LabelJob,       # which files
     reader: Reader,      # of the model
@@ -169,14 +169,14 @@ def load_label_data(
     parts = group_split(train, {'train': 1 - job.calibrate, 'held out': job.calibrate}, job.seed)
     return LabelData(parts['train'], parts['held out'], splits['rows'], report)
 
-# %% ../../nbs/api/experiments/70_label.ipynb #572fdbb2
+# %% ../../nbs/api/experiments/70_label.ipynb #e1308d07
 def length_lead(
     pairs: Dataset, # of kind "pairs"
 ) -> np.ndarray:    # (rows,): characters of a less characters of b
     "How much longer is response a?"
     return np.array([len(a) - len(b) for a, b in zip(pairs['response_a'], pairs['response_b'], strict=True)], float)
 
-# %% ../../nbs/api/experiments/70_label.ipynb #d5ac24a5
+# %% ../../nbs/api/experiments/70_label.ipynb #75843ff7
 def word_margins(
     train: Dataset,  # of kind "pairs", labelled
     pairs: Dataset,  # of kind "pairs"
@@ -189,12 +189,12 @@ def word_margins(
     fit = LogisticRegression(C=.01, fit_intercept=False, max_iter=2000) # on helpful dialogues .63 of held-out pairs are right at .01, .61 at .1, .59 at 1
     return fit.fit(_both(x), np.r_[better, ~better], np.r_[weight, weight]).decision_function(bags(pairs))
 
-# %% ../../nbs/api/experiments/70_label.ipynb #65d278e6
+# %% ../../nbs/api/experiments/70_label.ipynb #86adfb33
 def _both(x: Any) -> Any:
     "Each difference and its opposite: without them, pairs that were all labelled a could not be learned from"
     return vstack([x, -x])
 
-# %% ../../nbs/api/experiments/70_label.ipynb #f156132b
+# %% ../../nbs/api/experiments/70_label.ipynb #ad4a185c
 SUPERVISOR, WORDS, LONGER = 'supervisor', 'bag of words', 'the longer one'
 SHOWN = ('on', 'name', 'n', 'accuracy', 'low', 'high', 'claimed', 'ece', 'honest_ece', 'brier')
 
@@ -214,7 +214,7 @@ def judge_table(
     table.loc[table.name == LONGER, ['claimed', 'ece', 'honest_ece', 'brier']] = np.nan # it claims nothing
     return table[list(SHOWN)]
 
-# %% ../../nbs/api/experiments/70_label.ipynb #fd07721d
+# %% ../../nbs/api/experiments/70_label.ipynb #e60ecf16
 @dataclass(frozen=True)
 class Labelled:
     "Labels of pairs, and what is known about them"
@@ -231,7 +231,7 @@ class Labelled:
     def __repr__(self) -> str: return measured_text(self)
     def _repr_markdown_(self) -> str: return measured_text(self)
 
-# %% ../../nbs/api/experiments/70_label.ipynb #1bfe2851
+# %% ../../nbs/api/experiments/70_label.ipynb #214de9bd
 def ahead_of(
     on: str,                       # which pairs
     margin: np.ndarray,            # (rows,): the supervisor's margins
@@ -243,7 +243,7 @@ def ahead_of(
     found = {name: estimate((right(margin) - right(m))[None]) for name, m in others.items()}
     return pd.DataFrame([dict(on=on, than=name, value=e.value, low=e.low, high=e.high) for name, e in found.items()])
 
-# %% ../../nbs/api/experiments/70_label.ipynb #121e8dfd
+# %% ../../nbs/api/experiments/70_label.ipynb #4012553a
 def measure(
     on: str,                # which pairs
     pairs: Dataset,         # of kind "pairs"
@@ -260,7 +260,7 @@ def measure(
     bins = reliability(expit(np.abs(mended)), agreement((np.sign(mended) + 1)/2, human)).assign(on=on)
     return [judge_table(on, raw, mended, others, human), bins, ahead_of(on, raw, others, human)]
 
-# %% ../../nbs/api/experiments/70_label.ipynb #c120af2b
+# %% ../../nbs/api/experiments/70_label.ipynb #f55c8094
 def supervise_pairs(
     study: Study,     # settings and folder
     model: Model,     # the supervisor
@@ -283,14 +283,14 @@ def supervise_pairs(
     labels = replace(labels, rows=weighted(labels.rows.remove_columns('gold')))
     return Labelled(job, study.config, labels, np.abs(_lead(rewards)), temperature, scores, bins, ahead, data)
 
-# %% ../../nbs/api/experiments/70_label.ipynb #9b7644d8
+# %% ../../nbs/api/experiments/70_label.ipynb #a48c7182
 def _lead(
     rewards: np.ndarray, # (rows, 2)
 ) -> np.ndarray:         # (rows,)
     "Reward of a less reward of b"
     return rewards[:, 0] - rewards[:, 1]
 
-# %% ../../nbs/api/experiments/70_label.ipynb #110e0d6d
+# %% ../../nbs/api/experiments/70_label.ipynb #a0f2ec15
 def verdict(
     labelled: Labelled, # of a labelling
 ) -> str:               # a sentence or two
@@ -305,7 +305,7 @@ def verdict(
         words.append(f'It is {how} "{d.than}" ({d.value:+.1%} [{d.low:+.1%}, {d.high:+.1%}]).')
     return ' '.join(words)
 
-# %% ../../nbs/api/experiments/70_label.ipynb #d5cf57e8
+# %% ../../nbs/api/experiments/70_label.ipynb #709e0ee8
 def _cells(
     table: pd.DataFrame, # of numbers and texts
 ) -> str:
@@ -314,7 +314,7 @@ def _cells(
     lines = [list(table.columns), ['---']*len(table.columns), *(map(cell, r) for r in table.itertuples(index=False))]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
-# %% ../../nbs/api/experiments/70_label.ipynb #3f523d9b
+# %% ../../nbs/api/experiments/70_label.ipynb #788d7af2
 def facts(
     labelled: Labelled, # of a labelling
 ) -> dict[str, Any]:    # plain values
@@ -323,7 +323,7 @@ def facts(
     return dict(model=labelled.config.weak, supervisor=labelled.config.supervisor, trained_on=0 if labelled.config.supervisor == 'judge' else len(d.train or ()), held_out=len(d.held or ()), labelled=len(rows),
                 ties=labelled.labels.ties, temperature=labelled.temperature, mean_prob=float(np.mean(rows['prob'])), mean_weight=float(np.mean(rows['weight'])))
 
-# %% ../../nbs/api/experiments/70_label.ipynb #39f5c873
+# %% ../../nbs/api/experiments/70_label.ipynb #de54482b
 EXPLAINED = """claimed: the mean probability that the judge itself gives its choices. ece, brier: how far its probabilities are from what came true; \
 honest_ece is the ece that so many pairs would show if all claims were true, and a coin that knows it is one has a brier of 0.25. \
 On held-out pairs, each half was calibrated on the other."""
@@ -337,7 +337,7 @@ def measured_text(
     if labelled.scores.empty: return '\n\n'.join(parts)
     return '\n\n'.join([*parts, '## How often it is right', EXPLAINED, _cells(labelled.scores), '## Do its probabilities mean what they say?', _cells(labelled.bins)])
 
-# %% ../../nbs/api/experiments/70_label.ipynb #50f8a29f
+# %% ../../nbs/api/experiments/70_label.ipynb #b0a74d96
 def report_text(
     labelled: Labelled, # of a labelling
 ) -> str:               # Markdown
@@ -346,7 +346,7 @@ def report_text(
     return '\n\n'.join(['# Labels', measured_text(labelled), '## The rows', str(labelled.data.report).replace('\n', '\n\n'),
                         '## Settings', f'```toml\n{settings}```']) + '\n'
 
-# %% ../../nbs/api/experiments/70_label.ipynb #d7f0d9fb
+# %% ../../nbs/api/experiments/70_label.ipynb #fe526d41
 def trl_table(
     labelled: Labelled, # of a labelling
 ) -> Dataset:           # prompt, chosen, rejected, prob, weight, id, margin
@@ -356,7 +356,7 @@ def trl_table(
     if any(isinstance(p, list) for p in q['prompt']): q |= {c: [reply(x) for x in q[c]] for c in ('chosen', 'rejected')}
     return Dataset.from_dict({c: q[c] for c in ('prompt', 'chosen', 'rejected', 'prob', 'weight', 'id')} | dict(margin=labelled.margin.tolist()))
 
-# %% ../../nbs/api/experiments/70_label.ipynb #cde8b479
+# %% ../../nbs/api/experiments/70_label.ipynb #2ba16ad4
 def write_labels(
     labelled: Labelled, # of a labelling
     out: str | Path,    # file for the labels, .parquet
@@ -372,7 +372,7 @@ def write_labels(
     part.replace(out)
     return [out, out.with_suffix('.md'), out.with_suffix('.json')]
 
-# %% ../../nbs/api/experiments/70_label.ipynb #571b923a
+# %% ../../nbs/api/experiments/70_label.ipynb #a2915b34
 def check_out(
     out: str | Path, # file for the labels
 ) -> Path:
@@ -380,7 +380,7 @@ def check_out(
     if Path(out).suffix != '.parquet': raise ConfigError(f'out is {out}; the labels are written as a .parquet file: name it so')
     return Path(out)
 
-# %% ../../nbs/api/experiments/70_label.ipynb #b5ec2a41
+# %% ../../nbs/api/experiments/70_label.ipynb #5d22ef1d
 def label(
     config: WeakTeacher,             # of `label_settings`
     job: LabelJob,                   # which rows

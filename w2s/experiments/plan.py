@@ -6,7 +6,7 @@
 __all__ = ['Row', 'Speed', 'time_writing', 'time_model', 'training_rows', 'weak_rows', 'writing_row', 'stage_table', 'Plan',
            'plan']
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #c3938da9
+# %% ../../nbs/api/experiments/40_plan.ipynb #2ff74082
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from ..train.generate import prompt_ids, respond
 from ..train.logprobs import response_logps
 from ..train.tokens import EncodedRow
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #441ddbd9
+# %% ../../nbs/api/experiments/40_plan.ipynb #fb33b2a1
 @dataclass(frozen=True)
 class Speed:
     "How fast a model is on this machine"
@@ -38,7 +38,7 @@ class Speed:
     memory: float   # bytes at the height of a training step with a full micro-batch
     write: float    # seconds a token when responses are sampled, those of their prompts counted; 0 where none are
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #97a18fb2
+# %% ../../nbs/api/experiments/40_plan.ipynb #0d478630
 def time_writing(
     base: Base,              # the model
     prompts: Sequence[Any],  # of the run
@@ -52,7 +52,7 @@ def time_writing(
     seconds = time.perf_counter() - start
     return seconds/sum(how.samples*len(p) + sum(r.tokens for r in row) for p, row in zip(prompt_ids(base.tokenizer, some), made, strict=True))
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #f29f913b
+# %% ../../nbs/api/experiments/40_plan.ipynb #9f7454f8
 def time_model(
     model: Model,                # not yet loaded
     rows: Sequence[EncodedRow],  # of the run
@@ -82,15 +82,15 @@ def time_model(
     fixed = base.model.get_memory_footprint() + 16*weights
     return Speed((middle - start)/tokens, (end - middle)/tokens, fixed + seen*max(1., config.dpo.token_budget/tokens), time_writing(base, prompts, config))
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #2cac8d2d
+# %% ../../nbs/api/experiments/40_plan.ipynb #bbf98009
 def _size(rows: Sequence[EncodedRow], first: bool = False) -> int:
     "Tokens that go through the model once"
     return sum(len(s.ids) for r in rows for s in (r.sequences[:1] if first else r.sequences))
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #d2e6fb62
+# %% ../../nbs/api/experiments/40_plan.ipynb #6af39d46
 Row = tuple[str, str, str, int, int] # stage, name of the model, kind of work, rows, tokens
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #82c6a965
+# %% ../../nbs/api/experiments/40_plan.ipynb #3fd56cf6
 def training_rows(
     config: WeakTeacher, # what is planned
     name: str,           # of the arm
@@ -106,7 +106,7 @@ def training_rows(
     first: list[Row] = [(f'{name} SFT', model.name, 'train', len(ids), one*config.sft.epochs)] if sft else []
     return [*first, (f'{name} reference', model.name, 'score', len(ids), both), (f'{name} DPO', model.name, 'train', len(ids), both*config.dpo.epochs)]
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #b5b28522
+# %% ../../nbs/api/experiments/40_plan.ipynb #f278e66a
 def weak_rows(
     config: WeakTeacher,  # what is planned
     model: Model,         # a supervisor
@@ -121,7 +121,7 @@ def weak_rows(
         out.append((name, model.name, 'score', len(rows), passes*_size(encoded(model, rows))))
     return out
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #3a0ef0f8
+# %% ../../nbs/api/experiments/40_plan.ipynb #557fd98a
 def writing_row(
     config: WeakTeacher, # what is planned
     name: str,           # of the arm
@@ -133,7 +133,7 @@ def writing_row(
     tokens = _size(encoded(model, test), first=True)
     return [(f'{name} responses', model.name, 'write', times*len(test), times*config.samples*tokens)] if config.samples and times else []
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #9387268e
+# %% ../../nbs/api/experiments/40_plan.ipynb #f9f2dffe
 def stage_table(
     config: WeakTeacher,    # what is planned
     data: PreferenceData,   # its rows
@@ -154,7 +154,7 @@ def stage_table(
     out.append(('un-tuned test', strong.name, 'score', len(test), size))
     return pd.DataFrame(out, columns=['stage', 'model', 'kind', 'rows', 'tokens'])
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #a27226b5
+# %% ../../nbs/api/experiments/40_plan.ipynb #35beef24
 @dataclass(frozen=True)
 class Plan:
     "What a run is going to do"
@@ -176,7 +176,7 @@ class Plan:
 
     def __repr__(self) -> str: return f'{self.report}\n\n{self.stages.to_string(index=False, float_format="{:.1f}".format)}\n\n{self.summary}'
 
-# %% ../../nbs/api/experiments/40_plan.ipynb #c84bb6e2
+# %% ../../nbs/api/experiments/40_plan.ipynb #bf741c48
 def plan(
     config: WeakTeacher, # what to plan
 ) -> Plan:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Model', 'know_model', 'open_base', 'Study', 'train_stage', 'encoded', 'sft_stage', 'dpo_stage', 'pair_rewards']
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #74d8a137
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #9c95065f
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -27,7 +27,7 @@ from ..train.loop import Objective, TrainSettings, material, preference_objectiv
 from ..train.reference import stored_logps, tokens_hash
 from ..train.tokens import EncodedRow, encode_rows
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #3cb04e73
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #8f0e4a58
 @dataclass(frozen=True)
 class Model:
     "One of the two models, known but not yet loaded"
@@ -37,7 +37,7 @@ class Model:
     fingerprint: str   # of its weights
     load: LoadSettings # how it is to be loaded
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #437e309e
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #e5f7065b
 def know_model(
     role: str,           # 'weak' or 'strong'
     name: str,           # folder or name on the hub
@@ -47,7 +47,7 @@ def know_model(
     limit = min(config.max_length, context_length(load_config(name, config.load)))
     return Model(role, name, Reader(role, load_tokenizer(name, config.load), limit), fingerprint(local_folder(name, config.load)), config.load)
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #3c5ce482
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #1207838a
 @lru_cache(maxsize=1)
 def _open(name: str, load: LoadSettings, fingerprint: str) -> Base:
     "The one base that is in memory"
@@ -55,14 +55,14 @@ def _open(name: str, load: LoadSettings, fingerprint: str) -> Base:
     check_model(base)
     return base
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #ce2c5f59
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #730403e2
 def open_base(
     model: Model, # of `know_model`
 ) -> Base:        # loaded and checked; the one before it is let go
     "Load a base, unless it is the one in memory"
     return _open(model.name, model.load, model.fingerprint)
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #192734ed
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #fe1e2969
 @dataclass(frozen=True)
 class Study:
     "What the stages of one experiment share"
@@ -70,7 +70,7 @@ class Study:
     run: Run         # its folder
     quiet: bool      # no progress bars
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #12cb0ebf
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #106d5c02
 def train_stage(
     study: Study,                           # the experiment
     model: Model,                           # that is trained
@@ -96,7 +96,7 @@ def train_stage(
              'start': adapter_hash(start), 'train': material(settings, study.config.lora.dropout), 'seed': seed}
     return run_stage(study.run, name, {**known, **inputs}, work)/'adapter'
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #a8b1ef19
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #558309c3
 def encoded(
     model: Model,  # that reads them
     rows: Dataset, # of kind "preferences"; all readable
@@ -104,7 +104,7 @@ def encoded(
     "Rows as a model reads them"
     return encode_rows(model.reader.tokenizer, rows, RESPONSES, model.reader.limit).rows
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #5a5ed732
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #bb0d6fc9
 def sft_stage(
     study: Study,   # the experiment
     model: Model,   # that is trained
@@ -117,7 +117,7 @@ def sft_stage(
     inputs = {'objective': 'sft', 'rows': tokens_hash([replace(r, sequences=r.sequences[:1]) for r in tokens]), 'weights': weights}
     return train_stage(study, model, f'{name}-sft', study.config.sft, None, inputs, lambda base: sft_objective(tokens, weights), seed)
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #bf531850
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #1b5faeda
 def dpo_stage(
     study: Study,             # the experiment
     model: Model,             # that is trained
@@ -140,7 +140,7 @@ def dpo_stage(
     inputs = {'objective': loss, 'rows': tokens_hash(tokens), 'weights': weights, 'target': target, 'beta': c.beta, 'smoothing': eps}
     return train_stage(study, model, f'{name}-{loss}', c.dpo, start, inputs, objective, seed)
 
-# %% ../../nbs/api/experiments/25_preference_stages.ipynb #b917de90
+# %% ../../nbs/api/experiments/25_preference_stages.ipynb #f199800f
 def pair_rewards(
     study: Study,              # the experiment
     model: Model,              # the judge

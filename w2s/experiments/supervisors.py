@@ -6,7 +6,7 @@
 __all__ = ['MOST_FAILED', 'Supervisor', 'train_supervisor', 'reward_stage', 'judge_form', 'ask', 'together', 'hold_out',
            'SeedRows', 'supervise', 'student_rows']
 
-# %% ../../nbs/api/experiments/28_supervisors.ipynb #40cc1cf9
+# %% ../../nbs/api/experiments/28_supervisors.ipynb #a19ec62e
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from ..train.reference import tokens_hash
 from ..train.rewards import response_rewards, reward_objective
 from ..train.tokens import encode_rows
 
-# %% ../../nbs/api/experiments/28_supervisors.ipynb #6ed6023c
+# %% ../../nbs/api/experiments/28_supervisors.ipynb #2f1738c6
 @dataclass(frozen=True)
 class Supervisor:
     "A model that gives a reward to each response"
@@ -43,7 +43,7 @@ class Supervisor:
     reference: Path | None  # adapter of the policy's reference
     seed: int               # of its rows, adapter and order
 
-# %% ../../nbs/api/experiments/28_supervisors.ipynb #d7a424cc
+# %% ../../nbs/api/experiments/28_supervisors.ipynb #dc8ae680
 def train_supervisor(
     study: Study,   # the experiment
     model: Model,   # the weak one
@@ -57,7 +57,7 @@ def train_supervisor(
     sft = sft_stage(study, model, name, rows, seed)
     return Supervisor(model, 'dpo', dpo_stage(study, model, name, rows, sft, seed), sft, seed)
 
-# %% ../../nbs/api/experiments/28_supervisors.ipynb #747a829d
+# %% ../../nbs/api/experiments/28_supervisors.ipynb #c39346ba
 def reward_stage(
     study: Study,   # the experiment
     model: Model,   # that is trained
@@ -70,14 +70,14 @@ def reward_stage(
     inputs = {'objective': 'reward', 'rows': tokens_hash(tokens), 'weights': weights}
     return train_stage(study, model, f'{name}-reward', study.config.dpo, None, inputs, lambda base: reward_objective(tokens, None, weights), seed, add_reward_adapter)
 
-# %% ../../nbs/api/experiments/28_supervisors.ipynb #d5da7efa
+# %% ../../nbs/api/experiments/28_supervisors.ipynb #d78079b7
 def judge_form(
     study: Study, # the experiment
 ) -> JudgeForm:
     "How a judge is asked: about rows of the world in a form that its small models have read"
     return ANSWERS if world_seed(study.config.data) is None else ECHO
 
-# %% ../../nbs/api/experiments/28_supervisors.ipynb #e061a5df
+# %% ../../nbs/api/experiments/28_supervisors.ipynb #dec5d0f0
 def ask(
     study: Study,     # the experiment
     who: Supervisor,  # is asked
@@ -94,7 +94,7 @@ def ask(
     kind: dict[str, Any] = {} if who.kind == 'dpo' else {'kind': who.kind, 'form': asdict(judge_form(study)) if who.kind == 'judge' else ''}
     return np.load(run_stage(study.run, f'weak-seed{who.seed}-{name}', inputs | kind, work)/'rewards.npy')
 
-# %% ../../nbs/api/experiments/28_supervisors.ipynb #2fbb747d
+# %% ../../nbs/api/experiments/28_supervisors.ipynb #ae583152
 def _rewards(study: Study, who: Supervisor, pairs: Dataset, name: str) -> np.ndarray:
     "The work of `ask`"
     m, budget = who.model, study.config.dpo.token_budget
@@ -106,10 +106,10 @@ def _rewards(study: Study, who: Supervisor, pairs: Dataset, name: str) -> np.nda
     try: return response_rewards(model, tokens, budget, f'weak {name}', study.quiet)
     finally: model.unload()
 
-# %% ../../nbs/api/experiments/28_supervisors.ipynb #38ef29b6
+# %% ../../nbs/api/experiments/28_supervisors.ipynb #5ebbaccc
 MOST_FAILED = .05 # share of pairs without a verdict
 
-# %% ../../nbs/api/experiments/28_supervisors.ipynb #2c26ac32
+# %% ../../nbs/api/experiments/28_supervisors.ipynb #2742ea08
 def _judge(study: Study, model: Model, pairs: Dataset) -> np.ndarray:
     "A judge's log-odds as rewards"
     judged = judge_pairs(open_base(model), pairs, judge_form(study), limit=None, budget=study.config.dpo.token_budget, quiet=study.quiet)
@@ -119,7 +119,7 @@ def _judge(study: Study, model: Model, pairs: Dataset) -> np.ndarray:
     half = logit(np.clip(np.where(judged.failed, .5, judged.prob_a), 1e-12, 1 - 1e-12))/2
     return np.stack([half, -half], 1)
 
-# %% ../../nbs/api/experiments/28_supervisors.ipynb #2021b297
+# %% ../../nbs/api/experiments/28_supervisors.ipynb #da3aa0a6
 def together(
     rewards: Sequence[np.ndarray], # of each supervisor, (rows, 2)
 ) -> np.ndarray:                   # (rows, 2): rewards whose difference is the log-odds of the mean probability
@@ -129,7 +129,7 @@ def together(
     half = logit(np.clip(p, 1e-12, 1 - 1e-12))/2
     return np.stack([half, -half], 1)
 
-# %% ../../nbs/api/experiments/28_supervisors.ipynb #808a63a2
+# %% ../../nbs/api/experiments/28_supervisors.ipynb #822e3412
 def hold_out(
     labelled: Dataset, # of kind "preferences"
     share: float,      # of the prompts; 0: none
@@ -141,7 +141,7 @@ def hold_out(
     if len(parts['held']) < 10: raise DataError(f'labels.calibrate {share:g} of {len(labelled)} labelled rows holds out {len(parts["held"])}: too few to fit a temperature to; take a larger share')
     return parts['learn'], parts['held']
 
-# %% ../../nbs/api/experiments/28_supervisors.ipynb #58e62963
+# %% ../../nbs/api/experiments/28_supervisors.ipynb #3de65a2d
 @dataclass(frozen=True)
 class SeedRows:
     "The rows of one seed after labelling"
@@ -152,7 +152,7 @@ class SeedRows:
     supervisors: list[Supervisor] # one, or those of an ensemble
     temperature: float         # that its margins were divided by; 1: as they were
 
-# %% ../../nbs/api/experiments/28_supervisors.ipynb #fa185182
+# %% ../../nbs/api/experiments/28_supervisors.ipynb #099cb530
 def supervise(
     study: Study,            # the experiment
     models: Sequence[Model], # the weak supervisors
@@ -178,13 +178,13 @@ def supervise(
         out.append(SeedRows(s, labelled, unlabelled, label_pairs(pairs[s], together(given[s])/t, source), who[s], t))
     return out
 
-# %% ../../nbs/api/experiments/28_supervisors.ipynb #52fc7a3f
+# %% ../../nbs/api/experiments/28_supervisors.ipynb #3bc7976b
 def _temperature(rewards: np.ndarray, held: Dataset | None, seed: int) -> float:
     "The temperature of some rewards on held-out rows"
     assert held is not None
     return fit_temperature(rewards[:, 0] - rewards[:, 1], given_labels(to_pairs(held, seed)).prob_a)
 
-# %% ../../nbs/api/experiments/28_supervisors.ipynb #9dba83b2
+# %% ../../nbs/api/experiments/28_supervisors.ipynb #6cd67b63
 def student_rows(
     weak: WeakLabels,  # of the supervisor
     human: WeakLabels, # of the same pairs; read for subsets and random errors only

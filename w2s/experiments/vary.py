@@ -6,7 +6,7 @@
 __all__ = ['USES', 'VARIATIONS', 'number', 'supervisor_settings', 'use_settings', 'loss_settings', 'Variation', 'variants',
            'Varied', 'varied_table', 'run_varied', 'contrast']
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #de471fbf
+# %% ../../nbs/api/experiments/45_vary.ipynb #09b6017e
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from .weak_teacher import Result, count_stages, counted, know_models, run_study
 from ..feedback.confidence import WEIGHTS
 from ..train.losses import PREFERENCE_LOSSES
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #e288c9ab
+# %% ../../nbs/api/experiments/45_vary.ipynb #bcf43dd8
 def number(
     value: str,   # of a command line
     setting: str, # that it is for
@@ -35,7 +35,7 @@ def number(
     try: return float(top)/float(bottom) if slash else float(value)
     except (ValueError, ZeroDivisionError) as e: raise ConfigError(f'{setting} {value!r} is not a number; write it as .25 or 1/4') from e
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #e34b9b2b
+# %% ../../nbs/api/experiments/45_vary.ipynb #3e850a03
 def supervisor_settings(
     value: str, # 'pico', 'pico+nano', 'pico reward', 'base judge'
 ) -> dict[str, Any]:
@@ -43,13 +43,13 @@ def supervisor_settings(
     model, space, kind = value.strip().rpartition(' ')
     return {'weak': model, 'supervisor': kind} if space and kind in SUPERVISORS else {'weak': value.strip(), 'supervisor': 'dpo'}
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #6abf7d9d
+# %% ../../nbs/api/experiments/45_vary.ipynb #143fc8ac
 USES: dict[str, dict[str, Any]] = { # how labels are used -> settings of `LabelUse`
     'hard': {}, 'soft': {'targets': 'soft'}, **{w: {'weights': w} for w in WEIGHTS},
     'top half': {'keep': .5}, 'top third': {'keep': 1/3},
     'calibrated soft': {'targets': 'soft', 'calibrate': .2}, 'calibrated confidence': {'weights': 'confidence', 'calibrate': .2}}
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #d49c48aa
+# %% ../../nbs/api/experiments/45_vary.ipynb #004c87a1
 def use_settings(
     value: str, # a key of `USES`
 ) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def use_settings(
     if value not in USES: raise ConfigError(unknown(value, USES, 'use of labels'))
     return {'labels': USES[value]}
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #0fd1c7e7
+# %% ../../nbs/api/experiments/45_vary.ipynb #fe5e10b0
 def loss_settings(
     value: str, # 'ipo', or 'ipo confidence'
 ) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def loss_settings(
     if loss not in PREFERENCE_LOSSES: raise ConfigError(unknown(loss, PREFERENCE_LOSSES, 'preference loss'))
     return {'loss': loss, 'labels': {'weights': weights or 'none'}}
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #fe2a9397
+# %% ../../nbs/api/experiments/45_vary.ipynb #75748d41
 @dataclass(frozen=True)
 class Variation:
     "A setting that can be varied"
@@ -75,7 +75,7 @@ class Variation:
     others: tuple[str, ...]                     # what is trained again for each value, beside the student
     figure: str                                 # of the paper
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #c9625211
+# %% ../../nbs/api/experiments/45_vary.ipynb #facca9a9
 VARIATIONS = {
     'supervisor': Variation(('pico', 'nano', 'micro', 'base', 'pico+nano', 'pico reward', 'base judge'), supervisor_settings, ('human', 'ceiling'), 'Figure 2b, Tables 10 and 13'),
     'student': Variation(('nano', 'micro', 'base'), lambda v: {'strong': v}, ('human', 'ceiling'), 'Figures 2a and 3a'),
@@ -86,14 +86,14 @@ VARIATIONS = {
     'loss': Variation(tuple(f'{loss}{w}' for loss in ('dpo', 'cdpo', 'rdpo', 'ipo') for w in ('', ' confidence')), loss_settings, ('human',), 'CW-PO, Table 1'),
     'start': Variation(('sft', 'base'), lambda v: {'start': v}, ('human',), 'Table 11')}
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #0f2d7ed9
+# %% ../../nbs/api/experiments/45_vary.ipynb #9ad91ebf
 def _flat(table: dict[str, Any], where: str = '') -> dict[str, Any]:
     "Settings in tables as one table of dotted names"
     out: dict[str, Any] = {}
     for k, v in table.items(): out |= _flat(v, f'{where}{k}.') if isinstance(v, dict) else {where + k: v}
     return out
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #8096e0ce
+# %% ../../nbs/api/experiments/45_vary.ipynb #fe07904c
 def _refuse_more(setting: str, configs: Mapping[str, WeakTeacher], varied: set[str]) -> None:
     "Raise `ConfigError` if values differ in more than what is varied"
     tables = {at: _flat(to_table(c)) for at, c in configs.items()}
@@ -103,7 +103,7 @@ def _refuse_more(setting: str, configs: Mapping[str, WeakTeacher], varied: set[s
         more = sorted(k for k in names - varied - {'others'} if tables[first].get(k) != tables[at].get(k))
         if more: raise ConfigError(f'{setting} {first} and {at} would differ in {", ".join(more)}, too, since defaults depend on the models; give these settings, so that they hold for both')
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #0d3a5b64
+# %% ../../nbs/api/experiments/45_vary.ipynb #9a0f8641
 def variants(
     given: dict[str, Any],      # settings that all share
     setting: str,               # a key of `VARIATIONS`
@@ -119,12 +119,12 @@ def variants(
     _refuse_more(setting, out, {k for x in chosen for k in _flat(v.settings(x))})
     return out
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #35bdfe8b
+# %% ../../nbs/api/experiments/45_vary.ipynb #1639706a
 def _models(configs: Mapping[str, WeakTeacher]) -> dict[str, tuple[list[Model], Model]]:
     "The models of each value"
     return {at: know_models(c) for at, c in configs.items()}
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #2da21d07
+# %% ../../nbs/api/experiments/45_vary.ipynb #d2cd20fd
 @dataclass(frozen=True)
 class Varied:
     "One comparison at several values of a setting"
@@ -154,7 +154,7 @@ class Varied:
     def _repr_html_(self) -> str: return ''.join(t.to_html(index=False) for t in self._tables())
     def __repr__(self) -> str: return '\n\n'.join(t.to_string(index=False) for t in self._tables())
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #96a59ad6
+# %% ../../nbs/api/experiments/45_vary.ipynb #eaaf0a9c
 def varied_table(
     varied: Varied,                                        # of `run_varied`
     metrics: Sequence[str] = ('accuracy', 'gold_reward'),  # which; those that it has are shown
@@ -172,7 +172,7 @@ def varied_table(
         rows.append(row)
     return pd.DataFrame(rows).fillna('–')
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #85892f4c
+# %% ../../nbs/api/experiments/45_vary.ipynb #770fbe92
 def run_varied(
     given: dict[str, Any],                 # settings that all share, as of `fill_settings`
     setting: str,                          # a key of `VARIATIONS`
@@ -192,7 +192,7 @@ def run_varied(
     try: return Varied(Path(out), setting, {at: run_study(Study(c, Run(Path(out), say), quiet), *models[at], data[c.label_share]) for at, c in configs.items()})
     finally: held.release()
 
-# %% ../../nbs/api/experiments/45_vary.ipynb #5b08c4c3
+# %% ../../nbs/api/experiments/45_vary.ipynb #af23a966
 def contrast(
     varied: Varied,               # of `run_varied`
     a: str,                       # one value

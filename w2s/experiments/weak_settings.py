@@ -6,7 +6,7 @@
 __all__ = ['SUBSETS', 'SUPERVISORS', 'OTHERS', 'LADDER_SETTINGS', 'WORLD_SETTINGS', 'LabelUse', 'WeakTeacher', 'check_settings',
            'sampling', 'weak_names', 'short_name', 'fill_settings']
 
-# %% ../../nbs/api/experiments/22_weak_settings.ipynb #73dca929
+# %% ../../nbs/api/experiments/22_weak_settings.ipynb #0be83930
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ from ..train.generate import GenerateSettings
 from ..train.loop import TrainSettings
 from ..train.losses import PREFERENCE_LOSSES
 
-# %% ../../nbs/api/experiments/22_weak_settings.ipynb #084599e6
+# %% ../../nbs/api/experiments/22_weak_settings.ipynb #4609359f
 SUBSETS = ('all', 'match', 'mismatch', 'random', 'random match', 'random mismatch')
 
-# %% ../../nbs/api/experiments/22_weak_settings.ipynb #716ab6ca
+# %% ../../nbs/api/experiments/22_weak_settings.ipynb #df8f7554
 @dataclass(frozen=True)
 class LabelUse:
     "What is made of the supervisor's labels before a student learns from them"
@@ -47,11 +47,11 @@ class LabelUse:
         if random and (self.targets, self.weights, self.keep) != ('hard', 'none', 1.):
             raise ConfigError(f'random labels (subset "{self.subset}") have no confidence: leave labels.targets, labels.weights and labels.keep as they are')
 
-# %% ../../nbs/api/experiments/22_weak_settings.ipynb #dd4e36e3
+# %% ../../nbs/api/experiments/22_weak_settings.ipynb #b6ce4225
 SUPERVISORS = ('dpo', 'reward', 'judge')
 OTHERS = ('human', 'ceiling')
 
-# %% ../../nbs/api/experiments/22_weak_settings.ipynb #ca06fe51
+# %% ../../nbs/api/experiments/22_weak_settings.ipynb #67e6d4ee
 @dataclass(frozen=True)
 class WeakTeacher:
     "Weak-to-strong by preference labels (Tao & Li 2409.08813)"
@@ -82,7 +82,7 @@ class WeakTeacher:
 
     def __post_init__(self): check_settings(self)
 
-# %% ../../nbs/api/experiments/22_weak_settings.ipynb #67d689c4
+# %% ../../nbs/api/experiments/22_weak_settings.ipynb #11a0ad01
 def check_settings(
     c: WeakTeacher, # as it is made
 ) -> None:
@@ -99,14 +99,14 @@ def check_settings(
     _check_loss(c)
     _check_samples(c)
 
-# %% ../../nbs/api/experiments/22_weak_settings.ipynb #8f2cae0e
+# %% ../../nbs/api/experiments/22_weak_settings.ipynb #5a0c5c39
 def _check_loss(c: WeakTeacher) -> None:
     "Loss, smoothing, and calibration of somebody who was not trained"
     if c.loss not in PREFERENCE_LOSSES: raise ConfigError(unknown(c.loss, PREFERENCE_LOSSES, 'preference loss'))
     if c.smoothing is not None and c.loss not in ('cdpo', 'rdpo'): raise ConfigError(f'smoothing belongs to the losses cdpo and rdpo; {c.loss} has no use for it')
     if c.smoothing is not None and not 0 <= c.smoothing < .5: raise ConfigError(f'smoothing is {c.smoothing}; it must lie in [0, 0.5)')
 
-# %% ../../nbs/api/experiments/22_weak_settings.ipynb #c451f997
+# %% ../../nbs/api/experiments/22_weak_settings.ipynb #a6e81df0
 def _check_samples(c: WeakTeacher) -> None:
     "Responses need somebody who scores them"
     if c.samples and world_seed(c.data) is None and not c.gold:
@@ -117,7 +117,7 @@ def _check_samples(c: WeakTeacher) -> None:
         raise ConfigError('temperature and response_tokens do nothing without samples; set samples, too')
     sampling(c)
 
-# %% ../../nbs/api/experiments/22_weak_settings.ipynb #6529ba8d
+# %% ../../nbs/api/experiments/22_weak_settings.ipynb #2fcaab3e
 def sampling(
     config: WeakTeacher,   # of the experiment
 ) -> GenerateSettings:     # one sample where none is asked for
@@ -125,21 +125,21 @@ def sampling(
     stop = ('\n',) if world_seed(config.data) is not None else () # an answer in the world is one line
     return GenerateSettings(config.response_tokens, config.temperature, samples=config.samples or 1, stop=stop, token_budget=config.dpo.token_budget)
 
-# %% ../../nbs/api/experiments/22_weak_settings.ipynb #fe7d58e3
+# %% ../../nbs/api/experiments/22_weak_settings.ipynb #b8c67cc6
 def weak_names(
     weak: str, # the setting
 ) -> list[str]: # folders or names
     "The supervisors of an ensemble, or the one"
     return [weak] if '+' not in weak or Path(weak).exists() else [w.strip() for w in weak.split('+')]
 
-# %% ../../nbs/api/experiments/22_weak_settings.ipynb #463cb7a1
+# %% ../../nbs/api/experiments/22_weak_settings.ipynb #8c996437
 def short_name(
     name: str, # of one model or of several
 ) -> str:      # as it stands in tables
     "Names of models without their folders"
     return '+'.join(Path(n).name for n in weak_names(name))
 
-# %% ../../nbs/api/experiments/22_weak_settings.ipynb #c4680cdf
+# %% ../../nbs/api/experiments/22_weak_settings.ipynb #35312283
 LADDER_SETTINGS: dict[str, Any] = dict(
     seeds=3,                                # seconds each
     max_length=128,                         # no row of the world is longer
@@ -148,13 +148,13 @@ LADDER_SETTINGS: dict[str, Any] = dict(
     sft=dict(learning_rate=1e-3, epochs=2),
     dpo=dict(learning_rate=1e-3, epochs=2, batch_size=8)) # found on data 'world:100'; at 2e-3 one student of three lost its grammar
 
-# %% ../../nbs/api/experiments/22_weak_settings.ipynb #a00b9717
+# %% ../../nbs/api/experiments/22_weak_settings.ipynb #90da494c
 WORLD_SETTINGS: dict[str, Any] = dict(
     rows=800,      # two halves of 400
     test_rows=200,
     samples=2)
 
-# %% ../../nbs/api/experiments/22_weak_settings.ipynb #e51c600a
+# %% ../../nbs/api/experiments/22_weak_settings.ipynb #99cef749
 def fill_settings(
     given: dict[str, Any], # settings by name, tables inside; what is given always holds
 ) -> WeakTeacher:

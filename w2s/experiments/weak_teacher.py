@@ -7,7 +7,7 @@ __all__ = ['SHOWN', 'DETAILS', 'DIGITS', 'label_table', 'weak_label_table', 'his
            'summary_table', 'fallen', 'gold_words', 'label_words', 'caption', 'count_stages', 'counted', 'know_models',
            'run', 'run_study', 'compare', 'WeakTeacher']
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #f8253954
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #12bf4516
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +29,10 @@ from .weak_settings import WeakTeacher, fill_settings, weak_names
 from ..feedback.preferences import given_labels
 from ..world.service import GOLD
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #8cccf96e
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #ae205a26
 _all_ = ['WeakTeacher'] # a reader of this module should find it here
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #6a17318d
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #e9de17be
 def label_table(
     seeds: Sequence[SeedRows], # after labelling
 ) -> pd.DataFrame:             # a row a seed
@@ -48,7 +48,7 @@ def label_table(
         out.append(row | dict(temperature=s.temperature))
     return pd.DataFrame(out)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #48c3d266
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #de0b91cd
 def weak_label_table(
     seeds: Sequence[SeedRows], # after labelling
 ) -> pd.DataFrame:             # seed, id, prompt, chosen, rejected, prob, agrees, and gold where the rows have it
@@ -59,7 +59,7 @@ def weak_label_table(
         out.append(pd.DataFrame(s.weak.rows.with_format(None)[:]).drop(columns=['group', 'source', 'weight']).assign(seed=s.seed, agrees=agrees))
     return pd.concat(out, ignore_index=True)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #2fadb34d
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #9b8ca438
 def history_table(
     arms: Sequence[Arm], # trained ones and others
 ) -> pd.DataFrame:       # stage, seed, step, loss, value, grad_norm, learning_rate
@@ -68,7 +68,7 @@ def history_table(
     files = [(a, kind, f.parent/'history.csv') for a in trained for kind, f in (('sft', a.reference), (a.method.split()[0], a.policy)) if f]
     return pd.concat([pd.read_csv(f).assign(stage=f'{a.role}: {kind}', seed=a.seed) for a, kind, f in files], ignore_index=True)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #b0630fec
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #2262e2d2
 def question_pairs(
     config: WeakTeacher,  # of the experiment
     items: pd.DataFrame,  # of all arms
@@ -79,7 +79,7 @@ def question_pairs(
     who['sft'] = ('base', 'sft weak') if config.start == 'sft' else ('base', 'untuned')
     return [(a, b) for a, b in ((who[x], who[y]) for x, y in wanted) if a and b]
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #20076083
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #2434867e
 @dataclass(frozen=True)
 class Result:
     "The whole comparison"
@@ -101,12 +101,12 @@ class Result:
     def _repr_html_(self) -> str: return ''.join(t.to_html(index=False) for t in _tables(self)) + f'<p>{caption(self)}</p>'
     def __repr__(self) -> str: return '\n'.join(t.to_string(index=False) + '\n' for t in _tables(self)) + caption(self)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #0500b3af
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #a98d7035
 SHOWN = ('accuracy', 'gold_reward', 'win_rate', 'right', 'polite', 'rude')      # what a person looks at first
 DETAILS = ('likelihood_accuracy', 'margin', 'logp_chosen', 'logp_rejected')     # and then
 DIGITS = {'margin': 4, 'logp_chosen': 1, 'logp_rejected': 1}                    # of a metric; of the others 3
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #540443d4
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #482efb35
 def summary_table(
     result: Result,                                # of a run
     metrics: Sequence[str] = (*SHOWN, *DETAILS),   # which; those that the run has are shown
@@ -119,13 +119,13 @@ def summary_table(
     wide = flat.pivot_table(index=['role', 'method', 'model'], columns='metric', values='cell', aggfunc='first', sort=False).reset_index()
     return wide[['role', 'method', 'model', *(m for m in metrics if m in wide)]].fillna('–').rename_axis(columns=None)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #b3ff4513
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #5a79babf
 def _tables(result: Result) -> list[pd.DataFrame]:
     "One table, or two where there are too many numbers for one"
     if result.responses.empty: return [summary_table(result)]
     return [summary_table(result, SHOWN), summary_table(result, DETAILS)]
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #4530baf5
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #363d39fd
 def fallen(
     intervals: pd.DataFrame, # of `interval_table`
 ) -> str:                    # a sentence, or nothing
@@ -136,7 +136,7 @@ def fallen(
     if after > 1.5 * before: return ''
     return f' Mind: preference training took the log-prob of chosen responses from {before:.1f} to {after:.1f} nats; look at what the student writes.'
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #dad7f7e1
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #3ff057f2
 def gold_words(
     config: WeakTeacher, # of a run
 ) -> str:                # sentences, or nothing where no responses were scored
@@ -147,7 +147,7 @@ def gold_words(
     return (f' Gold reward: of {config.samples} response{"s" if config.samples > 1 else ""} to each test prompt, sampled at temperature {config.temperature:g}: {points}. '
             f'Win rate: how often it is higher than that of {REFERENCE[0]} ({REFERENCE[1]}) on the same prompt; ties count half.')
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #0d8ef00e
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #0695d210
 def label_words(
     labels: pd.DataFrame, # of `label_table`
     config: WeakTeacher,  # of a run
@@ -160,7 +160,7 @@ def label_words(
     return (f'Weak labels agree with human ones on {labels.agreement.mean():.1%} of {labels.rows.sum():,} pairs ({labels.ties.sum()} ties). '
             + (f'Use of the labels: {said}. ' if said else ''))
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #3e74f70a
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #9f0b5504
 def caption(
     result: Result, # of a run
 ) -> str:
@@ -172,7 +172,7 @@ def caption(
     return (f'{t.n.max():,} test rows, {seeds} seed{"s" if seeds > 1 else ""}; 95 % intervals from a bootstrap over {over}. {what}'
             f'{label_words(result.labels, result.config)}The un-tuned model has no reference, so no implicit reward.{gold_words(result.config)}{fallen(t)}')
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #986b6af2
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #2ab2303a
 def count_stages(
     config: WeakTeacher, # what is to be run
 ) -> int:
@@ -188,7 +188,7 @@ def count_stages(
     written = (evaluated - 1 + policy)*(c.samples > 0)
     return c.seeds*(trainings + asked + strong + evaluated + written)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #b16525fc
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #44d34810
 def counted(
     total: int, # stages of the run
 ) -> Callable[[str], None]:
@@ -197,14 +197,14 @@ def counted(
     def say(line: str) -> None: print(f'[{next(numbers):>{len(str(total))}}/{total}] {line}', flush=True)
     return say
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #5858823a
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #3af2b423
 def know_models(
     config: WeakTeacher, # of the experiment
 ) -> tuple[list[Model], Model]: # supervisors, strong student
     "The models of an experiment, not yet loaded; raises `ModelError`"
     return [know_model('weak', w, config) for w in weak_names(config.weak)], know_model('strong', config.strong, config)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #08a255b3
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #0ba05079
 def run(
     config: WeakTeacher | None = None,      # what to compare; None: models of the ladder on rows of the world
     out: str | Path = 'runs/weak-teacher',  # folder of stages and results; used again by later runs
@@ -220,7 +220,7 @@ def run(
     try: return run_study(study, weak, strong, data)
     finally: held.release()
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #b8dc7d29
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #c8868868
 def run_study(
     study: Study,          # the experiment, its folder locked
     weak: Sequence[Model], # supervisors
@@ -241,7 +241,7 @@ def run_study(
     return Result(study.run.root, c, data.report, label_table(seeds), weak_label_table(seeds), history_table([*floors, *arms]), data.origin, responses,
                   table, summarise(table), interval_table(table), compare(c, table), adapters, test)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #a6dddc68
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #5aa91e39
 def compare(
     config: WeakTeacher,  # of the experiment
     items: pd.DataFrame,  # of all arms

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Arms', 'paired', 'win_row', 'win_table', 'likeness']
 
-# %% ../../nbs/api/experiments/35_wins.ipynb #4654c93c
+# %% ../../nbs/api/experiments/35_wins.ipynb #b7c2dfad
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,10 +19,10 @@ from ..evaluate.length_control import length_controlled_win_rate
 from ..evaluate.responses import TIE, lengths
 from ..evaluate.similarity import similarity_table
 
-# %% ../../nbs/api/experiments/35_wins.ipynb #fa8f8e90
+# %% ../../nbs/api/experiments/35_wins.ipynb #e7459b96
 Arms = tuple[str, str] # role and method of an arm
 
-# %% ../../nbs/api/experiments/35_wins.ipynb #5b2a77bc
+# %% ../../nbs/api/experiments/35_wins.ipynb #f13818e3
 def _grid(responses: pd.DataFrame, arm: Arms, seed: int) -> tuple[np.ndarray, np.ndarray]:
     "Gold rewards and words of one arm and seed, each (rows, samples), rows in the order of their ids"
     mine = responses[(responses['role'] == arm[0]) & (responses['method'] == arm[1]) & (responses['seed'] == seed)].sort_values(['id', 'sample'])
@@ -30,7 +30,7 @@ def _grid(responses: pd.DataFrame, arm: Arms, seed: int) -> tuple[np.ndarray, np
     shape = (mine['id'].nunique(), -1)
     return mine['gold_reward'].to_numpy().reshape(shape), lengths([[t] for t in mine['response']])[:, 0].reshape(shape)
 
-# %% ../../nbs/api/experiments/35_wins.ipynb #7f60ac1e
+# %% ../../nbs/api/experiments/35_wins.ipynb #0eed8dde
 def paired(
     responses: pd.DataFrame, # of a run
     a: Arms,                 # one arm
@@ -47,7 +47,7 @@ def paired(
         out.append((outcome, *words))
     return tuple(np.stack(part) for part in zip(*out, strict=True)) # type: ignore[return-value]
 
-# %% ../../nbs/api/experiments/35_wins.ipynb #7f5ee566
+# %% ../../nbs/api/experiments/35_wins.ipynb #cc0e10fe
 def win_row(
     responses: pd.DataFrame, # of a run
     a: Arms,                 # one arm
@@ -64,7 +64,7 @@ def win_row(
     names = dict(a=f'{a[0]} ({a[1]})', b=f'{b[0]} ({b[1]})', win=float((y == 1).mean()), tie=float((y == .5).mean()), lose=float((y == 0).mean()))
     return names | dict(win_rate=e.value, low=e.low, high=e.high, **dict(zip(('equal_length', 'equal_low', 'equal_high'), equal, strict=True)), longer=longer)
 
-# %% ../../nbs/api/experiments/35_wins.ipynb #d0cdc97c
+# %% ../../nbs/api/experiments/35_wins.ipynb #909e5f48
 def win_table(
     responses: pd.DataFrame,             # of a run
     pairs: Sequence[tuple[Arms, Arms]],  # who meets whom
@@ -72,7 +72,7 @@ def win_table(
     "Wins, ties and losses; the win rate, at equal length too (NaN where one arm is longer in every pair); and what counting words would have given"
     return pd.DataFrame([win_row(responses, a, b) for a, b in pairs])
 
-# %% ../../nbs/api/experiments/35_wins.ipynb #2085918d
+# %% ../../nbs/api/experiments/35_wins.ipynb #a90bd417
 def likeness(
     responses: pd.DataFrame,            # of a run
     test: Dataset,                      # its test rows, of kind "preferences"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUBSETS', 'matches', 'subset', 'random_labels', 'subset_table', 'mix_check', 'consistency', 'coin_consistency']
 
-# %% ../../nbs/api/feedback/30_audit.ipynb #2b64343e
+# %% ../../nbs/api/feedback/30_audit.ipynb #42469d55
 from math import comb
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..data.rows import to_preferences
 from ..errors import ConfigError, DataError, unknown
 from .preferences import WeakLabels
 
-# %% ../../nbs/api/feedback/30_audit.ipynb #b58e3592
+# %% ../../nbs/api/feedback/30_audit.ipynb #ed17f721
 def matches(
     labels: WeakLabels, # of a supervisor
     human: WeakLabels,  # of the same pairs, in the same order
@@ -31,10 +31,10 @@ def matches(
     chosen, wanted = (x.rows.with_format(None)['chosen'][:] for x in (labels, human))
     return np.array([a == b for a, b in zip(chosen, wanted, strict=True)], bool)
 
-# %% ../../nbs/api/feedback/30_audit.ipynb #003ebc8b
+# %% ../../nbs/api/feedback/30_audit.ipynb #45511247
 SUBSETS = ('all', 'match', 'mismatch')
 
-# %% ../../nbs/api/feedback/30_audit.ipynb #fafd4cf1
+# %% ../../nbs/api/feedback/30_audit.ipynb #e2abac28
 def subset(
     labels: WeakLabels, # of a supervisor
     human: WeakLabels,  # of the same pairs, in the same order
@@ -48,7 +48,7 @@ def subset(
         raise DataError(f'no label is in the subset "{which}": the supervisor {"always" if same.all() else "never"} agrees with the human')
     return labels.rows.select(np.flatnonzero(keep))
 
-# %% ../../nbs/api/feedback/30_audit.ipynb #06b67ed7
+# %% ../../nbs/api/feedback/30_audit.ipynb #f80c77f5
 def random_labels(
     pairs: Dataset,     # rows of kind "pairs"
     human: WeakLabels,  # of these pairs
@@ -66,7 +66,7 @@ def random_labels(
     prob_a[decided[:flips]] = 1 - prob_a[decided[:flips]]
     return WeakLabels(to_preferences(pairs, prob_a, f'random {rate:.1%}'), prob_a, human.ties)
 
-# %% ../../nbs/api/feedback/30_audit.ipynb #cf1a097b
+# %% ../../nbs/api/feedback/30_audit.ipynb #987a504c
 def _measure(name: str, a: np.ndarray, same: np.ndarray, rewards: np.ndarray, keep: np.ndarray) -> dict:
     "One line of the table: gold rewards of the pairs that are kept, where `a` is the chosen response"
     chosen, rejected = np.where(a, rewards.T, rewards.T[::-1])[:, keep]
@@ -75,7 +75,7 @@ def _measure(name: str, a: np.ndarray, same: np.ndarray, rewards: np.ndarray, ke
     return dict(set=name, n=n, agreement=same[keep].mean(), better=((d > 0) + (d == 0)/2).mean(),
                 chosen=chosen.mean(), rejected=rejected.mean(), delta=d.mean(), low=d.mean() - half, high=d.mean() + half)
 
-# %% ../../nbs/api/feedback/30_audit.ipynb #4185380c
+# %% ../../nbs/api/feedback/30_audit.ipynb #5e426512
 def subset_table(
     labels: WeakLabels,       # of the weak supervisor
     human: WeakLabels,        # of the same pairs, in the same order
@@ -99,7 +99,7 @@ def subset_table(
         rows += [_measure(k, x.prob_a > .5, same, rewards, keep) for k, keep in parts.items() if keep.any()]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/api/feedback/30_audit.ipynb #926d690c
+# %% ../../nbs/api/feedback/30_audit.ipynb #f2bf4aca
 def mix_check(
     table: pd.DataFrame,         # of `subset_table`, or typed: columns set, chosen, rejected
     share: float | None = None,  # of matches; None: `agreement` of the set in the table
@@ -116,7 +116,7 @@ def mix_check(
         rows.append(dict(set=who, side=side, value=at[side][who], mixed=mixed, difference=at[side][who] - mixed))
     return pd.DataFrame(rows)
 
-# %% ../../nbs/api/feedback/30_audit.ipynb #161750c7
+# %% ../../nbs/api/feedback/30_audit.ipynb #1e8052b8
 def consistency(
     votes: np.ndarray, # (rows, repeats): 1 for the first response, 0 for the second, NaN where the judge failed
 ) -> np.ndarray:       # (rows,): from 1/2 to 1; NaN where all calls failed
@@ -127,7 +127,7 @@ def consistency(
     n, first = (~np.isnan(v)).sum(1), np.nansum(v, 1)
     return np.where(n > 0, np.maximum(first, n - first) / np.maximum(n, 1), np.nan)
 
-# %% ../../nbs/api/feedback/30_audit.ipynb #2470caa5
+# %% ../../nbs/api/feedback/30_audit.ipynb #2ede117c
 def coin_consistency(
     repeats: int, # votes on each pair, at least 1
 ) -> float:       # above 1/2; 1 for a single vote

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'confidence', 'weighted', 'top_share', 'fit_sharpness', 'fit_temperature', 'calibrated']
 
-# %% ../../nbs/api/feedback/20_confidence.ipynb #a92bddd3
+# %% ../../nbs/api/feedback/20_confidence.ipynb #a04b9cac
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ from ..data.rows import content_id
 from ..errors import ConfigError, DataError, unknown
 from .preferences import WeakLabels
 
-# %% ../../nbs/api/feedback/20_confidence.ipynb #32d2042e
+# %% ../../nbs/api/feedback/20_confidence.ipynb #e45943fd
 def confidence(
     prob: np.ndarray | float, # P(a ≻ b) or P(chosen ≻ rejected), 0 to 1, any shape
 ) -> np.ndarray:              # 0: a coin; 1: no doubt; same shape
@@ -28,7 +28,7 @@ def confidence(
     if bad.any(): raise DataError(f'a probability is {p[bad].flat[0]}; want 0 to 1')
     return np.abs(2*p - 1)
 
-# %% ../../nbs/api/feedback/20_confidence.ipynb #8297dc9d
+# %% ../../nbs/api/feedback/20_confidence.ipynb #dedc5126
 WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = dict(  # of a margin in logits, at least 0 (CW-PO 2603.04968, Table 5)
     confidence=lambda d: np.tanh(d/2),             # 2(σ(d) - 1/2)
     sigmoid=expit,                                 # at a tie still one half
@@ -36,12 +36,12 @@ WEIGHTS: dict[str, Callable[[np.ndarray], np.ndarray]] = dict(  # of a margin in
     clipped_fifth=lambda d: np.minimum(.2*d, 1),
 )
 
-# %% ../../nbs/api/feedback/20_confidence.ipynb #695182e2
+# %% ../../nbs/api/feedback/20_confidence.ipynb #d09d6066
 def _set_columns(rows: Dataset, **columns: np.ndarray) -> Dataset:
     "The same rows with other numbers in some columns"
     return Dataset.from_dict(rows.with_format(None)[:] | {k: v.tolist() for k, v in columns.items()}, features=rows.features)
 
-# %% ../../nbs/api/feedback/20_confidence.ipynb #7b87ab84
+# %% ../../nbs/api/feedback/20_confidence.ipynb #f09572ec
 def weighted(
     rows: Dataset,            # of kind "preferences"; `prob`, at least one half, is the supervisor's P(chosen ≻ rejected)
     how: str = 'confidence',  # a key of `WEIGHTS`; the paper's best
@@ -55,7 +55,7 @@ def weighted(
                         'the rejected response; turn the row round')
     return _set_columns(rows, weight=old * WEIGHTS[how](logit(p)))
 
-# %% ../../nbs/api/feedback/20_confidence.ipynb #91349c8f
+# %% ../../nbs/api/feedback/20_confidence.ipynb #973bc49a
 def top_share(
     rows: Dataset,  # of kind "preferences", with the supervisor's `prob`
     share: float,   # of the rows, above 0 and at most 1; rounded to whole rows, at least one
@@ -66,7 +66,7 @@ def top_share(
     order = sorted(range(len(rows)), key=lambda i: (-sure[i], content_id(ids[i]), i))
     return rows.select(sorted(order[:max(1, round(share * len(rows)))]))
 
-# %% ../../nbs/api/feedback/20_confidence.ipynb #39c4f27a
+# %% ../../nbs/api/feedback/20_confidence.ipynb #096da9a6
 def fit_sharpness(
     margins: np.ndarray,                # (rows,): reward of a less reward of b, in logits
     prob_a: np.ndarray,                 # (rows,): human P(a ≻ b), hard or soft, of rows the supervisor was not trained on
@@ -89,7 +89,7 @@ def fit_sharpness(
     while slope(top) < 0: top *= 2
     return float(brentq(slope, 0., top, xtol=1e-12)) / scale
 
-# %% ../../nbs/api/feedback/20_confidence.ipynb #da4083fd
+# %% ../../nbs/api/feedback/20_confidence.ipynb #785c1dd9
 def fit_temperature(
     margins: np.ndarray,                # (rows,): reward of a less reward of b, in logits
     prob_a: np.ndarray,                 # (rows,): human P(a ≻ b), hard or soft, of rows the supervisor was not trained on
@@ -102,7 +102,7 @@ def fit_temperature(
                         'no temperature can mend them. Train the supervisor longer or on more rows, or fit on more rows')
     return 1 / k
 
-# %% ../../nbs/api/feedback/20_confidence.ipynb #63f5784f
+# %% ../../nbs/api/feedback/20_confidence.ipynb #9732550f
 def calibrated(
     labels: WeakLabels,  # of one supervisor
     temperature: float,  # of `fit_temperature`; 1 changes nothing

@@ -7,7 +7,7 @@ __all__ = ['HOLES', 'ANSWERS', 'SUMMARIES', 'ECHO', 'Ask', 'WRITTEN', 'JudgeForm
            'ask_words', 'parse_verdict', 'text_votes', 'ask_text', 'Judgement', 'judge_by', 'judge_pairs',
            'judge_report', 'judge_labels', 'response_pairs', 'judged_scores']
 
-# %% ../../nbs/api/feedback/40_judge.ipynb #97399c01
+# %% ../../nbs/api/feedback/40_judge.ipynb #5ffe61eb
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ from ..train.generate import GenerateSettings, generate, prompt_ids
 from ..train.labels import class_probs, encode_words
 from ..train.tokens import EncodedRow
 
-# %% ../../nbs/api/feedback/40_judge.ipynb #8dbdd918
+# %% ../../nbs/api/feedback/40_judge.ipynb #36ff9cd2
 HOLES = ('{prompt}', '{first}', '{second}')
 
-# %% ../../nbs/api/feedback/40_judge.ipynb #6a4350a5
+# %% ../../nbs/api/feedback/40_judge.ipynb #fed99a51
 @dataclass(frozen=True)
 class JudgeForm:
     "How a judge is asked about two answers"
@@ -41,20 +41,20 @@ class JudgeForm:
         if len(self.words) != 2 or self.words[0] == self.words[1] or not all(self.words):
             raise ConfigError(f'the words of a judge are {self.words!r}; two different ones are needed, as (" A", " B")')
 
-# %% ../../nbs/api/feedback/40_judge.ipynb #ed08c939
+# %% ../../nbs/api/feedback/40_judge.ipynb #7474cd10
 ANSWERS = JudgeForm('Two assistants answered the same user. Choose the answer that helps the user more and does no harm.\n\n'
                     '[User]\n{prompt}\n\n[Answer A]\n{first}\n\n[Answer B]\n{second}\n\nThe better answer is', (' A', ' B'))
 SUMMARIES = JudgeForm('Two summaries of one text follow. Choose the one that is more accurate, complete and brief.\n\n'
                       '[Text]\n{prompt}\n\n[Summary A]\n{first}\n\n[Summary B]\n{second}\n\nThe better summary is', (' A', ' B'))
 ECHO = JudgeForm('{prompt}{first}\n{prompt}{second}\n{prompt}', ('{first}', '{second}'))
 
-# %% ../../nbs/api/feedback/40_judge.ipynb #40f51341
+# %% ../../nbs/api/feedback/40_judge.ipynb #5aedca72
 class Question(NamedTuple):
     "What a judge is asked about one pair in one order"
     prompt: str | list[dict]    # a text, or one message of a user
     words: tuple[str, str]      # for the first answer, for the second
 
-# %% ../../nbs/api/feedback/40_judge.ipynb #4555f461
+# %% ../../nbs/api/feedback/40_judge.ipynb #a2caf75f
 def question(
     form: JudgeForm,            # how it is asked
     prompt: str | list[dict],   # what both answer: a text, or chat messages
@@ -67,10 +67,10 @@ def question(
     text, words = fill(form.text), (fill(form.words[0]), fill(form.words[1]))
     return Question([{'role': 'user', 'content': text}] if form.chat else text, words)
 
-# %% ../../nbs/api/feedback/40_judge.ipynb #954acda7
+# %% ../../nbs/api/feedback/40_judge.ipynb #bbb6aba4
 Ask = Callable[[list[Question]], Sequence[float | None] | np.ndarray] # P(the first is better) for each; None or NaN where it failed
 
-# %% ../../nbs/api/feedback/40_judge.ipynb #c195c39d
+# %% ../../nbs/api/feedback/40_judge.ipynb #a95a1c21
 def ask_each(
     judge: Callable[[Question], float | None], # of one question: P(the first is better), or None
     fails: tuple[type[Exception], ...] = (),   # exceptions that mean "no verdict", such as (TimeoutError,); any other one stops the run
@@ -81,7 +81,7 @@ def ask_each(
         except fails: return None
     return lambda questions: [one(q) for q in questions]
 
-# %% ../../nbs/api/feedback/40_judge.ipynb #cad40def
+# %% ../../nbs/api/feedback/40_judge.ipynb #551a551a
 def word_row(
     base: Base,         # a loaded model
     asked: Question,    # in one order
@@ -93,7 +93,7 @@ def word_row(
     except DataError: return None              # one of the words begins with the other
     return EncodedRow('', sequences, 0) if max(len(s.ids) for s in sequences) <= limit else None
 
-# %% ../../nbs/api/feedback/40_judge.ipynb #1cf7d4b3
+# %% ../../nbs/api/feedback/40_judge.ipynb #b1f521bc
 def ask_words(
     base: Base,                 # a loaded model
     model: Any = None,          # the model with an adapter on it; None: the base
@@ -109,7 +109,7 @@ def ask_words(
         return out
     return ask
 
-# %% ../../nbs/api/feedback/40_judge.ipynb #285c87b3
+# %% ../../nbs/api/feedback/40_judge.ipynb #5781393c
 def parse_verdict(
     text: str,              # what the judge wrote
     words: tuple[str, str], # for the first answer, for the second
@@ -118,7 +118,7 @@ def parse_verdict(
     said, first, second = (t.strip(' \t\r\n"\'()[]*.').casefold() for t in (text, *words))
     return float('nan') if said not in (first, second) or first == second else float(said == first)
 
-# %% ../../nbs/api/feedback/40_judge.ipynb #09b51708
+# %% ../../nbs/api/feedback/40_judge.ipynb #bfa9f962
 def text_votes(
     base: Base,                     # a loaded model
     questions: list[Question],      # see `question`
@@ -136,10 +136,10 @@ def text_votes(
     out[at] = [[parse_verdict(t, questions[i].words) for t in row] for i, row in zip(at, texts, strict=True)]
     return out
 
-# %% ../../nbs/api/feedback/40_judge.ipynb #b85a344f
+# %% ../../nbs/api/feedback/40_judge.ipynb #ecf7d942
 WRITTEN = GenerateSettings(max_tokens=4, temperature=0) # one verdict of a word, the likeliest
 
-# %% ../../nbs/api/feedback/40_judge.ipynb #8229624b
+# %% ../../nbs/api/feedback/40_judge.ipynb #391b0fd3
 def ask_text(
     base: Base,                     # a loaded model
     settings: GenerateSettings = WRITTEN, # how it writes; several samples give a share
@@ -154,7 +154,7 @@ def ask_text(
         return np.where(read.any(1), np.nansum(votes, 1) / np.maximum(read.sum(1), 1), np.nan)
     return ask
 
-# %% ../../nbs/api/feedback/40_judge.ipynb #ebe8f512
+# %% ../../nbs/api/feedback/40_judge.ipynb #417bbfd3
 @dataclass(frozen=True)
 class Judgement:
     "What a judge said about pairs in both orders"
@@ -190,7 +190,7 @@ class Judgement:
 
     def __repr__(self): return f'Judgement({len(self.ids):,} pairs, {self.failed.sum()} failed, {self.flipped.sum()} flipped by the order)'
 
-# %% ../../nbs/api/feedback/40_judge.ipynb #7e254a07
+# %% ../../nbs/api/feedback/40_judge.ipynb #e2e71bd5
 def judge_by(
     ask: Ask,                   # the judge
     pairs: Dataset,             # rows of kind "pairs"
@@ -210,7 +210,7 @@ def judge_by(
     out[at] = p.reshape(2, len(at)).T
     return Judgement(tuple(pairs['id']), out, same)
 
-# %% ../../nbs/api/feedback/40_judge.ipynb #f562690f
+# %% ../../nbs/api/feedback/40_judge.ipynb #2f4bb640
 def judge_pairs(
     base: Base,                 # a loaded model
     pairs: Dataset,             # rows of kind "pairs"
@@ -223,7 +223,7 @@ def judge_pairs(
     "A zero-shot judge: any causal model, its verdict read from the probabilities of two words, in both orders"
     return judge_by(ask_words(base, model, limit, budget, quiet), pairs, form)
 
-# %% ../../nbs/api/feedback/40_judge.ipynb #9d798f35
+# %% ../../nbs/api/feedback/40_judge.ipynb #4ac6d258
 def judge_report(
     judged: Judgement, # of `judge_pairs`
 ) -> dict[str, float]: # pairs, failed, win, tie, lose, win_rate, lowest, highest, flip_rate, first_rate
@@ -237,7 +237,7 @@ def judge_report(
                 lowest=total/n if n else float('nan'), highest=(total + (~ok).sum())/n if n else float('nan'),
                 flip_rate=share(judged.flipped, asked), first_rate=share(first, asked))
 
-# %% ../../nbs/api/feedback/40_judge.ipynb #5e8ba9de
+# %% ../../nbs/api/feedback/40_judge.ipynb #437d9277
 def judge_labels(
     pairs: Dataset,      # that were judged
     judged: Judgement,   # of `judge_pairs`, on the same pairs
@@ -250,7 +250,7 @@ def judge_labels(
     prob_a = judged.prob_a[kept]
     return WeakLabels(to_preferences(pairs.select(kept.tolist()), prob_a, source), prob_a, int((prob_a == .5).sum()))
 
-# %% ../../nbs/api/feedback/40_judge.ipynb #4a1acb70
+# %% ../../nbs/api/feedback/40_judge.ipynb #c5362209
 def response_pairs(
     prompts: Sequence[str | list[dict]],  # one a row
     a: Sequence[Sequence[str]],           # the samples of one model
@@ -264,7 +264,7 @@ def response_pairs(
     each = [(f'{i}#{k}', p, x, y) for i, p, xs, ys in zip(ids, prompts, a, b, strict=True) for k, (x, y) in enumerate(zip(xs, ys, strict=True))]
     return make_rows([dict(id=i, prompt=p, response_a=x, response_b=y) for i, p, x, y in each], 'pairs', source='models')
 
-# %% ../../nbs/api/feedback/40_judge.ipynb #18ebe0e3
+# %% ../../nbs/api/feedback/40_judge.ipynb #915a34f7
 def judged_scores(
     judged: Judgement,  # of `response_pairs`
     samples: int = 1,   # a row

@@ -6,7 +6,7 @@
 __all__ = ['HEAD', 'HEAD_FILE', 'NAMES', 'LoraSettings', 'check_targets', 'add_adapter', 'save_head', 'save_adapter',
            'check_adapter', 'load_adapter', 'adapter_hash']
 
-# %% ../../nbs/api/models/20_adapters.ipynb #cab9e1c2
+# %% ../../nbs/api/models/20_adapters.ipynb #f9f1a7b4
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ from .load import Base, files_hash, set_mode # before peft: it quiets one messag
 
 from peft import LoraConfig, PeftModel, get_peft_model
 
-# %% ../../nbs/api/models/20_adapters.ipynb #c0e02c52
+# %% ../../nbs/api/models/20_adapters.ipynb #f69e1f7a
 @dataclass(frozen=True)
 class LoraSettings:
     "The trainable adapter"
@@ -33,7 +33,7 @@ class LoraSettings:
         if self.rank < 1: raise ConfigError(f'lora rank is {self.rank}; it must be at least 1')
         if not 0 <= self.dropout < 1: raise ConfigError(f'lora dropout is {self.dropout}; it must lie in [0, 1)')
 
-# %% ../../nbs/api/models/20_adapters.ipynb #f3a75a27
+# %% ../../nbs/api/models/20_adapters.ipynb #3eae070f
 def check_targets(
     base: Base,           # the model
     lora: LoraSettings,   # whose targets are checked
@@ -45,7 +45,7 @@ def check_targets(
     if missing := [t for t in lora.targets if t not in names]:
         raise ModelError(f'{base.name} has no linear layer named {", ".join(missing)} that can take an adapter; it has {", ".join(sorted(names))}')
 
-# %% ../../nbs/api/models/20_adapters.ipynb #94d6176b
+# %% ../../nbs/api/models/20_adapters.ipynb #5b3155bc
 def add_adapter(
     base: Base,                         # stays frozen; take the adapter off again with `PeftModel.unload`
     lora: LoraSettings = LoraSettings(), # rank and its relatives
@@ -61,16 +61,16 @@ def add_adapter(
     set_mode(model, True)
     return model
 
-# %% ../../nbs/api/models/20_adapters.ipynb #9155c64f
+# %% ../../nbs/api/models/20_adapters.ipynb #52976dc3
 def _sorted_lists(config: dict) -> dict:
     "A configuration with its lists of names in order: PEFT keeps them as sets"
     return {k: sorted(v) if isinstance(v, list) and all(isinstance(x, str) for x in v) else v for k, v in config.items()}
 
-# %% ../../nbs/api/models/20_adapters.ipynb #424ad6a1
+# %% ../../nbs/api/models/20_adapters.ipynb #fef4f21d
 HEAD = 'reward_head'               # the head's name in a model with an adapter
 HEAD_FILE = f'{HEAD}.safetensors'  # and its file in the adapter's folder
 
-# %% ../../nbs/api/models/20_adapters.ipynb #f2ec9a9e
+# %% ../../nbs/api/models/20_adapters.ipynb #a41105d7
 def save_head(
     model: PeftModel, # with or without a scalar head
     folder: Path,     # of its adapter
@@ -80,7 +80,7 @@ def save_head(
     if head is None: (folder/HEAD_FILE).unlink(missing_ok=True)
     else: save_file({n: p.detach().cpu().contiguous() for n, p in head.named_parameters()}, folder/HEAD_FILE)
 
-# %% ../../nbs/api/models/20_adapters.ipynb #4803e829
+# %% ../../nbs/api/models/20_adapters.ipynb #ec1adf74
 def save_adapter(
     model: PeftModel,    # with one adapter
     base: Base,          # under it
@@ -95,7 +95,7 @@ def save_adapter(
     save_head(model, Path(folder))
     return Path(folder)
 
-# %% ../../nbs/api/models/20_adapters.ipynb #68a6d25f
+# %% ../../nbs/api/models/20_adapters.ipynb #3b1a9c6f
 def check_adapter(
     base: Base,     # that is to carry it
     folder: Path,   # of the adapter
@@ -111,7 +111,7 @@ def check_adapter(
         named = json.loads((folder/'adapter_config.json').read_text(encoding='utf-8'))['base_model_name_or_path']
         if named not in (base.name, base.model.name_or_path): raise ModelError(f'the adapter in {folder} says that it belongs to {named}, not to {base.name}; load that base')
 
-# %% ../../nbs/api/models/20_adapters.ipynb #c8c7e68b
+# %% ../../nbs/api/models/20_adapters.ipynb #7b58e579
 def load_adapter(
     base: Base,              # the model that it was trained on
     folder: str | Path,      # of the adapter
@@ -124,10 +124,10 @@ def load_adapter(
     set_mode(model, trainable)
     return model
 
-# %% ../../nbs/api/models/20_adapters.ipynb #ae12fb90
+# %% ../../nbs/api/models/20_adapters.ipynb #416d2063
 NAMES = ('base_model_name_or_path', 'revision', 'inference_mode', 'peft_version', 'auto_mapping') # of adapter_config.json: they change no number
 
-# %% ../../nbs/api/models/20_adapters.ipynb #f07c4f85
+# %% ../../nbs/api/models/20_adapters.ipynb #01b440d3
 def adapter_hash(
     folder: str | Path | None, # None: no adapter
 ) -> str:                      # 16 hexadecimal digits, or 'none'

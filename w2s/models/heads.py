@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['head_width', 'add_head', 'add_reward_adapter', 'load_reward_adapter']
 
-# %% ../../nbs/api/models/25_heads.ipynb #690a05d4
+# %% ../../nbs/api/models/25_heads.ipynb #bf01be44
 from pathlib import Path
 
 import torch
@@ -17,14 +17,14 @@ from .load import Base, set_mode
 
 from peft import PeftModel
 
-# %% ../../nbs/api/models/25_heads.ipynb #f41f6583
+# %% ../../nbs/api/models/25_heads.ipynb #a91b0156
 def head_width(
     base: Base, # any causal model
 ) -> int:
     "Width of the hidden states from which a model predicts"
     return base.model.get_output_embeddings().weight.shape[1]
 
-# %% ../../nbs/api/models/25_heads.ipynb #e0768920
+# %% ../../nbs/api/models/25_heads.ipynb #3f1a9001
 def add_head(
     model: PeftModel,   # a base with an adapter, fresh or of an SFT
     base: Base,         # under it
@@ -37,7 +37,7 @@ def add_head(
     model.add_module(HEAD, head)
     return model
 
-# %% ../../nbs/api/models/25_heads.ipynb #5b400616
+# %% ../../nbs/api/models/25_heads.ipynb #a17db800
 def add_reward_adapter(
     base: Base,                       # stays frozen
     lora: LoraSettings | None = None, # rank and its relatives; None: those of any adapter
@@ -46,7 +46,7 @@ def add_reward_adapter(
     "Put a fresh LoRA adapter and a scalar head on a base (CW-PO 2603.04968, section 3)"
     return add_head(add_adapter(base, lora or LoraSettings(), seed), base, seed)
 
-# %% ../../nbs/api/models/25_heads.ipynb #43b91419
+# %% ../../nbs/api/models/25_heads.ipynb #ac15a34e
 def load_reward_adapter(
     base: Base,              # the model that it was trained on
     folder: str | Path,      # of adapter and head, from `save_adapter`

@@ -6,14 +6,14 @@
 __all__ = ['PREFERENCE_LOSSES', 'SMOOTHING', 'log_ratio_gap', 'check_loss', 'dpo', 'cdpo', 'rdpo', 'ipo', 'bradley_terry', 'sft',
            'weighted_sum', 'check_weights']
 
-# %% ../../nbs/api/train/30_losses.ipynb #40c9d732
+# %% ../../nbs/api/train/30_losses.ipynb #f3aa20e6
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
 
-# %% ../../nbs/api/train/30_losses.ipynb #1366a972
+# %% ../../nbs/api/train/30_losses.ipynb #6749a063
 def log_ratio_gap(
     policy: Tensor,     # (rows, 2): log-probs of chosen and rejected under the policy
     reference: Tensor,  # (rows, 2): the same under the frozen reference
@@ -22,7 +22,7 @@ def log_ratio_gap(
     chosen, rejected = (policy - reference).unbind(1)
     return chosen - rejected
 
-# %% ../../nbs/api/train/30_losses.ipynb #4268a620
+# %% ../../nbs/api/train/30_losses.ipynb #7cb54e40
 def check_loss(
     beta: float,             # pull towards the reference
     smoothing: float = 0.0,  # ε
@@ -33,7 +33,7 @@ def check_loss(
     if not smooths and smoothing: raise ConfigError(f'smoothing is {smoothing}, but this loss has none; leave it out, or take cdpo or rdpo')
     if not 0 <= smoothing < .5: raise ConfigError(f'smoothing is {smoothing}; it must lie in [0, 0.5)')
 
-# %% ../../nbs/api/train/30_losses.ipynb #1da54de7
+# %% ../../nbs/api/train/30_losses.ipynb #89a97948
 def dpo(
     gap: Tensor,              # (rows,): of `log_ratio_gap`
     target: Tensor,           # (rows,): P(chosen ≻ rejected), in [0, 1]
@@ -44,7 +44,7 @@ def dpo(
     check_loss(beta, smoothing, smooths=False)
     return F.binary_cross_entropy_with_logits(beta*gap, target.to(gap.device, gap.dtype), reduction='none')
 
-# %% ../../nbs/api/train/30_losses.ipynb #1fa62d1c
+# %% ../../nbs/api/train/30_losses.ipynb #ff2fda9a
 def cdpo(
     gap: Tensor,              # (rows,): of `log_ratio_gap`
     target: Tensor,           # (rows,): P(chosen ≻ rejected), in [0, 1]
@@ -55,7 +55,7 @@ def cdpo(
     check_loss(beta, smoothing)
     return dpo(gap, target + smoothing*(1 - 2*target), beta)
 
-# %% ../../nbs/api/train/30_losses.ipynb #d395c7d6
+# %% ../../nbs/api/train/30_losses.ipynb #e48e8ff2
 def rdpo(
     gap: Tensor,              # (rows,): of `log_ratio_gap`
     target: Tensor,           # (rows,): P(chosen ≻ rejected), in [0, 1]
@@ -66,7 +66,7 @@ def rdpo(
     check_loss(beta, smoothing)
     return dpo(gap, (target - smoothing)/(1 - 2*smoothing), beta)
 
-# %% ../../nbs/api/train/30_losses.ipynb #6ab9c1a0
+# %% ../../nbs/api/train/30_losses.ipynb #bbb39ba5
 def ipo(
     gap: Tensor,              # (rows,): of `log_ratio_gap`
     target: Tensor,           # (rows,): P(chosen ≻ rejected), in [0, 1]
@@ -78,11 +78,11 @@ def ipo(
     p, wanted = target.to(gap.device, gap.dtype), 1/(2*beta)
     return p*(gap - wanted)**2 + (1 - p)*(gap + wanted)**2
 
-# %% ../../nbs/api/train/30_losses.ipynb #d9c4857c
+# %% ../../nbs/api/train/30_losses.ipynb #b42bbc57
 PREFERENCE_LOSSES = {'dpo': dpo, 'cdpo': cdpo, 'rdpo': rdpo, 'ipo': ipo} # each: (gap, target, beta, smoothing) -> (rows,)
 SMOOTHING = {'dpo': 0., 'cdpo': .1, 'rdpo': .1, 'ipo': 0.}               # ε where none is given; 0.1: CW-PO, section 4.1
 
-# %% ../../nbs/api/train/30_losses.ipynb #6a0dd4d0
+# %% ../../nbs/api/train/30_losses.ipynb #40cb851e
 def bradley_terry(
     rewards: Tensor,   # (rows, 2): scores of chosen and rejected
     target: Tensor,    # (rows,): P(chosen ≻ rejected), in [0, 1]
@@ -91,14 +91,14 @@ def bradley_terry(
     chosen, rejected = rewards.unbind(1)
     return F.binary_cross_entropy_with_logits(chosen - rejected, target.to(rewards.device, rewards.dtype), reduction='none')
 
-# %% ../../nbs/api/train/30_losses.ipynb #f52e8b65
+# %% ../../nbs/api/train/30_losses.ipynb #580ac0a2
 def sft(
     logps: Tensor, # (rows,): log-prob of each completion, end token included
 ) -> Tensor:       # (rows,): in nats a row, not a token
     "Negative log-likelihood of completions"
     return -logps
 
-# %% ../../nbs/api/train/30_losses.ipynb #cc1d7d01
+# %% ../../nbs/api/train/30_losses.ipynb #0e8fe31c
 def weighted_sum(
     losses: Tensor,  # (rows,): of one micro-batch
     weights: Tensor, # (rows,): at least 0
@@ -106,7 +106,7 @@ def weighted_sum(
     "Sum of weighted losses"
     return (losses * weights.to(losses.device, losses.dtype)).sum()
 
-# %% ../../nbs/api/train/30_losses.ipynb #13e09853
+# %% ../../nbs/api/train/30_losses.ipynb #35eb54d9
 def check_weights(
     weights: Tensor, # (rows,): of a whole data set
 ) -> None:

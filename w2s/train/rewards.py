@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['last_tokens', 'sequence_rewards', 'reward_objective', 'response_rewards']
 
-# %% ../../nbs/api/train/57_rewards.ipynb #f9c284dd
+# %% ../../nbs/api/train/57_rewards.ipynb #8e71a68b
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,7 +24,7 @@ from .loop import Objective, row_targets, row_weights
 from .losses import bradley_terry
 from .tokens import EncodedRow
 
-# %% ../../nbs/api/train/57_rewards.ipynb #5a5d4d81
+# %% ../../nbs/api/train/57_rewards.ipynb #60a7fa80
 def last_tokens(
     data: Block,    # sequences, padded on either side
 ) -> Tensor:        # (sequences,): index of the last token of text
@@ -32,7 +32,7 @@ def last_tokens(
     places = torch.arange(data.attention_mask.shape[1], device=data.attention_mask.device)
     return (data.attention_mask * places).argmax(1)
 
-# %% ../../nbs/api/train/57_rewards.ipynb #59c29356
+# %% ../../nbs/api/train/57_rewards.ipynb #a4d3b54b
 def sequence_rewards(
     model: Any,    # with a scalar head: see `add_reward_adapter`
     data: Block,   # whole sequences, prompt and response
@@ -43,7 +43,7 @@ def sequence_rewards(
     ends = replace(data, sequence=torch.arange(len(data.input_ids)), position=last_tokens(data))
     return head(response_hidden(model, ends).to(head.weight.dtype))[:, 0]
 
-# %% ../../nbs/api/train/57_rewards.ipynb #0d7da96c
+# %% ../../nbs/api/train/57_rewards.ipynb #3afef5f2
 def reward_objective(
     rows: Sequence[EncodedRow],              # (chosen, rejected)
     target: Sequence[float] | None = None,   # P(chosen ≻ rejected) of each row; None: 1
@@ -58,7 +58,7 @@ def reward_objective(
     return Objective([r.id for r in rows], [r.sequences for r in rows], margin, loss,
                      row_weights(weights, len(rows)), [1]*len(rows), forward=sequence_rewards)
 
-# %% ../../nbs/api/train/57_rewards.ipynb #d82a3f0c
+# %% ../../nbs/api/train/57_rewards.ipynb #ca5be0d0
 def response_rewards(
     model: Any,                  # with a scalar head; left in evaluation mode
     rows: Sequence[EncodedRow],  # each with the same number of sequences
