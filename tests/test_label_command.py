@@ -18,7 +18,8 @@ from w2s.data.rows import make_rows, to_pairs
 from w2s.data.tables import read_table
 from w2s.errors import ConfigError, DataError
 from w2s.experiments import label as page
-from w2s.experiments.label import LabelJob, Labelled, label, label_settings, measured_text, read_pairs, trl_table, verdict, word_margins
+from w2s.experiments.label import Labelled, label, label_settings, measured_text, trl_table, verdict
+from w2s.experiments.label_rows import LabelJob, read_pairs, word_margins
 from w2s.experiments.preference_data import ladder_world
 from w2s.feedback.preferences import label_pairs
 from w2s.world.rows import world_preferences

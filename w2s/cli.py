@@ -6,7 +6,7 @@
 __all__ = ['app', 'run_app', 'Flag', 'zoo_app', 'given', 'version_command', 'weak_teacher', 'weak_teacher_config',
            'label_command', 'zoo', 'cards_table', 'zoo_build', 'main']
 
-# %% ../nbs/api/90_cli.ipynb #bfcaebda
+# %% ../nbs/api/90_cli.ipynb #51de213a
 import os
 import sys
 import warnings
@@ -19,7 +19,7 @@ import typer
 from . import __version__
 from .errors import ConfigError, W2SError
 
-# %% ../nbs/api/90_cli.ipynb #dc95ea5e
+# %% ../nbs/api/90_cli.ipynb #6f4ca634
 def given(
     flags: dict[str, Any], # setting -> value, None where the flag was not given; 'load.quantize' is a setting inside a table
 ) -> dict[str, Any]:       # only what was given, as nested tables
@@ -33,28 +33,28 @@ def given(
         place[last] = value
     return out
 
-# %% ../nbs/api/90_cli.ipynb #b4f26bb3
+# %% ../nbs/api/90_cli.ipynb #355a3f31
 app = typer.Typer(help='Weak-to-strong alignment of language models.', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 run_app = typer.Typer(help='Run a whole experiment.', no_args_is_help=True)
 app.add_typer(run_app, name='run')
 
-# %% ../nbs/api/90_cli.ipynb #58814bda
+# %% ../nbs/api/90_cli.ipynb #920d3d81
 @app.command('version')
 def version_command() -> None:
     "Print the version of w2s"
     typer.echo(__version__)
 
-# %% ../nbs/api/90_cli.ipynb #59c10953
+# %% ../nbs/api/90_cli.ipynb #a128de22
 @app.callback()
 def _before() -> None:
     # one place for what all commands need; the callback's docstring would show up in the help
     warnings.filterwarnings('ignore', category=FutureWarning) # of libraries among themselves; nothing that a user can mend
     os.environ.setdefault('TOKENIZERS_PARALLELISM', 'true')
 
-# %% ../nbs/api/90_cli.ipynb #c94115b8
+# %% ../nbs/api/90_cli.ipynb #42ea471f
 Flag = typer.Option
 
-# %% ../nbs/api/90_cli.ipynb #d4213f60
+# %% ../nbs/api/90_cli.ipynb #d6494859
 @run_app.command('weak-teacher')
 def weak_teacher(
     data: Annotated[str | None, Flag(help='preference rows: world or world:SEED (made on the spot), a file, a folder with train_gt/train_w2s/test files, or a name on the hub (default: world)')] = None,
@@ -107,7 +107,7 @@ def weak_teacher(
     if vary is None: _weak_teacher(given(flags), config, out, dry_run)
     else: _varied(given(flags), config, vary, [v.strip() for v in (values or '').split(',') if v.strip()], out, dry_run)
 
-# %% ../nbs/api/90_cli.ipynb #f33480a2
+# %% ../nbs/api/90_cli.ipynb #5f03e45c
 def weak_teacher_config(
     flags: dict[str, Any], # settings given by flags
     file: Path | None,     # TOML file
@@ -117,7 +117,7 @@ def weak_teacher_config(
     from w2s.experiments.weak_settings import fill_settings
     return fill_settings(merged(read_toml(file) if file else {}, flags))
 
-# %% ../nbs/api/90_cli.ipynb #d2a2ee8b
+# %% ../nbs/api/90_cli.ipynb #3891dca9
 def _weak_teacher(flags: dict[str, Any], file: Path | None, out: Path, dry_run: bool) -> None:
     "Run, write and print"
     config = weak_teacher_config(flags, file)
@@ -132,7 +132,7 @@ def _weak_teacher(flags: dict[str, Any], file: Path | None, out: Path, dry_run: 
     also = '' if result.responses.empty else 'responses.parquet, '
     typer.echo(f'\n{result}\n\nwritten to {out}: report.md, figure.png, results.parquet, {also}adapters/ …')
 
-# %% ../nbs/api/90_cli.ipynb #777f2f69
+# %% ../nbs/api/90_cli.ipynb #39ed7e9d
 def _varied(flags: dict[str, Any], file: Path | None, setting: str, values: list[str], out: Path, dry_run: bool) -> None:
     "Run a variation, write and print"
     from w2s.experiments.config import merged, read_toml
@@ -147,7 +147,7 @@ def _varied(flags: dict[str, Any], file: Path | None, setting: str, values: list
     varied = run_varied(shared, setting, values, out)
     typer.echo(f'\n{varied}\n\nwritten to {write_varied(varied)}, with tables and a figure beside it')
 
-# %% ../nbs/api/90_cli.ipynb #e12f538b
+# %% ../nbs/api/90_cli.ipynb #4eacb177
 @app.command('label')
 def label_command(
     model: Annotated[str, Flag(help='the supervisor: pico, nano, micro or base (they come with w2s), a folder, or a name on the hub')],
@@ -174,24 +174,25 @@ def label_command(
 
     Out come prompt, chosen, rejected, as TRL names them, with prob (calibrated), weight (confidence), id and margin.
     """
-    from w2s.experiments.label import LabelJob, label, label_settings
+    from w2s.experiments.label import label, label_settings
+    from w2s.experiments.label_rows import LabelJob
     both = {'epochs': epochs, 'token_budget': token_budget}
     flags = {'supervisor': supervisor, 'rows': train_rows, 'beta': beta, 'max_length': max_length, 'load.quantize': quantize, 'load.dtype': dtype,
              'sft.learning_rate': sft_lr, 'dpo.learning_rate': dpo_lr, 'strict': strict, **{f'{s}.{k}': v for s in ('sft', 'dpo') for k, v in both.items()}}
     done = label(label_settings(model, _with_file(given(flags), config)), LabelJob(rows, train, calibrate, seed), out, work)
     typer.echo(f'\n{done}\n\nwritten: {out}, with a report in {out.with_suffix(".md").name} and {out.with_suffix(".json").name}')
 
-# %% ../nbs/api/90_cli.ipynb #1e644ffb
+# %% ../nbs/api/90_cli.ipynb #8ab1ea2d
 def _with_file(flags: dict[str, Any], file: Path | None) -> dict[str, Any]:
     "Settings of a file, if there is one, and flags, which win"
     from w2s.experiments.config import merged, read_toml
     return merged(read_toml(file) if file else {}, flags)
 
-# %% ../nbs/api/90_cli.ipynb #1fbb508b
+# %% ../nbs/api/90_cli.ipynb #7fa46e7b
 zoo_app = typer.Typer(help='The models that come with w2s: list them, or build one.', invoke_without_command=True)
 app.add_typer(zoo_app, name='zoo')
 
-# %% ../nbs/api/90_cli.ipynb #7b881029
+# %% ../nbs/api/90_cli.ipynb #9b5b7da0
 @zoo_app.callback()
 def zoo(
     context: typer.Context, # of typer: is there a command behind it?
@@ -202,7 +203,7 @@ def zoo(
     from w2s.models.zoo import LADDER, card
     Console().print(cards_table([card(name) for name in LADDER]))
 
-# %% ../nbs/api/90_cli.ipynb #31ba1d3c
+# %% ../nbs/api/90_cli.ipynb #7d1c3b1d
 def cards_table(
     cards: list[dict[str, Any]], # of models
 ) -> Any:                        # a table of rich
@@ -217,7 +218,7 @@ def cards_table(
     for probe in cards[0]['knowledge']: table.add_row(probe, *(f'{c["knowledge"][probe]["value"]:.2f}' for c in cards))
     return table
 
-# %% ../nbs/api/90_cli.ipynb #61e85de1
+# %% ../nbs/api/90_cli.ipynb #b6987aab
 @zoo_app.command('build')
 def zoo_build(
     size: Annotated[str, Flag(help='pico, nano, micro or base')],
@@ -234,7 +235,7 @@ def zoo_build(
     Console().print(cards_table([made]))
     typer.echo(f'written to {out/size}; w2s run weak-teacher --weak {out/size} takes it')
 
-# %% ../nbs/api/90_cli.ipynb #85c1647f
+# %% ../nbs/api/90_cli.ipynb #0c41910f
 def main() -> None:
     "The `w2s` command"
     try: app()
