@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from torch import Tensor
 from w2s.models.adapters import LoraSettings, add_adapter
 from w2s.models.load import Base, LoadSettings
 from w2s.models.tiny import tiny_config
-from w2s.train import loop
 from w2s.train.batches import Block
 from w2s.train.loop import Objective, preference_objective, step_gradient
 from w2s.train.tokens import Encoded, EncodedRow
@@ -84,15 +84,12 @@ def measure(
 ) -> int:                  # bytes
     "Peak of one DPO step, forward and backward, after one that warms up"
     model, goal = a_step(vocabulary, tokens, hidden, device)
+    if naive: goal = replace(goal, forward=naive_logps)
     def step() -> None:
         step_gradient(model, goal, range(len(goal.ids)), 1 << 30)
         for p in model.parameters(): p.grad = None
-    ours = loop.response_logps
-    try:
-        if naive: loop.response_logps = naive_logps
-        if device == 'cuda': step()
-        return peak_bytes(step, device)
-    finally: loop.response_logps = ours
+    if device == 'cuda': step()
+    return peak_bytes(step, device)
 
 
 def machine(device: str) -> str:
