@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['last_tokens', 'sequence_rewards', 'reward_objective', 'response_rewards']
 
-# %% ../../nbs/api/train/57_rewards.ipynb #8e71a68b
+# %% ../../nbs/api/train/57_rewards.ipynb #2b3dab59
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,18 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..errors import DataError, ModelError
 from ..models.adapters import HEAD
-from ..models.load import set_mode
-from .batches import Block, block, micro_batches
-from .logprobs import response_hidden
+from .batches import Block
+from .logprobs import response_hidden, score
 from .loop import Objective, row_targets, row_weights
 from .losses import bradley_terry
 from .tokens import EncodedRow
 
-# %% ../../nbs/api/train/57_rewards.ipynb #60a7fa80
+# %% ../../nbs/api/train/57_rewards.ipynb #0cb4c54b
 def last_tokens(
     data: Block,    # sequences, padded on either side
 ) -> Tensor:        # (sequences,): index of the last token of text
@@ -32,7 +30,7 @@ def last_tokens(
     places = torch.arange(data.attention_mask.shape[1], device=data.attention_mask.device)
     return (data.attention_mask * places).argmax(1)
 
-# %% ../../nbs/api/train/57_rewards.ipynb #a4d3b54b
+# %% ../../nbs/api/train/57_rewards.ipynb #1948fb34
 def sequence_rewards(
     model: Any,    # with a scalar head: see `add_reward_adapter`
     data: Block,   # whole sequences, prompt and response
@@ -43,7 +41,7 @@ def sequence_rewards(
     ends = replace(data, sequence=torch.arange(len(data.input_ids)), position=last_tokens(data))
     return head(response_hidden(model, ends).to(head.weight.dtype))[:, 0]
 
-# %% ../../nbs/api/train/57_rewards.ipynb #3afef5f2
+# %% ../../nbs/api/train/57_rewards.ipynb #a15286be
 def reward_objective(
     rows: Sequence[EncodedRow],              # (chosen, rejected)
     target: Sequence[float] | None = None,   # P(chosen ≻ rejected) of each row; None: 1
@@ -58,7 +56,7 @@ def reward_objective(
     return Objective([r.id for r in rows], [r.sequences for r in rows], margin, loss,
                      row_weights(weights, len(rows)), [1]*len(rows), forward=sequence_rewards)
 
-# %% ../../nbs/api/train/57_rewards.ipynb #ca5be0d0
+# %% ../../nbs/api/train/57_rewards.ipynb #9b70b868
 def response_rewards(
     model: Any,                  # with a scalar head; left in evaluation mode
     rows: Sequence[EncodedRow],  # each with the same number of sequences
@@ -67,12 +65,4 @@ def response_rewards(
     quiet: bool = False,         # no progress bar
 ) -> np.ndarray:                 # (rows, sequences a row), float64
     "The score of every response of every row, for `label_pairs` and evaluation"
-    if not rows: return np.zeros((0, 0))
-    flat = [s for r in rows for s in r.sequences]
-    lengths, out = [len(s.ids) for s in flat], np.zeros(len(flat))
-    set_mode(model, False)
-    with torch.no_grad(), tqdm(total=sum(lengths), desc=label, unit='tok', unit_scale=True, disable=quiet, leave=False) as bar:
-        for part in micro_batches(range(len(flat)), lengths, budget):
-            out[part] = sequence_rewards(model, block([flat[i] for i in part])).double().cpu().numpy()
-            bar.update(sum(lengths[i] for i in part))
-    return out.reshape(len(rows), -1)
+    return score(model, rows, budget, label, quiet, sequence_rewards)
