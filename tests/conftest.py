@@ -21,6 +21,17 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory) -> Path:
+    "A tiny model that has read a little; modules that need another one have their own"
+    from w2s.data.samples import sample_preferences
+    from w2s.models.tiny import pretrain, tiny_model
+    texts = [r['prompt'] + r['chosen'] for r in sample_preferences(60, seed=3)]
+    out = tiny_model(tmp_path_factory.mktemp('tiny')/'model', texts)
+    pretrain(out, texts, steps=40)
+    return out
+
+
 def pytest_collection_modifyitems(items):
     "Notebooks first, in the order of test_notebooks.py: a long one started last would leave a worker idle"
     items.sort(key=lambda item: item.path.name != 'test_notebooks.py')

@@ -11,7 +11,6 @@ from w2s.data.samples import sample_preferences
 from w2s.errors import ConfigError, DataError
 from w2s.models.adapters import LoraSettings, add_adapter
 from w2s.models.load import LoadSettings, load_base
-from w2s.models.tiny import pretrain, tiny_model
 from w2s.train import losses
 from w2s.train.checkpoints import trainable
 from w2s.train.logprobs import score
@@ -21,15 +20,6 @@ from w2s.train.tokens import encode_rows
 
 LOSSES = sorted(losses.PREFERENCE_LOSSES)
 BETA, RANK = .1, LoraSettings(rank=2)
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    "A tiny model that has read a little"
-    texts = [r['prompt'] + r['chosen'] for r in sample_preferences(60, seed=3)]
-    out = tiny_model(tmp_path_factory.mktemp('tiny')/'model', texts)
-    pretrain(out, texts, steps=40)
-    return out
 
 
 @pytest.fixture(scope='module', params=['float32', 'bfloat16'])

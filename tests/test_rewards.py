@@ -27,7 +27,6 @@ from w2s.feedback.preferences import label_pairs
 from w2s.models.adapters import HEAD_FILE, LoraSettings, add_adapter, adapter_hash, load_adapter, save_adapter
 from w2s.models.heads import add_head, add_reward_adapter, head_width, load_reward_adapter
 from w2s.models.load import Base, LoadSettings, load_base, set_mode
-from w2s.models.tiny import pretrain, tiny_model
 from w2s.train.batches import block
 from w2s.train.checkpoints import trainable
 from w2s.train.loop import TrainSettings, make_optimizer, step_gradient, train
@@ -60,15 +59,6 @@ def shake(model, seed=0):
     draw = torch.Generator().manual_seed(seed)
     for _, p in sorted(trainable(model).items()): p.data += .05*torch.randn(p.shape, generator=draw)
     return model
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    "A tiny model that has read a little"
-    texts = [r['prompt'] + r['chosen'] for r in sample_preferences(60, seed=3)]
-    out = tiny_model(tmp_path_factory.mktemp('tiny')/'model', texts)
-    pretrain(out, texts, steps=40)
-    return out
 
 
 @pytest.fixture(scope='module')
