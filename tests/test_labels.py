@@ -1,14 +1,17 @@
 "Label words, losses on soft labels, and what the confidence loss must not depend on (pitfalls 2, 3, 4, 5, 7, 12, 16, 18)"
 import itertools
 import math
+from decimal import Decimal
 
 import numpy as np
 import pytest
 import torch
+from scipy.special import rel_entr
 from transformers import PreTrainedTokenizerFast
 
 from w2s.data.rows import make_rows
 from w2s.errors import ConfigError, DataError
+from w2s.feedback.cleaning import PROBES, clean_by_probe, row_folds
 from w2s.models.adapters import LoraSettings, add_adapter
 from w2s.models.load import LoadSettings, load_base
 from w2s.models.tiny import pretrain, tiny_model
@@ -17,10 +20,13 @@ from w2s.train import loop
 from w2s.train.batches import block
 from w2s.train.checkpoints import trainable
 from w2s.train.label_losses import class_counts, confidence, confidence_weight, harden, soft_xent
+from w2s.train.label_variants import (
+    class_prices, forward_kl, margins, product, product_target, reverse_kl, sharpened, warm_up, window_target)
 from w2s.train.labels import (
-    batch_opinion, class_logps, class_probs, encode_labels, encode_words, label_objective, label_targets, weak_labels)
-from w2s.train.logprobs import response_logps
+    LABEL_LOSSES, OPTION_RANGES, batch_opinion, class_logps, class_probs, encode_labels, encode_words, label_objective, label_targets, weak_labels)
+from w2s.train.logprobs import response_logps, score
 from w2s.train.loop import TrainSettings, for_step, step_gradient, train
+from w2s.train.tokens import EncodedRow
 
 WORDS = (' no', ' yes')
 THINGS = [a + b for a in ('zo', 'mi', 'ka', 'ple', 'dro', 'fa') for b in ('rk', 'nda', 'lop', 'st', 'mbi', 'ff', 'rn')]
@@ -126,6 +132,111 @@ def test_pitfall_02_the_loss_of_16_bit_logits_is_computed_in_32():
     assert soft_xent(x, y).dtype == torch.float32 and (soft_xent(x, y) - exact).abs().max() < 1e-5
 
 
+PLAIN = {  # of two classes: the loss and what it is for z, the log-odds of class 1, and w, its weak probability
+    'xent': soft_xent, 'kl': forward_kl, 'reverse_kl': reverse_kl, 'entropy': sharpened, 'product': product,
+    'confidence': lambda x, y: confidence(x, y, harden(x, class_counts(y)), .75),
+    'window': lambda x, y: soft_xent(x, window_target(x, y, harden(x, class_counts(y)), 2.)),
+}
+
+
+def slope(loss, z, w):
+    "Exact gradient of the log-odds, in as many digits as it takes"
+    z, w, least = Decimal(z), Decimal(str(w)), Decimal('1e-4')
+    f = 1/(1 + (-z).exp())
+    own = Decimal(int(w > Decimal('.5')))  # of a batch of one row: the class that the weak label prefers
+    if loss in ('xent', 'kl'): return f - w
+    if loss == 'entropy': return f - w - Decimal('.3')*z*f*(1 - f)
+    if loss == 'reverse_kl': return f*(1 - f)*(z - (max(w, least)/max(1 - w, least)).ln())
+    if loss == 'product': return f - (f*w)/(f*w + (1 - f)*(1 - w))
+    if loss == 'confidence': return f - Decimal('.25')*w - Decimal('.75')*own
+    return f - w  # window: one row lies at its own threshold
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('loss', LABEL_LOSSES)
+def test_pitfall_02_every_loss_is_finite_and_pushes_the_right_way(loss, dtype):
+    for z, w in itertools.product((-60, -20, -8, 8, 20, 60), (0., .3, 1.)):
+        x = torch.tensor([[0., z]], dtype=dtype, requires_grad=True)
+        out = PLAIN[loss](x, torch.tensor([[1 - w, w]]))
+        out.sum().backward()
+        got, want = x.grad[0, 1].item(), float(slope(loss, z, w))
+        assert torch.isfinite(out).all() and torch.isfinite(x.grad).all()
+        assert abs(got - want) < (1e-6 if dtype == torch.float32 else 5e-3)
+        if abs(want) > .01 or loss == 'reverse_kl': assert got*want > 0
+        if (z > 0, w) in ((True, 0.), (False, 1.)):  # sure, and wrong about a hard label
+            assert got*z > 0 and (loss == 'reverse_kl' or abs(got) > .9)
+            assert loss != 'reverse_kl' or got == pytest.approx(want, rel=1e-2)
+
+
+def test_pitfall_02_logits_of_both_signs_with_a_hard_label():
+    "Log-odds of 120, where a product of probabilities has no digits left"
+    for loss, of in PLAIN.items():
+        for z, w in itertools.product((-60., 60.), (0., 1.)):
+            x = torch.tensor([[-z, z]], requires_grad=True)
+            out = of(x, torch.tensor([[1 - w, w]]))
+            out.sum().backward()
+            assert torch.isfinite(out).all() and torch.isfinite(x.grad).all()
+            if (z > 0) == (w == 0) and loss != 'reverse_kl': assert abs(x.grad[0, 1].item()) > .9
+
+
+@pytest.mark.parametrize('classes', [2, 5])
+def test_divergences_are_those_of_scipy(classes):
+    r = np.random.default_rng(0)
+    p, w = r.dirichlet(np.ones(classes), 40), r.dirichlet(np.ones(classes), 40).clip(1e-3)
+    w /= w.sum(1, keepdims=True)
+    x, y = torch.tensor(p).log(), torch.tensor(w)
+    assert np.allclose(forward_kl(x, y), rel_entr(w, p).sum(1), atol=1e-5)
+    assert np.allclose(reverse_kl(x, y), rel_entr(p, w).sum(1), atol=1e-5)
+
+
+def test_kl_has_the_gradient_of_cross_entropy(base, rows):
+    weak, batch = targets(len(rows)), list(range(24))
+    a, b = (step(base, label_objective(rows, weak, loss=loss), batch)[1] for loss in ('xent', 'kl'))
+    assert (a - b).abs().max() < 1e-7
+
+
+def test_the_product_target_is_the_product():
+    r = np.random.default_rng(0)
+    p, w = r.dirichlet(np.ones(3), 20), r.dirichlet(np.ones(3), 20)
+    want = p**.6 * w**.8
+    got = product_target(torch.tensor(p).log(), torch.tensor(w), .8, .6)
+    assert np.allclose(got, want/want.sum(1, keepdims=True), atol=1e-6) and not got.requires_grad
+
+
+# ---- window
+
+def test_the_window_of_two_classes_is_a_distance_from_the_threshold():
+    "In plain numpy: the threshold lies midway between the last row of class 1 and the first of class 0"
+    r = np.random.default_rng(1)
+    for _ in range(30):
+        n = r.integers(2, 60)
+        z, w = r.normal(0, 2, n), r.dirichlet([1, 1], n)
+        positive = int(np.ceil(w[:, 1].sum() - .5))
+        order = np.sort(z)[::-1]
+        t = order[0] if positive == 0 else order[-1] if positive == n else (order[positive - 1] + order[positive])/2
+        x, y = torch.tensor(np.stack([-z/2, z/2], 1)), torch.tensor(w)
+        hard = harden(x, class_counts(y))
+        distance = abs(z - t)
+        assert np.allclose(margins(x, hard), distance, atol=5e-4)
+        clear = abs(distance - 1.) > 1e-3
+        want = np.where((distance <= 1.)[:, None], w, hard)
+        assert np.allclose(window_target(x, y, hard, 1.)[clear], want[clear])
+
+
+@pytest.mark.parametrize('classes', [3, 5, 10])
+def test_margins_of_more_classes_belong_to_the_assigned_class(classes):
+    "After prices the assigned class is the best of its row; a price is zero-sum noise to nobody: shifting all logits of a class moves it along"
+    r = np.random.default_rng(classes)
+    for _ in range(20):
+        z = torch.tensor(r.normal(0, 2, (24, classes)))
+        counts = r.multinomial(24, r.dirichlet(np.ones(classes)))
+        hard = harden(z, counts.tolist())
+        best = z.log_softmax(1).numpy() - class_prices(z.log_softmax(1).numpy(), hard.numpy())
+        assert (best.max(1) - (best*hard.numpy()).sum(1) < 2e-3).all()
+        moved = z + torch.tensor(r.normal(size=classes))
+        assert torch.allclose(margins(moved, harden(moved, counts.tolist())), margins(z, hard), atol=2e-3)
+
+
 # ---- 3: the threshold is that of the optimizer batch
 
 def test_pitfall_03_micro_batches_do_not_matter(base, rows):
@@ -140,6 +251,30 @@ def test_pitfall_03_micro_batches_do_not_matter(base, rows):
     for other, gradient in others: assert abs(other - loss) < 1e-6 and (gradient - whole).abs().max() < 1e-6
     plain = step(base, label_objective(rows, weak), batch)[1]
     assert (plain - whole).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize('loss', LABEL_LOSSES)
+def test_pitfall_03_micro_batches_and_order_do_not_matter_to_any_loss(base, rows, loss):
+    weak, batch = targets(len(rows)), list(range(32))
+    goal = label_objective(rows, weak, loss=loss, options={'radius': .3} if loss == 'window' else None)
+    four = 4*max(sum(len(s.ids) for s in r.sequences) for r in rows)
+    first, whole = step(base, goal, batch)
+    others = [step(base, goal, batch, b) for b in (four, 1)] + [step(base, goal, np.random.default_rng(s).permutation(batch).tolist(), four) for s in (0, 1)]
+    for other, gradient in others: assert abs(other - first) < 1e-6 and (gradient - whole).abs().max() < 5e-6 # of 32-bit sums
+    if loss not in ('xent', 'kl'): assert (step(base, label_objective(rows, weak), batch)[1] - whole).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize('loss', ['confidence', 'window'])
+def test_pitfall_03_an_evaluation_between_the_steps_changes_no_bit(base, rows, tmp_path, loss):
+    def learned(name, looks):
+        model = add_adapter(base, LoraSettings(rank=2), seed=0)
+        after = (lambda _: class_probs(model, rows[24:], quiet=True)) if looks else None
+        train(model, label_objective(rows[:24], targets(24), loss=loss, options={'warmup': 0.} if loss == 'confidence' else {'radius': .4}),
+              TrainSettings(batch_size=8, learning_rate=1e-2), tmp_path/name, quiet=True, after=after)
+        out = torch.cat([p.detach().flatten().clone() for p in trainable(model).values()])
+        model.unload()
+        return out
+    assert torch.equal(learned('a', False), learned('b', True))
 
 
 def test_pitfall_03_the_order_of_rows_does_not_matter(base, rows):
@@ -220,15 +355,56 @@ def test_pitfall_04_training_follows_the_line(base, rows, tmp_path, monkeypatch)
     monkeypatch.setattr(labels_module, 'confidence', watched)
     monkeypatch.setattr(loop, 'take_step', take_step)
     model = add_adapter(base, LoraSettings(rank=2))
-    train(model, label_objective(rows[:20], targets(20), loss='confidence', highest=.6), TrainSettings(epochs=5, batch_size=5), tmp_path, quiet=True)
+    train(model, label_objective(rows[:20], targets(20), loss='confidence', options={'highest': .6}), TrainSettings(epochs=5, batch_size=5), tmp_path, quiet=True)
     model.unload()
     assert [seen.get(i, 0.) for i in range(20)] == pytest.approx([0., .15, .3, .45] + [.6]*16)
 
 
-@pytest.mark.parametrize('bad', [dict(warmup=-.1), dict(warmup=1.1), dict(highest=2.), dict(highest=math.nan)])
-def test_settings_out_of_range_are_refused(rows, bad):
-    with pytest.raises(ConfigError, match='must lie in'): label_objective(rows, targets(len(rows)), loss='confidence', **bad)
-    with pytest.raises(ConfigError, match='no use for them'): label_objective(rows, targets(len(rows)), **bad)
+def test_pitfall_04_the_product_follows_the_line(base, rows, tmp_path, monkeypatch):
+    "Its power of the own opinion rises from 0 as the weight of the confidence loss does"
+    seen, real = [], labels_module.product
+    def watched(logits, target, alpha, beta): seen.append((alpha, beta)); return real(logits, target, alpha, beta)
+    monkeypatch.setattr(labels_module, 'product', watched)
+    model = add_adapter(base, LoraSettings(rank=2))
+    goal = label_objective(rows[:20], targets(20), loss='product', options={'alpha': .7, 'beta': .6})
+    train(model, goal, TrainSettings(epochs=5, batch_size=5), tmp_path, quiet=True)
+    model.unload()
+    assert [b for _, b in seen] == pytest.approx([0., .15, .3, .45] + [.6]*16) and {a for a, _ in seen} == {.7}
+
+
+@pytest.mark.parametrize('warmup', [0., .1, .2, 1.])
+def test_pitfall_04_every_warm_up_is_a_straight_line(warmup):
+    a = np.array([warm_up(t, warmup) for t in np.linspace(0, 1, 1001)])
+    assert a[-1] == 1 and (np.diff(a) >= 0).all()
+    if warmup: assert a[0] == 0 and np.diff(a).max() < 1/(1000*warmup) + 1e-9 and warm_up(warmup/2, warmup) == pytest.approx(.5)
+    else: assert (a == 1).all()
+
+
+@pytest.mark.parametrize('loss, bad', [
+    ('confidence', dict(warmup=-.1)), ('confidence', dict(warmup=1.1)), ('confidence', dict(highest=2.)), ('confidence', dict(highest=math.nan)),
+    ('product', dict(alpha=0.)), ('product', dict(beta=-1.)), ('product', dict(warmup='half')), ('entropy', dict(strength=-.1)),
+    ('entropy', dict(strength=True)), ('window', dict(radius=-1.)), ('window', dict(radius=None))])
+def test_options_out_of_range_are_refused(rows, loss, bad):
+    with pytest.raises(ConfigError, match='must lie in'): label_objective(rows, targets(len(rows)), loss=loss, options=bad)
+
+
+@pytest.mark.parametrize('loss', LABEL_LOSSES)
+def test_options_of_another_loss_are_refused_and_the_own_ones_are_named(rows, loss):
+    for name in OPTION_RANGES:
+        if name in LABEL_LOSSES[loss]: label_objective(rows, targets(len(rows)), loss=loss, options={name: .5})
+        else:
+            with pytest.raises(ConfigError, match='its options are ' + ', '.join(LABEL_LOSSES[loss]) if LABEL_LOSSES[loss] else 'it has no options'):
+                label_objective(rows, targets(len(rows)), loss=loss, options={name: .5})
+    with pytest.raises(ConfigError, match='known'): label_objective(rows, targets(len(rows)), loss='focal')
+
+
+@pytest.mark.parametrize('loss, options', [(k, {n: v}) for k, n, v in (
+    ('confidence', 'warmup', 1.), ('confidence', 'highest', .3), ('product', 'alpha', .5), ('product', 'beta', .2), ('product', 'warmup', 1.),
+    ('entropy', 'strength', 1.), ('window', 'radius', .1))])
+def test_every_option_acts(base, rows, loss, options):
+    weak, batch = targets(len(rows)), list(range(24))
+    a, b = (step(base, label_objective(rows, weak, loss=loss, options=o), batch)[1] for o in (None, options))
+    assert (a - b).abs().max() > 1e-3
 
 
 # ---- 5: weights
@@ -245,7 +421,7 @@ def test_pitfall_05_weights_act(base, rows):
     assert (gradient([3., 1., 1., 1.], [0])/3 - gradient(None, [0])).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize('loss', ['xent', 'confidence'])
+@pytest.mark.parametrize('loss', LABEL_LOSSES)
 def test_pitfall_05_rows_of_weight_0_teach_nothing_and_have_no_say_in_the_threshold(base, rows, loss):
     weak, batch = targets(len(rows)), list(range(30))
     weak[1::2] = [0., 1.] # those that are left out would ask for another share of classes
@@ -366,6 +542,36 @@ def test_targets_follow_the_ids_and_not_the_places(data, rows):
     assert (label_targets(shuffled, rows) == label_targets(data, rows)).all()
 
 
+# ---- other numbers than words
+
+def test_a_forward_of_its_own_is_used_for_the_opinion_too(base, rows):
+    "Rows with one sequence and three numbers each: what a head gives. The hard opinions come from these, not from words"
+    single = [EncodedRow(r.id, r.sequences[:1], 0) for r in rows]
+    def three(model, data):
+        word = response_logps(model, data)
+        return torch.stack([word, -word, data.input_ids.sum(1).to(word)/500], 1)
+    weak, batch, calls = targets(len(rows), 3), list(range(20)), []
+    def forward(model, data):
+        calls.append(torch.is_grad_enabled())
+        return three(model, data)
+    for loss in LABEL_LOSSES:
+        calls.clear()
+        found, gradient = step(base, label_objective(single, weak, loss=loss, forward=forward), batch, 300)
+        assert math.isfinite(found) and gradient.abs().max() > 0
+        assert (False in calls) == (loss in ('confidence', 'window'))
+    model = shaken(base)
+    own = torch.tensor(score(model, [single[i] for i in batch], forward=three, quiet=True))
+    opinion = batch_opinion(model, [single[i] for i in batch], torch.tensor(weak[batch]), 300, three)
+    model.unload()
+    assert own.shape == (20, 3) and torch.equal(opinion, harden(own, class_counts(torch.tensor(weak[batch]))))
+
+
+def test_numbers_of_another_shape_than_the_targets_are_refused(base, rows):
+    single = [EncodedRow(r.id, r.sequences[:1], 0) for r in rows]
+    for loss in LABEL_LOSSES:
+        with pytest.raises(DataError): step(base, label_objective(single, targets(len(rows)), loss=loss), [0, 1])
+
+
 # ---- learning
 
 def test_soft_labels_are_learned(base, rows, tmp_path):
@@ -378,3 +584,61 @@ def test_soft_labels_are_learned(base, rows, tmp_path):
     model.unload()
     assert abs(after - weak).mean() < .5*abs(before - weak).mean()
     assert soft_xent(torch.tensor(after).log(), torch.tensor(weak)).mean() < soft_xent(torch.tensor(before).log(), torch.tensor(weak)).mean()
+
+
+# ---- cleaning
+
+@pytest.fixture(scope='module')
+def noisy():
+    "A made-up space of two clouds, things of four rows, and one label in five turned round by chance"
+    r = np.random.default_rng(0)
+    things = np.repeat(np.arange(100), 4)
+    true = r.integers(0, 2, 100)[things]
+    hidden = r.normal(size=(2, 12))[true]*1.5 + r.normal(size=(400, 12))
+    wrong = r.random(400) < .2
+    weak = np.eye(2)[np.where(wrong, 1 - true, true)]*.8 + .1
+    return hidden, weak, wrong, [str(t) for t in things], true
+
+
+@pytest.mark.parametrize('probe', PROBES)
+def test_removed_labels_are_wrong_far_above_the_base_rate(noisy, probe):
+    hidden, weak, wrong, things, true = noisy
+    out = clean_by_probe(hidden, weak, 'filter', probe, groups=things)
+    gone = out.weights == 0
+    assert gone.sum() == 40 and wrong[gone].mean() > .8 > .25 > wrong.mean() and (out.targets == weak).all()
+    assert [gone[weak.argmax(1) == c].sum() for c in (0, 1)] == [round(.1*(weak.argmax(1) == c).sum()) for c in (0, 1)]
+    again = clean_by_probe(hidden, weak, 'relabel', probe, groups=things)
+    assert (again.targets.argmax(1) != true).mean() < .5*wrong.mean() and (again.weights == 1).all()
+
+
+@pytest.mark.parametrize('probe', PROBES)
+def test_pitfall_18_a_row_is_judged_by_a_probe_of_other_groups(noisy, probe):
+    "Turning round the labels of one thing changes nothing that is said of its rows"
+    hidden, weak, _, things, _ = noisy
+    own = np.array(things) == '7'
+    turned = np.where(own[:, None], 1 - weak, weak)
+    a, b = (clean_by_probe(hidden, w, 'relabel', probe, groups=things).targets for w in (weak, turned))
+    assert np.array_equal(a[own], b[own]) and not np.array_equal(a[~own], b[~own])
+
+
+def test_folds_are_seeded_even_and_whole(noisy):
+    *_, things, _ = noisy
+    fold = row_folds(things, 5, seed=3)
+    assert (fold == row_folds(things, 5, seed=3)).all() and (fold != row_folds(things, 5, seed=4)).any()
+    assert np.bincount(fold).tolist() == [80]*5 and all(len(set(fold[np.array(things) == t])) == 1 for t in things)
+    uneven = ['a']*50 + ['b']*30 + [f'c{i}' for i in range(40)]
+    assert sorted(np.bincount(row_folds(uneven, 3))) == [35, 35, 50]
+
+
+def test_gold_is_no_part_of_cleaning(noisy):
+    "Only hidden states, weak labels and groups go in; with the same of these the result is the same"
+    hidden, weak, _, things, _ = noisy
+    a, b = (clean_by_probe(hidden.copy(), weak.tolist(), groups=things) for _ in range(2))
+    assert np.array_equal(a.weights, b.weights) and np.array_equal(a.probs, b.probs)
+
+
+def test_cleaned_labels_train(base, rows, noisy):
+    hidden, weak, *_ = noisy
+    out = clean_by_probe(hidden[:len(rows)], weak[:len(rows)], share=.3)
+    dropped = np.flatnonzero(out.weights == 0)
+    assert len(dropped) and step(base, label_objective(rows, out.targets, out.weights), dropped.tolist())[1].abs().max() == 0

@@ -6,9 +6,9 @@ from scipy.stats import norm
 
 from w2s.errors import DataError
 from w2s.evaluate.intervals import crossed_bootstrap, estimate
-from w2s.evaluate.label_metrics import brier, label_correct, label_scores
+from w2s.evaluate.label_metrics import auroc_scores, brier, label_correct, label_scores
 from w2s.evaluate.metrics import item_rows, metric_rows
-from w2s.evaluate.pgr import NoGap, pgr, pgr_interval, pgr_table, recovered
+from w2s.evaluate.pgr import NoGap, _forecast, gap_power, pgr, pgr_interval, pgr_table, recovered
 
 WHO = [('floor', 'xent gold'), ('student', 'xent weak'), ('ceiling', 'xent gold')]
 
@@ -161,6 +161,81 @@ def test_an_edge_is_mostly_refused_and_the_rest_is_not_far_off():
     assert refused > .5 and found > .87
 
 
+# ---- coverage on accuracy and AUROC: classifiers with tied scores, two rows in five of class 1 (pitfall 19)
+
+SKILL, GRID, SHARE = (.5, 1.4, 2.), .25, .4
+
+
+def classified(seeds, luck, rows=300, seed=0):
+    "Logits of class 1 on a grid, (models, seeds, rows), and labels: rows are hard for all, and for all seeds of a model; seeds have luck"
+    r = np.random.default_rng(seed)
+    y = r.random(rows) < SHARE
+    skill = np.array(SKILL)[:, None, None] + luck*r.normal(size=(3, seeds, 1))
+    z = skill*(y - .5) + .6*r.normal(size=rows) + .5*r.normal(size=(3, 1, rows)) + np.sqrt(.39)*r.normal(size=(3, seeds, rows))
+    return np.round(z/GRID)*GRID, y
+
+
+def true_values(luck):
+    "Accuracy and AUROC of the three models over all rows and seeds, ties worth a half"
+    z, (at, weight) = np.arange(-60, 61)*GRID, np.polynomial.hermite_e.hermegauss(21)
+    found = np.zeros((2, 3))
+    for k, skill in enumerate(SKILL):
+        for s, w in zip(skill + luck*at, weight/weight.sum(), strict=True):
+            no, yes = (norm.cdf(z + GRID/2 - m) - norm.cdf(z - GRID/2 - m) for m in (-s/2, s/2))
+            right = SHARE*(yes[z > 0].sum() + yes[z == 0][0]/2) + (1 - SHARE)*(no[z < 0].sum() + no[z == 0][0]/2)
+            found[:, k] += w*right, w*np.sum(yes * (np.cumsum(no) - no/2))
+    return dict(zip(('accuracy', 'auroc'), found, strict=True))
+
+
+def scored(z, y):
+    "Row scores of both metrics, each (3, seeds, rows)"
+    return dict(accuracy=np.where(z == 0, .5, (z > 0) == y), auroc=np.stack([[auroc_scores(s, y) for s in model] for model in z]))
+
+
+def holds(x, draws, theta):
+    "Is theta in the interval of the PGR? None: refused. `pgr_interval` looks for the ends; whether a value lies inside is one question"
+    gap = estimate(x[2] - x[0], draws[:, 2] - draws[:, 0])
+    if gap.low <= 0: return None
+    e = estimate(x[1] - x[0] - theta*(x[2] - x[0]), draws @ [theta - 1, 1, -theta])
+    return e.low <= 0 <= e.high
+
+
+@pytest.mark.parametrize('seeds, luck', [(1, 0.), (5, .2)])
+def test_the_truth_is_in_93_to_97_of_100_intervals_on_accuracy_and_auroc(seeds, luck, studies=2000):
+    truth = {m: recovered(*v) for m, v in true_values(luck).items()}
+    held = {m: [] for m in truth}
+    for first in range(0, studies, 200):
+        made = [scored(*classified(seeds, luck, seed=10_000 + i)) for i in range(first, first + 200)]
+        for metric, theta in truth.items():
+            draws = crossed_bootstrap(np.concatenate([x[metric] for x in made]), n=500)
+            held[metric] += [holds(x[metric], draws[:, 3*i:3*i + 3], theta) for i, x in enumerate(made)]
+        if first: continue
+        for x, inside in zip(made[:8], held['auroc'], strict=False): # the same question, asked of `pgr_interval`
+            e = pgr_interval(x['auroc'], n=500)
+            assert inside == (e.low <= truth['auroc'] <= e.high)
+    for metric, answers in held.items():
+        told = [a for a in answers if a is not None]
+        assert len(told) >= .995*studies, metric
+        assert .93 <= np.mean(told) <= .97, f'{metric}: {np.mean(told):.4f}'
+
+
+def test_a_forecast_of_the_detectable_gap_is_found_as_often_as_said():
+    "Pilots with 5 seeds and 200 rows say what 10 seeds on 600 rows will find; such studies find it"
+    def gaps(lead, seeds, rows, seed):
+        r = np.random.default_rng(seed)
+        return lead + .03*r.normal(size=(seeds, 1)) + .3*r.normal(size=rows) + .4*r.normal(size=(seeds, rows))
+    lead = np.mean([_forecast(gaps(0, 5, 200, i), .8, .95)(10, 600) for i in range(100)])
+    found = np.mean([estimate(gaps(lead, 10, 600, 1000 + i), n=200).low > 0 for i in range(200)])
+    assert .7 <= found <= .95, (lead, found)
+
+
+def test_the_rows_that_are_needed_fall_with_the_gap():
+    items = table(right((.6, .62, .64), seeds=1, rows=500))
+    plans = pd.concat([gap_power(items, [(WHO[0], WHO[2])], gap=g) for g in (.02, .04, .08, -.01)])
+    rows = plans['rows_needed'].tolist()
+    assert rows[0] > rows[1] > rows[2] and rows[0] == pytest.approx(16*rows[2], rel=.01) and np.isnan(rows[3]) and plans['seeds_needed'].isna().all()
+
+
 # ---- scores of labels
 
 def test_accuracy_does_not_depend_on_the_order_of_classes():
@@ -175,6 +250,7 @@ def test_accuracy_does_not_depend_on_the_order_of_classes():
 
 def test_label_scores_are_items():
     items = metric_rows(['a', 'b'], label_scores([[.2, .8], [.6, .4]], [1, 1]), *WHO[1], 'w', 's', 0, 't')
-    assert items.set_index(['metric', 'id'])['value'].to_dict() == pytest.approx(
+    assert items[items['metric'].isin(['accuracy', 'brier'])].set_index(['metric', 'id'])['value'].to_dict() == pytest.approx(
         {('accuracy', 'a'): 1, ('accuracy', 'b'): 0, ('brier', 'a'): .08, ('brier', 'b'): .72})
+    assert not {'balanced_accuracy', 'f1_macro', 'f1_weighted', 'log_loss'} - set(items['metric']) and 'auroc' not in set(items['metric'])
     with pytest.raises(DataError, match='the label of row 2 is -1'): label_scores([[.2, .8], [.6, .4]], [1, -1])

@@ -28,7 +28,7 @@ def wilson(
     n, z = np.asarray(n, float), stats.norm.ppf(.5 + level/2)
     p, q = np.asarray(right, float)/n, z**2/n
     middle, half = (p + q/2)/(1 + q), z*np.sqrt(p*(1 - p)/n + q/n/4)/(1 + q)
-    return np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)
+    return np.minimum(np.clip(middle - half, 0, 1), p), np.maximum(np.clip(middle + half, 0, 1), p) # none and all: rounding would leave p outside
 
 # %% ../../nbs/api/evaluate/25_calibration.ipynb #3aa02c89
 def _check(prob: np.ndarray, correct: np.ndarray, least: float = 0.) -> tuple[np.ndarray, np.ndarray]:

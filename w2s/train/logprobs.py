@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PIECE', 'CELLS', 'token_logps', 'head_of', 'response_hidden', 'response_logps', 'check_model', 'score']
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #1df6d7a6
+# %% ../../nbs/api/train/20_logprobs.ipynb #c4f95cdf
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,11 +20,11 @@ from ..models.load import Base, set_mode
 from .batches import Block, block, micro_batches
 from .tokens import Encoded, EncodedRow
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #f0ed1205
+# %% ../../nbs/api/train/20_logprobs.ipynb #b5cb56c2
 PIECE = 8192  # words of the vocabulary at once
 CELLS = 2**20 # numbers in a piece of logits: 4 MB, whatever the vocabulary; larger pieces are not faster
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #c46ab1b6
+# %% ../../nbs/api/train/20_logprobs.ipynb #a645fe11
 def _pieces(
     hidden: Tensor,        # (tokens, width), any type
     weight: Tensor,        # (vocabulary, width)
@@ -43,7 +43,7 @@ def _pieces(
             capped = z if cap is None else cap * torch.tanh(z / cap)
             yield rows, v, w, capped, (None if cap is None else 1 - (capped / cap)**2)
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #53d6e5b2
+# %% ../../nbs/api/train/20_logprobs.ipynb #67726f93
 class _TokenLogps(torch.autograd.Function):
     "Log-probability of each target, with memory for tokens × width instead of tokens × vocabulary"
     @staticmethod
@@ -71,7 +71,7 @@ class _TokenLogps(torch.autograd.Function):
             out[rows] += (d * grads[0][rows, None] * (1 if slope is None else slope)) @ w
         return out.to(hidden.dtype), None, None, None, None, None
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #0d54846d
+# %% ../../nbs/api/train/20_logprobs.ipynb #68bcaab8
 def token_logps(
     hidden: Tensor,               # (tokens, width): states from which each target is predicted
     target: Tensor,               # (tokens,): ids
@@ -83,7 +83,7 @@ def token_logps(
     "Log-probability of each target, without the table of logits"
     return _TokenLogps.apply(hidden, target, weight, bias, scale, cap)
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #cbb31fb4
+# %% ../../nbs/api/train/20_logprobs.ipynb #b4b65bb4
 def head_of(
     model: Any,  # a causal language model, with or without an adapter
 ) -> dict:       # weight, bias, scale and cap, for `token_logps`
@@ -95,7 +95,7 @@ def head_of(
     return dict(weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach(), scale=float(scale),
                 cap=config.get('final_logit_softcapping'))
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #171513f9
+# %% ../../nbs/api/train/20_logprobs.ipynb #f47fa1fc
 def response_hidden(
     model: Any,    # a causal language model, with or without an adapter
     data: Block,   # on any device
@@ -107,7 +107,7 @@ def response_hidden(
     out = body(input_ids=data.input_ids, attention_mask=data.attention_mask, use_cache=False, **extra)
     return out.last_hidden_state[data.sequence, data.position]
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #b6b787c0
+# %% ../../nbs/api/train/20_logprobs.ipynb #508a9eff
 def response_logps(
     model: Any,        # a causal language model, with or without an adapter
     data: Block,       # sequences with their response tokens
@@ -116,7 +116,7 @@ def response_logps(
     per_token = token_logps(response_hidden(model, data), data.target.to(model.device), **head_of(model))
     return torch.zeros(len(data.input_ids), device=per_token.device).index_add(0, data.sequence.to(per_token.device), per_token)
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #9a418b4f
+# %% ../../nbs/api/train/20_logprobs.ipynb #2cc0eec3
 def check_model(
     base: Base, # just loaded
 ) -> None:
@@ -134,22 +134,23 @@ def check_model(
                 raise ModelError(f'{base.name}: log-probs from the hidden states ({ours.item():.3f}) are not those of its logits ({own:.3f}); '
                                  'its head or its positions are of a kind that is not supported')
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #0c53efa1
+# %% ../../nbs/api/train/20_logprobs.ipynb #9a600597
 def score(
     model: Any,                  # a causal language model, with or without an adapter; left in evaluation mode
     rows: Sequence[EncodedRow],  # each with the same number of sequences
     budget: int = 8192,          # padded tokens at once: a matter of memory and speed
     label: str = 'scoring',      # of the progress bar
     quiet: bool = False,         # no progress bar
-    forward: Callable[[Any, Block], Tensor] = response_logps, # (model, block) -> (sequences,); of a reward model another
-) -> np.ndarray:                 # (rows, sequences a row), float64
-    "Log-probability, or another number, of every response of every row"
+    forward: Callable[[Any, Block], Tensor] = response_logps, # (model, block) -> (sequences,) or (sequences, outputs); of heads another
+) -> np.ndarray:                 # (rows, sequences × outputs), float64
+    "Log-probability, or other numbers, of every response of every row"
     if not rows: return np.zeros((0, 0))
     flat = [s for r in rows for s in r.sequences]
-    lengths, out = [len(s.ids) for s in flat], np.zeros(len(flat))
+    lengths, found, places = [len(s.ids) for s in flat], [], []
     set_mode(model, False)
     with torch.no_grad(), tqdm(total=sum(lengths), desc=label, unit='tok', unit_scale=True, disable=quiet, leave=False) as bar:
         for part in micro_batches(range(len(flat)), lengths, budget):
-            out[part] = forward(model, block([flat[i] for i in part])).double().cpu().numpy()
+            found.append(forward(model, block([flat[i] for i in part])).double().cpu().numpy())
+            places += part
             bar.update(sum(lengths[i] for i in part))
-    return out.reshape(len(rows), -1)
+    return np.concatenate(found)[np.argsort(places)].reshape(len(rows), -1)

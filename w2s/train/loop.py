@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'OPTIMIZERS', 'IMMATERIAL', 'OUT_OF_MEMORY', 'TrainSetti
            'row_weights', 'row_targets', 'sft_objective', 'preference_objective', 'step_gradient', 'for_step',
            'make_optimizer', 'take_step', 'plan_steps', 'train']
 
-# %% ../../nbs/api/train/50_loop.ipynb #f5ff9dde
+# %% ../../nbs/api/train/50_loop.ipynb #407a9600
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -28,11 +28,11 @@ from .checkpoints import checkpoints, load_checkpoint, save_checkpoint, trainabl
 from .logprobs import response_logps
 from .tokens import Encoded, EncodedRow
 
-# %% ../../nbs/api/train/50_loop.ipynb #85d3d558
+# %% ../../nbs/api/train/50_loop.ipynb #923b5032
 SCHEDULES = ('cosine', 'linear', 'constant')
 OPTIMIZERS = ('adamw', 'paged_adamw_8bit')
 
-# %% ../../nbs/api/train/50_loop.ipynb #7afc6c42
+# %% ../../nbs/api/train/50_loop.ipynb #20fc55cd
 @dataclass(frozen=True)
 class TrainSettings:
     "How an adapter is trained"
@@ -57,10 +57,10 @@ class TrainSettings:
         if self.schedule not in SCHEDULES: raise ConfigError(unknown(self.schedule, SCHEDULES, 'schedule'))
         if self.optimizer not in OPTIMIZERS: raise ConfigError(unknown(self.optimizer, OPTIMIZERS, 'optimizer'))
 
-# %% ../../nbs/api/train/50_loop.ipynb #74fbceb2
+# %% ../../nbs/api/train/50_loop.ipynb #f258ff0a
 IMMATERIAL = ('token_budget', 'gradient_checkpointing', 'checkpoint_every')
 
-# %% ../../nbs/api/train/50_loop.ipynb #838ea118
+# %% ../../nbs/api/train/50_loop.ipynb #cdc69d1c
 def material(
     settings: TrainSettings, # of a training
     dropout: float = 0.0,    # of its adapter
@@ -69,7 +69,7 @@ def material(
     out = {k: v for k, v in asdict(settings).items() if k not in IMMATERIAL}
     return {**out, 'token_budget': settings.token_budget} if dropout else out
 
-# %% ../../nbs/api/train/50_loop.ipynb #fefb7c97
+# %% ../../nbs/api/train/50_loop.ipynb #16b65ae8
 def learning_rate(
     step: int,               # from 0
     total: int,              # steps of the whole training
@@ -82,20 +82,20 @@ def learning_rate(
     shape = {'cosine': (1 + math.cos(math.pi * done)) / 2, 'linear': 1 - done, 'constant': 1.}[settings.schedule]
     return settings.learning_rate * shape
 
-# %% ../../nbs/api/train/50_loop.ipynb #f41a4900
+# %% ../../nbs/api/train/50_loop.ipynb #21cc9ec6
 @dataclass(frozen=True)
 class Objective:
     "Rows to learn from, and the loss of each"
     ids: list[str]                              # of the rows, for error messages
     sequences: list[tuple[Encoded, ...]]        # of each row: one completion, or chosen and rejected
-    value: Callable[[Tensor, Tensor], Tensor]   # (log-probs (n, k), row numbers) -> (n,): what is drawn over training
-    loss: Callable[[Tensor, Tensor], Tensor]    # (log-probs (n, k), row numbers) -> (n,)
+    value: Callable[[Tensor, Tensor], Tensor]   # (numbers of `forward` (n, k), row numbers) -> (n,): what is drawn over training
+    loss: Callable[[Tensor, Tensor], Tensor]    # (numbers of `forward` (n, k), row numbers) -> (n,); k is sequences × outputs
     weights: Tensor                             # (rows,)
     sizes: list[int]                            # of each row: 1, or its response tokens
     prepare: Callable[[Any, Sequence[int], float, int], 'Objective'] | None = None # see `for_step`
-    forward: Callable[[Any, Block], Tensor] = response_logps # (model, block) -> (sequences,): log-probs, or another number a sequence
+    forward: Callable[[Any, Block], Tensor] = response_logps # (model, block) -> (sequences,) or (sequences, outputs): log-probs, or other numbers
 
-# %% ../../nbs/api/train/50_loop.ipynb #82fbfa8f
+# %% ../../nbs/api/train/50_loop.ipynb #40ff798a
 def row_weights(
     weights: Sequence[float] | None, # one a row; None: 1
     rows: int,                       # how many rows there are
@@ -106,7 +106,7 @@ def row_weights(
     losses.check_weights(out)
     return out
 
-# %% ../../nbs/api/train/50_loop.ipynb #e36b03bd
+# %% ../../nbs/api/train/50_loop.ipynb #a1a56a02
 def row_targets(
     target: Sequence[float] | None, # P(chosen ≻ rejected), one a row; None: 1
     rows: int,                      # how many rows there are
@@ -117,7 +117,7 @@ def row_targets(
     if not ((out >= 0) & (out <= 1)).all(): raise DataError('targets are probabilities: they must lie in [0, 1]')
     return out
 
-# %% ../../nbs/api/train/50_loop.ipynb #fecbdb7c
+# %% ../../nbs/api/train/50_loop.ipynb #d22e1090
 def sft_objective(
     rows: Sequence[EncodedRow],              # the first sequence of each is learned: the completion, or the chosen response
     weights: Sequence[float] | None = None,  # one a row; None: 1
@@ -127,7 +127,7 @@ def sft_objective(
     return Objective([r.id for r in rows], first, lambda logps, _: logps[:, 0], lambda logps, _: losses.sft(logps[:, 0]),
                      row_weights(weights, len(first)), [len(s.response) for (s,) in first])
 
-# %% ../../nbs/api/train/50_loop.ipynb #57d2d412
+# %% ../../nbs/api/train/50_loop.ipynb #81f71920
 def preference_objective(
     rows: Sequence[EncodedRow],              # (chosen, rejected)
     reference: Any,                          # (rows, 2): log-probs under the frozen reference, from `stored_logps`
@@ -149,7 +149,7 @@ def preference_objective(
     def of_row(logps: Tensor, i: Tensor) -> Tensor: return of_gap(gap(logps, i), p[i].to(logps.device), beta, eps)
     return Objective([r.id for r in rows], [r.sequences for r in rows], value, of_row, row_weights(weights, len(rows)), [1]*len(rows))
 
-# %% ../../nbs/api/train/50_loop.ipynb #f10bf098
+# %% ../../nbs/api/train/50_loop.ipynb #fc99bacc
 def step_gradient(
     model: Any,             # with a trainable adapter, in training mode
     objective: Objective,   # rows and loss
@@ -162,14 +162,15 @@ def step_gradient(
     size, total, value = sum(objective.sizes[i] for i in batch), 0., 0.
     for part in micro_batches(batch, lengths, budget):
         index, k = torch.tensor(part), len(objective.sequences[part[0]])
-        logps = objective.forward(model, block([s for i in part for s in objective.sequences[i]])).view(len(part), k)
+        out = objective.forward(model, block([s for i in part for s in objective.sequences[i]]))
+        logps = out.reshape(len(part), k * out[0].numel()) # a row's sequences one after the other, each with its outputs
         loss = losses.weighted_sum(objective.loss(logps, index), objective.weights[index]) / size
         if not torch.isfinite(loss): raise TrainError(f'the loss is {loss.item()} in rows {", ".join(objective.ids[i] for i in part[:8])}')
         loss.backward()
         total, value = total + loss.item(), value + objective.value(logps.detach(), index).sum().item() / len(batch)
     return {'loss': total, 'value': value}
 
-# %% ../../nbs/api/train/50_loop.ipynb #99c3fc73
+# %% ../../nbs/api/train/50_loop.ipynb #a5167a7c
 def for_step(
     objective: Objective,   # of the whole training
     model: Any,             # left in training mode
@@ -183,7 +184,7 @@ def for_step(
     set_mode(model, True)
     return replace(ready, prepare=None)
 
-# %% ../../nbs/api/train/50_loop.ipynb #2ca069dc
+# %% ../../nbs/api/train/50_loop.ipynb #274d4931
 def make_optimizer(
     model: Any,               # with a trainable adapter
     settings: TrainSettings,  # optimizer and weight decay
@@ -195,7 +196,7 @@ def make_optimizer(
     import bitsandbytes as bnb
     return bnb.optim.PagedAdamW8bit(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
-# %% ../../nbs/api/train/50_loop.ipynb #fb4b8329
+# %% ../../nbs/api/train/50_loop.ipynb #6dae830b
 def take_step(
     model: Any,                       # with a trainable adapter
     optimizer: torch.optim.Optimizer, # of its weights
@@ -213,7 +214,7 @@ def take_step(
     optimizer.step()
     return {**note, 'grad_norm': norm.item(), 'learning_rate': rate}
 
-# %% ../../nbs/api/train/50_loop.ipynb #f07171e3
+# %% ../../nbs/api/train/50_loop.ipynb #44319a55
 def plan_steps(
     objective: Objective,    # rows
     settings: TrainSettings, # epochs and batch size
@@ -223,11 +224,11 @@ def plan_steps(
     lengths = [max(len(s.ids) for s in row) for row in objective.sequences]
     return [b for e in range(settings.epochs) for b in epoch_batches(lengths, settings.batch_size, seed, e)]
 
-# %% ../../nbs/api/train/50_loop.ipynb #714227c4
+# %% ../../nbs/api/train/50_loop.ipynb #42c43380
 OUT_OF_MEMORY = ('out of memory at step {step}: lower token_budget (it is {budget}; the result stays the same), or set gradient_checkpointing; '
                  'then start again with the same command')
 
-# %% ../../nbs/api/train/50_loop.ipynb #ac0563c5
+# %% ../../nbs/api/train/50_loop.ipynb #0467c78c
 def train(
     model: Any,               # with a trainable adapter; changed in place
     objective: Objective,     # rows and loss
@@ -236,6 +237,7 @@ def train(
     seed: int = 0,            # of the order of rows and of dropout
     label: str = 'training',  # of the progress bar
     quiet: bool = False,      # no progress bar
+    after: Callable[[int], None] | None = None, # called after each step with the number of steps taken, before their checkpoint
 ) -> pd.DataFrame:            # a row a step: loss, value, grad_norm, learning_rate
     "Train an adapter; killed and started again, it ends in the same bits. Raises `TrainError`"
     if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise ConfigError('w2s trains in one process; start it without torchrun or accelerate launch')
@@ -247,19 +249,27 @@ def train(
     with tqdm(total=len(steps), initial=len(history), desc=label, unit='step', disable=quiet, leave=False) as bar:
         for step in range(len(history), len(steps)):
             torch.manual_seed(seed * 1_000_003 + step) # dropout is a function of seed and step: nothing else to save
-            try:
-                goal = for_step(objective, model, steps[step], step / len(steps), settings.token_budget)
-                note = take_step(model, optimizer, goal, steps[step], learning_rate(step, len(steps), settings), settings)
-            except TrainError as e: raise TrainError(_stopped(e, step, folder)) from e
-            except torch.OutOfMemoryError as e: raise TrainError(OUT_OF_MEMORY.format(step=step, budget=settings.token_budget)) from e
-            history.append({'step': step, **note})
+            history.append({'step': step, **_one_step(model, optimizer, objective, steps, step, settings, folder)})
+            if after is not None:
+                after(step + 1)
+                set_mode(model, True)
             if (step + 1) % settings.checkpoint_every == 0: save_checkpoint(folder, step + 1, model, optimizer, history)
             bar.update()
-            bar.set_postfix(loss=f'{note["loss"]:.3f}')
+            bar.set_postfix(loss=f'{history[-1]["loss"]:.3f}')
     if settings.gradient_checkpointing: model.gradient_checkpointing_disable()
     return pd.DataFrame(history)
 
-# %% ../../nbs/api/train/50_loop.ipynb #c7ca8320
+# %% ../../nbs/api/train/50_loop.ipynb #93ad5a7f
+def _one_step(model: Any, optimizer: torch.optim.Optimizer, objective: Objective, steps: list[list[int]], step: int,
+              settings: TrainSettings, folder: Path) -> dict[str, float]:
+    "Take a step of the plan; what stops it says where and what to do"
+    try:
+        goal = for_step(objective, model, steps[step], step / len(steps), settings.token_budget)
+        return take_step(model, optimizer, goal, steps[step], learning_rate(step, len(steps), settings), settings)
+    except TrainError as e: raise TrainError(_stopped(e, step, folder)) from e
+    except torch.OutOfMemoryError as e: raise TrainError(OUT_OF_MEMORY.format(step=step, budget=settings.token_budget)) from e
+
+# %% ../../nbs/api/train/50_loop.ipynb #2e4cbe88
 def _stopped(error: TrainError, step: int, folder: Path) -> str:
     "The message of a training that had to stop"
     good = checkpoints(folder)
