@@ -77,7 +77,7 @@ def test_safety_writes_everything(safety):
     assert files(folder) == ALWAYS # one student, no snapshots: no sizes, no curves
     assert 'task safety' in printed and f'written to {folder}' in printed and 'refused' in printed
     text = (folder/'report.md').read_text(encoding='utf-8')
-    for part in ('# pico teaches nano', '## Performance gap recovered', '## Weak labels', '## Settings', 'data = "world:safety"', '60 test rows (', '320,'): assert part in text, part
+    for part in ('# pico teaches nano', '## Performance gap recovered', '## Weak labels', '## Settings', 'data = "world:safety"', '60 test rows (', '319,808'): assert part in text, part
     assert '## Stopping' not in text and json.loads((folder/'versions.json').read_text())['w2s']
 
 
@@ -158,10 +158,12 @@ def test_probe_on_own_columns(home):
     (['safety', '--chain', 'pico,nano,base', '--via', 'pico', '--strong', 'base'], 'leave out --via, --strong'),
     (['legal', '--chain', 'pico,base'], 'for two take --weak and --strong'),
     (['safety', '--method', 'confidense'], 'did you mean "confidence"'),
-    (['safety', '--method', 'confidence(highest=2)'], 'highest'),
+    (['safety', '--method', 'confidence(highst=0.5)'], 'option of confidence'),
     (['safety', '--method', 'xent,xent'], 'given twice'),
     (['safety', '--readout', 'haed'], 'did you mean "head"'),
-    (['safety', '--words', 'no,yes', '--readout', 'head'], 'has no use for them'),
+    (['safety', '--words', 'no,yes', '--readout', 'head', '--head-start', 'random'], 'nothing would look at them'),
+    (['safety', '--head-start', 'random'], 'has no head'),
+    (['safety', '--method', 'confidence(highest=2)'], 'highest'),
     (['safety', '--words', 'no,yes,maybe'], 'want one a class'),
     (['safety', '--validate', '0.2'], 'set snapshots, too'),
     (['safety', '--readout', 'probe', '--epochs', '3', '--method', 'xent'], 'a probe is not trained by steps'),
@@ -186,7 +188,7 @@ def test_refusals_of_a_file(home, tmp_path):
     assert 'needs a label word for each of bad, fine' in refused(*own, '--text', 'said', '--label', 'verdict', '--readout', 'words')
     safe = ('classify', '--data', home/'safe.csv', '--out', tmp_path/'none')
     assert 'strict: the data is not clean' in refused(*safe, '--strict')
-    assert 'safe.csv' in refused(*safe, '--contradictions', 'refuse')
+    assert '1 texts have different labels' in refused(*safe, '--contradictions', 'refuse')
     assert not list(tmp_path.iterdir())
 
 

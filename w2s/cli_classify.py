@@ -98,9 +98,11 @@ def dry_text(
     "What a run would do; nothing is written. Raises `DataError`, `ModelError` or `ConfigError`"
     from w2s.experiments.class_data import load_labels
     from w2s.experiments.class_settings import class_models
+    from w2s.experiments.classify import check_pairs
     from w2s.experiments.config import to_table, to_toml
     from w2s.experiments.preference_stages import know_model
     from w2s.experiments.weak_settings import short_name
+    check_pairs(config)
     data = load_labels(config, [know_model(short_name(n), n, config).reader for n in class_models(to_table(config))])
     work = count_trainings(config)
     return '\n'.join([to_toml(config), data.origin, str(data.report), f'classes: {", ".join(data.classes)}; test rows: {len(data.test):,}',
@@ -116,16 +118,17 @@ def classify_command(
     label: Annotated[str | None, Flag(help='column of the class (default: recognised)')] = None,
     group: Annotated[str | None, Flag(help='column of what must stay on one side of a split (default: recognised, or the text itself)')] = None,
     classes: Annotated[str | None, Flag(help='names of the classes in their order, with commas between them (default: as found, sorted)')] = None,
-    words: Annotated[str | None, Flag(help='label words of --readout words, one a class, with commas between them; each is put behind a space (default: those of the rows)')] = None,
+    words: Annotated[str | None, Flag(help='label words, one a class, with commas between them, that --readout words compares and a head begins with; each is put behind a space (default: those of the rows)')] = None,
     weak: Annotated[str | None, Flag(help='weak supervisors, with commas between them: pico, nano, micro or base (they come with w2s), folders, or names on the hub; names joined by + are an ensemble (default: pico; world:storage and world:legal: micro)')] = None,
     strong: Annotated[str | None, Flag(help='strong students, likewise; every supervisor teaches every student, but within the ladder none that is smaller (default: base)')] = None,
     chain: Annotated[str | None, Flag(help='weak model, those between, strong model, as in pico,nano,base: instead of --weak, --via and --strong')] = None,
     via: Annotated[str | None, Flag(help='models in between: each learns from the labels of the one before and labels anew (default: none)')] = None,
     method: Annotated[str | None, Flag(help='how students learn, with commas between them: xent, confidence, product, entropy, window, kl, reverse_kl, hard, weighted, relabel or filter, with options in brackets, as in confidence(highest=0.5) (default: xent,confidence)')] = None,
     readout: Annotated[str | None, Flag(help='head: trained, on the last token; words: the likelier label word; probe: linear, on frozen states (default: head; world: words)')] = None,
+    head_start: Annotated[str | None, Flag(help="words: a head begins at the label words' rows of the output head, at random where there are none; or random (default: words)")] = None,
     rounds: Annotated[int | None, Flag(help='from the second on, students learn from labels of their own kind (default: 1)')] = None,
-    rows: Annotated[int | None, Flag(help='training rows, both halves together (default: all; world:safety: 660; others of the world: 2000)')] = None,
-    label_share: Annotated[float | None, Flag(help='share of them with gold labels, for the supervisor (default: 0.5; world:safety: 1/11; others of the world: 0.4)')] = None,
+    rows: Annotated[int | None, Flag(help='training rows, both halves together (default: all; world:safety: 660; others of the world: 1800)')] = None,
+    label_share: Annotated[float | None, Flag(help='share of them with gold labels, for the supervisor (default: 0.5; world:safety: 1/11; others of the world: 1/3)')] = None,
     test_rows: Annotated[int | None, Flag(help='test rows at most (default: 1000; world: 400)')] = None,
     seeds: Annotated[int | None, Flag(help='repetitions (default: 1; ladder: 5)')] = None,
     max_length: Annotated[int | None, Flag(help='tokens of a text; a longer one is cut from the left (default: 512; ladder: 128)')] = None,
@@ -149,7 +152,7 @@ def classify_command(
     models = chained(chain, {'weak': weak, 'via': via, 'strong': strong})
     steps = {'learning_rate': lr, 'epochs': epochs, 'batch_size': batch_size, 'token_budget': token_budget, 'gradient_checkpointing': gradient_checkpointing}
     flags = {'data': data, 'text': text, 'label': label, 'group': group, 'classes': classes, 'words': spaced(words), **models, 'methods': method,
-             'readout': readout, 'rounds': rounds, 'rows': rows, 'label_share': label_share, 'test_rows': test_rows, 'seeds': seeds, 'max_length': max_length,
+             'readout': readout, 'head_start': head_start, 'rounds': rounds, 'rows': rows, 'label_share': label_share, 'test_rows': test_rows, 'seeds': seeds, 'max_length': max_length,
              'snapshots': snapshots, 'validate': validate, 'contradictions': contradictions, 'load.quantize': quantize, 'load.dtype': dtype,
              'baseline': False if no_baseline else None, 'strict': strict, **{f'{who}.{k}': v for who in ('supervisor', 'student') for k, v in steps.items()}}
     command = str(context.info_name)

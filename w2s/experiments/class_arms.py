@@ -61,7 +61,7 @@ def supervise(
     study: Study,             # the experiment
     name: str,                # of the supervisor, as in the settings
     models: Mapping[str, Model], # of the experiment, by name
-    words: tuple[str, ...],   # label words; empty: another readout
+    words: tuple[str, ...],   # of the data, as in `learn_stage`
     part: Part,               # rows of one seed
 ) -> Labeller:
     "Train a supervisor on gold labels and let it label; raises `DataError` where a label would not be out of sample"
@@ -92,7 +92,7 @@ class ClassArm:
 def teach(
     study: Study,             # the experiment
     model: Model,             # the student
-    words: tuple[str, ...],   # label words; empty: another readout
+    words: tuple[str, ...],   # of the data, as in `learn_stage`
     part: Part,               # rows of one seed
     given: np.ndarray,        # (rows, classes): labels that it learns from
     method: Method,           # how
@@ -107,7 +107,7 @@ def student_arms(
     study: Study,             # the experiment
     name: str,                # of the student, as in the settings
     model: Model,             # the student
-    words: tuple[str, ...],   # label words; empty: another readout
+    words: tuple[str, ...],   # of the data, as in `learn_stage`
     part: Part,               # rows of one seed
     labeller: Labeller,       # its supervisor
     via: np.ndarray | None,   # (rows, classes): labels of the last model in between; None: there is none
@@ -132,12 +132,12 @@ def frame_arms(
     study: Study,             # the experiment
     name: str,                # of the student, as in the settings
     model: Model,             # the student
-    words: tuple[str, ...],   # label words; empty: another readout
+    words: tuple[str, ...],   # of the data, as in `learn_stage`
     part: Part,               # rows of one seed
 ) -> list[ClassArm]:
     "The strong model as it came (with label words only), and its ceiling: the students' rows with gold labels, by cross-entropy"
     strong, out = short_name(name), []
-    if words:
+    if study.config.readout == 'words':
         as_it_came = ask_stage(study, Classifier(model, words, 'words', None), f'untuned-{strong}-test', part.test)
         out.append(ClassArm('base', 'untuned', '', strong, part.seed, as_it_came))
     stage = f'ceiling-{strong}-seed{part.seed}'

@@ -35,7 +35,7 @@ class ClassData:
     train: dict[str, Dataset]  # rows to train on, as the source parts them; empty where they are made from the world
     test: Dataset              # of kind "labels"; the same for all models and seeds
     classes: tuple[str, ...]   # their names; a label is a place in it
-    words: tuple[str, ...]     # label words, one a class; empty where the data has none
+    words: tuple[str, ...]     # label words, one a class, to be compared or for a head to begin with; empty: neither
     report: DataReport         # what was found and done on the way
     origin: str                # where the rows come from, in words
 
@@ -74,9 +74,10 @@ def label_words(
     found: Sequence[str],    # those of the data
     classes: Sequence[str],  # names of the classes
 ) -> tuple[str, ...]:        # one a class; empty where the readout is another
-    "The label words of a run; raises `ConfigError` where they are needed and not there, or not one a class"
-    if config.readout != 'words': return ()
+    "The label words of a run, to compare or to begin a head with; raises `ConfigError` where they are needed and not there, or not one a class"
+    if config.readout == 'probe' or config.head_start == 'random': return ()
     words = config.words or tuple(found)
+    if not words and config.readout == 'head': return () # the head begins at random
     if not words: raise ConfigError(f'readout "words" needs a label word for each of {", ".join(classes)}, as they follow the text: give words, or take readout "head"')
     if len(words) != len(classes): raise ConfigError(f'{len(words)} label words {list(words)} for {len(classes)} classes {list(classes)}; want one a class')
     return words
@@ -115,7 +116,7 @@ def load_labels(
     read = read_labels(config.data, config.text, config.label, config.group, config.classes)
     splits, report = clean_labels(read.splits, read.refused, read.rows_read, contradictions=config.contradictions, classes=read.classes)
     words = label_words(config, read.words, read.classes)
-    splits, report = readable_texts(splits, readers, words, report)
+    splits, report = readable_texts(splits, readers, words if config.readout == 'words' else (), report)
     report.refuse_if_strict(config.strict)
     train, test = set_test_aside(splits)
     return ClassData(train, sample_rows(test, config.test_rows), read.classes, words, report, f'Rows read from {config.data} ({read.form}).')

@@ -22,7 +22,7 @@ from .weak_settings import weak_names
 from ..models.adapters import LoraSettings
 from ..models.load import LoadSettings
 from ..models.zoo import LADDER
-from ..train.labels import LABEL_LOSSES
+from ..train.labels import LABEL_LOSSES, loss_options
 from ..train.loop import TrainSettings
 
 # %% ../../nbs/api/experiments/74_class_settings.ipynb #2ad49cc1
@@ -57,6 +57,8 @@ def parse_method(
     known = CLEAN_OPTIONS if out.clean == 'filter' else () if out.clean else tuple(LABEL_LOSSES[out.loss])
     if odd := [o for o in options if o not in known]:
         raise ConfigError(unknown(odd[0], known, f'option of {name}') if known else f'method {name} has no options; {odd[0]} would do nothing')
+    if out.clean and not 0 <= options.get('share', 0) < 1: raise ConfigError(f'method {text!r}: share is the share of rows to leave out, in [0, 1)')
+    if not out.clean: loss_options(out.loss, options)
     return out
 
 # %% ../../nbs/api/experiments/74_class_settings.ipynb #d759cbee
@@ -104,13 +106,14 @@ class Classify:
     label: str = ''                     # column of the class; '': recognised
     group: str = ''                     # column of what must stay on one side of a split; '': recognised, or the text itself
     classes: tuple[str, ...] = ()       # names of the classes in their order; empty: as found, sorted
-    words: tuple[str, ...] = ()         # label words for the readout 'words', one a class; empty: those of the data
+    words: tuple[str, ...] = ()         # label words, one a class, that the readout 'words' compares, and where a head begins; empty: those of the data
     contradictions: str = 'keep'        # texts with two different labels: 'keep' and count, 'drop', or 'refuse'
     weak: tuple[str, ...] = ('pico',)   # weak supervisors: of the ladder, folders, or names on the hub; 'pico+nano' is an ensemble
     strong: tuple[str, ...] = ('base',) # strong students, likewise
     via: tuple[str, ...] = ()           # models in between: each learns from the labels of the one before, and labels anew
     methods: tuple[str, ...] = ('xent', 'confidence') # how students learn, see `METHODS`; the first one is also that of `via` and `rounds`
     readout: str = 'head'               # 'head': a trained one on the last token; 'words': the label word that is likelier; 'probe': linear, base frozen
+    head_start: str = 'words'           # 'words': at the label words' rows of the output head (Burns et al.: 0 and 1), at random where the data has no words; or 'random'
     rounds: int = 1                     # from the second on, the student learns from labels of its own kind (strong-to-strong)
     rows: int | None = None             # training rows, both halves together; None: all
     label_share: float = 0.5            # share of them with gold labels, for the supervisor; the paper: 1/2
@@ -140,7 +143,9 @@ def check_classify(
     if not 0 < c.label_share < 1: raise ConfigError(f'label_share is {c.label_share}; it must lie between 0 and 1')
     if c.contradictions not in CONTRADICTIONS: raise ConfigError(unknown(c.contradictions, CONTRADICTIONS, 'way with contradictions'))
     if c.readout not in READOUTS: raise ConfigError(unknown(c.readout, READOUTS, 'readout'))
-    if c.words and c.readout != 'words': raise ConfigError(f'words belong to the readout "words"; "{c.readout}" has no use for them')
+    if c.head_start not in ('words', 'random'): raise ConfigError(f'head_start is "{c.head_start}"; it must be "words" or "random"')
+    if c.head_start == 'random' and c.readout != 'head': raise ConfigError(f'head_start belongs to the readout "head"; "{c.readout}" has no head')
+    if c.words and (c.readout == 'probe' or c.head_start == 'random'): raise ConfigError('words belong to the readout "words", and to a head that begins with them; here nothing would look at them')
     if c.trial and not world_task(c.data): raise ConfigError('trial belongs to data of the world; for a file, give other rows as the test split')
     for name in ('weak', 'strong', 'methods'):
         given = getattr(c, name)
