@@ -65,14 +65,14 @@ def supervise(
     part: Part,               # rows of one seed
 ) -> Labeller:
     "Train a supervisor on gold labels and let it label; raises `DataError` where a label would not be out of sample"
-    gold, short = np.array(part.labelled['probs']), [short_name(n) for n in weak_names(name)]
+    gold, short = np.array(part.labelled['probs'][:]), [short_name(n) for n in weak_names(name)]
     members = tuple(learn_stage(study, models[n], words, f'weak-{s}-seed{part.seed}', part.labelled, gold, part.seed, study.config.supervisor)
                     for n, s in zip(weak_names(name), short, strict=True))
     def say(what: str, rows: Dataset) -> np.ndarray:
         return np.mean([ask_stage(study, m, f'weak-{s}-seed{part.seed}-{what}', rows) for m, s in zip(members, short, strict=True)], axis=0)
 
     given = say('labels', part.rows)
-    weak_labels(part.rows, given, f'weak:{short_name(name)}', part.labelled['group'])
+    weak_labels(part.rows, given, f'weak:{short_name(name)}', part.labelled['group'][:])
     return Labeller(short_name(name), members, given, say('held', part.held) if part.held else None, say('test', part.test))
 
 # %% ../../nbs/api/experiments/77_class_arms.ipynb #f0d0050e
@@ -141,7 +141,7 @@ def frame_arms(
         as_it_came = ask_stage(study, Classifier(model, words, 'words', None), f'untuned-{strong}-test', part.test)
         out.append(ClassArm('base', 'untuned', '', strong, part.seed, as_it_came))
     stage = f'ceiling-{strong}-seed{part.seed}'
-    who = learn_stage(study, model, words, stage, part.rows, np.array(part.rows['probs']), part.seed, study.config.student)
+    who = learn_stage(study, model, words, stage, part.rows, np.array(part.rows['probs'][:]), part.seed, study.config.student)
     return [*out, ClassArm('ceiling', 'gold labels', '', strong, part.seed, ask_stage(study, who, f'{stage}-test', part.test), who, 'xent')]
 
 # %% ../../nbs/api/experiments/77_class_arms.ipynb #51e55c0b
@@ -151,7 +151,7 @@ def baseline_arms(
     "Bags of words on the labelled rows, and on the students' rows with gold labels"
     out = []
     for which, rows in (("supervisor's", part.labelled), ("students'", part.rows)):
-        probs = bag_of_words(list(rows['prompt']), np.array(rows['probs']), list(part.test['prompt']), part.seed)
+        probs = bag_of_words(rows['prompt'][:], np.array(rows['probs'][:]), part.test['prompt'][:], part.seed)
         out.append(ClassArm('base', f'bag of words, {which} rows', '', '', part.seed, probs))
     return out
 
@@ -200,7 +200,7 @@ def curve_table(
     "Accuracy and agreement over training; `weak_validation` is the only one that needs no gold labels"
     rows = []
     for step, probs in zip(looks.steps, looks.test, strict=True):
-        found = {'accuracy': label_correct(probs, test['label']), **agreement_scores(probs, labeller.test, test['label'])}
+        found = {'accuracy': label_correct(probs, test['label'][:]), **agreement_scores(probs, labeller.test, test['label'][:])}
         rows += [(step, k, float(v.mean())) for k, v in found.items()]
     if looks.held: rows += [(s, 'weak_validation', v) for s, v in _validation(looks, labeller)[0].items()]
     a = looks.arm
@@ -215,7 +215,7 @@ def stop_early(
 ) -> tuple[ClassArm, dict]: # the chosen snapshot as an arm; weak, strong, method, seed, step, chosen, last, best, regret
     "Choose a snapshot by weak labels, and say what that cost"
     step, a = choose_step(*_validation(looks, labeller)), looks.arm
-    accuracy = {s: float(label_correct(p, test['label']).mean()) for s, p in zip(looks.steps, looks.test, strict=True)}
+    accuracy = {s: float(label_correct(p, test['label'][:]).mean()) for s, p in zip(looks.steps, looks.test, strict=True)}
     best, last = max(accuracy.values()), accuracy[max(looks.steps)]
     row = dict(weak=a.weak, strong=a.strong, method=a.method, seed=a.seed, step=step, chosen=accuracy[step], last=last, best=best, regret=best - accuracy[step])
     assert a.who is not None

@@ -58,7 +58,7 @@ def readable_texts(
     "Leave out rows that one of the models cannot read, for all models; raises `DataError` if a split is left empty"
     out = {}
     for split, data in splits.items():
-        texts, refused = list(data['prompt']), set[str]()
+        texts, refused = data['prompt'][:], set[str]()
         for r in readers:
             tokens = class_tokens(r, data, words)
             refused |= tokens.refused.keys()

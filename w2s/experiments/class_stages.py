@@ -65,7 +65,7 @@ def read_rows(
     words: tuple[str, ...], # as in `class_tokens`
 ) -> tuple[list[EncodedRow], str]: # the rows, and a hash of what is read
     "Rows as a classifier reads them; done once for the same rows"
-    return _read(reader, _Rows(tuple(rows['id']), rows), words)
+    return _read(reader, _Rows(tuple(rows['id'][:]), rows), words)
 
 # %% ../../nbs/api/experiments/76_class_stages.ipynb #c3ae6735
 def hidden_stage(
@@ -111,7 +111,7 @@ def lesson(
     "Targets and weights of a student; raises `DataError`"
     if method.clean:
         options: dict[str, Any] = dict(method.options)
-        cleaned = clean_by_probe(hidden_stage(study, model, name, rows), probs, method.clean, seed=seed, groups=list(rows['group']), **options)
+        cleaned = clean_by_probe(hidden_stage(study, model, name, rows), probs, method.clean, seed=seed, groups=rows['group'][:], **options)
         return cleaned.targets, cleaned.weights
     return hardened(probs) if method.targets == 'hard' else probs, sureness(probs) if method.weights == 'confidence' else np.ones(len(rows))
 
@@ -211,12 +211,12 @@ def relabel(
     seed: int,              # of the halves, adapters and order
 ) -> np.ndarray:            # (rows, classes): its own labels of the same rows, each out of sample
     "New labels by a model that learned from old ones, without its having seen them"
-    place = {id: i for i, id in enumerate(rows['id'])}
+    place = {id: i for i, id in enumerate(rows['id'][:])}
     halves = group_split(rows, {'one': .5, 'two': .5}, seed)
     out = np.full(probs.shape, np.nan)
     for learned, labelled in (('one', 'two'), ('two', 'one')):
-        mine = [place[id] for id in halves[learned]['id']]
+        mine = [place[id] for id in halves[learned]['id'][:]]
         targets, weights = lesson(study, model, f'{name}-{learned}', halves[learned], probs[mine], method, seed)
         who = learn_stage(study, model, words, f'{name}-{learned}', halves[learned], targets, seed, study.config.student, weights, method)
-        out[[place[id] for id in halves[labelled]['id']]] = ask_stage(study, who, f'{name}-labels-{labelled}', halves[labelled])
+        out[[place[id] for id in halves[labelled]['id'][:]]] = ask_stage(study, who, f'{name}-labels-{labelled}', halves[labelled])
     return out

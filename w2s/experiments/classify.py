@@ -127,9 +127,9 @@ def arm_items(
     weak: np.ndarray | None,    # (test rows, classes): what its supervisor says; None: it has none
 ) -> pd.DataFrame:              # columns `ITEM_COLUMNS`
     "Scores of one arm; an id is a group of test rows"
-    scores = label_scores(arm.probs, test['label'])
-    if weak is not None: scores |= agreement_scores(arm.probs, weak, test['label'])
-    groups, by_group = clustered(scores, test['group'])
+    scores = label_scores(arm.probs, test['label'][:])
+    if weak is not None: scores |= agreement_scores(arm.probs, weak, test['label'][:])
+    groups, by_group = clustered(scores, test['group'][:])
     return metric_rows(groups, by_group, arm.role, arm.method, arm.weak, arm.strong, arm.seed, task)
 
 # %% ../../nbs/api/experiments/78_classify.ipynb #1c46dfea
@@ -154,7 +154,7 @@ def label_quality(
     rows = []
     for (_, seed), x in made.labellers.items():
         part = next(p for p in made.parts if p.seed == seed)
-        rows.append(dict(weak=x.name, seed=seed, rows=len(part.rows), **{k: float(v.mean()) for k, v in label_scores(x.given, part.rows['label']).items()}))
+        rows.append(dict(weak=x.name, seed=seed, rows=len(part.rows), **{k: float(v.mean()) for k, v in label_scores(x.given, part.rows['label'][:]).items()}))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/api/experiments/78_classify.ipynb #b03d779f
@@ -180,7 +180,7 @@ def recovered_table(
     for metric in [m for m in PGR_METRICS if m in set(items.metric)]:
         triples = [(dict(role='floor', method='gold labels', weak=s.weak), dict(role='student', method=s.method, weak=s.weak, strong=s.strong),
                     dict(role='ceiling', method='gold labels', strong=s.strong)) for s in students.itertuples()]
-        table = pgr_table(items, triples, metric).drop(columns=['floor', 'student', 'ceiling'])
+        table = pgr_table(items[items.metric == metric], triples, metric).drop(columns=['floor', 'student', 'ceiling'])
         out.append(pd.concat([students.reset_index(drop=True), table], axis=1))
     return pd.concat(out, ignore_index=True)
 
@@ -195,7 +195,7 @@ def compared(
         floor, ceiling = dict(role='floor', method='gold labels', weak=weak), dict(role='ceiling', method='gold labels', strong=strong)
         who = [dict(role='student', method=m, weak=weak, strong=strong) for m in group.method]
         pairs = [(s, floor) for s in who] + [(ceiling, s) for s in who] + [(s, who[0]) for s in who[1:]]
-        table = difference_table(items, 'accuracy', pairs)
+        table = difference_table(items[items.metric == 'accuracy'], 'accuracy', pairs)
         short = [tuple(' '.join((x['role'], x['method'])) for x in p) for p in pairs]
         out.append(table.assign(a=[a for a, _ in short], b=[b for _, b in short], weak=weak, strong=strong))
     return pd.concat(out, ignore_index=True)
