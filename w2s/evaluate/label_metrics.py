@@ -6,13 +6,13 @@
 __all__ = ['check_probs', 'hits', 'label_correct', 'brier', 'log_loss', 'ratio_scores', 'balanced_correct', 'f1', 'auroc_scores',
            'auroc', 'label_scores', 'agreement_scores']
 
-# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #faf25dbc
+# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #1e3a411d
 from collections.abc import Sequence
 import numpy as np
 from scipy.stats import rankdata
 from ..errors import DataError
 
-# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #927ae9d0
+# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #9894a3e6
 def check_probs(
     probs: np.ndarray,                     # (rows, classes)
     labels: Sequence[int] | np.ndarray,    # (rows,): gold class of each row, from 0
@@ -27,7 +27,7 @@ def check_probs(
     if odd: raise DataError(f'the label of row {odd[0] + 1} is {y[odd[0]]}; there are {p.shape[1]} classes, from 0')
     return p, y.astype(int)
 
-# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #eaebf80e
+# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #657b1ee3
 def hits(
     probs: np.ndarray, # (rows, classes): class probabilities
 ) -> np.ndarray:       # (rows, classes): 1 for the most likely class, 1/m for each of m that are tied, 0 for the others
@@ -35,7 +35,7 @@ def hits(
     top = probs == probs.max(1, keepdims=True)
     return top / top.sum(1, keepdims=True)
 
-# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #ba1fba2a
+# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #f486e0ad
 def label_correct(
     probs: np.ndarray,                  # (rows, classes): class probabilities
     labels: Sequence[int] | np.ndarray, # (rows,): gold classes
@@ -44,7 +44,7 @@ def label_correct(
     p, y = check_probs(probs, labels)
     return hits(p)[np.arange(len(y)), y]
 
-# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #fdd787f1
+# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #91226523
 def brier(
     probs: np.ndarray,                  # (rows, classes): class probabilities
     labels: Sequence[int] | np.ndarray, # (rows,): gold classes
@@ -53,7 +53,7 @@ def brier(
     p, y = check_probs(probs, labels)
     return ((p - np.eye(p.shape[1])[y])**2).sum(1)
 
-# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #70245d0f
+# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #a96e0bba
 def log_loss(
     probs: np.ndarray,                  # (rows, classes): class probabilities
     labels: Sequence[int] | np.ndarray, # (rows,): gold classes
@@ -63,7 +63,7 @@ def log_loss(
     p, y = check_probs(probs, labels)
     return -np.log(np.maximum(p[np.arange(len(y)), y], floor))
 
-# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #970c02a7
+# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #5068f812
 def ratio_scores(
     top: np.ndarray,    # (rows,) or (rows, k): what is counted
     bottom: np.ndarray, # same shape: among what; not 0 in every row
@@ -74,7 +74,7 @@ def ratio_scores(
     ratio = top.mean(0) / rows
     return ratio + (top - ratio*bottom) / rows
 
-# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #c1eeb595
+# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #54438f66
 def balanced_correct(
     probs: np.ndarray,                  # (rows, classes): class probabilities
     labels: Sequence[int] | np.ndarray, # (rows,): gold classes
@@ -84,7 +84,7 @@ def balanced_correct(
     gold = np.eye(p.shape[1])[y][:, np.unique(y)]
     return ratio_scores(hits(p)[:, np.unique(y)] * gold, gold).mean(1)
 
-# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #9668feb5
+# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #8404f45e
 def f1(
     probs: np.ndarray,                  # (rows, classes): class probabilities
     labels: Sequence[int] | np.ndarray, # (rows,): gold classes
@@ -100,7 +100,7 @@ def f1(
     value = each.mean(0)
     return ((each - value)*gold.mean(0) + value*gold).sum(1)
 
-# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #4681d704
+# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #7109c0ed
 def auroc_scores(
     scores: Sequence[float] | np.ndarray,  # (rows,): higher where class 1 is more likely; any finite numbers
     positive: Sequence[bool] | np.ndarray, # (rows,): is it class 1? both answers must be there
@@ -115,7 +115,7 @@ def auroc_scores(
     place[~y] = 1 - place[~y]
     return place[y].mean() + (place - place[y].mean()) / np.where(y, y.mean(), 1 - y.mean())
 
-# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #d1be05fa
+# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #aaf3b5f8
 def auroc(
     probs: np.ndarray,                  # (rows, classes): class probabilities
     labels: Sequence[int] | np.ndarray, # (rows,): gold classes, two of them at least
@@ -125,7 +125,7 @@ def auroc(
     if p.shape[1] == 2: return auroc_scores(p[:, 1], y == 1)
     return np.mean([auroc_scores(p[:, k], y == k) for k in np.unique(y)], axis=0)
 
-# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #b0d7b656
+# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #0666d494
 def label_scores(
     probs: np.ndarray,                  # (rows, classes): class probabilities
     labels: Sequence[int] | np.ndarray, # (rows,): gold classes
@@ -136,7 +136,7 @@ def label_scores(
                   f1_weighted=f1(p, y, weighted=True), brier=brier(p, y), log_loss=log_loss(p, y))
     return scores if len(np.unique(y)) == 1 else scores | dict(auroc=auroc(p, y))
 
-# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #820d831f
+# %% ../../nbs/api/evaluate/15_label_metrics.ipynb #1a682b80
 def agreement_scores(
     probs: np.ndarray,                  # (rows, classes): the student's class probabilities
     weak_probs: np.ndarray,             # (rows, classes): its supervisor's, on the same rows

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PIECE', 'CELLS', 'token_logps', 'head_of', 'response_hidden', 'response_logps', 'check_model', 'score']
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #c4f95cdf
+# %% ../../nbs/api/train/20_logprobs.ipynb #98a6759b
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,11 +20,11 @@ from ..models.load import Base, set_mode
 from .batches import Block, block, micro_batches
 from .tokens import Encoded, EncodedRow
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #b5cb56c2
+# %% ../../nbs/api/train/20_logprobs.ipynb #c7eca4d7
 PIECE = 8192  # words of the vocabulary at once
 CELLS = 2**20 # numbers in a piece of logits: 4 MB, whatever the vocabulary; larger pieces are not faster
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #a645fe11
+# %% ../../nbs/api/train/20_logprobs.ipynb #0cc11e17
 def _pieces(
     hidden: Tensor,        # (tokens, width), any type
     weight: Tensor,        # (vocabulary, width)
@@ -43,7 +43,7 @@ def _pieces(
             capped = z if cap is None else cap * torch.tanh(z / cap)
             yield rows, v, w, capped, (None if cap is None else 1 - (capped / cap)**2)
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #67726f93
+# %% ../../nbs/api/train/20_logprobs.ipynb #97f9bb84
 class _TokenLogps(torch.autograd.Function):
     "Log-probability of each target, with memory for tokens × width instead of tokens × vocabulary"
     @staticmethod
@@ -71,7 +71,7 @@ class _TokenLogps(torch.autograd.Function):
             out[rows] += (d * grads[0][rows, None] * (1 if slope is None else slope)) @ w
         return out.to(hidden.dtype), None, None, None, None, None
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #68bcaab8
+# %% ../../nbs/api/train/20_logprobs.ipynb #08a6f35c
 def token_logps(
     hidden: Tensor,               # (tokens, width): states from which each target is predicted
     target: Tensor,               # (tokens,): ids
@@ -83,7 +83,7 @@ def token_logps(
     "Log-probability of each target, without the table of logits"
     return _TokenLogps.apply(hidden, target, weight, bias, scale, cap)
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #b4b65bb4
+# %% ../../nbs/api/train/20_logprobs.ipynb #ba85e51a
 def head_of(
     model: Any,  # a causal language model, with or without an adapter
 ) -> dict:       # weight, bias, scale and cap, for `token_logps`
@@ -95,7 +95,7 @@ def head_of(
     return dict(weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach(), scale=float(scale),
                 cap=config.get('final_logit_softcapping'))
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #f47fa1fc
+# %% ../../nbs/api/train/20_logprobs.ipynb #a313be7e
 def response_hidden(
     model: Any,    # a causal language model, with or without an adapter
     data: Block,   # on any device
@@ -107,7 +107,7 @@ def response_hidden(
     out = body(input_ids=data.input_ids, attention_mask=data.attention_mask, use_cache=False, **extra)
     return out.last_hidden_state[data.sequence, data.position]
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #508a9eff
+# %% ../../nbs/api/train/20_logprobs.ipynb #f1d9b0a4
 def response_logps(
     model: Any,        # a causal language model, with or without an adapter
     data: Block,       # sequences with their response tokens
@@ -116,7 +116,7 @@ def response_logps(
     per_token = token_logps(response_hidden(model, data), data.target.to(model.device), **head_of(model))
     return torch.zeros(len(data.input_ids), device=per_token.device).index_add(0, data.sequence.to(per_token.device), per_token)
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #2cc0eec3
+# %% ../../nbs/api/train/20_logprobs.ipynb #c58fae9f
 def check_model(
     base: Base, # just loaded
 ) -> None:
@@ -134,7 +134,7 @@ def check_model(
                 raise ModelError(f'{base.name}: log-probs from the hidden states ({ours.item():.3f}) are not those of its logits ({own:.3f}); '
                                  'its head or its positions are of a kind that is not supported')
 
-# %% ../../nbs/api/train/20_logprobs.ipynb #9a600597
+# %% ../../nbs/api/train/20_logprobs.ipynb #5d4eab09
 def score(
     model: Any,                  # a causal language model, with or without an adapter; left in evaluation mode
     rows: Sequence[EncodedRow],  # each with the same number of sequences

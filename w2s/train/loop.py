@@ -7,7 +7,7 @@ __all__ = ['SCHEDULES', 'OPTIMIZERS', 'IMMATERIAL', 'OUT_OF_MEMORY', 'TrainSetti
            'row_weights', 'row_targets', 'sft_objective', 'preference_objective', 'step_gradient', 'for_step',
            'make_optimizer', 'take_step', 'plan_steps', 'train']
 
-# %% ../../nbs/api/train/50_loop.ipynb #407a9600
+# %% ../../nbs/api/train/50_loop.ipynb #06ebbb1a
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -28,11 +28,11 @@ from .checkpoints import checkpoints, load_checkpoint, save_checkpoint, trainabl
 from .logprobs import response_logps
 from .tokens import Encoded, EncodedRow
 
-# %% ../../nbs/api/train/50_loop.ipynb #923b5032
+# %% ../../nbs/api/train/50_loop.ipynb #fcd70193
 SCHEDULES = ('cosine', 'linear', 'constant')
 OPTIMIZERS = ('adamw', 'paged_adamw_8bit')
 
-# %% ../../nbs/api/train/50_loop.ipynb #20fc55cd
+# %% ../../nbs/api/train/50_loop.ipynb #bfde4e1f
 @dataclass(frozen=True)
 class TrainSettings:
     "How an adapter is trained"
@@ -57,10 +57,10 @@ class TrainSettings:
         if self.schedule not in SCHEDULES: raise ConfigError(unknown(self.schedule, SCHEDULES, 'schedule'))
         if self.optimizer not in OPTIMIZERS: raise ConfigError(unknown(self.optimizer, OPTIMIZERS, 'optimizer'))
 
-# %% ../../nbs/api/train/50_loop.ipynb #f258ff0a
+# %% ../../nbs/api/train/50_loop.ipynb #ba31072a
 IMMATERIAL = ('token_budget', 'gradient_checkpointing', 'checkpoint_every')
 
-# %% ../../nbs/api/train/50_loop.ipynb #cdc69d1c
+# %% ../../nbs/api/train/50_loop.ipynb #cf4466b3
 def material(
     settings: TrainSettings, # of a training
     dropout: float = 0.0,    # of its adapter
@@ -69,7 +69,7 @@ def material(
     out = {k: v for k, v in asdict(settings).items() if k not in IMMATERIAL}
     return {**out, 'token_budget': settings.token_budget} if dropout else out
 
-# %% ../../nbs/api/train/50_loop.ipynb #16b65ae8
+# %% ../../nbs/api/train/50_loop.ipynb #230eefff
 def learning_rate(
     step: int,               # from 0
     total: int,              # steps of the whole training
@@ -82,7 +82,7 @@ def learning_rate(
     shape = {'cosine': (1 + math.cos(math.pi * done)) / 2, 'linear': 1 - done, 'constant': 1.}[settings.schedule]
     return settings.learning_rate * shape
 
-# %% ../../nbs/api/train/50_loop.ipynb #21cc9ec6
+# %% ../../nbs/api/train/50_loop.ipynb #0aefcb23
 @dataclass(frozen=True)
 class Objective:
     "Rows to learn from, and the loss of each"
@@ -95,7 +95,7 @@ class Objective:
     prepare: Callable[[Any, Sequence[int], float, int], 'Objective'] | None = None # see `for_step`
     forward: Callable[[Any, Block], Tensor] = response_logps # (model, block) -> (sequences,) or (sequences, outputs): log-probs, or other numbers
 
-# %% ../../nbs/api/train/50_loop.ipynb #40ff798a
+# %% ../../nbs/api/train/50_loop.ipynb #b9697d12
 def row_weights(
     weights: Sequence[float] | None, # one a row; None: 1
     rows: int,                       # how many rows there are
@@ -106,7 +106,7 @@ def row_weights(
     losses.check_weights(out)
     return out
 
-# %% ../../nbs/api/train/50_loop.ipynb #a1a56a02
+# %% ../../nbs/api/train/50_loop.ipynb #94f915f6
 def row_targets(
     target: Sequence[float] | None, # P(chosen ≻ rejected), one a row; None: 1
     rows: int,                      # how many rows there are
@@ -117,7 +117,7 @@ def row_targets(
     if not ((out >= 0) & (out <= 1)).all(): raise DataError('targets are probabilities: they must lie in [0, 1]')
     return out
 
-# %% ../../nbs/api/train/50_loop.ipynb #d22e1090
+# %% ../../nbs/api/train/50_loop.ipynb #6f38bbd0
 def sft_objective(
     rows: Sequence[EncodedRow],              # the first sequence of each is learned: the completion, or the chosen response
     weights: Sequence[float] | None = None,  # one a row; None: 1
@@ -127,7 +127,7 @@ def sft_objective(
     return Objective([r.id for r in rows], first, lambda logps, _: logps[:, 0], lambda logps, _: losses.sft(logps[:, 0]),
                      row_weights(weights, len(first)), [len(s.response) for (s,) in first])
 
-# %% ../../nbs/api/train/50_loop.ipynb #81f71920
+# %% ../../nbs/api/train/50_loop.ipynb #b9749832
 def preference_objective(
     rows: Sequence[EncodedRow],              # (chosen, rejected)
     reference: Any,                          # (rows, 2): log-probs under the frozen reference, from `stored_logps`
@@ -149,7 +149,7 @@ def preference_objective(
     def of_row(logps: Tensor, i: Tensor) -> Tensor: return of_gap(gap(logps, i), p[i].to(logps.device), beta, eps)
     return Objective([r.id for r in rows], [r.sequences for r in rows], value, of_row, row_weights(weights, len(rows)), [1]*len(rows))
 
-# %% ../../nbs/api/train/50_loop.ipynb #fc99bacc
+# %% ../../nbs/api/train/50_loop.ipynb #e31bab9f
 def step_gradient(
     model: Any,             # with a trainable adapter, in training mode
     objective: Objective,   # rows and loss
@@ -170,7 +170,7 @@ def step_gradient(
         total, value = total + loss.item(), value + objective.value(logps.detach(), index).sum().item() / len(batch)
     return {'loss': total, 'value': value}
 
-# %% ../../nbs/api/train/50_loop.ipynb #a5167a7c
+# %% ../../nbs/api/train/50_loop.ipynb #1bf9a3ad
 def for_step(
     objective: Objective,   # of the whole training
     model: Any,             # left in training mode
@@ -184,7 +184,7 @@ def for_step(
     set_mode(model, True)
     return replace(ready, prepare=None)
 
-# %% ../../nbs/api/train/50_loop.ipynb #274d4931
+# %% ../../nbs/api/train/50_loop.ipynb #cbc728d1
 def make_optimizer(
     model: Any,               # with a trainable adapter
     settings: TrainSettings,  # optimizer and weight decay
@@ -196,7 +196,7 @@ def make_optimizer(
     import bitsandbytes as bnb
     return bnb.optim.PagedAdamW8bit(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
-# %% ../../nbs/api/train/50_loop.ipynb #6dae830b
+# %% ../../nbs/api/train/50_loop.ipynb #537bb5ba
 def take_step(
     model: Any,                       # with a trainable adapter
     optimizer: torch.optim.Optimizer, # of its weights
@@ -214,7 +214,7 @@ def take_step(
     optimizer.step()
     return {**note, 'grad_norm': norm.item(), 'learning_rate': rate}
 
-# %% ../../nbs/api/train/50_loop.ipynb #44319a55
+# %% ../../nbs/api/train/50_loop.ipynb #a255770a
 def plan_steps(
     objective: Objective,    # rows
     settings: TrainSettings, # epochs and batch size
@@ -224,11 +224,11 @@ def plan_steps(
     lengths = [max(len(s.ids) for s in row) for row in objective.sequences]
     return [b for e in range(settings.epochs) for b in epoch_batches(lengths, settings.batch_size, seed, e)]
 
-# %% ../../nbs/api/train/50_loop.ipynb #42c43380
+# %% ../../nbs/api/train/50_loop.ipynb #df8114d5
 OUT_OF_MEMORY = ('out of memory at step {step}: lower token_budget (it is {budget}; the result stays the same), or set gradient_checkpointing; '
                  'then start again with the same command')
 
-# %% ../../nbs/api/train/50_loop.ipynb #0467c78c
+# %% ../../nbs/api/train/50_loop.ipynb #df496055
 def train(
     model: Any,               # with a trainable adapter; changed in place
     objective: Objective,     # rows and loss
@@ -259,7 +259,7 @@ def train(
     if settings.gradient_checkpointing: model.gradient_checkpointing_disable()
     return pd.DataFrame(history)
 
-# %% ../../nbs/api/train/50_loop.ipynb #93ad5a7f
+# %% ../../nbs/api/train/50_loop.ipynb #8b9ea162
 def _one_step(model: Any, optimizer: torch.optim.Optimizer, objective: Objective, steps: list[list[int]], step: int,
               settings: TrainSettings, folder: Path) -> dict[str, float]:
     "Take a step of the plan; what stops it says where and what to do"
@@ -269,7 +269,7 @@ def _one_step(model: Any, optimizer: torch.optim.Optimizer, objective: Objective
     except TrainError as e: raise TrainError(_stopped(e, step, folder)) from e
     except torch.OutOfMemoryError as e: raise TrainError(OUT_OF_MEMORY.format(step=step, budget=settings.token_budget)) from e
 
-# %% ../../nbs/api/train/50_loop.ipynb #2e4cbe88
+# %% ../../nbs/api/train/50_loop.ipynb #8e3f40db
 def _stopped(error: TrainError, step: int, folder: Path) -> str:
     "The message of a training that had to stop"
     good = checkpoints(folder)
