@@ -97,10 +97,10 @@ def test_a_value_is_the_run_of_its_settings(by_use, tmp_path):
 def test_killed_in_the_middle(by_use, given, tmp_path, monkeypatch):
     "An exception in the second value's training: the next start trains what was not finished, and ends in the same numbers"
     real, trained, touched = preference_stages.train, [], {}
-    def train(model, goal, settings, folder, seed, name, quiet):
+    def train(model, goal, settings, folder, seed, name, quiet, **more):
         trained.append(name)
         if trained.count('student-seed0-dpo') == 2 and not touched: raise KeyboardInterrupt
-        return real(model, goal, settings, folder, seed, name, quiet)
+        return real(model, goal, settings, folder, seed, name, quiet, **more)
     monkeypatch.setattr(preference_stages, 'train', train)
     def start(): return run_varied(given, 'use', ['hard', 'soft', 'confidence'], tmp_path/'run', quiet=True)
     with pytest.raises(KeyboardInterrupt): start()

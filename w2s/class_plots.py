@@ -107,8 +107,8 @@ def _student_lines(ax: Axes, table: pd.DataFrame, methods: Sequence[str], colors
 def said(
     intervals: pd.DataFrame, # columns n, seeds and level
 ) -> str:                    # for the foot of a figure
-    "The caption of intervals, for a figure that has other lines, too; where scores were made by `clustered`, a row of the table is a group"
-    return caption(intervals).replace('Lines:', 'Upright lines:', 1).replace('test rows', 'groups of test rows', 1)
+    "The caption of intervals, for a figure that has other lines, too, and whose scores were made by `clustered`"
+    return caption(intervals, 'groups of test rows').replace('Lines:', 'Upright lines:', 1)
 
 # %% ../nbs/api/87_class_plots.ipynb #48cafec8
 def _fit(ax: Axes, table: pd.DataFrame) -> None:

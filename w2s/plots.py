@@ -104,12 +104,13 @@ def model_size(
 
 # %% ../nbs/api/80_plots.ipynb #51414513
 def caption(
-    intervals: pd.DataFrame, # columns n, seeds and level
+    intervals: pd.DataFrame,  # columns n, seeds and level
+    unit: str = 'test rows',  # what n counts; scores made by `clustered` are of groups of test rows
 ) -> str:
     "What the intervals in a figure hold, in words"
     def span(x): return f'{x.min():,}' if x.min() == x.max() else f'{x.min():,} to {x.max():,}'
     seeds = span(intervals['seeds'])
-    start = f'Lines: {intervals["level"].iloc[0]:.0%} intervals over {span(intervals["n"])} test rows'
+    start = f'Lines: {intervals["level"].iloc[0]:.0%} intervals over {span(intervals["n"])} {unit}'
     if seeds == '1': return start + '; one seed, so the luck of training is not in them.'
     wide = ' (few: the less they agree, the wider)' if intervals['seeds'].min() < 4 else ''
     return start + f' and {seeds} seeds{wide}.'
@@ -234,6 +235,7 @@ def plot_seeds(
 def plot_differences(
     differences: pd.DataFrame, # from `difference_table`, of one metric
     ax: Axes | None = None,    # where to draw; None: a new figure
+    unit: str = 'test rows',   # what n counts, see `caption`
 ) -> Axes:
     "Paired differences with intervals, one a line; filled where zero is left out"
     lacking = [c for c in ('a', 'b', 'metric', 'value', 'low', 'high', 'n', 'seeds', 'level', 'clear') if c not in differences.columns]
@@ -248,7 +250,7 @@ def plot_differences(
     ax.set_ylim(len(differences) - .4, -.6)
     metric = differences['metric'].iloc[0]
     ax.set_xlabel('difference in ' + METRICS.get(metric, (metric, 0.))[0], fontsize=9)
-    _caption_below(ax, caption(differences) + ' Filled: zero is outside the interval.')
+    _caption_below(ax, caption(differences, unit) + ' Filled: zero is outside the interval.')
     return ax
 
 # %% ../nbs/api/80_plots.ipynb #851cbfe5
