@@ -44,7 +44,6 @@ def bag_of_words(
     texts: Sequence[str],           # of the training rows
     targets: Sequence | np.ndarray, # their class numbers (rows,), or probabilities (rows, classes)
     test_texts: Sequence[str],      # to classify
-    seed: int = 0,                  # handed to the solver, which draws nothing: the problem is convex
 ) -> np.ndarray:                    # probabilities of the test texts, shape (test rows, classes)
     "Logistic regression on TF-IDF of words and pairs of words"
     soft = soft_targets(targets)
@@ -52,7 +51,7 @@ def bag_of_words(
     rows, classes, weights = duplicated(soft)
     if len(set(classes)) < 2: raise DataError(f'bag of words: all {len(texts)} training rows have class {classes[0]}; two are needed')
     train, test = _counts(texts, test_texts)
-    model = LogisticRegression(max_iter=1000, random_state=seed).fit(train[rows], classes, sample_weight=weights)
+    model = LogisticRegression(max_iter=1000).fit(train[rows], classes, sample_weight=weights)
     probs = np.zeros((len(test_texts), soft.shape[1]))
     probs[:, model.classes_] = model.predict_proba(test)
     return probs

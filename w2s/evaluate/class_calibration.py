@@ -31,8 +31,7 @@ def class_reliability(
 ) -> pd.DataFrame:                      # bin (its middle), prob (mean claim), accuracy, low, high (95 %), n
     "Claimed against true of the likeliest class, by bin (Guo et al. 1706.04599, Figure 1); raises `DataError` and `ConfigError`"
     claim, right = top_claims(probs, labels)
-    t = reliability(claim, right, bins, 1/np.shape(probs)[1])
-    return t.assign(low=np.minimum(t["low"], t["accuracy"]), high=np.maximum(t["high"], t["accuracy"])) # rounding swaps them at 0 and 1
+    return reliability(claim, right, bins, 1/np.shape(probs)[1])
 
 # %% ../../nbs/api/evaluate/27_class_calibration.ipynb #35f6b9aa
 def class_calibration(

@@ -151,7 +151,7 @@ def baseline_arms(
     "Bags of words on the labelled rows, and on the students' rows with gold labels"
     out = []
     for which, rows in (("supervisor's", part.labelled), ("students'", part.rows)):
-        probs = bag_of_words(rows['prompt'][:], np.array(rows['probs'][:]), part.test['prompt'][:], part.seed)
+        probs = bag_of_words(rows['prompt'][:], np.array(rows['probs'][:]), part.test['prompt'][:])
         out.append(ClassArm('base', f'bag of words, {which} rows', '', '', part.seed, probs))
     return out
 

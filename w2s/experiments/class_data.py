@@ -19,7 +19,7 @@ from ..data.label_hygiene import clean_labels
 from ..data.label_readers import read_labels
 from ..data.splits import group_split, sample_rows
 from ..errors import ConfigError, DataError
-from .class_settings import Classify, world_task
+from .class_settings import WORLD_LABELS, WORLD_ROWS, Classify, world_task
 from .lab import parts
 from .preference_data import Reader, halves, ladder_world, set_test_aside
 from ..train.class_head import encode_texts
@@ -88,7 +88,7 @@ def world_labels(
 ) -> ClassData:
     "Test rows of a task of the embedded world"
     task = world_task(config.data) or ''
-    test = label_rows(parts(ladder_world(), 0, config.trial)['test'], task, config.test_rows or 400, 0)
+    test = label_rows(parts(ladder_world(), 0, config.trial)['test'], task, config.test_rows or WORLD_LABELS['test_rows'], 0)
     report = DataReport(rows_in={'test': len(test)})
     return ClassData({}, test, ('no', 'yes'), label_words(config, YES_NO, ('no', 'yes')), report,
                      f'Rows made from the embedded world, task {task}; no thing is asked about in two of labelled, unlabelled and test rows; the test rows are the same for all seeds.')
@@ -102,7 +102,7 @@ def class_halves(
     "The labelled and the unlabelled rows of one seed; no group is in both. Raises `ConfigError`"
     task = world_task(config.data)
     if task is None: return halves(data.train, config.rows, config.label_share, seed)
-    world, rows = parts(ladder_world(), seed, config.trial), config.rows or 900
+    world, rows = parts(ladder_world(), seed, config.trial), config.rows or WORLD_ROWS[task]['rows']
     gold = max(2, round(rows*config.label_share))
     return label_rows(world['labelled'], task, gold, seed), label_rows(world['unlabelled'], task, max(2, rows - gold), seed)
 

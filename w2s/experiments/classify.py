@@ -34,7 +34,7 @@ from .config import to_table
 from .lab import stage_name
 from .preference_stages import Model, Study, know_model
 from .stages import Run, lock
-from .weak_settings import short_name
+from .weak_settings import short_name, weak_names
 from ..models.zoo import LADDER
 
 # %% ../../nbs/api/experiments/78_classify.ipynb #92d61ad7
@@ -43,7 +43,7 @@ def teaches(
     strong: str, # student
 ) -> bool:
     "Does this supervisor teach this student?"
-    names = weak.split('+')
+    names = weak_names(weak)
     if strong not in LADDER or any(n not in LADDER for n in names): return True
     sizes = list(LADDER)
     return max(sizes.index(n) for n in names) <= sizes.index(strong)
