@@ -9,7 +9,6 @@ __all__ = ['JUDGED', 'Judge', 'PART', 'gold_world', 'judge', 'reward_judge', 'go
 # %% ../../nbs/api/experiments/27_gold.ipynb #adfc8ce1
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from .stages import run_stage
 from .weak_settings import WeakTeacher, sampling
 from ..models.adapters import adapter_hash, load_adapter
 from ..models.load import LoadSettings, fingerprint, local_folder
-from ..train.generate import generate, prompt_ids
+from ..train.generate import generate, generate_inputs, prompt_ids
 from ..train.reference import write_atomic
 from ..world.facts import World, fact_verdict, parse_question
 from ..world.service import gold_reward, politeness_verdict, rudeness_verdict
@@ -123,7 +122,7 @@ def sample_stage(
     tokens = prompt_ids(model.reader.tokenizer, prompts)
     inputs = {'policy': adapter_hash(policy), 'base': model.fingerprint, 'quantize': model.load.quantize, 'dtype': model.load.dtype,
               'rows': settings_hash([[i, t] for i, t in zip(ids, tokens, strict=True)]), 'arm': name, 'seed': seed,
-              'how': {k: v for k, v in asdict(how).items() if k != 'token_budget'}}
+              'how': generate_inputs(how)}
     done = run_stage(study.run, f'{name}-seed{seed}-responses', inputs, work)
     return [row for i in parts for row in json.loads((done/f'{i:06}.json').read_text(encoding='utf-8'))]
 

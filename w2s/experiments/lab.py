@@ -7,12 +7,10 @@ __all__ = ['DEFAULTS', 'SHARE', 'ANSWER', 'Effects', 'parts', 'Lab', 'open_lab',
            'respond_stage', 'answer_stage', 'scored', 'together']
 
 # %% ../../nbs/api/experiments/55_lab.ipynb #05f64dce
-import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,13 +19,14 @@ from datasets import Dataset
 # %% ../../nbs/api/experiments/55_lab.ipynb #294c96e8
 from ..data.rows import make_rows
 from ..evaluate.metrics import metric_rows
-from .preference_stages import Model, Study, know_model, open_base, train_stage
+from .answer_stages import respond_all
+from .preference_stages import Model, Study, know_model, train_stage
 from .weak_settings import WeakTeacher
-from .stages import Run, run_stage
-from ..models.adapters import LoraSettings, adapter_hash, load_adapter
+from .stages import Run
+from ..models.adapters import LoraSettings
 from ..models.load import LoadSettings
 from ..models.zoo import model_folder
-from ..train.generate import GenerateSettings, generate
+from ..train.generate import GenerateSettings
 from ..train.loop import TrainSettings, sft_objective
 from ..train.reference import tokens_hash
 from ..train.tokens import encode_rows
@@ -145,19 +144,8 @@ def respond_stage(
     settings: GenerateSettings, # how it answers
     seed: int = 0,              # of the samples
 ) -> list[list[str]]:           # its answers to each
-    "Let a model answer, once"
-    def work(folder: Path) -> None:
-        base = open_base(model)
-        speaker: Any = load_adapter(base, adapter) if adapter else base.model
-        try: texts = generate(speaker, base.tokenizer, prompts, settings, seed, quiet=True)
-        finally:
-            if adapter: speaker.unload()
-        (folder/'texts.json').write_text(json.dumps(texts), encoding='utf-8')
-
-    how = {k: v for k, v in asdict(settings).items() if k != 'token_budget'}
-    inputs = {'base': model.fingerprint, 'quantize': model.load.quantize, 'dtype': model.load.dtype, 'adapter': adapter_hash(adapter),
-              'prompts': list(prompts), 'generate': how, 'seed': seed}
-    return json.loads((run_stage(lab.study.run, name, inputs, work)/'texts.json').read_text(encoding='utf-8'))
+    "Let a model answer, once; after a kill it goes on where it was"
+    return respond_all(lab.study, model, name, adapter, prompts, settings, seed)
 
 # %% ../../nbs/api/experiments/55_lab.ipynb #ab9f9fe5
 ANSWER = GenerateSettings(max_tokens=24, temperature=0, stop=('\n',), token_budget=16384)
