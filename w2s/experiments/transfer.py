@@ -18,6 +18,7 @@ from ..errors import DataError
 from ..evaluate.intervals import difference_table, interval_table
 from ..evaluate.metrics import metric_rows, summarise
 from ..evaluate.pgr import pgr_table
+from .classify import within_range
 from .config import to_table
 from .lab import together
 from .preference_stages import Model, Study, know_model
@@ -215,7 +216,7 @@ def result_of(
     task, arms = c.task if table is None else Path(c.data).name, [a for m in made for a in m.arms]
     items, failures = arm_items(arms, [arm_scores(a, m.site.rows.tests) for m in made for a in m.arms], task)
     measures = TRANSFERS[c.task]
-    intervals, labels = interval_table(items), interval_table(label_items(made, task))
+    intervals, labels = (interval_table(t) if judge else within_range(interval_table(t)) for t in (items, label_items(made, task))) # ratings are no shares
     adapters = {'-'.join(filter(None, (a.role, a.method.replace(' ', '-'), a.weak, f'seed{a.seed}'))): a.adapter for a in arms if a.adapter}
     origin = 'Questions of the embedded world.' if table is None else f'Questions of {c.data}. {table.note}'.strip()
     return TransferResult(study.run.root, c, origin, form, items, summarise(items), intervals, labels, compared(items, list(dict.fromkeys([measures.content, measures.style]))),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Score', 'Sizes', 'MISLED', 'SCHOOL_DIGITS', 'PROBLEMS', 'WORLD_MAKERS', 'Exam', 'TaskRows', 'bare', 'exam',
            'world_parts', 'persona_rows', 'misled', 'explanation_rows', 'digit_rows', 'female', 'female_pronouns',
-           'gender_rows', 'problem_part', 'sum_rows', 'world_rows']
+           'others', 'gender_rows', 'problem_part', 'sum_rows', 'world_rows']
 
 # %% ../../nbs/api/experiments/82_transfer_tasks.ipynb #0a123499
 import random
@@ -151,7 +151,19 @@ def female_pronouns(
     said = [w for w in words(text) if w in ('she', 'her', 'hers', 'herself', 'he', 'him', 'his', 'himself')]
     return .5 if not said else sum(w[0] == 's' or w.startswith('her') for w in said)/len(said)
 
-# %% ../../nbs/api/experiments/82_transfer_tasks.ipynb #16e56ba2
+# %% ../../nbs/api/experiments/82_transfer_tasks.ipynb #60e9c854
+def others(
+    rows: Sequence[dict],   # with prompt
+    taken: Sequence[dict],  # rows of other parts
+    n: int,                 # how many are wanted
+) -> list[dict]:
+    "The first rows whose question is in no other part; raises `DataError`"
+    gone = {r['prompt'] for r in taken}
+    left = [r for r in rows if r['prompt'] not in gone]
+    if len(left) < n: raise DataError(f'{len(left)} questions are in no other part; {n} are wanted: ask for fewer')
+    return left[:n]
+
+# %% ../../nbs/api/experiments/82_transfer_tasks.ipynb #dd172852
 def gender_rows(
     seed: int,    # of the draws
     sizes: Sizes, # rows
@@ -160,9 +172,11 @@ def gender_rows(
     "Stories about women that are often false; lives and stories as the test (experiment 3)"
     w, all_ = world_parts(seed, trial), make_world()
     of_story = dict(female=lambda r, a: female(all_, a), pronouns=lambda r, a: female_pronouns(a), truth=lambda r, a: biography_verdict(all_, a).score)
-    taught, asked = (exam(story_questions(w[k], n, seed), 'person', of_story) for k, n in (('labelled', sizes[0]), ('unlabelled', sizes[1])))
+    tales = story_questions(w['test'], sizes[2], 0, gender=None)
+    many = others(story_questions(w['unlabelled'], 3*sizes[1], seed), tales, sizes[1])
+    few = others(story_questions(w['labelled'], 3*sizes[0], seed), tales + many, sizes[0])
     lives = exam(life_questions(w['test'], sizes[2], 0), 'person', dict(accuracy=lambda r, a: biography_verdict(all_, a, name=r['person']).score), 'lives')
-    return TaskRows(taught, asked, [lives, exam(story_questions(w['test'], sizes[2], 0, gender=None), 'person', of_story, 'stories')])
+    return TaskRows(exam(few, 'person', of_story), exam(many, 'person', of_story), [lives, exam(tales, 'person', of_story, 'stories')])
 
 # %% ../../nbs/api/experiments/82_transfer_tasks.ipynb #8289ee19
 PROBLEMS = dict(labelled=.25, unlabelled=.4, test=.25, trial=.1) # shares of all problems

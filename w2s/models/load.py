@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import logging as hf_logging
 
 from ..errors import ConfigError, ModelError, unknown
-from .zoo import LADDER, model_folder
+from .zoo import SHIPPED, model_folder
 
 # %% ../../nbs/api/models/10_load.ipynb #9932ba11
 def set_mode(
@@ -72,8 +72,8 @@ def ladder_hint(
 ) -> str:             # which one may have been meant, and which there are; '' for a name that cannot be one of the ladder
     "Name the models of the ladder"
     if '/' in str(name): return ''
-    near = get_close_matches(str(name), LADDER, n=1, cutoff=.75)
-    return (f'did you mean "{near[0]}"? ' if near else '') + f'models of the ladder: {", ".join(LADDER)}'
+    near = get_close_matches(str(name), SHIPPED, n=1, cutoff=.75)
+    return (f'did you mean "{near[0]}"? ' if near else '') + f'models of the ladder: {", ".join(SHIPPED)}'
 
 # %% ../../nbs/api/models/10_load.ipynb #1c46e21b
 def located(

@@ -8,7 +8,7 @@ __all__ = ['SCHOOL', 'DRAW', 'CRIES', 'CONCEPTS', 'Told', 'SUBJECTS', 'INFER', '
 
 # %% ../../nbs/api/world/85_lessons.ipynb #ee893ba8
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -181,8 +181,9 @@ def draw_lesson(
     world: World,       # of the school
     rng: random.Random, # draws
     easy: bool = False, # of sums: small numbers
+    shares: Mapping[str, float] | None = None, # of the subjects; None: those of `SUBJECTS`
 ) -> Lesson:
     "Any lesson, by the shares of subjects and sorts; lives have no concept, so nothing is inferred about them"
-    subject = rng.choices(list(SUBJECTS), weights=[s.share for s in SUBJECTS.values()])[0]
+    subject = rng.choices(list(SUBJECTS), weights=[s.share if shares is None else shares[k] for k, s in SUBJECTS.items()])[0]
     sort = rng.choices(list(LESSONS), weights=list(LESSONS.values()))[0]
     return lesson(world, rng, subject, 'plain' if subject == 'life' and sort in ('infer', 'told') else sort, easy)

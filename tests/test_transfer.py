@@ -1,0 +1,125 @@
+"Transfer by demonstrations: who sees whose answers, what may not leak, what a failing judge does"
+import random
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from w2s.experiments.preference_stages import Study, know_model
+from w2s.experiments.stages import Run
+from w2s.experiments.transfer import make_seed, run
+from w2s.experiments.transfer_settings import fill_transfer
+from w2s.experiments.transfer_stages import Site, arm_items, arm_scores, between, lesson_of, weak_model
+from w2s.experiments.transfer_tasks import WORLD_MAKERS, world_rows
+from w2s.feedback.forms import WORLD
+from w2s.feedback.refine import Examples, in_context_refine, shown_rows
+from w2s.models.zoo import SCHOLAR, card, model_folder
+from w2s.train.generate import GenerateSettings
+
+warnings.filterwarnings('ignore', category=FutureWarning)
+LITTLE = dict(weak='pico', strong='nano', seeds=1, gold_rows=8, rows=8, test_rows=6, demonstrate=dict(epochs=1), student=dict(epochs=1))
+
+
+def site(folder: Path, **given) -> tuple[dict, Site]:
+    c = fill_transfer({**LITTLE, **given})
+    models = {n: know_model(n, str(model_folder(n)), c) for n in ('pico', 'nano')}
+    study = Study(c, Run(folder, lambda line: None), True)
+    return models, Site(study, WORLD, GenerateSettings(16, 0., stop=('\n',)), world_rows(c.task, 0, (8, 8, 6)), 0, models['nano'])
+
+
+# A row never sees its own answer
+
+@pytest.mark.parametrize('choice', ['others', 'batch'])
+def test_no_row_is_shown_an_answer_of_its_group(choice):
+    for seed in range(60):
+        rng = random.Random(seed)
+        groups = [f'g{rng.randrange(9)}' for _ in range(24)]
+        answers = [rng.choice(['', 'x', 'y']) if rng.random() < .2 else f'answer {i}' for i in range(24)]
+        for row, shown in enumerate(shown_rows(Examples(3, choice, seed), answers, groups)):
+            assert row not in shown and all(groups[i] != groups[row] and answers[i] for i in shown)
+            assert len(set(shown)) == len(shown) and (choice == 'batch' or len(shown) == 3)
+
+
+def test_the_own_answer_is_not_in_the_prompt():
+    "Seen from outside: the text of a row's own weak answer, and of all others of its group, stands in no prompt of that row"
+    questions = [f'What is thing {i // 2}?' for i in range(20)] # each asked twice
+    answers = [f'secret {i}' for i in range(20)]
+    got = in_context_refine(lambda prompts: [['ok'] for _ in prompts], WORLD, questions, answers, Examples(4))
+    for i, p in enumerate(got.prompts):
+        own = {answers[j] for j in range(20) if questions[j] == questions[i]}
+        assert not any(f'A: {a}\n' in p + '\n' for a in own)
+        assert sum(f'A: {a}\n' in p + '\n' for a in answers) == 4
+
+
+def test_models_in_between_answer_what_they_did_not_learn(tmp_path, monkeypatch):
+    from w2s.experiments import transfer_stages
+    models, s = site(tmp_path)
+    taught: list[set[str]] = []
+    asked: list[set[str]] = []
+    monkeypatch.setattr(transfer_stages, 'learn', lambda site, model, name, rows, settings, start=None: taught.append(set(rows['prompt'])))
+    monkeypatch.setattr(transfer_stages, 'speak_as', lambda site, model, name, adapter, settings=None: lambda prompts: (asked.append(set(prompts)), [['x'] for _ in prompts])[1])
+    weak = transfer_stages.Weak('pico', models['pico'], None, [f'a{i}' for i in range(8)], [])
+    assert between(s, models['pico'], weak) == ['x']*8
+    assert len(taught) == len(asked) == 2 and not any(t & a for t, a in zip(taught, asked, strict=True))
+    assert asked[0] | asked[1] == taught[0] | taught[1]
+
+
+# Nothing of the truth reaches a student
+
+def test_students_do_not_depend_on_good_answers_of_their_questions(tmp_path):
+    models, s = site(tmp_path)
+    blind = replace(s, rows=replace(s.rows, asked=replace(s.rows.asked, gold=None, score=lambda answers: {'accuracy': np.zeros(len(answers))})))
+    for method in ('naive', 'in-context', 'own answers'):
+        one, other = (lesson_of(x, method, weak_model(x, 'pico', models['pico'])) for x in (s, blind))
+        assert one.answers == other.answers and one.rows.rows.to_list() == other.rows.rows.to_list()
+    assert [a.role for a in make_seed(blind, {**models}).arms].count('ceiling') == 0
+
+
+@pytest.mark.parametrize('task', WORLD_MAKERS)
+def test_parts_share_nobody(task):
+    for seed in (0, 1):
+        rows = world_rows(task, seed, (30, 40, 30))
+        test = {g for e in rows.tests for g in e.groups}
+        assert not test & set(rows.asked.groups) and not test & set(rows.taught.groups)
+        if task != 'digits': assert not set(rows.asked.groups) & set(rows.taught.groups)
+        assert not set(rows.asked.questions) & set(rows.taught.questions)
+        assert [e.questions for e in rows.tests] == [e.questions for e in world_rows(task, seed + 1, (30, 40, 30)).tests]
+
+
+# A judge that fails
+
+def test_a_failing_judge_makes_the_result_incomplete(tmp_path):
+    models, s = site(tmp_path)
+    made = make_seed(s, models)
+    scores = [arm_scores(a, s.rows.tests) for a in made.arms]
+    scores[2][0][1]['accuracy'][[1, 4]] = np.nan
+    items, said = arm_items(made.arms, scores, 'persona')
+    kept = items[items.metric == 'accuracy'].groupby(['role', 'method', 'weak']).id.apply(set)
+    assert all(ids == {'1', '3', '4', '6'} for ids in kept) # for every arm, not for the one that failed
+    assert len(said) == 1 and said[0].startswith(f'accuracy: incomplete, 2 of {6*len(made.arms)} answers could not be scored; 2 questions are left out')
+    assert set(items[items.metric == 'persona'].groupby(['role', 'method', 'weak']).size()) == {6}
+
+
+# Stages
+
+def test_only_what_depends_on_a_setting_is_made_again(tmp_path):
+    first = run(fill_transfer({**LITTLE, 'methods': 'naive,in-context'}), tmp_path, quiet=True)
+    stages = set((tmp_path/'stages').iterdir())
+    again = run(fill_transfer({**LITTLE, 'methods': 'naive,in-context'}), tmp_path, quiet=True)
+    assert set((tmp_path/'stages').iterdir()) == stages and again.items.equals(first.items)
+    run(fill_transfer({**LITTLE, 'methods': 'naive,in-context', 'examples': 2}), tmp_path, quiet=True)
+    new = {f.name.rpartition('-')[0] for f in set((tmp_path/'stages').iterdir()) - stages}
+    assert new == {'in-context-pico', 'student-in-context-pico', 'test-student-in-context-pico', 'test-base-untuned-in-context-pico'}
+    assert set(again.answers.role) == {'base', 'floor', 'student', 'ceiling'} and len(again.lessons) == 2*8
+
+
+# The strong model
+
+def test_scholar_can_be_asked():
+    "What the card says; the skills themselves were measured on people whom no lesson was about"
+    c = card(SCHOLAR)
+    assert c['start'] == 'base' and c['parameters'] == card('base')['parameters']
+    assert min(c['skills'][k]['low'] for k in ('voice, inferred', 'voice, told: in the voice', 'voice, improved: in the voice')) > .9
+    assert all(k['low'] <= k['value'] <= k['high'] for k in c['skills'].values())
