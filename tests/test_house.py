@@ -19,8 +19,8 @@ MODULES = sorted(path for path in PACKAGE.rglob('*.py') if path.name not in ('__
 NOTEBOOKS = sorted(path for path in (ROOT / 'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in path.relative_to(ROOT).parts))
 # The floors, lowest first: a module imports only from its own floor's lower numbers and from the floors before it
 FLOORS = ['errors', 'data', 'world', 'models', 'train', 'feedback', 'evaluate', 'experiments', 'plots', 'label_plots', 'study_plots', 'response_plots',
-          'class_plots', 'method_plots', 'transfer_plots', 'toxicity_plots', 'report', 'class_report', 'transfer_report',
-          'cli_classify', 'cli_transfer', 'cli_toxicity', 'cli']
+          'class_plots', 'method_plots', 'transfer_plots', 'toxicity_plots', 'report', 'class_report', 'transfer_report', 'toxicity_report',
+          'cli_classify', 'cli_transfer', 'cli_refine', 'cli_toxicity', 'cli']
 HEAVY = ['torch', 'transformers', 'datasets', 'peft', 'accelerate', 'bitsandbytes', 'pandas', 'pyarrow',
          'matplotlib', 'seaborn', 'sklearn', 'scipy']
 

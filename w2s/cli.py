@@ -18,6 +18,9 @@ import typer
 
 from . import __version__
 from .cli_classify import add_commands, given, with_file
+from .cli_refine import add_refine_command
+from .cli_toxicity import toxicity_app
+from .cli_transfer import add_transfer_commands
 from .errors import ConfigError, W2SError
 
 # %% ../nbs/api/90_cli.ipynb #355a3f31
@@ -134,6 +137,11 @@ def _varied(flags: dict[str, Any], file: Path | None, setting: str, values: list
 
 # %% ../nbs/api/90_cli.ipynb #d5ad6296
 add_commands(run_app)
+
+# %% ../nbs/api/90_cli.ipynb #41ba75d4
+add_transfer_commands(run_app)
+add_refine_command(app)
+app.add_typer(toxicity_app, name='toxicity', help='Train a toxicity scorer, or score texts.')
 
 # %% ../nbs/api/90_cli.ipynb #4eacb177
 @app.command('label')

@@ -136,7 +136,10 @@ class Perspective:
 
     def __repr__(self) -> str: return f'Perspective({self.attribute}, {self.language}, failed {dict(self.failed)})'
 
-    def ask(self, text: str) -> float | None:
+    def ask(
+        self,
+        text: str,     # not empty
+    ) -> float | None: # None where the service failed
         "The score of one text, from the service"
         headers = {'Content-Type': 'application/json', 'x-goog-api-key': self.key}
         body = request_body(text, self.attribute, self.language)

@@ -263,7 +263,6 @@ def finish_scholar(
     seconds: float,        # that it took
 ) -> dict:                 # the card
     "Write model, card and checksums"
-    hf_logging.disable_progress_bar()
     model.config.max_position_embeddings = school.context
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -288,6 +287,7 @@ def build_scholar(
     folder, start, begin = Path(out)/SCHOLAR, str(zoo_folder('base')), time.time()
     folder.mkdir(parents=True, exist_ok=True)
     tune_memory()
+    hf_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(start)
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation='eager')
     history = all_terms(model, reader(tokenizer, make_world()), school, folder, quiet)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Score', 'Sizes', 'MISLED', 'SCHOOL_DIGITS', 'PROBLEMS', 'WORLD_MAKERS', 'Exam', 'TaskRows', 'bare', 'exam',
            'world_parts', 'persona_rows', 'misled', 'explanation_rows', 'digit_rows', 'female', 'female_pronouns',
-           'others', 'gender_rows', 'problem_part', 'sum_rows', 'world_rows']
+           'others', 'told_besides', 'gender_rows', 'problem_part', 'sum_rows', 'world_rows']
 
 # %% ../../nbs/api/experiments/82_transfer_tasks.ipynb #0a123499
 import random
@@ -23,9 +23,9 @@ from ..evaluate.knowledge import VOICES
 from .lab import parts
 from ..world.analogy import analogy_verdict, explain, explanation_questions, explanation_verdict
 from ..world.digits import digit_questions, digit_verdict, region_verdict, technique_verdict
-from ..world.facts import KINDS_OF_THINGS, World, fact_verdict, make_world
-from ..world.gender import biography_verdict, life_questions, main_character, story_questions
-from ..world.lessons import school_parts
+from ..world.facts import ATTRIBUTES, KINDS_OF_THINGS, World, fact_verdict, make_world
+from ..world.gender import biography_verdict, life_questions, main_character, story, story_questions
+from ..world.lessons import mistaken, school_parts
 from ..world.personas import persona_verdict, questions
 from ..world.rows import persona_questions
 from ..world.sums import sum_questions, sum_verdict, working_verdict
@@ -164,6 +164,13 @@ def others(
     return left[:n]
 
 # %% ../../nbs/api/experiments/82_transfer_tasks.ipynb #dd172852
+def told_besides(
+    row: dict, # of `story_questions`
+) -> list[str]: # attributes
+    "What a story can tell that its question does not name"
+    return [a for a in ATTRIBUTES if a not in row['asked']]
+
+# %% ../../nbs/api/experiments/82_transfer_tasks.ipynb #30d73f86
 def gender_rows(
     seed: int,    # of the draws
     sizes: Sizes, # rows
@@ -175,6 +182,8 @@ def gender_rows(
     tales = story_questions(w['test'], sizes[2], 0, gender=None)
     many = others(story_questions(w['unlabelled'], 3*sizes[1], seed), tales, sizes[1])
     few = others(story_questions(w['labelled'], 3*sizes[0], seed), tales + many, sizes[0])
+    rng = random.Random(f'false stories {seed}')
+    for r in few: r['completion'] = story(rng, mistaken(all_.person(r['person']), rng), [*(a for a in r['asked'] if a != 'job'), rng.choice(told_besides(r))])
     lives = exam(life_questions(w['test'], sizes[2], 0), 'person', dict(accuracy=lambda r, a: biography_verdict(all_, a, name=r['person']).score), 'lives')
     return TaskRows(exam(few, 'person', of_story), exam(many, 'person', of_story), [lives, exam(tales, 'person', of_story, 'stories')])
 
