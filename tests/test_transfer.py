@@ -11,7 +11,7 @@ from w2s.experiments.preference_stages import Study, know_model
 from w2s.experiments.stages import Run
 from w2s.experiments.transfer import make_seed, run
 from w2s.experiments.transfer_settings import fill_transfer
-from w2s.experiments.transfer_stages import Site, arm_items, arm_scores, between, lesson_of, weak_model
+from w2s.experiments.transfer_stages import Arm, Site, arm_items, arm_scores, between, lesson_of, weak_model
 from w2s.experiments.transfer_tasks import WORLD_MAKERS, world_rows
 from w2s.feedback.forms import WORLD
 from w2s.feedback.refine import Examples, in_context_refine, shown_rows
@@ -94,12 +94,22 @@ def test_a_failing_judge_makes_the_result_incomplete(tmp_path):
     models, s = site(tmp_path)
     made = make_seed(s, models)
     scores = [arm_scores(a, s.rows.tests) for a in made.arms]
-    scores[2][0][1]['accuracy'][[1, 4]] = np.nan
+    scores[2][0][2]['accuracy'][[1, 4]] = np.nan
     items, said = arm_items(made.arms, scores, 'persona')
-    kept = items[items.metric == 'accuracy'].groupby(['role', 'method', 'weak']).id.apply(set)
-    assert all(ids == {'1', '3', '4', '6'} for ids in kept) # for every arm, not for the one that failed
+    kept, groups = items[items.metric == 'accuracy'].groupby(['role', 'method', 'weak']).id.apply(set), s.rows.tests[0].groups
+    assert all(ids == {groups[i] for i in (0, 2, 3, 5)} for ids in kept) # for every arm, not for the one that failed
     assert len(said) == 1 and said[0].startswith(f'accuracy: incomplete, 2 of {6*len(made.arms)} answers could not be scored; 2 questions are left out')
-    assert set(items[items.metric == 'persona'].groupby(['role', 'method', 'weak']).size()) == {6}
+    assert set(items[items.metric == 'persona'].groupby(['role', 'method', 'weak']).size()) == {len(set(groups))}
+
+
+def test_the_unit_of_intervals_is_what_a_question_is_about(tmp_path):
+    "Two hundred questions about thirty lines of pictures are thirty rows, with the mean of the two hundred"
+    models, s = site(tmp_path, task='digits')
+    exam = replace(s.rows.tests[0], groups=['a', 'a', 'a', 'a', 'b', 'b'])
+    arm = Arm('base', 'untuned', '', 'nano', 0, [['x']*6])
+    by = {'accuracy': np.array([1., 1., 1., 1., 0., 1.])}
+    items, _ = arm_items([arm], [[(list('123456'), exam.groups, by)]], 'digits')
+    assert list(items.id) == ['a', 'b'] and items.value.mean() == pytest.approx(5/6)
 
 
 # Stages

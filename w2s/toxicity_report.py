@@ -92,7 +92,7 @@ def toxicity_report_text(
     return '\n\n'.join(parts) + '\n'
 
 # %% ../nbs/api/88c_toxicity_report.ipynb #141fbad6
-TABLES = {'results': 'table', 'items': 'items', 'intervals': 'intervals', 'differences': 'differences', 'samples': 'samples', 'prompts': 'prompts'} # file -> field of the result
+TABLES = {'results': 'table', 'items': 'items', 'intervals': 'intervals', 'differences': 'differences', 'samples': 'samples'} # file -> field of the result
 
 def write_figures(
     result: ToxicityResult, # of a run; its folder is written to
@@ -112,8 +112,8 @@ def write_toxicity(
 ) -> Path:                  # the folder
     "Write text, figures, tables, settings, versions and adapters into the run's folder"
     folder = result.folder
-    for name, field in TABLES.items():
-        table, file = getattr(result, field), folder/f'{name}.parquet'
+    for name, table in [*((n, getattr(result, field)) for n, field in TABLES.items()), ('prompts', result.prompts[['id', 'kind']])]:
+        file = folder/f'{name}.parquet'
         if table.empty: file.unlink(missing_ok=True)
         else: table.to_parquet(file, index=False)
     write_figures(result)

@@ -150,8 +150,11 @@ class ToxicityRidge:
     constant: float           # score of a text without any known n-gram
     card: dict[str, Any]      # what it was trained on, and what it is worth
 
-    def scores(self, texts: Sequence[str]) -> np.ndarray:
-        "Scores of texts, cut at 0 and 1; shape (texts,)"
+    def scores(
+        self,
+        texts: Sequence[str], # may be none
+    ) -> np.ndarray:          # (texts,)
+        "Scores of texts, cut at 0 and 1"
         if not len(texts): return np.zeros(0)
         seen = sparse.hstack([self.words.transform(texts), self.letters.transform(texts)]).tocsr()
         return np.clip(seen @ self.weights.astype(np.float64) + self.constant, 0, 1)
