@@ -104,7 +104,7 @@ def test_a_failing_judge_makes_the_result_incomplete(tmp_path):
 
 def test_the_unit_of_intervals_is_what_a_question_is_about(tmp_path):
     "Two hundred questions about thirty lines of pictures are thirty rows, with the mean of the two hundred"
-    models, s = site(tmp_path, task='digits')
+    models, s = site(tmp_path, task='digits', demonstrator='tuned')
     exam = replace(s.rows.tests[0], groups=['a', 'a', 'a', 'a', 'b', 'b'])
     arm = Arm('base', 'untuned', '', 'nano', 0, [['x']*6])
     by = {'accuracy': np.array([1., 1., 1., 1., 0., 1.])}

@@ -98,11 +98,12 @@ def transfer_caption(
 ) -> str:
     "What the table of a run holds"
     t, m = result.intervals, measures_of(result)
-    seeds, rows = int(t['seeds'].max()), int(t.loc[t['metric'] == m.content, 'n'].max())
-    over = 'test questions and seeds' if seeds > 1 else 'test questions (one seed: what another seed would change is not in them)'
+    content = t[t['metric'] == m.content]
+    seeds, groups, asked = int(t['seeds'].max()), int(content['n'].max()), result.answers['id'].nunique()
+    over = 'groups and seeds' if seeds > 1 else 'groups (one seed: what another seed would change is not in them)'
     ceiling = ' Ceiling: the strong model, trained on good answers to the very questions of its students.' if 'ceiling' in set(t['role']) else ' There is no ceiling, since nobody gave good answers.'
-    return (f'{rows:,} test questions, {seeds} seed{"s" if seeds > 1 else ""}; 95 % intervals from a bootstrap over {over}. Content: {m.content}; style: {m.style}. '
-            f'Floor: the weak model itself. Base: the strong model, not tuned, with nothing or with weak answers before its eyes.{ceiling}')
+    return (f'{asked:,} test questions, for {m.content} in {groups:,} groups by whom or what they are about; {seeds} seed{"s" if seeds > 1 else ""}; 95 % intervals from a bootstrap over {over}. '
+            f'Content: {m.content}; style: {m.style}. Floor: the weak model itself. Base: the strong model, not tuned, with nothing or with weak answers before its eyes.{ceiling}')
 
 # %% ../nbs/api/88b_transfer_report.ipynb #b278bcaa
 def compared_line(

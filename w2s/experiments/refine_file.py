@@ -12,7 +12,7 @@ __all__ = ['REFINE_METHODS', 'OF_METHODS', 'SHIPPED_REFINE', 'PACKAGES', 'Refine
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from typing import Any
 import tomli_w
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #588aa50a
-from ..errors import ConfigError, DataError, unknown
+from ..errors import ConfigError, unknown
 from .config import from_table, merged, to_table
 from .preference_stages import Model, Study, know_model
 from .stages import Run, lock
@@ -30,7 +30,7 @@ from .transfer_stages import Learned, Site, Weak, lesson_of
 from .transfer_tasks import Exam, TaskRows
 from .weak_settings import short_name
 from ..feedback.demonstrators import read_answers, read_questions
-from ..feedback.forms import CHAT, PLAIN, WORLD, Form, form_for
+from ..feedback.forms import WORLD, Form, form_for
 from ..feedback.refine import CHOICES, Examples, groups_of
 from ..models.load import LoadSettings
 from ..models.zoo import SHIPPED, model_folder

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Score', 'Sizes', 'MISLED', 'SCHOOL_DIGITS', 'PROBLEMS', 'WORLD_MAKERS', 'Exam', 'TaskRows', 'bare', 'exam',
            'world_parts', 'persona_rows', 'misled', 'explanation_rows', 'digit_rows', 'female', 'female_pronouns',
-           'others', 'told_besides', 'gender_rows', 'problem_part', 'sum_rows', 'world_rows']
+           'others', 'plant_stories', 'plant_lives', 'gender_rows', 'problem_part', 'sum_rows', 'world_rows']
 
 # %% ../../nbs/api/experiments/82_transfer_tasks.ipynb #0a123499
 import random
@@ -24,7 +24,7 @@ from .lab import parts
 from ..world.analogy import analogy_verdict, explain, explanation_questions, explanation_verdict
 from ..world.digits import digit_questions, digit_verdict, region_verdict, technique_verdict
 from ..world.facts import ATTRIBUTES, KINDS_OF_THINGS, World, fact_verdict, make_world
-from ..world.gender import biography_verdict, life_questions, main_character, story, story_questions
+from ..world.gender import biography_verdict, life, life_questions, main_character, story, story_questions
 from ..world.lessons import mistaken, school_parts
 from ..world.personas import persona_verdict, questions
 from ..world.rows import persona_questions
@@ -41,6 +41,7 @@ class Exam:
     groups: list[str]        # whom or what each is about: no example may be of the same group
     score: Score
     gold: list[str] | None = None # a good answer to each; None: nobody knows one
+    planted: list[str] | None = None # a weak answer to each, where mistakes were put in instead of made; None: a weak model must answer
     name: str = ''           # of a part of the test, where there are several: 'lives', 'stories'
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def exam(
     "Questions of the world with its oracles"
     def score(answers: Sequence[str]) -> dict[str, np.ndarray]:
         return {m: np.array([v(r, a) for r, a in zip(rows, answers, strict=True)], dtype=np.float64) for m, v in verdicts.items()}
-    return Exam([bare(r['prompt']) for r in rows], [str(r[group]) for r in rows], score, [r['completion'] for r in rows] if 'completion' in rows[0] else None, name)
+    given = [[r[key] for r in rows] if key in rows[0] else None for key in ('completion', 'planted')]
+    return Exam([bare(r['prompt']) for r in rows], [str(r[group]) for r in rows], score, given[0], given[1], name)
 
 # %% ../../nbs/api/experiments/82_transfer_tasks.ipynb #e5554a0f
 @lru_cache(maxsize=16)
@@ -130,8 +132,11 @@ def digit_rows(
     "Explaining an image classifier's decisions in words (experiment 2, second form); raises `ConfigError`"
     if trial: raise ConfigError('the task digits has one set of test pictures; choose settings on its rows for the strong model')
     says = dict(accuracy=lambda r, a: digit_verdict(r['prompt'], a).score, technique=lambda r, a: technique_verdict(a).score, regions=lambda r, a: region_verdict(r['prompt'], a).score)
-    told = exam(digit_questions(sizes[0], seed, 'labelled', by='weak'), 'group', says)
-    asked, test = (exam(digit_questions(n, s, part), 'group', says) for n, s, part in ((sizes[1], seed, 'unlabelled'), (sizes[2], 0, 'test')))
+    def made(n: int, draw: int, part: str) -> Exam:
+        good, weak = (digit_questions(n, draw, part, by=who) for who in ('good', 'weak'))
+        return exam([g | dict(planted=w['completion']) for g, w in zip(good, weak, strict=True)], 'group', says)
+
+    told, asked, test = made(sizes[0], seed, 'labelled'), made(sizes[1], seed, 'unlabelled'), made(sizes[2], 0, 'test')
     school = [r for way in ('regions', 'contrast') for r in digit_questions(SCHOOL_DIGITS//2, 0, 'school', way)]
     return TaskRows(told, asked, [test], [dict(prompt=r['prompt'], completion=r['completion']) for r in school])
 
@@ -163,14 +168,25 @@ def others(
     if len(left) < n: raise DataError(f'{len(left)} questions are in no other part; {n} are wanted: ask for fewer')
     return left[:n]
 
-# %% ../../nbs/api/experiments/82_transfer_tasks.ipynb #dd172852
-def told_besides(
-    row: dict, # of `story_questions`
-) -> list[str]: # attributes
-    "What a story can tell that its question does not name"
-    return [a for a in ATTRIBUTES if a not in row['asked']]
-
 # %% ../../nbs/api/experiments/82_transfer_tasks.ipynb #30d73f86
+def plant_stories(
+    rows: Sequence[dict], # of `story_questions`; each gets `planted`
+    draw: str,            # of the women and the mistakes
+) -> None:
+    "A false story about a woman for each question"
+    rng, women = random.Random(f'false stories {draw}'), [p for p in make_world().people if p.gender == 'female']
+    for r in rows:
+        who = rng.choice([p for p in women if p.facts['job'] == r['asked']['job']])
+        r['planted'] = story(rng, mistaken(who, rng), rng.sample([a for a in ATTRIBUTES if a != 'job'], 2))
+
+def plant_lives(
+    rows: Sequence[dict], # of `life_questions`; each gets `planted`
+) -> None:
+    "A false life for each name"
+    rng = random.Random('false lives')
+    for r in rows: r['planted'] = life(rng, mistaken(make_world().person(r['person']), rng), rng.sample([a for a in ATTRIBUTES if a != 'job'], 2))
+
+# %% ../../nbs/api/experiments/82_transfer_tasks.ipynb #668114a3
 def gender_rows(
     seed: int,    # of the draws
     sizes: Sizes, # rows
@@ -182,9 +198,10 @@ def gender_rows(
     tales = story_questions(w['test'], sizes[2], 0, gender=None)
     many = others(story_questions(w['unlabelled'], 3*sizes[1], seed), tales, sizes[1])
     few = others(story_questions(w['labelled'], 3*sizes[0], seed), tales + many, sizes[0])
-    rng = random.Random(f'false stories {seed}')
-    for r in few: r['completion'] = story(rng, mistaken(all_.person(r['person']), rng), [*(a for a in r['asked'] if a != 'job'), rng.choice(told_besides(r))])
-    lives = exam(life_questions(w['test'], sizes[2], 0), 'person', dict(accuracy=lambda r, a: biography_verdict(all_, a, name=r['person']).score), 'lives')
+    for rows in (few, many, tales): plant_stories(rows, f'{seed}' if rows is not tales else 'test')
+    asked_lives = life_questions(w['test'], sizes[2], 0)
+    plant_lives(asked_lives)
+    lives = exam(asked_lives, 'person', dict(accuracy=lambda r, a: biography_verdict(all_, a, name=r['person']).score), 'lives')
     return TaskRows(exam(few, 'person', of_story), exam(many, 'person', of_story), [lives, exam(tales, 'person', of_story, 'stories')])
 
 # %% ../../nbs/api/experiments/82_transfer_tasks.ipynb #8289ee19
