@@ -29,8 +29,8 @@ from .transfer_stages import Arm, Learned, Site, Weak, arm_items, arm_scores, in
 from .transfer_tasks import world_rows
 from .weak_settings import short_name
 from ..feedback.demonstrators import demonstrated
-from ..feedback.forms import Form, WORLD, form_for
-from ..models.zoo import model_folder
+from ..feedback.forms import Form, WORLD, form_for, stops
+from ..models.zoo import SHIPPED, model_folder
 from ..train.generate import GenerateSettings
 
 # %% ../../nbs/api/experiments/86_transfer.ipynb #d618deab
@@ -177,9 +177,10 @@ def shown_table(
 # %% ../../nbs/api/experiments/86_transfer.ipynb #9393e714
 def answering(
     config: Transfer, # of the run
+    form: Form,       # how they are asked
 ) -> GenerateSettings:
-    "How models answer: the likeliest words; one line in the world"
-    return GenerateSettings(config.max_tokens, 0., stop=('\n',) if config.data == 'world' else (), token_budget=16384)
+    "How models answer: the likeliest words"
+    return GenerateSettings(config.max_tokens, 0., stop=stops(form), token_budget=16384)
 
 # %% ../../nbs/api/experiments/86_transfer.ipynb #fbf66f07
 def run(
@@ -208,11 +209,11 @@ def result_of(
     c: Transfer = study.config
     strong = models[c.strong]
     if strong is None: raise DataError('the strong model has to answer; it cannot be a file')
-    form = WORLD if table is None else form_for(strong.reader.tokenizer)
+    form = WORLD if table is None or c.strong in SHIPPED else form_for(strong.reader.tokenizer)
     made = []
     for seed in range(c.seeds):
         rows = world_rows(c.task, seed, (c.gold_rows, c.rows, c.test_rows), c.trial) if table is None else table_rows(study, table, judge, seed)
-        made.append(make_seed(Site(study, form, answering(c), rows, seed, strong), models))
+        made.append(make_seed(Site(study, form, answering(c, form), rows, seed, strong), models))
     task, arms = c.task if table is None else Path(c.data).name, [a for m in made for a in m.arms]
     items, failures = arm_items(arms, [arm_scores(a, m.site.rows.tests) for m in made for a in m.arms], task)
     measures = TRANSFERS[c.task]

@@ -24,7 +24,7 @@ from .preference_stages import Model, Study, open_base
 from .stages import run_stage
 from .transfer_settings import Transfer
 from .transfer_tasks import Exam, Score, TaskRows, bare
-from ..feedback.demonstrators import ANSWERS, QUESTIONS, column_of, read_questions
+from ..feedback.demonstrators import ANSWERS, column_of, read_questions
 
 # %% ../../nbs/api/experiments/83_transfer_files.ipynb #b50edf94
 @dataclass(frozen=True)

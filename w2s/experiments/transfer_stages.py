@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 
 # %% ../../nbs/api/experiments/84_transfer_stages.ipynb #0f0048b5
 from ..data.rows import make_rows
@@ -25,7 +25,7 @@ from ..evaluate.metrics import metric_rows
 from .answer_stages import respond_all
 from .lab import stage_name
 from .preference_stages import Model, Study, train_stage
-from .transfer_settings import TRANSFERS, Transfer
+from .transfer_settings import Transfer
 from .transfer_tasks import Exam, TaskRows
 from .weak_settings import short_name
 from ..feedback.demonstrators import Demonstrations, demonstrated, prompted, read_answers

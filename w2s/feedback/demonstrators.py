@@ -101,7 +101,8 @@ def read_questions(
     asked_ = list(table[column_of(table, QUESTIONS, str(path), column)])
     for row, q in enumerate(asked_, 1):
         if not isinstance(q, str) or not q.strip(): raise DataError(f'{path}, row {row}: the question is {q!r}; a text is needed')
-    if twice := [i for i, q in enumerate(asked_, 1) if q in asked_[:i - 1]]: raise DataError(f'{path}, row {twice[0]}: the question {asked_[twice[0] - 1][:60]!r} is there twice; keep one')
+    first = {q: row for row, q in reversed(list(enumerate(asked_, 1)))}
+    if twice := [row for row, q in enumerate(asked_, 1) if first[q] != row]: raise DataError(f'{path}, row {twice[0]}: the question {asked_[twice[0] - 1][:60]!r} is there twice; keep one')
     return asked_
 
 # %% ../../nbs/api/feedback/62_demonstrators.ipynb #19a8ac80
