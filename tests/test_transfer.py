@@ -11,10 +11,11 @@ from w2s.experiments.preference_stages import Study, know_model
 from w2s.experiments.stages import Run
 from w2s.experiments.transfer import make_seed, run
 from w2s.experiments.transfer_settings import fill_transfer
-from w2s.experiments.transfer_stages import Arm, Site, arm_items, arm_scores, between, lesson_of, weak_model
+from w2s.experiments.transfer_stages import Arm, Site, Weak, arm_items, arm_scores, between, both_answers, learn, lesson_of, weak_model
 from w2s.experiments.transfer_tasks import WORLD_MAKERS, world_rows
 from w2s.feedback.forms import WORLD
 from w2s.feedback.refine import Examples, in_context_refine, shown_rows
+from w2s.models.adapters import adapter_hash
 from w2s.models.zoo import SCHOLAR, card, model_folder
 from w2s.train.generate import GenerateSettings
 
@@ -64,6 +65,14 @@ def test_models_in_between_answer_what_they_did_not_learn(tmp_path, monkeypatch)
     assert between(s, models['pico'], weak) == ['x']*8
     assert len(taught) == len(asked) == 2 and not any(t & a for t, a in zip(taught, asked, strict=True))
     assert asked[0] | asked[1] == taught[0] | taught[1]
+
+
+def test_weights_of_both_answers_act(tmp_path):
+    "The auxiliary method: other weights, other bits"
+    models, s = site(tmp_path)
+    weak = Weak('pico', models['pico'], None, [f'It is {i}.' for i in range(8)], [])
+    made = [learn(s, models['nano'], 'both', both_answers(s, weak, ['Arr, no!']*8, share).rows, s.config.student) for share in (.2, .8)]
+    assert adapter_hash(made[0]) != adapter_hash(made[1])
 
 
 # Nothing of the truth reaches a student

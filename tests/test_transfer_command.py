@@ -25,7 +25,8 @@ from w2s.models.zoo import zoo_folder
 ROOT = Path(__file__).parents[1]
 ALWAYS = {'report.md', 'figure.png', 'figure.svg', 'plane.png', 'plane.svg', 'results.parquet', 'items.parquet', 'intervals.parquet', 'differences.parquet', 'labels.parquet', 'pgr.parquet',
           'examples.parquet', 'answers.parquet', 'lessons.jsonl', 'config.toml', 'versions.json', 'adapters', 'stages'}
-TINY = ('--weak', 'pico', '--strong', 'nano', '--gold-rows', '8', '--rows', '8', '--test-rows', '6', '--seeds', '1', '--epochs', '1', '--max-tokens', '16')
+WEAK = ('--weak', 'pico')
+TINY = ('--strong', 'nano', '--gold-rows', '8', '--rows', '8', '--test-rows', '6', '--seeds', '1', '--epochs', '1', '--max-tokens', '16')
 KIND = ('--weak', 'pico', '--strong', 'nano', '--gold-rows', '8', '--rows', '8', '--test-rows', '4', '--seeds', '1', '--epochs', '1', '--dpo-epochs', '1', '--samples', '2', '--max-tokens', '8',
         '--examples', '2')
 
@@ -59,7 +60,7 @@ def trained(folder): return len([f for f in (folder/'stages').iterdir() if (f/'a
 def persona(tmp_path_factory):
     "One run of `w2s run persona` with an ablation and all methods but two, and what it printed"
     out = tmp_path_factory.mktemp('persona')/'run'
-    words = ('run', 'persona', *TINY, '--method', 'naive,in-context,own-answers,infer-and-respond', '--batch', '3', '--ablation', '1,2', '--out', out)
+    words = ('run', 'persona', *WEAK, *TINY, '--method', 'naive,in-context,own-answers,infer-and-respond', '--batch', '3', '--ablation', '1,2', '--out', out)
     return out, words, ran(*words)
 
 
@@ -107,8 +108,8 @@ def test_again_finds_all(persona):
 
 
 @pytest.mark.parametrize('words, metrics', [
-    (['explanation'], {'accuracy', 'analogy'}), (['explanation', '--form', 'digits'], {'accuracy', 'technique', 'regions'}),
-    (['gender'], {'accuracy', 'truth', 'female', 'pronouns'}), (['maths'], {'accuracy', 'working'}), (['maths', '--level', 'math'], {'accuracy', 'working'})])
+    (['explanation', *WEAK], {'accuracy', 'analogy'}), (['explanation', '--form', 'digits'], {'accuracy', 'technique', 'regions'}),
+    (['gender'], {'accuracy', 'truth', 'female', 'pronouns'}), (['maths', *WEAK], {'accuracy', 'working'}), (['maths', '--level', 'math', *WEAK], {'accuracy', 'working'})])
 def test_every_command_ends(tmp_path, monkeypatch, words, metrics):
     monkeypatch.setattr(transfer_tasks, 'SCHOOL_DIGITS', 16) # 1500 lessons take a minute
     out = tmp_path/'run'

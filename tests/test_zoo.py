@@ -162,7 +162,7 @@ def test_an_installation_carries_them(tmp_path):
     for part in ('setup.py', 'settings.ini', 'MANIFEST.in', 'README.md'): shutil.copy(ROOT/part, tmp_path)
     for name in ('__init__.py', 'py.typed'): shutil.copy(ROOT/'w2s'/name, tmp_path/'w2s')
     shutil.copytree(ROOT/'w2s'/'models', tmp_path/'w2s'/'models', ignore=shutil.ignore_patterns('__pycache__', '*.safetensors'))
-    for name in LADDER: (tmp_path/'w2s'/'models'/'ladder'/name/'model.safetensors').write_text('') # only names count here
+    for name in SHIPPED: (tmp_path/'w2s'/'models'/'ladder'/name/'model.safetensors').write_text('') # only names count here
     done = subprocess.run([sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', 'out'], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     there = {f.relative_to(tmp_path/'out'/'w2s'/'models'/'ladder').as_posix() for f in (tmp_path/'out').rglob('ladder/*/*')}

@@ -105,7 +105,8 @@ def dry_text(
         rows, origin = table_rows(Study(c, Run(Path()), True), table, judge, 0), f'{len(table.questions):,} questions of {c.data}. {table.note}'.strip()
     work = count_trainings(c, rows.asked.gold is not None, rows.school is not None)
     parts = ' and '.join(f'{len(e.questions):,} {e.name}'.strip() for e in rows.tests)
-    return '\n'.join([to_toml(c), f'{origin} For the weak model: {len(rows.taught.questions):,}, for the strong one: {len(rows.asked.questions):,}, for the test: {parts}.',
+    few = f'For the weak model: {len(rows.taught.questions):,}, for' if c.demonstrator in ('tuned', 'prompted') else 'For'
+    return '\n'.join([to_toml(c), f'{origin} {few} the strong model: {len(rows.asked.questions):,}, for the test: {parts}.',
                       f'{sum(work.values()):,} trainings, all seeds together: ' + ', '.join(f'{n:,} {k}' for k, n in work.items())])
 
 # %% ../nbs/api/89c_cli_transfer.ipynb #96dbad1e
@@ -118,10 +119,10 @@ def transfer_command(
     data: Annotated[str | None, Flag(help='questions of your own: a CSV, JSONL or Parquet file; maths: a file or folder as GSM8K is published (default: world)')] = None,
     question: Annotated[str | None, Flag(help='column of the questions (default: recognised)')] = None,
     answer: Annotated[str | None, Flag(help='column of good answers, for a tuned weak model and for the ceiling (default: recognised, if there is one)')] = None,
-    weak: Annotated[str | None, Flag(help='weak models, with commas between them: pico, nano, micro or base (they come with w2s), folders, or names on the hub (default: pico)')] = None,
+    weak: Annotated[str | None, Flag(help='weak models, with commas between them: pico, nano, micro or base (they come with w2s), folders, or names on the hub (default: pico; gender and digits in the world: none, mistakes are planted)')] = None,
     strong: Annotated[str | None, Flag(help='strong model, likewise (default: scholar)')] = None,
     via: Annotated[str | None, Flag(help='model in between, for --method bootstrap (default: none)')] = None,
-    demonstrator: Annotated[str | None, Flag(help='where weak answers come from: tuned on a few good answers, prompted, or file (default: tuned; with --answers: file; with --instruction: prompted)')] = None,
+    demonstrator: Annotated[str | None, Flag(help='where weak answers come from: tuned on a few good answers, prompted, a file, or planted: mistakes put into good answers (default: tuned; with --answers: file; with --instruction: prompted; gender and digits in the world: planted)')] = None,
     answers: Annotated[str | None, Flag(help='table of questions and weak answers, to test questions too, instead of a weak model')] = None,
     instruction: Annotated[str | None, Flag(help='what a prompted weak model is told, in a sentence')] = None,
     concept: Annotated[str | None, Flag(help='of persona, with a judge: the manner that is wanted, in words (default: the instruction)')] = None,

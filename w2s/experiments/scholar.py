@@ -10,6 +10,7 @@ __all__ = ['SCHOOL', 'CARD', 'Term', 'School', 'Reader', 'reader', 'document', '
 import json
 import platform
 import random
+import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -257,7 +258,6 @@ def scholar_card(
 def finish_scholar(
     folder: Path,          # of the model
     model: Any,            # as it was taught
-    tokenizer: Any,        # of `base`
     history: pd.DataFrame, # of `all_terms`
     school: School,        # how it was taught
     seconds: float,        # that it took
@@ -265,7 +265,7 @@ def finish_scholar(
     "Write model, card and checksums"
     model.config.max_position_embeddings = school.context
     model.half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    for name in ('tokenizer.json', 'tokenizer_config.json'): shutil.copy(zoo_folder('base')/name, folder)
     base = load_base(folder, LoadSettings(quantize='none', dtype='float32'))
     card = scholar_card(history, skills(base, make_world()), school, make_world(), seconds, base.model.num_parameters())
     for done in folder.glob('term*.pt'): done.unlink()
@@ -291,5 +291,5 @@ def build_scholar(
     tokenizer = AutoTokenizer.from_pretrained(start)
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation='eager')
     history = all_terms(model, reader(tokenizer, make_world()), school, folder, quiet)
-    card = finish_scholar(folder, model, tokenizer, history, school, time.time() - begin)
+    card = finish_scholar(folder, model, history, school, time.time() - begin)
     return card
