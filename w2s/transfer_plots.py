@@ -224,7 +224,7 @@ def said_of(
     width: int = 70,          # letters in a line
 ) -> str:                     # for the foot of a figure
     "What intervals hold, in short lines"
-    return textwrap.fill(caption(intervals, 'test questions').replace('Lines:', 'Bars:', 1), width)
+    return textwrap.fill(caption(intervals, 'subjects of test questions').replace('Lines:', 'Bars:', 1), width)
 
 # %% ../nbs/api/87c_transfer_plots.ipynb #7663e1c3
 def plot_transfer(
@@ -309,7 +309,7 @@ def _pooled(part: pd.DataFrame, level: float) -> dict[str, float]:
 
 # %% ../nbs/api/87c_transfer_plots.ipynb #ef8bd6c9
 def over_seeds(
-    table: pd.DataFrame, # columns weak, n, metric, value, low, high; optional seed: one row each
+    table: pd.DataFrame, # columns weak, n, metric, value, low, high; with seed: one row each; with seeds: they are put together already
     level: float = .95,  # coverage of the intervals in the table
 ) -> pd.DataFrame:       # weak, n, metric, value, low, high, seeds
     "Seeds of an ablation put together, with errors of questions and of seeds (Welch-Satterthwaite)"
@@ -317,6 +317,7 @@ def over_seeds(
     keys = ['weak', 'metric', 'n']
     twice = table.duplicated([*keys, *(['seed'] if 'seed' in table else [])])
     if twice.any(): raise DataError(f'plot_examples: {twice.sum()} rows are there twice, the first {dict(table.loc[twice, keys].iloc[0])}')
+    if 'seeds' in table and 'seed' not in table: return table[[*keys, *ENDS, 'seeds']]
     return pd.DataFrame([dict(zip(keys, key, strict=True)) | _pooled(part, level) for key, part in table.groupby(keys, sort=False)])
 
 # %% ../nbs/api/87c_transfer_plots.ipynb #9241b77d
@@ -383,5 +384,5 @@ def plot_examples(
         if levels is not None: at += _example_levels(ax, levels, m, COLORS[i])
     _example_axes(ax, here, pd.Series(at), ns, levels is not None)
     seeds = f' and {here["seeds"].max()} seeds' if here['seeds'].max() > 1 else '; one seed'
-    _caption_below(ax, f'Bars: {level:.0%} intervals over test questions{seeds}. Weak model {model_name(who)}.')
+    _caption_below(ax, f'Bars: {level:.0%} intervals over subjects of test questions{seeds}. Weak model {model_name(who)}.')
     return ax

@@ -122,7 +122,7 @@ def explanation_rows(
     return TaskRows(exam(told, 'thing', says), exam(asked, 'thing', says), [exam(test, 'thing', says)])
 
 # %% ../../nbs/api/experiments/82_transfer_tasks.ipynb #9e1fa734
-SCHOOL_DIGITS = 1500 # lessons, half of them in each way
+SCHOOL_DIGITS = 3000 # lessons, half of them in each way
 
 def digit_rows(
     seed: int,    # of the draws
@@ -137,7 +137,7 @@ def digit_rows(
         return exam([g | dict(planted=w['completion']) for g, w in zip(good, weak, strict=True)], 'group', says)
 
     told, asked, test = made(sizes[0], seed, 'labelled'), made(sizes[1], seed, 'unlabelled'), made(sizes[2], 0, 'test')
-    school = [r for way in ('regions', 'contrast') for r in digit_questions(SCHOOL_DIGITS//2, 0, 'school', way)]
+    school = [r for draw, way in enumerate(('regions', 'contrast')) for r in digit_questions(SCHOOL_DIGITS//2, draw, 'school', way)]
     return TaskRows(told, asked, [test], [dict(prompt=r['prompt'], completion=r['completion']) for r in school])
 
 # %% ../../nbs/api/experiments/82_transfer_tasks.ipynb #0363ccb1
