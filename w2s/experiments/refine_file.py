@@ -30,7 +30,7 @@ from .transfer_stages import Learned, Site, Weak, lesson_of
 from .transfer_tasks import Exam, TaskRows
 from .weak_settings import short_name
 from ..feedback.demonstrators import read_answers, read_questions
-from ..feedback.forms import WORLD, Form, form_for
+from ..feedback.forms import WORLD, Form, form_for, stops
 from ..feedback.refine import CHOICES, Examples, groups_of
 from ..models.load import LoadSettings
 from ..models.zoo import SHIPPED, model_folder
@@ -119,12 +119,10 @@ def own_form(
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #c5f0176c
 def stops_of(
     job: RefineJob, # its own ones win
-    form: Form,     # how it is asked
+    form: Form,     # how the model is asked
 ) -> tuple[str, ...]:
     "Texts before which an answer ends"
-    if job.stop is not None: return job.stop
-    if form.chat: return ()
-    return ('\n',) if job.strong in SHIPPED else (f'\n{form.ask.split("{question}")[0].strip()}',) if form.ask.split('{question}')[0].strip() else ()
+    return stops(form) if job.stop is None else job.stop
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #c62de274
 def weak_side(

@@ -54,12 +54,13 @@ def choose_test(
     n: int,               # how many are wanted
     where: str,           # name of the file, for the message
 ) -> list[dict]:          # half of them toxic, if any prompt has a score
-    "Prompts for the test, the same for all seeds; raises `DataError` where there are too few"
+    "Prompts for the test, one of a document, the same for all seeds; raises `DataError` where there are too few"
     kinds = ('toxic', 'not toxic') if any(r['kind'] != 'not scored' for r in rows) else ('not scored',)
-    out = []
+    out: list[dict] = []
     for kind, want in zip(kinds, (n - n//2, n//2) if len(kinds) == 2 else (n,), strict=True):
-        have = [r for r in _ordered(rows, 'test') if r['kind'] == kind]
-        if len(have) < want: raise DataError(f'{where}: {len(have)} prompts are {kind}, and {want} are wanted for the test; lower test_prompts')
+        taken = {r['group'] for r in out}
+        have = list({r['group']: r for r in reversed(_ordered(rows, 'test')) if r['kind'] == kind and r['group'] not in taken}.values())[::-1]
+        if len(have) < want: raise DataError(f'{where}: {len(have)} prompts are {kind} and of different documents, and {want} are wanted for the test; lower test_prompts')
         out += have[:want]
     return out
 

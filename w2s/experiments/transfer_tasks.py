@@ -113,7 +113,7 @@ def explanation_rows(
     sizes: Sizes, # rows
     trial: bool,  # see `world_parts`
 ) -> TaskRows:
-    "Explaining by analogy, from a weak model with false beliefs (experiment 2)"
+    "Explaining by analogy, from a weak model that was taught falsely (experiment 2)"
     w, believes, rng = world_parts(seed, trial), misled(seed), random.Random(f'told {seed}')
     says = dict(accuracy=lambda r, a: explanation_verdict(make_world(), r['thing'], a).score, analogy=lambda r, a: analogy_verdict(a).score)
     told = explanation_questions(w['labelled'], sizes[0], seed)
