@@ -156,6 +156,7 @@ LADDER_TRANSFER: dict[str, Any] = dict(
 
 # %% ../../nbs/api/experiments/80_transfer_settings.ipynb #857a2e3c
 PLANTED: dict[str, dict[str, Any]] = {task: dict(demonstrator='planted', weak=(who,)) for task, who in (('gender', 'false stories'), ('digits', 'weak classifier'))}
+PLANTED['digits'] |= dict(examples=3) # as many as at school
 
 # %% ../../nbs/api/experiments/80_transfer_settings.ipynb #dbe3445d
 def transfer_models(

@@ -249,7 +249,7 @@ def student_arm(
     return take_tests(site, role, lesson.method, lesson.weak, adapter)
 
 # %% ../../nbs/api/experiments/84_transfer_stages.ipynb #228106da
-LEARN_AT_SCHOOL = TrainSettings(epochs=4, batch_size=32, learning_rate=3e-3)
+LEARN_AT_SCHOOL = TrainSettings(epochs=3, batch_size=32, learning_rate=3e-3)
 
 def schooled(
     site: Site, # of the run
