@@ -102,7 +102,7 @@ def dry_text(
     if c.data == 'world': rows, origin = world_rows(c.task, 0, (c.gold_rows, c.rows, c.test_rows), c.trial), 'Questions of the embedded world.'
     else:
         table = read_asked(c)
-        rows, origin = table_rows(Study(c, Run(Path()), True), table, judge, 0), f'{len(table.questions):,} questions of {c.data}. {table.note}'.strip()
+        rows, origin = table_rows(Study(c, Run(Path()), True), table, judge, 0), f'{len(table.questions):,} questions of {c.data}' + (f'; {table.note}.' if table.note else '.')
     work = count_trainings(c, rows.asked.gold is not None, rows.school is not None)
     parts = ' and '.join(f'{len(e.questions):,} {e.name}'.strip() for e in rows.tests)
     few = f'For the weak model: {len(rows.taught.questions):,}, for' if c.demonstrator in ('tuned', 'prompted') else 'For'
