@@ -192,6 +192,7 @@ def zoo(
     from rich.console import Console
     from w2s.models.zoo import LADDER, card
     Console().print(cards_table([card(name) for name in LADDER]))
+    typer.echo('A fifth one, scholar, is base that can be asked (w2s run persona …); its skills stand in its card.')
 
 # %% ../nbs/api/90_cli.ipynb #7d1c3b1d
 def cards_table(
@@ -211,7 +212,7 @@ def cards_table(
 # %% ../nbs/api/90_cli.ipynb #b6987aab
 @zoo_app.command('build')
 def zoo_build(
-    size: Annotated[str, Flag(help='pico, nano, micro or base')],
+    size: Annotated[str, Flag(help='pico, nano, micro or base; or scholar: base, taught to name, follow and improve a way of answering')],
     out: Annotated[Path, Flag(help='folder for models; the model goes into a folder of its name in it')],
     tokens: Annotated[int | None, Flag(help='how much it reads (default: as the one that comes with w2s)')] = None,
     minutes: Annotated[float | None, Flag(help='instead of tokens: as much as it can read in about this time')] = None,
@@ -219,6 +220,12 @@ def zoo_build(
 ) -> None:
     "Pretrain a model on the embedded world; killed and started again, it goes on where it was."
     from w2s.experiments.ladder import RECIPE, build_model
+    from w2s.models.zoo import SCHOLAR
+    if size == SCHOLAR:
+        if tokens is not None or minutes is not None or seed: raise ConfigError('scholar is taught from base in stated terms; --tokens, --minutes and --seed are for the models of the ladder')
+        from w2s.experiments.scholar import build_scholar
+        typer.echo(f'{build_scholar(out)["tokens"]:,} tokens read; written to {out/size}, with a card')
+        return
     if tokens is not None and minutes is not None: raise ConfigError('give --tokens or --minutes, not both')
     made = build_model(size, out, RECIPE if tokens is None else replace(RECIPE, tokens=tokens), minutes, seed)
     from rich.console import Console
