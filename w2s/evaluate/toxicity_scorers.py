@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['READINGS', 'FULL', 'WORDS', 'LETTERS', 'KIND', 'oracle_scorer', 'label_number', 'reading_of', 'probability',
-           'open_classifier', 'batch_logits', 'load_classifier_scorer', 'ToxicityRidge', 'train_ridge', 'worth',
-           'ridge_card', 'fit_ridge', 'save_ridge', 'load_ridge', 'load_scorer']
+           'batch_logits', 'load_classifier_scorer', 'ToxicityRidge', 'train_ridge', 'worth', 'ridge_card', 'fit_ridge',
+           'save_ridge', 'load_ridge', 'load_scorer']
 
 # %% ../../nbs/api/evaluate/72_toxicity_scorers.ipynb #095631af
 import json
@@ -23,17 +23,15 @@ from scipy import sparse, stats
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
-from transformers import AutoModelForSequenceClassification
-from transformers.utils import logging as hf_logging
 
 # %% ../../nbs/api/evaluate/72_toxicity_scorers.ipynb #13263b07
 from ..data.splits import group_split
 from ..errors import ConfigError, DataError, ModelError, unknown
 from .calibration import reliability
 from .responses import Scorer, each
-from .reward_models import free_id
+from .reward_models import free_id, open_text_model
 from .toxicity import THRESHOLD
-from ..models.load import DTYPES, LoadSettings, context_length, load_config, load_tokenizer, local_folder, model_error
+from ..models.load import LoadSettings, context_length, load_tokenizer
 from ..train.batches import micro_batches
 from ..world.scenes import toxicity_verdict
 
@@ -78,25 +76,6 @@ def probability(
     z = logits.double().cpu()
     return {'sigmoid': z.sigmoid, 'softmax': lambda: z.softmax(1), 'plain': lambda: z}[reading]()[:, at].numpy()
 
-# %% ../../nbs/api/evaluate/72_toxicity_scorers.ipynb #3300b8c3
-def open_classifier(
-    name: str | Path,        # folder, or name on the hub
-    settings: LoadSettings,  # type of the arithmetic, revision, and what is allowed
-    device: str | None,      # None: the GPU if there is one
-) -> Any:                    # a Hugging Face model in evaluation mode
-    "Load a classifier; raises `ModelError` for one without a trained head"
-    if settings.quantize != 'none': raise ConfigError('classifiers are not quantized here; use LoadSettings("none", "float32")')
-    hf_logging.disable_progress_bar()
-    config = load_config(name, settings)
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            local_folder(name, settings), dtype=DTYPES[settings.dtype], trust_remote_code=settings.trust_remote_code,
-            use_safetensors=None if settings.allow_pickle else True, output_loading_info=True)
-    except (OSError, ValueError, KeyError) as e: raise model_error(name, e) from e
-    lacking = sorted(info['missing_keys'])
-    if lacking: raise ModelError(f'{name} is no classifier: its files lack {", ".join(lacking[:3])}, so that its head would be random; it is a {config.architectures}')
-    return model.eval().to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-
 # %% ../../nbs/api/evaluate/72_toxicity_scorers.ipynb #4aa07c94
 def batch_logits(
     model: Any,                   # a classifier
@@ -124,7 +103,7 @@ def load_classifier_scorer(
 ) -> Scorer:                       # of the text alone, without its prompt; none for a text that is too long
     "A classifier as a scorer; raises `ModelError` and `ConfigError`"
     if reading and reading not in READINGS: raise ConfigError(unknown(reading, READINGS, 'reading of logits'))
-    model, tokenizer = open_classifier(name, settings, device), load_tokenizer(name, settings)
+    model, tokenizer = open_text_model(name, settings, device, 'classifier'), load_tokenizer(name, settings)
     names = [model.config.id2label[i] for i in range(model.config.num_labels)]
     at = 0 if len(names) == 1 and not label else label_number(names, label, str(name))
     how, most = reading or reading_of(model.config, str(name)), limit or min(context_length(model.config), tokenizer.model_max_length)

@@ -121,6 +121,7 @@ def _check_sources(c: Transfer) -> None:
     if c.demonstrator == 'planted' and len(c.weak) > 1: raise ConfigError('planted answers have one source; name one as weak')
     if (c.demonstrator == 'file') != bool(c.answers): raise ConfigError('answers (a file) and demonstrator "file" belong together; give both or neither')
     if c.demonstrator == 'file' and len(c.weak) > 1: raise ConfigError(f'a file holds the answers of one weak model, not of {len(c.weak)}; name one')
+    if c.demonstrator in ('file', 'planted') and c.gold_rows != Transfer.gold_rows: raise ConfigError(f'gold_rows are for a weak model that is tuned or prompted; here its answers are there already (demonstrator "{c.demonstrator}")')
     if c.instruction and c.demonstrator != 'prompted': raise ConfigError(f'instruction is what a prompted weak model is told; demonstrator is "{c.demonstrator}"')
     if c.concept and not (c.judge and c.task == 'persona'): raise ConfigError('concept tells a judge of the task persona which manner is wanted; there is none')
     if c.data == 'world':
