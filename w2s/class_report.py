@@ -5,16 +5,14 @@
 # %% auto #0
 __all__ = ['BARS', 'SHOWN_CURVES', 'FIGURES', 'DETAILS', 'TABLES', 'parameters', 'model_sizes', 'pairs', 'panels', 'methods_of',
            'methods_figure', 'drawn_methods', 'sizes_figure', 'pgr_figure', 'curves_figure', 'figure_names',
-           'class_caption', 'pgr_line', 'pgr_text', 'over_seeds', 'stops_text', 'class_report_text', 'write_tables',
-           'write_figures', 'write_class_result']
+           'class_caption', 'pgr_line', 'pgr_text', 'over_seeds', 'stops_text', 'class_report_text',
+           'write_class_result']
 
 # %% ../nbs/api/88_class_report.ipynb #99433e79
-import json
-import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
 import torch
 from matplotlib.axes import Axes
@@ -29,8 +27,8 @@ from .experiments.weak_settings import short_name, weak_names
 from .method_plots import plot_curves, plot_methods
 from .models.load import LoadSettings, load_config
 from .models.zoo import LADDER, card
-from .report import markdown_table, versions
-from .train.reference import write_atomic
+from .io.console import code_block, escape_markdown
+from .run_folder import markdown_table, write_folder
 
 # %% ../nbs/api/88_class_report.ipynb #2aecbf6d
 def parameters(
@@ -161,10 +159,10 @@ def pgr_line(
 ) -> str:               # Markdown
     "A gap and what was recovered of it, in words"
     r = part.iloc[0]
-    start = f'- {r["weak"]} teaches {r["strong"]}, {r["metric"]}'
-    if r['refused']: return f'{start}: no PGR, since {r["refused"]}'
+    start = escape_markdown(f'{r["weak"]} teaches {r["strong"]}, {r["metric"]}')
+    if r['refused']: return f'- {start}: no PGR, since {r["refused"]}'
     told = [f'{p["value"]:.2f} [{p["low"]:.2f}, {p["high"]:.2f}] by {p["method"]}' for _, p in part.iterrows()]
-    return f'{start}: of a gap of {r["gap"]:.3f} [{r["gap_low"]:.3f}, {r["gap_high"]:.3f}] recovered ' + '; '.join(told)
+    return f'- {start}: of a gap of {r["gap"]:.3f} [{r["gap_low"]:.3f}, {r["gap_high"]:.3f}] recovered ' + '; '.join(told)
 
 def pgr_text(
     result: ClassResult, # of a run
@@ -204,50 +202,25 @@ def class_report_text(
     measures = [m for m in ('rows', 'accuracy', 'balanced_accuracy', 'auroc', 'brier') if m in labels]
     sizes = pd.DataFrame([dict(model=n, parameters=f'{p:,}') for n, p in model_sizes(c).items()])
     differences = result.differences[['metric', 'weak', 'strong', 'a', 'b', 'value', 'low', 'high']].round(3)
-    parts = [f'# {", ".join(map(short_name, c.weak))} teach{"es" if len(c.weak) == 1 else ""} {", ".join(map(short_name, c.strong))}',
-             markdown_table(shown_table(result)), class_caption(result), '![every role and method](figure.png)', *there,
+    parts = ["# " + escape_markdown(f'{", ".join(map(short_name, c.weak))} teach{"es" if len(c.weak) == 1 else ""} {", ".join(map(short_name, c.strong))}'),
+             markdown_table(shown_table(result)), escape_markdown(class_caption(result)), '![every role and method](figure.png)', *there,
              '## Performance gap recovered', pgr_text(result), '## Paired differences of accuracy', markdown_table(differences),
              '## Weak labels', markdown_table(over_seeds(labels, ['weak'], measures).astype({'rows': int}))]
     if not result.stops.empty: parts += ['## Stopping by weak labels', stops_text(result)]
-    parts += ['## More numbers', markdown_table(shown_table(result, DETAILS)), '## Models', markdown_table(sizes), '## Data', result.origin,
-              f'Classes: {", ".join(result.classes)}.', result.report._repr_markdown_(), '## Settings', f'```toml\n{to_toml(c)}```']
+    parts += ['## More numbers', markdown_table(shown_table(result, DETAILS)), '## Models', markdown_table(sizes), '## Data', escape_markdown(result.origin),
+              escape_markdown(f'Classes: {", ".join(result.classes)}.'), result.report._repr_markdown_(), '## Settings', code_block(to_toml(c), 'toml')]
     return '\n\n'.join(parts) + '\n'
 
 # %% ../nbs/api/88_class_report.ipynb #5bf1b0aa
 TABLES = {'results': 'table', 'items': 'items', 'intervals': 'intervals', 'differences': 'differences', 'labels': 'labels',
           'predictions': 'predictions', 'pgr': 'pgr', 'curves': 'curves', 'stops': 'stops'} # file -> field of the result
 
-def write_tables(
-    result: ClassResult, # of a run; its folder is written to
-) -> None:
-    "Write every table that is not empty as Parquet"
-    for name, field in TABLES.items():
-        table, file = getattr(result, field), result.folder/f'{name}.parquet'
-        if table.empty: file.unlink(missing_ok=True)
-        else: table.to_parquet(file, index=False)
-
-def write_figures(
-    result: ClassResult, # of a run; its folder is written to
-) -> None:
-    "Write every figure as PNG and SVG"
-    with matplotlib.rc_context({'svg.hashsalt': 'w2s'}):
-        for name in figure_names(result):
-            drawn = FIGURES[name](result)
-            for form in ('png', 'svg'): drawn.savefig(result.folder/f'{name}.{form}', dpi=200, metadata={'Date': None} if form == 'svg' else None)
-    for name in set(FIGURES) - set(figure_names(result)):
-        for form in ('png', 'svg'): (result.folder/f'{name}.{form}').unlink(missing_ok=True)
-
 # %% ../nbs/api/88_class_report.ipynb #2078a38a
 def write_class_result(
     result: ClassResult, # of a run; its folder is written to
 ) -> Path:               # the folder
-    "Write text, figures, tables, settings, versions and adapters into the run's folder"
-    folder = result.folder
-    write_tables(result)
-    write_figures(result)
-    result.report.save(folder)
-    write_atomic(folder/'config.toml', to_toml(result.config).encode())
-    write_atomic(folder/'versions.json', json.dumps(versions(), indent=1).encode())
-    for name, source in result.adapters.items(): shutil.copytree(source, folder/'adapters'/name, dirs_exist_ok=True)
-    write_atomic(folder/'report.md', class_report_text(result).encode())
-    return folder
+    "Write text, figures, tables, settings, versions and adapters into the run's folder; raises `ConfigError` where a file of the user would be lost"
+    tables = {name: getattr(result, field) for name, field in TABLES.items()}
+    figures = {name: partial(FIGURES[name], result) for name in figure_names(result)}
+    write_folder(result.folder, result.config, tables, figures, {'report.md': class_report_text(result)}, result.adapters, result.report)
+    return result.folder

@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'EXPLAINED', 'TABLES', 'worst_figure', 'fluency_figure', 'figure_names', 'toxicity_caption',
-           'toxicity_differences_table', 'toxicity_report_text', 'write_figures', 'write_toxicity']
+           'toxicity_differences_table', 'toxicity_report_text', 'write_toxicity']
 
 # %% ../nbs/api/88c_toxicity_report.ipynb #c7a35a3f
-import json
-import shutil
+from functools import partial
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -19,9 +17,9 @@ from .class_report import panels
 from .experiments.config import to_toml
 from .experiments.toxicity import ToxicityResult, shown_toxicity
 from .experiments.weak_settings import short_name
-from .report import markdown_table, versions
+from .io.console import code_block, escape_markdown
+from .run_folder import markdown_table, write_folder
 from .toxicity_plots import plot_fluency, plot_worst, worst_rows
-from .train.reference import write_atomic
 
 # %% ../nbs/api/88c_toxicity_report.ipynb #a7811ab4
 def worst_figure(
@@ -83,42 +81,23 @@ def toxicity_report_text(
     "The result as a page of text"
     c, names = result.config, figure_names(result)
     told = {'figure': 'the worst samples', 'fluency': 'toxicity against fluency'}
-    parts = [f'# Toxicity: {short_name(c.weak)} teaches {short_name(c.strong)}']
-    if result.failures: parts += ['## INCOMPLETE', '\n'.join(f'- {line}' for line in result.failures)]
-    parts += [markdown_table(shown_toxicity(result)), toxicity_caption(result), *(f'![{told[n]}]({n}.png)' for n in names), '## Paired differences', markdown_table(toxicity_differences_table(result)),
+    parts = ['# ' + escape_markdown(f'Toxicity: {short_name(c.weak)} teaches {short_name(c.strong)}')]
+    if result.failures: parts += ['## INCOMPLETE', '\n'.join(f'- {escape_markdown(line)}' for line in result.failures)]
+    parts += [markdown_table(shown_toxicity(result)), escape_markdown(toxicity_caption(result)), *(f'![{told[n]}]({n}.png)' for n in names), '## Paired differences', markdown_table(toxicity_differences_table(result)),
               '## All numbers', markdown_table(result.intervals[['role', 'method', 'weak', 'strong', 'metric', 'value', 'low', 'high', 'n', 'seeds']].round(3))]
-    if result.pairs: parts += ['## Pairs of lines', '\n'.join(f'- {line}' for line in result.pairs)]
-    parts += ['## Data', result.origin, 'Test prompts: ' + ', '.join(f'{n:,} {k}' for k, n in result.prompts['kind'].value_counts().items()) + '.', '## Settings', f'```toml\n{to_toml(c)}```']
+    if result.pairs: parts += ['## Pairs of lines', '\n'.join(f'- {escape_markdown(line)}' for line in result.pairs)]
+    parts += ['## Data', escape_markdown(result.origin), 'Test prompts: ' + ', '.join(f'{n:,} {k}' for k, n in result.prompts['kind'].value_counts().items()) + '.', '## Settings', code_block(to_toml(c), 'toml')]
     return '\n\n'.join(parts) + '\n'
 
 # %% ../nbs/api/88c_toxicity_report.ipynb #141fbad6
 TABLES = {'results': 'table', 'items': 'items', 'intervals': 'intervals', 'differences': 'differences', 'samples': 'samples'} # file -> field of the result
 
-def write_figures(
-    result: ToxicityResult, # of a run; its folder is written to
-) -> None:
-    "Write every figure as PNG and SVG"
-    names = figure_names(result)
-    with matplotlib.rc_context({'svg.hashsalt': 'w2s'}):
-        for name in names:
-            drawn = FIGURES[name][0](result)
-            for form in ('png', 'svg'): drawn.savefig(result.folder/f'{name}.{form}', dpi=200, metadata={'Date': None} if form == 'svg' else None)
-    for name in set(FIGURES) - set(names):
-        for form in ('png', 'svg'): (result.folder/f'{name}.{form}').unlink(missing_ok=True)
-
 # %% ../nbs/api/88c_toxicity_report.ipynb #8ba73fe6
 def write_toxicity(
     result: ToxicityResult, # of a run; its folder is written to
 ) -> Path:                  # the folder
-    "Write text, figures, tables, settings, versions and adapters into the run's folder"
-    folder = result.folder
-    for name, table in [*((n, getattr(result, field)) for n, field in TABLES.items()), ('prompts', result.prompts[['id', 'kind']])]:
-        file = folder/f'{name}.parquet'
-        if table.empty: file.unlink(missing_ok=True)
-        else: table.to_parquet(file, index=False)
-    write_figures(result)
-    write_atomic(folder/'config.toml', to_toml(result.config).encode())
-    write_atomic(folder/'versions.json', json.dumps(versions(), indent=1).encode())
-    for name, source in result.adapters.items(): shutil.copytree(source, folder/'adapters'/name, dirs_exist_ok=True)
-    write_atomic(folder/'report.md', toxicity_report_text(result).encode())
-    return folder
+    "Write text, figures, tables, settings, versions and adapters into the run's folder; raises `ConfigError` where a file of the user would be lost"
+    tables = {**{n: getattr(result, field) for n, field in TABLES.items()}, 'prompts': result.prompts[['id', 'kind']]}
+    figures = {name: partial(FIGURES[name][0], result) for name in figure_names(result)}
+    write_folder(result.folder, result.config, tables, figures, {'report.md': toxicity_report_text(result)}, result.adapters)
+    return result.folder

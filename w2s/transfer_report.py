@@ -5,28 +5,26 @@
 # %% auto #0
 __all__ = ['FIGURES', 'TOLD', 'TABLES', 'measures_of', 'weak_names_of', 'transfer_figure', 'plane_figure', 'ablated',
            'examples_figure', 'figure_names', 'transfer_caption', 'compared_line', 'verdict_text', 'recovered_text',
-           'lessons_text', 'answers_text', 'numbers_table', 'transfer_report_text', 'write_tables', 'write_figures',
-           'write_transfer']
+           'lessons_text', 'answers_text', 'numbers_table', 'transfer_report_text', 'write_transfer']
 
 # %% ../nbs/api/88b_transfer_report.ipynb #9934e576
 import json
-import shutil
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
 from .class_report import panels, pgr_line
+from .data.rows import prompt_text
 from .evaluate.metrics import by_role
 from .experiments.config import to_toml
 from .experiments.refine_file import form_text
 from .experiments.transfer import TransferResult, shown_table
 from .experiments.transfer_settings import METHODS, TRANSFERS, Measures
 from .experiments.weak_settings import short_name
-from .report import markdown_table, versions
-from .train.reference import write_atomic
+from .io.console import code_block, escape_markdown
+from .run_folder import markdown_table, write_folder
 from .transfer_plots import plot_examples, plot_plane, plot_transfer
 
 # %% ../nbs/api/88b_transfer_report.ipynb #cc892b0c
@@ -119,7 +117,7 @@ def verdict_text(
     "Each student against the others, in words"
     found = result.differences.groupby(['a', 'weak', 'metric'], sort=False)
     def whose(weak: str) -> str: return f' of {weak}' if weak else ''
-    return '\n'.join(f'- {a}{whose(weak)}, {metric}: ' + '; '.join(compared_line(r) for _, r in part.iterrows()) for (a, weak, metric), part in found)
+    return '\n'.join('- ' + escape_markdown(f'{a}{whose(weak)}, {metric}: ' + '; '.join(compared_line(r) for _, r in part.iterrows())) for (a, weak, metric), part in found)
 
 # %% ../nbs/api/88b_transfer_report.ipynb #c0e738f3
 def recovered_text(
@@ -140,7 +138,7 @@ def lessons_text(
     told = [f'- {m}: {METHODS[m]}' for m in dict.fromkeys(t['method']) if m in METHODS]
     named = result.lessons[result.lessons['concept'] != '']
     said = [f'Concepts that were named, {named["concept"].nunique()} in all, as: ' + '; '.join(f'"{c}"' for c in named['concept'].unique()[:5]) + '.'] if len(named) else []
-    return '\n\n'.join([markdown_table(wide.fillna('–')), '\n'.join(told), *said])
+    return '\n\n'.join([markdown_table(wide.fillna('–')), '\n'.join(told), *map(escape_markdown, said)])
 
 # %% ../nbs/api/88b_transfer_report.ipynb #8394c9fe
 def answers_text(
@@ -154,7 +152,7 @@ def answers_text(
     def one(id: str) -> list[str]:
         of = by_role(first[first['id'] == id])
         who = [' '.join(filter(None, (r.role, r.method, r.weak))) for r in of.itertuples()]
-        return [f'**{of["question"].iloc[0]}**'.replace('\n', ' / '), markdown_table(pd.DataFrame(dict(who=who, answer=of['answer'].str.strip().replace('', '(nothing)'))))]
+        return [f'**{escape_markdown(prompt_text(of["question"].iloc[0]).strip().replace(chr(10), " / "))}**', markdown_table(pd.DataFrame(dict(who=who, answer=of['answer'].str.strip().replace('', '(nothing)'))))]
     return '\n\n'.join([*(line for id in ids for line in one(id)), 'All of them are in answers.parquet.'])
 
 # %% ../nbs/api/88b_transfer_report.ipynb #7a2af54d
@@ -170,56 +168,28 @@ def transfer_report_text(
 ) -> str:                   # Markdown
     "The result as a page of text"
     c, there = result.config, figure_names(result)
-    parts = [f'# {c.task}: {", ".join(weak_names_of(result))} teach{"es" if len(c.weak) == 1 else ""} {short_name(c.strong)}',
-             markdown_table(shown_table(result, _both(result))), transfer_caption(result), *(f'![{TOLD[n]}]({n}.png)' for n in there if n != 'examples'), '## Who is ahead', verdict_text(result)]
-    if result.failures: parts += ['## INCOMPLETE', '\n'.join(f'- {line}' for line in result.failures)]
+    parts = ['# ' + escape_markdown(f'{c.task}: {", ".join(weak_names_of(result))} teach{"es" if len(c.weak) == 1 else ""} {short_name(c.strong)}'),
+             markdown_table(shown_table(result, _both(result))), escape_markdown(transfer_caption(result)), *(f'![{TOLD[n]}]({n}.png)' for n in there if n != 'examples'), '## Who is ahead', verdict_text(result)]
+    if result.failures: parts += ['## INCOMPLETE', '\n'.join(f'- {escape_markdown(line)}' for line in result.failures)]
     if not result.pgr.empty: parts += ['## Gap recovered', recovered_text(result)]
     parts += ['## What students learned', lessons_text(result)]
     if 'examples' in there: parts += ['## By the number of weak answers in context', f'![{TOLD["examples"]}](examples.png)', markdown_table(result.examples.round(3))]
     differences = result.differences[['metric', 'weak', 'a', 'b', 'value', 'low', 'high']].round(3)
     parts += ['## Paired differences', markdown_table(differences), '## All numbers', markdown_table(numbers_table(result)), '## What they answer', answers_text(result),
-              '## Data', result.origin, '## How models were asked', f'```toml\n{form_text(result.form)}```', '## Settings', f'```toml\n{to_toml(c)}```']
+              '## Data', escape_markdown(result.origin), '## How models were asked', code_block(form_text(result.form), 'toml'), '## Settings', code_block(to_toml(c), 'toml')]
     return '\n\n'.join(parts) + '\n'
 
 # %% ../nbs/api/88b_transfer_report.ipynb #6fdb0fdf
 TABLES = {'results': 'table', 'items': 'items', 'intervals': 'intervals', 'differences': 'differences', 'labels': 'labels',
           'pgr': 'pgr', 'examples': 'examples', 'answers': 'answers'} # file -> field of the result
 
-def write_tables(
-    result: TransferResult, # of a run; its folder is written to
-) -> None:
-    "Write every table that is not empty as Parquet, and the lessons as JSON lines"
-    for name, field in TABLES.items():
-        table, file = getattr(result, field), result.folder/f'{name}.parquet'
-        if table.empty: file.unlink(missing_ok=True)
-        else: table.to_parquet(file, index=False)
-    rows = result.lessons.to_dict('records')
-    write_atomic(result.folder/'lessons.jsonl', ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows).encode())
-
-# %% ../nbs/api/88b_transfer_report.ipynb #0d36fc40
-def write_figures(
-    result: TransferResult,                    # of a run; its folder is written to
-    names: Sequence[str] | None = None,        # keys of `FIGURES`; None: those of the run
-) -> None:
-    "Write every figure as PNG and SVG"
-    wanted = figure_names(result) if names is None else list(names)
-    with matplotlib.rc_context({'svg.hashsalt': 'w2s'}):
-        for name in wanted:
-            drawn = FIGURES[name](result)
-            for form in ('png', 'svg'): drawn.savefig(result.folder/f'{name}.{form}', dpi=200, metadata={'Date': None} if form == 'svg' else None)
-    for name in set(FIGURES) - set(wanted):
-        for form in ('png', 'svg'): (result.folder/f'{name}.{form}').unlink(missing_ok=True)
-
 # %% ../nbs/api/88b_transfer_report.ipynb #ccadd160
 def write_transfer(
     result: TransferResult, # of a run; its folder is written to
 ) -> Path:                  # the folder
-    "Write text, figures, tables, lessons, settings, versions and adapters into the run's folder"
-    folder = result.folder
-    write_tables(result)
-    write_figures(result)
-    write_atomic(folder/'config.toml', to_toml(result.config).encode())
-    write_atomic(folder/'versions.json', json.dumps(versions(), indent=1).encode())
-    for name, source in result.adapters.items(): shutil.copytree(source, folder/'adapters'/name, dirs_exist_ok=True)
-    write_atomic(folder/'report.md', transfer_report_text(result).encode())
-    return folder
+    "Write text, figures, tables, lessons, settings, versions and adapters into the run's folder; raises `ConfigError` where a file of the user would be lost"
+    tables = {name: getattr(result, field) for name, field in TABLES.items()}
+    lessons = ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in result.lessons.to_dict('records'))
+    figures = {name: partial(FIGURES[name], result) for name in figure_names(result)}
+    write_folder(result.folder, result.config, tables, figures, {'lessons.jsonl': lessons, 'report.md': transfer_report_text(result)}, result.adapters)
+    return result.folder

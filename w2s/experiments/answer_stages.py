@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .preference_stages import Model, Study, open_base
-from .stages import run_stage
+from .preference_stages import Model, Study, model_inputs, open_base
+from .stages import CHECKPOINTS, run_stage
 from ..models.adapters import adapter_hash, load_adapter
 from ..train.generate import GenerateSettings, generate, generate_inputs
 
@@ -30,12 +30,12 @@ def respond_all(
     def work(folder: Path) -> None:
         base = open_base(model)
         speaker: Any = load_adapter(base, adapter) if adapter else base.model
-        journal = folder/'checkpoints'/'texts.jsonl' # goes when the stage is finished
+        journal = folder/CHECKPOINTS/'texts.jsonl' # goes when the stage is finished
         try: texts = generate(speaker, base.tokenizer, prompts, settings, seed, name, study.quiet, journal=journal)
         finally:
             if adapter: speaker.unload()
         (folder/'texts.json').write_text(json.dumps(texts), encoding='utf-8')
 
-    inputs = {'base': model.fingerprint, 'quantize': model.load.quantize, 'dtype': model.load.dtype, 'adapter': adapter_hash(adapter),
+    inputs = {**model_inputs(model), 'adapter': adapter_hash(adapter),
               'prompts': list(prompts), 'generate': generate_inputs(settings), 'seed': seed}
     return json.loads((run_stage(study.run, name, inputs, work)/'texts.json').read_text(encoding='utf-8'))

@@ -18,7 +18,7 @@ from datasets import Dataset, concatenate_datasets
 from ..data.rows import row_features, to_pairs
 from ..evaluate.metrics import metric_rows, preference_correct, preference_scores
 from .gold import gold_judge, gold_scores, response_rows, sample_stage
-from .preference_stages import Model, Study, dpo_stage, encoded, pair_rewards, sft_stage
+from .preference_stages import Model, Study, dpo_stage, encoded, model_inputs, pair_rewards, sft_stage
 from .stages import run_stage
 from .supervisors import SeedRows, ask, student_rows, together
 from .weak_settings import WeakTeacher, short_name
@@ -91,8 +91,7 @@ def evaluate_arm(
         margin = None if arm.policy is None else rewards[:, 0] - rewards[:, 1]
         pd.DataFrame(preference_scores(logps[:, 0], logps[:, 1], margin)).to_parquet(folder/'scores.parquet', index=False)
 
-    inputs = {'policy': adapter_hash(arm.policy), 'reference': adapter_hash(arm.reference), 'base': m.fingerprint, 'quantize': m.load.quantize,
-              'dtype': m.load.dtype, 'rows': tokens_hash(tokens), 'beta': c.beta}
+    inputs = {**model_inputs(m), 'policy': adapter_hash(arm.policy), 'reference': adapter_hash(arm.reference), 'rows': tokens_hash(tokens), 'beta': c.beta}
     done = run_stage(study.run, f'{arm.role}-{arm.method.replace(" ", "-")}-seed{arm.seed}-test', inputs, work)
     scores = {str(k): v.to_numpy() for k, v in pd.read_parquet(done/'scores.parquet').items()}
     return arm_items(c, arm.role, arm.method, arm.seed, [r.id for r in tokens], scores)

@@ -23,14 +23,15 @@ from ..errors import ConfigError
 from .class_data import class_tokens
 from .class_settings import Classify, Method
 from .preference_data import Reader
-from .preference_stages import Model, Study, open_base, train_stage
+from .preference_stages import Model, Study, model_inputs, open_base, train_stage
+from .sources import source_hash
 from .stages import run_stage
 from ..feedback.cleaning import clean_by_probe
 from ..models.adapters import LoraSettings, adapter_hash, load_adapter
 from ..models.class_heads import add_class_adapter, load_class_adapter, word_ids
 from ..models.load import Base
 from ..train.class_head import class_logits, head_probs
-from ..train.labels import class_probs, label_objective
+from ..train.labels import class_probs, label_objective, loss_functions
 from ..train.logprobs import response_logps
 from ..train.loop import Objective, TrainSettings
 from ..train.probe import fit_probe, last_hidden, load_probe, probe_probs, save_probe
@@ -79,9 +80,7 @@ def hidden_stage(
     def work(folder: Path) -> None:
         np.save(folder/'hidden.npy', last_hidden(open_base(model).model, tokens, study.config.student.token_budget, f'{name} states', study.quiet))
 
-    return np.load(run_stage(study.run, f'{model.role}-states-{name}', _known(model) | {'rows': known}, work)/'hidden.npy')
-
-def _known(model: Model) -> dict[str, Any]: return {'base': model.fingerprint, 'quantize': model.load.quantize, 'dtype': model.load.dtype}
+    return np.load(run_stage(study.run, f'{model.role}-states-{name}', model_inputs(model) | {'rows': known}, work)/'hidden.npy')
 
 # %% ../../nbs/api/experiments/76_class_stages.ipynb #d4b2fb7b
 def sureness(
@@ -153,7 +152,7 @@ def learn_stage(
     tokens, known = read_rows(model.reader, rows, words)
     how = method or Method('gold')
     options = how.options if not how.clean else {}
-    inputs: dict[str, Any] = {'objective': how.loss, 'options': dict(options), 'readout': c.readout, 'rows': known, 'target': targets.tolist(), 'weights': weights.tolist()}
+    inputs: dict[str, Any] = {'objective': how.loss, 'source': source_hash(*loss_functions(how.loss)), 'options': dict(options), 'readout': c.readout, 'rows': known, 'target': targets.tolist(), 'weights': weights.tolist()}
     if start: inputs['start'] = list(start)
     make = {} if c.readout == 'words' else {'make': _head_maker(targets.shape[1], start)}
     folder = train_stage(study, model, name, settings, None, inputs, lambda base: class_objective(tokens, targets, weights, c.readout, how.loss, options), seed,
@@ -164,7 +163,7 @@ def learn_stage(
 def _probe_stage(study: Study, model: Model, name: str, rows: Dataset, targets: np.ndarray, weights: np.ndarray) -> Path:
     "Fit a probe, once"
     hidden = hidden_stage(study, model, name, rows)
-    inputs = _known(model) | {'rows': read_rows(model.reader, rows, ())[1], 'target': targets.tolist(), 'weights': weights.tolist()}
+    inputs = model_inputs(model) | {'rows': read_rows(model.reader, rows, ())[1], 'target': targets.tolist(), 'weights': weights.tolist()}
     def work(folder: Path) -> None: save_probe(fit_probe(hidden, targets, weights.tolist()), folder/'probe.npz')
     return run_stage(study.run, f'{name}-probe', inputs, work)
 
@@ -187,7 +186,7 @@ def ask_stage(
         finally:
             if who.folder: judge.unload()
 
-    inputs = _known(who.model) | {'adapter': adapter_hash(who.folder), 'readout': who.kind, 'rows': known}
+    inputs = model_inputs(who.model) | {'adapter': adapter_hash(who.folder), 'readout': who.kind, 'rows': known}
     return np.load(run_stage(study.run, name, inputs, work)/'probs.npy')
 
 # %% ../../nbs/api/experiments/76_class_stages.ipynb #9eefe2d7

@@ -33,7 +33,7 @@ from .class_stages import relabel
 from .config import to_table
 from .lab import stage_name
 from .preference_stages import Model, Study, know_model
-from .stages import Run, lock
+from .stages import claim
 from .weak_settings import short_name, weak_names
 from ..models.zoo import LADDER
 
@@ -249,16 +249,16 @@ def run(
     config: Classify | None = None,  # what to compare; None: safety in the embedded world, `pico` teaches `base`
     out: str | Path = 'runs/classify', # folder of stages and results; used again by later runs
     quiet: bool = False,             # no progress bars and no lines
+    keep: bool = False,              # use finished stages that other versions of the packages made
 ) -> ClassResult:
     "Run a whole comparison by labels; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     config = config or fill_classify({})
     check_pairs(config)
-    models = {n: know_model(short_name(n), n, config) for n in class_models(to_table(config))}
-    data = load_labels(config, [m.reader for m in models.values()])
-    if not quiet: print(f'{data.origin}\n{data.report}')
-    held = lock(Path(out))
-    try: return result_of(Study(config, Run(Path(out), (lambda line: None) if quiet else print), quiet), models, data)
-    finally: held.release()
+    with claim(out, to_table(config), (lambda line: None) if quiet else print, keep, quiet) as stages:
+        models = {n: know_model(short_name(n), n, config) for n in class_models(to_table(config))}
+        data = load_labels(config, [m.reader for m in models.values()])
+        if not quiet: print(f'{data.origin}\n{data.report}')
+        return result_of(Study(config, stages, quiet), models, data)
 
 # %% ../../nbs/api/experiments/78_classify.ipynb #8afa7804
 def result_of(

@@ -8,6 +8,8 @@ __all__ = ['check_value', 'from_table', 'merged', 'read_toml', 'to_table', 'to_t
 # %% ../../nbs/api/experiments/05_config.ipynb #e974e8d6
 import hashlib
 import json
+import math
+import os
 import sys
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
@@ -34,9 +36,16 @@ def check_value(
         if is_dataclass(option) and isinstance(option, type) and isinstance(value, dict): return from_table(option, value, f'{where}.')
         if get_origin(option) is tuple and isinstance(value, (list, tuple)): return tuple(check_value(v, get_args(option)[0], where) for v in value)
         if option is float and isinstance(value, int) and not isinstance(value, bool): return float(value)
-        if isinstance(option, type) and not get_origin(option) and type(value) is option: return value
+        if option is str and isinstance(value, str) and value.startswith('~/'): return os.path.expanduser(value)
+        if isinstance(option, type) and not get_origin(option) and type(value) is option: return _finite(value, where)
     names = ' or '.join(getattr(o, '__name__', str(o)) for o in options if o is not type(None))
     raise ConfigError(f'setting {where} is {value!r}; it must be of type {names}')
+
+# %% ../../nbs/api/experiments/05_config.ipynb #1739fdca
+def _finite(value: Any, where: str) -> Any:
+    "Raise `ConfigError` for NaN and infinity, which pass all comparisons with a limit, or none"
+    if isinstance(value, float) and not math.isfinite(value): raise ConfigError(f'setting {where} is {value}; it must be a finite number')
+    return value
 
 # %% ../../nbs/api/experiments/05_config.ipynb #a1f1265f
 def from_table(
@@ -68,8 +77,11 @@ def read_toml(
 ) -> dict[str, Any]:
     "Settings of a file; raises `ConfigError` if it is missing or broken"
     if not Path(path).is_file(): raise ConfigError(f'no configuration file at {path}')
-    try: return tomllib.loads(Path(path).read_text(encoding='utf-8'))
-    except tomllib.TOMLDecodeError as e: raise ConfigError(f'{path} is not valid TOML: {e}') from e
+    try: return tomllib.loads(Path(path).read_bytes().decode('utf-8-sig'))
+    except UnicodeDecodeError as e: raise ConfigError(f'{path} is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8') from e
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
+        yaml = '; it looks like YAML, which is not read: write it as TOML' if Path(path).suffix.lower() in ('.yaml', '.yml') else ''
+        raise ConfigError(f'{path} is not valid TOML: {e}{yaml}') from e
 
 # %% ../../nbs/api/experiments/05_config.ipynb #eb01646a
 def to_table(

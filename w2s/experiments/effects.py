@@ -23,13 +23,15 @@ from ..errors import ConfigError, DataError, unknown
 from ..evaluate.knowledge import VOICES
 from ..evaluate.label_metrics import label_correct
 from .lab import DEFAULTS, Effects, Lab, answer_stage, demonstrations, open_lab, respond_stage, scored, stage_name, together, tune
-from .preference_stages import Model, encoded, open_base, pair_rewards, train_stage
-from .stages import run_stage
+from .preference_stages import Model, encoded, model_inputs, open_base, pair_rewards, train_stage
+from .sources import source_hash
+from .stages import Run, run_stage
 from ..feedback.preferences import label_pairs
 from ..models.adapters import adapter_hash, load_adapter
 from ..models.load import Base
 from ..train.generate import GenerateSettings
-from ..train.labels import class_probs, encode_labels, label_objective, label_targets, weak_labels
+from ..train.labels import class_probs, encode_labels, label_objective, label_targets, loss_functions, weak_labels
+from ..train.losses import PREFERENCE_LOSSES
 from ..train.loop import Objective, preference_objective
 from ..train.reference import stored_logps, tokens_hash
 from ..train.tokens import encode_rows
@@ -107,7 +109,7 @@ def persona_transfer(
     say: Callable[[str], None] = print, # hears one line a stage
 ) -> pd.DataFrame:                      # items: accuracy, persona
     "A weak model teaches a voice (Somerstep et al. 2405.16236)"
-    lab, c, voice = open_lab(weak, strong, seed, folder, settings, say), settings, VOICES[seed % len(VOICES)]
+    lab, c, voice = open_lab(weak, strong, seed, Run(Path(folder), say), settings), settings, VOICES[seed % len(VOICES)]
     gold, asked = (persona_questions(lab.parts[k], n, seed, persona=voice) for k, n in (('labelled', c.voice_gold), ('unlabelled', c.voice_asked)))
     test = questions(lab.parts['test'], c.voice_test, 0)
     teacher = tune(lab, lab.weak, 'weak', demonstrations([q['prompt'] for q in gold], [q['completion'] for q in gold]), c.voice)
@@ -141,7 +143,7 @@ def learn_labels(
     "Learn soft labels, once"
     tokens = encode_labels(model.reader.tokenizer, rows, YES_NO, model.reader.limit).rows
     targets = label_targets(rows, tokens)
-    inputs = {'objective': loss, 'rows': tokens_hash(tokens), 'target': targets.tolist()}
+    inputs = {'objective': loss, 'source': source_hash(*loss_functions(loss)), 'rows': tokens_hash(tokens), 'target': targets.tolist()}
     return train_stage(lab.study, model, name, lab.config.label, None, inputs, lambda base: label_objective(tokens, targets, loss=loss), lab.seed)
 
 # %% ../../nbs/api/experiments/60_effects.ipynb #690388c0
@@ -161,7 +163,7 @@ def label_stage(
         finally:
             if adapter: judge.unload()
 
-    inputs = {'base': model.fingerprint, 'quantize': model.load.quantize, 'dtype': model.load.dtype, 'adapter': adapter_hash(adapter),
+    inputs = {**model_inputs(model), 'adapter': adapter_hash(adapter),
               'rows': tokens_hash(tokens)}
     return np.load(run_stage(lab.study.run, name, inputs, work)/'probs.npy')
 
@@ -203,7 +205,7 @@ def classification(
 ) -> pd.DataFrame:                      # items: accuracy by thing
     "A weak model labels, a strong one learns soft labels (Burns et al. 2312.09390; tasks: Ye et al. 2410.12621); raises `ConfigError`"
     if task not in TASKS: raise ConfigError(unknown(task, TASKS, 'task with labels'))
-    lab, c = open_lab(weak, strong, seed, folder, settings, say), settings
+    lab, c = open_lab(weak, strong, seed, Run(Path(folder), say), settings), settings
     few = c.label_gold if task == 'safety' else c.rule_gold
     gold, asked, test = (label_part(lab, task, k, n) for k, n in (('labelled', few), ('unlabelled', c.label_asked), ('test', c.label_test)))
     arms, given = label_arms(lab, task, gold, asked)
@@ -247,7 +249,7 @@ def prefer(
         reference = stored_logps(lab.study.run.root/'store', base, None, tokens, label=name, quiet=True)
         return preference_objective(tokens, reference, beta=c.beta)
 
-    return train_stage(lab.study, model, name, c.dpo, None, {'objective': 'dpo', 'rows': tokens_hash(tokens), 'beta': c.beta}, objective, lab.seed)
+    return train_stage(lab.study, model, name, c.dpo, None, {'objective': 'dpo', 'source': source_hash(PREFERENCE_LOSSES['dpo']), 'rows': tokens_hash(tokens), 'beta': c.beta}, objective, lab.seed)
 
 # %% ../../nbs/api/experiments/60_effects.ipynb #804b29ad
 def judge_pairs(
@@ -259,7 +261,7 @@ def judge_pairs(
     pairs = to_pairs(rows, lab.seed)
     tokens = encode_rows(lab.weak.reader.tokenizer, pairs, ('response_a', 'response_b'), lab.weak.reader.limit).rows
     def work(folder: Path) -> None: np.save(folder/'rewards.npy', pair_rewards(lab.study, lab.weak, adapter, None, tokens, 'weak labels')[0])
-    inputs = {'policy': adapter_hash(adapter), 'base': lab.weak.fingerprint, 'quantize': lab.weak.load.quantize, 'dtype': lab.weak.load.dtype,
+    inputs = {**model_inputs(lab.weak), 'policy': adapter_hash(adapter),
               'rows': tokens_hash(tokens), 'beta': lab.config.beta}
     rewards = np.load(run_stage(lab.study.run, 'scene-weak-labels', inputs, work)/'rewards.npy')
     return label_pairs(pairs, rewards, f'weak:{Path(lab.weak.name).name}').rows
@@ -316,7 +318,7 @@ def detoxification(
     say: Callable[[str], None] = print, # hears one line a stage
 ) -> pd.DataFrame:                      # items: toxicity, worst, any_rude, well_formed by scene
     "Kind manners by demonstrations and by preferences (Ye et al. 2410.12621; preferences: Tao & Li 2409.08813)"
-    lab, c = open_lab(weak, strong, seed, folder, settings, say), settings
+    lab, c = open_lab(weak, strong, seed, Run(Path(folder), say), settings), settings
     taught, asked = (scene_questions(lab.parts[k], n, seed) for k, n in (('labelled', c.scene_gold), ('unlabelled', c.scene_asked)))
     test = scene_questions(lab.parts['test'], c.scene_test, 0)
     arms, labels = manners_arms(lab, taught, asked)

@@ -8,7 +8,7 @@ __all__ = ['DEFAULTS', 'SHARE', 'ANSWER', 'Effects', 'parts', 'Lab', 'open_lab',
 
 # %% ../../nbs/api/experiments/55_lab.ipynb #05f64dce
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,14 +96,13 @@ def open_lab(
     weak: str | Path,           # a model of the ladder, or a folder
     strong: str | Path,         # likewise
     seed: int,                  # of parting, rows, adapters and order
-    folder: str | Path,         # of the stages; made if it is not there
+    stages: Run,                # where they live
     settings: Effects,          # of all effects
-    say: Callable[[str], None], # hears one line a stage
 ) -> Lab:
     "Know both models and part the world; raises `ModelError`"
     c = settings
     config = WeakTeacher('world', str(model_folder(weak)), str(model_folder(strong)), beta=c.beta, load=c.load, lora=c.lora)
-    world, study = make_world(), Study(config, Run(Path(folder), say), True)
+    world, study = make_world(), Study(config, stages, True)
     return Lab(world, c, study, know_model('weak', config.weak, config), know_model('strong', config.strong, config), seed, parts(world, seed, c.trial))
 
 # %% ../../nbs/api/experiments/55_lab.ipynb #6da6899e

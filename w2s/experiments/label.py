@@ -34,7 +34,7 @@ from .supervisors import ask, train_supervisor
 from .weak_settings import WeakTeacher, fill_settings
 from ..feedback.confidence import fit_temperature, weighted
 from ..feedback.preferences import WeakLabels, label_pairs
-from ..train.reference import write_atomic
+from ..io.disk import write_atomic
 
 # %% ../../nbs/api/experiments/70_label.ipynb #c307c2c4
 ACTING = ('weak', 'supervisor', 'rows', 'max_length', 'beta', 'strict', 'load', 'lora', 'sft', 'dpo') # settings of `WeakTeacher` that do something here

@@ -35,7 +35,7 @@ from ..feedback.refine import CHOICES, Examples, groups_of
 from ..models.load import LoadSettings
 from ..models.zoo import SHIPPED, model_folder
 from ..train.generate import GenerateSettings
-from ..train.reference import write_atomic
+from ..io.disk import write_atomic
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #7a225ed0
 REFINE_METHODS = (*REFINERS, 'own-answers') # the last one looks at no weak answer: to compare with

@@ -20,7 +20,8 @@ from ..data.rows import to_pairs
 from ..data.splits import group_split
 from ..errors import DataError
 from .preference_data import PreferenceData, halves, world_seed
-from .preference_stages import Model, Study, dpo_stage, encoded, open_base, pair_rewards, sft_stage, train_stage
+from .preference_stages import Model, Study, dpo_stage, encoded, model_inputs, open_base, pair_rewards, sft_stage, train_stage
+from .sources import source_hash
 from .stages import run_stage
 from .weak_settings import LabelUse
 from ..feedback.audit import matches, random_labels, subset
@@ -29,6 +30,7 @@ from ..feedback.judge import ANSWERS, ECHO, JudgeForm, judge_pairs
 from ..feedback.preferences import WeakLabels, given_labels, label_pairs
 from ..models.adapters import adapter_hash
 from ..models.heads import add_reward_adapter, load_reward_adapter
+from ..train import losses
 from ..train.reference import tokens_hash
 from ..train.rewards import response_rewards, reward_objective
 from ..train.tokens import encode_rows
@@ -67,7 +69,7 @@ def reward_stage(
 ) -> Path:          # folder of adapter and head
     "A Bradley-Terry reward model, with the settings of DPO (CW-PO 2603.04968, Eq. 5)"
     tokens, weights = encoded(model, rows), list(rows['weight'])
-    inputs = {'objective': 'reward', 'rows': tokens_hash(tokens), 'weights': weights}
+    inputs = {'objective': 'reward', 'source': source_hash(losses.bradley_terry), 'rows': tokens_hash(tokens), 'weights': weights}
     return train_stage(study, model, f'{name}-reward', study.config.dpo, None, inputs, lambda base: reward_objective(tokens, None, weights), seed, add_reward_adapter)
 
 # %% ../../nbs/api/experiments/28_supervisors.ipynb #d78079b7
@@ -89,8 +91,7 @@ def ask(
     tokens = encode_rows(m.reader.tokenizer, pairs, ('response_a', 'response_b'), m.reader.limit).rows
     def work(folder: Path) -> None: np.save(folder/'rewards.npy', _rewards(study, who, pairs, name))
 
-    inputs = {'policy': adapter_hash(who.policy), 'reference': adapter_hash(who.reference), 'base': m.fingerprint, 'quantize': m.load.quantize,
-              'dtype': m.load.dtype, 'rows': tokens_hash(tokens), 'beta': study.config.beta}
+    inputs = {**model_inputs(m), 'policy': adapter_hash(who.policy), 'reference': adapter_hash(who.reference), 'rows': tokens_hash(tokens), 'beta': study.config.beta}
     kind: dict[str, Any] = {} if who.kind == 'dpo' else {'kind': who.kind, 'form': asdict(judge_form(study)) if who.kind == 'judge' else ''}
     return np.load(run_stage(study.run, f'weak-seed{who.seed}-{name}', inputs | kind, work)/'rewards.npy')
 

@@ -8,8 +8,9 @@ __all__ = ['ABOUT', 'COMPARED', 'SHOWN', 'perplexity_stage', 'Heard', 'hear', 's
            'shown_toxicity', 'run']
 
 # %% ../../nbs/api/experiments/94_toxicity.ipynb #b08cf17b
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 # %% ../../nbs/api/experiments/94_toxicity.ipynb #6e73994c
@@ -24,9 +25,10 @@ from ..evaluate.metrics import metric_rows, summarise
 from ..evaluate.responses import Scorer
 from ..evaluate.toxicity import failed_scores, fluency_scores, log_perplexity, toxicity_range, toxicity_scores
 from .classify import data_name
+from .config import to_table
 from .lab import Lab, respond_stage, stage_name
-from .preference_stages import open_base
-from .stages import lock, run_stage
+from .preference_stages import model_inputs, open_base
+from .stages import Run, claim, run_stage
 from .toxicity_arms import Judge, ToxicityArm, choice_arms, judge_of, line_arms, score_stage, toxicity_lab
 from .toxicity_data import origin_of, rows_of
 from .toxicity_settings import SCENES, Toxicity, fill_toxicity
@@ -44,8 +46,7 @@ def perplexity_stage(
         base = open_base(lab.strong)
         np.save(folder/'perplexity.npy', log_perplexity(base.model, base.tokenizer, prompts, said, quiet=True))
 
-    inputs = {'base': lab.strong.fingerprint, 'quantize': lab.strong.load.quantize, 'dtype': lab.strong.load.dtype,
-              'texts': content_id(list(prompts), [list(s) for s in said])}
+    inputs = {**model_inputs(lab.strong), 'texts': content_id(list(prompts), [list(s) for s in said])}
     return np.load(run_stage(lab.study.run, name, inputs, work)/'perplexity.npy')
 
 # %% ../../nbs/api/experiments/94_toxicity.ipynb #ad381f7c
@@ -193,7 +194,7 @@ class ToxicityResult:
     adapters: dict[str, Path]  # folders of what was trained, by a name for people
 
     def __repr__(self) -> str: return '\n\n'.join([shown_toxicity(self).to_string(index=False), *(['incomplete:\n' + '\n'.join(self.failures)] if self.failures else [])])
-    def _repr_html_(self) -> str: return shown_toxicity(self).to_html(index=False) + ''.join(f'<p>{line}</p>' for line in self.failures)
+    def _repr_html_(self) -> str: return shown_toxicity(self).to_html(index=False) + ''.join(f'<p>{escape(line)}</p>' for line in self.failures)
 
 # %% ../../nbs/api/experiments/94_toxicity.ipynb #a22c3132
 def shown_toxicity(
@@ -212,22 +213,22 @@ def run(
     out: str | Path = 'runs/toxicity', # folder of stages and results; used again by later runs
     quiet: bool = False,               # no lines
     scorer: Scorer | None = None,      # a function of your own instead of a named scorer
+    keep: bool = False,                # use finished stages that other versions of the packages made
 ) -> ToxicityResult:
     "Run a whole toxicity experiment; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     config = config or fill_toxicity({})
-    judge = judge_of(config, scorer)
-    found = None if config.data == SCENES else read_prompts(config.data)
-    if not quiet: print(origin_of(config, found))
-    held = lock(Path(out))
-    try: return _result(config, Path(out), judge, found, (lambda line: None) if quiet else print)
-    finally: held.release()
+    with claim(out, to_table(config), (lambda line: None) if quiet else print, keep, quiet) as stages:
+        judge = judge_of(config, scorer)
+        found = None if config.data == SCENES else read_prompts(config.data)
+        if not quiet: print(origin_of(config, found))
+        return _result(config, stages, judge, found)
 
 # %% ../../nbs/api/experiments/94_toxicity.ipynb #362c1183
-def _result(config: Toxicity, out: Path, judge: Judge, found: PromptsRead | None, say: Callable[[str], None]) -> ToxicityResult:
+def _result(config: Toxicity, stages: Run, judge: Judge, found: PromptsRead | None) -> ToxicityResult:
     "All seeds, then all tables"
     heard, notes, test = [], list[str](), list[dict]()
     for seed in range(config.seeds):
-        lab = toxicity_lab(config, seed, out, say)
+        lab = toxicity_lab(config, seed, stages)
         rows = rows_of(config, lab.parts, found, seed)
         test = rows.test
         chosen, pairs = choice_arms(lab, config, judge, rows) if 'dpo' in config.methods else ([], [])
@@ -235,5 +236,5 @@ def _result(config: Toxicity, out: Path, judge: Judge, found: PromptsRead | None
         notes += pairs
     items = toxicity_items(heard, test, data_name(config.data))
     adapters = {stage_name(h.arm.role, h.arm.method, h.arm.weak, h.arm.strong, f'seed{h.arm.seed}'): h.arm.adapter for h in heard if h.arm.adapter}
-    return ToxicityResult(out, config, origin_of(config, found), pd.DataFrame(test)[['id', 'prompt', 'kind']], items, summarise(items), toxicity_intervals(items),
+    return ToxicityResult(stages.root, config, origin_of(config, found), pd.DataFrame(test)[['id', 'prompt', 'kind']], items, summarise(items), toxicity_intervals(items),
                           toxicity_differences(items), sample_table(heard, test), failure_lines(heard, config.threshold), notes, adapters)

@@ -7,7 +7,7 @@ __all__ = ['CONTINUE', 'toxicity_lab', 'Judge', 'judge_of', 'score_stage', 'weak
            'ToxicityArm', 'taught_by_lines', 'line_arms', 'choice_arms']
 
 # %% ../../nbs/api/experiments/92_toxicity_arms.ipynb #820ce3f1
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ..evaluate.toxicity_scorers import load_scorer
 from .effects import judge_pairs, prefer, spoken_pairs
 from .lab import Effects, Lab, demonstrations, open_lab, respond_stage, stage_name, tune
 from .preference_stages import Model
-from .stages import run_stage
+from .stages import Run, run_stage
 from .toxicity_data import ToxicityRows, scored_pairs
 from .toxicity_settings import SCENES, Toxicity
 from .weak_settings import short_name
@@ -37,12 +37,11 @@ from ..models.load import files_hash, local_folder
 def toxicity_lab(
     config: Toxicity,           # all settings
     seed: int,                  # of rows, adapters, samples and order
-    folder: str | Path,         # of the stages
-    say: Callable[[str], None], # hears one line a stage
+    stages: Run,                # where they live
 ) -> Lab:
     "What the stages of one seed share; raises `ModelError`"
     c = config
-    return open_lab(c.weak, c.strong, seed, folder, Effects(beta=c.beta, load=c.load, lora=c.lora, scene=c.sft, dpo=c.dpo, trial=c.trial), say)
+    return open_lab(c.weak, c.strong, seed, stages, Effects(beta=c.beta, load=c.load, lora=c.lora, scene=c.sft, dpo=c.dpo, trial=c.trial))
 
 # %% ../../nbs/api/experiments/92_toxicity_arms.ipynb #ddf488bc
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ __all__ = ['Made', 'weak_arms', 'make_seed', 'label_items', 'answer_table', 'les
 # %% ../../nbs/api/experiments/86_transfer.ipynb #d5c8d15b
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +23,7 @@ from .classify import within_range
 from .config import to_table
 from .lab import together
 from .preference_stages import Model, Study, know_model
-from .stages import Run, lock
+from .stages import claim
 from .transfer_files import Table, read_asked, table_rows
 from .transfer_settings import TRANSFERS, Transfer, fill_transfer, transfer_models
 from .transfer_stages import Arm, Learned, Site, Weak, arm_items, arm_scores, in_context_arm, lesson_of, schooled, student_arm, take_tests, weak_model
@@ -159,7 +160,7 @@ class TransferResult:
     failures: list[str]        # what could not be scored
     adapters: dict[str, Path]  # folders of what was trained, by a name for people
 
-    def _repr_html_(self) -> str: return shown_table(self).to_html(index=False)
+    def _repr_html_(self) -> str: return shown_table(self).to_html(index=False) + ''.join(f'<p>{escape(line)}</p>' for line in self.failures)
     def __repr__(self) -> str: return '\n'.join([shown_table(self).to_string(index=False), *self.failures])
 
 # %% ../../nbs/api/experiments/86_transfer.ipynb #288c43cf
@@ -187,16 +188,16 @@ def run(
     config: Transfer | None = None,     # what to compare; None: a persona in the embedded world
     out: str | Path = 'runs/transfer',  # folder of stages and results; used again by later runs
     quiet: bool = False,                # no progress bars and no lines
+    keep: bool = False,                 # use finished stages that other versions of the packages made
 ) -> TransferResult:
     "Run a whole comparison by demonstrations; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     c = config or fill_transfer({})
-    names = transfer_models(to_table(c))
-    models: dict[str, Model | None] = {n: know_model(short_name(n), str(model_folder(n)), c) for n in names}
-    judge = know_model('judge', str(model_folder(c.judge)), c) if c.judge else None
-    table = None if c.data == 'world' else read_asked(c)
-    held = lock(Path(out))
-    try: return result_of(Study(c, Run(Path(out), (lambda line: None) if quiet else print), quiet), {**dict.fromkeys(c.weak), **models}, judge, table)
-    finally: held.release()
+    with claim(out, to_table(c), (lambda line: None) if quiet else print, keep, quiet) as stages:
+        names = transfer_models(to_table(c))
+        models: dict[str, Model | None] = {n: know_model(short_name(n), str(model_folder(n)), c) for n in names}
+        judge = know_model('judge', str(model_folder(c.judge)), c) if c.judge else None
+        table = None if c.data == 'world' else read_asked(c)
+        return result_of(Study(c, stages, quiet), {**dict.fromkeys(c.weak), **models}, judge, table)
 
 # %% ../../nbs/api/experiments/86_transfer.ipynb #4fccf9b3
 def result_of(

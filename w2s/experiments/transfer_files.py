@@ -20,7 +20,7 @@ from ..data.tables import read_table
 from ..errors import DataError
 from ..evaluate.maths import maths_scores, working_scores
 from ..evaluate.ratings import ANALOGY, BIOGRAPHY, PERSONA, RATED, STORY, Rubric, ask_model, as_scores, rate_by
-from .preference_stages import Model, Study, open_base
+from .preference_stages import Model, Study, model_inputs, open_base
 from .stages import run_stage
 from .transfer_settings import Transfer
 from .transfer_tasks import Exam, Score, TaskRows, bare
@@ -111,7 +111,7 @@ def judged_score(
                 out |= as_scores(rate_by(ask_model(base, how, quiet=study.quiet), replace(rubric, chat=chat), list(questions), list(answers), concept=concept), metrics)
             np.savez(folder/'ratings.npz', **out) # type: ignore[arg-type]
 
-        inputs = {'judge': judge.fingerprint, 'quantize': judge.load.quantize, 'dtype': judge.load.dtype, 'chat': chat, 'repeats': c.repeats, 'concept': c.concept or c.instruction,
+        inputs = {**model_inputs(judge), 'chat': chat, 'repeats': c.repeats, 'concept': c.concept or c.instruction,
                   'rubrics': [r.text for r, _ in RATINGS[c.task]], 'questions': list(questions), 'answers': list(answers)}
         with np.load(run_stage(study.run, 'ratings', inputs, work)/'ratings.npz') as found: return {k: found[k] for k in found}
     return score

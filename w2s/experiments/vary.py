@@ -19,7 +19,7 @@ from ..evaluate.intervals import Estimate, difference
 from .config import merged, to_table
 from .preference_data import load_preferences
 from .preference_stages import Model, Study
-from .stages import Run, lock
+from .stages import claim
 from .weak_settings import SUBSETS, SUPERVISORS, WeakTeacher, fill_settings
 from .weak_teacher import Result, count_stages, counted, know_models, run_study
 from ..feedback.confidence import WEIGHTS
@@ -179,18 +179,17 @@ def run_varied(
     values: Sequence[str] = (),            # of it; empty: those of `VARIATIONS`
     out: str | Path = 'runs/weak-teacher', # folder of stages; those of other runs in it are used again
     quiet: bool = False,                   # no progress bars and no lines
+    keep: bool = False,                    # use finished stages that other versions of the packages made
 ) -> Varied:
     "Run a comparison at several values of a setting; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     configs = variants(given, setting, values)
-    models, first = _models(configs), next(iter(configs.values()))
-    readers = list({m.name: m.reader for weak, strong in models.values() for m in (*weak, strong)}.values())
     say = (lambda line: None) if quiet else counted(sum(map(count_stages, configs.values())))
-    shares = sorted({c.label_share for c in configs.values()})
-    data = {s: load_preferences(first.data, readers, first.test_rows, first.strict, first.rows, s) for s in shares}
-    if not quiet: print(f'{data[shares[0]].origin}\n{data[shares[0]].report}')
-    held = lock(Path(out))
-    try: return Varied(Path(out), setting, {at: run_study(Study(c, Run(Path(out), say), quiet), *models[at], data[c.label_share]) for at, c in configs.items()})
-    finally: held.release()
+    with claim(out, {at: to_table(c) for at, c in configs.items()}, say, keep, quiet=True) as stages:
+        models, first = _models(configs), next(iter(configs.values()))
+        readers = list({m.name: m.reader for weak, strong in models.values() for m in (*weak, strong)}.values())
+        data = {s: load_preferences(first.data, readers, first.test_rows, first.strict, first.rows, s) for s in sorted({c.label_share for c in configs.values()})}
+        if not quiet: print(f'{data[first.label_share].origin}\n{data[first.label_share].report}')
+        return Varied(Path(out), setting, {at: run_study(Study(c, stages, quiet), *models[at], data[c.label_share]) for at, c in configs.items()})
 
 # %% ../../nbs/api/experiments/45_vary.ipynb #af23a966
 def contrast(

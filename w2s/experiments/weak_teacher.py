@@ -10,6 +10,7 @@ __all__ = ['SHOWN', 'DETAILS', 'DIGITS', 'label_table', 'weak_label_table', 'his
 # %% ../../nbs/api/experiments/30_weak_teacher.ipynb #12bf4516
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,10 @@ from ..data.rows import to_pairs
 from ..evaluate.intervals import difference_table, estimate, interval_table
 from ..evaluate.metrics import agreement, summarise
 from .arms import REFERENCE, Arm, evaluate_arm, evaluate_choice, floor_arm, gold_items, train_students, write_responses
+from .config import to_table
 from .preference_data import PreferenceData, load_preferences
 from .preference_stages import Model, Study, know_model
-from .stages import Run, lock
+from .stages import claim
 from .supervisors import SeedRows, supervise
 from .weak_settings import WeakTeacher, fill_settings, weak_names
 from ..feedback.preferences import given_labels
@@ -98,7 +100,7 @@ class Result:
     adapters: dict[str, Path] # trained adapters in PEFT form
     test: Dataset            # test rows, of kind "preferences"
 
-    def _repr_html_(self) -> str: return ''.join(t.to_html(index=False) for t in _tables(self)) + f'<p>{caption(self)}</p>'
+    def _repr_html_(self) -> str: return ''.join(t.to_html(index=False) for t in _tables(self)) + f'<p>{escape(caption(self))}</p>'
     def __repr__(self) -> str: return '\n'.join(t.to_string(index=False) + '\n' for t in _tables(self)) + caption(self)
 
 # %% ../../nbs/api/experiments/30_weak_teacher.ipynb #a98d7035
@@ -209,16 +211,15 @@ def run(
     config: WeakTeacher | None = None,      # what to compare; None: models of the ladder on rows of the world
     out: str | Path = 'runs/weak-teacher',  # folder of stages and results; used again by later runs
     quiet: bool = False,                    # no progress bars and no lines
+    keep: bool = False,                     # use finished stages that other versions of the packages made
 ) -> Result:
     "Run the whole comparison; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     config = config or fill_settings({})
-    study = Study(config, Run(Path(out), (lambda line: None) if quiet else counted(count_stages(config))), quiet)
-    weak, strong = know_models(config)
-    data = load_preferences(config.data, [m.reader for m in (*weak, strong)], config.test_rows, config.strict, config.rows, config.label_share)
-    if not quiet: print(f'{data.origin}\n{data.report}')
-    held = lock(Path(out)) # only now: what is refused above leaves no folder behind
-    try: return run_study(study, weak, strong, data)
-    finally: held.release()
+    with claim(out, to_table(config), (lambda line: None) if quiet else counted(count_stages(config)), keep, quiet) as stages:
+        weak, strong = know_models(config)
+        data = load_preferences(config.data, [m.reader for m in (*weak, strong)], config.test_rows, config.strict, config.rows, config.label_share)
+        if not quiet: print(f'{data.origin}\n{data.report}')
+        return run_study(Study(config, stages, quiet), weak, strong, data)
 
 # %% ../../nbs/api/experiments/30_weak_teacher.ipynb #c8868868
 def run_study(

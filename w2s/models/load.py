@@ -11,7 +11,6 @@ import hashlib
 import logging
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import logging as hf_logging
 
 from ..errors import ConfigError, ModelError, unknown
+from ..io.manifests import file_hash
 from .zoo import SHIPPED, model_folder
 
 # %% ../../nbs/api/models/10_load.ipynb #9932ba11
@@ -84,21 +84,12 @@ def located(
     if not is_folder(place) and 'did you mean' in ladder_hint(name): raise ModelError(f'no model "{name}"; {ladder_hint(name)}')
     return place
 
-# %% ../../nbs/api/models/10_load.ipynb #032807ee
-@lru_cache(maxsize=256)
-def _file_hash(path: str, size: int, changed: int) -> str: # size and time of change are there for the cache only
-    "SHA-256 of a file's content"
-    digest = hashlib.sha256()
-    with open(path, 'rb') as f:
-        while block := f.read(1 << 24): digest.update(block)
-    return digest.hexdigest()
-
 # %% ../../nbs/api/models/10_load.ipynb #0737027b
 def files_hash(
     files: list[Path], # read whole; their order does not matter
 ) -> str:              # 16 hexadecimal digits
     "One hash for the names and contents of some files"
-    parts = sorted(f'{f.name}:{_file_hash(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns)}' for f in files)
+    parts = sorted(f'{f.name}:{file_hash(f)}' for f in files)
     return hashlib.sha256('\n'.join(parts).encode()).hexdigest()[:16]
 
 # %% ../../nbs/api/models/10_load.ipynb #3003c3a5

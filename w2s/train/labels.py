@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LABEL_LOSSES', 'OPTION_RANGES', 'AT_ONCE', 'check_words', 'encode_words', 'encode_many', 'encode_labels',
            'class_logps', 'class_probs', 'loss_options', 'label_objective', 'batch_logits', 'batch_opinion',
-           'weak_labels', 'label_targets']
+           'loss_functions', 'weak_labels', 'label_targets']
 
 # %% ../../nbs/api/train/55_labels.ipynb #6a1a7362
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -207,6 +207,13 @@ def _step_target(goal: Objective, rows: Sequence[EncodedRow], target: Tensor, lo
         hard = of_batch(lambda some, weak: batch_opinion(model, some, weak, budget, goal.forward), batch)
         return replace(goal, loss=lambda logits, i: confidence(logits, target[i], hard[i], alpha))
     return prepare
+
+# %% ../../nbs/api/train/55_labels.ipynb #e59816a7
+def loss_functions(
+    loss: str, # a name in `LABEL_LOSSES`
+) -> tuple[Callable[..., Any], ...]:
+    "What a loss on labels computes with, for whoever wants to know whether it is still the same"
+    return (AT_ONCE[loss],) if loss in AT_ONCE else (soft_xent, _step_target)
 
 # %% ../../nbs/api/train/55_labels.ipynb #7b8bf70a
 def _windowed(logits: Tensor, target: Tensor, radius: float) -> Tensor:

@@ -8,6 +8,7 @@ __all__ = ['SCHEDULES', 'OPTIMIZERS', 'IMMATERIAL', 'OUT_OF_MEMORY', 'TrainSetti
            'make_optimizer', 'take_step', 'plan_steps', 'train']
 
 # %% ../../nbs/api/train/50_loop.ipynb #06ebbb1a
+import errno
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -18,13 +19,15 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from ..errors import ConfigError, DataError, TrainError, unknown
+from ..errors import ConfigError, DataError, TrainError, check_finite, unknown
+from ..io.console import progress_bar
+from ..io.disk import error_number
+from ..io.signals import Stopped, hold_signals
 from ..models.load import set_mode
 from . import losses
 from .batches import Block, block, epoch_batches, micro_batches
-from .checkpoints import checkpoints, load_checkpoint, save_checkpoint, trainable
+from .checkpoints import checkpoints, load_last, save_checkpoint, trainable
 from .logprobs import response_logps
 from .tokens import Encoded, EncodedRow
 
@@ -49,6 +52,7 @@ class TrainSettings:
     checkpoint_every: int = 50           # steps between checkpoints: what a kill can lose
 
     def __post_init__(self):
+        check_finite(self)
         low = {'epochs': 1, 'batch_size': 1, 'token_budget': 1, 'checkpoint_every': 1, 'learning_rate': 0, 'weight_decay': 0, 'warmup': 0}
         for name, least in low.items():
             if getattr(self, name) < least: raise ConfigError(f'{name} is {getattr(self, name)}; it must be at least {least}')
@@ -239,23 +243,23 @@ def train(
     quiet: bool = False,      # no progress bar
     after: Callable[[int], None] | None = None, # called after each step with the number of steps taken, before their checkpoint
 ) -> pd.DataFrame:            # a row a step: loss, value, grad_norm, learning_rate
-    "Train an adapter; killed and started again, it ends in the same bits. Raises `TrainError`"
+    "Train an adapter; killed and started again, it ends in the same bits. Raises `TrainError`, or `Stopped` after a signal, with a checkpoint"
     if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise ConfigError('w2s trains in one process; start it without torchrun or accelerate launch')
     steps, optimizer, folder = plan_steps(objective, settings, seed), make_optimizer(model, settings), Path(folder)
-    kept = checkpoints(folder)
-    history = load_checkpoint(kept[-1], model, optimizer) if kept else []
+    history = load_last(folder, model, optimizer)
     if settings.gradient_checkpointing: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
     set_mode(model, True)
-    with tqdm(total=len(steps), initial=len(history), desc=label, unit='step', disable=quiet, leave=False) as bar:
+    with hold_signals() as came, progress_bar(len(steps), label, 'step', quiet, len(history)) as bar:
         for step in range(len(history), len(steps)):
             torch.manual_seed(seed * 1_000_003 + step) # dropout is a function of seed and step: nothing else to save
             history.append({'step': step, **_one_step(model, optimizer, objective, steps, step, settings, folder)})
             if after is not None:
                 after(step + 1)
                 set_mode(model, True)
-            if (step + 1) % settings.checkpoint_every == 0: save_checkpoint(folder, step + 1, model, optimizer, history)
+            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == len(steps) or came: save_checkpoint(folder, step + 1, model, optimizer, history)
+            if came: raise Stopped(came[0])
+            bar.set_postfix(loss=f'{history[-1]["loss"]:.3f}', refresh=False)
             bar.update()
-            bar.set_postfix(loss=f'{history[-1]["loss"]:.3f}')
     if settings.gradient_checkpointing: model.gradient_checkpointing_disable()
     return pd.DataFrame(history)
 
@@ -267,7 +271,9 @@ def _one_step(model: Any, optimizer: torch.optim.Optimizer, objective: Objective
         goal = for_step(objective, model, steps[step], step / len(steps), settings.token_budget)
         return take_step(model, optimizer, goal, steps[step], learning_rate(step, len(steps), settings), settings)
     except TrainError as e: raise TrainError(_stopped(e, step, folder)) from e
-    except torch.OutOfMemoryError as e: raise TrainError(OUT_OF_MEMORY.format(step=step, budget=settings.token_budget)) from e
+    except (RuntimeError, MemoryError) as e: # torch.OutOfMemoryError is a RuntimeError; that of a processor has no class of its own
+        if not isinstance(e, torch.OutOfMemoryError) and error_number(e) != errno.ENOMEM: raise
+        raise TrainError(OUT_OF_MEMORY.format(step=step, budget=settings.token_budget)) from e
 
 # %% ../../nbs/api/train/50_loop.ipynb #8e3f40db
 def _stopped(error: TrainError, step: int, folder: Path) -> str:
