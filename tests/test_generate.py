@@ -27,7 +27,7 @@ from w2s.train import sampling
 from w2s.train.batches import block
 from w2s.train.endings import cut_at, end_ids, response_text
 from w2s.train.generate import GenerateSettings, generate, generate_inputs, prompt_ids, respond, write
-from w2s.train.journal import open_journal
+from w2s.train.journal import open_journal, read_line
 from w2s.train.logprobs import response_logps
 from w2s.train.sampling import ban_repeats, draws, likeliest, nucleus, pick
 from w2s.train.tokens import Encoded, encode
@@ -505,7 +505,7 @@ def test_a_kill_in_the_middle_changes_no_text(folder, base, prompts, tmp_path, m
     process.send_signal(signal.SIGKILL)
     process.communicate()
     journal.write_bytes(journal.read_bytes()[:-7])
-    kept = sum(len(json.loads(line)) for line in journal.read_bytes().split(b'\n')[1:-1])
+    kept = sum(len(read_line(line)) for line in journal.read_bytes().split(b'\n')[1:-1])
     monkeypatch.setattr(page, 'write', lambda *a: (made.append(len(a[2])), write(*a))[1])
     assert respond(base.model, base.tokenizer, prompts, s, 3, quiet=True, journal=journal) == whole
     assert 0 < kept < len(prompts) and sum(made) == len(prompts) - kept and len({r.text for row in whole for r in row}) > 20
@@ -517,7 +517,7 @@ def test_a_journal_of_other_rows_is_a_journal_of_some(base, prompts, tmp_path):
     journal, s = tmp_path/'deep'/'texts.jsonl', replace(YE, token_budget=300)
     whole, some = texts_of(base, prompts, s), texts_of(base, prompts[:9], s, journal=journal)
     assert some == whole[:9] and texts_of(base, prompts[::-1], s, journal=journal) == whole[::-1]
-    assert len(open_journal(journal, json.loads(journal.read_text().splitlines()[0])['made'])) == len(prompts)
+    assert len(open_journal(journal, read_line(journal.read_bytes().splitlines()[0])['made'])) == len(prompts)
     assert texts_of(base, prompts[3:5], s, journal=journal) == whole[3:5]
     for other in (dict(seed=1), dict(arm='b')):
         with pytest.raises(ConfigError, match='made in another way'): texts_of(base, prompts, s, journal=journal, **other)

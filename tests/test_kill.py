@@ -17,6 +17,7 @@ import torch
 from w2s.cli import weak_teacher_config
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.experiments.stages import Run, run_stage
+from w2s.io.manifests import read_manifest
 from w2s.experiments.weak_teacher import run
 from w2s.models.adapters import LoraSettings, add_adapter, save_adapter
 from w2s.models.load import LoadSettings, load_base
@@ -60,9 +61,15 @@ def start(home, out):
     return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=open(out.with_suffix('.log'), 'ab'))
 
 
+def content(path):
+    "What a file says; of a manifest without time, process and seconds, which are those of its run"
+    return json.dumps(read_manifest(path)['files']).encode() if path.name == 'manifest.json' else path.read_bytes()
+
+
 def contents(out):
     "Every file that a finished run leaves, by name, as a hash"
-    return {str(p.relative_to(out)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.rglob('*')) if p.is_file() and p.name != '.lock'}
+    files = (p for p in sorted(out.rglob('*')) if p.is_file() and p.name not in ('.lock', '.holder.json'))
+    return {str(p.relative_to(out)): hashlib.sha256(content(p)).hexdigest() for p in files}
 
 
 def finished(out):
@@ -150,7 +157,7 @@ def sample_rows_of(base):
 
 @pytest.mark.parametrize('after', [0, 1, 2, 3, 5, 8])
 def test_killed_while_checkpoints_are_removed(home, tmp_path, after, monkeypatch):
-    "The work is done, so many files of its checkpoints are gone, then the kill: the next start ends in the same bits"
+    "The stage is finished, so many files of its checkpoints are gone, then the kill: the finished training is kept, and the rest is cleared away"
     straight, killed = [], []
     stage(home, tmp_path/'a', straight)
     def rmtree(path, *a, **k):
@@ -162,10 +169,12 @@ def test_killed_while_checkpoints_are_removed(home, tmp_path, after, monkeypatch
     with monkeypatch.context() as m:
         m.setattr(shutil, 'rmtree', rmtree)
         with pytest.raises(KeyboardInterrupt): stage(home, tmp_path/'b', killed)
-    assert not [p for p in (tmp_path/'b'/'stages').iterdir() if not p.name.startswith('.')]
+    trained, kept = len(killed), finished(tmp_path/'b')
     folder = stage(home, tmp_path/'b', killed)
+    assert len(killed) == trained, 'a finished training was thrown away'
+    assert {p.name for p in folder.iterdir()} == {'adapter', 'inputs.json', 'manifest.json'}
+    assert {k: v for k, v in finished(tmp_path/'b').items() if 'adapter/' in k} == {k: v for k, v in kept.items() if 'adapter/' in k}
     assert all(torch.equal(killed[-1][n], straight[-1][n]) for n in straight[-1])
-    assert {p.name for p in folder.iterdir()} == {'adapter', 'inputs.json'}
 
 
 @pytest.mark.parametrize('files', [0, 1, 2])

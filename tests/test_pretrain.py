@@ -107,7 +107,8 @@ BOMBS = {
     'in the second block': (pretrain, 'learn', 25),
     'state written, not yet in its place': (os, 'replace', 2),
     'last state written, no model yet': (pretrain.LlamaForCausalLM, 'save_pretrained', 1),
-    'model written, state not yet removed': (pretrain.Path, 'unlink', 1),
+    'old state moved, new one not yet in its place': (os, 'replace', 3),
+    'model written, state not yet removed': (pretrain, 'remove_state', 1),
 }
 
 
@@ -122,7 +123,8 @@ def test_killed_anywhere(tmp_path, whole, where):
             run(tmp_path)
         finally: os._exit(1) # the bomb did not go off
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert (tmp_path/'training.pt').is_file() == (where != 'before the first state'), 'killed at another place than was meant'
+    states = [(tmp_path/name).is_file() for name in ('training.pt', 'training.before')]
+    assert any(states) == (where != 'before the first state') and states[0] == (where not in ('before the first state', 'old state moved, new one not yet in its place')), 'killed at another place than was meant'
     same(tmp_path, run(tmp_path), whole)
 
 

@@ -22,7 +22,7 @@ import torch
 from ..errors import ConfigError, unknown
 from ..evaluate.knowledge import knowledge
 from ..models.load import LoadSettings, load_base
-from ..models.pretrain import Recipe, Size, Stream, pretrain_model, speed, world_tokenizer
+from ..models.pretrain import Recipe, Size, Stream, pretrain_model, remove_state, speed, world_tokenizer
 from ..world.facts import VERSION, World, make_world, world_hash
 from ..world.stream import answer_words, few, name_words, stream_document, stream_words
 
@@ -110,7 +110,7 @@ def build_model(
     stream = world_stream(world, recipe)
     if minutes is not None: recipe = replace(recipe, tokens=max(1, round(speed(SIZES[name], recipe, stream)*60*minutes)))
     start = time.time()
-    history = pretrain_model(folder, SIZES[name], recipe, stream, seed, quiet=quiet)
+    history = pretrain_model(folder, SIZES[name], recipe, stream, seed, quiet=quiet, keep_state=True)
     seconds = time.time() - start
     base = load_base(folder, LoadSettings(quantize='none', dtype='float32'))
     card = model_card(name, SIZES[name], recipe, history, knowledge(base, world, questions), world, seed, seconds, base.model.num_parameters())
@@ -118,4 +118,5 @@ def build_model(
     (folder/'card.json').write_text(json.dumps(card, indent=1) + '\n', encoding='utf-8')
     (folder/'README.md').write_text(card_text(card), encoding='utf-8')
     write_sums(folder)
+    remove_state(folder/'training.pt') # only now: measuring takes minutes, and may be killed
     return card

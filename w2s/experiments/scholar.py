@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
@@ -27,8 +26,9 @@ from transformers.utils import logging as hf_logging
 from ..evaluate.intervals import estimate
 from ..evaluate.knowledge import GREEDY
 from .ladder import write_sums
+from ..io.console import progress_bar
 from ..models.load import Base, LoadSettings, load_base
-from ..models.pretrain import Recipe, Training, learn, make_optimizers, marks, resume, save_state, token_weights, tune_memory
+from ..models.pretrain import Recipe, Training, learn, load_state, make_optimizers, marks, remove_state, resume, save_state, token_weights, tune_memory
 from ..models.zoo import SCHOLAR, zoo_folder
 from ..train.generate import generate
 from ..world.analogy import analogy_verdict, explanation_questions, explanation_verdict
@@ -132,7 +132,7 @@ def teach(
     "Read the lessons of one term; killed and started again, it goes on at the last block"
     training, known = Training(model, make_optimizers(model, term.recipe), [], 0), dict(term=asdict(term), number=number)
     resume(training, file, known)
-    with tqdm(total=term.recipe.tokens, initial=training.tokens, desc=f'{SCHOLAR}, term {number + 1}', unit='tok', unit_scale=True, disable=quiet) as bar:
+    with progress_bar(term.recipe.tokens, f'{SCHOLAR}, term {number + 1}', 'tok', quiet, training.tokens) as bar:
         while training.tokens < term.recipe.tokens:
             block = f'{number} {training.blocks}' if number else str(training.blocks)
             for ids, weights in lesson_batches(r, term, training.tokens/term.recipe.tokens, block):
@@ -156,11 +156,12 @@ def all_terms(
     out = []
     for number, term in enumerate(school.terms):
         done = folder/f'term{number}.pt'
-        if not done.is_file():
+        if (found := load_state(done)) is None:
             history = teach(model, r, term, number, folder/'school.pt', quiet)
             save_state(done, dict(model={k: v.half() for k, v in model.state_dict().items()}, history=history.to_dict('list')))
-            (folder/'school.pt').unlink()
-        found = torch.load(done, weights_only=True)
+            remove_state(folder/'school.pt')
+            found = load_state(done)
+        assert found
         model.load_state_dict({k: v.float() for k, v in found['model'].items()})
         out.append(pd.DataFrame(found['history']).assign(term=number))
     return pd.concat(out, ignore_index=True)
@@ -268,13 +269,13 @@ def finish_scholar(
     for name in ('tokenizer.json', 'tokenizer_config.json'): shutil.copy(zoo_folder('base')/name, folder)
     base = load_base(folder, LoadSettings(quantize='none', dtype='float32'))
     card = scholar_card(history, skills(base, make_world()), school, make_world(), seconds, base.model.num_parameters())
-    for done in folder.glob('term*.pt'): done.unlink()
     history[::10].round(4).to_csv(folder/'history.csv', index=False)
     (folder/'card.json').write_text(json.dumps(card, indent=1) + '\n', encoding='utf-8')
     table = '\n'.join(f'| {k} | {v["value"]:.3f} | {v["low"]:.3f} to {v["high"]:.3f} | {v["n"]} |' for k, v in card['skills'].items())
     text = CARD.format(**{k: card[k] for k in ('parameters', 'tokens', 'steps', 'seconds', 'machine')}, version=VERSION, table=table)
     (folder/'README.md').write_text(text, encoding='utf-8')
     write_sums(folder)
+    for done in [*folder.glob('term*.pt'), *folder.glob('*.before')]: done.unlink() # only now: measuring takes minutes, and may be killed
     return card
 
 # %% ../../nbs/api/experiments/52_scholar.ipynb #f95547b2

@@ -5,14 +5,18 @@
 # %% auto #0
 __all__ = ['PUNCTUATION', 'BYTES', 'SPECIAL', 'Make', 'pieces', 'world_tokenizer', 'Recipe', 'Stream', 'marks', 'token_weights',
            'padded', 'short_batches', 'packed_batches', 'block_batches', 'Size', 'new_model', 'make_optimizers', 'rate',
-           'stream_loss', 'save_state', 'tune_memory', 'Training', 'resume', 'learn', 'speed', 'pretrain_model']
+           'stream_loss', 'state_bytes', 'save_state', 'load_state', 'remove_state', 'tune_memory', 'Training',
+           'resume', 'learn', 'speed', 'pretrain_model']
 
 # %% ../../nbs/api/models/30_pretrain.ipynb #144ef9aa
 import ctypes
+import hashlib
+import io
 import os
 import random
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,12 +28,13 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
 # %% ../../nbs/api/models/30_pretrain.ipynb #65e66dcc
-from ..errors import ConfigError, TrainError
+from ..errors import ConfigError, TrainError, W2SWarning
+from ..io.console import progress_bar
+from ..io.disk import write_atomic
 
 # %% ../../nbs/api/models/30_pretrain.ipynb #a57ad164
 PUNCTUATION = '.,?!:'
@@ -236,13 +241,39 @@ def stream_loss(
     return (each*w).sum()/w.sum()
 
 # %% ../../nbs/api/models/30_pretrain.ipynb #b0c30c6f
+def state_bytes(
+    state: dict, # tensors and plain values
+) -> bytes:      # as torch writes them, and the SHA-256 of that
+    "A state as the content of a file"
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue() + hashlib.sha256(buffer.getbuffer()).digest()
+
 def save_state(
-    file: Path,  # of the state
+    file: Path,  # of the state; the one before it stays beside it, as .before
     state: dict, # tensors and plain values
 ) -> None:
     "Write a file whole or not at all"
-    torch.save(state, file.with_suffix('.new'))
-    os.replace(file.with_suffix('.new'), file)
+    if file.is_file(): os.replace(file, file.with_suffix('.before'))
+    write_atomic(file, state_bytes(state))
+
+# %% ../../nbs/api/models/30_pretrain.ipynb #4f0624a5
+def load_state(
+    file: Path, # of `save_state`; may be missing
+) -> dict | None: # the newest state that is whole; None: there is none
+    "Read a state and check it; a damaged one is named, and the one before it is taken"
+    for path in (file, file.with_suffix('.before')):
+        if not path.is_file(): continue
+        data = path.read_bytes()
+        if hashlib.sha256(data[:-32]).digest() == data[-32:]: return torch.load(io.BytesIO(data[:-32]), weights_only=True)
+        warnings.warn(f'{path} is damaged; training goes on from the state before it, or anew', W2SWarning, stacklevel=2)
+    return None
+
+def remove_state(
+    file: Path, # of `save_state`
+) -> None:
+    "Remove a state and the one before it"
+    for path in (file, file.with_suffix('.before')): path.unlink(missing_ok=True)
 
 # %% ../../nbs/api/models/30_pretrain.ipynb #fd9635c4
 def tune_memory() -> None:
@@ -271,8 +302,8 @@ def resume(
     known: dict,        # what must be the same
 ) -> None:
     "Go on where a killed run stopped; raises `ConfigError` if its settings were others"
-    if not file.is_file(): return
-    state = torch.load(file, map_location=training.model.device, weights_only=True)
+    state = load_state(file)
+    if state is None: return
     if state['known'] != known: raise ConfigError(f'{file} was begun with other settings; remove it, or give the same ones ({state["known"]})')
     training.model.load_state_dict(state['model'])
     for o, s in zip(training.optimizers, state['optimizers'], strict=True): o.load_state_dict(s)
@@ -323,6 +354,7 @@ def pretrain_model(
     seed: int = 0,        # of weights and stream; models of one ladder share it, so they read the same
     context: int = 256,   # longest sequence, in tokens
     quiet: bool = False,  # no progress bar
+    keep_state: bool = False, # leave training.pt, for whoever has more to do before the model is finished
 ) -> pd.DataFrame:        # a row a step: step, tokens, loss in nats a weighted token
     "Pretrain a model and write it in Hugging Face form, float16; killed and started again, it ends in the same bits"
     folder, known = Path(folder), dict(size=asdict(size), recipe=asdict(recipe), seed=seed, context=context, vocabulary=len(stream.tokenizer))
@@ -332,7 +364,7 @@ def pretrain_model(
     training = Training(model, make_optimizers(model, recipe), [], 0)
     resume(training, folder/'training.pt', known)
     answer, name = marks(stream.tokenizer, stream.answers), marks(stream.tokenizer, stream.names)
-    with tqdm(total=recipe.tokens, initial=training.tokens, desc=folder.name, unit='tok', unit_scale=True, disable=quiet) as bar:
+    with progress_bar(recipe.tokens, folder.name, 'tok', quiet, training.tokens) as bar:
         while training.tokens < recipe.tokens:
             for ids in block_batches(stream, recipe, training.tokens/recipe.tokens, training.blocks, seed):
                 before = training.tokens
@@ -345,5 +377,5 @@ def pretrain_model(
     hf_logging.disable_progress_bar()
     model.half().save_pretrained(folder)
     stream.tokenizer.save_pretrained(folder)
-    (folder/'training.pt').unlink()
+    if not keep_state: remove_state(folder/'training.pt')
     return pd.DataFrame(training.history)

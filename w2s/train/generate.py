@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import Cache
 
 from ..errors import ConfigError, DataError, ModelError
+from ..io.console import progress_bar
 from ..models.load import context_length, set_mode
 from .batches import micro_batches
 from .endings import Response, finisher
@@ -225,7 +225,7 @@ def respond(
     check_room([len(t) for t in tokens], [f'row {i} ({names[i][:40]!r})' for i in rows], settings.max_tokens, context_length(model.config))
     out, n = _open(journal, settings, seed, arm), settings.samples
     set_mode(model, False)
-    with torch.no_grad(), tqdm(total=len(rows), desc=label, unit='rows', disable=quiet, leave=False) as bar:
+    with torch.no_grad(), progress_bar(len(rows), label, 'rows', quiet) as bar:
         for part in plan_batches([len(t) for t in tokens], settings):
             if left := [i for i in part if marks[rows[i]] not in out]:
                 uniform = np.stack([draws(seed, names[rows[i]], k, settings.max_tokens, arm) for i in left for k in range(n)])

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..errors import ModelError
+from ..io.console import progress_bar
 from ..models.load import Base, set_mode
 from .batches import Block, block, micro_batches
 from .tokens import Encoded, EncodedRow
@@ -148,7 +148,7 @@ def score(
     flat = [s for r in rows for s in r.sequences]
     lengths, found, places = [len(s.ids) for s in flat], [], []
     set_mode(model, False)
-    with torch.no_grad(), tqdm(total=sum(lengths), desc=label, unit='tok', unit_scale=True, disable=quiet, leave=False) as bar:
+    with torch.no_grad(), progress_bar(sum(lengths), label, 'tok', quiet) as bar:
         for part in micro_batches(range(len(flat)), lengths, budget):
             found.append(forward(model, block([flat[i] for i in part])).double().cpu().numpy())
             places += part
