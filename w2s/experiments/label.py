@@ -9,7 +9,6 @@ __all__ = ['ACTING', 'SUPERVISOR', 'WORDS', 'LONGER', 'SHOWN', 'EXPLAINED', 'act
 
 # %% ../../nbs/api/experiments/70_label.ipynb #94bf3458
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,14 @@ from ..evaluate.metrics import agreement
 from .config import merged, to_table
 from .label_rows import LabelData, LabelJob, length_lead, load_label_data, word_margins
 from .preference_stages import Model, Study, know_model
-from .stages import Run, lock
+from .stages import claim
 from .supervisors import ask, train_supervisor
 from .weak_settings import WeakTeacher, fill_settings
 from ..feedback.confidence import fit_temperature, weighted
 from ..feedback.preferences import WeakLabels, label_pairs
-from ..io.disk import write_atomic
+from ..io.console import code_block, escape_markdown, markdown_table, shorten_home
+from ..io.manifests import check_out_file, publish_file
+from ..io.provenance import describe_making
 
 # %% ../../nbs/api/experiments/70_label.ipynb #c307c2c4
 ACTING = ('weak', 'supervisor', 'rows', 'max_length', 'beta', 'strict', 'load', 'lora', 'sft', 'dpo') # settings of `WeakTeacher` that do something here
@@ -172,8 +173,7 @@ def _cells(
 ) -> str:
     "A table in Markdown, with three digits"
     def cell(x: Any) -> str: return '–' if isinstance(x, float) and np.isnan(x) else f'{x:.3f}' if isinstance(x, float) else f'{x:,}' if isinstance(x, int) else str(x)
-    lines = [list(table.columns), ['---']*len(table.columns), *(map(cell, r) for r in table.itertuples(index=False))]
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+    return markdown_table(table.columns, [list(map(cell, r)) for r in table.itertuples(index=False)])
 
 # %% ../../nbs/api/experiments/70_label.ipynb #c2e02838
 def facts(
@@ -204,8 +204,8 @@ def report_text(
 ) -> str:               # Markdown
     "The report for people"
     settings = tomli_w.dumps({k: v for k, v in asdict(labelled.job).items() if v is not None} | acting(labelled.config))
-    return '\n\n'.join(['# Labels', measured_text(labelled), '## The rows', str(labelled.data.report).replace('\n', '\n\n'),
-                        '## Settings', f'```toml\n{settings}```']) + '\n'
+    return '\n\n'.join(['# Labels', measured_text(labelled), '## The rows', '\n\n'.join(map(escape_markdown, str(labelled.data.report).splitlines())),
+                        '## Settings', code_block(settings, 'toml')]) + '\n'
 
 # %% ../../nbs/api/experiments/70_label.ipynb #858d06d5
 def trl_table(
@@ -219,19 +219,18 @@ def trl_table(
 
 # %% ../../nbs/api/experiments/70_label.ipynb #c001d3a5
 def write_labels(
-    labelled: Labelled, # of a labelling
-    out: str | Path,    # file for the labels, .parquet
-) -> list[Path]:        # the labels, and beside them the report for people and for programs
-    "Write the labels and the report; each file appears whole or not at all"
+    labelled: Labelled,             # of a labelling
+    out: str | Path,                # file for the labels, .parquet
+    work: str | Path | None = None, # folder of the stages; None: as out, with .work
+) -> list[Path]:                    # the labels, and beside them the report for people and for programs
+    "Write the labels and the report as one set; raises `ConfigError` where a file of the user would be lost"
     out = check_out(out)
     tables = {name: json.loads(t.to_json(orient='records')) for name, t in dict(scores=labelled.scores, bins=labelled.bins, ahead=labelled.ahead).items()}
     told = facts(labelled) | dict(verdict=verdict(labelled)) | tables | dict(job=asdict(labelled.job), settings=acting(labelled.config))
-    write_atomic(out.with_suffix('.json'), json.dumps(told, indent=1, ensure_ascii=False).encode())
-    write_atomic(out.with_suffix('.md'), report_text(labelled).encode())
-    part = out.with_name(f'.writing-{out.name}')
-    pq.write_table(trl_table(labelled).with_format('arrow')[:], part)
-    part.replace(out)
-    return [out, out.with_suffix('.md'), out.with_suffix('.json')]
+    def rows(path: Path) -> None:
+        with path.open('wb') as f: pq.write_table(trl_table(labelled).with_format('arrow')[:], f)
+    folder = Path(work) if work else out.with_suffix('.work')
+    return publish_file(out, folder, [rows, *map(shorten_home, (report_text(labelled), json.dumps(told, indent=1, ensure_ascii=False)))], describe_making(out=str(out.absolute())))
 
 # %% ../../nbs/api/experiments/70_label.ipynb #b1f0a77b
 def check_out(
@@ -248,18 +247,18 @@ def label(
     out: str | Path,                 # file for the labels, .parquet; its report comes beside it
     work: str | Path | None = None,  # folder of stages, where a killed run goes on; None: as out, with .work
     quiet: bool = False,             # no progress bars and no lines
+    keep: bool = False,              # use finished stages that other versions of the packages made
 ) -> Labelled:
     "Label pairs by a supervisor that learns from others; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     out = check_out(out)
     if not job.train and config.supervisor != 'judge':
         raise ConfigError(f'a supervisor of the kind "{config.supervisor}" learns from labelled pairs: give them as train (--train FILE); only a judge (--supervisor judge) needs none')
     root = Path(work) if work else out.with_suffix('.work')
-    model = know_model('weak', config.weak, config)
-    data = load_label_data(job, model.reader, config.rows, config.strict)
-    say: Callable[[str], None] = (lambda line: None) if quiet else print
-    say(str(data.report))
-    held = lock(root) # only now: what is refused above leaves no folder behind
-    try: labelled = supervise_pairs(Study(config, Run(root, say), quiet), model, job, data)
-    finally: held.release()
-    write_labels(labelled, out)
+    check_out_file(out, root)
+    with claim(root, {'job': asdict(job), 'settings': acting(config)}, (lambda line: None) if quiet else print, keep, quiet) as stages:
+        model = know_model('weak', config.weak, config)
+        data = load_label_data(job, model.reader, config.rows, config.strict)
+        stages.say(str(data.report))
+        labelled = supervise_pairs(Study(config, stages, quiet), model, job, data)
+    write_labels(labelled, out, root)
     return labelled

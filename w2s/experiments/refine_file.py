@@ -11,7 +11,7 @@ __all__ = ['REFINE_METHODS', 'OF_METHODS', 'SHIPPED_REFINE', 'PACKAGES', 'Refine
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #f1718fa1
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ import tomli_w
 from ..errors import ConfigError, unknown
 from .config import from_table, merged, to_table
 from .preference_stages import Model, Study, know_model
-from .stages import Run, lock
+from .stages import claim
 from .transfer_settings import REFINERS
 from .transfer_stages import Learned, Site, Weak, lesson_of
 from .transfer_tasks import Exam, TaskRows
@@ -35,7 +35,9 @@ from ..feedback.refine import CHOICES, Examples, groups_of
 from ..models.load import LoadSettings
 from ..models.zoo import SHIPPED, model_folder
 from ..train.generate import GenerateSettings
-from ..io.disk import write_atomic
+from ..io.console import code_block, escape_markdown, shorten_home
+from ..io.manifests import check_out_file, publish_file
+from ..io.provenance import describe_making
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #7a225ed0
 REFINE_METHODS = (*REFINERS, 'own-answers') # the last one looks at no weak answer: to compare with
@@ -226,8 +228,8 @@ def refined_text(
     cut = f' {f["cut"]} answers fill all their {done.job.max_tokens} tokens and were cut, it seems; raise max_tokens.' if f['cut'] else ''
     told = (f'{f["strong"]} answered {f["questions"]:,} questions by the method {f["method"]}. {f["written"]:,} answers were written; {f["empty"]} are empty and left out.'
             f'{weak}{same}{names}{cut} Words of an answer: {f["words"]:g}' + (f', of a weak one {f["weak_words"]:g}.' if f['weak_words'] else '.'))
-    def one(r: dict) -> str: return '\n'.join([f'**{r["question"]}**', '', *(f'- {k}: {r[k] or "(nothing)"}' for k in ('weak', 'concept', 'refined') if r[k] or k == 'refined')])
-    return '\n\n'.join([told, *map(one, beside(done))])
+    def one(r: dict) -> str: return '\n'.join([f'**{escape_markdown(r["question"])}**', '', *(f'- {k}: {escape_markdown(r[k]) or "(nothing)"}' for k in ('weak', 'concept', 'refined') if r[k] or k == 'refined')])
+    return '\n\n'.join([escape_markdown(told), *map(one, beside(done))])
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #10c5e271
 PACKAGES = ('w2s', 'torch', 'transformers', 'bitsandbytes', 'tokenizers')
@@ -237,7 +239,7 @@ def settings_text(
 ) -> str:              # Markdown
     "Everything that the rows depend on"
     made = ', '.join(f'{p} {version(p)}' for p in PACKAGES)
-    return '\n\n'.join(['## Settings', f'```toml\n{tomli_w.dumps(to_table(done.job))}```', '## How the model was asked', f'```toml\n{form_text(done.form)}```', f'Made with {made}.'])
+    return '\n\n'.join(['## Settings', code_block(tomli_w.dumps(to_table(done.job)), 'toml'), '## How the model was asked', code_block(form_text(done.form), 'toml'), f'Made with {made}.'])
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #ca6d18c0
 def check_out(
@@ -249,16 +251,17 @@ def check_out(
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #d6b06c39
 def write_refined(
-    done: RefinedFile, # of a refinement
-    out: str | Path,   # .jsonl file
-) -> list[Path]:       # the rows, and beside them the report for people and for programs
-    "Write rows and report; each file appears whole or not at all"
+    done: RefinedFile,              # of a refinement
+    out: str | Path,                # .jsonl file
+    work: str | Path | None = None, # folder of the stages; None: as out, with .work
+) -> list[Path]:                    # the rows, and beside them the report for people and for programs
+    "Write rows and report as one set; raises `ConfigError` where a file of the user would be lost"
     out = check_out(out)
     told = facts(done) | dict(examples=beside(done), settings=to_table(done.job), form=asdict(done.form), versions={p: version(p) for p in PACKAGES})
     lines = ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in trl_rows(done))
-    files = {out.with_suffix('.json'): json.dumps(told, indent=1, ensure_ascii=False), out.with_suffix('.md'): f'# Refined answers\n\n{refined_text(done)}\n\n{settings_text(done)}\n', out: lines}
-    for path, text in files.items(): write_atomic(path, text.encode())
-    return [out, out.with_suffix('.md'), out.with_suffix('.json')]
+    page = f'# Refined answers\n\n{refined_text(done)}\n\n{settings_text(done)}\n'
+    folder = Path(work) if work else out.with_suffix('.work')
+    return publish_file(out, folder, [lines, *map(shorten_home, (page, json.dumps(told, indent=1, ensure_ascii=False)))], describe_making(out=str(out.absolute())))
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #4e06584f
 def refine_file(
@@ -267,18 +270,19 @@ def refine_file(
     work: str | Path | None = None,        # folder where a killed refinement goes on; None: as out, with .work
     own: Mapping[str, Any] | None = None,  # templates of one's own, see `edited`
     quiet: bool = False,                   # no progress bars and no lines
+    keep: bool = False,                    # use finished stages that other versions of the packages made
 ) -> RefinedFile:
     "Refine a file of weak answers; raises `DataError`, `ModelError` or `ConfigError`"
     out = check_out(out)
-    questions = read_questions(job.questions, job.question)
-    weak = weak_side(job, questions)
+    root = Path(work) if work else out.with_suffix('.work')
+    check_out_file(out, root)
     if 'examples' in OF_METHODS and job.method in OF_METHODS['examples'] and job.choice == 'others': Examples(job.examples)
-    form = own_form(job.strong, job.load, own)
-    model = know_model(short_name(job.strong), str(model_folder(job.strong)), SimpleNamespace(max_length=sys.maxsize, load=job.load))
-    say: Callable[[str], None] = (lambda line: None) if quiet else print
-    held = lock(Path(work) if work else out.with_suffix('.work'))
-    try: learned = refine_answers(Study(job, Run(Path(work) if work else out.with_suffix('.work'), say), quiet), model, form, questions, weak)
-    finally: held.release()
+    with claim(root, to_table(job), (lambda line: None) if quiet else print, keep, quiet) as stages:
+        questions = read_questions(job.questions, job.question)
+        weak = weak_side(job, questions)
+        form = own_form(job.strong, job.load, own)
+        model = know_model(short_name(job.strong), str(model_folder(job.strong)), SimpleNamespace(max_length=sys.maxsize, load=job.load))
+        learned = refine_answers(Study(job, stages, quiet), model, form, questions, weak)
     done = RefinedFile(job, form, questions, weak, learned, count_cut(model.reader.tokenizer, learned.answers, job.max_tokens))
-    write_refined(done, out)
+    write_refined(done, out, root)
     return done

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'INCOMPLETE', 'file_hash', 'list_files', 'write_manifest', 'seal_folder', 'read_manifest', 'file_damage',
-           'find_damage', 'say_incomplete', 'check_own', 'publish']
+           'find_damage', 'say_incomplete', 'check_own', 'publish', 'file_manifest', 'report_names', 'check_out_file',
+           'publish_file']
 
 # %% ../../nbs/api/io/20_manifests.ipynb #16718a82
 import hashlib
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .disk import remove_tree, sync_folder, sync_tree, write_atomic, writing_name
+from .disk import check_writable, remove_tree, sync_folder, sync_tree, text_bytes, write_atomic, writing_name
 
 # %% ../../nbs/api/io/20_manifests.ipynb #58182d08
 @lru_cache(maxsize=4096)
@@ -159,3 +160,40 @@ def publish(
     (manifest.parent/INCOMPLETE).unlink()
     remove_tree(part)
     return manifest
+
+# %% ../../nbs/api/io/20_manifests.ipynb #b671d4d2
+def file_manifest(
+    out: Path,  # a file of results
+    work: Path, # folder of its stages
+) -> Path:
+    "Where it is written down what was written to a file"
+    return work/f'{hashlib.sha256(os.fsencode(out.absolute())).hexdigest()[:12]}.{MANIFEST}'
+
+def report_names(
+    out: Path, # a file of results
+) -> list[str]:
+    "The names of a file and of its reports, for people and for programs"
+    return [out.name, out.with_suffix('.md').name, out.with_suffix('.json').name]
+
+# %% ../../nbs/api/io/20_manifests.ipynb #2073fccb
+def check_out_file(
+    out: Path,  # where the file is to be
+    work: Path, # folder of its stages
+) -> None:
+    "Raise `ConfigError` or `OSError` if a file of results could not be written in the end"
+    if out.is_dir(): raise ConfigError(f'{out} is a folder; name a file as --out')
+    check_writable(out.parent)
+    check_own(out.parent, report_names(out), [file_manifest(out, work)])
+
+def publish_file(
+    out: Path,                                   # where the file is to be
+    work: Path,                                  # folder of its stages
+    files: Sequence[Callable[[Path], None] | str], # of the file and its reports: what writes each to the path that it is given, or its text
+    made: dict[str, Any],                        # what made them
+) -> list[Path]:                                 # the file and its reports
+    "Write a file and its reports as one set; raises `ConfigError`"
+    names = report_names(out)
+    def write(folder: Path) -> None:
+        for name, one in zip(names, files, strict=True): (folder/name).write_bytes(text_bytes(one)) if isinstance(one, str) else one(folder/name)
+    publish(out.parent, write, made, file_manifest(out, work))
+    return [out.parent/name for name in names]
