@@ -32,6 +32,23 @@ def folder(tmp_path_factory) -> Path:
     return out
 
 
+def reward_folder(folder, texts):
+    "A tiny reward model"
+    import torch
+    from transformers import LlamaForSequenceClassification
+
+    from w2s.models.tiny import tiny_config, tiny_tokenizer
+    tok = tiny_tokenizer(texts)
+    config = tiny_config(len(tok))
+    config.num_labels = 1
+    torch.manual_seed(5)
+    model = LlamaForSequenceClassification(config)
+    model.score.weight.data.normal_(std=1.) # far enough from zero that answers differ in bfloat16
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    return folder
+
+
 def pytest_collection_modifyitems(items):
     "Notebooks first, in the order of test_notebooks.py: a long one started last would leave a worker idle"
     items.sort(key=lambda item: item.path.name != 'test_notebooks.py')

@@ -1,28 +1,14 @@
 "A reward model from a folder as the gold judge of a run on rows from a file"
-import torch
-from transformers import LlamaForSequenceClassification
-
 import w2s.experiments.gold as gold
+from conftest import reward_folder
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.experiments.weak_settings import WeakTeacher
 from w2s.experiments.weak_teacher import count_stages, run
 from w2s.models.adapters import LoraSettings
 from w2s.models.load import LoadSettings
-from w2s.models.tiny import pretrain, tiny_config, tiny_model, tiny_tokenizer
+from w2s.models.tiny import pretrain, tiny_model
 from w2s.report import write_result
 from w2s.train.loop import TrainSettings
-
-
-def reward_folder(folder, texts):
-    tok = tiny_tokenizer(texts)
-    config = tiny_config(len(tok))
-    config.num_labels = 1
-    torch.manual_seed(5)
-    model = LlamaForSequenceClassification(config)
-    model.score.weight.data.normal_(std=1.) # far enough from zero that answers differ in bfloat16
-    model.save_pretrained(folder)
-    tok.save_pretrained(folder)
-    return folder
 
 
 def test_a_reward_model_scores_the_responses_of_a_run_once(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ import torch
 # %% ../../nbs/api/experiments/50_ladder.ipynb #78cfdd3e
 from ..errors import ConfigError, unknown
 from ..evaluate.knowledge import knowledge
+from ..io.disk import write_atomic
 from ..models.load import LoadSettings, load_base
 from ..models.pretrain import Recipe, Size, Stream, pretrain_model, remove_state, speed, world_tokenizer
 from ..world.facts import VERSION, World, make_world, world_hash
@@ -46,8 +47,8 @@ def write_sums(
     folder: Path, # of a finished model
 ) -> None:
     "Write SHA256SUMS, which `zoo_folder` checks"
-    files = sorted(f for f in folder.iterdir() if f.name != 'SHA256SUMS')
-    (folder/'SHA256SUMS').write_text(''.join(f'{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n' for f in files), encoding='utf-8')
+    files = sorted(f for f in folder.iterdir() if f.name != 'SHA256SUMS' and f.suffix not in ('.pt', '.before')) # without the states of its training
+    write_atomic(folder/'SHA256SUMS', ''.join(f'{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n' for f in files))
 
 # %% ../../nbs/api/experiments/50_ladder.ipynb #b931a93e
 def model_card(

@@ -80,7 +80,7 @@ def _texts(value: Any, seen: set[int], name: str) -> Iterator[str]:
     elif isinstance(value, dict): yield from all_of((f'{name}[{k!r}]', v) for k, v in value.items())
     elif isinstance(value, functools.partial): yield from all_of((name, v) for v in (value.func, value.args, value.keywords))
     elif isinstance(value, types.MethodType): yield from all_of((name, v) for v in (value.__func__, value.__self__))
-    elif hasattr(value, 'tolist'): yield f'{name}={value.tolist()!r}' # arrays and tensors
+    elif hasattr(value, 'tolist') and not isinstance(value, type): yield f'{name}={value.tolist()!r}' # arrays and tensors
     elif isinstance(value, types.FunctionType) and is_ours(value.__module__): yield from (function_text(value), *all_of(used_values(value)))
     elif isinstance(value, types.FunctionType): yield f'{value.__module__}.{value.__qualname__}'
     elif not isinstance(value, type) and is_ours(type(value).__module__): # an object: what its class does, and what it holds

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'INCOMPLETE', 'file_hash', 'list_files', 'write_manifest', 'seal_folder', 'read_manifest', 'file_damage',
-           'find_damage', 'say_incomplete', 'check_own', 'publish', 'file_manifest', 'report_names', 'check_out_file',
-           'publish_file']
+           'find_damage', 'say_incomplete', 'twin', 'own_files', 'check_own', 'publish', 'file_manifest',
+           'report_names', 'check_out_file', 'publish_file']
 
 # %% ../../nbs/api/io/20_manifests.ipynb #16718a82
 import hashlib
@@ -116,28 +116,40 @@ def say_incomplete(
     write_atomic(folder/INCOMPLETE, text.rstrip('\n') + '\n')
 
 # %% ../../nbs/api/io/20_manifests.ipynb #e9e114af
+def twin(
+    manifest: Path, # of a set of results
+) -> Path:          # hidden, beside it
+    "A second copy of a manifest: without it, a damaged one would leave its files nobody's"
+    return manifest.with_name(f'.{manifest.name}')
+
+def own_files(
+    manifest: Path, # of a set of results
+) -> dict[str, Any]: # name -> bytes and sha256; empty where nothing was written
+    "The files of a set, by its manifest or by the second copy"
+    return (read_manifest(manifest) or read_manifest(twin(manifest)) or {'files': {}})['files']
+
 def check_own(
     folder: Path,         # of a run
     names: Iterable[str], # files and folders that are about to be written
-    manifests: Sequence[Path], # of what w2s has written there before
+    manifest: Path,       # of what w2s has written there before
 ) -> None:
     "Raise `ConfigError` if something of these names is there that `w2s` has not written"
-    ours = {Path(f).parts[0] for m in manifests for f in (read_manifest(m) or {'files': ()})['files']}
+    ours = {Path(f).parts[0] for f in own_files(manifest)}
     foreign = sorted(n for n in names if n not in ours and ((folder/n).exists() or (folder/n).is_symlink()))
     if foreign: raise ConfigError(f'{folder/foreign[0]} is there, and it was not written by this command; give another --out, or move it away')
 
 # %% ../../nbs/api/io/20_manifests.ipynb #5ea1f02e
 def _swap(folder: Path, part: Path, new: dict[str, Any], manifest: Path) -> None:
     "Take the old results away and move the new ones in; all names are known to a manifest at any time"
-    old, names = (read_manifest(manifest) or {'files': {}})['files'], sorted({Path(f).parts[0] for f in new['files']})
-    check_own(folder, names, [manifest])
+    old, names = own_files(manifest), sorted({Path(f).parts[0] for f in new['files']})
+    check_own(folder, names, manifest)
     if not (manifest.parent/INCOMPLETE).exists(): say_incomplete(manifest.parent, 'Results are being replaced. If no process is at work here, give the same command again.')
-    write_manifest(manifest, {**old, **new['files']}, new['made'])
+    for copy in (twin(manifest), manifest): write_manifest(copy, {**old, **new['files']}, new['made'])
     for name in {Path(f).parts[0] for f in old} - set(names): remove_tree(folder/name)
     for name in names:
         remove_tree(folder/name)
         os.replace(part/name, folder/name)
-    write_manifest(manifest, new['files'], new['made']) # not a rename: it may lie on another disk
+    for copy in (twin(manifest), manifest): write_manifest(copy, new['files'], new['made']) # not a rename: it may lie on another disk
     sync_folder(folder)
 
 # %% ../../nbs/api/io/20_manifests.ipynb #7ccaa95b
@@ -183,7 +195,7 @@ def check_out_file(
     "Raise `ConfigError` or `OSError` if a file of results could not be written in the end"
     if out.is_dir(): raise ConfigError(f'{out} is a folder; name a file as --out')
     check_writable(out.parent)
-    check_own(out.parent, report_names(out), [file_manifest(out, work)])
+    check_own(out.parent, report_names(out), file_manifest(out, work))
 
 def publish_file(
     out: Path,                                   # where the file is to be

@@ -1,0 +1,322 @@
+"Whatever is kept is checked before it is used again: bits that flip, files that are cut or emptied, kills in the middle of writing"
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from conftest import reward_folder
+from w2s.cli import weak_teacher_config
+from w2s.data.samples import sample_preferences, write_samples
+from w2s.errors import ConfigError, ModelError, W2SWarning
+from w2s.experiments import weak_teacher as page
+from w2s.experiments.stages import Run, claim, run_stage
+from w2s.experiments.upkeep import find_unused, verify_folder
+from w2s.experiments.weak_teacher import run
+from w2s.io import manifests
+from w2s.io.manifests import INCOMPLETE, MANIFEST, find_damage, read_manifest
+from w2s.io.provenance import package_versions
+from w2s.models.adapters import add_adapter, load_adapter, save_adapter
+from w2s.models.load import LoadSettings, load_base
+from w2s.models.tiny import tiny_model
+from w2s.report import write_result
+from w2s.train import generate as generating
+from w2s.train import loop, reference
+
+TOML = '''
+data = "{home}/data"
+weak = "{home}/weak"
+strong = "{home}/strong"
+gold = "{home}/gold"
+rows = 48
+test_rows = 12
+samples = 1
+response_tokens = 6
+others = []
+load = {{quantize = "none", dtype = "float32"}}
+lora = {{rank = 2, dropout = 0.1}}
+sft = {{batch_size = 4, epochs = 1, learning_rate = 1e-3, checkpoint_every = 2, token_budget = 300}}
+dpo = {{batch_size = 4, epochs = 1, learning_rate = 1e-3, checkpoint_every = 2, token_budget = 300}}
+'''
+DAMAGE = {
+    'flip': lambda data: data[:len(data)//2] + bytes([data[len(data)//2] ^ 16]) + data[len(data)//2 + 1:],
+    'cut': lambda data: data[:len(data)//2],
+    'empty': lambda data: b''}
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "Rows, models, a reward model, and the settings"
+    home = tmp_path_factory.mktemp('bytes')
+    write_samples(home/'data', 70, seed=4)
+    texts = [r['prompt'] + r['chosen'] for r in sample_preferences(70, seed=4)]
+    tiny_model(home/'weak', texts, layers=1, seed=1)
+    tiny_model(home/'strong', texts, layers=2, seed=2)
+    reward_folder(home/'gold', texts*5)
+    (home/'run.toml').write_text(TOML.format(home=home), encoding='utf-8')
+    return home
+
+
+def go(home, out, keep=False):
+    "A run from start to end: the lines that it says, the warnings, and the result"
+    said, config = [], weak_teacher_config({}, home/'run.toml')
+    with warnings.catch_warnings(record=True) as warned, pytest.MonkeyPatch.context() as m:
+        warnings.simplefilter('always', W2SWarning)
+        m.setattr(page, 'counted', lambda total: said.append)
+        m.setattr('builtins.print', lambda *a, **k: None)
+        m.setattr('w2s.report.result_figure', lambda result: Figure()) # drawing takes longer than all the rest
+        result = run(config, out, keep=keep)
+        write_result(result)
+    return [*said, *(str(w.message) for w in warned if issubclass(w.category, W2SWarning))], result
+
+
+@pytest.fixture(scope='module')
+def straight(home):
+    "A run that nobody disturbs"
+    reference._SEEN.clear()
+    return home/'straight', go(home, home/'straight')[1]
+
+
+def weights(out):
+    "Every trained adapter, as bytes"
+    return {str(p.relative_to(out/'adapters')): p.read_bytes() for p in sorted((out/'adapters').rglob('adapter_model.safetensors'))}
+
+
+def same(out, result, straight):
+    "Is a run what the undisturbed one is, to the bit, and whole?"
+    pd.testing.assert_frame_equal(result.items, straight[1].items, check_exact=True)
+    assert weights(out) == weights(straight[0])
+    assert [str(f) for f in verify_folder(out) if f.problem] == []
+    assert not (out/INCOMPLETE).exists()
+
+
+KEPT = { # kind -> a file of it
+    'stage: rewards': 'stages/weak-seed0-labels-*/rewards.npy', 'stage: scores': 'stages/student-*-test-*/scores.parquet', 'stage: texts': 'stages/*responses-*/texts.json',
+    'stage: adapter of an SFT': 'stages/weak-seed0-sft-*/adapter/adapter_model.safetensors', 'stage: settings of an adapter': 'stages/student-seed0-dpo-*/adapter/adapter_config.json',
+    'stage: inputs': 'stages/student-seed0-sft-*/inputs.json', 'stage: curve': 'stages/student-seed0-sft-*/history.csv', 'stage: manifest': 'stages/weak-seed0-labels-*/manifest.json',
+    'key of log-probs': 'store/*/key.json', 'kept gold scores': 'gold/*.npy', 'results: table': 'items.parquet', 'results: report': 'report.md', 'results: settings': 'config.toml',
+    'results: adapter': 'adapters/student-seed0/adapter_model.safetensors', 'results: manifest': 'manifest.json', 'last run': '.run.json', 'holder': '.holder.json'}
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+@pytest.mark.parametrize('kind', KEPT)
+def test_a_damaged_file_is_named_or_made_again(home, straight, tmp_path, kind, damage):
+    "The same command after one file of a finished run was damaged: the same bits; a stage that was not whole was named"
+    out = tmp_path/'run'
+    shutil.copytree(straight[0], out)
+    files = sorted(out.glob(KEPT[kind]))
+    assert files
+    files[0].write_bytes(DAMAGE[damage](files[0].read_bytes()))
+    if kind.startswith(('stage', 'results')): assert [f for f in verify_folder(out) if f.problem and f.damaged]
+    reference._SEEN.clear()
+    said, result = go(home, out)
+    if kind.startswith('stage'): assert sum('DAMAGED' in line for line in said) == 1 and files[0].parents[len(files[0].relative_to(out).parts) - 3].name.rpartition('-')[0] in ' '.join(said)
+    if kind == 'kept gold scores': assert sum('is damaged' in line for line in said) == 1
+    same(out, result, straight)
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+def test_damaged_log_probs_are_computed_again(home, straight, tmp_path, damage):
+    "Each kept part in turn, with the stage that reads it gone"
+    out = tmp_path/'run'
+    shutil.copytree(straight[0], out)
+    parts = sorted(out.glob('store/*/*.npy'))
+    for file in parts: file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    for pattern in ('*-dpo-*', '*-labels-*', '*-test-*'):
+        for stage in out.glob(f'stages/{pattern}'): shutil.rmtree(stage, ignore_errors=True)
+    reference._SEEN.clear()
+    said, result = go(home, out)
+    assert sum('computed again' in line for line in said) == len(parts)
+    same(out, result, straight)
+
+
+class Killed(BaseException): pass
+
+
+def stop_at(monkeypatch, module, name, call):
+    "Die at the n-th call of a function"
+    real, calls = getattr(module, name), []
+    def dies(*a, **k):
+        calls.append(1)
+        if len(calls) == call: raise Killed
+        return real(*a, **k)
+    monkeypatch.setattr(module, name, dies)
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+@pytest.mark.parametrize('file', ['adapter.safetensors', 'optimizer.pt', 'history.json', 'manifest.json'])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(home, straight, tmp_path, monkeypatch, file, damage):
+    "Killed in the sixth step, with checkpoints after the second and the fourth; the newer one is damaged"
+    out = tmp_path/'run'
+    with monkeypatch.context() as m:
+        stop_at(m, loop, 'take_step', 6)
+        with pytest.raises(Killed): go(home, out)
+    (newest,) = out.glob('stages/.unfinished-*/checkpoints/step-000004')
+    (newest/file).write_bytes(DAMAGE[damage]((newest/file).read_bytes()))
+    steps, take = [], loop.take_step
+    with monkeypatch.context() as m:
+        m.setattr(loop, 'take_step', lambda *a: steps.append(1) or take(*a))
+        said, result = go(home, out)
+    assert any('step-000004 is damaged' in line for line in said) and any('going on' in line for line in said)
+    same(out, result, straight)
+
+
+@pytest.mark.parametrize('damage', DAMAGE)
+def test_a_damaged_journal_is_named_and_its_rows_are_made_again(home, straight, tmp_path, monkeypatch, damage):
+    "Killed in the fourth batch of the answers; a line in the middle is damaged"
+    out = tmp_path/'run'
+    with monkeypatch.context() as m:
+        stop_at(m, generating, 'write', 4)
+        m.setattr(page, 'write_responses', page.write_responses)
+        m.setattr('w2s.experiments.gold.sampling', lambda c: small(c))
+        with pytest.raises(Killed): go(home, out)
+    (journal,) = out.glob('stages/.unfinished-*/checkpoints/texts.jsonl')
+    lines = journal.read_bytes().split(b'\n')
+    assert len(lines) == 5
+    lines[2] = DAMAGE[damage](lines[2])
+    journal.write_bytes(b'\n'.join(lines))
+    said, result = go(home, out)
+    assert any('has 1 damaged lines' in line for line in said)
+    same(out, result, straight)
+
+
+def small(config):
+    "As the settings say, but in small batches, which changes no text"
+    from dataclasses import replace
+    from w2s.experiments.weak_settings import sampling
+    return replace(sampling(config), token_budget=64)
+
+
+@pytest.mark.parametrize('other, keep, found', [('torch', False, False), ('torch', True, True), ('bitsandbytes', False, False), ('numpy', False, True)])
+def test_stages_of_other_versions(tmp_path, other, keep, found):
+    "A stage that was made by another version of a package that computes is named, and made anew unless one says to keep it"
+    said, done = [], []
+    def work(folder): done.append(1); (folder/'x').write_text('x')
+    folder = run_stage(Run(tmp_path, said.append), 'one', {}, work)
+    manifest = read_manifest(folder/MANIFEST)
+    manifests.seal_folder(folder, manifest['made'] | {'versions': package_versions() | ({other: '0.0.1'} if other in package_versions() else {})})
+    run_stage(Run(tmp_path, said.append, keep), 'one', {}, work)
+    assert len(done) == (1 if found else 2)
+    assert ('0.0.1' in said[-1]) == (other in package_versions())
+
+
+def test_a_manifest_says_what_made_a_stage(straight):
+    made = read_manifest(next(straight[0].glob('stages/student-seed0-dpo-*'))/MANIFEST)['made']
+    assert {'versions', 'commit', 'host', 'threads', 'device', 'command', 'time', 'seconds'} <= made.keys()
+    assert {'w2s', 'torch', 'transformers', 'peft', 'bitsandbytes'} == made['versions'].keys()
+
+
+def test_results_of_another_run_do_not_stay(home, tmp_path, straight):
+    "Fewer arms, no answers, in the same folder: nothing of the first run is left beside the second one's report"
+    out = tmp_path/'run'
+    shutil.copytree(straight[0], out)
+    assert (out/'responses.parquet').is_file() and (out/'adapters'/'floor-seed0').is_dir()
+    config = weak_teacher_config({'supervisor': 'judge', 'samples': 0, 'gold': '', 'response_tokens': 32}, home/'run.toml')
+    write_result(run(config, out, quiet=True))
+    assert not (out/'responses.parquet').exists() and not (out/'adapters'/'floor-seed0').exists() and not (out/'gold.parquet').exists()
+    assert {p.name for p in out.iterdir() if not p.name.startswith('.')} == {Path(f).parts[0] for f in read_manifest(out/MANIFEST)['files']} | {'manifest.json', 'stages', 'store', 'gold'}
+    assert find_damage(out) == []
+    assert {p.name.rpartition('-')[0] for p in find_unused(out)} >= {'weak-seed0-dpo', 'weak-seed0-sft'}
+
+
+def test_whose_results_are_replaced_is_said(home, tmp_path, straight, capsys):
+    out = tmp_path/'run'
+    shutil.copytree(straight[0], out)
+    run(weak_teacher_config({'seeds': 2, 'rows': 16}, home/'run.toml'), out)
+    assert 'holds the results of another run' in capsys.readouterr().out
+    assert 'results are not written yet' in (out/INCOMPLETE).read_text()
+    assert any(f.kind == 'run' for f in verify_folder(out))
+
+
+@pytest.mark.parametrize('call', range(1, 12))
+def test_killed_while_results_are_replaced(tmp_path, monkeypatch, call):
+    "At each rename: the folder holds the old set, or says that it is not complete; the next try ends well"
+    def write(names):
+        def into(folder):
+            for n in names: (folder/n).mkdir() if '.' not in n else (folder/n).write_text(n)
+            for n in names:
+                if '.' not in n: (folder/n/'w.bin').write_bytes(b'w')
+        return into
+    first, second = ('a.txt', 'b.txt', 'adapters'), ('b.txt', 'c.txt', 'adapters', 'd.txt')
+    manifests.publish(tmp_path, write(first), {})
+    with monkeypatch.context() as m:
+        stop_at(m, os, 'replace', call)
+        try: manifests.publish(tmp_path, write(second), {})
+        except Killed:
+            there = {p.name for p in tmp_path.iterdir() if not p.name.startswith('.')} - {MANIFEST}
+            assert (tmp_path/INCOMPLETE).exists() or find_damage(tmp_path) == [] and there in ({*first}, {*second})
+    manifests.publish(tmp_path, write(second), {})
+    assert {p.name for p in tmp_path.iterdir()} == {*second, MANIFEST, f'.{MANIFEST}'} and find_damage(tmp_path) == []
+
+
+FOREIGN = {'a file': lambda p: p.write_text('mine'), 'a folder': lambda p: (p.mkdir(), (p/'x').write_text('mine')), 'a link': lambda p: p.symlink_to(p.parent.parent/'elsewhere')}
+
+
+@pytest.mark.parametrize('kind', FOREIGN)
+@pytest.mark.parametrize('name', ['report.md', 'items.parquet', 'adapters', 'config.toml'])
+def test_the_users_own_files_stay(home, straight, tmp_path, kind, name):
+    (tmp_path/'elsewhere').write_text('elsewhere')
+    out = tmp_path/'mine'
+    out.mkdir()
+    FOREIGN[kind](out/name)
+    with pytest.raises(ConfigError, match='was not written by this command'): write_result(replaced(straight[1], out))
+    assert (out/name).is_symlink() or (out/name).is_dir() or (out/name).read_text() == 'mine'
+    assert (tmp_path/'elsewhere').read_text() == 'elsewhere'
+
+
+def replaced(result, out):
+    from dataclasses import replace
+    return replace(result, folder=out)
+
+
+@pytest.mark.parametrize('name', ['stages', 'store'])
+def test_links_to_folders_are_not_written_through(tmp_path, name):
+    (tmp_path/'elsewhere').mkdir()
+    (tmp_path/'run').mkdir()
+    (tmp_path/'run'/name).symlink_to(tmp_path/'elsewhere')
+    with pytest.raises(ConfigError, match='symbolic link'):
+        with claim(tmp_path/'run', {}): pass
+    assert not any((tmp_path/'elsewhere').iterdir())
+
+
+def test_a_link_among_the_results_is_replaced(straight, tmp_path):
+    "A link that stands where w2s has written before: the file that it points to stays as it was"
+    out = tmp_path/'run'
+    shutil.copytree(straight[0], out)
+    (tmp_path/'elsewhere').mkdir()
+    (tmp_path/'x').write_text('x')
+    for name, target in (('items.parquet', tmp_path/'x'), ('adapters', tmp_path/'elsewhere')):
+        shutil.rmtree(out/name) if (out/name).is_dir() else (out/name).unlink()
+        (out/name).symlink_to(target)
+    write_result(replaced(straight[1], out))
+    assert (tmp_path/'x').read_text() == 'x' and not any((tmp_path/'elsewhere').iterdir())
+    assert not (out/'adapters').is_symlink() and find_damage(out) == []
+
+
+# Adapters
+
+@pytest.mark.parametrize('damage', DAMAGE)
+@pytest.mark.parametrize('file', ['adapter_model.safetensors', 'adapter_config.json', 'w2s.json'])
+def test_a_damaged_adapter_is_refused(home, straight, tmp_path, file, damage):
+    shutil.copytree(straight[0]/'adapters'/'student-seed0', tmp_path/'a')
+    base = load_base(home/'strong', LoadSettings('none', 'float32'))
+    load_adapter(base, tmp_path/'a').unload()
+    (tmp_path/'a'/file).write_bytes(DAMAGE[damage]((tmp_path/'a'/file).read_bytes()))
+    with pytest.raises(ModelError, match=f'is damaged: {file}'): load_adapter(base, tmp_path/'a')
+
+
+def test_nothing_half_written_leaks_into_an_adapter(home, tmp_path):
+    "PEFT reads a README.md that is there, and amends it"
+    base = load_base(home/'strong', LoadSettings('none', 'float32'))
+    model = add_adapter(base)
+    save_adapter(model, base, tmp_path/'a')
+    save_adapter(model, base, tmp_path/'b')
+    (tmp_path/'b'/'README.md').write_text('half of a')
+    save_adapter(model, base, tmp_path/'b')
+    assert (tmp_path/'a'/'README.md').read_bytes() == (tmp_path/'b'/'README.md').read_bytes()
+    (tmp_path/'b'/'notes.txt').write_text('mine')
+    with pytest.raises(ModelError, match='notes.txt'): save_adapter(model, base, tmp_path/'b')
+    model.unload()
