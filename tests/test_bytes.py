@@ -1,9 +1,11 @@
 "Whatever is kept is checked before it is used again: bits that flip, files that are cut or emptied, kills in the middle of writing"
+import json
 import os
 import shutil
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
@@ -320,3 +322,90 @@ def test_nothing_half_written_leaks_into_an_adapter(home, tmp_path):
     (tmp_path/'b'/'notes.txt').write_text('mine')
     with pytest.raises(ModelError, match='notes.txt'): save_adapter(model, base, tmp_path/'b')
     model.unload()
+
+
+# What a result depends on
+
+CHANGES = {
+    'tokenizer.json': lambda t: t[::-1].replace('}', '} ', 1)[::-1],
+    'chat_template.jinja': lambda t: "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}",
+    'tokenizer_config.json': lambda t: t.replace('{', '{"add_prefix_space": false, ', 1),
+    'special_tokens_map.json': lambda t: '{"additional_special_tokens": []}',
+    'generation_config.json': lambda t: t.replace('{', '{"max_new_tokens": 3, ', 1),
+    'config.json': lambda t: t.replace('{', '{"label_smoothing": 0, ', 1)}
+
+
+@pytest.mark.parametrize('file', CHANGES)
+def test_a_changed_model_folder_is_another_model(home, tmp_path, file, monkeypatch):
+    "Weights the same, another file of the folder changed: nothing is found, and it is said; put back, all of it is"
+    from w2s.experiments.refine_file import fill_refine, refine_file
+    shutil.copytree(home/'strong', tmp_path/'m')
+    rows = [dict(question=f'What is {i}?', answer=f'{i}') for i in range(6)]
+    (tmp_path/'q.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    job = fill_refine(dict(questions=str(tmp_path/'q.jsonl'), strong=str(tmp_path/'m'), method='ask-to-improve', max_tokens=4, load=dict(quantize='none', dtype='float32')))
+    lines = []
+    monkeypatch.setattr('builtins.print', lambda *a, **k: lines.append(' '.join(map(str, a))))
+    def again():
+        lines.clear()
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter('always', W2SWarning)
+            refine_file(job, tmp_path/'out.jsonl')
+        return any(line.endswith(': found') for line in lines), any('have changed since the last run' in str(w.message) for w in warned)
+
+    assert again() == (False, False) and again() == (True, False)
+    old = (tmp_path/'m'/file).read_text() if (tmp_path/'m'/file).exists() else None
+    (tmp_path/'m'/file).write_text(CHANGES[file](old or ''))
+    assert again() == (False, True)
+    (tmp_path/'m'/file).write_text(old) if old is not None else (tmp_path/'m'/file).unlink()
+    assert again() == (True, True)
+
+
+def test_a_changed_loss_is_another_stage(home, tmp_path, monkeypatch):
+    "The body of a loss was changed, its name was not: its trainings are done anew, the others are found"
+    from w2s.train import losses
+    said, first = go(home, tmp_path)
+    monkeypatch.setitem(losses.PREFERENCE_LOSSES, 'dpo', lambda gap, target, beta, smoothing=0.: losses.ipo(gap, target, beta, smoothing))
+    said, second = go(home, tmp_path)
+    found = {line.rpartition(': ')[0]: line.rpartition(': ')[2] for line in said}
+    assert found['weak-seed0-sft'] == 'found' and found['weak-seed0-dpo'] == 'starting' and found['student-seed0-dpo'] == 'starting'
+    assert not second.items.equals(first.items)
+
+
+# Scorers
+
+@pytest.fixture(scope='module')
+def scorer(tmp_path_factory):
+    from w2s.data.toxicity_rows import read_toxicity
+    from w2s.evaluate.toxicity_scorers import fit_ridge, save_ridge
+    home = tmp_path_factory.mktemp('scorer')
+    rows = [dict(text=f'{"you fool" if i % 2 else "thank you"} {i} {"go away" if i % 3 else "please"}', score=.9*(i % 2)) for i in range(60)]
+    (home/'rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    return save_ridge(fit_ridge(read_toxicity([home/'rows.jsonl']).rows, 0, .2), home/'scorer')
+
+
+SCORER_DAMAGE = {**DAMAGE, 'list': lambda data: b'[]', 'other text': lambda data: b'{"kind": "ridge"}', 'words swapped': lambda data: b'\n'.join(data.split(b'\n')[::-1]), 'gone': None}
+
+
+@pytest.mark.parametrize('damage', SCORER_DAMAGE)
+@pytest.mark.parametrize('file', ['card.json', 'ridge.npz', 'words.txt', 'letters.txt', 'manifest.json'])
+def test_a_damaged_scorer_is_refused(scorer, tmp_path, file, damage):
+    from w2s.evaluate.toxicity_scorers import load_ridge
+    shutil.copytree(scorer, tmp_path/'s')
+    load_ridge(tmp_path/'s')
+    if SCORER_DAMAGE[damage] is None: (tmp_path/'s'/file).unlink()
+    else: (tmp_path/'s'/file).write_bytes(SCORER_DAMAGE[damage]((tmp_path/'s'/file).read_bytes()))
+    if (file, damage) == ('manifest.json', 'gone'): return load_ridge(tmp_path/'s') and None # as scorers were before they had one
+    with pytest.raises(ModelError, match='is damaged: '): load_ridge(tmp_path/'s')
+
+
+@pytest.mark.parametrize('file, damage', [(f, d) for f in ('card.json', 'ridge.npz', 'words.txt') for d in ('cut', 'empty', 'list', 'gone', 'other text')] + [('ridge.npz', 'nan'), ('ridge.npz', 'flip')])
+def test_a_damaged_scorer_without_a_manifest_is_refused(scorer, tmp_path, file, damage):
+    from w2s.evaluate.toxicity_scorers import load_ridge
+    shutil.copytree(scorer, tmp_path/'s')
+    (tmp_path/'s'/'manifest.json').unlink()
+    path = tmp_path/'s'/file
+    if damage == 'gone': path.unlink()
+    elif damage == 'nan':
+        with np.load(path) as kept: np.savez(path, **{**{k: kept[k] for k in kept.files}, 'weights': kept['weights']*np.nan})
+    else: path.write_bytes(SCORER_DAMAGE[damage](path.read_bytes()))
+    with pytest.raises(ModelError): load_ridge(tmp_path/'s')

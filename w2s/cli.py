@@ -66,7 +66,7 @@ def env_command() -> None:
     from w2s.models.zoo import SHIPPED, zoo_folder
     from w2s.run_folder import versions
     for name in SHIPPED: zoo_folder(name) # raises for a damaged file
-    facts = {**versions(), 'w2s commit': own_commit() or 'unknown', 'processor': torch.backends.cpu.get_cpu_capability(), 'models that come with w2s': 'whole'}
+    facts: dict[str, Any] = {**versions(), 'w2s commit': own_commit() or 'unknown', 'processor': torch.backends.cpu.get_cpu_capability(), 'models that come with w2s': 'whole'}
     if torch.cuda.is_available(): facts |= {'CUDA': torch.version.cuda, 'memory of the GPU': f'{torch.cuda.get_device_properties(0).total_memory/2**30:.0f} GiB'}
     for name, value in facts.items(): typer.echo(f'{name}: {value}')
 

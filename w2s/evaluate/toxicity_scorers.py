@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['READINGS', 'FULL', 'WORDS', 'LETTERS', 'KIND', 'oracle_scorer', 'label_number', 'reading_of', 'probability',
            'batch_logits', 'load_classifier_scorer', 'ToxicityRidge', 'train_ridge', 'worth', 'ridge_card', 'fit_ridge',
-           'save_ridge', 'load_ridge', 'load_scorer']
+           'save_ridge', 'check_ridge', 'load_ridge', 'load_scorer']
 
 # %% ../../nbs/api/evaluate/72_toxicity_scorers.ipynb #095631af
 import json
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 # %% ../../nbs/api/evaluate/72_toxicity_scorers.ipynb #ca6a1e03
 import numpy as np
@@ -31,6 +33,8 @@ from .calibration import reliability
 from .responses import Scorer, each
 from .reward_models import free_id, open_text_model
 from .toxicity import THRESHOLD
+from ..io.manifests import MANIFEST, find_damage, publish
+from ..io.provenance import describe_making
 from ..models.load import LoadSettings, context_length, load_tokenizer
 from ..train.batches import micro_batches
 from ..world.scenes import toxicity_verdict
@@ -201,16 +205,18 @@ def fit_ridge(
 # %% ../../nbs/api/evaluate/72_toxicity_scorers.ipynb #9e4c712a
 def save_ridge(
     model: ToxicityRidge,  # trained
-    folder: str | Path,    # made if it is not there
+    folder: str | Path,    # made if it is not there; files of other origin in it stay
 ) -> Path:                 # the folder
-    "Write a scorer"
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, part in (('words', model.words), ('letters', model.letters)):
-        (folder/f'{name}.txt').write_text('\n'.join(part.get_feature_names_out()), encoding='utf-8', newline='\n')
-    np.savez_compressed(folder/'ridge.npz', weights=model.weights, words=model.words.idf_, letters=model.letters.idf_, constant=model.constant)
-    (folder/'card.json').write_text(json.dumps(model.card, indent=1, allow_nan=False) + '\n', encoding='utf-8')
-    return folder
+    "Write a scorer, whole or not at all, with its checksums; raises `ConfigError` where a file of the user would be lost"
+    def write(into: Path) -> None:
+        for name, part in (('words', model.words), ('letters', model.letters)):
+            (into/f'{name}.txt').write_text('\n'.join(part.get_feature_names_out()), encoding='utf-8', newline='\n')
+        np.savez_compressed(into/'ridge.npz', weights=model.weights, words=model.words.idf_, letters=model.letters.idf_, constant=model.constant)
+        (into/'card.json').write_text(json.dumps(model.card, indent=1, allow_nan=False) + '\n', encoding='utf-8')
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    publish(Path(folder), write, describe_making())
+    return Path(folder)
 
 # %% ../../nbs/api/evaluate/72_toxicity_scorers.ipynb #262f8cd4
 def _vectorizer(settings: dict[str, Any], grams: list[str], idf: np.ndarray) -> TfidfVectorizer:
@@ -219,21 +225,35 @@ def _vectorizer(settings: dict[str, Any], grams: list[str], idf: np.ndarray) -> 
     v.idf_ = idf
     return v
 
+# %% ../../nbs/api/evaluate/72_toxicity_scorers.ipynb #4d137b7f
+def check_ridge(
+    folder: Path,                # of a scorer, for the message
+    card: dict[str, Any],        # what it says of itself
+    grams: dict[str, list[str]], # its words and letters
+    parts: dict[str, np.ndarray],# its numbers
+) -> None:
+    "Raise `ModelError` for a scorer of another kind, one whose files do not belong together, or one with numbers that are none"
+    if card.get('kind') != KIND: raise ModelError(f'{folder}: its card says "{card.get("kind")}", and "{KIND}" is read; train it again with w2s toxicity fit')
+    sizes = len(grams['words']), len(grams['letters'])
+    if (len(parts['words']), len(parts['letters']), len(parts['weights'])) != (*sizes, sum(sizes)):
+        raise ModelError(f'{folder}: {len(parts["weights"])} weights for {sum(sizes)} n-grams; its files do not belong together')
+    if bad := [k for k, v in parts.items() if not np.isfinite(v).all()]: raise ModelError(f'{folder}: its {bad[0]} hold NaN or infinity; train it again with w2s toxicity fit')
+
 # %% ../../nbs/api/evaluate/72_toxicity_scorers.ipynb #32ee3a98
 def load_ridge(
     folder: str | Path, # written by `save_ridge`
 ) -> ToxicityRidge:
     "Read a scorer; raises `ModelError`"
     folder = Path(folder)
+    if (folder/MANIFEST).exists() and (damage := find_damage(folder)): raise ModelError(f'the scorer in {folder} is damaged: {damage[0]}; copy it again, or train it again with w2s toxicity fit')
     try:
         card = json.loads((folder/'card.json').read_text(encoding='utf-8'))
+        if not isinstance(card, dict): raise ValueError('card.json is no table')
         grams = {n: (folder/f'{n}.txt').read_bytes().decode('utf-8').split('\n') for n in ('words', 'letters')}
-        with np.load(folder/'ridge.npz', allow_pickle=False) as kept: parts = {k: kept[k] for k in kept.files}
-    except (OSError, ValueError, KeyError) as e:
-        raise ModelError(f'{folder} holds no scorer that can be read: it needs card.json, words.txt, letters.txt and ridge.npz ({str(e).splitlines()[0]})') from e
-    if card.get('kind') != KIND: raise ModelError(f'{folder}: its card says "{card.get("kind")}", and "{KIND}" is read; train it again with w2s toxicity fit')
-    if len(parts['weights']) != len(grams['words']) + len(grams['letters']):
-        raise ModelError(f'{folder}: {len(parts["weights"])} weights for {len(grams["words"]) + len(grams["letters"])} n-grams; its files do not belong together')
+        with np.load(folder/'ridge.npz', allow_pickle=False) as kept: parts = {k: kept[k] for k in ('weights', 'words', 'letters', 'constant')}
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as e:
+        raise ModelError(f'{folder} holds no scorer that can be read: it needs card.json, words.txt, letters.txt and ridge.npz ({(str(e) or type(e).__name__).splitlines()[0]})') from e
+    check_ridge(folder, card, grams, parts)
     return ToxicityRidge(_vectorizer(WORDS, grams['words'], parts['words']), _vectorizer(LETTERS, grams['letters'], parts['letters']),
                          parts['weights'], float(parts['constant']), card)
 

@@ -32,7 +32,7 @@ from .class_settings import Classify, class_models, fill_classify, parse_method
 from .class_stages import relabel
 from .config import to_table
 from .lab import stage_name
-from .preference_stages import Model, Study, know_model
+from .preference_stages import Model, Study, know_model, note_models
 from .stages import claim
 from .weak_settings import short_name, weak_names
 from ..models.zoo import LADDER
@@ -256,6 +256,7 @@ def run(
     check_pairs(config)
     with claim(out, to_table(config), (lambda line: None) if quiet else print, keep, quiet) as stages:
         models = {n: know_model(short_name(n), n, config) for n in class_models(to_table(config))}
+        note_models(stages, list(models.values()))
         data = load_labels(config, [m.reader for m in models.values()])
         if not quiet: print(f'{data.origin}\n{data.report}')
         return result_of(Study(config, stages, quiet), models, data)

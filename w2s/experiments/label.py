@@ -27,7 +27,7 @@ from ..evaluate.intervals import estimate
 from ..evaluate.metrics import agreement
 from .config import merged, to_table
 from .label_rows import LabelData, LabelJob, length_lead, load_label_data, word_margins
-from .preference_stages import Model, Study, know_model
+from .preference_stages import Model, Study, know_model, note_models
 from .stages import claim
 from .supervisors import ask, train_supervisor
 from .weak_settings import WeakTeacher, fill_settings
@@ -257,6 +257,7 @@ def label(
     check_out_file(out, root)
     with claim(root, {'job': asdict(job), 'settings': acting(config)}, (lambda line: None) if quiet else print, keep, quiet) as stages:
         model = know_model('weak', config.weak, config)
+        note_models(stages, [model])
         data = load_label_data(job, model.reader, config.rows, config.strict)
         stages.say(str(data.report))
         labelled = supervise_pairs(Study(config, stages, quiet), model, job, data)

@@ -23,7 +23,7 @@ import tomli_w
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #588aa50a
 from ..errors import ConfigError, unknown
 from .config import from_table, merged, to_table
-from .preference_stages import Model, Study, know_model
+from .preference_stages import Model, Study, know_model, note_models
 from .stages import claim
 from .transfer_settings import REFINERS
 from .transfer_stages import Learned, Site, Weak, lesson_of
@@ -282,6 +282,7 @@ def refine_file(
         weak = weak_side(job, questions)
         form = own_form(job.strong, job.load, own)
         model = know_model(short_name(job.strong), str(model_folder(job.strong)), SimpleNamespace(max_length=sys.maxsize, load=job.load))
+        note_models(stages, [model])
         learned = refine_answers(Study(job, stages, quiet), model, form, questions, weak)
     done = RefinedFile(job, form, questions, weak, learned, count_cut(model.reader.tokenizer, learned.answers, job.max_tokens))
     write_refined(done, out, root)

@@ -27,7 +27,7 @@ from ..evaluate.toxicity import failed_scores, fluency_scores, log_perplexity, t
 from .classify import data_name
 from .config import to_table
 from .lab import Lab, respond_stage, stage_name
-from .preference_stages import model_inputs, open_base
+from .preference_stages import model_inputs, note_models, open_base
 from .stages import Run, claim, run_stage
 from .toxicity_arms import Judge, ToxicityArm, choice_arms, judge_of, line_arms, score_stage, toxicity_lab
 from .toxicity_data import origin_of, rows_of
@@ -229,6 +229,7 @@ def _result(config: Toxicity, stages: Run, judge: Judge, found: PromptsRead | No
     heard, notes, test = [], list[str](), list[dict]()
     for seed in range(config.seeds):
         lab = toxicity_lab(config, seed, stages)
+        note_models(stages, [lab.weak, lab.strong])
         rows = rows_of(config, lab.parts, found, seed)
         test = rows.test
         chosen, pairs = choice_arms(lab, config, judge, rows) if 'dpo' in config.methods else ([], [])

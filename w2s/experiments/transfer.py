@@ -22,7 +22,7 @@ from ..evaluate.pgr import pgr_table
 from .classify import within_range
 from .config import to_table
 from .lab import together
-from .preference_stages import Model, Study, know_model
+from .preference_stages import Model, Study, know_model, note_models
 from .stages import claim
 from .transfer_files import Table, read_asked, table_rows
 from .transfer_settings import TRANSFERS, Transfer, fill_transfer, transfer_models
@@ -196,6 +196,7 @@ def run(
         names = transfer_models(to_table(c))
         models: dict[str, Model | None] = {n: know_model(short_name(n), str(model_folder(n)), c) for n in names}
         judge = know_model('judge', str(model_folder(c.judge)), c) if c.judge else None
+        note_models(stages, [m for m in (*models.values(), judge) if m])
         table = None if c.data == 'world' else read_asked(c)
         return result_of(Study(c, stages, quiet), {**dict.fromkeys(c.weak), **models}, judge, table)
 

@@ -18,7 +18,7 @@ from ..errors import ConfigError, unknown
 from ..evaluate.intervals import Estimate, difference
 from .config import merged, to_table
 from .preference_data import load_preferences
-from .preference_stages import Model, Study
+from .preference_stages import Model, Study, note_models
 from .stages import claim
 from .weak_settings import SUBSETS, SUPERVISORS, WeakTeacher, fill_settings
 from .weak_teacher import Result, count_stages, counted, know_models, run_study
@@ -186,6 +186,7 @@ def run_varied(
     say = (lambda line: None) if quiet else counted(sum(map(count_stages, configs.values())))
     with claim(out, {at: to_table(c) for at, c in configs.items()}, say, keep, quiet=True) as stages:
         models, first = _models(configs), next(iter(configs.values()))
+        note_models(stages, [m for weak, strong in models.values() for m in (*weak, strong)])
         readers = list({m.name: m.reader for weak, strong in models.values() for m in (*weak, strong)}.values())
         data = {s: load_preferences(first.data, readers, first.test_rows, first.strict, first.rows, s) for s in sorted({c.label_share for c in configs.values()})}
         if not quiet: print(f'{data[first.label_share].origin}\n{data[first.label_share].report}')

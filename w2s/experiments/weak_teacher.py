@@ -24,7 +24,7 @@ from ..evaluate.metrics import agreement, summarise
 from .arms import REFERENCE, Arm, evaluate_arm, evaluate_choice, floor_arm, gold_items, train_students, write_responses
 from .config import to_table
 from .preference_data import PreferenceData, load_preferences
-from .preference_stages import Model, Study, know_model
+from .preference_stages import Model, Study, know_model, note_models
 from .stages import claim
 from .supervisors import SeedRows, supervise
 from .weak_settings import WeakTeacher, fill_settings, weak_names
@@ -217,6 +217,7 @@ def run(
     config = config or fill_settings({})
     with claim(out, to_table(config), (lambda line: None) if quiet else counted(count_stages(config)), keep, quiet) as stages:
         weak, strong = know_models(config)
+        note_models(stages, [*weak, strong])
         data = load_preferences(config.data, [m.reader for m in (*weak, strong)], config.test_rows, config.strict, config.rows, config.label_share)
         if not quiet: print(f'{data.origin}\n{data.report}')
         return run_study(Study(config, stages, quiet), weak, strong, data)

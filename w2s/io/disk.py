@@ -136,6 +136,7 @@ def check_writable(
 CAUSES: dict[int, str] = { # number of a system error -> what is wrong and what to do
     errno.ENOSPC: 'there is no space left on the disk; free some and give the same command again, it goes on where it was',
     errno.EDQUOT: 'your quota on this disk is used up; free some space and give the same command again, it goes on where it was',
+    errno.EFBIG: 'the file would be larger than this disk or your limits allow; give another folder, by --out or --work',
     errno.EROFS: 'this disk is read-only; give another folder, by --out or --work',
     errno.EACCES: 'you may not read or write there; give another place, or change its permissions',
     errno.EPERM: 'you may not read or write there; give another place, or change its permissions',
