@@ -24,6 +24,7 @@ from .supervisors import SeedRows, ask, student_rows, together
 from .weak_settings import WeakTeacher, short_name
 from ..feedback.confidence import weighted
 from ..feedback.preferences import given_labels
+from ..io.disk import read_parquet, write_parquet
 from ..models.adapters import adapter_hash
 from ..train.reference import tokens_hash
 
@@ -89,11 +90,11 @@ def evaluate_arm(
     def work(folder: Path) -> None:
         rewards, logps = pair_rewards(study, m, arm.policy, arm.reference, tokens, f'{arm.role} on test rows')
         margin = None if arm.policy is None else rewards[:, 0] - rewards[:, 1]
-        pd.DataFrame(preference_scores(logps[:, 0], logps[:, 1], margin)).to_parquet(folder/'scores.parquet', index=False)
+        write_parquet(pd.DataFrame(preference_scores(logps[:, 0], logps[:, 1], margin)), folder/'scores.parquet')
 
     inputs = {**model_inputs(m), 'policy': adapter_hash(arm.policy), 'reference': adapter_hash(arm.reference), 'rows': tokens_hash(tokens), 'beta': c.beta}
     done = run_stage(study.run, f'{arm.role}-{arm.method.replace(" ", "-")}-seed{arm.seed}-test', inputs, work)
-    scores = {str(k): v.to_numpy() for k, v in pd.read_parquet(done/'scores.parquet').items()}
+    scores = {str(k): v.to_numpy() for k, v in read_parquet(done/'scores.parquet').items()}
     return arm_items(c, arm.role, arm.method, arm.seed, [r.id for r in tokens], scores)
 
 # %% ../../nbs/api/experiments/29_arms.ipynb #daab1c3f

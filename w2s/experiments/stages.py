@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import ConfigError
 from .config import settings_hash
-from ..io.disk import check_writable, remove_tree, sync_folder, sync_tree, write_atomic
+from ..io.disk import check_writable, placed, remove_tree, sync_folder, sync_tree, write_atomic
 from ..io.manifests import INCOMPLETE, MANIFEST, find_damage, read_manifest, say_incomplete, seal_folder
 from ..io.provenance import describe_making, other_versions
 
@@ -168,9 +168,10 @@ def claim(
         yield run
         write_atomic(root/RUN, json.dumps({'settings': settings_hash(settings), 'stages': sorted(set(run.used))}))
         say_incomplete(root, 'All stages of this run are finished, and its results are not written yet. Give the same command again (in Python: write_result).')
-    except BaseException:
+    except BaseException as e:
         if not run.used and whole: (root/INCOMPLETE).unlink(missing_ok=True)
         if not run.used and top != root: give_back(root, top)
+        if (named := placed(e, root)) is not e: raise named from e
         raise
     finally: held.release()
 

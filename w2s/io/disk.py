@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LITTER', 'CAUSES', 'text_bytes', 'sync_folder', 'writing_name', 'write_atomic', 'sync_file', 'write_through',
-           'sync_tree', 'remove_tree', 'find_litter', 'check_writable', 'error_number', 'failure_text']
+           'write_parquet', 'read_parquet', 'sync_tree', 'remove_tree', 'find_litter', 'check_writable', 'error_number',
+           'failure_text', 'placed']
 
 # %% ../../nbs/api/io/10_disk.ipynb #79a06742
 import errno
@@ -14,6 +15,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # %% ../../nbs/api/io/10_disk.ipynb #13222c11
 def text_bytes(
@@ -87,6 +89,21 @@ def write_through(
         raise
     sync_folder(path.parent)
 
+# %% ../../nbs/api/io/10_disk.ipynb #531c5be4
+def write_parquet(
+    table: Any, # a pandas data frame, without an index that counts
+    path: Path, # .parquet
+) -> None:
+    "Write a table, whatever the encoding of file names is"
+    with path.open('wb') as f: table.to_parquet(f, index=False)
+
+def read_parquet(
+    path: Path, # .parquet
+) -> Any:       # a pandas data frame
+    "Read a table, whatever the encoding of file names is"
+    import pandas as pd
+    with path.open('rb') as f: return pd.read_parquet(f)
+
 # %% ../../nbs/api/io/10_disk.ipynb #438b3898
 def sync_tree(
     folder: Path, # with all that is in it
@@ -158,7 +175,7 @@ def error_number(
     if isinstance(error, OSError) and error.errno: return error.errno
     said = str(error)
     if found := re.search(r'(?:os error |\[Errno )(\d+)', said): return int(found[1])
-    if re.search(r'PytorchStreamWriter failed|No space left', said): return errno.ENOSPC
+    if re.search(r'PytorchStreamWriter failed|unexpected pos \d+ vs|No space left', said): return errno.ENOSPC
     if isinstance(error, MemoryError) or re.search(r"can't allocate memory|CUDA out of memory|Unable to allocate", said): return errno.ENOMEM
     return error_number(error.__cause__) if error.__cause__ else None
 
@@ -171,3 +188,13 @@ def failure_text(
     if number not in CAUSES: return f'{error.filename}: {error.strerror}' if isinstance(error, OSError) and error.filename and error.strerror else ''
     where = f'{error.filename}: ' if isinstance(error, OSError) and error.filename else ''
     return f'{where}{CAUSES[number]}'
+
+# %% ../../nbs/api/io/10_disk.ipynb #f1703b0b
+def placed(
+    error: BaseException, # of any library
+    folder: Path,         # that was being written to
+) -> BaseException:       # the same, or a system error that names the folder
+    "Give an exception of the disk the place that it lacks"
+    number = error_number(error)
+    if number not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO) or getattr(error, 'filename', None): return error
+    return OSError(number, os.strerror(number), str(folder))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .disk import check_writable, remove_tree, sync_folder, sync_tree, text_bytes, write_atomic, writing_name
+from .disk import check_writable, placed, remove_tree, sync_folder, sync_tree, text_bytes, write_atomic, writing_name
 
 # %% ../../nbs/api/io/20_manifests.ipynb #58182d08
 @lru_cache(maxsize=4096)
@@ -164,10 +164,14 @@ def publish(
     part = folder/f'{writing_name(manifest).name}-set' # in the folder itself: a rename cannot leave its disk
     remove_tree(part)
     part.mkdir(parents=True)
-    write(part)
-    new = read_manifest(seal_folder(part, made))
-    assert new
-    sync_tree(part)
+    try:
+        write(part)
+        new = read_manifest(seal_folder(part, made))
+        assert new
+        sync_tree(part)
+    except BaseException as e:
+        if (named := placed(e, folder)) is not e: raise named from e
+        raise
     _swap(folder, part, new, manifest)
     (manifest.parent/INCOMPLETE).unlink()
     remove_tree(part)

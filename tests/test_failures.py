@@ -1,0 +1,188 @@
+"Every failure of a command is one sentence: what, where, what to do; no traceback, no litter, and the same command goes on"
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from w2s import cli_guard
+from w2s.cli import app
+from w2s.cli_guard import GuardedGroup, end_of
+from w2s.io.disk import CAUSES, failure_text, find_litter
+from w2s.io.manifests import INCOMPLETE
+
+ROOT = Path(__file__).parents[1]
+SMALL = ('run', 'weak-teacher', '--weak', 'pico', '--strong', 'pico', '--rows', '16', '--test-rows', '6', '--seeds', '1', '--samples', '1', '--response-tokens', '4')
+
+
+@pytest.fixture(autouse=True)
+def guarded(monkeypatch): monkeypatch.setattr(app.info, 'cls', GuardedGroup)
+
+
+def w2s(*words):
+    "A command in this process: its exit status, and what it said"
+    done = CliRunner().invoke(app, list(map(str, words)))
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.output
+
+
+def sentence(said):
+    "The one line that begins with error"
+    lines = [line for line in said.splitlines() if line.startswith('error: ')]
+    assert len(lines) == 1 and 'Traceback' not in said and 'Aborted' not in said, said
+    return lines[0]
+
+
+# The disk
+
+WRITERS = { # how a library says that the disk is full
+    'python': OSError(errno.ENOSPC, 'No space left on device'), 'safetensors': RuntimeError('Error while serializing: I/O error: No space left on device (os error 28)'),
+    'torch, closing': RuntimeError('[enforce fail at inline_container.cc:672] . unexpected pos 48000 vs 47888'), 'torch': RuntimeError('PytorchStreamWriter failed writing file data/0: file write failed'),
+    'quota': OSError(errno.EDQUOT, 'Disk quota exceeded'), 'read-only': OSError(errno.EROFS, 'Read-only file system'), 'broken disk': OSError(errno.EIO, 'Input/output error')}
+
+
+@pytest.mark.parametrize('writer', WRITERS)
+@pytest.mark.parametrize('place', ['w2s.train.checkpoints.save_file', 'w2s.train.checkpoints.torch.save', 'w2s.models.adapters.save_head', 'w2s.train.reference.write_atomic', 'w2s.run_folder.write_parquet'])
+def test_a_disk_that_refuses_is_named_and_the_same_command_goes_on(tmp_path, monkeypatch, writer, place):
+    out = tmp_path/'run'
+    with monkeypatch.context() as m:
+        def full(*a, **k): raise WRITERS[writer]
+        m.setattr(place, full)
+        status, said = w2s(*SMALL, '--out', out)
+    line = sentence(said)
+    assert status == 1 and any(cause in line for cause in CAUSES.values()) and str(out) in line
+    assert (out/INCOMPLETE).exists()
+    if (place, writer) not in (('w2s.train.checkpoints.save_file', 'python'), ('w2s.run_folder.write_parquet', 'torch')): return
+    assert w2s(*SMALL, '--out', out)[0] == 0 and not (out/INCOMPLETE).exists()
+    assert find_litter(out) == []
+
+
+@pytest.mark.parametrize('what', ['a file', 'below a file', 'a name too long', 'a folder for a file'])
+def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch, what):
+    "Before any model is known or row is read"
+    (tmp_path/'file').write_text('mine')
+    (tmp_path/'folder.parquet').mkdir()
+    (tmp_path/'rows.jsonl').write_text('')
+    monkeypatch.setattr('w2s.experiments.preference_stages.know_model', None)
+    place = {'a file': 'file', 'below a file': 'file/run', 'a name too long': 'x'*300, 'a folder for a file': 'folder.parquet'}[what]
+    words = ('label', '--model', 'pico', '--rows', tmp_path/'rows.jsonl', '--train', tmp_path/'t.jsonl') if what == 'a folder for a file' else SMALL
+    status, said = w2s(*words, '--out', tmp_path/place)
+    assert status == 1 and place.split('/')[0][:50] in sentence(said)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['file', 'folder.parquet', 'rows.jsonl'] and (tmp_path/'file').read_text() == 'mine'
+
+
+@pytest.mark.skipif(os.name == 'nt' or os.geteuid() == 0, reason='root may write everywhere')
+def test_a_folder_without_permission_is_refused_at_once(tmp_path):
+    tmp_path.chmod(0o500)
+    try: status, said = w2s(*SMALL, '--out', tmp_path/'run')
+    finally: tmp_path.chmod(0o700)
+    assert status == 1 and 'permissions' in sentence(said)
+
+
+@pytest.mark.parametrize('name', ['labels.parquet', 'labels.md', 'labels.json'])
+def test_files_beside_the_labels_are_not_written_over(tmp_path, name):
+    (tmp_path/name).write_text('mine')
+    (tmp_path/'rows.jsonl').write_text('')
+    status, said = w2s('label', '--model', 'pico', '--rows', tmp_path/'rows.jsonl', '--train', tmp_path/'t.jsonl', '--out', tmp_path/'labels.parquet')
+    assert status == 1 and f'{name} is there' in sentence(said) and (tmp_path/name).read_text() == 'mine'
+
+
+# Exceptions of all kinds
+
+@pytest.mark.parametrize('error', [MemoryError(), EOFError(), RecursionError('maximum recursion depth exceeded'), KeyError('hinge'), UnicodeEncodeError('ascii', 'ü', 0, 1, 'no'),
+                                   OSError(errno.EMFILE, 'Too many open files'), FileNotFoundError(errno.ENOENT, 'No such file or directory', 'x.json'), AssertionError(), OverflowError('too large')], ids=repr)
+def test_no_exception_is_a_traceback(monkeypatch, error):
+    def breaks(*a, **k): raise error
+    monkeypatch.setattr('w2s.cli.weak_teacher_config', breaks)
+    status, said = w2s(*SMALL)
+    line = sentence(said)
+    assert status in (1, 70) and len(line) < 500
+    assert (status == 70) == ('This is a fault of w2s' in line) == (failure_text(error) == '')
+
+
+def test_the_place_of_a_fault_is_named_and_the_traceback_can_be_had(monkeypatch):
+    def breaks(*a, **k): raise KeyError('hinge')
+    monkeypatch.setattr('w2s.experiments.weak_settings.to_table', breaks)
+    status, said = w2s(*SMALL)
+    assert status == 70 and 'w2s/experiments/weak_settings.py, line ' in sentence(said)
+    monkeypatch.setenv('W2S_TRACEBACK', '1')
+    assert 'Traceback' in w2s(*SMALL)[1]
+
+
+def test_what_the_user_types_wrong_is_no_fault():
+    assert w2s('run', 'weak-teachr')[0] == 2 and w2s('run', 'weak-teacher', '--bta', '1')[0] == 2
+    assert w2s(*SMALL, '--seeds', '0') == (1, 'error: seeds is 0; it must be at least 1\n')
+
+
+# Numbers that are none
+
+NOT_NUMBERS = [('run', 'weak-teacher', '--beta', 'nan'), ('run', 'weak-teacher', '--beta', 'inf'), ('run', 'weak-teacher', '--sft-lr', 'nan'), ('run', 'weak-teacher', '--dpo-lr', 'inf'), ('run', 'weak-teacher', '--temperature', 'nan'),
+               ('run', 'weak-teacher', '--label-share', 'nan'), ('run', 'weak-teacher', '--smoothing', 'nan', '--loss', 'cdpo'), ('run', 'safety', '--lr', 'nan'), ('run', 'safety', '--lr', 'inf'),
+               ('run', 'safety', '--validate', 'nan'), ('run', 'safety', '--label-share', 'nan'), ('run', 'persona', '--lr', 'nan'), ('run', 'toxicity', '--lr', 'nan'), ('run', 'toxicity', '--beta', 'inf'),
+               ('label', '--model', 'pico', '--rows', 'r.jsonl', '--train', 't.jsonl', '--out', 'o.parquet', '--beta', 'nan'), ('label', '--model', 'pico', '--rows', 'r.jsonl', '--train', 't.jsonl', '--out', 'o.parquet', '--calibrate', 'nan'),
+               ('refine', '--questions', 'q.jsonl', '--out', 'o.jsonl', '--method', 'resampled', '--temperature', 'nan')]
+
+
+@pytest.mark.parametrize('words', NOT_NUMBERS, ids=' '.join)
+def test_a_setting_that_is_no_number_is_refused(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, said = w2s(*words)
+    assert status == 1 and any(word in sentence(said) for word in ('nan', 'inf'))
+    assert not any(tmp_path.iterdir())
+
+
+# Files of settings
+
+BROKEN = {'latin-1': 'data = "größe"'.encode('latin-1'), 'not TOML': b'data = pairs', 'deep': b'a = ' + b'['*100_000, 'zeros': bytes(100), 'a table for a number': b'[seeds]\nx = 1', 'nan': b'beta = nan', 'unknown': b'bta = 1', 'list': b'seeds = [1]'}
+
+
+@pytest.mark.parametrize('kind', BROKEN)
+@pytest.mark.parametrize('command', ['weak-teacher', 'safety', 'persona', 'toxicity'])
+def test_a_broken_file_of_settings_is_one_sentence(tmp_path, kind, command):
+    (tmp_path/'run.toml').write_bytes(BROKEN[kind])
+    status, said = w2s('run', command, '--config', tmp_path/'run.toml', '--out', tmp_path/'run')
+    assert status == 1 and len(sentence(said)) < 600 and not (tmp_path/'run').exists()
+
+
+@pytest.mark.parametrize('place', ['nowhere.toml', '.'])
+def test_a_missing_file_of_settings_is_one_sentence(tmp_path, place):
+    assert 'no configuration file' in sentence(w2s('run', 'weak-teacher', '--config', tmp_path/place, '--out', tmp_path/'run')[1])
+
+
+# Streams and signals
+
+PROGRAM = 'from w2s.cli import main; main()'
+
+
+def start(*words, **env):
+    env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', **env}
+    return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', PROGRAM, *map(str, words)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize('env', [dict(PYTHONIOENCODING='latin-1'), dict(PYTHONIOENCODING='ascii'), dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')], ids=str)
+def test_a_terminal_that_cannot_write_a_character_ends_nothing(tmp_path, env):
+    out = tmp_path/'größe'
+    process = start(*SMALL, '--out', os.fsencode(out).decode('utf-8'), **env)
+    said, told = process.communicate()
+    assert process.returncode == 0, told.decode()[-2000:]
+    assert (out/'report.md').read_text(encoding='utf-8').startswith('# pico teaches pico') and (out/'items.parquet').is_file()
+
+
+@pytest.mark.parametrize('name, status', [('SIGTERM', 143), ('SIGINT', 130)])
+def test_a_signal_is_answered_with_how_to_go_on(tmp_path, name, status):
+    import signal
+    import time
+    process = start(*SMALL, '--rows', '200', '--out', tmp_path/'run')
+    while process.poll() is None and not list((tmp_path/'run'/'stages').glob('.unfinished-*-sft-*')): time.sleep(.01)
+    process.send_signal(getattr(signal, name))
+    said, told = process.communicate()
+    assert process.returncode == status and cli_guard.GOES_ON in told.decode() and 'Traceback' not in told.decode()
+    assert '\r' not in told.decode() # no progress bar in a file
+    assert 'not finished' in (tmp_path/'run'/INCOMPLETE).read_text()
+
+
+def test_every_cause_is_a_sentence():
+    for number, text in CAUSES.items(): assert end_of(OSError(number, 'x', 'place')) == (f'error: place: {text}', 1)
