@@ -5,6 +5,10 @@
 # %% auto #0
 __all__ = ['METHOD', 'acts_as_linear', 'expert_weights', 'FourBit', 'put_in_four_bits', 'NF4Config', 'NF4Quantizer']
 
+# %% ../../nbs/api/models/04_four_bits.ipynb #1a306aba
+import logging
+logging.getLogger('bitsandbytes.backends.cpu.ops').addFilter(lambda record: 'kernels-community' not in record.getMessage())
+
 # %% ../../nbs/api/models/04_four_bits.ipynb #fa9995e6
 from collections.abc import Callable
 from functools import lru_cache

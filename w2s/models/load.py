@@ -9,7 +9,6 @@ __all__ = ['USUAL', 'set_mode', 'files_hash', 'local_folder', 'fingerprint', 'lo
 
 # %% ../../nbs/api/models/10_load.ipynb #d15d64be
 import hashlib
-import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -43,9 +42,6 @@ def set_mode(
     model.train(training)
     for module in model.modules():
         if type(module).__name__ == 'Linear4bit' and module.weight.device.type == 'cpu': module.training = True
-
-# %% ../../nbs/api/models/10_load.ipynb #5ebcd433
-logging.getLogger('bitsandbytes.backends.cpu.ops').addFilter(lambda record: 'kernels-community' not in record.getMessage())
 
 # %% ../../nbs/api/models/10_load.ipynb #032807ee
 @lru_cache(maxsize=256)
