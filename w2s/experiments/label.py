@@ -28,7 +28,7 @@ from ..evaluate.intervals import estimate
 from ..evaluate.metrics import agreement
 from .config import merged, to_table
 from .label_rows import LabelData, LabelJob, length_lead, load_label_data, word_margins
-from .preference_stages import Model, Study, know_model
+from .preference_stages import Model, Study, know_model, model_lines
 from .stages import Run, lock
 from .supervisors import ask, train_supervisor
 from .weak_settings import WeakTeacher, fill_settings
@@ -88,6 +88,7 @@ class Labelled:
     bins: pd.DataFrame       # of `reliability`, of the calibrated supervisor, on the same pairs: column `on`
     ahead: pd.DataFrame      # paired differences of accuracy: supervisor less a baseline; columns on, than, value, low, high
     data: LabelData          # the rows behind it
+    models: tuple[str, ...] = () # of `model_lines`
 
     def __repr__(self) -> str: return measured_text(self)
     def _repr_markdown_(self) -> str: return measured_text(self)
@@ -142,7 +143,7 @@ def supervise_pairs(
     if not np.isnan(said).all(): parts.append(measure('rows', pairs, _lead(rewards), _lead(rewards)/temperature, said, train))
     scores, bins, ahead = [pd.concat(t, ignore_index=True) for t in zip(*parts, strict=True)] if parts else [pd.DataFrame()]*3
     labels = replace(labels, rows=weighted(labels.rows.remove_columns('gold')))
-    return Labelled(job, study.config, labels, np.abs(_lead(rewards)), temperature, scores, bins, ahead, data)
+    return Labelled(job, study.config, labels, np.abs(_lead(rewards)), temperature, scores, bins, ahead, data, model_lines([model]))
 
 # %% ../../nbs/api/experiments/70_label.ipynb #3b089e93
 def _lead(
@@ -204,7 +205,7 @@ def report_text(
 ) -> str:               # Markdown
     "The report for people"
     settings = tomli_w.dumps({k: v for k, v in asdict(labelled.job).items() if v is not None} | acting(labelled.config))
-    return '\n\n'.join(['# Labels', measured_text(labelled), '## The rows', str(labelled.data.report).replace('\n', '\n\n'),
+    return '\n\n'.join(['# Labels', measured_text(labelled), '## The model', *labelled.models, '## The rows', str(labelled.data.report).replace('\n', '\n\n'),
                         '## Settings', f'```toml\n{settings}```']) + '\n'
 
 # %% ../../nbs/api/experiments/70_label.ipynb #858d06d5
@@ -225,7 +226,7 @@ def write_labels(
     "Write the labels and the report; each file appears whole or not at all"
     out = check_out(out)
     tables = {name: json.loads(t.to_json(orient='records')) for name, t in dict(scores=labelled.scores, bins=labelled.bins, ahead=labelled.ahead).items()}
-    told = facts(labelled) | dict(verdict=verdict(labelled)) | tables | dict(job=asdict(labelled.job), settings=acting(labelled.config))
+    told = facts(labelled) | dict(verdict=verdict(labelled)) | tables | dict(job=asdict(labelled.job), settings=acting(labelled.config), models=list(labelled.models))
     write_atomic(out.with_suffix('.json'), json.dumps(told, indent=1, ensure_ascii=False).encode())
     write_atomic(out.with_suffix('.md'), report_text(labelled).encode())
     part = out.with_name(f'.writing-{out.name}')
@@ -254,9 +255,10 @@ def label(
     if not job.train and config.supervisor != 'judge':
         raise ConfigError(f'a supervisor of the kind "{config.supervisor}" learns from labelled pairs: give them as train (--train FILE); only a judge (--supervisor judge) needs none')
     root = Path(work) if work else out.with_suffix('.work')
-    model = know_model('weak', config.weak, config)
+    model = know_model('weak', config.weak, config, config.supervisor != 'judge')
     data = load_label_data(job, model.reader, config.rows, config.strict)
     say: Callable[[str], None] = (lambda line: None) if quiet else print
+    for line in model_lines([model]): say(line)
     say(str(data.report))
     held = lock(root) # only now: what is refused above leaves no folder behind
     try: labelled = supervise_pairs(Study(config, Run(root, say), quiet), model, job, data)

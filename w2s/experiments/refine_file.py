@@ -23,7 +23,7 @@ import tomli_w
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #588aa50a
 from ..errors import ConfigError, unknown
 from .config import from_table, merged, to_table
-from .preference_stages import Model, Study, know_model
+from .preference_stages import Model, Study, know_model, model_lines
 from .stages import Run, lock
 from .transfer_settings import REFINERS
 from .transfer_stages import Learned, Site, Weak, lesson_of
@@ -168,6 +168,7 @@ class RefinedFile:
     weak: list[str]          # weak answers, '' where none were read
     learned: Learned         # refined answers, and rows to train on
     cut: int                 # of `count_cut`
+    models: tuple[str, ...] = () # of `model_lines`
 
     def __repr__(self) -> str: return refined_text(self)
     def _repr_markdown_(self) -> str: return refined_text(self)
@@ -237,7 +238,7 @@ def settings_text(
 ) -> str:              # Markdown
     "Everything that the rows depend on"
     made = ', '.join(f'{p} {version(p)}' for p in PACKAGES)
-    return '\n\n'.join(['## Settings', f'```toml\n{tomli_w.dumps(to_table(done.job))}```', '## How the model was asked', f'```toml\n{form_text(done.form)}```', f'Made with {made}.'])
+    return '\n\n'.join([*(['## Model', *done.models] if done.models else []), '## Settings', f'```toml\n{tomli_w.dumps(to_table(done.job))}```', '## How the model was asked', f'```toml\n{form_text(done.form)}```', f'Made with {made}.'])
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #ca6d18c0
 def check_out(
@@ -254,7 +255,7 @@ def write_refined(
 ) -> list[Path]:       # the rows, and beside them the report for people and for programs
     "Write rows and report; each file appears whole or not at all"
     out = check_out(out)
-    told = facts(done) | dict(examples=beside(done), settings=to_table(done.job), form=asdict(done.form), versions={p: version(p) for p in PACKAGES})
+    told = facts(done) | dict(examples=beside(done), settings=to_table(done.job), form=asdict(done.form), versions={p: version(p) for p in PACKAGES}, models=list(done.models))
     lines = ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in trl_rows(done))
     files = {out.with_suffix('.json'): json.dumps(told, indent=1, ensure_ascii=False), out.with_suffix('.md'): f'# Refined answers\n\n{refined_text(done)}\n\n{settings_text(done)}\n', out: lines}
     for path, text in files.items(): write_atomic(path, text.encode())
@@ -274,11 +275,12 @@ def refine_file(
     weak = weak_side(job, questions)
     if 'examples' in OF_METHODS and job.method in OF_METHODS['examples'] and job.choice == 'others': Examples(job.examples)
     form = own_form(job.strong, job.load, own)
-    model = know_model(short_name(job.strong), str(model_folder(job.strong)), SimpleNamespace(max_length=sys.maxsize, load=job.load))
+    model = know_model(short_name(job.strong), str(model_folder(job.strong)), SimpleNamespace(max_length=sys.maxsize, load=job.load), writes=True)
     say: Callable[[str], None] = (lambda line: None) if quiet else print
+    for line in model_lines([model]): say(line)
     held = lock(Path(work) if work else out.with_suffix('.work'))
     try: learned = refine_answers(Study(job, Run(Path(work) if work else out.with_suffix('.work'), say), quiet), model, form, questions, weak)
     finally: held.release()
-    done = RefinedFile(job, form, questions, weak, learned, count_cut(model.reader.tokenizer, learned.answers, job.max_tokens))
+    done = RefinedFile(job, form, questions, weak, learned, count_cut(model.reader.tokenizer, learned.answers, job.max_tokens), model_lines([model]))
     write_refined(done, out)
     return done

@@ -18,7 +18,7 @@ from ..errors import ConfigError, unknown
 from ..evaluate.intervals import Estimate, difference
 from .config import merged, to_table
 from .preference_data import load_preferences
-from .preference_stages import Model, Study
+from .preference_stages import Model, Study, model_lines
 from .stages import Run, lock
 from .weak_settings import SUBSETS, SUPERVISORS, WeakTeacher, fill_settings
 from .weak_teacher import Result, count_stages, counted, know_models, run_study
@@ -187,7 +187,7 @@ def run_varied(
     say = (lambda line: None) if quiet else counted(sum(map(count_stages, configs.values())))
     shares = sorted({c.label_share for c in configs.values()})
     data = {s: load_preferences(first.data, readers, first.test_rows, first.strict, first.rows, s) for s in shares}
-    if not quiet: print(f'{data[shares[0]].origin}\n{data[shares[0]].report}')
+    if not quiet: print(*model_lines(m for weak, strong in models.values() for m in (*weak, strong)), data[shares[0]].origin, data[shares[0]].report, sep='\n')
     held = lock(Path(out))
     try: return Varied(Path(out), setting, {at: run_study(Study(c, Run(Path(out), say), quiet), *models[at], data[c.label_share]) for at, c in configs.items()})
     finally: held.release()

@@ -166,7 +166,7 @@ def plan_model(
     except LOAD_ERRORS as e: raise model_error(name, e) from e
     bits = planned_bits(model)
     if quantizer is not None and bits.share < settings.nf4_share:
-        raise ModelError(f'{name}: only {bits.share:.1%} of the body\'s weights can be put in 4 bits ({_rest(bits)}), less than the {settings.nf4_share:.0%} that --quantize nf4 must reach; '
+        raise ModelError(f'{name}: only {bits.share:.1%} of the body\'s weights can be put in 4 bits ({_rest(bits)}), less than the share of {settings.nf4_share:g} that --quantize nf4 must reach; '
                          f'take --quantize none, or allow it by --nf4-share {int(bits.share*100)/100}')
     return ModelPlan(config, model, bits, quantizer, saved_so)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAD', 'GenerateSettings', 'generate_inputs', 'prompt_ids', 'check_room', 'width', 'padded', 'padding_step',
-           'no_cache', 'cache_name', 'check_state', 'write', 'plan_batches', 'check_ready', 'with_turn_end', 'row_mark',
-           'respond', 'generate']
+           'no_cache', 'cache_name', 'check_writes', 'check_state', 'write', 'plan_batches', 'check_ready',
+           'with_turn_end', 'row_mark', 'respond', 'generate']
 
 # %% ../../nbs/api/train/60_generate.ipynb #b33c77bd
 import hashlib
@@ -189,6 +189,15 @@ class _State:
 # %% ../../nbs/api/train/60_generate.ipynb #c7902817
 _STATEFUL: WeakKeyDictionary[Any, bool] = WeakKeyDictionary() # bodies that were tried
 
+def check_writes(
+    model: Any, # a causal language model, with or without an adapter, with or without weights
+) -> None:
+    "Raise `ModelError` for a model of which it is known at sight that no responses can be sampled from it"
+    body = model.get_decoder()
+    cache_name(body)
+    layers = getattr(DynamicCache(config=model.config.get_text_config(decoder=True)), 'layers', [])
+    if hasattr(body, '_setup_cache') or layers and not any(hasattr(layer, 'keys') for layer in layers): raise ModelError(no_cache(type(body).__name__))
+
 def check_state(
     model: Any, # a causal language model, with or without an adapter, in evaluation mode
 ) -> None:
@@ -248,7 +257,7 @@ def check_ready(
     prompts: Sequence[Sequence[int]], # ids of each prompt
 ) -> None:
     "Raise `ModelError` if the model cannot write, or has no embedding for a token of a prompt"
-    cache_name(model.get_decoder())
+    check_writes(model)
     rows = [EncodedRow(f'prompt {i}', (Encoded(tuple(p), len(p)),), 0) for i, p in enumerate(prompts, 1)]
     check_vocabulary(tokenizer, rows, embeddings(model), model.config.name_or_path or type(model).__name__)
 
