@@ -106,7 +106,7 @@ def dry_text(
     models = [know_model(short_name(n), n, config, config.readout != 'probe') for n in class_models(to_table(config))]
     data = load_labels(config, [m.reader for m in models])
     work = count_trainings(config)
-    return '\n'.join([to_toml(config), *model_lines(models), data.origin, str(data.report), f'classes: {", ".join(data.classes)}; test rows: {len(data.test):,}',
+    return '\n'.join([to_toml(config), data.origin, str(data.report), *model_lines(models), f'classes: {", ".join(data.classes)}; test rows: {len(data.test):,}',
                       f'{sum(work.values()):,} trainings, all seeds together: ' + ', '.join(f'{n:,} {k}' for k, n in work.items())])
 
 # %% ../nbs/api/89_cli_classify.ipynb #05b76285

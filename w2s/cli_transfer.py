@@ -106,7 +106,8 @@ def dry_text(
     work = count_trainings(c, rows.asked.gold is not None, rows.school is not None)
     parts = ' and '.join(f'{len(e.questions):,} {e.name}'.strip() for e in rows.tests)
     few = f'For the weak model: {len(rows.taught.questions):,}, for' if c.demonstrator in ('tuned', 'prompted') else 'For'
-    return '\n'.join([to_toml(c), *model_lines([*models, *([judge] if judge else [])]), f'{origin} {few} the strong model: {len(rows.asked.questions):,}, for the test: {parts}.',
+    return '\n'.join([to_toml(c), f'{origin} {few} the strong model: {len(rows.asked.questions):,}, for the test: {parts}.',
+                      *model_lines([*models, *([judge] if judge else [])]),
                       f'{sum(work.values()):,} trainings, all seeds together: ' + ', '.join(f'{n:,} {k}' for k, n in work.items())])
 
 # %% ../nbs/api/89c_cli_transfer.ipynb #96dbad1e
@@ -212,7 +213,7 @@ def dry_toxicity(
     found = None if config.data == SCENES else read_prompts(config.data)
     if found: file_rows(found, config, 0)
     work = count_toxicity(config)
-    return '\n'.join([to_toml(config), *toxicity_models(config), origin_of(config, found), f'{sum(work.values()):,} trainings, all seeds together: ' + ', '.join(f'{n:,} {k}' for k, n in work.items())])
+    return '\n'.join([to_toml(config), origin_of(config, found), *toxicity_models(config), f'{sum(work.values()):,} trainings, all seeds together: ' + ', '.join(f'{n:,} {k}' for k, n in work.items())])
 
 # %% ../nbs/api/89c_cli_transfer.ipynb #5c9860f3
 def toxicity_command(
