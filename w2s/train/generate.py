@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache
 
 from ..errors import ConfigError, DataError, ModelError
+from ..models.four_bits import body_of
 from ..models.load import context_length, set_mode
 from .batches import micro_batches
 from .endings import Response, finisher
@@ -156,7 +157,7 @@ class _State:
     cache: Any      # keys and values of all layers
 
     def __init__(self, model: Any, prompts: Sequence[Sequence[int]], samples: int):
-        self.body = model.get_decoder()
+        self.body = body_of(model)
         known = inspect.signature(self.body.forward).parameters
         self.positions, self.kept = 'position_ids' in known, cache_name(self.body)
         alone = len(prompts)*samples == 1
@@ -193,7 +194,7 @@ def check_writes(
     model: Any, # a causal language model, with or without an adapter, with or without weights
 ) -> None:
     "Raise `ModelError` for a model of which it is known at sight that no responses can be sampled from it"
-    body = model.get_decoder()
+    body = body_of(model)
     cache_name(body)
     layers = getattr(DynamicCache(config=model.config.get_text_config(decoder=True)), 'layers', [])
     if hasattr(body, '_setup_cache') or layers and not any(hasattr(layer, 'keys') for layer in layers): raise ModelError(no_cache(type(body).__name__))
@@ -202,7 +203,7 @@ def check_state(
     model: Any, # a causal language model, with or without an adapter, in evaluation mode
 ) -> None:
     "Raise `ModelError` for a model with recurrent layers whose cache does not hold all that it carries on"
-    body = model.get_decoder()
+    body = body_of(model)
     if body in _STATEFUL or not (getattr(body, '_is_stateful', False) or padding_step(model) == 1): return
     with torch.no_grad():
         state = _State(model, [[3, 4, 5, 6, 7], [7, 5, 6, 4, 3]], 1)

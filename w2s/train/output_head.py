@@ -6,13 +6,14 @@
 __all__ = ['CAPS', 'FACTORS', 'DIVISORS', 'SIZES', 'logit_scale', 'head_of', 'own_logits', 'our_logits', 'head_error',
            'embeddings']
 
-# %% ../../nbs/api/train/18_output_head.ipynb #20aa8275
+# %% ../../nbs/api/train/18_output_head.ipynb #493ca869
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from ..models.four_bits import body_of
 
 # %% ../../nbs/api/train/18_output_head.ipynb #4a8e6e51
 CAPS = ('final_logit_softcapping', 'logits_soft_cap', 'output_logit_soft_cap')     # Gemma and relatives; RecurrentGemma; xLSTM
@@ -46,7 +47,7 @@ def head_of(
     return dict(weight=head.weight.detach()[words], bias=None if head.bias is None else head.bias.detach()[words], scale=logit_scale(model),
                 cap=next((c for name in CAPS if (c := getattr(config, name, None))), None))
 
-# %% ../../nbs/api/train/18_output_head.ipynb #3f3ced3d
+# %% ../../nbs/api/train/18_output_head.ipynb #717149aa
 def own_logits(
     model: Any,      # a causal language model, with or without an adapter
     hidden: Tensor,  # (tokens, width)
@@ -59,7 +60,7 @@ def own_logits(
         return out
 
     ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-    hook = model.get_decoder().register_forward_hook(put)
+    hook = body_of(model).register_forward_hook(put)
     try: return model(input_ids=ids, use_cache=False).logits[0].float()
     finally: hook.remove()
 
