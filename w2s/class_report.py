@@ -209,7 +209,7 @@ def class_report_text(
              '## Performance gap recovered', pgr_text(result), '## Paired differences of accuracy', markdown_table(differences),
              '## Weak labels', markdown_table(over_seeds(labels, ['weak'], measures).astype({'rows': int}))]
     if not result.stops.empty: parts += ['## Stopping by weak labels', stops_text(result)]
-    parts += ['## More numbers', markdown_table(shown_table(result, DETAILS)), '## Models', markdown_table(sizes), *(f'- {line}' for line in result.models), '## Data', result.origin,
+    parts += ['## More numbers', markdown_table(shown_table(result, DETAILS)), '## Models', markdown_table(sizes), '\n'.join(f'- {line}' for line in result.models), '## Data', result.origin,
               f'Classes: {", ".join(result.classes)}.', result.report._repr_markdown_(), '## Settings', f'```toml\n{to_toml(c)}```']
     return '\n\n'.join(parts) + '\n'
 

@@ -92,7 +92,7 @@ def report_text(
         f'# {short_name(result.config.weak)} teaches {Path(result.config.strong).name}', markdown_table(summary_table(result, SHOWN if both else (*SHOWN, *DETAILS))),
         caption(result), f'![{names} of every role](figure.png)', f'## Paired differences of {names}', markdown_table(differences)]
     if both: parts += ['## Wins, ties and losses', wins_text(result), '## What they write', responses_text(result), '## More numbers', markdown_table(summary_table(result, DETAILS))]
-    parts += ['## Weak labels', markdown_table(result.labels.round(3)), '## Models', *(f'- {line}' for line in result.models), '## Data', result.origin, result.report._repr_markdown_(),
+    parts += ['## Weak labels', markdown_table(result.labels.round(3)), '## Models', '\n'.join(f'- {line}' for line in result.models), '## Data', result.origin, result.report._repr_markdown_(),
               '## Settings', f'```toml\n{to_toml(result.config)}```']
     return '\n\n'.join(parts) + '\n'
 
@@ -138,7 +138,7 @@ def varied_text(
         if set(metrics) <= set(varied.intervals.metric): parts += [f'## {title}', markdown_table(varied_table(varied, metrics))]
     parts += [f'![by {varied.setting}]({varied.setting}.png)', caption(first) if len(varied.results) == 1 else 'The first value in words: ' + caption(first)]
     models = dict.fromkeys(line for r in varied.results.values() for line in r.models)
-    parts += ['## Weak labels', markdown_table(varied.labels.round(3)), '## Models', *(f'- {line}' for line in models), '## Data', first.origin, first.report._repr_markdown_()]
+    parts += ['## Weak labels', markdown_table(varied.labels.round(3)), '## Models', '\n'.join(f'- {line}' for line in models), '## Data', first.origin, first.report._repr_markdown_()]
     for at, r in varied.results.items(): parts += [f'## Settings of {varied.setting} {at}', f'```toml\n{to_toml(r.config)}```']
     return '\n\n'.join(parts) + '\n'
 

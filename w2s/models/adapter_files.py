@@ -100,7 +100,7 @@ def _check_put(model: Any, head: Any, said: list[str]) -> None:
             raise ModelError(f'the adapter changes {m.parameter_name} of experts, which are in 4 bits and take none; take --quantize none, or an adapter on other layers')
     if lost := next((s for s in said if 'missing adapter keys' in s), ''): raise ModelError(f'the adapter lacks tensors for this base: {lost.partition("checkpoint:")[2].strip()[:200]}; load the base that it was trained on')
 
-# %% ../../nbs/api/models/15_adapter_files.ipynb #711b5e47
+# %% ../../nbs/api/models/15_adapter_files.ipynb #100b1efa
 def check_adapter_files(
     folder: Path, # of an adapter
 ) -> dict:        # its adapter_config.json
@@ -109,13 +109,18 @@ def check_adapter_files(
     if not path.is_file(): raise ModelError(f'{folder} holds no adapter: adapter_config.json is missing')
     config = read_json(path)
     if not isinstance(config, dict) or 'peft_type' not in config: raise ModelError(f'{path} is damaged: it does not say what kind of adapter it is')
-    if config['peft_type'] != 'LORA' or config.get('alora_invocation_tokens') or config.get('layer_replication'):
-        kind = config['peft_type'] if config['peft_type'] != 'LORA' else 'LoRA with invocation tokens or replicated layers'
-        raise ModelError(f'the adapter in {folder} is of the kind {kind}; w2s reads LoRA, with DoRA and rank-stabilized LoRA')
+    if fault := _kind_fault(config): raise ModelError(f'the adapter in {folder} is of the kind {fault}; w2s reads LoRA, with DoRA and rank-stabilized LoRA, that can be taken off again')
     weights = folder/'adapter_model.safetensors'
     if not weights.is_file(): raise ModelError(f'{folder} has no adapter_model.safetensors' + ('; adapter_model.bin is in pickle form, which can run any code: save the adapter with safe_serialization' if (folder/'adapter_model.bin').is_file() else '; get the adapter anew'))
     if fault := tensor_fault(weights): raise ModelError(f'{weights} {fault}')
     return config
+
+def _kind_fault(config: dict) -> str:
+    "What makes an adapter one that w2s does not read, or ''"
+    if config['peft_type'] != 'LORA': return str(config['peft_type'])
+    if config.get('alora_invocation_tokens') or config.get('layer_replication'): return 'LoRA with invocation tokens or replicated layers'
+    if whole := config.get('modules_to_save'): return f'LoRA that replaces whole layers of the base (modules_to_save: {", ".join(map(str, whole))})'
+    return '' if config.get('bias', 'none') == 'none' else f'LoRA that changes the biases of the base itself (bias: {config["bias"]})'
 
 # %% ../../nbs/api/models/15_adapter_files.ipynb #5e2768ac
 def adapter_line(

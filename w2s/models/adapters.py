@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..errors import ConfigError, ModelError
 from .adapter_files import adapter_line, check_adapter_files, linear_layers, lora_targets, put_on
 from .load import Base, ModelPlan, files_hash, set_mode
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
 # %% ../../nbs/api/models/20_adapters.ipynb #f69e1f7a
 @dataclass(frozen=True)
@@ -148,11 +149,13 @@ def put_saved(
 ) -> PeftModel:
     "Put a saved adapter on its base, every tensor of it; raises `ModelError`"
     model = put_on(base.model, base.name, lambda: PeftModel.from_pretrained(base.model, str(folder), is_trainable=trainable))
-    if (folder/'w2s.json').is_file(): return model
-    left = model.load_adapter(str(folder), 'default', is_trainable=trainable).unexpected_keys # a second time: this one gives an account
+    with safe_open(str(folder/'adapter_model.safetensors'), 'pt') as f: given = set(f.keys())
+    if given <= set(get_peft_model_state_dict(model)): return model
+    left = model.load_adapter(str(folder), 'default', is_trainable=trainable).unexpected_keys # older files name tensors otherwise, as PEFT knows
     if not left: return model
     model.unload()
-    raise ModelError(f'the adapter in {folder} has {len(left)} tensors that have no place in {base.name}, such as {left[0]}; load the base that it was trained on')
+    why = 'experts in 4 bits take none: take --quantize none' if base.settings.quantize == 'nf4' and any('expert' in k for k in left) else 'load the base that it was trained on'
+    raise ModelError(f'the adapter in {folder} has {len(left)} tensors that have no place in {base.name}, such as {left[0]}; {why}')
 
 # %% ../../nbs/api/models/20_adapters.ipynb #7b58e579
 def load_adapter(
