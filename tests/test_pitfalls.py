@@ -890,7 +890,7 @@ CHANGES = { # field: (another value, the stages that are not found any more[, wh
     'LabelUse.subset': ('match', TAUGHT), 'LabelUse.targets': ('soft', STUDENT), 'LabelUse.weights': ('confidence', STUDENT), 'LabelUse.keep': (.5, TAUGHT),
     'LabelUse.calibrate': (.6, {'weak-seed0-sft', 'weak-seed0-labels', *FLOOR, *TAUGHT}, SOFT),
     'LoadSettings.quantize': ('nf4', EVERY), 'LoadSettings.dtype': ('bfloat16', EVERY), 'LoadSettings.revision': ('main', set()),
-    'LoadSettings.trust_remote_code': (True, set()), 'LoadSettings.allow_pickle': (True, set()),
+    'LoadSettings.trust_remote_code': (True, set()), 'LoadSettings.allow_pickle': (True, set()), 'LoadSettings.nf4_share': (.5, set()),
     'LoraSettings.rank': (4, TRAINED), 'LoraSettings.alpha': (8, TRAINED), 'LoraSettings.dropout': (.1, TRAINED), 'LoraSettings.targets': (('q_proj',), TRAINED),
     'TrainSettings.epochs': (2, TRAINED), 'TrainSettings.batch_size': (4, TRAINED), 'TrainSettings.learning_rate': (1e-4, TRAINED),
     'TrainSettings.schedule': ('linear', TRAINED), 'TrainSettings.warmup': (.3, TRAINED), 'TrainSettings.weight_decay': (.1, TRAINED),

@@ -27,7 +27,7 @@ from .experiments.weak_settings import short_name, weak_names
 from .method_plots import plot_curves, plot_methods
 from .models.load import LoadSettings, load_config
 from .models.zoo import LADDER, card
-from .io.console import code_block, escape_markdown
+from .io.console import bullet_list, code_block, escape_markdown
 from .run_folder import markdown_table, write_folder
 
 # %% ../nbs/api/88_class_report.ipynb #2aecbf6d
@@ -207,7 +207,7 @@ def class_report_text(
              '## Performance gap recovered', pgr_text(result), '## Paired differences of accuracy', markdown_table(differences),
              '## Weak labels', markdown_table(over_seeds(labels, ['weak'], measures).astype({'rows': int}))]
     if not result.stops.empty: parts += ['## Stopping by weak labels', stops_text(result)]
-    parts += ['## More numbers', markdown_table(shown_table(result, DETAILS)), '## Models', markdown_table(sizes), '## Data', escape_markdown(result.origin),
+    parts += ['## More numbers', markdown_table(shown_table(result, DETAILS)), '## Models', markdown_table(sizes), bullet_list(result.models), '## Data', escape_markdown(result.origin),
               escape_markdown(f'Classes: {", ".join(result.classes)}.'), result.report._repr_markdown_(), '## Settings', code_block(to_toml(c), 'toml')]
     return '\n\n'.join(parts) + '\n'
 

@@ -88,6 +88,7 @@ def weak_teacher(
     response_tokens: Annotated[int | None, Flag(help='of such a response at most (default: 32)')] = None,
     gold: Annotated[str | None, Flag(help='reward model that scores responses: a folder, or a name on the hub (default: the world itself)')] = None,
     quantize: Annotated[str | None, Flag(help='nf4 or none (default: nf4)')] = None,
+    nf4_share: Annotated[float | None, Flag(help="least share of the body's weights that nf4 must put in 4 bits, or the model is refused; 0: any (default: 0.8)")] = None,
     dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: bfloat16; ladder: float32)')] = None,
     beta: Annotated[float | None, Flag(help='strength of the pull towards the reference (default: 0.1; ladder: 1.0)')] = None,
     loss: Annotated[str | None, Flag(help='of the students: dpo, cdpo, rdpo or ipo (default: dpo)')] = None,
@@ -117,7 +118,7 @@ def weak_teacher(
     use = {'subset': subset, 'targets': targets, 'weights': weights, 'keep': keep, 'calibrate': calibrate}
     flags = {'data': data, 'weak': weak, 'strong': strong, 'supervisor': supervisor, 'rows': rows, 'test_rows': test_rows, 'label_share': label_share,
              'seeds': seeds, 'samples': samples, 'temperature': temperature, 'response_tokens': response_tokens, 'gold': gold, 'beta': beta, 'loss': loss,
-             'smoothing': smoothing, 'start': start, 'strict': strict, 'load.quantize': quantize, 'load.dtype': dtype, 'sft.learning_rate': sft_lr,
+             'smoothing': smoothing, 'start': start, 'strict': strict, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'sft.learning_rate': sft_lr,
              'dpo.learning_rate': dpo_lr, **{f'labels.{k}': v for k, v in use.items()}, **{f'{stage}.{k}': v for stage in ('sft', 'dpo') for k, v in both.items()}}
     if values is not None and vary is None: raise ConfigError('--values are of what is varied; name it by --vary')
     if vary is None: _weak_teacher(given(flags), config, out, dry_run)
@@ -154,8 +155,9 @@ def _varied(flags: dict[str, Any], file: Path | None, setting: str, values: list
     shared = with_file(flags, file)
     if dry_run:
         from w2s.experiments.plan import plan
-        for at, c in variants(shared, setting, values).items():
-            typer.echo(f'{setting} {at}: {plan(c).summary}, less what it shares with the others')
+        plans = {at: plan(c) for at, c in variants(shared, setting, values).items()}
+        for line in dict.fromkeys(line for p in plans.values() for line in p.models): typer.echo(line)
+        for at, p in plans.items(): typer.echo(f'{setting} {at}: {p.summary}, less what it shares with the others')
         return
     from w2s.report import write_varied
     varied = run_varied(shared, setting, values, out)
@@ -199,6 +201,7 @@ def label_command(
     max_length: Annotated[int | None, Flag(help='tokens of prompt and response; a longer prompt is cut from the left (default: 512; ladder: 128)')] = None,
     seed: Annotated[int, Flag(help='of parting, adapter and order')] = 0,
     quantize: Annotated[str | None, Flag(help='nf4 or none (default: nf4)')] = None,
+    nf4_share: Annotated[float | None, Flag(help="least share of the body's weights that nf4 must put in 4 bits, or the model is refused; 0: any (default: 0.8)")] = None,
     dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: bfloat16; ladder: float32)')] = None,
     token_budget: Annotated[int | None, Flag(help='padded tokens at once: memory and speed, not the result (default: 8192)')] = None,
     config: Annotated[Path | None, Flag(help='TOML file with any settings of the supervisor; flags win over it')] = None,
@@ -212,7 +215,7 @@ def label_command(
     from w2s.experiments.label import label, label_settings
     from w2s.experiments.label_rows import LabelJob
     both = {'epochs': epochs, 'token_budget': token_budget}
-    flags = {'supervisor': supervisor, 'rows': train_rows, 'beta': beta, 'max_length': max_length, 'load.quantize': quantize, 'load.dtype': dtype,
+    flags = {'supervisor': supervisor, 'rows': train_rows, 'beta': beta, 'max_length': max_length, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype,
              'sft.learning_rate': sft_lr, 'dpo.learning_rate': dpo_lr, 'strict': strict, **{f'{s}.{k}': v for s in ('sft', 'dpo') for k, v in both.items()}}
     done = label(label_settings(model, with_file(given(flags), config)), LabelJob(rows, train, calibrate, seed), out, work)
     typer.echo(f'\n{done}\n\nwritten: {out}, with a report in {out.with_suffix(".md").name} and {out.with_suffix(".json").name}')

@@ -100,12 +100,13 @@ def dry_text(
     from w2s.experiments.class_settings import class_models
     from w2s.experiments.classify import check_pairs
     from w2s.experiments.config import to_table, to_toml
-    from w2s.experiments.preference_stages import know_model
+    from w2s.experiments.preference_stages import know_model, model_lines
     from w2s.experiments.weak_settings import short_name
     check_pairs(config)
-    data = load_labels(config, [know_model(short_name(n), n, config).reader for n in class_models(to_table(config))])
+    models = [know_model(short_name(n), n, config, config.readout != 'probe') for n in class_models(to_table(config))]
+    data = load_labels(config, [m.reader for m in models])
     work = count_trainings(config)
-    return '\n'.join([to_toml(config), data.origin, str(data.report), f'classes: {", ".join(data.classes)}; test rows: {len(data.test):,}',
+    return '\n'.join([to_toml(config), data.origin, str(data.report), *model_lines(models), f'classes: {", ".join(data.classes)}; test rows: {len(data.test):,}',
                       f'{sum(work.values()):,} trainings, all seeds together: ' + ', '.join(f'{n:,} {k}' for k, n in work.items())])
 
 # %% ../nbs/api/89_cli_classify.ipynb #05b76285
@@ -136,6 +137,7 @@ def classify_command(
     validate: Annotated[float | None, Flag(help="share of the student's rows kept back, with weak labels, to choose a snapshot by (default: 0.0)")] = None,
     contradictions: Annotated[str | None, Flag(help='texts with two different labels: keep (and count), drop or refuse (default: keep)')] = None,
     quantize: Annotated[str | None, Flag(help='nf4 or none (default: nf4)')] = None,
+    nf4_share: Annotated[float | None, Flag(help="least share of the body's weights that nf4 must put in 4 bits, or the model is refused; 0: any (default: 0.8)")] = None,
     dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: bfloat16; ladder: float32)')] = None,
     lr: Annotated[float | None, Flag(help='learning rate of supervisors, students and ceilings (default: 2e-4; ladder: 1e-3)')] = None,
     epochs: Annotated[int | None, Flag(help='their passes over their rows (default: 2; ladder: 3)')] = None,
@@ -153,7 +155,7 @@ def classify_command(
     steps = {'learning_rate': lr, 'epochs': epochs, 'batch_size': batch_size, 'token_budget': token_budget, 'gradient_checkpointing': gradient_checkpointing}
     flags = {'data': data, 'text': text, 'label': label, 'group': group, 'classes': classes, 'words': spaced(words), **models, 'methods': method,
              'readout': readout, 'head_start': head_start, 'rounds': rounds, 'rows': rows, 'label_share': label_share, 'test_rows': test_rows, 'seeds': seeds, 'max_length': max_length,
-             'snapshots': snapshots, 'validate': validate, 'contradictions': contradictions, 'load.quantize': quantize, 'load.dtype': dtype,
+             'snapshots': snapshots, 'validate': validate, 'contradictions': contradictions, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype,
              'baseline': False if no_baseline else None, 'strict': strict, **{f'{who}.{k}': v for who in ('supervisor', 'student') for k, v in steps.items()}}
     command = str(context.info_name)
     run_classify(classify_config(command, given(flags), config), out or Path('runs')/command, dry_run)

@@ -89,7 +89,7 @@ def dry_text(
 ) -> str:        # settings as TOML, what the questions are, and the number of trainings
     "What a run would do; nothing is written. Raises `DataError`, `ModelError` or `ConfigError`"
     from w2s.experiments.config import to_table, to_toml
-    from w2s.experiments.preference_stages import Study, know_model
+    from w2s.experiments.preference_stages import Study, know_model, model_lines
     from w2s.experiments.stages import Run
     from w2s.experiments.transfer_files import read_asked, table_rows
     from w2s.experiments.transfer_settings import transfer_models
@@ -97,8 +97,8 @@ def dry_text(
     from w2s.experiments.weak_settings import short_name
     from w2s.models.zoo import model_folder
     c = config
-    for name in transfer_models(to_table(c)): know_model(short_name(name), str(model_folder(name)), c)
-    judge = know_model('judge', str(model_folder(c.judge)), c) if c.judge else None
+    models = [know_model(short_name(name), str(model_folder(name)), c, writes=True) for name in transfer_models(to_table(c))]
+    judge = know_model('judge', str(model_folder(c.judge)), c, trained=False, writes=True) if c.judge else None
     if c.data == 'world': rows, origin = world_rows(c.task, 0, (c.gold_rows, c.rows, c.test_rows), c.trial), 'Questions of the embedded world.'
     else:
         table = read_asked(c)
@@ -107,6 +107,7 @@ def dry_text(
     parts = ' and '.join(f'{len(e.questions):,} {e.name}'.strip() for e in rows.tests)
     few = f'For the weak model: {len(rows.taught.questions):,}, for' if c.demonstrator in ('tuned', 'prompted') else 'For'
     return '\n'.join([to_toml(c), f'{origin} {few} the strong model: {len(rows.asked.questions):,}, for the test: {parts}.',
+                      *model_lines([*models, *([judge] if judge else [])]),
                       f'{sum(work.values()):,} trainings, all seeds together: ' + ', '.join(f'{n:,} {k}' for k, n in work.items())])
 
 # %% ../nbs/api/89c_cli_transfer.ipynb #96dbad1e
@@ -143,6 +144,7 @@ def transfer_command(
     judge: Annotated[str | None, Flag(help='model that rates answers to questions of your own: a folder or a name on the hub; maths needs none')] = None,
     repeats: Annotated[int | None, Flag(help='ratings of each answer by the judge (default: 10)')] = None,
     quantize: Annotated[str | None, Flag(help='nf4 or none (default: nf4)')] = None,
+    nf4_share: Annotated[float | None, Flag(help="least share of the body's weights that nf4 must put in 4 bits, or the model is refused; 0: any (default: 0.8)")] = None,
     dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: bfloat16; models that come with w2s: float32)')] = None,
     lr: Annotated[float | None, Flag(help='learning rate of weak models, students and ceilings (default: 2e-4; models that come with w2s: 1e-3)')] = None,
     epochs: Annotated[int | None, Flag(help='their passes over their rows (default: 3; models that come with w2s: 4)')] = None,
@@ -157,7 +159,7 @@ def transfer_command(
     flags = {'data': data, 'question': question, 'answer': answer, 'weak': weak, 'strong': strong, 'via': via, 'demonstrator': demonstrator, 'answers': answers,
              'instruction': instruction, 'concept': concept, 'methods': methods, 'examples': examples, 'choice': choice, 'batch': batch, 'ablation': numbers(ablation, 'ablation'),
              'samples': samples, 'temperature': temperature, 'auxiliary': auxiliary, 'gold_rows': gold_rows, 'rows': rows, 'test_rows': test_rows, 'seeds': seeds,
-             'max_tokens': max_tokens, 'max_length': max_length, 'judge': judge, 'repeats': repeats, 'load.quantize': quantize, 'load.dtype': dtype,
+             'max_tokens': max_tokens, 'max_length': max_length, 'judge': judge, 'repeats': repeats, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype,
              **{f'{who}.{k}': v for who in ('demonstrate', 'student') for k, v in steps.items()}}
     command = str(context.info_name)
     run_transfer(transfer_config(task_of(command, {'form': form, 'level': level}), given(flags), config), out or Path('runs')/command, dry_run)
@@ -203,6 +205,7 @@ def dry_toxicity(
     "What a run would do; nothing is written. Raises `DataError`, `ModelError` or `ConfigError`"
     from w2s.data.toxicity_rows import read_prompts
     from w2s.experiments.config import to_toml
+    from w2s.experiments.toxicity import toxicity_models
     from w2s.experiments.toxicity_arms import judge_of
     from w2s.experiments.toxicity_data import file_rows, origin_of
     from w2s.experiments.toxicity_settings import SCENES
@@ -210,7 +213,7 @@ def dry_toxicity(
     found = None if config.data == SCENES else read_prompts(config.data)
     if found: file_rows(found, config, 0)
     work = count_toxicity(config)
-    return '\n'.join([to_toml(config), origin_of(config, found), f'{sum(work.values()):,} trainings, all seeds together: ' + ', '.join(f'{n:,} {k}' for k, n in work.items())])
+    return '\n'.join([to_toml(config), origin_of(config, found), *toxicity_models(config), f'{sum(work.values()):,} trainings, all seeds together: ' + ', '.join(f'{n:,} {k}' for k, n in work.items())])
 
 # %% ../nbs/api/89c_cli_transfer.ipynb #5c9860f3
 def toxicity_command(
@@ -231,6 +234,7 @@ def toxicity_command(
     seeds: Annotated[int | None, Flag(help='repetitions (default: 1; models that come with w2s: 5)')] = None,
     beta: Annotated[float | None, Flag(help='of DPO (default: 0.1; models that come with w2s: 0.3)')] = None,
     quantize: Annotated[str | None, Flag(help='nf4 or none (default: nf4)')] = None,
+    nf4_share: Annotated[float | None, Flag(help="least share of the body's weights that nf4 must put in 4 bits, or the model is refused; 0: any (default: 0.8)")] = None,
     dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: bfloat16; models that come with w2s: float32)')] = None,
     lr: Annotated[float | None, Flag(help='learning rate of supervised fine-tuning (default: 2e-4; models that come with w2s: 1e-3)')] = None,
     dpo_lr: Annotated[float | None, Flag(help='learning rate of DPO (default: 5e-5; models that come with w2s: 5e-4)')] = None,
@@ -244,7 +248,7 @@ def toxicity_command(
     "Kinder continuations from weak to strong, by the protocol of RealToxicityPrompts (Ye et al. 2410.12621; Gehman et al. 2009.11462)."
     flags = {'data': data, 'scorer': scorer, 'weak': weak, 'strong': strong, 'methods': method, 'gold_rows': gold_rows, 'asked_rows': rows, 'test_prompts': test_rows,
              'threshold': threshold, 'examples': examples, 'greedy': greedy, 'decoding': decoding, 'speak.samples': samples, 'speak.max_tokens': max_tokens, 'seeds': seeds,
-             'beta': beta, 'load.quantize': quantize, 'load.dtype': dtype, 'sft.learning_rate': lr, 'dpo.learning_rate': dpo_lr, 'sft.epochs': epochs, 'dpo.epochs': dpo_epochs,
+             'beta': beta, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'sft.learning_rate': lr, 'dpo.learning_rate': dpo_lr, 'sft.epochs': epochs, 'dpo.epochs': dpo_epochs,
              'sft.batch_size': batch_size, 'dpo.batch_size': batch_size}
     run_toxicity(toxicity_config(given(flags), config), out, dry_run)
 

@@ -19,7 +19,7 @@ from .experiments.weak_teacher import DETAILS, SHOWN, Result, caption, question_
 from .experiments.wins import win_table
 from .data.rows import prompt_text
 from .evaluate.metrics import by_role
-from .io.console import code_block, escape_markdown
+from .io.console import bullet_list, code_block, escape_markdown
 from .plots import plot_roles
 from .run_folder import markdown_table, write_folder
 from .study_plots import plot_varied
@@ -70,7 +70,7 @@ def report_text(
         f'# {escape_markdown(short_name(result.config.weak))} teaches {escape_markdown(Path(result.config.strong).name)}', markdown_table(summary_table(result, SHOWN if both else (*SHOWN, *DETAILS))),
         escape_markdown(caption(result)), f'![{names} of every role](figure.png)', f'## Paired differences of {names}', markdown_table(differences)]
     if both: parts += ['## Wins, ties and losses', wins_text(result), '## What they write', responses_text(result), '## More numbers', markdown_table(summary_table(result, DETAILS))]
-    parts += ['## Weak labels', markdown_table(result.labels.round(3)), '## Data', escape_markdown(result.origin), result.report._repr_markdown_(),
+    parts += ['## Weak labels', markdown_table(result.labels.round(3)), '## Models', bullet_list(result.models), '## Data', escape_markdown(result.origin), result.report._repr_markdown_(),
               '## Settings', code_block(to_toml(result.config), 'toml')]
     return '\n\n'.join(parts) + '\n'
 
@@ -106,7 +106,8 @@ def varied_text(
     for title, metrics in tables.items():
         if set(metrics) <= set(varied.intervals.metric): parts += [f'## {title}', markdown_table(varied_table(varied, metrics))]
     parts += [f'![by {varied.setting}]({varied.setting}.png)', escape_markdown(caption(first) if len(varied.results) == 1 else 'The first value in words: ' + caption(first))]
-    parts += ['## Weak labels', markdown_table(varied.labels.round(3)), '## Data', escape_markdown(first.origin), first.report._repr_markdown_()]
+    models = dict.fromkeys(line for r in varied.results.values() for line in r.models)
+    parts += ['## Weak labels', markdown_table(varied.labels.round(3)), '## Models', bullet_list(models), '## Data', escape_markdown(first.origin), first.report._repr_markdown_()]
     for at, r in varied.results.items(): parts += [f'## Settings of {varied.setting} {escape_markdown(at)}', code_block(to_toml(r.config), 'toml')]
     return '\n\n'.join(parts) + '\n'
 

@@ -17,7 +17,7 @@ from .class_report import panels
 from .experiments.config import to_toml
 from .experiments.toxicity import ToxicityResult, shown_toxicity
 from .experiments.weak_settings import short_name
-from .io.console import code_block, escape_markdown
+from .io.console import bullet_list, code_block, escape_markdown
 from .run_folder import markdown_table, write_folder
 from .toxicity_plots import plot_fluency, plot_worst, worst_rows
 
@@ -85,8 +85,8 @@ def toxicity_report_text(
     if result.failures: parts += ['## INCOMPLETE', '\n'.join(f'- {escape_markdown(line)}' for line in result.failures)]
     parts += [markdown_table(shown_toxicity(result)), escape_markdown(toxicity_caption(result)), *(f'![{told[n]}]({n}.png)' for n in names), '## Paired differences', markdown_table(toxicity_differences_table(result)),
               '## All numbers', markdown_table(result.intervals[['role', 'method', 'weak', 'strong', 'metric', 'value', 'low', 'high', 'n', 'seeds']].round(3))]
-    if result.pairs: parts += ['## Pairs of lines', '\n'.join(f'- {escape_markdown(line)}' for line in result.pairs)]
-    parts += ['## Data', escape_markdown(result.origin), 'Test prompts: ' + ', '.join(f'{n:,} {k}' for k, n in result.prompts['kind'].value_counts().items()) + '.', '## Settings', code_block(to_toml(c), 'toml')]
+    if result.pairs: parts += ['## Pairs of lines', bullet_list(result.pairs)]
+    parts += ['## Models', bullet_list(result.models), '## Data', escape_markdown(result.origin), 'Test prompts: ' + ', '.join(f'{n:,} {k}' for k, n in result.prompts['kind'].value_counts().items()) + '.', '## Settings', code_block(to_toml(c), 'toml')]
     return '\n\n'.join(parts) + '\n'
 
 # %% ../nbs/api/88c_toxicity_report.ipynb #141fbad6

@@ -23,7 +23,7 @@ from .experiments.refine_file import form_text
 from .experiments.transfer import TransferResult, shown_table
 from .experiments.transfer_settings import METHODS, TRANSFERS, Measures
 from .experiments.weak_settings import short_name
-from .io.console import code_block, escape_markdown
+from .io.console import bullet_list, code_block, escape_markdown
 from .run_folder import markdown_table, write_folder
 from .transfer_plots import plot_examples, plot_plane, plot_transfer
 
@@ -176,7 +176,7 @@ def transfer_report_text(
     if 'examples' in there: parts += ['## By the number of weak answers in context', f'![{TOLD["examples"]}](examples.png)', markdown_table(result.examples.round(3))]
     differences = result.differences[['metric', 'weak', 'a', 'b', 'value', 'low', 'high']].round(3)
     parts += ['## Paired differences', markdown_table(differences), '## All numbers', markdown_table(numbers_table(result)), '## What they answer', answers_text(result),
-              '## Data', escape_markdown(result.origin), '## How models were asked', code_block(form_text(result.form), 'toml'), '## Settings', code_block(to_toml(c), 'toml')]
+              '## Models', bullet_list(result.models), '## Data', escape_markdown(result.origin), '## How models were asked', code_block(form_text(result.form), 'toml'), '## Settings', code_block(to_toml(c), 'toml')]
     return '\n\n'.join(parts) + '\n'
 
 # %% ../nbs/api/88b_transfer_report.ipynb #6fdb0fdf

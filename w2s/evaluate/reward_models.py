@@ -19,8 +19,13 @@ from transformers.utils import logging as hf_logging
 from ..data.rows import prompt_text
 from ..errors import ConfigError, ModelError, unknown
 from .responses import Scorer
+from ..models.folders import check_weights
 from ..models.load import DTYPES, LoadSettings, context_length, load_config, load_tokenizer, local_folder, model_error
+from ..models.reading import check_numbers, check_tensors, read_model, saved_in_four_bits
 from ..train.batches import micro_batches
+from ..train.logprobs import check_ids
+from ..train.output_head import embeddings
+from ..train.templates import render
 from ..train.tokens import close
 
 # %% ../../nbs/api/evaluate/36_reward_models.ipynb #957f7069
@@ -45,7 +50,7 @@ def reward_ids(
     if form == 'pair': return tokenizer(prompt_text(prompt), response, verbose=False)['input_ids']
     if form == 'text': return close(tokenizer(prompt_text(prompt) + response, verbose=False)['input_ids'], tokenizer.bos_token_id, tokenizer.eos_token_id)
     asked = [dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt
-    text = tokenizer.apply_chat_template([*asked, dict(role='assistant', content=response.strip())], tokenize=False)
+    text = render(tokenizer, [*asked, dict(role='assistant', content=response.strip())])
     return tokenizer(text, add_special_tokens=False, verbose=False)['input_ids']
 
 # %% ../../nbs/api/evaluate/36_reward_models.ipynb #b6d17b6e
@@ -64,7 +69,8 @@ def batch_rewards(
     usual: int | None,            # padding token of the tokenizer
 ) -> np.ndarray:                  # (texts,) float64
     "Rewards of texts that are padded to one length"
-    pad, time = free_id(ids, usual), max(map(len, ids))
+    check_ids(model, torch.tensor([i for row in ids for i in row]))
+    pad, time = free_id(ids, usual if usual is None or usual < embeddings(model) else None), max(map(len, ids))
     tokens = torch.tensor([[*i, *[pad]*(time - len(i))] for i in ids], device=model.device)
     mask = torch.tensor([[1]*len(i) + [0]*(time - len(i)) for i in ids], device=model.device)
     model.config.pad_token_id = pad
@@ -80,14 +86,15 @@ def open_text_model(
     "Load a model that gives numbers for a text; raises `ModelError` for one without a trained head"
     if settings.quantize != 'none': raise ConfigError(f'a {what} is not quantized here; use LoadSettings("none", "bfloat16"), or "float32" on a CPU')
     hf_logging.disable_progress_bar()
-    config = load_config(name, settings)
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            local_folder(name, settings), dtype=DTYPES[settings.dtype], trust_remote_code=settings.trust_remote_code,
-            use_safetensors=None if settings.allow_pickle else True, output_loading_info=True)
-    except (OSError, ValueError, KeyError) as e: raise model_error(name, e) from e
+    config, folder = load_config(name, settings), local_folder(name, settings)
+    saved_in_four_bits(name, config, settings.quantize, settings.dtype)
+    check_weights(folder, settings.allow_pickle)
+    model, info = read_model(AutoModelForSequenceClassification, folder, settings.allow_pickle, lambda e: model_error(name, e),
+                             dtype=DTYPES[settings.dtype], trust_remote_code=settings.trust_remote_code)
     lacking = sorted(info['missing_keys'])
     if lacking: raise ModelError(f'{name} is no {what}: its files lack {", ".join(lacking[:3])}, so that its head would be random; it is a {config.architectures}')
+    check_tensors(name, info, lambda key: key.startswith('lm_head.')) # some keep the head of the language model that they were
+    check_numbers(name, model)
     return model.eval().to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
 
 # %% ../../nbs/api/evaluate/36_reward_models.ipynb #8010ebf8

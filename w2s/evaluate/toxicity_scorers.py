@@ -37,6 +37,8 @@ from ..io.manifests import MANIFEST, find_damage, publish
 from ..io.provenance import describe_making
 from ..models.load import LoadSettings, context_length, load_tokenizer
 from ..train.batches import micro_batches
+from ..train.logprobs import check_ids
+from ..train.output_head import embeddings
 from ..world.scenes import toxicity_verdict
 
 # %% ../../nbs/api/evaluate/72_toxicity_scorers.ipynb #0f26991e
@@ -86,8 +88,9 @@ def batch_logits(
     ids: Sequence[Sequence[int]], # of one batch
     usual: int | None,            # padding token of the tokenizer
 ) -> torch.Tensor:                # (texts, labels)
-    "Logits of texts that are padded to one length, with a padding token that none of them holds"
-    pad, time = free_id(ids, usual), max(map(len, ids))
+    "Logits of texts that are padded to one length, with a padding token that none of them holds; raises `ModelError` for a token without embedding"
+    check_ids(model, torch.tensor([i for row in ids for i in row]))
+    pad, time = free_id(ids, usual if usual is None or usual < embeddings(model) else None), max(map(len, ids))
     tokens = torch.tensor([[*i, *[pad]*(time - len(i))] for i in ids], device=model.device)
     mask = torch.tensor([[1]*len(i) + [0]*(time - len(i)) for i in ids], device=model.device)
     model.config.pad_token_id = pad

@@ -32,7 +32,7 @@ from .class_settings import Classify, class_models, fill_classify, parse_method
 from .class_stages import relabel
 from .config import to_table
 from .lab import stage_name
-from .preference_stages import Model, Study, know_model, note_models
+from .preference_stages import Model, Study, know_model, model_lines, note_models
 from .stages import claim
 from .weak_settings import short_name, weak_names
 from ..models.zoo import LADDER
@@ -221,6 +221,7 @@ class ClassResult:
     pgr: pd.DataFrame          # of `recovered_table`
     adapters: dict[str, Path]  # folders of what was trained, by a name for people
     test: Dataset              # test rows
+    models: tuple[str, ...] = () # of `model_lines`
 
     def _repr_html_(self) -> str: return shown_table(self).to_html(index=False) + pgr_lines(self).to_html(index=False)
     def __repr__(self) -> str: return f'{shown_table(self).to_string(index=False)}\n\n{pgr_lines(self).to_string(index=False)}'
@@ -255,10 +256,10 @@ def run(
     config = config or fill_classify({})
     check_pairs(config)
     with claim(out, to_table(config), (lambda line: None) if quiet else print, keep, quiet) as stages:
-        models = {n: know_model(short_name(n), n, config) for n in class_models(to_table(config))}
+        models = {n: know_model(short_name(n), n, config, config.readout != 'probe') for n in class_models(to_table(config))}
         note_models(stages, list(models.values()))
         data = load_labels(config, [m.reader for m in models.values()])
-        if not quiet: print(f'{data.origin}\n{data.report}')
+        if not quiet: print(*model_lines(models.values()), data.origin, data.report, sep='\n')
         return result_of(Study(config, stages, quiet), models, data)
 
 # %% ../../nbs/api/experiments/78_classify.ipynb #8afa7804
@@ -275,7 +276,7 @@ def result_of(
     for (_, seed), x in made.labellers.items():
         adapters |= {stage_name('floor', short_name(m.model.name), f'seed{seed}'): m.folder for m in x.members if m.folder}
     return ClassResult(study.run.root, study.config, data.report, data.origin, data.classes, label_quality(made), prediction_table(made.arms, data.test),
-                       made.curves, made.stops, items, summarise(items), within_range(interval_table(items)), compared(items), recovered_table(items), adapters, data.test)
+                       made.curves, made.stops, items, summarise(items), within_range(interval_table(items)), compared(items), recovered_table(items), adapters, data.test, model_lines(models.values()))
 
 def data_name(
     source: str, # of the rows

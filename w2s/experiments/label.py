@@ -27,7 +27,7 @@ from ..evaluate.intervals import estimate
 from ..evaluate.metrics import agreement
 from .config import merged, to_table
 from .label_rows import LabelData, LabelJob, length_lead, load_label_data, word_margins
-from .preference_stages import Model, Study, know_model, note_models
+from .preference_stages import Model, Study, know_model, model_lines, note_models
 from .stages import claim
 from .supervisors import ask, train_supervisor
 from .weak_settings import WeakTeacher, fill_settings
@@ -89,6 +89,7 @@ class Labelled:
     bins: pd.DataFrame       # of `reliability`, of the calibrated supervisor, on the same pairs: column `on`
     ahead: pd.DataFrame      # paired differences of accuracy: supervisor less a baseline; columns on, than, value, low, high
     data: LabelData          # the rows behind it
+    models: tuple[str, ...] = () # of `model_lines`
 
     def __repr__(self) -> str: return measured_text(self)
     def _repr_markdown_(self) -> str: return measured_text(self)
@@ -143,7 +144,7 @@ def supervise_pairs(
     if not np.isnan(said).all(): parts.append(measure('rows', pairs, _lead(rewards), _lead(rewards)/temperature, said, train))
     scores, bins, ahead = [pd.concat(t, ignore_index=True) for t in zip(*parts, strict=True)] if parts else [pd.DataFrame()]*3
     labels = replace(labels, rows=weighted(labels.rows.remove_columns('gold')))
-    return Labelled(job, study.config, labels, np.abs(_lead(rewards)), temperature, scores, bins, ahead, data)
+    return Labelled(job, study.config, labels, np.abs(_lead(rewards)), temperature, scores, bins, ahead, data, model_lines([model]))
 
 # %% ../../nbs/api/experiments/70_label.ipynb #3b089e93
 def _lead(
@@ -204,7 +205,7 @@ def report_text(
 ) -> str:               # Markdown
     "The report for people"
     settings = tomli_w.dumps({k: v for k, v in asdict(labelled.job).items() if v is not None} | acting(labelled.config))
-    return '\n\n'.join(['# Labels', measured_text(labelled), '## The rows', '\n\n'.join(map(escape_markdown, str(labelled.data.report).splitlines())),
+    return '\n\n'.join(['# Labels', measured_text(labelled), '## The model', *map(escape_markdown, labelled.models), '## The rows', '\n\n'.join(map(escape_markdown, str(labelled.data.report).splitlines())),
                         '## Settings', code_block(settings, 'toml')]) + '\n'
 
 # %% ../../nbs/api/experiments/70_label.ipynb #858d06d5
@@ -226,7 +227,7 @@ def write_labels(
     "Write the labels and the report as one set; raises `ConfigError` where a file of the user would be lost"
     out = check_out(out)
     tables = {name: json.loads(t.to_json(orient='records')) for name, t in dict(scores=labelled.scores, bins=labelled.bins, ahead=labelled.ahead).items()}
-    told = facts(labelled) | dict(verdict=verdict(labelled)) | tables | dict(job=asdict(labelled.job), settings=acting(labelled.config))
+    told = facts(labelled) | dict(verdict=verdict(labelled)) | tables | dict(job=asdict(labelled.job), settings=acting(labelled.config), models=list(labelled.models))
     def rows(path: Path) -> None:
         with path.open('wb') as f: pq.write_table(trl_table(labelled).with_format('arrow')[:], f)
     folder = Path(work) if work else out.with_suffix('.work')
@@ -256,10 +257,10 @@ def label(
     root = Path(work) if work else out.with_suffix('.work')
     check_out_file(out, root)
     with claim(root, {'job': asdict(job), 'settings': acting(config)}, (lambda line: None) if quiet else print, keep, quiet) as stages:
-        model = know_model('weak', config.weak, config)
+        model = know_model('weak', config.weak, config, config.supervisor != 'judge')
         note_models(stages, [model])
         data = load_label_data(job, model.reader, config.rows, config.strict)
-        stages.say(str(data.report))
+        for line in (*model_lines([model]), str(data.report)): stages.say(line)
         labelled = supervise_pairs(Study(config, stages, quiet), model, job, data)
     write_labels(labelled, out, root)
     return labelled

@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from .config import to_toml
 from .preference_data import PreferenceData, halves, load_preferences
-from .preference_stages import Model, encoded, open_base
+from .preference_stages import Model, encoded, model_lines, open_base
 from .weak_settings import WeakTeacher, sampling
 from .arms import ceiling_rows
 from .weak_teacher import know_models
@@ -162,6 +162,7 @@ class Plan:
     seeds: int
     memory: float        # bytes, the larger of the two models
     report: str          # where the rows come from, the data report, and every setting
+    models: tuple[str, ...] = () # of `model_lines`: what is in 4 bits, and where adapters sit
 
     @property
     def minutes(self) -> float:
@@ -174,7 +175,7 @@ class Plan:
         return (f'{len(self.stages)} passes over rows a seed, {self.seeds} seed{"s" if self.seeds > 1 else ""}: '
                 f'about {self.minutes:.0f} min on this machine, {self.memory/2**30:.1f} GiB at the height')
 
-    def __repr__(self) -> str: return f'{self.report}\n\n{self.stages.to_string(index=False, float_format="{:.1f}".format)}\n\n{self.summary}'
+    def __repr__(self) -> str: return '\n'.join([*self.models, '']) + f'{self.report}\n\n{self.stages.to_string(index=False, float_format="{:.1f}".format)}\n\n{self.summary}'
 
 # %% ../../nbs/api/experiments/40_plan.ipynb #bf741c48
 def plan(
@@ -187,4 +188,4 @@ def plan(
     speed = {m.name: time_model(m, encoded(m, data.test), data.test['prompt'], config) for m in (*weak, strong)}
     seconds = [r.tokens * vars(speed[r.model])[r.kind] for r in table.itertuples()]
     report = f'{data.origin}\n{data.report}\n\n{to_toml(config)}'
-    return Plan(table.assign(minutes=[s/60 for s in seconds]), config.seeds, max(s.memory for s in speed.values()), report)
+    return Plan(table.assign(minutes=[s/60 for s in seconds]), config.seeds, max(s.memory for s in speed.values()), report, model_lines([*weak, strong]))

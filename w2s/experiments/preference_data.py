@@ -22,7 +22,7 @@ from ..data.rows import prompt_text, to_pairs
 from ..data.splits import group_split, sample_rows
 from ..errors import ConfigError, DataError
 from ..feedback.preferences import given_labels
-from ..train.tokens import Tokens, encode_rows, lost_characters, report_tokens
+from ..train.tokens import Tokens, check_vocabulary, encode_rows, lost_characters, report_tokens
 from ..world.facts import World, make_world
 from ..world.rows import HUMAN_AGREEMENT, world_preferences
 
@@ -33,6 +33,7 @@ class Reader:
     name: str        # for the report
     tokenizer: Any   # its tokenizer
     limit: int       # longest sequence in tokens: the smaller of the setting and the model's context
+    vocabulary: int | None = None # tokens for which the model has an embedding; None: not known
 
 # %% ../../nbs/api/experiments/20_preference_data.ipynb #1ea2c25c
 RESPONSES = ('chosen', 'rejected')
@@ -60,12 +61,13 @@ def readable(
     read: Callable[[Reader, Dataset], Tokens] = read_pairs, # how a model reads rows of this kind
     texts: Callable[[Dataset], list[str]] = row_texts,      # what it reads of each row, as one text
 ) -> tuple[dict[str, Dataset], DataReport]: # rows that all models can read, and an account of the others
-    "Leave out rows that one of the models cannot read, for all models; raises `DataError` if a split is left empty"
+    "Leave out rows that one of the models cannot read, for all models; raises `DataError` if a split is left empty, `ModelError` for tokens without an embedding"
     out = {}
     for split, data in splits.items():
         whole, refused = texts(data), set[str]()
         for r in readers:
             tokens = read(r, data)
+            if r.vocabulary: check_vocabulary(r.tokenizer, tokens.rows, r.vocabulary, f'the {r.name} model')
             refused |= tokens.refused.keys()
             report = report_tokens(report, split, r.name, tokens, lost_characters(r.tokenizer, whole), whole)
         report = report.add('unusable for at least one model', split, rows=len(refused), of=len(data), action='refused')

@@ -23,7 +23,7 @@ import tomli_w
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #588aa50a
 from ..errors import ConfigError, unknown
 from .config import from_table, merged, to_table
-from .preference_stages import Model, Study, know_model, note_models
+from .preference_stages import Model, Study, know_model, model_lines, note_models
 from .stages import claim
 from .transfer_settings import REFINERS
 from .transfer_stages import Learned, Site, Weak, lesson_of
@@ -170,6 +170,7 @@ class RefinedFile:
     weak: list[str]          # weak answers, '' where none were read
     learned: Learned         # refined answers, and rows to train on
     cut: int                 # of `count_cut`
+    models: tuple[str, ...] = () # of `model_lines`
 
     def __repr__(self) -> str: return refined_text(self)
     def _repr_markdown_(self) -> str: return refined_text(self)
@@ -239,7 +240,7 @@ def settings_text(
 ) -> str:              # Markdown
     "Everything that the rows depend on"
     made = ', '.join(f'{p} {version(p)}' for p in PACKAGES)
-    return '\n\n'.join(['## Settings', code_block(tomli_w.dumps(to_table(done.job)), 'toml'), '## How the model was asked', code_block(form_text(done.form), 'toml'), f'Made with {made}.'])
+    return '\n\n'.join([*(['## Model', *map(escape_markdown, done.models)] if done.models else []), '## Settings', code_block(tomli_w.dumps(to_table(done.job)), 'toml'), '## How the model was asked', code_block(form_text(done.form), 'toml'), f'Made with {made}.'])
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #ca6d18c0
 def check_out(
@@ -257,7 +258,7 @@ def write_refined(
 ) -> list[Path]:                    # the rows, and beside them the report for people and for programs
     "Write rows and report as one set; raises `ConfigError` where a file of the user would be lost"
     out = check_out(out)
-    told = facts(done) | dict(examples=beside(done), settings=to_table(done.job), form=asdict(done.form), versions={p: version(p) for p in PACKAGES})
+    told = facts(done) | dict(examples=beside(done), settings=to_table(done.job), form=asdict(done.form), versions={p: version(p) for p in PACKAGES}, models=list(done.models))
     lines = ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in trl_rows(done))
     page = f'# Refined answers\n\n{refined_text(done)}\n\n{settings_text(done)}\n'
     folder = Path(work) if work else out.with_suffix('.work')
@@ -281,9 +282,10 @@ def refine_file(
         questions = read_questions(job.questions, job.question)
         weak = weak_side(job, questions)
         form = own_form(job.strong, job.load, own)
-        model = know_model(short_name(job.strong), str(model_folder(job.strong)), SimpleNamespace(max_length=sys.maxsize, load=job.load))
+        model = know_model(short_name(job.strong), str(model_folder(job.strong)), SimpleNamespace(max_length=sys.maxsize, load=job.load), writes=True)
         note_models(stages, [model])
+        for line in model_lines([model]): stages.say(line)
         learned = refine_answers(Study(job, stages, quiet), model, form, questions, weak)
-    done = RefinedFile(job, form, questions, weak, learned, count_cut(model.reader.tokenizer, learned.answers, job.max_tokens))
+    done = RefinedFile(job, form, questions, weak, learned, count_cut(model.reader.tokenizer, learned.answers, job.max_tokens), model_lines([model]))
     write_refined(done, out, root)
     return done

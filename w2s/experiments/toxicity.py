@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['ABOUT', 'COMPARED', 'SHOWN', 'perplexity_stage', 'Heard', 'hear', 'shared_prompts', 'toxicity_items', 'arm_name',
            'failure_lines', 'sample_table', 'toxicity_intervals', 'toxicity_differences', 'ToxicityResult',
-           'shown_toxicity', 'run']
+           'shown_toxicity', 'toxicity_models', 'run']
 
 # %% ../../nbs/api/experiments/94_toxicity.ipynb #b08cf17b
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
+from types import SimpleNamespace
 
 # %% ../../nbs/api/experiments/94_toxicity.ipynb #6e73994c
 import numpy as np
@@ -27,12 +29,13 @@ from ..evaluate.toxicity import failed_scores, fluency_scores, log_perplexity, t
 from .classify import data_name
 from .config import to_table
 from .lab import Lab, respond_stage, stage_name
-from .preference_stages import model_inputs, note_models, open_base
+from .preference_stages import know_model, model_inputs, model_lines, note_models, open_base
 from .stages import Run, claim, run_stage
 from .toxicity_arms import Judge, ToxicityArm, choice_arms, judge_of, line_arms, score_stage, toxicity_lab
 from .toxicity_data import origin_of, rows_of
 from .toxicity_settings import SCENES, Toxicity, fill_toxicity
 from ..world.scenes import speech_verdict
+from ..models.zoo import model_folder
 
 # %% ../../nbs/api/experiments/94_toxicity.ipynb #17a0a6b5
 def perplexity_stage(
@@ -192,6 +195,7 @@ class ToxicityResult:
     failures: list[str]        # what could not be scored, and what was left out for it; empty: the result is complete
     pairs: list[str]           # how many pairs of lines could be compared, by seed
     adapters: dict[str, Path]  # folders of what was trained, by a name for people
+    models: tuple[str, ...] = () # of `model_lines`
 
     def __repr__(self) -> str: return '\n\n'.join([shown_toxicity(self).to_string(index=False), *(['incomplete:\n' + '\n'.join(self.failures)] if self.failures else [])])
     def _repr_html_(self) -> str: return shown_toxicity(self).to_html(index=False) + ''.join(f'<p>{escape(line)}</p>' for line in self.failures)
@@ -208,6 +212,13 @@ def shown_toxicity(
     return wide.reset_index()[['role', 'method', *(m for m in metrics if m in wide)]].rename_axis(columns=None).fillna('–')
 
 # %% ../../nbs/api/experiments/94_toxicity.ipynb #fafc2fb1
+def toxicity_models(
+    config: Toxicity, # of a run
+) -> tuple[str, ...]: # of `model_lines`
+    "What should be known of the two models; raises `ModelError` for one that takes no adapter or cannot write"
+    asked = SimpleNamespace(max_length=sys.maxsize, load=config.load, lora=config.lora)
+    return model_lines(know_model(role, str(model_folder(name)), asked, writes=True) for role, name in (('weak', config.weak), ('strong', config.strong)))
+
 def run(
     config: Toxicity | None = None,    # what to compare; None: scenes of the embedded world, `pico` teaches `base`
     out: str | Path = 'runs/toxicity', # folder of stages and results; used again by later runs
@@ -220,8 +231,9 @@ def run(
     with claim(out, to_table(config), (lambda line: None) if quiet else print, keep, quiet) as stages:
         judge = judge_of(config, scorer)
         found = None if config.data == SCENES else read_prompts(config.data)
-        if not quiet: print(origin_of(config, found))
-        return _result(config, stages, judge, found)
+        lines = toxicity_models(config)
+        if not quiet: print(*lines, origin_of(config, found), sep='\n')
+        return replace(_result(config, stages, judge, found), models=lines)
 
 # %% ../../nbs/api/experiments/94_toxicity.ipynb #362c1183
 def _result(config: Toxicity, stages: Run, judge: Judge, found: PromptsRead | None) -> ToxicityResult:

@@ -22,7 +22,7 @@ from ..evaluate.pgr import pgr_table
 from .classify import within_range
 from .config import to_table
 from .lab import together
-from .preference_stages import Model, Study, know_model, note_models
+from .preference_stages import Model, Study, know_model, model_lines, note_models
 from .stages import claim
 from .transfer_files import Table, read_asked, table_rows
 from .transfer_settings import TRANSFERS, Transfer, fill_transfer, transfer_models
@@ -159,6 +159,7 @@ class TransferResult:
     lessons: pd.DataFrame      # of `lesson_table`
     failures: list[str]        # what could not be scored
     adapters: dict[str, Path]  # folders of what was trained, by a name for people
+    models: tuple[str, ...] = () # of `model_lines`
 
     def _repr_html_(self) -> str: return shown_table(self).to_html(index=False) + ''.join(f'<p>{escape(line)}</p>' for line in self.failures)
     def __repr__(self) -> str: return '\n'.join([shown_table(self).to_string(index=False), *self.failures])
@@ -194,9 +195,10 @@ def run(
     c = config or fill_transfer({})
     with claim(out, to_table(c), (lambda line: None) if quiet else print, keep, quiet) as stages:
         names = transfer_models(to_table(c))
-        models: dict[str, Model | None] = {n: know_model(short_name(n), str(model_folder(n)), c) for n in names}
-        judge = know_model('judge', str(model_folder(c.judge)), c) if c.judge else None
+        models: dict[str, Model | None] = {n: know_model(short_name(n), str(model_folder(n)), c, writes=True) for n in names}
+        judge = know_model('judge', str(model_folder(c.judge)), c, trained=False, writes=True) if c.judge else None
         note_models(stages, [m for m in (*models.values(), judge) if m])
+        if not quiet: print(*model_lines(m for m in (*models.values(), judge) if m), sep='\n')
         table = None if c.data == 'world' else read_asked(c)
         return result_of(Study(c, stages, quiet), {**dict.fromkeys(c.weak), **models}, judge, table)
 
@@ -223,4 +225,5 @@ def result_of(
     adapters = {'-'.join(filter(None, (a.role, a.method.replace(' ', '-'), a.weak, f'seed{a.seed}'))): a.adapter for a in arms if a.adapter}
     origin = 'Questions of the embedded world.' if table is None else f'Questions of {c.data}. {table.note}'.strip()
     return TransferResult(study.run.root, c, origin, form, items, summarise(items), intervals, labels, compared(items, list(dict.fromkeys([measures.content, measures.style]))),
-                          recovered(items, measures.content), example_table(intervals, c.examples), answer_table(made), lesson_table(made), failures, adapters)
+                          recovered(items, measures.content), example_table(intervals, c.examples), answer_table(made), lesson_table(made), failures, adapters,
+                          model_lines(m for m in (*models.values(), judge) if m))

@@ -18,7 +18,7 @@ from ..errors import ConfigError, unknown
 from ..evaluate.intervals import Estimate, difference
 from .config import merged, to_table
 from .preference_data import load_preferences
-from .preference_stages import Model, Study, note_models
+from .preference_stages import Model, Study, model_lines, note_models
 from .stages import claim
 from .weak_settings import SUBSETS, SUPERVISORS, WeakTeacher, fill_settings
 from .weak_teacher import Result, count_stages, counted, know_models, run_study
@@ -189,7 +189,7 @@ def run_varied(
         note_models(stages, [m for weak, strong in models.values() for m in (*weak, strong)])
         readers = list({m.name: m.reader for weak, strong in models.values() for m in (*weak, strong)}.values())
         data = {s: load_preferences(first.data, readers, first.test_rows, first.strict, first.rows, s) for s in sorted({c.label_share for c in configs.values()})}
-        if not quiet: print(f'{data[first.label_share].origin}\n{data[first.label_share].report}')
+        if not quiet: print(*model_lines(m for weak, strong in models.values() for m in (*weak, strong)), data[first.label_share].origin, data[first.label_share].report, sep='\n')
         return Varied(Path(out), setting, {at: run_study(Study(c, stages, quiet), *models[at], data[c.label_share]) for at, c in configs.items()})
 
 # %% ../../nbs/api/experiments/45_vary.ipynb #af23a966

@@ -24,7 +24,7 @@ from ..evaluate.metrics import agreement, summarise
 from .arms import REFERENCE, Arm, evaluate_arm, evaluate_choice, floor_arm, gold_items, train_students, write_responses
 from .config import to_table
 from .preference_data import PreferenceData, load_preferences
-from .preference_stages import Model, Study, know_model, note_models
+from .preference_stages import Model, Study, know_model, model_lines, note_models
 from .stages import claim
 from .supervisors import SeedRows, supervise
 from .weak_settings import WeakTeacher, fill_settings, weak_names
@@ -99,6 +99,7 @@ class Result:
     differences: pd.DataFrame # paired differences of accuracy and gold reward, with their intervals
     adapters: dict[str, Path] # trained adapters in PEFT form
     test: Dataset            # test rows, of kind "preferences"
+    models: tuple[str, ...] = () # of `model_lines`
 
     def _repr_html_(self) -> str: return ''.join(t.to_html(index=False) for t in _tables(self)) + f'<p>{escape(caption(self))}</p>'
     def __repr__(self) -> str: return '\n'.join(t.to_string(index=False) + '\n' for t in _tables(self)) + caption(self)
@@ -204,7 +205,9 @@ def know_models(
     config: WeakTeacher, # of the experiment
 ) -> tuple[list[Model], Model]: # supervisors, strong student
     "The models of an experiment, not yet loaded; raises `ModelError`"
-    return [know_model('weak', w, config) for w in weak_names(config.weak)], know_model('strong', config.strong, config)
+    judged, writes = config.supervisor == 'judge', config.samples > 0
+    return ([know_model('weak', w, config, not judged, writes and config.supervisor == 'dpo') for w in weak_names(config.weak)],
+            know_model('strong', config.strong, config, writes=writes))
 
 # %% ../../nbs/api/experiments/30_weak_teacher.ipynb #0ba05079
 def run(
@@ -219,7 +222,7 @@ def run(
         weak, strong = know_models(config)
         note_models(stages, [*weak, strong])
         data = load_preferences(config.data, [m.reader for m in (*weak, strong)], config.test_rows, config.strict, config.rows, config.label_share)
-        if not quiet: print(f'{data.origin}\n{data.report}')
+        if not quiet: print(*model_lines([*weak, strong]), data.origin, data.report, sep='\n')
         return run_study(Study(config, stages, quiet), weak, strong, data)
 
 # %% ../../nbs/api/experiments/30_weak_teacher.ipynb #c8868868
@@ -241,7 +244,7 @@ def run_study(
     table = pd.concat([*items, *gold_items(c, responses)], ignore_index=True)
     adapters = {f'{a.role}-seed{a.seed}': a.policy for a in [*floors, *arms] if a.policy and a.role != 'base'}
     return Result(study.run.root, c, data.report, label_table(seeds), weak_label_table(seeds), history_table([*floors, *arms]), data.origin, responses,
-                  table, summarise(table), interval_table(table), compare(c, table), adapters, test)
+                  table, summarise(table), interval_table(table), compare(c, table), adapters, test, model_lines([*weak, strong]))
 
 # %% ../../nbs/api/experiments/30_weak_teacher.ipynb #5aa91e39
 def compare(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HEAD', 'CLASS_HEAD', 'HEAD_FILE', 'CLASS_HEAD_FILE', 'HEADS', 'OWN_FILES', 'NAMES', 'LoraSettings', 'check_targets',
-           'add_adapter', 'save_head', 'check_head', 'check_folder_free', 'save_adapter', 'check_adapter',
-           'load_adapter', 'adapter_hash']
+           'lora_config', 'plan_adapter', 'add_adapter', 'save_head', 'check_head', 'check_folder_free', 'save_adapter',
+           'check_adapter', 'put_saved', 'load_adapter', 'adapter_hash']
 
 # %% ../../nbs/api/models/20_adapters.ipynb #f9f1a7b4
 import hashlib
@@ -13,16 +13,19 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..errors import ConfigError, ModelError
 from ..io.disk import remove_tree, sync_tree, writing_name
 from ..io.manifests import MANIFEST, find_damage, seal_folder
-from .load import Base, files_hash, set_mode # before peft: it quiets one message of bitsandbytes
+from .adapter_files import adapter_line, check_adapter_files, linear_layers, lora_targets, put_on
+from .load import Base, ModelPlan, files_hash, set_mode
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 
 # %% ../../nbs/api/models/20_adapters.ipynb #f69e1f7a
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class LoraSettings:
     rank: int = 8                  # Tao & Li, Table 7
     alpha: int = 16                # the update is scaled by alpha / rank
     dropout: float = 0.0           # on the adapter's input, in training only
-    targets: tuple[str, ...] = ()  # names of linear layers, such as ('q_proj', 'v_proj'); empty: all but the output head
+    targets: tuple[str, ...] = ()  # names of linear layers, such as ('q_proj', 'v_proj'); empty: all of the body, without experts in 4 bits, routers and output head
 
     def __post_init__(self):
         if self.rank < 1: raise ConfigError(f'lora rank is {self.rank}; it must be at least 1')
@@ -43,11 +46,25 @@ def check_targets(
     lora: LoraSettings,   # whose targets are checked
 ) -> None:
     "Raise `ModelError` if a target names no linear layer, or the output head"
-    names = {n.rsplit('.', 1)[-1] for n, m in base.model.named_modules() if 'Linear' in type(m).__name__ or type(m).__name__ == 'Conv1D'}
-    head = base.model.get_output_embeddings()
-    names -= {n.rsplit('.', 1)[-1] for n, m in base.model.named_modules() if m is head}
+    names = {n.rsplit('.', 1)[-1] for n in linear_layers(base.model)}
     if missing := [t for t in lora.targets if t not in names]:
         raise ModelError(f'{base.name} has no linear layer named {", ".join(missing)} that can take an adapter; it has {", ".join(sorted(names))}')
+
+# %% ../../nbs/api/models/20_adapters.ipynb #f2c5f97e
+def lora_config(
+    model: Any,         # the base, with or without weights
+    lora: LoraSettings, # rank and its relatives
+) -> LoraConfig:        # of PEFT
+    "What PEFT is told"
+    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type='CAUSAL_LM', target_modules=lora_targets(model, lora.targets))
+
+def plan_adapter(
+    plan: ModelPlan,    # of a base; its layers get the adapter, so it is of no other use afterwards
+    lora: LoraSettings, # rank and its relatives
+    name: str | Path,   # of the base, for messages
+) -> str:
+    "On what an adapter will sit, in words, before anything is loaded; raises `ModelError` for a model that takes none"
+    with torch.random.fork_rng(devices=[]): return adapter_line(put_on(plan.model, str(name), lambda: get_peft_model(plan.model, lora_config(plan.model, lora))))
 
 # %% ../../nbs/api/models/20_adapters.ipynb #5b3155bc
 def add_adapter(
@@ -55,13 +72,11 @@ def add_adapter(
     lora: LoraSettings = LoraSettings(), # rank and its relatives
     seed: int = 0,                      # of the matrices A; the program's own random stream is left alone
 ) -> PeftModel:                         # in training mode, adapter weights in float32
-    "Put a fresh trainable LoRA adapter on a base; raises `ModelError` for an unknown target"
+    "Put a fresh trainable LoRA adapter on a base; raises `ModelError` for an unknown target, or a model that takes none"
     check_targets(base, lora)
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type='CAUSAL_LM',
-                        target_modules=list(lora.targets) or 'all-linear')
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = get_peft_model(base.model, config)
+        model = put_on(base.model, base.name, lambda: get_peft_model(base.model, lora_config(base.model, lora)))
     set_mode(model, True)
     return model
 
@@ -137,17 +152,33 @@ def check_adapter(
     folder: Path,   # of the adapter
 ) -> None:
     "Raise `ModelError` if this adapter is damaged, or was not trained on this base"
-    if not (folder/'adapter_config.json').is_file(): raise ModelError(f'{folder} holds no adapter: adapter_config.json is missing')
     if (folder/MANIFEST).is_file() and (damage := find_damage(folder)):
         raise ModelError(f'the adapter in {folder} is damaged: {damage[0]}; copy it again, or train it again (if you changed the file yourself, delete {MANIFEST} beside it)')
+    config = check_adapter_files(folder)
     if (folder/'w2s.json').is_file():
         note = json.loads((folder/'w2s.json').read_text(encoding='utf-8'))
         if note['fingerprint'] != base.fingerprint:
             raise ModelError(f'the adapter in {folder} was trained on {note["base"]} (fingerprint {note["fingerprint"]}), '
                              f'not on {base.name} ({base.fingerprint}); load that base')
     else:
-        named = json.loads((folder/'adapter_config.json').read_text(encoding='utf-8'))['base_model_name_or_path']
+        named = config.get('base_model_name_or_path')
         if named not in (base.name, base.model.name_or_path): raise ModelError(f'the adapter in {folder} says that it belongs to {named}, not to {base.name}; load that base')
+
+# %% ../../nbs/api/models/20_adapters.ipynb #4f5de400
+def put_saved(
+    base: Base,      # the model that it was trained on
+    folder: Path,    # of the adapter
+    trainable: bool, # go on training it?
+) -> PeftModel:
+    "Put a saved adapter on its base, every tensor of it; raises `ModelError`"
+    model = put_on(base.model, base.name, lambda: PeftModel.from_pretrained(base.model, str(folder), is_trainable=trainable))
+    with safe_open(str(folder/'adapter_model.safetensors'), 'pt') as f: given = set(f.keys())
+    if given <= set(get_peft_model_state_dict(model)): return model
+    left = model.load_adapter(str(folder), 'default', is_trainable=trainable).unexpected_keys # older files name tensors otherwise, as PEFT knows
+    if not left: return model
+    model.unload()
+    why = 'experts in 4 bits take none: take --quantize none' if base.settings.quantize == 'nf4' and any('expert' in k for k in left) else 'load the base that it was trained on'
+    raise ModelError(f'the adapter in {folder} has {len(left)} tensors that have no place in {base.name}, such as {left[0]}; {why}')
 
 # %% ../../nbs/api/models/20_adapters.ipynb #7b58e579
 def load_adapter(
@@ -155,10 +186,10 @@ def load_adapter(
     folder: str | Path,      # of the adapter
     trainable: bool = False, # True: go on training it; its values are the start
 ) -> PeftModel:              # in evaluation mode, or training mode if trainable
-    "Put a saved adapter on its base; raises `ModelError` if it belongs to another, or has a head"
+    "Put a saved adapter on its base; raises `ModelError` if it belongs to another, cannot be right, or has a head"
     check_adapter(base, Path(folder))
     check_head(Path(folder))
-    model = PeftModel.from_pretrained(base.model, str(folder), is_trainable=trainable)
+    model = put_saved(base, Path(folder), trainable)
     set_mode(model, trainable)
     return model
 

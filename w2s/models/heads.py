@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..errors import ModelError
-from .adapters import HEAD, LoraSettings, add_adapter, check_adapter, check_head
+from .adapters import HEAD, LoraSettings, add_adapter, check_adapter, check_head, put_saved
 from .load import Base, set_mode
 
 from peft import PeftModel
@@ -62,7 +62,7 @@ def load_headed(
     saved = load_file(folder/f'{name}.safetensors')['weight']
     if saved.shape[-1] != head_width(base):
         raise ModelError(f'the head in {folder} is of width {saved.shape[-1]}; {base.name} needs {head_width(base)}: load its own base')
-    model = add_head(PeftModel.from_pretrained(base.model, str(folder), is_trainable=trainable), base, name=name, outputs=len(saved))
+    model = add_head(put_saved(base, folder, trainable), base, name=name, outputs=len(saved))
     model.get_submodule(name).load_state_dict({'weight': saved})
     model.get_submodule(name).requires_grad_(trainable)
     set_mode(model, trainable)

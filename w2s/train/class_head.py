@@ -19,7 +19,7 @@ from ..errors import DataError
 from ..models.class_heads import class_head_of
 from .batches import Block
 from .logprobs import response_hidden, score
-from .tokens import TOO_LONG, Encoded, EncodedRow, Tokens, close, fit, prompt_and_full, token_ids
+from .tokens import TOO_LONG, Encoded, EncodedRow, Tokens, close, fit, row_texts, token_ids
 
 # %% ../../nbs/api/train/56_class_head.ipynb #21df5ffa
 def last_tokens(
@@ -45,16 +45,15 @@ def encode_texts(
 ) -> Tokens:          # a row has one sequence: the prompt, no end token
     "Rows of text for a classifier as token ids, cut from the left where they are too long; raises `DataError`"
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    texts = [prompt_and_full(tokenizer, prompt, '') for prompt in data['prompt']]
-    many = token_ids(tokenizer, [text for text, _, _ in texts], special=all(special for _, _, special in texts))
-    rows, refused = [], {}
-    for id, ids, (_, _, special) in zip(data['id'], many, texts, strict=True):
-        if special: ids = close(ids, bos, eos)[:None if eos is None else -1]
+    texts, refused, found = row_texts(tokenizer, data, ())
+    many, rows = token_ids(tokenizer, [t.prompt for _, (t,) in texts], special=all(t.special for _, (t,) in texts)), []
+    for (id, (text,)), ids in zip(texts, many, strict=True):
+        if text.special: ids = close(ids, bos, eos)[:None if eos is None else -1]
         if not set(ids) - {bos}: raise DataError(f'row {id} is empty: there is nothing to classify; drop empty texts first')
         fitted = fit((Encoded(tuple(ids), len(ids)),), limit, bos)
         if fitted is None: refused[id] = TOO_LONG
         else: rows.append(EncodedRow(id, *fitted))
-    return Tokens(rows, refused, limit)
+    return Tokens(rows, refused, limit, found)
 
 # %% ../../nbs/api/train/56_class_head.ipynb #0cec3361
 def class_logits(

@@ -11,16 +11,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from .templates import turn_end
+
 # %% ../../nbs/api/train/59b_endings.ipynb #ddd6cd59
 def end_ids(
     model: Any,      # a causal language model
     tokenizer: Any,  # its tokenizer
 ) -> set[int]:       # token ids
-    "Tokens that end a response: the tokenizer's end token, and what the model's configuration adds to it (ends of a chat turn)"
+    "Tokens that end a response: the tokenizer's end token, that of a turn in its chat template, and what the model's configuration adds"
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    named = [model.config.eos_token_id, model.generation_config.eos_token_id]
+    named = [getattr(c, 'eos_token_id', None) for c in (model.config, model.config.get_text_config(decoder=True), model.generation_config)]
     more = {i for ids in named for i in (ids if isinstance(ids, list) else [ids])}
-    return {i for i in (more & special) | {tokenizer.eos_token_id} if i is not None}
+    turn = turn_end(tokenizer)
+    return {i for i in (more & special) | {tokenizer.eos_token_id, turn.token if turn else None} if i is not None}
 
 # %% ../../nbs/api/train/59b_endings.ipynb #83da07f7
 def response_text(

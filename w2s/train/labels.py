@@ -24,7 +24,8 @@ from .label_losses import check_targets, class_counts, confidence, confidence_we
 from .label_variants import forward_kl, product, reverse_kl, sharpened, warm_up, window_target
 from .logprobs import response_logps, score
 from .loop import Objective, row_weights
-from .tokens import TOO_LONG, Encoded, EncodedRow, Tokens, close, common_start, fit, prompt_and_full, token_ids
+from .templates import RowText
+from .tokens import TOO_LONG, Encoded, EncodedRow, Tokens, close, common_start, fit, prompt_form, row_texts, token_ids
 
 # %% ../../nbs/api/train/55_labels.ipynb #a8b7f8f9
 def check_words(
@@ -52,6 +53,19 @@ def _open(ids: list[int], bos: int | None, eos: int | None) -> list[int]:
     ids = close(ids, bos, eos)
     return ids if eos is None else ids[:-1]
 
+def _with_words(tokenizer: Any, texts: Sequence[RowText], words: Sequence[str]) -> list[tuple[Encoded, ...]]:
+    "Prompts that are texts already, with each of the label words; raises `DataError`"
+    special = all(t.special for t in texts)
+    ids = token_ids(tokenizer, [t.prompt + w for t in texts for w in ('', *words)], special)
+    if special: ids = [_open(i, tokenizer.bos_token_id, tokenizer.eos_token_id) for i in ids]
+    each, out = 1 + len(words), []
+    for n in range(len(texts)):
+        start, *whole = ids[n*each:(n + 1)*each]
+        first = min(common_start(start, i) for i in whole)
+        out.append(tuple(Encoded(tuple(i), first) for i in whole))
+        check_words(out[-1], words)
+    return out
+
 # %% ../../nbs/api/train/55_labels.ipynb #64e46b82
 def encode_many(
     tokenizer: Any,                       # of the model
@@ -59,17 +73,7 @@ def encode_many(
     words: Sequence[str],                 # one a class
 ) -> list[tuple[Encoded, ...]]:           # of each prompt: one a word, with a common start and no end token
     "Prompts with each of the label words, as token ids; raises `DataError`"
-    texts = [prompt_and_full(tokenizer, p, '') for p in prompts]
-    special = all(s for _, _, s in texts)
-    ids = token_ids(tokenizer, [t + w for t, _, _ in texts for w in ('', *words)], special)
-    if special: ids = [_open(i, tokenizer.bos_token_id, tokenizer.eos_token_id) for i in ids]
-    each, out = 1 + len(words), []
-    for n in range(len(prompts)):
-        start, *whole = ids[n*each:(n + 1)*each]
-        first = min(common_start(start, i) for i in whole)
-        out.append(tuple(Encoded(tuple(i), first) for i in whole))
-        check_words(out[-1], words)
-    return out
+    return _with_words(tokenizer, [prompt_form(tokenizer, p) for p in prompts], words)
 
 # %% ../../nbs/api/train/55_labels.ipynb #f4d83239
 def encode_labels(
@@ -80,12 +84,13 @@ def encode_labels(
 ) -> Tokens:               # a row has one sequence a class
     "Rows with their label words as token ids; raises `DataError`"
     if len(words) < 2: raise DataError(f'label words {list(words)}: a choice needs at least two')
-    rows, refused = [], {}
-    for id, sequences in zip(data['id'][:], encode_many(tokenizer, data['prompt'][:], words), strict=True):
+    texts, refused, found = row_texts(tokenizer, data, ())
+    rows = []
+    for (id, _), sequences in zip(texts, _with_words(tokenizer, [t for _, (t,) in texts], words), strict=True):
         fitted = fit(sequences, limit, tokenizer.bos_token_id)
         if fitted is None: refused[id] = TOO_LONG
         else: rows.append(EncodedRow(id, *fitted))
-    return Tokens(rows, refused, limit)
+    return Tokens(rows, refused, limit, found)
 
 # %% ../../nbs/api/train/55_labels.ipynb #f511cde2
 def class_logps(
