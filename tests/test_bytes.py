@@ -409,3 +409,31 @@ def test_a_damaged_scorer_without_a_manifest_is_refused(scorer, tmp_path, file, 
         with np.load(path) as kept: np.savez(path, **{**{k: kept[k] for k in kept.files}, 'weights': kept['weights']*np.nan})
     else: path.write_bytes(SCORER_DAMAGE[damage](path.read_bytes()))
     with pytest.raises(ModelError): load_ridge(tmp_path/'s')
+
+
+def test_the_date_of_a_template_is_that_of_the_first_run(home, tmp_path, monkeypatch):
+    "A template that writes the date: gone on with the next day, all is found; another folder on another day is asked another question"
+    import datetime
+
+    from w2s.experiments import stages
+    from w2s.experiments.refine_file import fill_refine, refine_file
+    from w2s.train import sandbox
+    shutil.copytree(home/'strong', tmp_path/'m')
+    (tmp_path/'m'/'chat_template.jinja').write_text("{{ strftime_now('%d %b %Y') }}{% for m in messages %} {{ m['content'] }}{% endfor %}{% if not add_generation_prompt %}{{ eos_token }}{% endif %}")
+    rows = [dict(question=f'What is {i}?', answer=f'{i}') for i in range(4)]
+    (tmp_path/'q.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    job = fill_refine(dict(questions=str(tmp_path/'q.jsonl'), strong=str(tmp_path/'m'), method='ask-to-improve', max_tokens=4, load=dict(quantize='none', dtype='float32')))
+    lines, inputs = [], []
+    monkeypatch.setattr('builtins.print', lambda *a, **k: lines.append(' '.join(map(str, a))))
+    class Day(datetime.date):
+        @classmethod
+        def today(cls): return cls(*now)
+    monkeypatch.setattr(stages, 'date', Day)
+    before = sandbox.frozen_date()
+    try:
+        for now, out in (((2026, 11, 29), 'a'), ((2026, 11, 30), 'a'), ((2026, 11, 30), 'b')):
+            lines.clear()
+            refine_file(job, tmp_path/f'{out}.jsonl')
+            inputs.append((any(line.endswith(': found') for line in lines), *{json.loads(f.read_text())['date'] for f in (tmp_path/f'{out}.work').glob('stages/*/inputs.json')}))
+    finally: sandbox.freeze_date(before)
+    assert inputs == [(False, '2026-11-29'), (True, '2026-11-29'), (False, '2026-11-30')]

@@ -37,6 +37,8 @@ from ..train.generate import check_writes
 from ..train.logprobs import check_model
 from ..train.loop import Objective, TrainSettings, material, plan_steps, preference_objective, sft_objective, train
 from ..train.reference import stored_logps, tokens_hash
+from ..train.sandbox import frozen_date
+from ..train.templates import template_uses_date
 from ..train.tokens import EncodedRow, encode_rows
 
 # %% ../../nbs/api/experiments/25_preference_stages.ipynb #8f0e4a58
@@ -79,8 +81,9 @@ def know_model(
 def model_inputs(
     model: Model, # of `know_model`
 ) -> dict[str, Any]: # JSON values, for the inputs of a stage
-    "What every result of a model depends on: what it is, and how it computes"
-    return {'base': model.fingerprint, 'quantize': model.load.quantize, 'dtype': model.load.dtype, 'device': 'cuda' if torch.cuda.is_available() else 'cpu'}
+    "What every result of a model depends on: what it is, how it computes, and the date if its chat template asks for it"
+    known = {'base': model.fingerprint, 'quantize': model.load.quantize, 'dtype': model.load.dtype, 'device': 'cuda' if torch.cuda.is_available() else 'cpu'}
+    return known | ({'date': frozen_date().isoformat()} if template_uses_date(model.reader.tokenizer) else {})
 
 # %% ../../nbs/api/experiments/25_preference_stages.ipynb #5a1fb165
 MODELS = '.models.json' # in a run's folder: what its models were known by
