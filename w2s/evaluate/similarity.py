@@ -52,7 +52,7 @@ def open_encoder(
     check_weights(folder, settings.allow_pickle)
     model, info = read_model(AutoModel, folder, settings.allow_pickle, lambda e: model_error(encoder, e), dtype=DTYPES[settings.dtype], trust_remote_code=settings.trust_remote_code)
     parts = {name for name, _ in model.named_children()} - {'pooler'} # heads are left over, a pooler may be missing: neither is read
-    check_tensors(encoder, info, lambda key: key.split('.')[0] not in parts)
+    check_tensors(encoder, info, lambda key: key.removeprefix(f'{model.base_model_prefix}.').split('.')[0] not in parts)
     check_numbers(encoder, model)
     return model.eval()
 
