@@ -22,9 +22,10 @@ from .experiments.config import to_toml
 from .experiments.vary import Varied, varied_table
 from .experiments.weak_settings import short_name
 from .experiments.arms import REFERENCE
-from .experiments.weak_teacher import DETAILS, SHOWN, Result, caption, question_pairs, summary_table
+from .experiments.weak_teacher import DETAILS, SHOWN, Result, caption, question_pairs, recovered_text, row_groups, summary_table
 from .experiments.wins import win_table
 from .evaluate.metrics import by_role
+from .evaluate.power import DIFFERENCES_TOLD, report_differences
 from .plots import plot_roles
 from .study_plots import plot_varied
 from .train.reference import write_atomic
@@ -78,7 +79,7 @@ def wins_text(
     written = set(map(tuple, result.responses[['role', 'method']].drop_duplicates().to_numpy()))
     asked = question_pairs(result.config, result.items)
     pairs = [p for p in [*asked, *((a, REFERENCE) for a, _ in asked[:1])] if set(p) <= written]
-    return markdown_table(win_table(result.responses, list(dict.fromkeys(pairs))).round(3).astype(object).where(lambda t: t.notna(), '–'))
+    return markdown_table(win_table(result.responses, list(dict.fromkeys(pairs)), row_groups(result.test)).round(3).astype(object).where(lambda t: t.notna(), '–'))
 
 # %% ../nbs/api/85_report.ipynb #f7e3179d
 def report_text(
@@ -87,10 +88,10 @@ def report_text(
     "The result as a page of text"
     both = not result.responses.empty
     names = 'accuracy and gold reward' if both else 'accuracy'
-    differences = result.differences[['metric', 'a', 'b', 'value', 'low', 'high']].round(3)
     parts = [
-        f'# {short_name(result.config.weak)} teaches {Path(result.config.strong).name}', markdown_table(summary_table(result, SHOWN if both else (*SHOWN, *DETAILS))),
-        caption(result), f'![{names} of every role](figure.png)', f'## Paired differences of {names}', markdown_table(differences)]
+        f'# {short_name(result.config.weak)} teaches {Path(result.config.strong).name}', recovered_text(result), markdown_table(summary_table(result, SHOWN if both else (*SHOWN, *DETAILS))),
+        caption(result), f'![{names} of every role](figure.png)', f'## Paired differences of {names}',
+        markdown_table(report_differences(result.differences)), DIFFERENCES_TOLD]
     if both: parts += ['## Wins, ties and losses', wins_text(result), '## What they write', responses_text(result), '## More numbers', markdown_table(summary_table(result, DETAILS))]
     parts += ['## Weak labels', markdown_table(result.labels.round(3)), '## Data', result.origin, result.report._repr_markdown_(),
               '## Settings', f'```toml\n{to_toml(result.config)}```']
@@ -103,7 +104,7 @@ def write_result(
     "Write table, figure, numbers, settings, versions and adapters into the run's folder"
     folder = result.folder
     tables = {'results': result.table, 'items': result.items, 'intervals': result.intervals, 'differences': result.differences,
-              'labels': result.labels, 'weak_labels': result.weak_labels, 'histories': result.histories}
+              'pgr': result.pgr, 'labels': result.labels, 'weak_labels': result.weak_labels, 'histories': result.histories}
     if not result.responses.empty: tables['responses'] = result.responses
     for name, table in tables.items(): table.to_parquet(folder/f'{name}.parquet', index=False)
     result.report.save(folder)
@@ -137,7 +138,8 @@ def varied_text(
     for title, metrics in tables.items():
         if set(metrics) <= set(varied.intervals.metric): parts += [f'## {title}', markdown_table(varied_table(varied, metrics))]
     parts += [f'![by {varied.setting}]({varied.setting}.png)', caption(first) if len(varied.results) == 1 else 'The first value in words: ' + caption(first)]
-    parts += ['## Weak labels', markdown_table(varied.labels.round(3)), '## Data', first.origin, first.report._repr_markdown_()]
+    for at, r in varied.results.items(): parts += [f'## Performance gap recovered, {varied.setting} {at}', recovered_text(r)]
+    parts += ['## Paired differences', markdown_table(report_differences(varied.differences, ['at'])), DIFFERENCES_TOLD, '## Weak labels', markdown_table(varied.labels.round(3)), '## Data', first.origin, first.report._repr_markdown_()]
     for at, r in varied.results.items(): parts += [f'## Settings of {varied.setting} {at}', f'```toml\n{to_toml(r.config)}```']
     return '\n\n'.join(parts) + '\n'
 
@@ -148,7 +150,7 @@ def write_varied(
     "Write tables, figure, settings and versions of a variation into its folder"
     name, folder = varied.setting, varied.folder
     items = pd.concat([r.items.assign(setting=name, at=at) for at, r in varied.results.items()], ignore_index=True)
-    for part, table in {'intervals': varied.intervals, 'differences': varied.differences, 'labels': varied.labels, 'items': items}.items():
+    for part, table in {'intervals': varied.intervals, 'differences': varied.differences, 'pgr': varied.pgr, 'labels': varied.labels, 'items': items}.items():
         table.to_parquet(folder/f'{name}-{part}.parquet', index=False)
     write_atomic(folder/f'{name}-versions.json', json.dumps(versions(), indent=1).encode())
     with matplotlib.rc_context({'svg.hashsalt': 'w2s'}):

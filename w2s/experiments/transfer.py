@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Made', 'weak_arms', 'make_seed', 'label_items', 'answer_table', 'lesson_table', 'compared', 'recovered',
-           'example_table', 'TransferResult', 'shown_table', 'answering', 'run', 'result_of']
+           'example_table', 'TransferResult', 'recovered_text', 'shown_table', 'answering', 'run', 'result_of']
 
 # %% ../../nbs/api/experiments/86_transfer.ipynb #d5c8d15b
 from collections.abc import Mapping, Sequence
@@ -15,15 +15,16 @@ import pandas as pd
 
 # %% ../../nbs/api/experiments/86_transfer.ipynb #4e202bef
 from ..errors import DataError
-from ..evaluate.intervals import difference_table, interval_table
-from ..evaluate.metrics import metric_rows, summarise
-from ..evaluate.pgr import pgr_table
-from .classify import within_range
+from ..evaluate.intervals import interval_table, with_limits
+from ..evaluate.metrics import RANGES, Bounds, metric_rows, summarise
+from ..evaluate.pgr import pgr_paragraph, pgr_table
+from ..evaluate.power import power_table
+from ..evaluate.several import adjust_table
 from .config import to_table
 from .lab import together
 from .preference_stages import Model, Study, know_model
 from .stages import Run, lock
-from .transfer_files import Table, read_asked, table_rows
+from .transfer_files import Table, rating_ranges, read_asked, table_rows
 from .transfer_settings import TRANSFERS, Transfer, fill_transfer, transfer_models
 from .transfer_stages import Arm, Learned, Site, Weak, arm_items, arm_scores, in_context_arm, lesson_of, schooled, student_arm, take_tests, weak_model
 from .transfer_tasks import world_rows
@@ -99,30 +100,31 @@ def lesson_table(
 def compared(
     items: pd.DataFrame,      # of all arms
     metrics: Sequence[str],   # which of them
-) -> pd.DataFrame:            # of `difference_table`, with metric, weak and method in front
+    ranges: Mapping[str, Bounds] = RANGES, # of metrics
+) -> pd.DataFrame:            # of `power_table`, with weak
     "Every student against the weak model, the naive student, the un-tuned strong model, and the ceiling"
-    out = []
+    pairs = []
     for s in items[items.role == 'student'][['method', 'weak']].drop_duplicates().itertuples():
         me, others = dict(role='student', method=s.method, weak=s.weak), [dict(role='base', method='untuned', weak='')]
         if s.weak: others += [dict(role='floor', method='demonstrations', weak=s.weak), dict(role='base', method='untuned, in context', weak=s.weak)]
         if s.weak and s.method != 'naive' and not items[(items.method == 'naive') & (items.weak == s.weak)].empty: others.append(dict(role='student', method='naive', weak=s.weak))
         if not items[items.role == 'ceiling'].empty: others.append(dict(role='ceiling', method='gold answers', weak=''))
-        for metric in metrics:
-            table = difference_table(items[items.metric == metric], metric, [(me, o) for o in others])
-            out.append(table.assign(a=f'student {s.method}', b=[f'{o["role"]} {o["method"]}' for o in others], metric=metric, weak=s.weak))
-    return pd.concat(out, ignore_index=True)
+        pairs += [(me, o) for o in others]
+    names = dict(a=[f'student {a["method"]}' for a, _ in pairs], b=[f'{b["role"]} {b["method"]}' for _, b in pairs], weak=[a['weak'] for a, _ in pairs])
+    return adjust_table(pd.concat([power_table(items[items.metric == m], m, pairs, ranges=ranges).assign(**names) for m in metrics], ignore_index=True))
 
 # %% ../../nbs/api/experiments/86_transfer.ipynb #4fefce5e
 def recovered(
     items: pd.DataFrame, # of all arms
     metric: str,         # the content
+    ranges: Mapping[str, Bounds] = RANGES, # of metrics
 ) -> pd.DataFrame:       # of `pgr_table`, with method and weak in front; empty without a ceiling
     "Share of the gap between weak model and ceiling that each student makes up, or why that cannot be said (Burns et al. 2312.09390)"
     students = items[(items.role == 'student') & (items.weak != '')][['method', 'weak']].drop_duplicates()
     if items[items.role == 'ceiling'].empty or students.empty: return pd.DataFrame()
     triples = [(dict(role='floor', method='demonstrations', weak=s.weak), dict(role='student', method=s.method, weak=s.weak), dict(role='ceiling', method='gold answers'))
                for s in students.itertuples()]
-    table = pgr_table(items[items.metric == metric], triples, metric).drop(columns=['floor', 'student', 'ceiling'])
+    table = pgr_table(items[items.metric == metric], triples, metric, ranges=ranges).drop(columns=['floor', 'student', 'ceiling'])
     return pd.concat([students.reset_index(drop=True), table], axis=1)
 
 # %% ../../nbs/api/experiments/86_transfer.ipynb #862588dd
@@ -159,8 +161,16 @@ class TransferResult:
     failures: list[str]        # what could not be scored
     adapters: dict[str, Path]  # folders of what was trained, by a name for people
 
-    def _repr_html_(self) -> str: return shown_table(self).to_html(index=False)
-    def __repr__(self) -> str: return '\n'.join([shown_table(self).to_string(index=False), *self.failures])
+    def _repr_html_(self) -> str: return f'<p>{recovered_text(self)}</p>{shown_table(self).to_html(index=False)}'
+    def __repr__(self) -> str: return '\n'.join([f'{recovered_text(self)}\n', shown_table(self).to_string(index=False), *self.failures])
+
+# %% ../../nbs/api/experiments/86_transfer.ipynb #2471eaa3
+def recovered_text(
+    result: TransferResult, # of `run`
+) -> str:                   # Markdown
+    "Every PGR in words, or why there is none"
+    if result.pgr.empty: return pgr_paragraph(result.pgr, 'there is no ceiling: nobody gave good answers' if 'ceiling' not in set(result.items.role) else 'no student learned from a weak model')
+    return pgr_paragraph(result.pgr.assign(strong=short_name(result.config.strong)))
 
 # %% ../../nbs/api/experiments/86_transfer.ipynb #288c43cf
 def shown_table(
@@ -170,7 +180,7 @@ def shown_table(
     "The table that a person looks at"
     m, t = TRANSFERS[result.config.task], result.intervals
     wanted = list(dict.fromkeys([m.content, m.style, *t.metric])) if metrics is None else list(metrics)
-    text = [f'{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]' for r in t.itertuples()]
+    text = [with_limits(r.value, r.low, r.high) for r in t.itertuples()]
     wide = t.assign(text=text).pivot_table(index=['role', 'method', 'weak', 'strong'], columns='metric', values='text', aggfunc='first', sort=False)
     return wide.reset_index()[['role', 'method', 'weak', 'strong', *(x for x in wanted if x in wide)]].rename_axis(columns=None).fillna('–')
 
@@ -216,9 +226,9 @@ def result_of(
         made.append(make_seed(Site(study, form, answering(c, form), rows, seed, strong), models))
     task, arms = c.task if table is None else Path(c.data).name, [a for m in made for a in m.arms]
     items, failures = arm_items(arms, [arm_scores(a, m.site.rows.tests) for m in made for a in m.arms], task)
-    measures = TRANSFERS[c.task]
-    intervals, labels = (interval_table(t) if judge else within_range(interval_table(t)) for t in (items, label_items(made, task))) # ratings are no shares
+    measures, ranges = TRANSFERS[c.task], rating_ranges(c.task) if judge else RANGES
+    intervals, labels = (interval_table(t, ranges=ranges) for t in (items, label_items(made, task)))
     adapters = {'-'.join(filter(None, (a.role, a.method.replace(' ', '-'), a.weak, f'seed{a.seed}'))): a.adapter for a in arms if a.adapter}
     origin = 'Questions of the embedded world.' if table is None else f'Questions of {c.data}. {table.note}'.strip()
-    return TransferResult(study.run.root, c, origin, form, items, summarise(items), intervals, labels, compared(items, list(dict.fromkeys([measures.content, measures.style]))),
-                          recovered(items, measures.content), example_table(intervals, c.examples), answer_table(made), lesson_table(made), failures, adapters)
+    return TransferResult(study.run.root, c, origin, form, items, summarise(items), intervals, labels, compared(items, list(dict.fromkeys([measures.content, measures.style])), ranges),
+                          recovered(items, measures.content, ranges), example_table(intervals, c.examples), answer_table(made), lesson_table(made), failures, adapters)

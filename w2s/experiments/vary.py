@@ -15,13 +15,15 @@ from typing import Any
 import pandas as pd
 
 from ..errors import ConfigError, unknown
-from ..evaluate.intervals import Estimate, difference
+from ..evaluate.clusters import by_group
+from ..evaluate.intervals import Estimate, difference, with_limits
+from ..evaluate.several import adjust_table
 from .config import merged, to_table
 from .preference_data import load_preferences
 from .preference_stages import Model, Study
 from .stages import Run, lock
 from .weak_settings import SUBSETS, SUPERVISORS, WeakTeacher, fill_settings
-from .weak_teacher import Result, count_stages, counted, know_models, run_study
+from .weak_teacher import Result, count_stages, counted, know_models, row_groups, run_study
 from ..feedback.confidence import WEIGHTS
 from ..train.losses import PREFERENCE_LOSSES
 
@@ -139,8 +141,13 @@ class Varied:
 
     @property
     def differences(self) -> pd.DataFrame:
-        "setting, at, and the paired differences within each value"
-        return self._stacked('differences')
+        "setting, at, and the paired differences within each value; verdicts allow for the number of values"
+        return adjust_table(self._stacked('differences'))
+
+    @property
+    def pgr(self) -> pd.DataFrame:
+        "setting, at, and the performance gap recovered at each value; empty without ceilings"
+        return self._stacked('pgr')
 
     @property
     def labels(self) -> pd.DataFrame:
@@ -166,9 +173,9 @@ def varied_table(
         for m in metrics:
             for role in ('floor', 'student', 'human'):
                 found = r.intervals[(r.intervals.role == role) & (r.intervals.metric == m)]
-                for f in found.itertuples(): row[f'{role}: {m}'] = f'{f.value:.3f} [{f.low:.3f}, {f.high:.3f}]'
+                for f in found.itertuples(): row[f'{role}: {m}'] = with_limits(f.value, f.low, f.high)
             gap = r.differences[(r.differences.metric == m) & r.differences.a.str.startswith('student') & r.differences.b.str.startswith('human')]
-            for f in gap.itertuples(): row[f'student − human: {m}'] = f'{f.value:+.3f} [{f.low:+.3f}, {f.high:+.3f}]'
+            for f in gap.itertuples(): row[f'student − human: {m}'] = with_limits(f.value, f.low, f.high, sign='+')
         rows.append(row)
     return pd.DataFrame(rows).fillna('–')
 
@@ -205,6 +212,7 @@ def contrast(
         if at not in varied.results: raise ConfigError(unknown(at, varied.results, f'value of {varied.setting}'))
     tables = []
     for at in (a, b):
-        items = varied.results[at].items
-        tables.append(items[(items.role == role) & (items.metric == metric)].assign(method=at))
+        r = varied.results[at]
+        mine = by_group(r.items[(r.items.role == role) & (r.items.metric == metric)], row_groups(r.test))
+        tables.append(mine.assign(method=at))
     return difference(pd.concat(tables), (role, a), (role, b), metric)
