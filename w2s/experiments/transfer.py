@@ -160,6 +160,7 @@ class TransferResult:
     lessons: pd.DataFrame      # of `lesson_table`
     failures: list[str]        # what could not be scored
     adapters: dict[str, Path]  # folders of what was trained, by a name for people
+    problems: int = 0          # test problems that the file has, all of them; 0: unknown
 
     def _repr_html_(self) -> str: return f'<p>{recovered_text(self)}</p>{shown_table(self).to_html(index=False)}'
     def __repr__(self) -> str: return '\n'.join([f'{recovered_text(self)}\n', shown_table(self).to_string(index=False), *self.failures])
@@ -231,4 +232,4 @@ def result_of(
     adapters = {'-'.join(filter(None, (a.role, a.method.replace(' ', '-'), a.weak, f'seed{a.seed}'))): a.adapter for a in arms if a.adapter}
     origin = 'Questions of the embedded world.' if table is None else f'Questions of {c.data}. {table.note}'.strip()
     return TransferResult(study.run.root, c, origin, form, items, summarise(items), intervals, labels, compared(items, list(dict.fromkeys([measures.content, measures.style])), ranges),
-                          recovered(items, measures.content, ranges), example_table(intervals, c.examples), answer_table(made), lesson_table(made), failures, adapters)
+                          recovered(items, measures.content, ranges), example_table(intervals, c.examples), answer_table(made), lesson_table(made), failures, adapters, table.problems if table else 0)

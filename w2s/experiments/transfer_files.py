@@ -16,6 +16,7 @@ import numpy as np
 
 # %% ../../nbs/api/experiments/83_transfer_files.ipynb #6d8dcf75
 from ..data.maths_rows import read_gsm8k
+from ..data.numbers import number_of
 from ..data.rows import group_key
 from ..data.tables import read_table
 from ..errors import DataError
@@ -37,6 +38,7 @@ class Table:
     numbers: list[str] | None = None # the right number of each, in maths
     test: list[int] | None = None    # numbers of the rows that are published as the test; None: no such split
     note: str = ''               # what was left out, in a line
+    problems: int = 0            # of the test (or of the file, where it has none), before anything was left out; 0: unknown
 
 # %% ../../nbs/api/experiments/83_transfer_files.ipynb #5f79ec2a
 def read_asked(
@@ -63,8 +65,11 @@ def read_maths(
     first = {bare(r['prompt']): i for i, (_, r) in reversed(list(enumerate(rows)))}
     kept = [rows[i] for i in sorted(first.values())]
     test = [i for i, (k, _) in enumerate(kept) if k == 'test']
-    note = f'{len(read.refused)} rows could not be read' + (f', the first is {read.refused[0]}' if read.refused else '') + f'; {len(rows) - len(kept)} questions were there twice'
-    return Table([bare(r['prompt']) for _, r in kept], [r['completion'] for _, r in kept], [r['answer'] for _, r in kept], test or None, note)
+    note = (f'{len(kept):,} of {sum(read.rows_read.values()):,} problems' + (f', {len(test):,} of {read.rows_read["test"]:,} of the test' if test else '') + ': '
+            f'{len(read.refused)} rows could not be read' + (f', the first is {read.refused[0]}' if read.refused else '') + f'; {len(rows) - len(kept)} questions were there twice; '
+            f'{sum(number_of(r["answer"]) is None for _, r in kept):,} answers are not one number, and are compared as formulas, points, lists or words')
+    return Table([bare(r['prompt']) for _, r in kept], [r['completion'] for _, r in kept], [r['answer'] for _, r in kept], test or None, note,
+                 read.rows_read['test'] if test else sum(read.rows_read.values()))
 
 # %% ../../nbs/api/experiments/83_transfer_files.ipynb #dcf7fea1
 def parted(
