@@ -288,7 +288,7 @@ def arm_intervals(
     items: pd.DataFrame, # of all arms, by group
 ) -> pd.DataFrame:       # of `interval_table`
     "Means of all arms with their intervals"
-    t = interval_table(items)
+    if (t := interval_table(items)).empty: return t
     itself = (t.role == REFERENCE[0]) & (t.method == REFERENCE[1]) & t.metric.isin(('win_rate', 'longer_rate'))
     return t.assign(low=t.low.where(~itself, t.value), high=t.high.where(~itself, t.value))
 
