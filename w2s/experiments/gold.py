@@ -23,11 +23,12 @@ from ..evaluate.reward_models import load_reward_model
 from .config import settings_hash
 from .preference_data import ladder_world, world_seed
 from .preference_stages import Model, Study, open_base
+from .response_ends import Written, read_part, write_part
 from .stages import run_stage
 from .weak_settings import WeakTeacher, sampling
 from ..models.adapters import adapter_hash, load_adapter
 from ..models.load import LoadSettings, fingerprint, local_folder
-from ..train.generate import generate, generate_inputs, prompt_ids
+from ..train.generate import generate_inputs, prompt_ids, respond
 from ..train.reference import write_atomic
 from ..world.facts import World, fact_verdict, parse_question
 from ..world.service import gold_reward, politeness_verdict, rudeness_verdict
@@ -103,7 +104,7 @@ def sample_stage(
     name: str,            # of the arm, such as 'student-dpo-weak'; arms of other names draw other random numbers
     rows: Dataset,        # of kind "preferences": their prompts and ids
     seed: int,            # of the samples
-) -> list[list[str]]:     # the samples of each row
+) -> list[list[Written]]: # the samples of each row
     "Responses to every prompt, sampled once"
     how, ids, prompts = sampling(study.config), list(rows['id']), list(rows['prompt'])
     parts = range(0, len(ids), PART)
@@ -114,8 +115,8 @@ def sample_stage(
             for i in parts:
                 if (folder/f'{i:06}.json').exists(): continue
                 part = slice(i, i + PART)
-                texts = generate(writer, base.tokenizer, prompts[part], how, seed, f'{name} writes', study.quiet, ids[part], name)
-                write_atomic(folder/f'{i:06}.json', json.dumps(texts).encode())
+                made = respond(writer, base.tokenizer, prompts[part], how, seed, f'{name} writes', study.quiet, ids[part], name)
+                write_part(folder, i, made)
         finally:
             if policy: writer.unload()
 
@@ -124,20 +125,20 @@ def sample_stage(
               'rows': settings_hash([[i, t] for i, t in zip(ids, tokens, strict=True)]), 'arm': name, 'seed': seed,
               'how': generate_inputs(how)}
     done = run_stage(study.run, f'{name}-seed{seed}-responses', inputs, work)
-    return [row for i in parts for row in json.loads((done/f'{i:06}.json').read_text(encoding='utf-8'))]
+    return [row for i in parts for row in read_part(done, i)]
 
 # %% ../../nbs/api/experiments/27_gold.ipynb #58c0ef22
 def response_rows(
     score: Judge,                        # who judges them
     rows: Dataset,                       # whose prompts were answered
-    texts: Sequence[Sequence[str]],      # the samples of each row
+    written: Sequence[Sequence[Written | str]], # the samples of each row; of a text alone it is not known if it was cut
     role: str,                           # of the arm
     method: str,                         # of the arm
     seed: int,                           # of the arm
-) -> pd.DataFrame:                       # seed, role, method, id, sample, prompt, response, and the judge's columns
+) -> pd.DataFrame:                       # seed, role, method, id, sample, prompt, response, cut, and the judge's columns
     "What an arm wrote, judged"
-    flat = [(i, k, p, text) for i, p, row in zip(rows['id'], rows['prompt'], texts, strict=True) for k, text in enumerate(row)]
-    table = pd.DataFrame(flat, columns=['id', 'sample', 'prompt', 'response'])
+    flat = [(i, k, p, *(Written(w) if isinstance(w, str) else w)) for i, p, row in zip(rows['id'], rows['prompt'], written, strict=True) for k, w in enumerate(row)]
+    table = pd.DataFrame(flat, columns=['id', 'sample', 'prompt', 'response', 'cut']).astype({'cut': 'boolean'})
     judged = score(table['prompt'].tolist(), table['response'].tolist())
     return pd.concat([pd.DataFrame(dict(seed=seed, role=role, method=method), index=table.index), table, judged], axis=1)
 

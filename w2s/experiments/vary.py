@@ -23,7 +23,8 @@ from .preference_data import load_preferences
 from .preference_stages import Model, Study
 from .stages import Run, lock
 from .weak_settings import SUBSETS, SUPERVISORS, WeakTeacher, fill_settings
-from .weak_teacher import Result, count_stages, counted, know_models, row_groups, run_study
+from .response_ends import check_responses
+from .weak_teacher import Result, count_stages, counted, know_models, row_groups, run_study, writers
 from ..feedback.confidence import WEIGHTS
 from ..train.losses import PREFERENCE_LOSSES
 
@@ -194,7 +195,8 @@ def run_varied(
     say = (lambda line: None) if quiet else counted(sum(map(count_stages, configs.values())))
     shares = sorted({c.label_share for c in configs.values()})
     data = {s: load_preferences(first.data, readers, first.test_rows, first.strict, first.rows, s) for s in shares}
-    if not quiet: print(f'{data[shares[0]].origin}\n{data[shares[0]].report}')
+    lengths = dict.fromkeys(check_responses(c, writers(c, *models[at]), data[c.label_share]) for at, c in configs.items())
+    if not quiet: print(*filter(None, (data[shares[0]].origin, str(data[shares[0]].report), *lengths)), sep='\n')
     held = lock(Path(out))
     try: return Varied(Path(out), setting, {at: run_study(Study(c, Run(Path(out), say), quiet), *models[at], data[c.label_share]) for at, c in configs.items()})
     finally: held.release()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PGR_METRICS', 'SHOWN', 'DETAILS', 'DIGITS', 'label_table', 'weak_label_table', 'history_table', 'question_pairs',
            'recovered', 'recovered_text', 'Result', 'summary_table', 'fallen', 'gold_words', 'label_words', 'caption',
-           'count_stages', 'counted', 'know_models', 'run', 'run_study', 'row_groups', 'arm_intervals', 'compare',
-           'WeakTeacher']
+           'count_stages', 'counted', 'know_models', 'writers', 'run', 'run_study', 'row_groups', 'arm_intervals',
+           'compare', 'WeakTeacher']
 
 # %% ../../nbs/api/experiments/30_weak_teacher.ipynb #12bf4516
 from collections.abc import Callable, Sequence
@@ -27,9 +27,10 @@ from ..evaluate.power import power_table
 from .arms import REFERENCE, Arm, evaluate_arm, evaluate_choice, floor_arm, gold_items, train_students, write_responses
 from .preference_data import PreferenceData, load_preferences
 from .preference_stages import Model, Study, know_model
+from .response_ends import check_cut, check_responses, cut_words
 from .stages import Run, lock
 from .supervisors import SeedRows, supervise
-from .weak_settings import WeakTeacher, fill_settings, short_name, weak_names
+from .weak_settings import WeakTeacher, fill_settings, sampling, short_name, weak_names
 from ..feedback.preferences import given_labels
 from ..world.service import GOLD
 
@@ -173,14 +174,16 @@ def fallen(
 
 # %% ../../nbs/api/experiments/30_weak_teacher.ipynb #3ff057f2
 def gold_words(
-    config: WeakTeacher, # of a run
-) -> str:                # sentences, or nothing where no responses were scored
-    "Say what the gold reward is and whom the win rate is against"
+    config: WeakTeacher,     # of a run
+    responses: pd.DataFrame, # of the run
+) -> str:                    # sentences, or nothing where no responses were scored
+    "Say what the gold reward is, how many responses were cut, and whom the win rate is against"
     if not config.samples: return ''
+    how = sampling(config)
     points = (f'{GOLD["right"]:g} if its fact is right, {GOLD["silent"]:g} if it names none, {GOLD["polite"]:+g} for each polite and {GOLD["rude"]:+g} for each rude '
               f'opening or closing, {GOLD["spare"]:g} for each spare word') if not config.gold else f'by the reward model {Path(config.gold).name}'
-    return (f' Gold reward: of {config.samples} response{"s" if config.samples > 1 else ""} to each test prompt, sampled at temperature {config.temperature:g}: {points}. '
-            f'Win rate: how often it is higher than that of {REFERENCE[0]} ({REFERENCE[1]}) on the same prompt; ties count half.')
+    return (f' Gold reward: of {config.samples} response{"s" if config.samples > 1 else ""} to each test prompt, sampled at temperature {how.temperature:g}: {points}. '
+            f'{cut_words(responses, how.max_tokens)} Win rate: how often it is higher than that of {REFERENCE[0]} ({REFERENCE[1]}) on the same prompt; ties count half.')
 
 # %% ../../nbs/api/experiments/30_weak_teacher.ipynb #0695d210
 def label_words(
@@ -205,7 +208,7 @@ def caption(
     best = set(t[t.role == 'ceiling'].method.map(lambda m: m.partition(' ')[2]))
     what = ''.join(f'Ceiling: {"gold labels of the rows that the student has" if b == "gold" else "human labels of both halves"}. ' for b in best)
     return (f'{rows}, {seeds} seed{"s" if seeds > 1 else ""}; {interval_words(seeds, "groups" if groups < len(result.test) else "rows")}. {what}'
-            f'{label_words(result.labels, result.config)}The un-tuned model has no reference, so no implicit reward.{gold_words(result.config)}{fallen(t)}')
+            f'{label_words(result.labels, result.config)}The un-tuned model has no reference, so no implicit reward.{gold_words(result.config, result.responses)}{fallen(t)}')
 
 # %% ../../nbs/api/experiments/30_weak_teacher.ipynb #2ab2303a
 def count_stages(
@@ -239,6 +242,15 @@ def know_models(
     "The models of an experiment, not yet loaded; raises `ModelError`"
     return [know_model('weak', w, config) for w in weak_names(config.weak)], know_model('strong', config.strong, config)
 
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #dfcfba42
+def writers(
+    config: WeakTeacher,   # of the experiment
+    weak: Sequence[Model], # supervisors
+    strong: Model,         # student
+) -> list[Model]:          # the student last
+    "The models that are going to write responses: a supervisor does where it is one policy"
+    return [*(weak if config.supervisor == 'dpo' and len(weak) == 1 else ()), strong]
+
 # %% ../../nbs/api/experiments/30_weak_teacher.ipynb #0ba05079
 def run(
     config: WeakTeacher | None = None,      # what to compare; None: models of the ladder on rows of the world
@@ -250,7 +262,8 @@ def run(
     study = Study(config, Run(Path(out), (lambda line: None) if quiet else counted(count_stages(config))), quiet)
     weak, strong = know_models(config)
     data = load_preferences(config.data, [m.reader for m in (*weak, strong)], config.test_rows, config.strict, config.rows, config.label_share)
-    if not quiet: print(f'{data.origin}\n{data.report}')
+    lengths = check_responses(config, writers(config, weak, strong), data)
+    if not quiet: print(*filter(None, (data.origin, str(data.report), lengths)), sep='\n')
     held = lock(Path(out)) # only now: what is refused above leaves no folder behind
     try: return run_study(study, weak, strong, data)
     finally: held.release()
@@ -271,6 +284,7 @@ def run_study(
     arms = [arm for s in seeds for arm in train_students(study, strong, s)]
     items += [evaluate_arm(study, a, test) for a in arms]
     responses = pd.concat([written, write_responses(study, arms, test)], ignore_index=True)
+    check_cut(responses, sampling(c).max_tokens)
     table = pd.concat([*items, *gold_items(c, responses)], ignore_index=True)
     units = by_group(table, row_groups(test))
     adapters = {f'{a.role}-seed{a.seed}': a.policy for a in [*floors, *arms] if a.policy and a.role != 'base'}
