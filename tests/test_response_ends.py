@@ -1,5 +1,6 @@
 "Responses that the limit of tokens cuts: defaults that fit the rows, refused before the start, counted in the report"
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,12 +15,14 @@ from w2s.experiments.preference_data import load_preferences
 from w2s.experiments.preference_stages import Study, know_model
 from w2s.experiments.response_ends import check_cut, check_lengths, check_responses, chosen_tokens, cut_words
 from w2s.experiments.stages import Run
+from w2s.experiments.transfer import cut_answers
 from w2s.experiments.weak_settings import WeakTeacher, fill_settings, sampling
 from w2s.models.load import LoadSettings
 from w2s.models.tiny import tiny_model
 from w2s.train.endings import Response
 from w2s.train.generate import generate
 
+LONG = 'Good question! The answer is 6 and Good question! The answer is 9.'
 REAL = dict(weak='facebook/opt-125m', strong='facebook/opt-1.3b', samples=2, gold='judge')
 
 
@@ -176,3 +179,16 @@ def test_a_run_counts_what_was_cut(rows, tmp_path, monkeypatch):
     assert 0 < n < len(done.responses)/2 and f'{n} of {len(done.responses)} responses' in weak_teacher.caption(done)
     ended = [json.loads(f.read_text()) for f in (tmp_path/'b').rglob('*-ended.json')]
     assert sum(not e for rows in ended for row in rows for e in row) == n
+
+
+# Answers of a transfer
+
+def test_answers_of_a_transfer_that_fill_their_tokens_are_counted(rows):
+    "Those of the weak model and of everybody's test, each with the model's own tokens; a file's are not looked at"
+    model, _ = loaded(config_of(rows))
+    n = len(model.reader.tokenizer(LONG, add_special_tokens=False)['input_ids'])
+    weak = [SimpleNamespace(model=model, answers=[LONG, 'Yes.', '']), SimpleNamespace(model=None, answers=[LONG]*5)]
+    arms = [SimpleNamespace(role=r, answers=[[LONG, 'No.'], [LONG]]) for r in ('floor', 'student', 'base')]
+    made = [SimpleNamespace(weak=weak, arms=arms, site=SimpleNamespace(strong=model))]*2
+    assert cut_answers(made, n) == {'weak answers': (2, 6), 'answers to the test': (8, 12)}
+    assert cut_answers(made, 2*n) == {'weak answers': (0, 6), 'answers to the test': (0, 12)}

@@ -102,9 +102,10 @@ def transfer_caption(
     content = t[t['metric'] == m.content]
     seeds, groups, asked = int(t['seeds'].max()), int(content['n'].max()), result.answers['id'].nunique()
     ceiling = ' Ceiling: the strong model, trained on good answers to the very questions of its students.' if 'ceiling' in set(t['role']) else ' There is no ceiling, since nobody gave good answers.'
+    cut = ''.join(f' {n:,} of {of:,} {name} fill all their {result.config.max_tokens} tokens and were cut, it seems; raise max_tokens.' for name, (n, of) in result.cut.items() if n)
     all_ = f' of the {result.problems:,} that the file has' if result.problems else ''
     return (f'{asked:,} test questions{all_}, for {m.content} in {groups:,} groups by whom or what they are about; {seeds} seed{"s" if seeds > 1 else ""}; {interval_words(seeds, "groups")}. '
-            f'Content: {m.content}; style: {m.style}. Floor: the weak model itself. Base: the strong model, not tuned, with nothing or with weak answers before its eyes.{ceiling}')
+            f'Content: {m.content}; style: {m.style}. Floor: the weak model itself. Base: the strong model, not tuned, with nothing or with weak answers before its eyes.{ceiling}{cut}')
 
 # %% ../nbs/api/88b_transfer_report.ipynb #b278bcaa
 def compared_line(

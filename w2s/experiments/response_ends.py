@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST', 'chosen_tokens', 'check_lengths', 'check_space', 'check_responses', 'Written', 'write_part', 'read_part',
-           'cut_words', 'check_cut']
+           'cut_words', 'check_cut', 'count_cut']
 
 # %% ../../nbs/api/experiments/26_response_ends.ipynb #3fa74e25
 import json
@@ -120,3 +120,12 @@ def check_cut(
     if responses.empty or not (known := responses['cut'].dropna()).size or known.mean() <= MOST: return
     raise ConfigError(f'{cut_words(responses, limit)} Scores of beginnings say little about answers: raise response_tokens, '
                       'or leave responses out with samples = 0; what was trained is kept and found again')
+
+# %% ../../nbs/api/experiments/26_response_ends.ipynb #ea4d32b4
+def count_cut(
+    tokenizer: Any,         # of the model that made them
+    answers: Sequence[str], # as they were made
+    max_tokens: int,        # they had
+) -> int:                   # answers that are as long as they may be, give or take a token
+    "How many answers were cut?"
+    return sum(len(ids) >= max_tokens - 1 for ids in tokenizer(list(answers), add_special_tokens=False)['input_ids']) if answers else 0
