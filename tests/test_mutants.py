@@ -388,6 +388,8 @@ def test_soft_labels_and_weights_reach_the_loss_of_a_classifier(small):
         assert np.allclose(goal.loss(logits, torch.arange(len(rows))), -(torch.tensor(targets)*logits.log_softmax(-1)).sum(-1), atol=1e-5)
         assert np.allclose(goal.weights, weights) and goal.forward is forward
     assert label_objective(rows, targets).weights.tolist() == [1.]*len(rows)
+    first = label_objective(rows, targets, weights, 'confidence').prepare(None, range(len(rows)), 0., 512) # before the student's own opinion counts
+    assert np.allclose(first.loss(logits, torch.arange(len(rows))), -(torch.tensor(targets)*logits.log_softmax(-1)).sum(-1), atol=1e-5) and np.allclose(first.weights, weights)
 
 
 def labels(n, start=0): return make_rows([dict(prompt=f'Is {start + i} even?', label=(start + i) % 2, probs=[float((start + i) % 2 == c) for c in (0, 1)]) for i in range(n)], 'labels')
@@ -430,10 +432,10 @@ def test_a_further_round_labels_only_what_it_has_not_learned(classes):
     seen, study, part = classes
     given = np.array(part.rows['probs'][:])*.5 + .25
     class_stages.relabel(study, None, (), 'r', part.rows, given, parse_method('xent'), 7)
-    for learned, asked in (('one', 'two'), ('two', 'one')):
-        assert not ids(seen.learned[f'r-{learned}'].rows) & ids(seen.asked[f'r-labels-{asked}'][1])
-        place = {i: n for n, i in enumerate(part.rows['id'][:])}
-        assert np.allclose(seen.learned[f'r-{learned}'].targets, given[[place[i] for i in seen.learned[f'r-{learned}'].rows['id'][:]]])
+    assert seen.learned.keys() == {'r-one', 'r-two'} and seen.asked.keys() == {'r-labels-one', 'r-labels-two'}
+    place = {i: n for n, i in enumerate(part.rows['id'][:])}
+    for folder, rows in seen.asked.values(): assert not ids(seen.learned[folder.name].rows) & ids(rows)
+    for learned in seen.learned.values(): assert np.allclose(learned.targets, given[[place[i] for i in learned.rows['id'][:]]])
 
 
 def two(p): return np.stack([1 - np.asarray(p), p], 1)
