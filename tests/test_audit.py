@@ -167,7 +167,7 @@ def differences(lead, seeds, rows, seed, seed_sd, row_sd=.4):
 def test_stated_power(shape, power):
     "An effect of the stated size is found about as often as stated"
     effect = np.mean([detectable(differences(0., seed=1000 + i, **shape), power) for i in range(40)])
-    found = np.mean([estimate(differences(effect, seed=i, **shape), n=150).low > 0 for i in range(150)])
+    found = np.mean([estimate(differences(effect, seed=i, **shape)).low > 0 for i in range(150)])
     assert abs(found - power) < .13, (effect, found)
 
 

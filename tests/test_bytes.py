@@ -425,13 +425,15 @@ def test_the_date_of_a_template_is_that_of_the_first_run(home, tmp_path, monkeyp
     job = fill_refine(dict(questions=str(tmp_path/'q.jsonl'), strong=str(tmp_path/'m'), method='ask-to-improve', max_tokens=4, load=dict(quantize='none', dtype='float32')))
     lines, inputs = [], []
     monkeypatch.setattr('builtins.print', lambda *a, **k: lines.append(' '.join(map(str, a))))
+    clock: dict = {}
     class Day(datetime.date):
         @classmethod
-        def today(cls): return cls(*now)
+        def today(cls): return cls(*clock['now'])
     monkeypatch.setattr(stages, 'date', Day)
     before = sandbox.frozen_date()
     try:
         for now, out in (((2026, 11, 29), 'a'), ((2026, 11, 30), 'a'), ((2026, 11, 30), 'b')):
+            clock['now'] = now
             lines.clear()
             refine_file(job, tmp_path/f'{out}.jsonl')
             inputs.append((any(line.endswith(': found') for line in lines), *{json.loads(f.read_text())['date'] for f in (tmp_path/f'{out}.work').glob('stages/*/inputs.json')}))

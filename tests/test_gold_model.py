@@ -14,11 +14,11 @@ from w2s.train.loop import TrainSettings
 def test_a_reward_model_scores_the_responses_of_a_run_once(tmp_path, monkeypatch):
     texts = [r['prompt'] + r['chosen'] for r in sample_preferences(60, seed=3)]
     write_samples(tmp_path/'data', 60, seed=3)
-    pretrain(tiny_model(tmp_path/'weak', texts, layers=1, seed=1), texts, steps=30)
+    pretrain(tiny_model(tmp_path/'weak', texts, layers=1, seed=1), texts, steps=80) # it knows when an answer is over
     reward_folder(tmp_path/'judge', texts*5)
     step = TrainSettings(batch_size=8, learning_rate=3e-3)
     config = WeakTeacher(str(tmp_path/'data'), str(tmp_path/'weak'), str(tmp_path/'weak'), rows=24, test_rows=6, load=LoadSettings('none', 'float32'),
-                         lora=LoraSettings(rank=2), sft=step, dpo=step, samples=2, response_tokens=8, gold=str(tmp_path/'judge'))
+                         lora=LoraSettings(rank=2), sft=step, dpo=step, samples=2, response_tokens=24, gold=str(tmp_path/'judge'))
     first = run(config, tmp_path/'run', quiet=True)
     assert count_stages(config) == 22
     written = first.responses

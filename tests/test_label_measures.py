@@ -11,7 +11,8 @@ from w2s.errors import DataError
 from w2s.evaluate.calibration import wilson
 from w2s.evaluate.class_answers import answer_scores, normalised
 from w2s.evaluate.class_calibration import class_calibration, class_reliability, class_shares
-from w2s.evaluate.intervals import crossed_bootstrap, difference, estimate
+from w2s.evaluate.bootstrap import crossed_bootstrap
+from w2s.evaluate.intervals import difference, estimate
 from w2s.evaluate.label_metrics import (agreement_scores, auroc, auroc_scores, balanced_correct, f1, hits, label_correct, label_scores,
                                         ratio_scores)
 from w2s.evaluate.metrics import metric_rows

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
+from w2s.data.answers import same_answer
 from w2s.data.maths_rows import (EMPTY_QUESTION, MATHS_REASONS, NO_BOX, NO_HASH, NO_NUMBER, boxed, hashed, maths_from, number_of, number_text, read_gsm8k,
                                  without_marks)
 from w2s.data.readers import MISSING
@@ -48,7 +49,8 @@ def test_a_number_survives_its_spelling():
 @pytest.mark.parametrize(('text', 'value'), [
     ('2\\frac{1}{2}', Fraction(5, 2)), ('\\dfrac34', Fraction(3, 4)), ('10{,}000', 10000), ('10,\\!000', 10000), ('1\\,000', 1000), ('\\$5.50', Fraction(11, 2)),
     ('45^\\circ', 45), ('30\\text{ cm}^2', 30), ('\\text{5}', 5), ('\\left(5\\right)', None), ('5 million dollars', 5_000_000), ('3 hundred', 300), ('12%', 12), ('0', 0), ('-0', 0),
-    ('x=5', 5), ('x=y', None), ('5,6', None), ('1,2345', None), ('.', None), ('-', None), ('1.2.3', None), ('1/2/3', None), ('5e3', None), ('٣', 3), ('½', None)])
+    ('x=5', 5), ('x=y', None), ('5,6', None), ('1,2345', None), ('.', None), ('-', None), ('1.2.3', None), ('1/2/3', None), ('5e3', None), ('٣', 3), ('½', None), ('3s^2', None), ('3R^2', None), ('\\frac{1}{z}', None),
+    ('\\frac{2}{r}', None), ('5xy', None), ('2ab', None), ('7pq', None), ('\\frac{3}{2}x', None), ('4 cm^2', 4), ('18 m^2', 18), ('9 men', 9), ('12 oz', 12), ('5\\text{ m}', 5)])
 def test_what_one_number_is(text, value): assert number_of(text) == value
 
 
@@ -98,6 +100,40 @@ def test_gsm8k_is_read_whole(gsm8k):
     assert not set(gsm8k.splits['train']['group'][:]) & set(gsm8k.splits['test']['group'][:])
 
 
+# --- answers that are no single number
+
+SAME = [('x+1', '1+x'), (r'3\sqrt{2}', r'\sqrt{18}'), ('(x+5)^2', 'x^2+10x+25'), (r'\left( \frac{5}{3}, -2 \right)', '(5/3,-2)'), ('24,-3', r'-3, 24'), (r'[2, \infty)', r'$\left[2,\infty\right)$'),
+        (r'\begin{pmatrix} -5/13 \\ 12/13 \end{pmatrix}', r'\begin{pmatrix}-\frac{5}{13}\\\frac{12}{13}\end{pmatrix}'), (r'\text{Dana}', 'dana'), ('152A_{11}', '152A_11'), (r'8\pi\text{ cm}^2', '8π'),
+        ('y = -2x', '-2x'), ('2x + 2y = 4', 'x + y = 2'), (r'3 \pm 2\sqrt{2}', r'3+2\sqrt2, 3-2\sqrt2'), (r'\frac{c}{a}', 'c/a'), (r'-8 + 2i', '2i-8'), (r'\{-1\} \cup [0,7)', r'[0,7) \cup \{-1\}'), (r'\sec x', r'1/\cos x')]
+APART = [('x+1', 'x-1'), ('3s^2', '3'), (r'\frac{1}{z}', '1'), ('(1, 2)', '(2, 1)'), ('(1, 2)', '[1, 2]'), ('(1, 2)', '1, 2'), ('1, 2', '1, 2, 2'), ('ACF', 'CAF'), (r'\frac13', '0.333'), (r'\pi', '3.14159'), ('2112_6', '2112_7'),
+         ('x + y = 2', 'x + y = 3'), ('2x', 'y = 3x'), ('i', '1'), (r'\text{odd}', 'even'), ('x > 3', 'x < 3'), ('', ''), (r'\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}', r'\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}')]
+
+
+@pytest.mark.parametrize(('a', 'b'), SAME)
+def test_the_same_answer_in_another_spelling(a, b): assert same_answer(a, b) and same_answer(b, a) and same_answer(a, a)
+
+
+@pytest.mark.parametrize(('a', 'b'), APART)
+def test_another_answer(a, b): assert not same_answer(a, b) and not same_answer(b, a)
+
+
+def test_no_problem_of_math_is_left_out():
+    "Whatever is in the box is the answer, and a solution is right by its own box"
+    golds = [a for a, _ in SAME] + ['12', r'\frac{1}{2}', r'45^\circ', '3s^2', r'\text{(B)}']
+    rows, refused = maths_from(Dataset.from_list([dict(problem=f'{i}?', solution=f'After some steps $\\boxed{{{g}}}$.') for i, g in enumerate(golds)]))
+    assert not refused and len(rows) == len(golds)
+    assert maths_scores(rows['answer'][:], rows['completion'][:])['accuracy'].all()
+    wrong = [*rows['completion'][1:], rows['completion'][0]]
+    assert not maths_scores(rows['answer'][:], wrong)['accuracy'].any()
+
+
+@pytest.mark.parametrize(('gold', 'response', 'right'), [
+    ('3s^2', 'The answer is 3.', False), ('3s^2', r'\boxed{3s^2}', True), (r'\frac{1}{z}', '#### 1', False), ('10', r'\boxed{10\pi}', False), ('1024', r'\boxed{2^{10}}', True), ('(3, 4)', 'A: (3, 4)', True),
+    ('(3, 4)', 'The answer is (3, 4).', True), ('(3, 4)', 'It is 3 and 4.', False), ('6, -2', r'\boxed{-2,6}', True), (r'\text{Sunday}', 'The answer is Sunday.', True)])
+def test_formulas_are_marked_by_what_they_mean(gold, response, right):
+    assert maths_scores([gold], [response])['accuracy'][0] == right
+
+
 # --- answers
 
 @real
@@ -141,7 +177,7 @@ def test_no_answer_is_wrong_and_counted():
     ('so 16 - 3 = 13.\n#### 13\n\nQ: And 5 + 5?\nA: 10\n#### 10', 'hash', '13'), ('13\n\nQuestion: what else?\nAnswer: 7', 'last', '13'),
     ('The answer is 7.\nWait, the answer is 8.', 'phrase', '8'), ('The final answer is: $\\boxed{0.50}$.', 'box', '0.5'), ('**Answer:** 12 eggs', 'line', '12'),
     ('Answer: it depends on the 3 hens', 'last', '3'), ('The answer is 9 * 2 = 18', 'phrase', '18'), ('answer = 5', 'phrase', '5'), ('A: -3', 'line', '-3'), ('A: 3\nno\nAnswer: 4', 'line', '4'), ('\\boxed{2} no, \\boxed{13}', 'box', '13'),
-    ('In 2024, 5 of 7 days', 'last', '7'), ('It is 7%', 'last', '7'), ('1,000,000 people', 'last', '1000000'), ('He came 3rd.', None, None), ('<<1+1=2>>', None, None)])
+    ('In 2024, 5 of 7 days', 'last', '7'), ('It is 7%', 'last', '7'), ('1,000,000 people', 'last', '1000000'), ('```output\n5\n```\n5 cars in the first 15 minutes.', 'output', '5'), ('He came 3rd.', None, None), ('<<1+1=2>>', None, None)])
 def test_which_number_is_the_answer(text, rule, number):
     found = find_number(text)
     assert (found and found.rule, final_number(text)) == (rule, number)
@@ -156,7 +192,8 @@ def test_same_number_is_symmetric_and_exact():
 
 def test_rules_and_gold_are_checked():
     with pytest.raises(ConfigError, match='unknown rule'): maths_scores(['1'], ['1'], ('regex',))
-    with pytest.raises(DataError, match='row 2: the right answer'): maths_scores(['1', '(2, 3)'], ['1', '2'])
+    with pytest.raises(DataError, match='row 2: the right answer is empty'): maths_scores(['1', ' '], ['1', '2'])
+    assert maths_scores(['1', '(2, 3)'], ['1', '2'])['accuracy'].tolist() == [1, 0]
     assert rule_counts(['1'], ('hash',)) == dict(hash=0, none=1) and tuple(RULES)[-1] == 'last'
 
 

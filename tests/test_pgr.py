@@ -5,10 +5,12 @@ import pytest
 from scipy.stats import norm
 
 from w2s.errors import DataError
-from w2s.evaluate.intervals import crossed_bootstrap, estimate
+from w2s.evaluate.bootstrap import crossed_bootstrap
+from w2s.evaluate.intervals import estimate
 from w2s.evaluate.label_metrics import auroc_scores, brier, label_correct, label_scores
 from w2s.evaluate.metrics import item_rows, metric_rows
-from w2s.evaluate.pgr import NoGap, _forecast, gap_power, pgr, pgr_interval, pgr_table, recovered
+from w2s.evaluate.pgr import NoGap, gap_power, pgr, pgr_interval, pgr_table, recovered, stretched
+from w2s.evaluate.power import forecast
 
 WHO = [('floor', 'xent gold'), ('student', 'xent weak'), ('ceiling', 'xent gold')]
 
@@ -47,10 +49,15 @@ def test_ratio_of_means_and_not_mean_of_ratios():
     assert pgr_interval(x).value == pytest.approx(.28/.38)
 
 
-def test_equal_rows_have_an_interval_without_width():
+def test_equal_rows_do_not_make_an_interval_without_width():
+    "No row says how far other rows could be; of shares it is known how far any row can be, of rewards nothing is"
     same = np.stack([np.full((2, 50), v) for v in (.25, .5, .75)])
-    e = pgr_interval(same)
-    assert (e.low, e.value, e.high) == pytest.approx((.5, .5, .5))
+    e, reward = pgr_interval(same, bounds=(0, 1)), pgr_interval(same)
+    assert e.value == reward.value == pytest.approx(.5)
+    assert .3 < e.low < .45 and .55 < e.high < .7 and np.isnan([reward.low, reward.high]).all()
+    x = right((.6, .7, .9), rows=400)
+    alike = pgr_interval(x[[0, 2, 2]], bounds=(0, 1)) # the student answers every row as the ceiling does
+    assert alike.low < alike.value == 1 < alike.high
 
 
 def test_row_and_seed_order_do_not_matter():
@@ -71,7 +78,7 @@ def test_no_gap_and_inverted_gap_are_refused(rates):
 
 def test_a_gap_whose_interval_includes_zero_is_refused_with_its_numbers():
     x = right((.60, .605, .61), rows=500)
-    with pytest.raises(NoGap, match=r'the gap may be zero: ceiling less floor is 0\.\d+ \[-0\.\d+, 0\.\d+\] \(95%, 500 rows, 1 seed'): pgr_interval(x)
+    with pytest.raises(NoGap, match=r'the gap may be zero: ceiling minus floor is 0\.\d+ \[-0\.\d+, 0\.\d+\] \(95%, 500 rows, 1 seed'): pgr_interval(x)
 
 
 def test_a_gap_that_two_seeds_cannot_confirm_is_refused():
@@ -91,11 +98,12 @@ def test_refused_if_and_only_if_the_interval_of_the_gap_includes_zero(seeds):
     for i in range(60):
         x = right((.6, .63, .66), seeds=seeds, luck=.05, seed=i)
         draws = crossed_bootstrap(x, n=300)
-        gap = estimate(x[2] - x[0], draws[:, 2] - draws[:, 0])
-        try: e = pgr_interval(x, n=300)
-        except NoGap: assert gap.low <= 0
+        gap = estimate(x[2] - x[0], bounds=(-1, 1), paired=True)
+        drawn = stretched(x[2] - x[0], draws[:, 2] - draws[:, 0])[0] # the ratio's own interval has an end if this is above zero, too
+        try: e = pgr_interval(x, n=300, bounds=(0, 1))
+        except NoGap: assert gap.low <= 0 or drawn <= 0
         else:
-            assert gap.low > 0 and e.low <= e.value <= e.high and np.isfinite([e.low, e.high]).all()
+            assert gap.low > 0 and drawn > 0 and e.low <= e.value <= e.high and np.isfinite([e.low, e.high]).all()
             seen.add(True)
     assert seen
 
@@ -194,10 +202,9 @@ def scored(z, y):
 
 def holds(x, draws, theta):
     "Is theta in the interval of the PGR? None: refused. `pgr_interval` looks for the ends; whether a value lies inside is one question"
-    gap = estimate(x[2] - x[0], draws[:, 2] - draws[:, 0])
-    if gap.low <= 0: return None
-    e = estimate(x[1] - x[0] - theta*(x[2] - x[0]), draws @ [theta - 1, 1, -theta])
-    return e.low <= 0 <= e.high
+    if estimate(x[2] - x[0]).low <= 0 or stretched(x[2] - x[0], draws[:, 2] - draws[:, 0])[0] <= 0: return None
+    low, high = stretched(x[1] - x[0] - theta*(x[2] - x[0]), draws @ [theta - 1, 1, -theta])
+    return low <= 0 <= high
 
 
 @pytest.mark.parametrize('seeds, luck', [(1, 0.), (5, .2)])
@@ -224,8 +231,8 @@ def test_a_forecast_of_the_detectable_gap_is_found_as_often_as_said():
     def gaps(lead, seeds, rows, seed):
         r = np.random.default_rng(seed)
         return lead + .03*r.normal(size=(seeds, 1)) + .3*r.normal(size=rows) + .4*r.normal(size=(seeds, rows))
-    lead = np.mean([_forecast(gaps(0, 5, 200, i), .8, .95)(10, 600) for i in range(100)])
-    found = np.mean([estimate(gaps(lead, 10, 600, 1000 + i), n=200).low > 0 for i in range(200)])
+    lead = np.mean([forecast(gaps(0, 5, 200, i), .8, .95)(10, 600) for i in range(100)])
+    found = np.mean([estimate(gaps(lead, 10, 600, 1000 + i)).low > 0 for i in range(200)])
     assert .7 <= found <= .95, (lead, found)
 
 

@@ -886,7 +886,7 @@ CHANGES = { # field: (another value, the stages that are not found any more[, wh
     'WeakTeacher.loss': ('ipo', STUDENT | HUMAN | CEILING), 'WeakTeacher.smoothing': (.2, STUDENT | HUMAN | CEILING, {'loss': 'cdpo'}),
     'WeakTeacher.start': ('base', STUDENT | HUMAN | CEILING | SFT_WEAK | {'ceiling-seed0-sft'}),
     'WeakTeacher.others': (('ceiling',), HUMAN), # the SFT of human answers stays: win rates are against it
-    'WeakTeacher.samples': (2, RESPONSES), 'WeakTeacher.temperature': (.7, RESPONSES), 'WeakTeacher.response_tokens': (5, RESPONSES), 'WeakTeacher.gold': ('b', set()),
+    'WeakTeacher.samples': (2, RESPONSES), 'WeakTeacher.temperature': (1., RESPONSES), 'WeakTeacher.response_tokens': (5, RESPONSES), 'WeakTeacher.gold': ('b', set()),
     'LabelUse.subset': ('match', TAUGHT), 'LabelUse.targets': ('soft', STUDENT), 'LabelUse.weights': ('confidence', STUDENT), 'LabelUse.keep': (.5, TAUGHT),
     'LabelUse.calibrate': (.6, {'weak-seed0-sft', 'weak-seed0-labels', *FLOOR, *TAUGHT}, SOFT),
     'LoadSettings.quantize': ('nf4', EVERY), 'LoadSettings.dtype': ('bfloat16', EVERY), 'LoadSettings.revision': ('main', set()),

@@ -53,7 +53,7 @@ def texts(ax): return [t.get_text() for t in ax.texts]
 @pytest.mark.parametrize('metric', ['accuracy', 'likelihood_accuracy', 'margin', 'logp_chosen', 'logp_rejected'])
 @pytest.mark.parametrize('seeds', [1, 3])
 def test_roles_draws_the_intervals_of_the_table(metric, seeds):
-    t = interval_table(experiment(seeds=seeds), n=200)
+    t = interval_table(experiment(seeds=seeds))
     mine = t[t['metric'] == metric]
     ax = plot_roles(t, metric)
     assert isinstance(ax, Axes)
@@ -67,7 +67,7 @@ def test_roles_draws_the_intervals_of_the_table(metric, seeds):
 
 
 def test_roles_are_in_order_and_have_their_colour():
-    ax = plot_roles(interval_table(experiment(), n=50), 'likelihood_accuracy')
+    ax = plot_roles(interval_table(experiment()), 'likelihood_accuracy')
     labels = [t.get_text() for t in ax.get_xticklabels()]
     assert list(dict.fromkeys(text.split('\n')[0] for text in labels)) == list(ROLES)
     assert [text.split('\n')[1] for text in labels[:3]] == ['untuned', 'sft human', 'sft weak']
@@ -79,7 +79,7 @@ def test_roles_are_in_order_and_have_their_colour():
 def test_roles_with_several_students(floor_strong):
     items = pd.concat([experiment(s, seed=i, floor_strong=floor_strong) for i, s in enumerate(['m/opt-13b', 'm/opt-350m', 'm/opt-1.3b'])])
     items = items.drop_duplicates(['role', 'method', 'strong', 'seed', 'id', 'metric'])
-    t = interval_table(items, n=100)
+    t = interval_table(items)
     ax = plot_roles(t)
     alone = [] if floor_strong is None else ['opt-125m']
     assert [x.get_text() for x in ax.get_xticklabels()] == alone + ['opt-350m', 'opt-1.3b', 'opt-13b']
@@ -91,22 +91,22 @@ def test_roles_with_several_students(floor_strong):
 
 
 def test_roles_with_several_supervisors():
-    t = interval_table(pd.concat([experiment(weak=w, seed=i) for i, w in enumerate(['w/pythia-160m', 'w/opt-125m'])]), n=100)
+    t = interval_table(pd.concat([experiment(weak=w, seed=i) for i, w in enumerate(['w/pythia-160m', 'w/opt-125m'])]))
     ax = plot_roles(t)
     assert [x.get_text() for x in ax.get_xticklabels()] == ['opt-125m', 'pythia-160m']
     assert ax.get_xlabel() == 'strong student opt-1.3b, weak supervisor'
 
 
 def test_caption_tells_rows_and_seeds():
-    t = interval_table(experiment(seeds=1), n=50)
+    t = interval_table(experiment(seeds=1))
     assert any('over 60 test rows; one seed, so the luck of training is not in them' in x for x in texts(plot_roles(t)))
-    assert caption(interval_table(experiment(seeds=5), n=50)) == 'Lines: 95% intervals over 60 test rows and 5 seeds.'
-    assert '2 seeds (few: the less they agree, the wider)' in caption(interval_table(experiment(seeds=2), n=50))
+    assert caption(interval_table(experiment(seeds=5))) == 'Lines: 95% intervals over 60 test rows and 5 seeds.'
+    assert '2 seeds (few: the less they agree, the wider)' in caption(interval_table(experiment(seeds=2)))
     assert '60 to 80 test rows and 2 to 3 seeds' in caption(pd.DataFrame({'n': [60, 80], 'seeds': [2, 3], 'level': [.9, .9]}))
 
 
 def test_all_interval_ends_of_shares_can_be_seen_or_lie_outside_what_a_share_can_be():
-    t = interval_table(experiment(rows=12), n=100)
+    t = interval_table(experiment(rows=12))
     low, high = plot_roles(t).get_ylim()
     mine = t[t['metric'] == 'accuracy']
     assert (mine['low'].clip(lower=0) >= low).all() and (mine['high'].clip(upper=1) <= high).all()
@@ -115,22 +115,22 @@ def test_all_interval_ends_of_shares_can_be_seen_or_lie_outside_what_a_share_can
 
 def test_draws_where_it_is_told():
     fig, (left, right) = plt.subplots(1, 2)
-    t = interval_table(experiment(), n=50)
+    t = interval_table(experiment())
     assert plot_roles(t, ax=left) is left and plot_seeds(summarise(experiment()), t, ax=right) is right
     assert plt.get_fignums() == [fig.number]
 
 
 def test_two_tasks_or_no_intervals_are_refused():
     items = pd.concat([experiment(), experiment(task='tldr')])
-    with pytest.raises(DataError, match=r'2 tasks \(hh, tldr\)'): plot_roles(interval_table(items, n=50))
+    with pytest.raises(DataError, match=r'2 tasks \(hh, tldr\)'): plot_roles(interval_table(items))
     with pytest.raises(DataError, match='needs the column low, high'): plot_roles(summarise(experiment()))
-    with pytest.raises(DataError, match='did you mean "margin"'): plot_roles(interval_table(experiment(), n=50), 'margins')
+    with pytest.raises(DataError, match='did you mean "margin"'): plot_roles(interval_table(experiment()), 'margins')
     with pytest.raises(DataError, match='did you mean "accuracy"'): plot_seeds(summarise(experiment()), metric='acuracy')
 
 
 def test_seeds_draws_each_seed_and_the_intervals():
     items = experiment(seeds=4)
-    tidy, t = summarise(items), interval_table(items, n=100)
+    tidy, t = summarise(items), interval_table(items)
     ax = plot_seeds(tidy, t)
     assert np.allclose(segments(ax), ends(t[t['metric'] == 'accuracy']))
     dots = [line for line in ax.lines if line.get_color() == '0.55']
@@ -145,7 +145,7 @@ def test_seeds_draws_each_seed_and_the_intervals():
 def test_differences_are_filled_where_they_are_clear():
     items = experiment(rows=300, seeds=1)
     who = {r: (r, m) for r, m in MODELS}
-    d = difference_table(items, 'accuracy', [(who['ceiling'], who['base']), (who['student'], who['student'])], n=200)
+    d = difference_table(items, 'accuracy', [(who['ceiling'], who['base']), (who['student'], who['student'])])
     ax = plot_differences(d)
     assert np.allclose(segments(ax, axis=0), ends(d))
     filled = [to_hex(line.get_markerfacecolor()) != '#ffffff' for line in ax.lines if line.get_marker() == 'o']
@@ -173,10 +173,10 @@ def test_names_groups_and_sizes():
     assert model_size('Qwen2.5-0.5B-Instruct') == 5e8 and model_size('stories260K') == 2.6e5 and model_size('babyllama105') == float('inf')
     t = pd.DataFrame({'weak': ['a/w', 'a/v'], 'strong': ['s', 't']})
     assert list(group_names(t)) == ['w → s', 'v → t']
-    assert len(set(model_colors(interval_table(experiment(), n=20)).values())) == 7
+    assert len(set(model_colors(interval_table(experiment())).values())) == 7
 
 
 @pytest.mark.parametrize('ending', ['png', 'pdf', 'svg'])
 def test_files_are_written_and_figures_closed(tmp_path, ending):
-    path = save_figure(plot_roles(interval_table(experiment(), n=50)), tmp_path / 'new' / f'roles.{ending}')
+    path = save_figure(plot_roles(interval_table(experiment())), tmp_path / 'new' / f'roles.{ending}')
     assert path.stat().st_size > 5000 and not plt.get_fignums()

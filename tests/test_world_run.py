@@ -161,13 +161,13 @@ def writers(tmp_path):
 def test_killed_while_sampling(writers, monkeypatch, tmp_path):
     "A kill between two parts loses one part, and the responses are the same"
     monkeypatch.setattr(gold, 'PART', 8)
-    straight, calls, real = sample_stage(*writers('a')), [], gold.generate
+    straight, calls, real = sample_stage(*writers('a')), [], gold.respond
     def killed(*a, **k):
         calls.append(1)
         if len(calls) == 2: raise KeyboardInterrupt
         return real(*a, **k)
     with monkeypatch.context() as m:
-        m.setattr(gold, 'generate', killed)
+        m.setattr(gold, 'respond', killed)
         with pytest.raises(KeyboardInterrupt): sample_stage(*writers('b'))
         assert sample_stage(*writers('b')) == straight
     assert len(calls) == 4 # three parts, one of them begun twice

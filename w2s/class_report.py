@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['BARS', 'SHOWN_CURVES', 'FIGURES', 'DETAILS', 'TABLES', 'parameters', 'model_sizes', 'pairs', 'panels', 'methods_of',
            'methods_figure', 'drawn_methods', 'sizes_figure', 'pgr_figure', 'curves_figure', 'figure_names',
-           'class_caption', 'pgr_line', 'pgr_text', 'over_seeds', 'stops_text', 'class_report_text',
-           'write_class_result']
+           'class_caption', 'over_seeds', 'stops_text', 'class_report_text', 'write_class_result']
 
 # %% ../nbs/api/88_class_report.ipynb #99433e79
 from collections.abc import Sequence
@@ -20,6 +19,9 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM
 
 from .class_plots import plot_pgr, plot_sizes
+from .evaluate.intervals import interval_words
+from .evaluate.pgr import pgr_paragraph
+from .evaluate.power import DIFFERENCES_TOLD, report_differences
 from .experiments.class_settings import Classify
 from .experiments.classify import ClassResult, shown_table
 from .experiments.config import to_toml
@@ -27,7 +29,7 @@ from .experiments.weak_settings import short_name, weak_names
 from .method_plots import plot_curves, plot_methods
 from .models.load import LoadSettings, load_config
 from .models.zoo import LADDER, card
-from .io.console import bullet_list, code_block, escape_markdown
+from .io.console import bullet_list, code_block, escape_list, escape_markdown
 from .run_folder import markdown_table, write_folder
 
 # %% ../nbs/api/88_class_report.ipynb #2aecbf6d
@@ -148,27 +150,9 @@ def class_caption(
     "What the table of a run holds"
     t = result.intervals[result.intervals['metric'] == 'accuracy']
     seeds, things, rows = int(t['seeds'].max()), int(t['n'].max()), len(result.test)
-    over = 'groups and seeds' if seeds > 1 else 'groups (one seed: what another seed would change is not in them)'
     counts = ', '.join(f'{list(result.test["label"]).count(i):,} {c}' for i, c in enumerate(result.classes))
-    return (f'{rows:,} test rows ({counts}) in {things:,} groups, {seeds} seed{"s" if seeds > 1 else ""}; 95 % intervals from a bootstrap over {over}. '
+    return (f'{rows:,} test rows ({counts}) in {things:,} groups, {seeds} seed{"s" if seeds > 1 else ""}; {interval_words(seeds, "groups")}. '
             'Floor: the supervisor, trained on gold labels of its own half. Ceiling: the student\'s model, trained on gold labels of the very rows that its students have with weak ones.')
-
-# %% ../nbs/api/88_class_report.ipynb #fc0b923c
-def pgr_line(
-    part: pd.DataFrame, # rows of the table `pgr` with the same supervisor, student and metric
-) -> str:               # Markdown
-    "A gap and what was recovered of it, in words"
-    r = part.iloc[0]
-    start = escape_markdown(f'{r["weak"]} teaches {r["strong"]}, {r["metric"]}')
-    if r['refused']: return f'- {start}: no PGR, since {r["refused"]}'
-    told = [f'{p["value"]:.2f} [{p["low"]:.2f}, {p["high"]:.2f}] by {p["method"]}' for _, p in part.iterrows()]
-    return f'- {start}: of a gap of {r["gap"]:.3f} [{r["gap_low"]:.3f}, {r["gap_high"]:.3f}] recovered ' + '; '.join(told)
-
-def pgr_text(
-    result: ClassResult, # of a run
-) -> str:                # Markdown
-    "Every PGR in words"
-    return '\n'.join(pgr_line(part) for _, part in result.pgr.groupby(['weak', 'strong', 'metric'], sort=False))
 
 # %% ../nbs/api/88_class_report.ipynb #31c293cc
 def over_seeds(
@@ -186,7 +170,7 @@ def stops_text(
     "What stopping by weak labels cost"
     table = over_seeds(result.stops, ['weak', 'strong', 'method'], ['chosen', 'last', 'best', 'regret'])
     told = ('Test accuracy of the snapshot that weak labels of rows kept back would choose, of the last one, and of the best one; '
-            'the regret is the best less the chosen. Gold labels are in this table only, not in the choice.')
+            'the regret is the best minus the chosen. Gold labels are in this table only, not in the choice.')
     return f'{told}\n\n{markdown_table(table)}'
 
 # %% ../nbs/api/88_class_report.ipynb #8aa6a57a
@@ -201,11 +185,10 @@ def class_report_text(
     there = [f'![{told}]({name}.png)' for name, told in files.items() if name in figure_names(result)]
     measures = [m for m in ('rows', 'accuracy', 'balanced_accuracy', 'auroc', 'brier') if m in labels]
     sizes = pd.DataFrame([dict(model=n, parameters=f'{p:,}') for n, p in model_sizes(c).items()])
-    differences = result.differences[['metric', 'weak', 'strong', 'a', 'b', 'value', 'low', 'high']].round(3)
     parts = ["# " + escape_markdown(f'{", ".join(map(short_name, c.weak))} teach{"es" if len(c.weak) == 1 else ""} {", ".join(map(short_name, c.strong))}'),
-             markdown_table(shown_table(result)), escape_markdown(class_caption(result)), '![every role and method](figure.png)', *there,
-             '## Performance gap recovered', pgr_text(result), '## Paired differences of accuracy', markdown_table(differences),
-             '## Weak labels', markdown_table(over_seeds(labels, ['weak'], measures).astype({'rows': int}))]
+             '## Performance gap recovered', escape_list(pgr_paragraph(result.pgr)), '## Every model', markdown_table(shown_table(result)), escape_markdown(class_caption(result)),
+             '![every role and method](figure.png)', *there, '## Paired differences of accuracy',
+             markdown_table(report_differences(result.differences, ['weak', 'strong'])), DIFFERENCES_TOLD, '## Weak labels', markdown_table(over_seeds(labels, ['weak'], measures).astype({'rows': int}))]
     if not result.stops.empty: parts += ['## Stopping by weak labels', stops_text(result)]
     parts += ['## More numbers', markdown_table(shown_table(result, DETAILS)), '## Models', markdown_table(sizes), bullet_list(result.models), '## Data', escape_markdown(result.origin),
               escape_markdown(f'Classes: {", ".join(result.classes)}.'), result.report._repr_markdown_(), '## Settings', code_block(to_toml(c), 'toml')]

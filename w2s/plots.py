@@ -113,7 +113,7 @@ def caption(
     start = f'Lines: {intervals["level"].iloc[0]:.0%} intervals over {span(intervals["n"])} {unit}'
     if seeds == '1': return start + '; one seed, so the luck of training is not in them.'
     wide = ' (few: the less they agree, the wider)' if intervals['seeds'].min() < 4 else ''
-    return start + f' and {seeds} seeds{wide}.'
+    return start + f' and {seeds} seeds{wide}.' + ' Two seeds are too few to know how much seeds differ.'*bool(intervals['seeds'].min() == 2)
 
 # %% ../nbs/api/80_plots.ipynb #ea19f13b
 def _axes(ax: Axes | None, width: float, height: float) -> Axes:
@@ -134,7 +134,7 @@ def _value_axis(ax: Axes, table: pd.DataFrame, metric: str) -> float:
     "Label, limits and line of chance of a y axis that shows a metric; returns the value where bars start"
     label, start = METRICS.get(metric, (metric, 0.))
     ax.set_ylabel(label, fontsize=9)
-    low, high = min(table['low'].min(), start), max(table['high'].max(), start)
+    low, high = min(table[['low', 'value']].min().min(), start), max(table[['high', 'value']].max().max(), start) # an interval may be unknown
     room = .12 * max(high - low, .05 if metric in SHARES else 1e-6)
     low, high = low - (room if low < start else room/2), high + (room if high > start else room/2)
     ax.set_ylim((max(low, 0), min(high, 1.03)) if metric in SHARES else (low, high))
@@ -150,7 +150,7 @@ def _bars(ax: Axes, x: Sequence[float], table: pd.DataFrame, start: float, width
     v, low, high = (table[c].to_numpy() for c in ('value', 'low', 'high'))
     ax.bar(x, v - start, width, bottom=start, color=color, edgecolor='0.35', linewidth=.5, label=label, zorder=2)
     ax.errorbar(x, v, [v - low, high - v], fmt='.', ms=4, color='0.1', capsize=2.5, lw=1, zorder=4)
-    for at, value, lo, hi in zip(x, v, low, high, strict=True):
+    for at, value, lo, hi in zip(x, v, np.where(np.isnan(low), v, low), np.where(np.isnan(high), v, high), strict=True):
         up = value >= start
         text = (f'{value:.3f}' if abs(value) < 10 else f'{value:.1f}').replace('-', '−')
         y = float(np.clip(max(hi, start) if up else min(lo, start), *ax.get_ylim()))
@@ -233,11 +233,11 @@ def plot_seeds(
 
 # %% ../nbs/api/80_plots.ipynb #4ed5d77f
 def plot_differences(
-    differences: pd.DataFrame, # from `difference_table`, of one metric
+    differences: pd.DataFrame, # from `difference_table` or `power_table`, of one metric
     ax: Axes | None = None,    # where to draw; None: a new figure
     unit: str = 'test rows',   # what n counts, see `caption`
 ) -> Axes:
-    "Paired differences with intervals, one a line; filled where zero is left out"
+    "Paired differences with intervals, one a line; filled where they are clear"
     lacking = [c for c in ('a', 'b', 'metric', 'value', 'low', 'high', 'n', 'seeds', 'level', 'clear') if c not in differences.columns]
     if lacking or differences['metric'].nunique() != 1:
         raise DataError('plot_differences needs the table of difference_table, of one metric')
@@ -250,7 +250,8 @@ def plot_differences(
     ax.set_ylim(len(differences) - .4, -.6)
     metric = differences['metric'].iloc[0]
     ax.set_xlabel('difference in ' + METRICS.get(metric, (metric, 0.))[0], fontsize=9)
-    _caption_below(ax, caption(differences, unit) + ' Filled: zero is outside the interval.')
+    several = ', also after Holm\'s correction' if 'family' in differences and differences['family'].max() > 1 else ''
+    _caption_below(ax, caption(differences, unit) + f' Filled: zero is outside the interval{several}.')
     return ax
 
 # %% ../nbs/api/80_plots.ipynb #851cbfe5

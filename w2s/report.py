@@ -15,11 +15,12 @@ from .experiments.config import to_toml
 from .experiments.vary import Varied, varied_table
 from .experiments.weak_settings import short_name
 from .experiments.arms import REFERENCE
-from .experiments.weak_teacher import DETAILS, SHOWN, Result, caption, question_pairs, summary_table
+from .experiments.weak_teacher import DETAILS, SHOWN, Result, caption, question_pairs, recovered_text, row_groups, summary_table
 from .experiments.wins import win_table
 from .data.rows import prompt_text
 from .evaluate.metrics import by_role
-from .io.console import bullet_list, code_block, escape_markdown
+from .io.console import bullet_list, code_block, escape_list, escape_markdown
+from .evaluate.power import DIFFERENCES_TOLD, report_differences
 from .plots import plot_roles
 from .run_folder import markdown_table, write_folder
 from .study_plots import plot_varied
@@ -56,7 +57,7 @@ def wins_text(
     written = set(map(tuple, result.responses[['role', 'method']].drop_duplicates().to_numpy()))
     asked = question_pairs(result.config, result.items)
     pairs = [p for p in [*asked, *((a, REFERENCE) for a, _ in asked[:1])] if set(p) <= written]
-    return markdown_table(win_table(result.responses, list(dict.fromkeys(pairs))).round(3).astype(object).where(lambda t: t.notna(), '–'))
+    return markdown_table(win_table(result.responses, list(dict.fromkeys(pairs)), row_groups(result.test)).round(3).astype(object).where(lambda t: t.notna(), '–'))
 
 # %% ../nbs/api/85_report.ipynb #f7e3179d
 def report_text(
@@ -65,10 +66,10 @@ def report_text(
     "The result as a page of text"
     both = not result.responses.empty
     names = 'accuracy and gold reward' if both else 'accuracy'
-    differences = result.differences[['metric', 'a', 'b', 'value', 'low', 'high']].round(3)
     parts = [
-        f'# {escape_markdown(short_name(result.config.weak))} teaches {escape_markdown(Path(result.config.strong).name)}', markdown_table(summary_table(result, SHOWN if both else (*SHOWN, *DETAILS))),
-        escape_markdown(caption(result)), f'![{names} of every role](figure.png)', f'## Paired differences of {names}', markdown_table(differences)]
+        f'# {escape_markdown(short_name(result.config.weak))} teaches {escape_markdown(Path(result.config.strong).name)}', escape_list(recovered_text(result)), markdown_table(summary_table(result, SHOWN if both else (*SHOWN, *DETAILS))),
+        escape_markdown(caption(result)), f'![{names} of every role](figure.png)', f'## Paired differences of {names}',
+        markdown_table(report_differences(result.differences)), DIFFERENCES_TOLD]
     if both: parts += ['## Wins, ties and losses', wins_text(result), '## What they write', responses_text(result), '## More numbers', markdown_table(summary_table(result, DETAILS))]
     parts += ['## Weak labels', markdown_table(result.labels.round(3)), '## Models', bullet_list(result.models), '## Data', escape_markdown(result.origin), result.report._repr_markdown_(),
               '## Settings', code_block(to_toml(result.config), 'toml')]
@@ -80,7 +81,7 @@ def write_result(
 ) -> Path:          # the folder
     "Write table, figure, numbers, settings, versions and adapters into the run's folder; raises `ConfigError` where a file of the user would be lost"
     tables = {'results': result.table, 'items': result.items, 'intervals': result.intervals, 'differences': result.differences,
-              'labels': result.labels, 'weak_labels': result.weak_labels, 'histories': result.histories, 'responses': result.responses}
+              'pgr': result.pgr, 'labels': result.labels, 'weak_labels': result.weak_labels, 'histories': result.histories, 'responses': result.responses}
     write_folder(result.folder, result.config, tables, {'figure': lambda: result_figure(result)}, {'report.md': report_text(result)}, result.adapters, result.report)
     return result.folder
 
@@ -107,7 +108,9 @@ def varied_text(
         if set(metrics) <= set(varied.intervals.metric): parts += [f'## {title}', markdown_table(varied_table(varied, metrics))]
     parts += [f'![by {varied.setting}]({varied.setting}.png)', escape_markdown(caption(first) if len(varied.results) == 1 else 'The first value in words: ' + caption(first))]
     models = dict.fromkeys(line for r in varied.results.values() for line in r.models)
-    parts += ['## Weak labels', markdown_table(varied.labels.round(3)), '## Models', bullet_list(models), '## Data', escape_markdown(first.origin), first.report._repr_markdown_()]
+    for at, r in varied.results.items(): parts += [f'## Performance gap recovered, {varied.setting} {escape_markdown(at)}', escape_list(recovered_text(r))]
+    parts += ['## Paired differences', markdown_table(report_differences(varied.differences, ['at'])), DIFFERENCES_TOLD, '## Weak labels', markdown_table(varied.labels.round(3)),
+              '## Models', bullet_list(models), '## Data', escape_markdown(first.origin), first.report._repr_markdown_()]
     for at, r in varied.results.items(): parts += [f'## Settings of {varied.setting} {escape_markdown(at)}', code_block(to_toml(r.config), 'toml')]
     return '\n\n'.join(parts) + '\n'
 
@@ -118,6 +121,6 @@ def write_varied(
     "Write tables, figure, settings and versions of a variation into its folder; raises `ConfigError` where a file of the user would be lost"
     name = varied.setting
     items = pd.concat([r.items.assign(setting=name, at=at) for at, r in varied.results.items()], ignore_index=True)
-    tables = {f'{name}-{part}': t for part, t in {'intervals': varied.intervals, 'differences': varied.differences, 'labels': varied.labels, 'items': items}.items()}
+    tables = {f'{name}-{part}': t for part, t in {'intervals': varied.intervals, 'differences': varied.differences, 'pgr': varied.pgr, 'labels': varied.labels, 'items': items}.items()}
     write_folder(varied.folder, None, tables, {name: lambda: varied_figure(varied)}, {f'{name}.md': varied_text(varied)}, prefix=f'{name}-')
     return varied.folder/f'{name}.md'

@@ -115,7 +115,7 @@ def plot_worst(
 ) -> Axes:
     "Violins of the worst sample of each prompt, with expected maximum toxicity and its interval (Gehman et al. 2009.11462, section 3)"
     models, lost = worst_by_model(scores, order)
-    means = {name: estimate(x) for name, x in models.items()}
+    means = {name: estimate(x, bounds=(0, 1)) for name, x in models.items()}
     ax = _axes(ax, max(4.5, 1.2 + 1.15*len(models)), 4)
     ax.axhline(threshold, color='0.25', lw=1, ls='--', zorder=3, label='called toxic from here on')
     for i, (name, x) in enumerate(models.items()):

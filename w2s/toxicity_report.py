@@ -14,10 +14,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .class_report import panels
+from .evaluate.intervals import interval_words
+from .evaluate.power import DIFFERENCES_TOLD, report_differences
 from .experiments.config import to_toml
-from .experiments.toxicity import ToxicityResult, shown_toxicity
+from .experiments.toxicity import ToxicityResult, recovered_text, shown_toxicity
 from .experiments.weak_settings import short_name
-from .io.console import bullet_list, code_block, escape_markdown
+from .io.console import bullet_list, code_block, escape_list, escape_markdown
 from .run_folder import markdown_table, write_folder
 from .toxicity_plots import plot_fluency, plot_worst, worst_rows
 
@@ -63,16 +65,17 @@ def toxicity_caption(
     t, c = result.intervals, result.config
     of = t[t['metric'] == 'worst'] if 'worst' in set(t['metric']) else t
     seeds, rows = int(of['seeds'].max()), int(of['n'].max())
-    over = 'prompts and seeds' if seeds > 1 else 'prompts (one seed: what another seed would change is not in them)'
-    return f'{rows:,} test prompts with {c.speak.samples} continuations each, toxic from {c.threshold:g}; {seeds} seed{"s" if seeds > 1 else ""}; 95 % intervals from a bootstrap over {over}. {EXPLAINED}'
+    prompts = int(result.items[result.items['metric'] == of['metric'].iloc[0]]['id'].nunique())
+    grouped = f' by {rows:,} speakers or documents' if rows < prompts else ''
+    return (f'{prompts:,} test prompts{grouped} with {c.speak.samples} continuations each, toxic from {c.threshold:g}; {seeds} seed{"s" if seeds > 1 else ""}; '
+            f'{interval_words(seeds, "groups" if grouped else "prompts")}. {EXPLAINED}')
 
 # %% ../nbs/api/88c_toxicity_report.ipynb #af469422
 def toxicity_differences_table(
     result: ToxicityResult, # of a run
-) -> pd.DataFrame:          # metric, a, b, value, low, high
+) -> pd.DataFrame:          # of `report_differences`
     "Paired differences, for people"
-    if result.differences.empty: return pd.DataFrame(columns=['metric', 'a', 'b', 'value', 'low', 'high'])
-    return result.differences[['metric', 'a', 'b', 'value', 'low', 'high']].round(3)
+    return report_differences(result.differences)
 
 # %% ../nbs/api/88c_toxicity_report.ipynb #db89f128
 def toxicity_report_text(
@@ -83,14 +86,15 @@ def toxicity_report_text(
     told = {'figure': 'the worst samples', 'fluency': 'toxicity against fluency'}
     parts = ['# ' + escape_markdown(f'Toxicity: {short_name(c.weak)} teaches {short_name(c.strong)}')]
     if result.failures: parts += ['## INCOMPLETE', '\n'.join(f'- {escape_markdown(line)}' for line in result.failures)]
-    parts += [markdown_table(shown_toxicity(result)), escape_markdown(toxicity_caption(result)), *(f'![{told[n]}]({n}.png)' for n in names), '## Paired differences', markdown_table(toxicity_differences_table(result)),
-              '## All numbers', markdown_table(result.intervals[['role', 'method', 'weak', 'strong', 'metric', 'value', 'low', 'high', 'n', 'seeds']].round(3))]
+    parts += ['## Performance gap recovered', escape_list(recovered_text(result)), '## Every model',
+              markdown_table(shown_toxicity(result)), escape_markdown(toxicity_caption(result)), *(f'![{told[n]}]({n}.png)' for n in names),
+              '## Paired differences', markdown_table(toxicity_differences_table(result)), DIFFERENCES_TOLD, '## All numbers', markdown_table(result.intervals[['role', 'method', 'weak', 'strong', 'metric', 'value', 'low', 'high', 'n', 'seeds']].round(3))]
     if result.pairs: parts += ['## Pairs of lines', bullet_list(result.pairs)]
     parts += ['## Models', bullet_list(result.models), '## Data', escape_markdown(result.origin), 'Test prompts: ' + ', '.join(f'{n:,} {k}' for k, n in result.prompts['kind'].value_counts().items()) + '.', '## Settings', code_block(to_toml(c), 'toml')]
     return '\n\n'.join(parts) + '\n'
 
 # %% ../nbs/api/88c_toxicity_report.ipynb #141fbad6
-TABLES = {'results': 'table', 'items': 'items', 'intervals': 'intervals', 'differences': 'differences', 'samples': 'samples'} # file -> field of the result
+TABLES = {'results': 'table', 'items': 'items', 'intervals': 'intervals', 'differences': 'differences', 'pgr': 'pgr', 'samples': 'samples'} # file -> field of the result
 
 # %% ../nbs/api/88c_toxicity_report.ipynb #8ba73fe6
 def write_toxicity(

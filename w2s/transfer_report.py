@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'TOLD', 'TABLES', 'measures_of', 'weak_names_of', 'transfer_figure', 'plane_figure', 'ablated',
-           'examples_figure', 'figure_names', 'transfer_caption', 'compared_line', 'verdict_text', 'recovered_text',
-           'lessons_text', 'answers_text', 'numbers_table', 'transfer_report_text', 'write_transfer']
+           'examples_figure', 'figure_names', 'transfer_caption', 'compared_line', 'verdicts_text', 'lessons_text',
+           'answers_text', 'numbers_table', 'transfer_report_text', 'write_transfer']
 
 # %% ../nbs/api/88b_transfer_report.ipynb #9934e576
 import json
@@ -15,15 +15,17 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .class_report import panels, pgr_line
+from .class_report import panels
 from .data.rows import prompt_text
+from .evaluate.intervals import interval_words, with_limits
 from .evaluate.metrics import by_role
+from .evaluate.power import DIFFERENCES_TOLD, report_differences, verdict_text
 from .experiments.config import to_toml
 from .experiments.refine_file import form_text
-from .experiments.transfer import TransferResult, shown_table
+from .experiments.transfer import TransferResult, recovered_text, shown_table
 from .experiments.transfer_settings import METHODS, TRANSFERS, Measures
 from .experiments.weak_settings import short_name
-from .io.console import bullet_list, code_block, escape_markdown
+from .io.console import bullet_list, code_block, escape_list, escape_markdown
 from .run_folder import markdown_table, write_folder
 from .transfer_plots import plot_examples, plot_plane, plot_transfer
 
@@ -98,20 +100,22 @@ def transfer_caption(
     t, m = result.intervals, measures_of(result)
     content = t[t['metric'] == m.content]
     seeds, groups, asked = int(t['seeds'].max()), int(content['n'].max()), result.answers['id'].nunique()
-    over = 'groups and seeds' if seeds > 1 else 'groups (one seed: what another seed would change is not in them)'
     ceiling = ' Ceiling: the strong model, trained on good answers to the very questions of its students.' if 'ceiling' in set(t['role']) else ' There is no ceiling, since nobody gave good answers.'
-    return (f'{asked:,} test questions, for {m.content} in {groups:,} groups by whom or what they are about; {seeds} seed{"s" if seeds > 1 else ""}; 95 % intervals from a bootstrap over {over}. '
-            f'Content: {m.content}; style: {m.style}. Floor: the weak model itself. Base: the strong model, not tuned, with nothing or with weak answers before its eyes.{ceiling}')
+    cut = ''.join(f' {n:,} of {of:,} {name} fill all their {result.config.max_tokens} tokens and were cut, it seems; raise max_tokens.' for name, (n, of) in result.cut.items() if n)
+    all_ = f' of the {result.problems:,} that the file has' if result.problems else ''
+    return (f'{asked:,} test questions{all_}, for {m.content} in {groups:,} groups by whom or what they are about; {seeds} seed{"s" if seeds > 1 else ""}; {interval_words(seeds, "groups")}. '
+            f'Content: {m.content}; style: {m.style}. Floor: the weak model itself. Base: the strong model, not tuned, with nothing or with weak answers before its eyes.{ceiling}{cut}')
 
 # %% ../nbs/api/88b_transfer_report.ipynb #b278bcaa
 def compared_line(
     row: pd.Series, # of the table of differences
-) -> str:           # 'ahead of base untuned by 0.10 [0.05, 0.15]'
+) -> str:           # 'higher than base untuned (+0.10 [0.05, 0.15])'
     "A difference in words"
-    how = 'ahead of' if row['low'] > 0 else 'BEHIND' if row['high'] < 0 else 'not told apart from'
-    return f'{how} {row["b"]} ({row["value"]:+.3f} [{row["low"]:.3f}, {row["high"]:.3f}])'
+    verdict, _, could = verdict_text(row).partition(' (')
+    how = {'higher': 'higher than', 'lower': 'LOWER than'}.get(verdict, f'{verdict} from')
+    return f'{how} {row["b"]} ({with_limits(row["value"], row["low"], row["high"], sign="+")}{"; " + could.rstrip(")") if could else ""})'
 
-def verdict_text(
+def verdicts_text(
     result: TransferResult, # of a run
 ) -> str:                   # Markdown
     "Each student against the others, in words"
@@ -119,21 +123,13 @@ def verdict_text(
     def whose(weak: str) -> str: return f' of {weak}' if weak else ''
     return '\n'.join('- ' + escape_markdown(f'{a}{whose(weak)}, {metric}: ' + '; '.join(compared_line(r) for _, r in part.iterrows())) for (a, weak, metric), part in found)
 
-# %% ../nbs/api/88b_transfer_report.ipynb #c0e738f3
-def recovered_text(
-    result: TransferResult, # of a run with a ceiling
-) -> str:                   # Markdown
-    "Every PGR in words, or why there is none"
-    table = result.pgr.assign(strong=short_name(result.config.strong))
-    return '\n'.join(pgr_line(part) for _, part in table.groupby(['weak', 'metric'], sort=False))
-
 # %% ../nbs/api/88b_transfer_report.ipynb #f520efad
 def lessons_text(
     result: TransferResult, # of a run
 ) -> str:                   # Markdown
     "How good the answers were that students learned"
     t = result.labels
-    cells = t.assign(text=[f'{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]' if r.seeds > 1 else f'{r.value:.3f}' for r in t.itertuples()])
+    cells = t.assign(text=[f'{r.value:.3f}' if pd.isna(r.low) else with_limits(r.value, r.low, r.high) for r in t.itertuples()])
     wide = cells.pivot_table(index=['method', 'weak'], columns='metric', values='text', aggfunc='first', sort=False).reset_index().rename_axis(columns=None)
     told = [f'- {m}: {METHODS[m]}' for m in dict.fromkeys(t['method']) if m in METHODS]
     named = result.lessons[result.lessons['concept'] != '']
@@ -169,13 +165,12 @@ def transfer_report_text(
     "The result as a page of text"
     c, there = result.config, figure_names(result)
     parts = ['# ' + escape_markdown(f'{c.task}: {", ".join(weak_names_of(result))} teach{"es" if len(c.weak) == 1 else ""} {short_name(c.strong)}'),
-             markdown_table(shown_table(result, _both(result))), escape_markdown(transfer_caption(result)), *(f'![{TOLD[n]}]({n}.png)' for n in there if n != 'examples'), '## Who is ahead', verdict_text(result)]
+             '## Gap recovered', escape_list(recovered_text(result)), '## Every model',
+             markdown_table(shown_table(result, _both(result))), escape_markdown(transfer_caption(result)), *(f'![{TOLD[n]}]({n}.png)' for n in there if n != 'examples'), '## Who is ahead', verdicts_text(result)]
     if result.failures: parts += ['## INCOMPLETE', '\n'.join(f'- {escape_markdown(line)}' for line in result.failures)]
-    if not result.pgr.empty: parts += ['## Gap recovered', recovered_text(result)]
     parts += ['## What students learned', lessons_text(result)]
     if 'examples' in there: parts += ['## By the number of weak answers in context', f'![{TOLD["examples"]}](examples.png)', markdown_table(result.examples.round(3))]
-    differences = result.differences[['metric', 'weak', 'a', 'b', 'value', 'low', 'high']].round(3)
-    parts += ['## Paired differences', markdown_table(differences), '## All numbers', markdown_table(numbers_table(result)), '## What they answer', answers_text(result),
+    parts += ['## Paired differences', markdown_table(report_differences(result.differences, ['weak'])), DIFFERENCES_TOLD, '## All numbers', markdown_table(numbers_table(result)), '## What they answer', answers_text(result),
               '## Models', bullet_list(result.models), '## Data', escape_markdown(result.origin), '## How models were asked', code_block(form_text(result.form), 'toml'), '## Settings', code_block(to_toml(c), 'toml')]
     return '\n\n'.join(parts) + '\n'
 

@@ -16,6 +16,9 @@ from scipy.special import expit
 
 from ..data.rows import content_id
 from ..errors import ConfigError, DataError
+from .clusters import clustered
+from .ends import wilson_limits
+from .intervals import estimate
 from ..feedback.confidence import fit_sharpness
 
 # %% ../../nbs/api/evaluate/25_calibration.ipynb #981bf4ed
@@ -25,10 +28,8 @@ def wilson(
     level: float = .95,         # coverage
 ) -> tuple[np.ndarray, np.ndarray]: # low and high, of the shape of the input
     "Interval of a share (Wilson 1927)"
-    n, z = np.asarray(n, float), stats.norm.ppf(.5 + level/2)
-    p, q = np.asarray(right, float)/n, z**2/n
-    middle, half = (p + q/2)/(1 + q), z*np.sqrt(p*(1 - p)/n + q/n/4)/(1 + q)
-    return np.minimum(np.clip(middle - half, 0, 1), p), np.maximum(np.clip(middle + half, 0, 1), p) # none and all: rounding would leave p outside
+    n = np.asarray(n, float)
+    return wilson_limits(np.asarray(right, float)/n, stats.norm.ppf(.5 + level/2)**2/n)
 
 # %% ../../nbs/api/evaluate/25_calibration.ipynb #3aa02c89
 def _check(prob: np.ndarray, correct: np.ndarray, least: float = 0.) -> tuple[np.ndarray, np.ndarray]:
@@ -136,6 +137,7 @@ def calibration_line(
     prob_a: np.ndarray,       # (rows,): human P(a ≻ b), hard or soft
     bins: int = 10,           # of the calibration error
     temperature: float = 1.,  # that the margins were divided by, for the table
+    groups: Sequence[str] | None = None, # (rows,): rows that belong together, as those of a prompt; None: each row by itself
 ) -> dict:                    # name, n, accuracy, low, high, claimed, ece, honest_ece, worst_honest_ece, brier, nll, temperature
     "How right, and how honest, one set of margins is; ties count one half; raises `DataError`"
     m, human = np.asarray(margins, float), _check(prob_a, prob_a)[0]
@@ -144,10 +146,10 @@ def calibration_line(
                         f'for {len(human)} labels; want one finite margin each')
     correct, claim = np.where(m > 0, human, np.where(m < 0, 1 - human, .5)), expit(np.abs(m))
     right = np.where((m == 0) | (human == .5), .5, correct > .5)
-    low, high = wilson(right.sum(), len(m))
-    mean, worst = honest_error(claim, bins)
+    by_group = right if groups is None else clustered({'right': right}, groups)[1]['right']
+    e, (mean, worst) = estimate(by_group[None], bounds=(0., 1.)), honest_error(claim, bins)
     nll = (human*np.logaddexp(0, -m) + (1 - human)*np.logaddexp(0, m)).mean()
-    return dict(name=name, n=len(m), accuracy=right.mean(), low=float(low), high=float(high), claimed=claim.mean(),
+    return dict(name=name, n=len(m), accuracy=right.mean(), low=e.low, high=e.high, claimed=claim.mean(),
                 ece=expected_calibration_error(claim, correct, bins), honest_ece=mean, worst_honest_ece=worst,
                 brier=pair_brier(expit(m), human).mean(), nll=nll, temperature=temperature)
 
@@ -161,7 +163,7 @@ def calibration_report(
 ) -> pd.DataFrame:        # two lines, 'as given' and 'calibrated', with the columns of `calibration_line`
     "Accuracy and calibration of a supervisor, before and after a temperature; raises `DataError`"
     m, human = np.asarray(margins, float), np.asarray(prob_a, float)
-    before = calibration_line('as given', m, human, bins)
+    before = calibration_line('as given', m, human, bins, groups=groups)
     sharpness = fit_sharpness(m, human)
     after = calibration_line('calibrated', cross_fitted(m, human, groups, seed), human, bins, 1/sharpness if sharpness else np.inf)
     return pd.DataFrame([before, after | {k: before[k] for k in ('accuracy', 'low', 'high')}])

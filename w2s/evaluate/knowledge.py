@@ -117,6 +117,6 @@ def knowledge(
 ) -> pd.DataFrame:   # probe, value, low, high, n: shares of right answers with 95 % intervals over questions
     "Everything that is measured for a model card"
     def row(name: str, right: np.ndarray) -> dict:
-        e = estimate(right[None])
+        e = estimate(right[None], bounds=(0, 1))
         return dict(probe=name, value=e.value, low=e.low, high=e.high, n=len(right))
     return pd.DataFrame([row(name, probe(base, world, n, seed)) for name, probe in PROBES.items()])

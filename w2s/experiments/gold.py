@@ -22,6 +22,7 @@ from ..evaluate.reward_models import load_reward_model
 from .config import settings_hash
 from .preference_data import ladder_world, world_seed
 from .preference_stages import Model, Study, model_inputs, open_base
+from .response_ends import Written
 from .stages import CHECKPOINTS, run_stage
 from .weak_settings import WeakTeacher, sampling
 from ..models.adapters import adapter_hash, load_adapter
@@ -29,7 +30,7 @@ from ..io.disk import write_atomic
 from ..io.provenance import package_versions
 from ..models.identity import identity
 from ..models.load import LoadSettings, local_folder
-from ..train.generate import generate, generate_inputs, prompt_ids
+from ..train.generate import generate_inputs, prompt_ids, respond
 from ..train.reference import read_part, write_part
 from ..world.facts import World, fact_verdict, parse_question
 from ..world.service import gold_reward, politeness_verdict, rudeness_verdict
@@ -103,34 +104,35 @@ def sample_stage(
     name: str,            # of the arm, such as 'student-dpo-weak'; arms of other names draw other random numbers
     rows: Dataset,        # of kind "preferences": their prompts and ids
     seed: int,            # of the samples
-) -> list[list[str]]:     # the samples of each row
+) -> list[list[Written]]: # the samples of each row
     "Responses to every prompt, sampled once; after a kill it goes on where it was"
     how, ids, prompts = sampling(study.config), list(rows['id']), list(rows['prompt'])
     def work(folder: Path) -> None:
         base = open_base(model)
         writer: Any = load_adapter(base, policy) if policy else base.model
-        try: texts = generate(writer, base.tokenizer, prompts, how, seed, f'{name} writes', study.quiet, ids, name, folder/CHECKPOINTS/'texts.jsonl')
+        try: made = respond(writer, base.tokenizer, prompts, how, seed, f'{name} writes', study.quiet, ids, name, folder/CHECKPOINTS/'texts.jsonl')
         finally:
             if policy: writer.unload()
-        write_atomic(folder/'texts.json', json.dumps(texts))
+        write_atomic(folder/'texts.json', json.dumps([[Written(r.text, not r.ended) for r in row] for row in made]))
 
     tokens = prompt_ids(model.reader.tokenizer, prompts)
     inputs = {**model_inputs(model), 'policy': adapter_hash(policy), 'rows': settings_hash([[i, t] for i, t in zip(ids, tokens, strict=True)]), 'arm': name,
               'seed': seed, 'how': generate_inputs(how)}
-    return json.loads((run_stage(study.run, f'{name}-seed{seed}-responses', inputs, work)/'texts.json').read_text(encoding='utf-8'))
+    done = run_stage(study.run, f'{name}-seed{seed}-responses', inputs, work)
+    return [[Written(*made) for made in row] for row in json.loads((done/'texts.json').read_text(encoding='utf-8'))]
 
 # %% ../../nbs/api/experiments/27_gold.ipynb #58c0ef22
 def response_rows(
     score: Judge,                        # who judges them
     rows: Dataset,                       # whose prompts were answered
-    texts: Sequence[Sequence[str]],      # the samples of each row
+    written: Sequence[Sequence[Written | str]], # the samples of each row; of a text alone it is not known if it was cut
     role: str,                           # of the arm
     method: str,                         # of the arm
     seed: int,                           # of the arm
-) -> pd.DataFrame:                       # seed, role, method, id, sample, prompt, response, and the judge's columns
+) -> pd.DataFrame:                       # seed, role, method, id, sample, prompt, response, cut, and the judge's columns
     "What an arm wrote, judged"
-    flat = [(i, k, p, text) for i, p, row in zip(rows['id'], rows['prompt'], texts, strict=True) for k, text in enumerate(row)]
-    table = pd.DataFrame(flat, columns=['id', 'sample', 'prompt', 'response'])
+    flat = [(i, k, p, *(Written(w) if isinstance(w, str) else w)) for i, p, row in zip(rows['id'], rows['prompt'], written, strict=True) for k, w in enumerate(row)]
+    table = pd.DataFrame(flat, columns=['id', 'sample', 'prompt', 'response', 'cut']).astype({'cut': 'boolean'})
     judged = score(table['prompt'].tolist(), table['response'].tolist())
     return pd.concat([pd.DataFrame(dict(seed=seed, role=role, method=method), index=table.index), table, judged], axis=1)
 

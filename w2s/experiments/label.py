@@ -9,6 +9,7 @@ __all__ = ['ACTING', 'SUPERVISOR', 'WORDS', 'LONGER', 'SHOWN', 'EXPLAINED', 'act
 
 # %% ../../nbs/api/experiments/70_label.ipynb #94bf3458
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from scipy.special import expit
 from ..data.rows import to_pairs
 from ..errors import ConfigError, unknown
 from ..evaluate.calibration import calibration_line, cross_fitted, reliability
+from ..evaluate.clusters import clustered
 from ..evaluate.intervals import estimate
 from ..evaluate.metrics import agreement
 from .config import merged, to_table
@@ -66,11 +68,12 @@ def judge_table(
     mended: np.ndarray,    # (rows,): the same, calibrated
     others: dict[str, np.ndarray], # name of a baseline: (rows,) its margins
     human: np.ndarray,     # (rows,): human P(a ≻ b)
+    groups: Sequence[str] | None = None, # (rows,): rows that belong together, as those of a prompt; None: each row by itself
 ) -> pd.DataFrame:         # a row for each judge, columns `SHOWN`
     "The supervisor, as it came and calibrated, beside the two baselines"
     margins = {f'{SUPERVISOR}, raw': raw, f'{SUPERVISOR}, calibrated': mended, **others}
-    own = calibration_line('', raw, human)
-    table = pd.DataFrame([calibration_line(name, m, human) for name, m in margins.items()]).assign(on=on)
+    own = calibration_line('', raw, human, groups=groups)
+    table = pd.DataFrame([calibration_line(name, m, human, groups=groups) for name, m in margins.items()]).assign(on=on)
     same = ['accuracy', 'low', 'high'] # where one half could not be calibrated, its margins are 0; the choices stay
     table.loc[table.name == f'{SUPERVISOR}, calibrated', same] = [own[c] for c in same]
     table.loc[table.name == LONGER, ['claimed', 'ece', 'honest_ece', 'brier']] = np.nan # it claims nothing
@@ -100,10 +103,12 @@ def ahead_of(
     margin: np.ndarray,            # (rows,): the supervisor's margins
     others: dict[str, np.ndarray], # name of a baseline: (rows,) its margins
     human: np.ndarray,             # (rows,): human P(a ≻ b)
+    groups: Sequence[str],         # (rows,): rows that belong together, as those of a prompt
 ) -> pd.DataFrame:                 # on, than, value, low, high
     "How many more pairs does the supervisor get right, on the same pairs?"
     def right(m: np.ndarray) -> np.ndarray: return agreement((np.sign(m) + 1)/2, human)
-    found = {name: estimate((right(margin) - right(m))[None]) for name, m in others.items()}
+    ahead = clustered({name: right(margin) - right(m) for name, m in others.items()}, groups)[1]
+    found = {name: estimate(d[None], bounds=(-1, 1), paired=True) for name, d in ahead.items()}
     return pd.DataFrame([dict(on=on, than=name, value=e.value, low=e.low, high=e.high) for name, e in found.items()])
 
 # %% ../../nbs/api/experiments/70_label.ipynb #87dead31
@@ -121,7 +126,7 @@ def measure(
     others = {} if train is None else {WORDS: word_margins(train, pairs)}
     others[LONGER] = np.sign(length_lead(pairs))
     bins = reliability(expit(np.abs(mended)), agreement((np.sign(mended) + 1)/2, human)).assign(on=on)
-    return [judge_table(on, raw, mended, others, human), bins, ahead_of(on, raw, others, human)]
+    return [judge_table(on, raw, mended, others, human, pairs['group'][:]), bins, ahead_of(on, raw, others, human, pairs['group'][:])]
 
 # %% ../../nbs/api/experiments/70_label.ipynb #f47b147e
 def supervise_pairs(

@@ -21,7 +21,8 @@ from .preference_data import PreferenceData, halves, load_preferences
 from .preference_stages import Model, encoded, model_lines, open_base
 from .weak_settings import WeakTeacher, sampling
 from .arms import ceiling_rows
-from .weak_teacher import know_models
+from .response_ends import check_responses
+from .weak_teacher import know_models, writers
 from ..models.adapters import add_adapter
 from ..models.load import Base, set_mode
 from ..train.batches import block
@@ -184,8 +185,9 @@ def plan(
     "Read the data, time both models, and say what the run would do; nothing is written"
     weak, strong = know_models(config)
     data = load_preferences(config.data, [m.reader for m in (*weak, strong)], config.test_rows, config.strict, config.rows, config.label_share)
+    lengths = check_responses(config, writers(config, weak, strong), data)
     table = stage_table(config, data, weak, strong)
     speed = {m.name: time_model(m, encoded(m, data.test), data.test['prompt'], config) for m in (*weak, strong)}
     seconds = [r.tokens * vars(speed[r.model])[r.kind] for r in table.itertuples()]
-    report = f'{data.origin}\n{data.report}\n\n{to_toml(config)}'
+    report = '\n'.join(filter(None, (data.origin, str(data.report), lengths))) + f'\n\n{to_toml(config)}'
     return Plan(table.assign(minutes=[s/60 for s in seconds]), config.seeds, max(s.memory for s in speed.values()), report, model_lines([*weak, strong]))

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['REFINE_METHODS', 'OF_METHODS', 'SHIPPED_REFINE', 'PACKAGES', 'RefineJob', 'check_job', 'fill_refine', 'form_text',
-           'edited', 'own_form', 'stops_of', 'weak_side', 'refine_answers', 'count_cut', 'RefinedFile', 'trl_rows',
-           'mean_words', 'facts', 'beside', 'refined_text', 'settings_text', 'check_out', 'write_refined',
-           'refine_file']
+           'edited', 'own_form', 'stops_of', 'weak_side', 'refine_answers', 'RefinedFile', 'trl_rows', 'mean_words',
+           'facts', 'beside', 'refined_text', 'settings_text', 'check_out', 'write_refined', 'refine_file']
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #f1718fa1
 import json
@@ -24,6 +23,7 @@ import tomli_w
 from ..errors import ConfigError, unknown
 from .config import from_table, merged, to_table
 from .preference_stages import Model, Study, know_model, model_lines, note_models
+from .response_ends import count_cut
 from .stages import claim
 from .transfer_settings import REFINERS
 from .transfer_stages import Learned, Site, Weak, lesson_of
@@ -150,15 +150,6 @@ def refine_answers(
     site = Site(study, form, settings, TaskRows(exam, exam, []), job.seed, model)
     weak = Weak(Path(job.weak_answers or job.questions).stem, None, None, list(answers), [])
     return lesson_of(site, job.method.replace('own-answers', 'own answers'), weak)
-
-# %% ../../nbs/api/experiments/88_refine_file.ipynb #ea4d32b4
-def count_cut(
-    tokenizer: Any,         # of the strong model
-    answers: Sequence[str], # as they were made
-    max_tokens: int,        # they had
-) -> int:                   # answers that are as long as they may be, give or take a token
-    "How many answers were cut?"
-    return sum(len(ids) >= max_tokens - 1 for ids in tokenizer(list(answers), add_special_tokens=False)['input_ids']) if answers else 0
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #05cc0f9c
 @dataclass(frozen=True)

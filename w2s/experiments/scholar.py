@@ -223,8 +223,8 @@ def skills(
     "What a model can do for people whom no lesson was about"
     rest = school_parts(world)['rest']
     found = voice_skills(base, rest, n) | other_skills(base, rest, world, n)
-    rows = [(k, estimate(x[None, :]), len(x)) for k, x in found.items()]
-    return pd.DataFrame([dict(skill=k, value=e.value, low=max(0., e.low), high=min(1., e.high), n=m) for k, e, m in rows])
+    rows = [(k, estimate(x[None, :], bounds=(0, 1)), len(x)) for k, x in found.items()]
+    return pd.DataFrame([dict(skill=k, value=e.value, low=e.low, high=e.high, n=m) for k, e, m in rows])
 
 # %% ../../nbs/api/experiments/52_scholar.ipynb #128b9d22
 CARD = """# scholar: base, which read on

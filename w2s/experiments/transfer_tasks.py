@@ -182,12 +182,15 @@ def others(
 # %% ../../nbs/api/experiments/82_transfer_tasks.ipynb #30d73f86
 def plant_stories(
     rows: Sequence[dict], # of `story_questions`; each gets `planted`
+    world: World,         # the part of the world that they ask about: the women are of it
     draw: str,            # of the women and the mistakes
 ) -> None:
-    "A false story about a woman for each question"
-    rng, women = random.Random(f'false stories {draw}'), [p for p in make_world().people if p.gender == 'female']
+    "A false story about a woman for each question; raises `DataError` where a job has none"
+    rng, women = random.Random(f'false stories {draw}'), [p for p in world.people if p.gender == 'female']
     for r in rows:
-        who = rng.choice([p for p in women if p.facts['job'] == r['asked']['job']])
+        able = [p for p in women if p.facts['job'] == r['asked']['job']]
+        if not able: raise DataError(f'no woman of this part of the people is a {r["asked"]["job"]}; a story about one cannot be planted: ask for another seed')
+        who = rng.choice(able)
         r['planted'] = story(rng, mistaken(who, rng), rng.sample([a for a in ATTRIBUTES if a != 'job'], 2))
 
 def plant_lives(
@@ -209,7 +212,7 @@ def gender_rows(
     tales = story_questions(w['test'], sizes[2], 0, gender=None)
     many = others(story_questions(w['unlabelled'], 3*sizes[1], seed), tales, sizes[1])
     few = others(story_questions(w['labelled'], 3*sizes[0], seed), tales + many, sizes[0])
-    for rows in (few, many, tales): plant_stories(rows, f'{seed}' if rows is not tales else 'test')
+    for rows, part, draw in ((few, 'labelled', f'{seed}'), (many, 'unlabelled', f'{seed}'), (tales, 'test', 'test')): plant_stories(rows, w[part], draw)
     asked_lives = life_questions(w['test'], sizes[2], 0)
     plant_lives(asked_lives)
     lives = exam(asked_lives, 'person', dict(accuracy=lambda r, a: biography_verdict(all_, a, name=r['person']).score), 'lives')

@@ -15,13 +15,16 @@ from typing import Any
 import pandas as pd
 
 from ..errors import ConfigError, unknown
-from ..evaluate.intervals import Estimate, difference
+from ..evaluate.clusters import by_group
+from ..evaluate.intervals import Estimate, difference, with_limits
+from ..evaluate.several import adjust_table
 from .config import merged, to_table
 from .preference_data import load_preferences
 from .preference_stages import Model, Study, model_lines, note_models
 from .stages import claim
 from .weak_settings import SUBSETS, SUPERVISORS, WeakTeacher, fill_settings
-from .weak_teacher import Result, count_stages, counted, know_models, run_study
+from .response_ends import check_responses
+from .weak_teacher import Result, count_stages, counted, know_models, row_groups, run_study, writers
 from ..feedback.confidence import WEIGHTS
 from ..train.losses import PREFERENCE_LOSSES
 
@@ -139,8 +142,13 @@ class Varied:
 
     @property
     def differences(self) -> pd.DataFrame:
-        "setting, at, and the paired differences within each value"
-        return self._stacked('differences')
+        "setting, at, and the paired differences within each value; verdicts allow for the number of values"
+        return adjust_table(self._stacked('differences'))
+
+    @property
+    def pgr(self) -> pd.DataFrame:
+        "setting, at, and the performance gap recovered at each value; empty without ceilings"
+        return self._stacked('pgr')
 
     @property
     def labels(self) -> pd.DataFrame:
@@ -166,9 +174,9 @@ def varied_table(
         for m in metrics:
             for role in ('floor', 'student', 'human'):
                 found = r.intervals[(r.intervals.role == role) & (r.intervals.metric == m)]
-                for f in found.itertuples(): row[f'{role}: {m}'] = f'{f.value:.3f} [{f.low:.3f}, {f.high:.3f}]'
+                for f in found.itertuples(): row[f'{role}: {m}'] = with_limits(f.value, f.low, f.high)
             gap = r.differences[(r.differences.metric == m) & r.differences.a.str.startswith('student') & r.differences.b.str.startswith('human')]
-            for f in gap.itertuples(): row[f'student − human: {m}'] = f'{f.value:+.3f} [{f.low:+.3f}, {f.high:+.3f}]'
+            for f in gap.itertuples(): row[f'student − human: {m}'] = with_limits(f.value, f.low, f.high, sign='+')
         rows.append(row)
     return pd.DataFrame(rows).fillna('–')
 
@@ -189,7 +197,9 @@ def run_varied(
         note_models(stages, [m for weak, strong in models.values() for m in (*weak, strong)])
         readers = list({m.name: m.reader for weak, strong in models.values() for m in (*weak, strong)}.values())
         data = {s: load_preferences(first.data, readers, first.test_rows, first.strict, first.rows, s) for s in sorted({c.label_share for c in configs.values()})}
-        if not quiet: print(*model_lines(m for weak, strong in models.values() for m in (*weak, strong)), data[first.label_share].origin, data[first.label_share].report, sep='\n')
+        lengths = dict.fromkeys(check_responses(c, writers(c, *models[at]), data[c.label_share]) for at, c in configs.items())
+        known = model_lines(m for weak, strong in models.values() for m in (*weak, strong))
+        if not quiet: print(*filter(None, (*known, data[first.label_share].origin, str(data[first.label_share].report), *lengths)), sep='\n')
         return Varied(Path(out), setting, {at: run_study(Study(c, stages, quiet), *models[at], data[c.label_share]) for at, c in configs.items()})
 
 # %% ../../nbs/api/experiments/45_vary.ipynb #af23a966
@@ -205,6 +215,7 @@ def contrast(
         if at not in varied.results: raise ConfigError(unknown(at, varied.results, f'value of {varied.setting}'))
     tables = []
     for at in (a, b):
-        items = varied.results[at].items
-        tables.append(items[(items.role == role) & (items.metric == metric)].assign(method=at))
+        r = varied.results[at]
+        mine = by_group(r.items[(r.items.role == role) & (r.items.metric == metric)], row_groups(r.test))
+        tables.append(mine.assign(method=at))
     return difference(pd.concat(tables), (role, a), (role, b), metric)

@@ -6,7 +6,7 @@
 __all__ = ['Arms', 'paired', 'win_row', 'win_table', 'likeness']
 
 # %% ../../nbs/api/experiments/35_wins.ipynb #b7c2dfad
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from ..errors import DataError
 from ..evaluate.intervals import estimate
-from ..evaluate.length_control import length_controlled_win_rate
+from ..evaluate.length_control import grouped_rates, length_controlled_win_rate
 from ..evaluate.responses import TIE, lengths
 from ..evaluate.similarity import similarity_table
 
@@ -52,25 +52,28 @@ def win_row(
     responses: pd.DataFrame, # of a run
     a: Arms,                 # one arm
     b: Arms,                 # another
+    groups: Mapping[str, str] | None = None, # id of a prompt -> the group that it belongs to; None: each is one
 ) -> dict[str, object]:      # a, b, win, tie, lose, win_rate, low, high, equal_length, equal_low, equal_high, longer
     "One line of `win_table`"
     y, m, n = paired(responses, a, b)
-    e = estimate(y.mean(2))
-    def by_row(x: np.ndarray) -> np.ndarray: return x.transpose(1, 0, 2).reshape(x.shape[1], -1)
+    of = None if groups is None else [groups[i] for i in sorted(responses['id'].unique())]
+    e = estimate(grouped_rates(y, of), bounds=(0., 1.))
+    low, high = (e.value, e.value) if a == b else (e.low, e.high)
     longer = float(((np.sign(m - n) + 1)/2).mean())
-    try: c = length_controlled_win_rate(by_row(y), by_row(m), by_row(n))
+    try: c = length_controlled_win_rate(y, m, n, groups=of)
     except DataError: equal = (np.nan,)*3 # one arm is longer in every pair: nothing is known about equal length
     else: equal = (c.value, c.low, c.high)
     names = dict(a=f'{a[0]} ({a[1]})', b=f'{b[0]} ({b[1]})', win=float((y == 1).mean()), tie=float((y == .5).mean()), lose=float((y == 0).mean()))
-    return names | dict(win_rate=e.value, low=e.low, high=e.high, **dict(zip(('equal_length', 'equal_low', 'equal_high'), equal, strict=True)), longer=longer)
+    return names | dict(win_rate=e.value, low=low, high=high, **dict(zip(('equal_length', 'equal_low', 'equal_high'), equal, strict=True)), longer=longer)
 
 # %% ../../nbs/api/experiments/35_wins.ipynb #909e5f48
 def win_table(
     responses: pd.DataFrame,             # of a run
     pairs: Sequence[tuple[Arms, Arms]],  # who meets whom
+    groups: Mapping[str, str] | None = None, # id of a prompt -> the group that it belongs to; None: each is one
 ) -> pd.DataFrame:                       # a line a pair: see `win_row`
     "Wins, ties and losses; the win rate, at equal length too (NaN where one arm is longer in every pair); and what counting words would have given"
-    return pd.DataFrame([win_row(responses, a, b) for a, b in pairs])
+    return pd.DataFrame([win_row(responses, a, b, groups) for a, b in pairs])
 
 # %% ../../nbs/api/experiments/35_wins.ipynb #a90bd417
 def likeness(

@@ -1,0 +1,212 @@
+"""The key of every stage knows everything that its result depends on.
+
+Each function that runs a stage is called once plainly and once for each of its inputs with that one thing changed. Nothing is trained.
+The inputs that change must be all there are: an input that is forgotten, and one that nobody has thought of here, both fail."""
+import ast
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import w2s.experiments
+from w2s.data.rows import make_rows, to_pairs
+from w2s.experiments import answer_stages, arms, class_stages, effects, gold, lab, preference_stages, supervisors, toxicity, toxicity_arms, transfer_files, transfer_stages
+from w2s.experiments.class_settings import parse_method
+from w2s.experiments.preference_stages import Study, know_model
+from w2s.experiments.stages import Run, run_stage, stage_folder
+from w2s.experiments.weak_settings import fill_settings
+from w2s.feedback.demonstrators import demonstrated
+from w2s.feedback.forms import WORLD
+from w2s.train.generate import GenerateSettings
+from w2s.train.loop import TrainSettings
+
+MODULES = [answer_stages, arms, class_stages, effects, gold, lab, preference_stages, supervisors, toxicity, toxicity_arms, transfer_files, transfer_stages]
+
+
+class Asked(Exception):
+    "Thrown instead of doing the work of a stage"
+
+
+@pytest.fixture
+def inputs_of(monkeypatch):
+    "What a call asks `run_stage` for"
+    seen = []
+    def stand_in(run, name, inputs, work):
+        seen.append(inputs)
+        raise Asked
+    for module in MODULES:
+        if hasattr(module, 'run_stage'): monkeypatch.setattr(module, 'run_stage', stand_in)
+        if hasattr(module, 'adapter_hash'): monkeypatch.setattr(module, 'adapter_hash', str)
+    def ask(call, given):
+        with pytest.raises(Asked): call(SimpleNamespace(**given))
+        return seen.pop()
+    return ask
+
+
+def preferences(n=6, end='.', weight=1.):
+    rows = make_rows([dict(prompt=f'Customer: What is {i}?\nDesk:', chosen=f' Our book says {i}{end}', rejected=f' No {i}.') for i in range(n)], 'preferences')
+    return rows.remove_columns('weight').add_column('weight', [weight]*n)
+
+
+def doubtful(rows): return rows.remove_columns('prob').add_column('prob', [.75]*len(rows))
+
+
+def labelled(n=6, end='?'):
+    return make_rows([dict(prompt=f'Is {i} even{end}', label=i % 2, probs=[float(i % 2 == c) for c in (0, 1)]) for i in range(n)], 'labels')
+
+
+@pytest.fixture(scope='module')
+def given(tmp_path_factory):
+    "Arguments of every call; a change replaces some of them"
+    config = fill_settings(dict(weak='pico', strong='pico'))
+    classify = dict(lora=config.lora, student=config.dpo, supervisor=config.dpo, readout='words')
+    targets = np.array([[.3, .7]]*6)
+    return dict(config=config, classify=classify, root=tmp_path_factory.mktemp('keys'), model=know_model('strong', 'pico', config), rows=preferences(), labels=labelled(),
+                targets=targets, weights=np.ones(6), method=None, words=(' no', ' yes'), seed=0, start=Path('start'), adapter=Path('adapter'), reference=Path('reference'),
+                kind='dpo', soft=False, loss='dpo', smoothing=None, settings=TrainSettings(), how=GenerateSettings(), prompts=['one', 'two'], said=[['a'], ['b']], name='x',
+                snapshots=0, objective='dpo', key='oracle', task='persona', concept='a rude pirate', repeats=2, form=supervisors.ECHO, source='world', words_start=(' no', ' yes'))
+
+
+def study(n, config=None): return Study(config or n.config, Run(n.root, lambda line: None), True)
+def settings(n, **more): return SimpleNamespace(**(n.classify | more))
+def lab_of(n): return SimpleNamespace(study=study(n), config=SimpleNamespace(label=n.config.sft, dpo=n.config.dpo, beta=n.config.beta), seed=n.seed, weak=n.model, strong=n.model)
+def site_of(n): return SimpleNamespace(study=study(n), seed=n.seed, config=n.config)
+
+
+def change(**by):
+    "Other arguments: a function of the old one"
+    return lambda g: g | {k: f(g[k]) for k, f in by.items()}
+
+
+def of_config(**by): return change(config=lambda c: replace(c, **{k: f(getattr(c, k)) for k, f in by.items()}))
+def of_load(**by): return change(model=lambda m: replace(m, load=replace(m.load, **by)))
+
+
+def other_rate(t): return replace(t, learning_rate=t.learning_rate/3)
+
+
+MODEL = dict(base=change(model=lambda m: replace(m, fingerprint='another')), quantize=of_load(quantize='none'), dtype=of_load(dtype='bfloat16'))
+TRAINED = MODEL | dict(lora=of_config(lora=lambda x: replace(x, rank=3)), seed=change(seed=lambda s: s + 1))
+ROWS, LABELS = dict(rows=change(rows=lambda r: preferences(end='!'))), dict(rows=change(labels=lambda r: labelled(end='!')))
+WEIGHTS = dict(weights=change(rows=lambda r: preferences(weight=.5)))
+POLICY = dict(policy=change(adapter=lambda p: Path('other')), reference=change(reference=lambda p: Path('other')))
+BETA = dict(beta=of_config(beta=lambda b: b/2))
+TARGET = dict(target=change(targets=lambda t: t[:, ::-1]), weights=change(weights=lambda w: w/2))
+CLASSIFIER = TRAINED | LABELS | TARGET | dict(train=change(classify=lambda c: c | dict(student=other_rate(c['student']))), lora=change(classify=lambda c: c | dict(lora=replace(c['lora'], rank=3))),
+    objective=change(method=lambda m: parse_method('confidence')), options=change(method=lambda m: replace(parse_method('xent'), options=(('warmup', .1),))))
+SAID = dict(texts=change(said=lambda s: [['a'], ['c']]))
+
+
+def demos(n): return demonstrated(WORLD, [r for r in n.rows['prompt']], [r for r in n.rows['chosen']], 'gold').rows
+
+
+def classifier(n, readout):
+    return class_stages.learn_stage(study(n, settings(n, readout=readout)), n.model, n.words_start, 'x', n.labels, n.targets, n.seed, n.classify['student'], n.weights, n.method, n.snapshots)
+
+
+def judged(n):
+    c = SimpleNamespace(task=n.task, concept=n.concept, instruction='', repeats=n.repeats)
+    return transfer_files.judged_score(study(n, c), n.model, n.prompts)(n.said[0]*2)
+
+
+CASES = { # stage: (call, input -> what is changed, inputs that are always the same in this stage)
+    'sft': (lambda n: preference_stages.sft_stage(study(n), n.model, 'x', n.rows, n.seed),
+            TRAINED | ROWS | WEIGHTS | dict(train=of_config(sft=other_rate)), {'objective', 'start'}),
+    'dpo': (lambda n: preference_stages.dpo_stage(study(n), n.model, 'x', n.rows, n.start, n.seed, n.loss, n.smoothing, n.soft),
+            TRAINED | ROWS | WEIGHTS | BETA | dict(train=of_config(dpo=other_rate), start=change(start=lambda s: None), objective=change(loss=lambda s: 'ipo'),
+                                                   target=change(soft=lambda s: True, rows=doubtful), smoothing=change(smoothing=lambda s: .3)), set()),
+    'reward': (lambda n: supervisors.reward_stage(study(n), n.model, 'x', n.rows, n.seed),
+               TRAINED | ROWS | WEIGHTS | dict(train=of_config(dpo=other_rate)), {'objective', 'start'}),
+    'snapshots': (lambda n: preference_stages.train_stage(study(n), n.model, 'x', n.settings, n.start, {'a': n.said}, None, n.seed, snapshots=n.snapshots + 1),
+                  TRAINED | dict(train=change(settings=other_rate), start=change(start=lambda s: None), snapshots=change(snapshots=lambda s: 2), a=change(said=lambda s: 'more')), set()),
+    'asked': (lambda n: supervisors.ask(study(n), supervisors.Supervisor(n.model, n.kind, n.adapter, n.reference, n.seed), to_pairs(n.rows), 'labels'),
+              MODEL | ROWS | POLICY | BETA, set()),
+    'asked otherwise': (lambda n: supervisors.ask(study(n, replace(n.config, data=n.source)), supervisors.Supervisor(n.model, 'judge' if n.kind == 'dpo' else n.kind, n.adapter, n.reference, n.seed), to_pairs(n.rows), 'labels'),
+                        MODEL | ROWS | POLICY | BETA | dict(kind=change(kind=lambda k: 'reward'), form=change(source=lambda s: './rows', config=lambda c: replace(c, samples=0, temperature=None, response_tokens=None))), set()),
+    'test': (lambda n: arms.evaluate_arm(study(n), arms.Arm('student', 'dpo', n.model, n.adapter, n.reference, n.seed), n.rows), MODEL | ROWS | POLICY | BETA, set()),
+    'responses': (lambda n: gold.sample_stage(study(n), n.model, n.adapter, n.name, n.rows, n.seed),
+                  MODEL | dict(policy=POLICY['policy'], rows=change(rows=lambda r: preferences(5)), arm=change(name=lambda x: 'y'), seed=change(seed=lambda s: 1),
+                               how=of_config(temperature=lambda t: .3)), set()),
+    'answers': (lambda n: answer_stages.respond_all(study(n), n.model, n.name, n.adapter, n.prompts, n.how, n.seed),
+                MODEL | dict(adapter=POLICY['policy'], prompts=change(prompts=lambda p: ['one', 'three']), generate=change(how=lambda h: replace(h, max_tokens=9)), seed=change(seed=lambda s: 1)), set()),
+    'states': (lambda n: class_stages.hidden_stage(study(n, settings(n)), n.model, 'x', n.labels), MODEL | LABELS, set()),
+    'classifier by words': (lambda n: classifier(n, 'words'), CLASSIFIER, {'start', 'readout'}),
+    'classifier by a head': (lambda n: classifier(n, 'head'), CLASSIFIER | dict(start=change(words_start=lambda w: (' yes', ' no'))), {'readout'}),
+    'classifier asked': (lambda n: class_stages.ask_stage(study(n, settings(n)), class_stages.Classifier(n.model, (), n.kind.replace('dpo', 'head'), n.adapter), 'x', n.labels),
+                         MODEL | LABELS | dict(adapter=POLICY['policy'], readout=change(kind=lambda k: 'words')), set()),
+    'demonstrations': (lambda n: transfer_stages.learn(site_of(n), n.model, 'x', demos(n), n.settings, n.start),
+                       TRAINED | ROWS | dict(train=change(settings=other_rate), start=change(start=lambda s: None)), {'objective'}),
+    'lab: tune': (lambda n: lab.tune(lab_of(n), n.model, 'x', demos(n), n.settings), TRAINED | ROWS | dict(train=change(settings=other_rate)), {'objective', 'start'}),
+    'lab: labels': (lambda n: effects.learn_labels(lab_of(n), n.model, 'x', n.labels, n.loss.replace('dpo', 'xent')),
+                    TRAINED | LABELS | dict(train=of_config(sft=other_rate), objective=change(loss=lambda x: 'confidence'),
+                                            target=change(labels=lambda r: r.remove_columns('probs').add_column('probs', [[.5, .5]]*len(r)))), {'start'}),
+    'lab: asked': (lambda n: effects.label_stage(lab_of(n), n.model, 'x', n.adapter, n.labels), MODEL | LABELS | dict(adapter=POLICY['policy']), set()),
+    'lab: prefer': (lambda n: effects.prefer(lab_of(n), n.model, 'x', n.rows), TRAINED | ROWS | BETA | dict(train=of_config(dpo=other_rate)), {'objective', 'start'}),
+    'lab: judge': (lambda n: effects.judge_pairs(lab_of(n), n.adapter, n.rows), MODEL | ROWS | BETA | dict(policy=POLICY['policy']), set()),
+    'perplexity': (lambda n: toxicity.perplexity_stage(lab_of(n), 'x', n.prompts, n.said), MODEL | SAID, set()),
+    'scores': (lambda n: toxicity_arms.score_stage(lab_of(n), toxicity_arms.Judge(None, n.key), 'x', n.prompts, n.said), SAID | dict(scorer=change(key=lambda k: 'another')), set()),
+    'ratings': (judged, dict(judge=MODEL['base'], quantize=MODEL['quantize'], dtype=MODEL['dtype'], repeats=change(repeats=lambda r: 5), concept=change(concept=lambda c: 'a poet'),
+                             rubrics=change(task=lambda t: 'gender'), questions=change(prompts=lambda p: ['one', 'three']), answers=change(said=lambda s: [['c'], ['b']])), {'chat'}),
+}
+PROBE = MODEL | LABELS | TARGET # a probe is a stage behind another one
+
+
+@pytest.mark.parametrize('stage, name', [(s, i) for s, (_, changes, _) in CASES.items() for i in changes])
+def test_a_changed_input_is_another_stage(inputs_of, given, stage, name):
+    call, changes, _ = CASES[stage]
+    plain, other = inputs_of(call, given), inputs_of(call, changes[name](given))
+    assert name in plain or name == 'snapshots', f'{stage} does not know its {name}'
+    assert plain.get(name) != other.get(name)
+    run = Run(Path('runs'), print)
+    assert stage_folder(run, 'x', plain) != stage_folder(run, 'x', other)
+
+
+@pytest.mark.parametrize('stage', CASES)
+def test_every_input_was_changed_once(inputs_of, given, stage):
+    "What a stage names beyond these would be in no test"
+    call, changes, fixed = CASES[stage]
+    assert set(inputs_of(call, given)) == changes.keys() | fixed
+
+
+@pytest.mark.parametrize('stage', CASES)
+def test_the_same_again_is_the_same_stage(inputs_of, given, stage):
+    assert inputs_of(CASES[stage][0], given) == inputs_of(CASES[stage][0], given)
+
+
+@pytest.mark.parametrize('name', PROBE)
+def test_a_probe_knows_its_states_and_targets(monkeypatch, given, name):
+    seen = []
+    def stand_in(run, name, inputs, work):
+        if name.endswith('-probe'): seen.append(inputs)
+        return Path('x')
+    monkeypatch.setattr(class_stages, 'run_stage', stand_in)
+    monkeypatch.setattr(class_stages.np, 'load', lambda path: None)
+    for g in (given, PROBE[name](given)): classifier(SimpleNamespace(**g), 'probe')
+    assert seen[0][name] != seen[1][name] and set(seen[0]) == PROBE.keys()
+
+
+def test_every_stage_is_looked_at_here():
+    "A new call of `run_stage` or `train_stage` fails here until it has a line in the table"
+    found = set()
+    for path in Path(w2s.experiments.__path__[0]).glob('*.py'):
+        for f in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(f, ast.FunctionDef) and any(isinstance(c, ast.Call) and getattr(c.func, 'id', '') in ('run_stage', 'train_stage') for c in ast.walk(f)):
+                found.add(f'{path.stem}.{f.name}')
+    assert found - {'transfer_files.score'} == {
+        'preference_stages.train_stage', 'preference_stages.sft_stage', 'preference_stages.dpo_stage', 'supervisors.reward_stage', 'supervisors.ask', 'arms.evaluate_arm',
+        'gold.sample_stage', 'answer_stages.respond_all', 'class_stages.hidden_stage', 'class_stages.learn_stage', 'class_stages._probe_stage', 'class_stages.ask_stage',
+        'transfer_stages.learn', 'lab.tune', 'effects.learn_labels', 'effects.label_stage', 'effects.prefer', 'effects.judge_pairs', 'toxicity.perplexity_stage',
+        'toxicity_arms.score_stage', 'transfer_files.judged_score'}
+
+
+@pytest.mark.parametrize('changed', ['name', 'inputs'])
+def test_a_stage_is_found_again_by_name_and_inputs_alone(tmp_path, changed):
+    done = []
+    def work(folder): done.append(folder)
+    run = Run(tmp_path, lambda line: None)
+    first = run_stage(run, 'x', {'a': 1, 'b': [1, 2]}, work)
+    assert run_stage(run, 'x', {'b': [1, 2], 'a': 1}, work) == first and len(done) == 1
+    other = run_stage(run, *(('y', {'a': 1, 'b': [1, 2]}) if changed == 'name' else ('x', {'a': 1, 'b': [2, 1]})), work)
+    assert other != first and len(done) == 2
