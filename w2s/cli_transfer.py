@@ -91,6 +91,7 @@ def dry_text(
     from w2s.experiments.config import to_table, to_toml
     from w2s.experiments.preference_stages import Study, know_model
     from w2s.experiments.stages import Run
+    from w2s.experiments.transfer import origin_of
     from w2s.experiments.transfer_files import read_asked, table_rows
     from w2s.experiments.transfer_settings import transfer_models
     from w2s.experiments.transfer_tasks import world_rows
@@ -102,7 +103,7 @@ def dry_text(
     if c.data == 'world': rows, origin = world_rows(c.task, 0, (c.gold_rows, c.rows, c.test_rows), c.trial), 'Questions of the embedded world.'
     else:
         table = read_asked(c)
-        rows, origin = table_rows(Study(c, Run(Path()), True), table, judge, 0), f'{len(table.questions):,} questions of {c.data}' + (f'; {table.note}.' if table.note else '.')
+        rows, origin = [table_rows(Study(c, Run(Path()), True), table, judge, seed) for seed in range(c.seeds)][0], f'{origin_of(c, table)}\n{table.report}\n'
     work = count_trainings(c, rows.asked.gold is not None, rows.school is not None)
     parts = ' and '.join(f'{len(e.questions):,} {e.name}'.strip() for e in rows.tests)
     few = f'For the weak model: {len(rows.taught.questions):,}, for' if c.demonstrator in ('tuned', 'prompted') else 'For'
@@ -117,8 +118,10 @@ def transfer_command(
     form: Annotated[str | None, Flag(help='of explanation: analogy, or digits: decisions of an image classifier (default: analogy)')] = None,
     level: Annotated[str | None, Flag(help='of maths: gsm8k or math (default: gsm8k)')] = None,
     data: Annotated[str | None, Flag(help='questions of your own: a CSV, JSONL or Parquet file; maths: a file or folder as GSM8K is published (default: world)')] = None,
-    question: Annotated[str | None, Flag(help='column of the questions (default: recognised)')] = None,
+    question: Annotated[str | None, Flag(help='column of the questions, or columns with commas between them, the question last (default: recognised, with what belongs to it)')] = None,
     answer: Annotated[str | None, Flag(help='column of good answers, for a tuned weak model and for the ceiling (default: recognised, if there is one)')] = None,
+    leave_out: Annotated[str | None, Flag(help='columns that are not to be read, with commas between them; a long one that is not read stops the run otherwise (default: none)')] = None,
+    split: Annotated[str | None, Flag(help='of maths: which file of a folder is which split, as in train=a.jsonl,test=b.jsonl (default: by their names)')] = None,
     weak: Annotated[str | None, Flag(help='weak models, with commas between them: pico, nano, micro or base (they come with w2s), folders, or names on the hub (default: pico; gender and digits in the world: none, mistakes are planted)')] = None,
     strong: Annotated[str | None, Flag(help='strong model, likewise (default: scholar)')] = None,
     via: Annotated[str | None, Flag(help='model in between, for --method bootstrap (default: none)')] = None,
@@ -154,7 +157,7 @@ def transfer_command(
     "Weak-to-strong by demonstrations: weak answers, refined ones, a student of each, the ceiling and the un-tuned model"
     steps = {'learning_rate': lr, 'epochs': epochs, 'batch_size': batch_size}
     methods = None if method is None else method.replace('own-answers', 'own answers')
-    flags = {'data': data, 'question': question, 'answer': answer, 'weak': weak, 'strong': strong, 'via': via, 'demonstrator': demonstrator, 'answers': answers,
+    flags = {'data': data, 'question': question, 'answer': answer, 'leave_out': leave_out, 'split': split, 'weak': weak, 'strong': strong, 'via': via, 'demonstrator': demonstrator, 'answers': answers,
              'instruction': instruction, 'concept': concept, 'methods': methods, 'examples': examples, 'choice': choice, 'batch': batch, 'ablation': numbers(ablation, 'ablation'),
              'samples': samples, 'temperature': temperature, 'auxiliary': auxiliary, 'gold_rows': gold_rows, 'rows': rows, 'test_rows': test_rows, 'seeds': seeds,
              'max_tokens': max_tokens, 'max_length': max_length, 'judge': judge, 'repeats': repeats, 'load.quantize': quantize, 'load.dtype': dtype,

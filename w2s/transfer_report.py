@@ -178,7 +178,7 @@ def transfer_report_text(
     if 'examples' in there: parts += ['## By the number of weak answers in context', f'![{TOLD["examples"]}](examples.png)', markdown_table(result.examples.round(3))]
     differences = result.differences[['metric', 'weak', 'a', 'b', 'value', 'low', 'high']].round(3)
     parts += ['## Paired differences', markdown_table(differences), '## All numbers', markdown_table(numbers_table(result)), '## What they answer', answers_text(result),
-              '## Data', result.origin, '## How models were asked', f'```toml\n{form_text(result.form)}```', '## Settings', f'```toml\n{to_toml(c)}```']
+              '## Data', result.origin, *([result.report._repr_markdown_()] if result.report.rows_in else []), '## How models were asked', f'```toml\n{form_text(result.form)}```', '## Settings', f'```toml\n{to_toml(c)}```']
     return '\n\n'.join(parts) + '\n'
 
 # %% ../nbs/api/88b_transfer_report.ipynb #6fdb0fdf

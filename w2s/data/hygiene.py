@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'ACTIONS', 'GONE', 'REFUSALS', 'REPEATED', 'IN_ANOTHER', 'Choice', 'Parted', 'DataReport', 'short_key',
-           'file_rows', 'rows_said', 'row_dicts', 'reader_report', 'group_keys', 'part_splits', 'clean_text']
+           'file_rows', 'rows_said', 'row_dicts', 'reader_report', 'merge_reports', 'group_keys', 'part_splits',
+           'clean_text']
 
 # %% ../../nbs/api/data/40_hygiene.ipynb #72875103
 import re
@@ -250,6 +251,14 @@ def reader_report(
     for c in columns:
         for what, hit in c.changed.items(): report = report.add(what, c.split, len(hit), c.rows, 'changed', rows_said(hit))
     return report
+
+# %% ../../nbs/api/data/40_hygiene.ipynb #f87bcce2
+def merge_reports(
+    *reports: DataReport, # of different splits
+) -> DataReport:
+    "Several reports as one"
+    lines = [r for report in reports for r in report.table.to_dict('records')]
+    return DataReport(pd.DataFrame(lines, columns=list(COLUMNS)), {k: n for r in reports for k, n in r.rows_in.items()}, tuple(c for r in reports for c in r.columns))
 
 # %% ../../nbs/api/data/40_hygiene.ipynb #69888761
 def group_keys(

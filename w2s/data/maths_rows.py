@@ -16,8 +16,8 @@ from pathlib import Path
 from datasets import Dataset
 
 # %% ../../nbs/api/data/60_maths_rows.ipynb #6b420d4d
-from .columns import ColumnsRead, check_leave_out, columns_read, readable_columns, sample_cells
-from .prompts import UNREADABLE, PromptColumns, as_text, beside_columns, drop_held, find_columns, has_turns, join_prompt
+from .columns import ColumnsRead, check_leave_out, column_names, columns_read, readable_columns, sample_cells
+from .prompts import UNREADABLE, PromptColumns, as_text, drop_held, find_columns, has_turns, join_prompt, named_columns
 from .readers import MISSING, FileRead, Refused
 from .rows import make_rows
 from .sources import _named, _table_files, source_tables, split_of
@@ -149,9 +149,10 @@ def _maths_columns(
     answer: str = '',       # likewise
 ) -> tuple[PromptColumns, str]: # the columns of question and answer
     "The columns that hold questions, what they are about, and answers; raises `DataError`"
-    if lost := [c for c in (question, answer) if c and c not in have]: raise DataError(f'{where}: has no column "{lost[0]}"; it has {", ".join(have)}')
-    q, a = question or next(iter(find_columns(QUESTION_NAMES, have)), ''), answer or next(iter(find_columns(ANSWER_NAMES, have)), '')
-    if q and a: return beside_columns(have, q, (a,)), a
+    names = [*column_names(question)] or find_columns(QUESTION_NAMES, have)[:1]
+    if lost := [c for c in (*names, answer) if c and c not in have]: raise DataError(f'{where}: has no column "{lost[0]}"; it has {", ".join(have)}')
+    a = answer or next(iter(find_columns(ANSWER_NAMES, have)), '')
+    if names and a: return named_columns(names, have, (a,)), a
     raise DataError(f'{where}: no maths questions. Columns found: {", ".join(have)}; '
                     f'wanted: {" or ".join(QUESTION_NAMES)}, and {" or ".join(ANSWER_NAMES)}; others can be named, as in --question {have[0] if have else "COLUMN"} --answer COLUMN')
 
@@ -175,7 +176,7 @@ def maths_rows_of(
     "Read a table of maths questions; raises `DataError` where it holds none, and for a long column that is not read"
     columns, answer = _maths_columns(readable_columns(raw, leave_out), where, question, answer)
     columns = drop_held(columns, sample_cells(raw.data, columns.names))
-    record = columns_read(raw, dict(question=columns.names, answer=(answer,)), where, ['question'], '--question {}', leave_out, split)
+    record = columns_read(raw, dict(question=columns.names, answer=(answer,)), where, ['question'], f'--question {{}},{columns.main}', leave_out, split)
     data = raw.data.with_format(None).select_columns([*columns.names, answer])[:]
     answers = [None if x is None else str(x) for x in data[answer]]
     form, found, refused = maths_form(answers), dict[int, tuple[dict, str]](), list[Refused]()

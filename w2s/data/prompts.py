@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'PARSED', 'SPEAKERS', 'UNREADABLE', 'TWO_SYSTEMS', 'PromptColumns', 'find_columns', 'beside_columns',
-           'prompt_columns', 'drop_held', 'plain_messages', 'looks_like_messages', 'parse_messages',
+           'named_columns', 'prompt_columns', 'drop_held', 'plain_messages', 'looks_like_messages', 'parse_messages',
            'are_written_messages', 'written_columns', 'read_back', 'dialogue_text', 'one_text', 'as_text',
            'plain_cells', 'turns_of', 'join_prompt', 'has_turns']
 
@@ -55,6 +55,15 @@ def beside_columns(
     below = find_columns(BELOW if main.lower() == 'instruction' else BELOW[:1], free)
     above = [c for c in find_columns(ABOVE, free) if c not in below]
     return PromptColumns(main, system, history, tuple(above), tuple(below))
+
+def named_columns(
+    names: Sequence[str],      # columns of a question as the user names them; the last one is the question itself
+    have: Sequence[str],       # columns of the table
+    taken: Iterable[str] = (), # columns that are something else
+) -> PromptColumns:            # what belongs to a question by its name is there, too
+    "A prompt of columns that the user names"
+    beside = beside_columns(have, names[-1], (*names, *taken))
+    return replace(beside, above=(*names[:-1], *beside.above))
 
 def prompt_columns(
     have: Sequence[str],       # columns of a table

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['Made', 'weak_arms', 'make_seed', 'label_items', 'answer_table', 'lesson_table', 'compared', 'recovered',
-           'example_table', 'TransferResult', 'shown_table', 'answering', 'run', 'result_of']
+           'example_table', 'TransferResult', 'shown_table', 'answering', 'origin_of', 'run', 'result_of']
 
 # %% ../../nbs/api/experiments/86_transfer.ipynb #d5c8d15b
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
 # %% ../../nbs/api/experiments/86_transfer.ipynb #4e202bef
+from ..data.hygiene import DataReport
 from ..errors import DataError
 from ..evaluate.intervals import difference_table, interval_table
 from ..evaluate.metrics import metric_rows, summarise
@@ -158,6 +159,7 @@ class TransferResult:
     lessons: pd.DataFrame      # of `lesson_table`
     failures: list[str]        # what could not be scored
     adapters: dict[str, Path]  # folders of what was trained, by a name for people
+    report: DataReport = field(default_factory=DataReport) # which columns of a file were read as what, and what was left out
 
     def _repr_html_(self) -> str: return shown_table(self).to_html(index=False)
     def __repr__(self) -> str: return '\n'.join([shown_table(self).to_string(index=False), *self.failures])
@@ -182,6 +184,14 @@ def answering(
     "How models answer: the likeliest words"
     return GenerateSettings(config.max_tokens, 0., stop=stops(form), token_budget=16384)
 
+# %% ../../nbs/api/experiments/86_transfer.ipynb #8878dae0
+def origin_of(
+    config: Transfer,     # of the run
+    table: Table | None,  # questions of one's own; None: the world
+) -> str:                 # a sentence
+    "Where the questions come from"
+    return 'Questions of the embedded world.' if table is None else f'{len(table.questions):,} questions of {Path(config.data).name}.'
+
 # %% ../../nbs/api/experiments/86_transfer.ipynb #fbf66f07
 def run(
     config: Transfer | None = None,     # what to compare; None: a persona in the embedded world
@@ -194,6 +204,9 @@ def run(
     models: dict[str, Model | None] = {n: know_model(short_name(n), str(model_folder(n)), c) for n in names}
     judge = know_model('judge', str(model_folder(c.judge)), c) if c.judge else None
     table = None if c.data == 'world' else read_asked(c)
+    if table is not None:
+        if not quiet: print(f'{origin_of(c, table)}\n{table.report}')
+        for seed in range(c.seeds): table_rows(Study(c, Run(Path(out)), quiet), table, judge, seed) # what cannot be parted is refused before any work
     held = lock(Path(out))
     try: return result_of(Study(c, Run(Path(out), (lambda line: None) if quiet else print), quiet), {**dict.fromkeys(c.weak), **models}, judge, table)
     finally: held.release()
@@ -219,6 +232,6 @@ def result_of(
     measures = TRANSFERS[c.task]
     intervals, labels = (interval_table(t) if judge else within_range(interval_table(t)) for t in (items, label_items(made, task))) # ratings are no shares
     adapters = {'-'.join(filter(None, (a.role, a.method.replace(' ', '-'), a.weak, f'seed{a.seed}'))): a.adapter for a in arms if a.adapter}
-    origin = 'Questions of the embedded world.' if table is None else f'Questions of {c.data}. {table.note}'.strip()
-    return TransferResult(study.run.root, c, origin, form, items, summarise(items), intervals, labels, compared(items, list(dict.fromkeys([measures.content, measures.style]))),
-                          recovered(items, measures.content), example_table(intervals, c.examples), answer_table(made), lesson_table(made), failures, adapters)
+    return TransferResult(study.run.root, c, origin_of(c, table), form, items, summarise(items), intervals, labels, compared(items, list(dict.fromkeys([measures.content, measures.style]))),
+                          recovered(items, measures.content), example_table(intervals, c.examples), answer_table(made), lesson_table(made), failures, adapters,
+                          DataReport() if table is None else table.report)

@@ -8,15 +8,17 @@ __all__ = ['RATINGS', 'Table', 'read_asked', 'read_maths', 'parted', 'numbers_sc
 # %% ../../nbs/api/experiments/83_transfer_files.ipynb #514b9f0f
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 # %% ../../nbs/api/experiments/83_transfer_files.ipynb #6d8dcf75
-from ..data.maths_rows import read_gsm8k
+from ..data.hygiene import GONE, DataReport, file_rows, merge_reports, reader_report, rows_said
+from ..data.maths_rows import MATHS_REASONS, read_gsm8k
+from ..data.questions import TWICE, QuestionsRead, answers_to, open_tables, questions_from
 from ..data.rows import group_key
-from ..data.tables import read_table
+from ..data.sources import SPLITS, named_pairs
 from ..errors import DataError
 from ..evaluate.maths import maths_scores, working_scores
 from ..evaluate.ratings import ANALOGY, BIOGRAPHY, PERSONA, RATED, STORY, Rubric, ask_model, as_scores, rate_by
@@ -24,7 +26,6 @@ from .preference_stages import Model, Study, open_base
 from .stages import run_stage
 from .transfer_settings import Transfer
 from .transfer_tasks import Exam, Score, TaskRows, bare
-from ..feedback.demonstrators import ANSWERS, column_of, read_questions
 
 # %% ../../nbs/api/experiments/83_transfer_files.ipynb #b50edf94
 @dataclass(frozen=True)
@@ -34,35 +35,48 @@ class Table:
     gold: list[str] | None       # a good answer to each; None: the file has none
     numbers: list[str] | None = None # the right number of each, in maths
     test: list[int] | None = None    # numbers of the rows that are published as the test; None: no such split
-    note: str = ''               # what was left out, in a line
+    report: DataReport = field(default_factory=DataReport) # which columns were read as what, and what was left out
+    weak: QuestionsRead | None = None # weak answers of a file; None: a model gives them
 
-# %% ../../nbs/api/experiments/83_transfer_files.ipynb #5f79ec2a
+    @property
+    def note(self) -> str:
+        "What was read and left out, in lines"
+        return str(self.report)
+
+# %% ../../nbs/api/experiments/83_transfer_files.ipynb #497f2f1a
 def read_asked(
     c: Transfer, # of the experiment, with data of its own
 ) -> Table:
-    "Questions, and good answers where the file has them; raises `DataError`"
-    if c.task in ('gsm8k', 'math'): return read_maths(c.data)
-    asked = read_questions(c.data, c.question)
-    table = read_table(c.data)
-    column = c.answer or next((n for n in ANSWERS if n in table.column_names), '')
-    if not column: return Table(asked, None)
-    gold = list(table[column_of(table, ANSWERS, c.data, column)])
-    for row, a in enumerate(gold, 1):
-        if not isinstance(a, str) or not a.strip(): raise DataError(f'{c.data}, row {row}: the good answer is {a!r}; a text is needed (or a table without a column {column})')
-    return Table(asked, gold)
+    "Questions, good answers where the file has them, and weak answers where they are in a file; raises `DataError`"
+    if c.task in ('gsm8k', 'math'): table = read_maths(c.data, c.question, c.answer, c.leave_out, c.split)
+    else:
+        raw = open_tables(c.leave_out, *filter(None, (c.data, c.answers)))[0]
+        read = questions_from(raw, c.data, c.question, c.answer, leave_out=c.leave_out)
+        table = Table(read.questions, read.answers, report=read.report)
+    if not c.answers: return table
+    weak = questions_from(open_tables((), c.answers)[0], c.answers, c.question, answers='needed', empty=True, leave_out=c.leave_out, split='weak answers')
+    return replace(table, weak=weak, report=merge_reports(table.report, weak.report))
 
-# %% ../../nbs/api/experiments/83_transfer_files.ipynb #49947ac1
+# %% ../../nbs/api/experiments/83_transfer_files.ipynb #90d142b4
 def read_maths(
-    data: str, # file or folder in GSM8K's form, or MATH's
+    data: str,                      # file or folder in GSM8K's form, or MATH's
+    question: str = '',             # column of the questions; '': recognised
+    answer: str = '',               # column of the answers; '': recognised
+    leave_out: Sequence[str] = (),  # columns that are not to be read
+    split: Sequence[str] = (),      # which file is which split, as in ('train=a.jsonl', 'test=b.jsonl'); (): by their names
 ) -> Table:
     "Maths questions; a split called test stays the test; raises `DataError`"
-    read = read_gsm8k(data)
-    rows = [(k, r) for k, d in read.splits.items() for r in d.to_list()]
-    first = {bare(r['prompt']): i for i, (_, r) in reversed(list(enumerate(rows)))}
-    kept = [rows[i] for i in sorted(first.values())]
+    read = read_gsm8k(data, named_pairs(split, '--split', SPLITS) or None, False, question, answer, leave_out)
+    report, seen, kept = reader_report(read.refused, read.rows_read, MATHS_REASONS, read.columns), set[str](), []
+    for k, d in read.splits.items():
+        numbers, again = file_rows(k, len(d), read.refused), list[int]()
+        for n, r in zip(numbers, d.to_list(), strict=True):
+            if bare(r['prompt']) in seen: again.append(n)
+            else: kept.append((k, r))
+            seen.add(bare(r['prompt']))
+        report = report.add(TWICE, k, len(again), read.rows_read[k], 'dropped', rows_said(again))
     test = [i for i, (k, _) in enumerate(kept) if k == 'test']
-    note = f'{len(read.refused)} rows could not be read' + (f', the first is {read.refused[0]}' if read.refused else '') + f'; {len(rows) - len(kept)} questions were there twice'
-    return Table([bare(r['prompt']) for _, r in kept], [r['completion'] for _, r in kept], [r['answer'] for _, r in kept], test or None, note)
+    return Table([bare(r['prompt']) for _, r in kept], [r['completion'] for _, r in kept], [r['answer'] for _, r in kept], test or None, report)
 
 # %% ../../nbs/api/experiments/83_transfer_files.ipynb #dcf7fea1
 def parted(
@@ -77,7 +91,9 @@ def parted(
     taken = {group_key(table.questions[i]) for i in test} | {group_key(table.questions[i]) for i in table.test or []}
     rest = sorted((i for i in rows if group_key(table.questions[i]) not in taken), key=lambda i: place(i, f'seed {seed}'))
     if len(test) < tests or len(rest) < few + many:
-        raise DataError(f'{len(rows)} questions are too few: {few} for the weak model, {many} for the strong one and {tests} for the test are wanted; lower gold_rows, rows or test_rows')
+        why = ', '.join(f'{r["rows"]:,} × {r["check"]}' for r in table.report.found.to_dict('records') if r['action'] in GONE)
+        raise DataError(f'{len(rows)} questions are too few: {few} for the weak model, {many} for the strong one and {tests} for the test are wanted; '
+                        + (f'of the rows read these are gone: {why}; correct them, or ' if why else '') + 'lower --gold-rows, --rows or --test-rows')
     return rest[:few], rest[few:few + many], test
 
 # %% ../../nbs/api/experiments/83_transfer_files.ipynb #11561067
@@ -129,6 +145,7 @@ def table_rows(
     def part(at: list[int]) -> Exam:
         questions = [table.questions[i] for i in at]
         score = judged_score(study, judge, questions) if judge else numbers_score([(table.numbers or [])[i] for i in at])
-        return Exam(questions, [group_key(q) for q in questions], score, None if table.gold is None else [table.gold[i] for i in at])
+        return Exam(questions, [group_key(q) for q in questions], score, None if table.gold is None else [table.gold[i] for i in at],
+                    None if table.weak is None else answers_to(table.weak, questions)) # a missing one is said before anything is trained
     taught, asked, test = parted(table, (few, c.rows, c.test_rows), seed)
     return TaskRows(part(taught), part(asked), [part(test)])
