@@ -7,7 +7,7 @@ __all__ = ['LabelJob', 'plain_pairs', 'said_by_human', 'only_split', 'with_human
            'length_lead', 'word_margins']
 
 # %% ../../nbs/api/experiments/68_label_rows.ipynb #c1bbf589
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,14 @@ from scipy.sparse import vstack
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from ..data.hygiene import DataReport, clean_text
-from ..data.readers import LABEL_COLUMNS, PAIR_COLUMNS, Read, Refused, preferences_from, read_preferences
-from ..data.rows import row_features
+from ..data.columns import ColumnsRead, check_leave_out
+from ..data.hygiene import DataReport, clean_text, file_rows
+from ..data.preference_forms import LABEL_COLUMNS, PAIR_COLUMNS, PARTS
+from ..data.readers import FileRead, Read, preference_rows, read_preferences
+from ..data.rows import as_dataset, row_features
+from ..data.sources import named_pairs
 from ..data.splits import group_split, sample_rows
-from ..data.tables import read_table
+from ..data.tables import RawTable, open_table
 from ..errors import ConfigError, DataError
 from .preference_data import Reader, readable
 
@@ -34,10 +37,13 @@ class LabelJob:
     train: str | None = None # file of labelled preferences to learn from; only a judge needs none
     calibrate: float = .2    # share of their prompts that is kept from the training to measure on; 0: nothing is measured
     seed: int = 0            # of parting, adapter, order of training, and order in pairs
+    leave_out: tuple[str, ...] = () # columns that are not to be read: a long one that is not read stops the labelling unless it is named here
+    columns: tuple[str, ...] = ()   # columns with unusual names, as in ('prompt=query', 'chosen=good'); in both files
 
     def __post_init__(self):
-        if not 0 <= self.calibrate < 1: raise ConfigError(f'calibrate is {self.calibrate}; it is the share of labelled prompts that is measured on, from 0 to below 1')
-        if self.train and Path(self.train) == Path(self.rows): raise ConfigError(f'rows and train are both {self.rows}: a supervisor that labels what it learned from shows nothing')
+        if not 0 <= self.calibrate < 1: raise ConfigError(f'--calibrate is {self.calibrate}; it is the share of labelled prompts that is measured on, from 0 to below 1')
+        if self.train and Path(self.train) == Path(self.rows): raise ConfigError(f'--rows and --train are both {self.rows}: a supervisor that labels what it learned from shows nothing')
+        named_pairs(self.columns, '--columns', PARTS)
 
 # %% ../../nbs/api/experiments/68_label_rows.ipynb #9a33b941
 def plain_pairs(
@@ -53,16 +59,17 @@ def plain_pairs(
 
 # %% ../../nbs/api/experiments/68_label_rows.ipynb #5073cb0a
 def said_by_human(
-    table: Dataset,          # raw columns of a file
-    first: dict[int, str],   # number of a row that was taken: its first response
-    where: str,              # file name for messages
+    table: Dataset,                           # raw columns of a file
+    first: dict[int, str],                    # number of a row that was taken: its first response
+    where: str,                               # file name for messages
+    leave_out: Sequence[str] = (),            # columns that are not to be read
+    columns: Mapping[str, str] | None = None, # part of a row -> its column; None: recognised
 ) -> list[float]:            # P(first ≻ second) for each of these rows; NaN where nobody said
     "What the labels of a file say, if there are any"
     have = set(table.column_names)
-    if not ({'chosen', 'rejected'} <= have or have & set(LABEL_COLUMNS)): return [np.nan]*len(first)
-    rows, refused = preferences_from(table, where)
-    missing = {r.row for r in refused}
-    numbers = [n for n in range(1, len(table) + 1) if n not in missing]
+    if not ({'chosen', 'rejected'} <= {*have, *(columns or {})} or have & set(LABEL_COLUMNS)): return [np.nan]*len(first)
+    read = preference_rows(RawTable(table), where, leave_out=leave_out, columns=columns)
+    numbers, rows = file_rows('all', len(read.rows), read.refused), read.rows
     said = dict(zip(numbers, zip(rows['chosen'], rows['prob'], strict=True), strict=True))
     return [np.nan if n not in said else said[n][1] if said[n][0] == text else 1 - said[n][1] for n, text in first.items()]
 
@@ -72,7 +79,7 @@ def only_split(
 ) -> Dataset:   # its rows
     "The rows of a source that has one split; raises `DataError`"
     if len(read.splits) == 1: return next(iter(read.splits.values()))
-    raise DataError(f'{read.source} holds {", ".join(read.splits)}; name one file of it')
+    raise DataError(f'{read.source} holds {", ".join(read.splits)}; name one file of it, as in --rows {read.source}/FILE')
 
 # %% ../../nbs/api/experiments/68_label_rows.ipynb #780a9084
 def with_human(
@@ -82,23 +89,30 @@ def with_human(
     "Put what a human said aside, in a column that no training reads"
     columns = rows.with_format(None)[:] | dict(prob=[1.]*len(rows), gold=list(said))
     chat = bool(len(rows)) and isinstance(columns['prompt'][0], list)
-    return Dataset.from_dict(columns, features=row_features('preferences', columns, chat))
+    return as_dataset(columns, row_features('preferences', columns, chat))
 
 # %% ../../nbs/api/experiments/68_label_rows.ipynb #f24121b7
+def _without_label(record: ColumnsRead, table: Dataset) -> ColumnsRead:
+    "The record of pairs, with the label that is only compared with in the place of the one that was put in"
+    human = tuple(c for c in (*LABEL_COLUMNS, 'prob', 'gold') if c in table.column_names)
+    used = {k: v for k, v in record.used.items() if k != 'label'}
+    return replace(record, used=used | ({'said by people, only compared with': human} if human else {}))
+
 def read_pairs(
     source: str,      # file of pairs, labelled or not, or a data set that `read_preferences` can read
-) -> tuple[Dataset, list[Refused], int]: # rows of kind "preferences" whose order says nothing, refused ones, how many were read
+    leave_out: Sequence[str] = (),            # columns that are not to be read
+    columns: Mapping[str, str] | None = None, # part of a row -> its column; None: recognised
+) -> FileRead:        # rows of kind "preferences" whose order says nothing
     "Read pairs that are to be labelled; raises `DataError`"
-    if not Path(source).is_file():
-        read = read_preferences(source)
+    if not source.strip() or not Path(source).is_file():
+        read = read_preferences(source, None, leave_out, columns)
         rows = only_split(read)
-        return with_human(rows, rows['prob']), read.refused, sum(read.rows_read.values())
-    table = read_table(source)
-    rows, refused = preferences_from(plain_pairs(table), source)
-    missing = {r.row for r in refused}
-    numbers = [n for n in range(1, len(table) + 1) if n not in missing]
-    said = said_by_human(table, dict(zip(numbers, rows['chosen'], strict=True)), source)
-    return with_human(rows, said), refused, len(table)
+        return FileRead(with_human(rows, rows['prob']), read.refused, read.columns[0])
+    raw = open_table(source)
+    got = preference_rows(replace(raw, data=plain_pairs(raw.data)), source, leave_out=leave_out, columns=columns)
+    numbers = file_rows('all', len(got.rows), got.refused)
+    said = said_by_human(raw.data, dict(zip(numbers, got.rows['chosen'], strict=True)), source, leave_out, columns)
+    return FileRead(with_human(got.rows, said), got.refused, _without_label(got.columns, raw.data))
 
 # %% ../../nbs/api/experiments/68_label_rows.ipynb #c97c3a65
 @dataclass(frozen=True)
@@ -109,6 +123,16 @@ class LabelData:
     rows: Dataset         # of kind "preferences" whose order says nothing; `gold`: what a human said, NaN where nobody did
     report: DataReport    # what was found and done on the way
 
+# %% ../../nbs/api/experiments/68_label_rows.ipynb #1dc5f32f
+def _left_out_of(source: str, leave_out: Sequence[str]) -> list[str]:
+    "Those of the columns that a file has; of a folder or a name, all"
+    return [c for c in leave_out if c in open_table(source).data.column_names] if source.strip() and Path(source).is_file() else list(leave_out)
+
+def _check_left_out(job: LabelJob) -> None:
+    "Raise `DataError` for a column that no file of a labelling has"
+    files = [f for f in (job.rows, job.train) if f]
+    if job.leave_out and all(Path(f).is_file() for f in files): check_leave_out(job.leave_out, {f: open_table(f) for f in files})
+
 # %% ../../nbs/api/experiments/68_label_rows.ipynb #77735ba0
 def load_label_data(
     job: LabelJob,       # which files
@@ -117,20 +141,27 @@ def load_label_data(
     strict: bool,        # stop if anything at all was found
 ) -> LabelData:
     "Read, clean and part the rows; raises `DataError`"
-    pairs, refused, n = read_pairs(job.rows)
-    splits, lost, count = {'rows': pairs}, [replace(r, split='rows') for r in refused], {'rows': n}
+    told, got = named_pairs(job.columns, '--columns', PARTS) or None, {}
+    _check_left_out(job)
+    got['rows'] = read_pairs(job.rows, job.leave_out, told)
     if job.train:
-        read = read_preferences(job.train)
-        splits, lost = splits | {'train': only_split(read)}, lost + [replace(r, split='train') for r in read.refused]
-        count['train'] = sum(read.rows_read.values())
-    splits, report = clean_text(splits, lost, count, keep_order=('rows', 'train'))
+        read = read_preferences(job.train, None, _left_out_of(job.train, job.leave_out), told)
+        got['train'] = FileRead(only_split(read), read.refused, read.columns[0])
+    lost = [replace(r, split=k) for k, g in got.items() for r in g.refused]
+    splits, report = clean_text({k: g.rows for k, g in got.items()}, lost, {k: g.columns.rows for k, g in got.items()}, ('rows', 'train'), [replace(g.columns, split=k) for k, g in got.items()])
     splits, report = readable(splits, [reader], report)
     report.refuse_if_strict(strict)
     if not job.train: return LabelData(None, None, splits['rows'], report)
     train = sample_rows(splits['train'], most, job.seed)
     if not job.calibrate: return LabelData(train, None, splits['rows'], report)
-    parts = group_split(train, {'train': 1 - job.calibrate, 'held out': job.calibrate}, job.seed)
-    return LabelData(parts['train'], parts['held out'], splits['rows'], report)
+    return LabelData(*_held_apart(train, job), splits['rows'], report)
+
+def _held_apart(train: Dataset, job: LabelJob) -> tuple[Dataset, Dataset]:
+    "Rows to learn from, and rows to measure on; raises `DataError` where there are too few for both"
+    try: parts = group_split(train, {'train': 1 - job.calibrate, 'held out': job.calibrate}, job.seed)
+    except DataError as e: raise DataError(f'{job.train}: {len(train)} rows with {len(set(train["group"]))} prompts are too few to keep a share of {job.calibrate:g} from the training; '
+                                           'give more rows, or --calibrate 0, which measures nothing') from e
+    return parts['train'], parts['held out']
 
 # %% ../../nbs/api/experiments/68_label_rows.ipynb #1e20ade1
 def length_lead(

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..data.columns import column_names
+from ..data.preference_forms import PARTS
+from ..data.sources import SPLITS, named_pairs
 from ..errors import ConfigError, unknown
 from .config import from_table, merged, to_table
 from .preference_data import world_seed
@@ -74,6 +77,9 @@ class WeakTeacher:
     temperature: float = 1.0        # of these responses; 1: what was learned, neither sharpened nor flattened; the paper: 0.7
     response_tokens: int = 32       # of such a response at most; the paper: 256
     gold: str = ''                  # reward model that scores responses, a folder or a name on the hub; '': the world's own gold reward
+    columns: tuple[str, ...] = ()   # columns with unusual names, as in ('prompt=system+query', 'chosen=good'); empty: recognised
+    leave_out: tuple[str, ...] = () # columns that are not to be read: a long one that is not read stops the run unless it is named here
+    split: tuple[str, ...] = ()     # which file or split of the source is which, as in ('train=train_prefs',); empty: by their names
     strict: bool = False            # stop if the data report finds anything at all
     load: LoadSettings = field(default_factory=LoadSettings)  # 4-bit; the paper: 16-bit
     lora: LoraSettings = field(default_factory=LoraSettings)  # rank 8, as the paper's DPO
@@ -96,8 +102,16 @@ def check_settings(
     if c.supervisor not in SUPERVISORS: raise ConfigError(unknown(c.supervisor, SUPERVISORS, 'kind of supervisor'))
     if c.start not in ('sft', 'base'): raise ConfigError(f'start is "{c.start}"; it must be "sft" or "base"')
     if odd := [o for o in c.others if o not in OTHERS]: raise ConfigError(unknown(odd[0], OTHERS, 'arm beside the student'))
+    _check_columns(c)
     _check_loss(c)
     _check_samples(c)
+
+# %% ../../nbs/api/experiments/22_weak_settings.ipynb #f675aedd
+def _check_columns(c: WeakTeacher) -> None:
+    "Columns and splits belong to rows of a source"
+    named_pairs(c.columns, '--columns', PARTS)
+    named_pairs(c.split, '--split', SPLITS)
+    if world_seed(c.data) is not None and (c.columns or c.leave_out or c.split): raise ConfigError(f'columns, leave_out and split are about rows of a file or data set; data is "{c.data}"')
 
 # %% ../../nbs/api/experiments/22_weak_settings.ipynb #5a0c5c39
 def _check_loss(c: WeakTeacher) -> None:
@@ -159,6 +173,7 @@ def fill_settings(
     given: dict[str, Any], # settings by name, tables inside; what is given always holds
 ) -> WeakTeacher:
     "What is given, then the defaults of world and ladder where they are used, then the paper's; raises `ConfigError`"
+    given = {k: column_names(v) if k in ('columns', 'leave_out', 'split') else v for k, v in given.items()}
     data, weak, strong = (given.get(k, getattr(WeakTeacher, k)) for k in ('data', 'weak', 'strong'))
     out = to_table(WeakTeacher())
     if world_seed(data) is not None: out = merged(out, WORLD_SETTINGS)

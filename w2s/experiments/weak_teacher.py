@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHOWN', 'DETAILS', 'DIGITS', 'label_table', 'weak_label_table', 'history_table', 'question_pairs', 'Result',
            'summary_table', 'fallen', 'gold_words', 'label_words', 'caption', 'count_stages', 'counted', 'know_models',
-           'run', 'run_study', 'compare', 'WeakTeacher']
+           'rows_for', 'run', 'run_study', 'compare', 'WeakTeacher']
 
 # %% ../../nbs/api/experiments/30_weak_teacher.ipynb #12bf4516
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from ..data.rows import to_pairs
 from ..evaluate.intervals import difference_table, estimate, interval_table
 from ..evaluate.metrics import agreement, summarise
 from .arms import REFERENCE, Arm, evaluate_arm, evaluate_choice, floor_arm, gold_items, train_students, write_responses
-from .preference_data import PreferenceData, load_preferences
+from .preference_data import PreferenceData, check_halves, load_preferences
 from .preference_stages import Model, Study, know_model
 from .stages import Run, lock
 from .supervisors import SeedRows, supervise
@@ -204,6 +204,17 @@ def know_models(
     "The models of an experiment, not yet loaded; raises `ModelError`"
     return [know_model('weak', w, config) for w in weak_names(config.weak)], know_model('strong', config.strong, config)
 
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #7592e441
+def rows_for(
+    config: WeakTeacher,      # of the experiment
+    models: Sequence[Model],  # all of them
+) -> PreferenceData:
+    "The rows of an experiment; raises `DataError` and `ConfigError`, also for what they cannot give in one of the seeds"
+    c = config
+    data = load_preferences(c.data, [m.reader for m in models], c.test_rows, c.strict, c.rows, c.label_share, c.columns, c.leave_out, c.split)
+    check_halves(data.train, c.rows, c.label_share, c.seeds)
+    return data
+
 # %% ../../nbs/api/experiments/30_weak_teacher.ipynb #0ba05079
 def run(
     config: WeakTeacher | None = None,      # what to compare; None: models of the ladder on rows of the world
@@ -214,7 +225,7 @@ def run(
     config = config or fill_settings({})
     study = Study(config, Run(Path(out), (lambda line: None) if quiet else counted(count_stages(config))), quiet)
     weak, strong = know_models(config)
-    data = load_preferences(config.data, [m.reader for m in (*weak, strong)], config.test_rows, config.strict, config.rows, config.label_share)
+    data = rows_for(config, [*weak, strong])
     if not quiet: print(f'{data.origin}\n{data.report}')
     held = lock(Path(out)) # only now: what is refused above leaves no folder behind
     try: return run_study(study, weak, strong, data)
