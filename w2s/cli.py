@@ -131,8 +131,10 @@ def _varied(flags: dict[str, Any], file: Path | None, setting: str, values: list
     shared = with_file(flags, file)
     if dry_run:
         from w2s.experiments.plan import plan
-        for at, c in variants(shared, setting, values).items():
-            typer.echo(f'{setting} {at}: {plan(c).summary}, less what it shares with the others')
+        for n, (at, c) in enumerate(variants(shared, setting, values).items()):
+            made = plan(c)
+            if not n: typer.echo(made.report)
+            typer.echo(f'{setting} {at}: {made.summary}, less what it shares with the others')
         return
     from w2s.report import write_varied
     varied = run_varied(shared, setting, values, out)

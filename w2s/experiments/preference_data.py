@@ -81,11 +81,12 @@ TEST_SHARE = .2 # of the prompts, where the source has no test split
 # %% ../../nbs/api/experiments/20_preference_data.ipynb #cc6004eb
 def set_test_aside(
     splits: Mapping[str, Dataset], # 'test' and others, or one without a test split
+    part: Callable[..., dict[str, Dataset]] = group_split, # how rows without a test split are parted
 ) -> tuple[dict[str, Dataset], Dataset]: # rows to train on, test rows
     "Test rows and the rest; the same for every seed"
     if 'test' in splits: return {k: v for k, v in splits.items() if k not in ('test', 'val')}, splits['test']
     rows = concatenate_datasets(list(splits.values()))
-    parts = group_split(rows, {'train': 1 - TEST_SHARE, 'test': TEST_SHARE}, seed=0)
+    parts = part(rows, {'train': 1 - TEST_SHARE, 'test': TEST_SHARE}, seed=0)
     return {'train': parts['train']}, parts['test']
 
 # %% ../../nbs/api/experiments/20_preference_data.ipynb #f8241849
@@ -94,6 +95,8 @@ def halves(
     rows: int | None,             # training rows in both halves together; None: all
     label_share: float,           # share of them that is labelled; Tao & Li: 1/2
     seed: int,                    # of the parting
+    part: Callable[..., dict[str, Dataset]] = group_split, # how one source of rows is parted
+    sample: Callable[..., Dataset] = sample_rows,          # how fewer rows are drawn
 ) -> tuple[Dataset, Dataset]:     # labelled, unlabelled
     "The labelled and the unlabelled rows of one seed; no prompt is in both. Raises `ConfigError`"
     if not 0 < label_share < 1: raise ConfigError(f'--label-share is {label_share}; it must lie between 0 and 1')
@@ -101,10 +104,10 @@ def halves(
     most = min(int(len(train[k])/v) for k, v in shares.items()) if 'train_gt' in train else sum(map(len, train.values()))
     if rows and rows > most: raise ConfigError(f'--rows is {rows}, but with --label-share {label_share:g} there are no more than {most} that every model can read')
     if 'train_gt' not in train:
-        pool = sample_rows(concatenate_datasets(list(train.values())), rows, seed)
-        parts = group_split(pool, {'labelled': label_share, 'unlabelled': 1 - label_share}, seed)
+        pool = sample(concatenate_datasets(list(train.values())), rows, seed)
+        parts = part(pool, {'labelled': label_share, 'unlabelled': 1 - label_share}, seed)
         return parts['labelled'], parts['unlabelled']
-    labelled, unlabelled = (sample_rows(train[k], max(1, round((rows or most)*v)), seed) for k, v in shares.items())
+    labelled, unlabelled = (sample(train[k], max(1, round((rows or most)*v)), seed) for k, v in shares.items())
     return labelled, unlabelled
 
 # %% ../../nbs/api/experiments/20_preference_data.ipynb #fa284178

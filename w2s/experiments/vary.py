@@ -17,7 +17,7 @@ import pandas as pd
 from ..errors import ConfigError, unknown
 from ..evaluate.intervals import Estimate, difference
 from .config import merged, to_table
-from .preference_data import load_preferences
+from .preference_data import check_halves, load_preferences
 from .preference_stages import Model, Study
 from .stages import Run, lock
 from .weak_settings import SUBSETS, SUPERVISORS, WeakTeacher, fill_settings
@@ -186,7 +186,8 @@ def run_varied(
     readers = list({m.name: m.reader for weak, strong in models.values() for m in (*weak, strong)}.values())
     say = (lambda line: None) if quiet else counted(sum(map(count_stages, configs.values())))
     shares = sorted({c.label_share for c in configs.values()})
-    data = {s: load_preferences(first.data, readers, first.test_rows, first.strict, first.rows, s) for s in shares}
+    data = {s: load_preferences(first.data, readers, first.test_rows, first.strict, first.rows, s, first.columns, first.leave_out, first.split) for s in shares}
+    for s, d in data.items(): check_halves(d.train, first.rows, s, first.seeds)
     if not quiet: print(f'{data[shares[0]].origin}\n{data[shares[0]].report}')
     held = lock(Path(out))
     try: return Varied(Path(out), setting, {at: run_study(Study(c, Run(Path(out), say), quiet), *models[at], data[c.label_share]) for at, c in configs.items()})
