@@ -210,15 +210,18 @@ def dry_toxicity(
     from w2s.experiments.toxicity_data import file_rows, origin_of
     from w2s.experiments.toxicity_settings import SCENES
     judge_of(config)
-    found = None if config.data == SCENES else read_prompts(config.data)
-    if found: file_rows(found, config, 0)
+    found = None if config.data == SCENES else read_prompts(config.data, leave_out=config.leave_out)
+    if found:
+        for seed in range(config.seeds): file_rows(found, config, seed)
     work = count_toxicity(config)
-    return '\n'.join([to_toml(config), origin_of(config, found), f'{sum(work.values()):,} trainings, all seeds together: ' + ', '.join(f'{n:,} {k}' for k, n in work.items())])
+    return '\n'.join([to_toml(config), origin_of(config, found), *([str(found.report)] if found else []), f'{sum(work.values()):,} trainings, all seeds together: ' + ', '.join(f'{n:,} {k}' for k, n in work.items())])
 
 # %% ../nbs/api/89c_cli_transfer.ipynb #5c9860f3
 def toxicity_command(
     data: Annotated[str | None, Flag(help='prompts: world:scenes (made on the spot), or a file as RealToxicityPrompts (default: world:scenes)')] = None,
     scorer: Annotated[str | None, Flag(help='who says what is toxic: a folder of w2s toxicity fit, or a classifier with its label, as folder:toxic (default: the oracle of the world; a file needs one)')] = None,
+    allow_poor_scorer: Annotated[bool | None, Flag('--allow-poor-scorer', help='use a scorer that by its own card does not put texts in order')] = None,
+    leave_out: Annotated[str | None, Flag(help='columns of the file that are not to be read, with commas between them; a long one that is not read stops the run otherwise (default: none)')] = None,
     weak: Annotated[str | None, Flag(help='weak model: pico, nano, micro or base (they come with w2s), a folder, or a name on the hub (default: pico)')] = None,
     strong: Annotated[str | None, Flag(help='strong student, likewise (default: base)')] = None,
     method: Annotated[str | None, Flag(help='how the student learns, with commas between them: naive, in-context or dpo (default: all)')] = None,
@@ -245,7 +248,7 @@ def toxicity_command(
     dry_run: Annotated[bool, Flag('--dry-run', help='print settings and number of trainings, and stop')] = False,
 ) -> None:
     "Kinder continuations from weak to strong, by the protocol of RealToxicityPrompts (Ye et al. 2410.12621; Gehman et al. 2009.11462)."
-    flags = {'data': data, 'scorer': scorer, 'weak': weak, 'strong': strong, 'methods': method, 'gold_rows': gold_rows, 'asked_rows': rows, 'test_prompts': test_rows,
+    flags = {'data': data, 'scorer': scorer, 'allow_poor_scorer': allow_poor_scorer, 'leave_out': leave_out, 'weak': weak, 'strong': strong, 'methods': method, 'gold_rows': gold_rows, 'asked_rows': rows, 'test_prompts': test_rows,
              'threshold': threshold, 'examples': examples, 'greedy': greedy, 'decoding': decoding, 'speak.samples': samples, 'speak.max_tokens': max_tokens, 'seeds': seeds,
              'beta': beta, 'load.quantize': quantize, 'load.dtype': dtype, 'sft.learning_rate': lr, 'dpo.learning_rate': dpo_lr, 'sft.epochs': epochs, 'dpo.epochs': dpo_epochs,
              'sft.batch_size': batch_size, 'dpo.batch_size': batch_size}

@@ -88,7 +88,7 @@ def toxicity_report_text(
     parts += [markdown_table(shown_toxicity(result)), toxicity_caption(result), *(f'![{told[n]}]({n}.png)' for n in names), '## Paired differences', markdown_table(toxicity_differences_table(result)),
               '## All numbers', markdown_table(result.intervals[['role', 'method', 'weak', 'strong', 'metric', 'value', 'low', 'high', 'n', 'seeds']].round(3))]
     if result.pairs: parts += ['## Pairs of lines', '\n'.join(f'- {line}' for line in result.pairs)]
-    parts += ['## Data', result.origin, 'Test prompts: ' + ', '.join(f'{n:,} {k}' for k, n in result.prompts['kind'].value_counts().items()) + '.', '## Settings', f'```toml\n{to_toml(c)}```']
+    parts += ['## Data', result.origin, *([result.report._repr_markdown_()] if result.report.rows_in else []), 'Test prompts: ' + ', '.join(f'{n:,} {k}' for k, n in result.prompts['kind'].value_counts().items()) + '.', '## Settings', f'```toml\n{to_toml(c)}```']
     return '\n\n'.join(parts) + '\n'
 
 # %% ../nbs/api/88c_toxicity_report.ipynb #141fbad6

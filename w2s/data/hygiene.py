@@ -195,7 +195,7 @@ def _own_ids(ds: Dataset) -> Dataset:
         ids[n] = content_id(i, 'the other way round') if i in seen else i
         seen.add(i)
     if ids == ds.with_format(None)['id'][:]: return ds
-    table = ds.flatten_indices().data.table
+    table = ds.with_format('arrow')[:]
     return as_dataset(table.set_column(table.column_names.index('id'), 'id', [ids]))
 
 # %% ../../nbs/api/data/40_hygiene.ipynb #1a313029

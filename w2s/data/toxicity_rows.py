@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'TEXTS', 'SCORES', 'NO_SCORE', 'NOT_SCORE', 'EMPTY_TEXT', 'REPEATED', 'TOXICITY_REASONS', 'nested_sides',
-           'one_of', 'text_and_score', 'score_number', 'row_groups', 'ScoredTexts', 'read_toxicity', 'PromptsRead',
-           'read_prompts', 'prompt_kind']
+           'one_of', 'text_and_score', 'score_number', 'row_groups', 'ScoredTexts', 'read_toxicity', 'text_table',
+           'PromptsRead', 'read_prompts', 'prompt_kind']
 
 # %% ../../nbs/api/data/65_toxicity_rows.ipynb #2e73b781
 import math
@@ -177,6 +177,18 @@ def read_toxicity(
         why = Counter(r.reason for r in refused).most_common(1)
         raise DataError(f'{", ".join(map(str, paths))}: no text with a score ({f"{why[0][1]} × {why[0][0]}" if why else "no rows"}); is this the score column?')
     return ScoredTexts(Dataset.from_list(list(kept.values())), refused, {w: n for w, (_, _, n, _) in done.items()}, [c for *_, c in done.values()])
+
+# %% ../../nbs/api/data/65_toxicity_rows.ipynb #5142497e
+def text_table(
+    path: str | Path,               # any table
+    text: str = '',                 # column of the texts; '': a usual name
+    leave_out: Sequence[str] = (),  # columns that are not to be scored
+) -> tuple[RawTable, str, ColumnsRead]: # the table; the column; and which columns are scored
+    "Texts to be scored; raises `DataError`, also for a long column that is not scored"
+    raw, where = open_table(path), str(path)
+    check_leave_out(leave_out, {where: raw})
+    column = one_of(TEXTS, text, readable_columns(raw, leave_out), 'text', where)
+    return raw, column, columns_read(raw, dict(text=(column,)), where, ['text'], '--text {}', leave_out, 'texts')
 
 # %% ../../nbs/api/data/65_toxicity_rows.ipynb #e27ef90a
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ __all__ = ['ABOUT', 'COMPARED', 'SHOWN', 'perplexity_stage', 'Heard', 'hear', 's
 
 # %% ../../nbs/api/experiments/94_toxicity.ipynb #b08cf17b
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% ../../nbs/api/experiments/94_toxicity.ipynb #6e73994c
@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/api/experiments/94_toxicity.ipynb #45bb15b7
+from ..data.hygiene import DataReport
 from ..data.rows import content_id
 from ..data.toxicity_rows import PromptsRead, read_prompts
 from ..evaluate.intervals import difference_table, interval_table
@@ -28,7 +29,7 @@ from .lab import Lab, respond_stage, stage_name
 from .preference_stages import open_base
 from .stages import lock, run_stage
 from .toxicity_arms import Judge, ToxicityArm, choice_arms, judge_of, line_arms, score_stage, toxicity_lab
-from .toxicity_data import origin_of, rows_of
+from .toxicity_data import file_rows, origin_of, rows_of
 from .toxicity_settings import SCENES, Toxicity, fill_toxicity
 from ..world.scenes import speech_verdict
 
@@ -191,6 +192,7 @@ class ToxicityResult:
     failures: list[str]        # what could not be scored, and what was left out for it; empty: the result is complete
     pairs: list[str]           # how many pairs of lines could be compared, by seed
     adapters: dict[str, Path]  # folders of what was trained, by a name for people
+    report: DataReport = field(default_factory=DataReport) # which columns of a file were read as what, and what was left out
 
     def __repr__(self) -> str: return '\n\n'.join([shown_toxicity(self).to_string(index=False), *(['incomplete:\n' + '\n'.join(self.failures)] if self.failures else [])])
     def _repr_html_(self) -> str: return shown_toxicity(self).to_html(index=False) + ''.join(f'<p>{line}</p>' for line in self.failures)
@@ -216,8 +218,10 @@ def run(
     "Run a whole toxicity experiment; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     config = config or fill_toxicity({})
     judge = judge_of(config, scorer)
-    found = None if config.data == SCENES else read_prompts(config.data)
-    if not quiet: print(origin_of(config, found))
+    found = None if config.data == SCENES else read_prompts(config.data, leave_out=config.leave_out)
+    if not quiet: print('\n'.join([origin_of(config, found), *([str(found.report)] if found else [])]))
+    if found:
+        for seed in range(config.seeds): file_rows(found, config, seed) # what cannot be parted is refused before any work
     held = lock(Path(out))
     try: return _result(config, Path(out), judge, found, (lambda line: None) if quiet else print)
     finally: held.release()
@@ -236,4 +240,4 @@ def _result(config: Toxicity, out: Path, judge: Judge, found: PromptsRead | None
     items = toxicity_items(heard, test, data_name(config.data))
     adapters = {stage_name(h.arm.role, h.arm.method, h.arm.weak, h.arm.strong, f'seed{h.arm.seed}'): h.arm.adapter for h in heard if h.arm.adapter}
     return ToxicityResult(out, config, origin_of(config, found), pd.DataFrame(test)[['id', 'prompt', 'kind']], items, summarise(items), toxicity_intervals(items),
-                          toxicity_differences(items), sample_table(heard, test), failure_lines(heard, config.threshold), notes, adapters)
+                          toxicity_differences(items), sample_table(heard, test), failure_lines(heard, config.threshold), notes, adapters, found.report if found else DataReport())

@@ -7,6 +7,7 @@ __all__ = ['SUBSETS', 'SUPERVISORS', 'OTHERS', 'LADDER_SETTINGS', 'WORLD_SETTING
            'sampling', 'weak_names', 'short_name', 'fill_settings']
 
 # %% ../../nbs/api/experiments/22_weak_settings.ipynb #0be83930
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def check_settings(
         if value is not None and value < 1: raise ConfigError(f'{name} is {value}; it must be at least 1')
     if c.rows is not None and c.rows < 4: raise ConfigError(f'rows is {c.rows}; two halves need at least 4')
     if not 0 < c.label_share < 1: raise ConfigError(f'label_share is {c.label_share}; it must lie between 0 and 1')
-    if c.beta <= 0: raise ConfigError(f'beta is {c.beta}; it must be above 0')
+    if not 0 < c.beta < math.inf: raise ConfigError(f'beta is {c.beta}; it must be a number above 0')
     if c.supervisor not in SUPERVISORS: raise ConfigError(unknown(c.supervisor, SUPERVISORS, 'kind of supervisor'))
     if c.start not in ('sft', 'base'): raise ConfigError(f'start is "{c.start}"; it must be "sft" or "base"')
     if odd := [o for o in c.others if o not in OTHERS]: raise ConfigError(unknown(odd[0], OTHERS, 'arm beside the student'))
