@@ -19,7 +19,7 @@ from typing import IO
 from ..errors import ConfigError, DataError
 
 # %% ../../nbs/api/data/12_files.ipynb #03f17ec8
-ROOM, TIMES = 256 * 2**20, 200 # bytes that any zipped file may unpack to; and how many times its own size
+ROOM, TIMES = 64 * 2**20, 100 # bytes that any zipped file may unpack to; and how many times its own size
 
 def most_bytes(
     size: int, # of the file on disk, in bytes

@@ -20,7 +20,7 @@ from .columns import ColumnsRead, check_leave_out, column_names, columns_read, r
 from .prompts import UNREADABLE, PromptColumns, as_text, drop_held, find_columns, has_turns, join_prompt, named_columns
 from .readers import MISSING, FileRead, Refused
 from .rows import make_rows
-from .sources import _named, _table_files, source_tables, split_of
+from .sources import _named, _table_files, source_kind, source_tables, split_of
 from .tables import RawTable
 from ..errors import DataError
 
@@ -225,7 +225,7 @@ def read_gsm8k(
     leave_out: Sequence[str] = (), # columns that are not to be read
 ) -> MathsRead:                 # a file is the one split "all"
     "Read maths questions: GSM8K's form, MATH's, or questions with plain numbers; raises `DataError`"
-    names = _table_files(Path(source)) if not splits and str(source).strip() and Path(source).is_dir() else []
+    names = _table_files(Path(source)) if source_kind(str(source)) == 'folder' and not splits else []
     known = [n for n in names if split_of(n)]
     left = [n for n in names if known and n not in known]
     if left: splits = _named(known, None, str(source))

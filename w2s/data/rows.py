@@ -131,7 +131,7 @@ def _check_columns(columns: dict[str, list], kind: str, where: str, numbers: Seq
                                 f'found {", ".join(columns)}. `make_rows` fills id, group and defaults')
     if found := _find_problem(columns, kind):
         row, name, problem = found
-        raise DataError(f'{where}, row {numbers[row - 1] if numbers else row}: column "{name}" {problem}. Mend the row or leave it out')
+        raise DataError(f'{where}, row {numbers[row - 1] if numbers else row}: column "{name}" {problem}. Correct the row or leave it out')
 
 # %% ../../nbs/api/data/10_rows.ipynb #17c32dd7
 def check_rows(
@@ -160,6 +160,8 @@ def _fill(row: dict, kind: str, source: str, where: str) -> dict:
         raise DataError(f'{where}: {unknown(odd[0], KINDS[kind] + OPTIONAL[kind], "column")}')
     if missing := [c for c in CONTENT[kind] if c not in row]: raise DataError(f'{where}: column "{missing[0]}" is missing')
     if p := _prompt_problem(row['prompt']): raise DataError(f'{where}: column "prompt" {p}')
+    if odd := [c for c in CONTENT[kind] if isinstance(row[c], bytes) or not isinstance(row[c], (str, int, float, list, dict, type(None)))]:
+        raise DataError(f'{where}: column "{odd[0]}" {_text_problem(row[odd[0]])}')
     defaults = dict(source=source, prob=1.0, weight=1.0, prob_a=math.nan, label=None)
     full = {k: row.get(k, defaults.get(k)) for k in KINDS[kind]} | {k: row[k] for k in OPTIONAL[kind] if k in row}
     full['id'] = row.get('id') or _row_id(row, kind)

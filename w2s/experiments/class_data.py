@@ -61,7 +61,7 @@ def label_words(
     if config.readout == 'probe' or config.head_start == 'random': return ()
     words = config.words or tuple(found)
     if not words and config.readout == 'head': return () # the head begins at random
-    if not words: raise ConfigError(f'readout "words" needs a label word for each of {", ".join(classes)}, as they follow the text: give words, or take readout "head"')
+    if not words: raise ConfigError(f'readout "words" needs a label word for each of {", ".join(classes)}, as they follow the text: give them with --words, or take --readout head')
     if len(words) != len(classes): raise ConfigError(f'{len(words)} label words {list(words)} for {len(classes)} classes {list(classes)}; want one a class')
     return words
 

@@ -259,7 +259,7 @@ def check_out(
     out: str | Path, # file for the labels
 ) -> Path:
     "Refuse a name that is no .parquet file; raises `ConfigError`"
-    if Path(out).suffix != '.parquet': raise ConfigError(f'out is {out}; the labels are written as a .parquet file: name it so')
+    if Path(out).suffix != '.parquet': raise ConfigError(f'--out is {out}; the labels are written as a .parquet file: name it so')
     return Path(out)
 
 # %% ../../nbs/api/experiments/70_label.ipynb #bb825ef7

@@ -254,7 +254,7 @@ def check_out(
     out: str | Path, # file for the rows
 ) -> Path:
     "Refuse a name that is no .jsonl file; raises `ConfigError`"
-    if Path(out).suffix != '.jsonl': raise ConfigError(f'out is {out}; refined answers are written as a .jsonl file: name it so')
+    if Path(out).suffix != '.jsonl': raise ConfigError(f'--out is {out}; refined answers are written as a .jsonl file: name it so')
     return Path(out)
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #d6b06c39

@@ -50,7 +50,7 @@ def read_asked(
     "Questions, good answers where the file has them, and weak answers where they are in a file; raises `DataError`"
     if c.task in ('gsm8k', 'math'): table = read_maths(c.data, c.question, c.answer, c.leave_out, c.split)
     else:
-        raw = open_tables(c.leave_out, *filter(None, (c.data, c.answers)))[0]
+        raw = open_tables(c.leave_out, c.data, *filter(None, [c.answers]))[0]
         read = questions_from(raw, c.data, c.question, c.answer, leave_out=c.leave_out)
         table = Table(read.questions, read.answers, report=read.report)
     if not c.answers: return table
