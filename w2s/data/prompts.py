@@ -106,7 +106,7 @@ def looks_like_messages(
 ) -> bool:
     "Is it a text that begins as a list of messages does?"
     if not isinstance(cell, str): return False
-    start = cell.lstrip()[:60].replace(' ', '').replace('"', "'")
+    start = ''.join(cell[:200].split()).replace('"', "'")
     return start.removeprefix('array(').startswith(tuple(f"[{{'{k}':" for k in ('role', 'content', 'from', 'value')))
 
 def parse_messages(

@@ -9,6 +9,7 @@ __all__ = ['ClassData', 'class_tokens', 'label_words', 'world_labels', 'class_ha
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 # %% ../../nbs/api/experiments/75_class_data.ipynb #8b92aa64
 from datasets import Dataset
@@ -24,7 +25,7 @@ from ..errors import ConfigError, DataError
 from .class_settings import WORLD_LABELS, WORLD_ROWS, Classify, parse_method, world_task
 from .lab import parts
 from .preference_data import Reader, halves, ladder_world, readable, set_test_aside
-from ..feedback.cleaning import FOLDS, row_folds
+from ..feedback.cleaning import FOLDS
 from ..train.class_head import encode_texts
 from ..train.labels import encode_labels
 from ..train.tokens import Tokens
@@ -122,7 +123,8 @@ def check_parts(
         learn, _ = keep_back(unlabelled, config.validate, seed)
         said += [_one_class(config, data, f'rows of the {who} (seed {seed})', rows) for who, rows in (('supervisor', labelled), ('students', learn))]
         if config.via or config.rounds > 1: group_split(learn, {'one': .5, 'two': .5}, seed) # who labels anew learns from the other half
-        if any(parse_method(m).clean for m in config.methods): row_folds(learn['group'][:], FOLDS, seed)
+        if any(parse_method(m).clean for m in config.methods) and (n := len(set(learn['group']))) < FOLDS:
+            raise DataError(f'{config.data}: the students have {n} groups of rows (seed {seed}), and the methods relabel and filter need at least {FOLDS} for their folds')
     return list(filter(None, said))
 
 # %% ../../nbs/api/experiments/75_class_data.ipynb #e4343442
@@ -138,6 +140,6 @@ def load_labels(
     asked = words if config.readout == 'words' else ()
     splits, report = readable(splits, readers, report, lambda r, d: class_tokens(r, d, asked), lambda d: d['prompt'][:])
     report.refuse_if_strict(config.strict)
-    train, test = set_test_aside(splits, split_by_class)
+    train, test = set_test_aside(splits, partial(split_by_class, least={'train': 2, 'test': 1})) # training rows are parted again
     data = ClassData(train, sample_by_class(test, config.test_rows), read.classes, words, report, f'Rows read from {config.data} ({read.form}).')
     return replace(data, origin=' '.join([data.origin, *check_parts(config, data)]))
