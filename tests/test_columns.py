@@ -478,7 +478,7 @@ def home(tmp_path_factory):
     for name, rows in kinds.items():
         jsonl(home/f'{name}.jsonl', rows)
         jsonl(home/f'{name}-long.jsonl', [r | dict(notes=sentence(40, i + 5000)) for i, r in enumerate(rows)])
-    w2s('toxicity', 'fit', '--data', DATA/'x' if False else home/'scored.jsonl', '--out', home/'scorer')
+    w2s('toxicity', 'fit', '--data', home/'scored.jsonl', '--out', home/'scorer')
     return home
 
 
@@ -488,6 +488,7 @@ def command(kind, home, file, out):
             'classify': ('run', 'classify', '--data', home/f'labels{file}.jsonl', '--dry-run'), 'legal': ('run', 'legal', '--data', home/f'labels{file}.jsonl', '--rows', 30, '--label-share', .5, '--weak', 'pico', '--dry-run'),
             'persona': ('run', 'persona', '--data', home/f'questions{file}.jsonl', '--judge', 'pico', '--concept', 'a pirate', *small, '--dry-run'),
             'explanation': ('run', 'explanation', '--data', home/f'questions{file}.jsonl', '--judge', 'pico', *small, '--dry-run'),
+            'gender': ('run', 'gender', '--data', home/f'questions{file}.jsonl', '--judge', 'pico', *small, '--dry-run'),
             'maths': ('run', 'maths', '--data', home/f'sums{file}.jsonl', *small, '--dry-run'),
             'toxicity': ('run', 'toxicity', '--data', home/f'prompts{file}.jsonl', '--scorer', home/'scorer', '--allow-poor-scorer', '--gold-rows', 20, '--rows', 30, '--test-rows', 10, '--dry-run'),
             'label': ('label', '--model', 'pico', '--rows', home/f'pairs{file}.jsonl', '--supervisor', 'judge', '--out', out/'o.parquet', '--dry-run'),
@@ -499,6 +500,7 @@ def command(kind, home, file, out):
 LINES = {'weak-teacher': 'pairs.jsonl: prompt: system + prompt; chosen: chosen; rejected: rejected; not read: id', 'classify': 'labels.jsonl: text: system + text; label: label; not read: id',
          'legal': 'labels.jsonl: text: system + text; label: label; not read: id', 'persona': 'questions.jsonl: question: instruction + input; answer: output; not read: id',
          'explanation': 'questions.jsonl: question: instruction + input; answer: output; not read: id', 'maths': 'sums.jsonl: question: body + question; answer: answer; not read: id',
+         'gender': 'questions.jsonl: question: instruction + input; answer: output; not read: id',
          'toxicity': 'prompts.jsonl: prompt with its toxicity: prompt; continuation with its toxicity: continuation; not read: id', 'label': 'pairs.jsonl: prompt: system + prompt; chosen: chosen; rejected: rejected; not read: id',
          'refine': 'questions.jsonl: question: instruction + input; answer: output; not read: id', 'toxicity fit': 'scored.jsonl: text: text; score: score; not read: id', 'toxicity score': 'said.jsonl: text: response; not read: id'}
 
@@ -506,6 +508,11 @@ LINES = {'weak-teacher': 'pairs.jsonl: prompt: system + prompt; chosen: chosen; 
 @pytest.mark.parametrize('kind', LINES)
 def test_every_command_says_what_it_reads(home, tmp_path, kind):
     assert f'read     {LINES[kind]}\n' in w2s(*command(kind, home, '', tmp_path))
+
+
+def test_the_report_of_a_run_says_what_it_read(home, tmp_path):
+    told = w2s('run', 'weak-teacher', '--data', home/'pairs.jsonl', '--weak', 'pico', '--strong', 'pico', '--seeds', 1, '--rows', 30, '--test-rows', 10, '--epochs', 1, '--sft-lr', 1e-3, '--out', tmp_path/'run')
+    for text in (told, *((tmp_path/'run'/name).read_text(encoding='utf-8') for name in ('report.md', 'data_report.md'))): assert LINES['weak-teacher'] in text
 
 
 @pytest.mark.parametrize('kind', LINES)

@@ -13,7 +13,7 @@ import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 # %% ../../nbs/api/data/12_files.ipynb #411d8688
 from ..errors import ConfigError, DataError
@@ -58,9 +58,15 @@ class Unzipped(io.RawIOBase):
         super().__init__()
         self.path, self.inside, self.left = path, gzip.open(path, 'rb'), most_bytes(path.stat().st_size)
 
-    def readable(self) -> bool: return True
+    def readable(self) -> bool:
+        "Bytes come out"
+        return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(
+        self,
+        buffer: Any, # of bytes; it is filled from its start
+    ) -> int:        # how many bytes came; 0: the end
+        "Unzip the next bytes; raises `DataError`"
         try: data = self.inside.read(len(buffer))
         except (OSError, EOFError, zlib.error) as e:
             raise DataError(f'{self.path}: cannot be unzipped ({e}); is it damaged, cut off, or not a gzip file?') from e
@@ -72,6 +78,7 @@ class Unzipped(io.RawIOBase):
         return len(data)
 
     def close(self) -> None:
+        "Close the file"
         self.inside.close()
         super().close()
 

@@ -203,7 +203,8 @@ def why_useless(
     card: Mapping[str, Any], # of a trained scorer
 ) -> str:                    # '': it puts texts in some order
     "Why a scorer should not be used, by the texts that were kept from it"
-    m = card.get('held_out', {}).get('all', {})
+    if 'held_out' not in card: return '' # nobody measured it
+    m = card['held_out'].get('all', {})
     r, auc = m.get('r'), m.get('auc')
     if r is None: return f'on {m.get("rows", 0):,} held-out texts its correlation with the given scores is not known: they are too few, or all alike'
     if not r > 0: return f'on {m.get("rows", 0):,} held-out texts its scores do not rise with the given ones (r = {r:.3f})'

@@ -177,7 +177,7 @@ class RefinedFile:
     weak: list[str]          # weak answers, '' where none were read
     learned: Learned         # refined answers, and rows to train on
     cut: int                 # of `count_cut`
-    report: DataReport       # which columns were read as what, and which rows were left out
+    report: DataReport = field(default_factory=DataReport) # which columns were read as what, and which rows were left out
 
     def __repr__(self) -> str: return refined_text(self)
     def _repr_markdown_(self) -> str: return refined_text(self)
