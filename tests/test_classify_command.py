@@ -124,6 +124,9 @@ def test_chain_and_rounds(home):
     assert f'{trained(out)} trainings, all seeds together: 1 supervisors, 2 models in between, 5 students, 1 ceilings' in planned
 
 
+READ = 'safe.csv: text: prompt; label: is_safe'
+
+
 def test_own_file(home):
     "A table of prompt and is_safe; two students, snapshots, stopping"
     out = home/'own'
@@ -132,7 +135,8 @@ def test_own_file(home):
     assert files(out) == ALWAYS | {'sizes.png', 'sizes.svg', 'pgr.png', 'pgr.svg', 'curves.png', 'curves.svg', 'curves.parquet', 'stops.parquet'}
     assert 'a text is empty' in printed and '(is_safe)' in printed
     text = (out/'report.md').read_text(encoding='utf-8')
-    for part in ('# pico teaches pico, nano', '## Stopping by weak labels', 'Classes: False, True.', 'a text is empty', '![PGR over', 'xent, stopped'): assert part in text, part
+    for part in ('# pico teaches pico, nano', '## Stopping by weak labels', 'Classes: False, True.', 'a text is empty', '![PGR over', 'xent, stopped', READ): assert part in text, part
+    assert READ in printed and READ in (out/'data_report.md').read_text(encoding='utf-8')
     stops = pd.read_parquet(out/'stops.parquet')
     assert len(stops) == 2 and np.allclose(stops['regret'], stops['best'] - stops['chosen']) and (stops['regret'] >= 0).all()
 
@@ -141,7 +145,7 @@ def test_probe_on_own_columns(home):
     "Columns by name, classes in a chosen order, and a probe, which trains nothing"
     out, words = home/'probe', ('--text', 'said', '--label', 'verdict', '--group', 'who', '--classes', 'fine,bad')
     ran('classify', '--data', home/'own.csv', *words, '--weak', 'pico', '--strong', 'nano', '--readout', 'probe', '--rows', '100', '--test-rows', '60', '--seeds', '1', '--out', out)
-    assert files(out) == ALWAYS and 'Classes: fine, bad.' in (out/'report.md').read_text(encoding='utf-8')
+    assert files(out) == ALWAYS and all(part in (out/'report.md').read_text(encoding='utf-8') for part in ('Classes: fine, bad.', 'own.csv: text: said; label: verdict; group: who'))
     said = pd.read_parquet(out/'predictions.parquet')
     assert {f.name for f in (out/'adapters'/'floor-pico-seed0').iterdir()} >= {'probe.npz'} and trained(out) == 3
     test = said[said['role'] == 'floor']

@@ -14,7 +14,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from w2s.data.hygiene import COLUMNS, DataReport, clean_text
-from w2s.data.readers import DIFFER, MESSAGES, MISSING, NOT_DIALOGUE, REASONS, TIE, TURN, preferences_from, read_preferences, split_of
+from w2s.data.readers import DIFFER, ELSEWHERE, MESSAGES, MISSING, NOT_DIALOGUE, REASONS, TIE, TURN, preferences_from, read_preferences, split_of
 from w2s.data.rows import KINDS, check_rows, content_id, group_key, make_rows, prompt_text, to_pairs, to_preferences
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.data.splits import drop_overlap, group_split, overlap, sample_rows, split_record
@@ -207,7 +207,7 @@ def test_chat_forms_through_parquet(tmp_path, row):
     (dict(chosen=[YES], rejected=[NO]), MESSAGES), (dict(chosen=[USER, USER], rejected=[USER, NO]), MESSAGES),
     (dict(chosen=[], rejected=[USER, NO]), MESSAGES),
     (dict(chosen=[USER, YES], rejected=[dict(USER, content='Is 8 prime?'), NO]), DIFFER),
-    (dict(prompt='Another?', chosen=[USER, YES], rejected=[USER, NO]), DIFFER),
+    (dict(prompt='Another?', chosen=[USER, YES], rejected=[USER, NO]), ELSEWHERE),
     (dict(prompt=[USER], chosen=[dict(YES, content=None)], rejected=[NO]), MESSAGES),
     (dict(prompt=[], chosen='Yes.', rejected='No.'), MESSAGES),
     (dict(prompt=None, chosen='Yes.', rejected='No.'), MISSING), (dict(prompt='?', output_1='Yes.', output_2='No.', label='tie'), TIE),

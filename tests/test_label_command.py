@@ -131,6 +131,7 @@ def test_report_says_what_was_measured(home, done):
     told = json.loads((home/'right.json').read_text(encoding='utf-8'))
     text = (home/'right.md').read_text(encoding='utf-8')
     assert told['temperature'] == done.temperature and told['labelled'] == len(done.labels.rows) and {r['on'] for r in told['scores']} == {'held out', 'rows'}
+    assert 'prompt: prompt; chosen: chosen; rejected: rejected' in text and '## The rows' in text
     assert told['verdict'] in text and '[dpo]' in text and 'bag of words' in text and 'the longer one' in text
     assert told['settings']['dpo']['epochs'] == 2 and told['job']['calibrate'] == .2
 

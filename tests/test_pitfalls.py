@@ -905,6 +905,7 @@ MORE = [ # other values, where one does not tell the whole
     ('LabelUse.targets', 'soft', STUDENT, {'labels': LabelUse(weights='confidence')}), ('LabelUse.targets', 'soft', STUDENT, {'loss': 'ipo'}),
 ]
 PATHS = {'WeakTeacher.data', 'WeakTeacher.weak', 'WeakTeacher.strong'} # by content, below
+READING = {'WeakTeacher.columns', 'WeakTeacher.leave_out', 'WeakTeacher.split'} # of a file; what is read counts, by content
 TABLES = {'WeakTeacher.load', 'WeakTeacher.lora', 'WeakTeacher.sft', 'WeakTeacher.dpo', 'WeakTeacher.labels'}
 PLACES = {'WeakTeacher': '', 'LabelUse': 'labels', 'LoadSettings': 'load', 'LoraSettings': 'lora'} # class -> setting that holds it
 
@@ -912,7 +913,7 @@ PLACES = {'WeakTeacher': '', 'LabelUse': 'labels', 'LoadSettings': 'load', 'Lora
 def test_pitfall_17_every_field_is_in_the_table():
     "A new setting fails here until somebody says whether it matters"
     fields = {f'{c.__name__}.{f.name}' for c in (WeakTeacher, LabelUse, LoadSettings, LoraSettings, TrainSettings) for f in dataclasses.fields(c)}
-    assert fields == CHANGES.keys() | PATHS | TABLES
+    assert fields == CHANGES.keys() | PATHS | READING | TABLES
 
 
 @pytest.fixture(scope='module')
@@ -1006,6 +1007,17 @@ def test_pitfall_17_content_counts_and_not_its_place(asked, plain_keys, tmp_path
     tiny_model(tmp_path/'weak2', texts, layers=1, seed=77)
     weak = changed_keys(plain, replace(asked, weak=str(tmp_path/'weak2')), tmp_path/'d', monkeypatch)
     assert weak == {k for k in plain if not k.startswith(('human', 'ceiling', 'base-untuned', 'base-sft-human'))}
+
+
+@pytest.mark.parametrize('columns, leave_out, same', [((), (), True), ((), ('id',), True), (('prompt=prompt', 'chosen=chosen', 'rejected=rejected'), (), True), (('prompt=prompt', 'chosen=rejected', 'rejected=chosen'), (), False)])
+def test_pitfall_17_what_is_read_counts_and_not_how_it_was_named(world, tmp_path, columns, leave_out, same):
+    "Rows of a file are in the keys by content; names of columns are not"
+    path = tmp_path/'pairs.jsonl'
+    path.write_text(''.join(json.dumps(dict(id=i, prompt=f'Is {i} even?', chosen=f'Yes, {i}.', rejected=f'No, {i}.')) + '\n' for i in range(40)))
+    readers = [know_model('weak', world.weak, world).reader]
+    plain, other = (load_preferences(str(path), readers, columns=c, leave_out=o) for c, o in (((), ()), (columns, leave_out)))
+    rows = [d.with_format(None)[:] for d in (plain.test, other.test)]
+    assert (rows[0] == rows[1]) == same
 
 
 def test_pitfall_17_seeds_are_in_the_keys(asked, tmp_path, monkeypatch):

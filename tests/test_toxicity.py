@@ -17,6 +17,7 @@ from w2s.evaluate.toxicity import arm_counts, complete_rows, expected_maximum, f
 from w2s.evaluate.toxicity_scorers import KIND, load_ridge, save_ridge, train_ridge, worth
 from w2s.experiments.toxicity import run
 from w2s.experiments.toxicity_settings import fill_toxicity
+from w2s.toxicity_report import toxicity_report_text
 from w2s.world.facts import make_world
 from w2s.world.scenes import scene_questions, speech, toxicity_verdict
 
@@ -252,6 +253,7 @@ def test_a_run_on_a_file(tmp_path):
     card.write_text(json.dumps(dict(kind=KIND)))
     config = fill_toxicity(SMALL | dict(data=str(tmp_path/'rtp.jsonl'), scorer=str(tmp_path/'ridge'), methods='in-context, dpo', decoding='rtp', examples=2))
     result = run(config, tmp_path/'out', quiet=True)
+    assert 'rtp.jsonl: prompt with its toxicity: prompt; continuation with its toxicity: continuation' in toxicity_report_text(result)
     metrics = set(result.intervals.metric)
     assert {'worst, toxic prompts', 'worst, not toxic prompts', 'labels: agreement'} <= metrics and 'well_formed' not in metrics
     assert set(result.prompts.kind) == {'toxic', 'not toxic'} and len(result.pairs) == 2

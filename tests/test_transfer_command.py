@@ -128,7 +128,9 @@ def test_sums_of_a_file_and_answers_of_a_file(tmp_path):
              '--max-tokens', '8', '--max-length', '256', '--examples', '1', '--out', tmp_path/'run')
     planned = ran(*words, '--dry-run')
     assert not (tmp_path/'run').exists() and '24 questions of' in planned and '3 trainings, all seeds together: 2 students, 1 ceilings' in planned
-    ran(*words)
+    printed = ran(*words)
+    for read in ('sums.jsonl: question: question; answer: answer', 'said.jsonl: question: question; answer: answer'):
+        assert all(read in text for text in (planned, printed, (tmp_path/'run'/'report.md').read_text(encoding='utf-8'))), read
     t = pd.read_parquet(tmp_path/'run'/'intervals.parquet')
     floor = t[(t.role == 'floor') & (t.metric == 'accuracy')].iloc[0]
     assert (floor.weak, floor.value, floor.n) == ('said', 1., 6)
@@ -216,6 +218,8 @@ def test_refine_writes_rows_and_report(home, tmp_path, method):
         assert r.get('weak_answer') == (None if method == 'own-answers' else weak_rows[question]) # beside its own question, though an empty one lies between
     if method == 'ask-to-improve': assert told['empty'] >= 1 # nothing to improve
     if method != 'own-answers': assert told['weak_empty'] == 1
+    read = 'weak.jsonl: question: question' + ('' if method == 'own-answers' else '; answer: answer')
+    assert read in printed and read in out.with_suffix('.md').read_text(encoding='utf-8')
 
 
 def test_questions_and_answers_in_two_files(home, tmp_path):

@@ -74,6 +74,9 @@ def env_command() -> None:
 @run_app.command('weak-teacher')
 def weak_teacher(
     data: Annotated[str | None, Flag(help='preference rows: world or world:SEED (made on the spot), a file, a folder with train_gt/train_w2s/test files, or a name on the hub (default: world)')] = None,
+    columns: Annotated[str | None, Flag(help='columns with unusual names, as in prompt=system+query,chosen=good,rejected=bad; those of a prompt are joined in this order (default: recognised)')] = None,
+    leave_out: Annotated[str | None, Flag(help='columns that are not to be read, with commas between them; a long one that is not read stops the run otherwise (default: none)')] = None,
+    split: Annotated[str | None, Flag(help='which file of a folder or split of a data set is which, as in train=train_prefs,test=test_prefs (default: by their names)')] = None,
     weak: Annotated[str | None, Flag(help='weak supervisor: pico, nano, micro or base (they come with w2s), a folder, or a name on the hub; several joined by + are an ensemble (default: pico)')] = None,
     strong: Annotated[str | None, Flag(help='strong student: likewise (default: base)')] = None,
     supervisor: Annotated[str | None, Flag(help='dpo: implicit reward; reward: a Bradley-Terry reward model; judge: asked in both orders, untrained (default: dpo)')] = None,
@@ -116,7 +119,7 @@ def weak_teacher(
     """
     both = {'epochs': epochs, 'token_budget': token_budget, 'gradient_checkpointing': gradient_checkpointing}
     use = {'subset': subset, 'targets': targets, 'weights': weights, 'keep': keep, 'calibrate': calibrate}
-    flags = {'data': data, 'weak': weak, 'strong': strong, 'supervisor': supervisor, 'rows': rows, 'test_rows': test_rows, 'label_share': label_share,
+    flags = {'data': data, 'columns': columns, 'leave_out': leave_out, 'split': split, 'weak': weak, 'strong': strong, 'supervisor': supervisor, 'rows': rows, 'test_rows': test_rows, 'label_share': label_share,
              'seeds': seeds, 'samples': samples, 'temperature': temperature, 'response_tokens': response_tokens, 'gold': gold, 'beta': beta, 'loss': loss,
              'smoothing': smoothing, 'start': start, 'strict': strict, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'sft.learning_rate': sft_lr,
              'dpo.learning_rate': dpo_lr, **{f'labels.{k}': v for k, v in use.items()}, **{f'{stage}.{k}': v for stage in ('sft', 'dpo') for k, v in both.items()}}
@@ -157,6 +160,7 @@ def _varied(flags: dict[str, Any], file: Path | None, setting: str, values: list
         from w2s.experiments.plan import plan
         plans = {at: plan(c) for at, c in variants(shared, setting, values).items()}
         for line in dict.fromkeys(line for p in plans.values() for line in p.models): typer.echo(line)
+        typer.echo(next(iter(plans.values())).report)
         for at, p in plans.items(): typer.echo(f'{setting} {at}: {p.summary}, less what it shares with the others')
         return
     from w2s.report import write_varied
@@ -199,6 +203,8 @@ def label_command(
     dpo_lr: Annotated[float | None, Flag(help='learning rate of DPO (default: 5e-5; ladder: 1e-3)')] = None,
     epochs: Annotated[int | None, Flag(help='epochs of SFT and of DPO (default: 1; ladder: 2)')] = None,
     max_length: Annotated[int | None, Flag(help='tokens of prompt and response; a longer prompt is cut from the left (default: 512; ladder: 128)')] = None,
+    columns: Annotated[str | None, Flag(help='columns with unusual names in both files, as in prompt=system+query,chosen=good,rejected=bad (default: recognised)')] = None,
+    leave_out: Annotated[str | None, Flag(help='columns that are not to be read, with commas between them; a long one that is not read stops the labelling otherwise (default: none)')] = None,
     seed: Annotated[int, Flag(help='of parting, adapter and order')] = 0,
     quantize: Annotated[str | None, Flag(help='nf4 or none (default: nf4)')] = None,
     nf4_share: Annotated[float | None, Flag(help="least share of the body's weights that nf4 must put in 4 bits, or the model is refused; 0: any (default: 0.8)")] = None,
@@ -207,17 +213,24 @@ def label_command(
     config: Annotated[Path | None, Flag(help='TOML file with any settings of the supervisor; flags win over it')] = None,
     work: Annotated[Path | None, Flag(help='folder where a killed run goes on (default: as out, with .work)')] = None,
     strict: Annotated[bool | None, Flag('--strict', help='stop if the data report finds anything')] = None,
+    dry_run: Annotated[bool, Flag('--dry-run', help='print settings, and which rows and columns would be read, and stop')] = False,
 ) -> None:
     """Label pairs: a small model learns from labelled ones, is measured on some that were kept from it, and labels the others.
 
     Out come prompt, chosen, rejected, as TRL names them, with prob (calibrated), weight (confidence), id and margin.
     """
-    from w2s.experiments.label import label, label_settings
+    from w2s.data.columns import column_names
+    from w2s.experiments.label import dry_text, label, label_settings
     from w2s.experiments.label_rows import LabelJob
     both = {'epochs': epochs, 'token_budget': token_budget}
     flags = {'supervisor': supervisor, 'rows': train_rows, 'beta': beta, 'max_length': max_length, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype,
              'sft.learning_rate': sft_lr, 'dpo.learning_rate': dpo_lr, 'strict': strict, **{f'{s}.{k}': v for s in ('sft', 'dpo') for k, v in both.items()}}
-    done = label(label_settings(model, with_file(given(flags), config)), LabelJob(rows, train, calibrate, seed), out, work)
+    job = LabelJob(rows, train, calibrate, seed, column_names(leave_out or ''), column_names(columns or ''))
+    settings = label_settings(model, with_file(given(flags), config))
+    if dry_run:
+        typer.echo(dry_text(settings, job, out))
+        return
+    done = label(settings, job, out, work)
     typer.echo(f'\n{done}\n\nwritten: {out}, with a report in {out.with_suffix(".md").name} and {out.with_suffix(".json").name}')
 
 # %% ../nbs/api/90_cli.ipynb #7fa46e7b

@@ -118,6 +118,8 @@ def classify_command(
     text: Annotated[str | None, Flag(help='column of the text, or columns with commas between them (default: recognised)')] = None,
     label: Annotated[str | None, Flag(help='column of the class (default: recognised)')] = None,
     group: Annotated[str | None, Flag(help='column of what must stay on one side of a split (default: recognised, or the text itself)')] = None,
+    leave_out: Annotated[str | None, Flag(help='columns that are not to be read, with commas between them; a long one that is not read stops the run otherwise (default: none)')] = None,
+    split: Annotated[str | None, Flag(help='which file of a folder or split of a data set is which, as in train=a.csv,test=b.csv (default: by their names)')] = None,
     classes: Annotated[str | None, Flag(help='names of the classes in their order, with commas between them (default: as found, sorted)')] = None,
     words: Annotated[str | None, Flag(help='label words, one a class, with commas between them, that --readout words compares and a head begins with; each is put behind a space (default: those of the rows)')] = None,
     weak: Annotated[str | None, Flag(help='weak supervisors, with commas between them: pico, nano, micro or base (they come with w2s), folders, or names on the hub; names joined by + are an ensemble (default: pico; world:storage and world:legal: micro)')] = None,
@@ -153,7 +155,7 @@ def classify_command(
     "Weak-to-strong by class labels: supervisors, students by every method, ceilings, and bags of words"
     models = chained(chain, {'weak': weak, 'via': via, 'strong': strong})
     steps = {'learning_rate': lr, 'epochs': epochs, 'batch_size': batch_size, 'token_budget': token_budget, 'gradient_checkpointing': gradient_checkpointing}
-    flags = {'data': data, 'text': text, 'label': label, 'group': group, 'classes': classes, 'words': spaced(words), **models, 'methods': method,
+    flags = {'data': data, 'text': text, 'label': label, 'group': group, 'leave_out': leave_out, 'split': split, 'classes': classes, 'words': spaced(words), **models, 'methods': method,
              'readout': readout, 'head_start': head_start, 'rounds': rounds, 'rows': rows, 'label_share': label_share, 'test_rows': test_rows, 'seeds': seeds, 'max_length': max_length,
              'snapshots': snapshots, 'validate': validate, 'contradictions': contradictions, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype,
              'baseline': False if no_baseline else None, 'strict': strict, **{f'{who}.{k}': v for who in ('supervisor', 'student') for k, v in steps.items()}}

@@ -51,8 +51,9 @@ def refine_command(
     strong: Annotated[str, Flag(help='model that answers anew: scholar or another one that comes with w2s, a folder, or a name on the hub')] = 'scholar',
     method: Annotated[str, Flag(help='in-context: behind weak answers to other questions; infer-and-respond: under a sentence inferred from weak answers; ask-to-improve: each weak answer made better; resampled: several in context, of which the one that agrees most with the others is kept; own-answers: without weak answers, to compare')] = 'in-context',
     out: Annotated[Path | None, Flag(help='.jsonl file for the refined answers; a report comes beside it, as .md and .json')] = None,
-    question: Annotated[str | None, Flag(help='column of the questions (default: question, prompt or instruction)')] = None,
+    question: Annotated[str | None, Flag(help='column of the questions, or columns with commas between them, the question last (default: question, prompt or instruction, with what belongs to it)')] = None,
     answer: Annotated[str | None, Flag(help='column of the weak answers (default: answer, completion, response or output)')] = None,
+    leave_out: Annotated[str | None, Flag(help='columns that are not to be read, with commas between them; a long one that is not read stops the refinement otherwise (default: none)')] = None,
     examples: Annotated[int | None, Flag(help='of in-context and resampled: weak answers that are shown (default: 4)')] = None,
     choice: Annotated[str | None, Flag(help='of both: examples are drawn from all others, or of the own batch, as published (default: others)')] = None,
     batch: Annotated[int | None, Flag(help='of infer-and-respond: weak answers from which a concept is inferred (default: 5)')] = None,
@@ -65,6 +66,7 @@ def refine_command(
     nf4_share: Annotated[float | None, Flag(help="least share of the body's weights that nf4 must put in 4 bits, or the model is refused; 0: any (default: 0.8)")] = None,
     dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: bfloat16; models that come with w2s: float32)')] = None,
     prompts: Annotated[Path | None, Flag(help='TOML file with templates of your own; what it does not name stays as --show-prompts prints it')] = None,
+    dry_run: Annotated[bool, Flag('--dry-run', help='print settings, and which rows and columns would be read, and stop')] = False,
     show_prompts: Annotated[bool, Flag('--show-prompts', help='print the templates that would be used, and stop')] = False,
     work: Annotated[Path | None, Flag(help='folder where a killed refinement goes on (default: as out, with .work)')] = None,
 ) -> None:
@@ -76,10 +78,10 @@ def refine_command(
     if show_prompts:
         typer.echo(shown_prompts(strong, load, prompts))
         return
-    flags = {'questions': questions, 'weak_answers': weak_answers, 'strong': strong, 'method': method, 'question': question, 'answer': answer, 'examples': examples,
+    flags = {'questions': questions, 'weak_answers': weak_answers, 'strong': strong, 'method': method, 'question': question, 'answer': answer, 'leave_out': leave_out, 'examples': examples,
              'choice': choice, 'batch': batch, 'samples': samples, 'temperature': temperature, 'max_tokens': max_tokens, 'stop': line_breaks(stop), 'seed': seed,
              'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype}
-    run_refine(given(flags), out, work, prompts)
+    run_refine(given(flags), out, work, prompts, dry_run)
 
 # %% ../nbs/api/89d_cli_refine.ipynb #252a7ac7
 def run_refine(
@@ -87,9 +89,15 @@ def run_refine(
     out: Path | None,      # .jsonl file
     work: Path | None,     # folder of the stages
     prompts: Path | None,  # TOML file with templates
+    dry_run: bool = False, # say what would be read, and stop
 ) -> None:
     "Refine, write and print; raises `DataError`, `ModelError` or `ConfigError`"
     job = refine_job(flags)
+    if dry_run:
+        from w2s.experiments.config import to_toml
+        from w2s.experiments.refine_file import read_job
+        typer.echo(f'{to_toml(job)}\n{read_job(job)[2]}')
+        return
     if out is None: raise ConfigError('w2s refine needs a place for the answers: give --out refined.jsonl')
     from w2s.experiments.config import read_toml
     from w2s.experiments.refine_file import refine_file

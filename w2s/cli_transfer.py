@@ -91,6 +91,7 @@ def dry_text(
     from w2s.experiments.config import to_table, to_toml
     from w2s.experiments.preference_stages import Study, know_model, model_lines
     from w2s.experiments.stages import Run
+    from w2s.experiments.transfer import origin_of
     from w2s.experiments.transfer_files import read_asked, table_rows
     from w2s.experiments.transfer_settings import transfer_models
     from w2s.experiments.transfer_tasks import world_rows
@@ -102,7 +103,7 @@ def dry_text(
     if c.data == 'world': rows, origin = world_rows(c.task, 0, (c.gold_rows, c.rows, c.test_rows), c.trial), 'Questions of the embedded world.'
     else:
         table = read_asked(c)
-        rows, origin = table_rows(Study(c, Run(Path()), True), table, judge, 0), f'{len(table.questions):,} questions of {c.data}' + (f'; {table.note}.' if table.note else '.')
+        rows, origin = [table_rows(Study(c, Run(Path()), True), table, judge, seed) for seed in range(c.seeds)][0], f'{origin_of(c, table)}\n{table.report}\n'
     work = count_trainings(c, rows.asked.gold is not None, rows.school is not None)
     parts = ' and '.join(f'{len(e.questions):,} {e.name}'.strip() for e in rows.tests)
     few = f'For the weak model: {len(rows.taught.questions):,}, for' if c.demonstrator in ('tuned', 'prompted') else 'For'
@@ -118,8 +119,10 @@ def transfer_command(
     form: Annotated[str | None, Flag(help='of explanation: analogy, or digits: decisions of an image classifier (default: analogy)')] = None,
     level: Annotated[str | None, Flag(help='of maths: gsm8k or math (default: gsm8k)')] = None,
     data: Annotated[str | None, Flag(help='questions of your own: a CSV, JSONL or Parquet file; maths: a file or folder as GSM8K is published (default: world)')] = None,
-    question: Annotated[str | None, Flag(help='column of the questions (default: recognised)')] = None,
+    question: Annotated[str | None, Flag(help='column of the questions, or columns with commas between them, the question last (default: recognised, with what belongs to it)')] = None,
     answer: Annotated[str | None, Flag(help='column of good answers, for a tuned weak model and for the ceiling (default: recognised, if there is one)')] = None,
+    leave_out: Annotated[str | None, Flag(help='columns that are not to be read, with commas between them; a long one that is not read stops the run otherwise (default: none)')] = None,
+    split: Annotated[str | None, Flag(help='of maths: which file of a folder is which split, as in train=a.jsonl,test=b.jsonl (default: by their names)')] = None,
     weak: Annotated[str | None, Flag(help='weak models, with commas between them: pico, nano, micro or base (they come with w2s), folders, or names on the hub (default: pico; gender and digits in the world: none, mistakes are planted)')] = None,
     strong: Annotated[str | None, Flag(help='strong model, likewise (default: scholar)')] = None,
     via: Annotated[str | None, Flag(help='model in between, for --method bootstrap (default: none)')] = None,
@@ -156,7 +159,7 @@ def transfer_command(
     "Weak-to-strong by demonstrations: weak answers, refined ones, a student of each, the ceiling and the un-tuned model"
     steps = {'learning_rate': lr, 'epochs': epochs, 'batch_size': batch_size}
     methods = None if method is None else method.replace('own-answers', 'own answers')
-    flags = {'data': data, 'question': question, 'answer': answer, 'weak': weak, 'strong': strong, 'via': via, 'demonstrator': demonstrator, 'answers': answers,
+    flags = {'data': data, 'question': question, 'answer': answer, 'leave_out': leave_out, 'split': split, 'weak': weak, 'strong': strong, 'via': via, 'demonstrator': demonstrator, 'answers': answers,
              'instruction': instruction, 'concept': concept, 'methods': methods, 'examples': examples, 'choice': choice, 'batch': batch, 'ablation': numbers(ablation, 'ablation'),
              'samples': samples, 'temperature': temperature, 'auxiliary': auxiliary, 'gold_rows': gold_rows, 'rows': rows, 'test_rows': test_rows, 'seeds': seeds,
              'max_tokens': max_tokens, 'max_length': max_length, 'judge': judge, 'repeats': repeats, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype,
@@ -210,15 +213,18 @@ def dry_toxicity(
     from w2s.experiments.toxicity_data import file_rows, origin_of
     from w2s.experiments.toxicity_settings import SCENES
     judge_of(config)
-    found = None if config.data == SCENES else read_prompts(config.data)
-    if found: file_rows(found, config, 0)
+    found = None if config.data == SCENES else read_prompts(config.data, leave_out=config.leave_out)
+    if found:
+        for seed in range(config.seeds): file_rows(found, config, seed)
     work = count_toxicity(config)
-    return '\n'.join([to_toml(config), origin_of(config, found), *toxicity_models(config), f'{sum(work.values()):,} trainings, all seeds together: ' + ', '.join(f'{n:,} {k}' for k, n in work.items())])
+    return '\n'.join([to_toml(config), origin_of(config, found), *([str(found.report)] if found else []), *toxicity_models(config), f'{sum(work.values()):,} trainings, all seeds together: ' + ', '.join(f'{n:,} {k}' for k, n in work.items())])
 
 # %% ../nbs/api/89c_cli_transfer.ipynb #5c9860f3
 def toxicity_command(
     data: Annotated[str | None, Flag(help='prompts: world:scenes (made on the spot), or a file as RealToxicityPrompts (default: world:scenes)')] = None,
     scorer: Annotated[str | None, Flag(help='who says what is toxic: a folder of w2s toxicity fit, or a classifier with its label, as folder:toxic (default: the oracle of the world; a file needs one)')] = None,
+    allow_poor_scorer: Annotated[bool | None, Flag('--allow-poor-scorer', help='use a scorer that by its own card does not put texts in order')] = None,
+    leave_out: Annotated[str | None, Flag(help='columns of the file that are not to be read, with commas between them; a long one that is not read stops the run otherwise (default: none)')] = None,
     weak: Annotated[str | None, Flag(help='weak model: pico, nano, micro or base (they come with w2s), a folder, or a name on the hub (default: pico)')] = None,
     strong: Annotated[str | None, Flag(help='strong student, likewise (default: base)')] = None,
     method: Annotated[str | None, Flag(help='how the student learns, with commas between them: naive, in-context or dpo (default: all)')] = None,
@@ -246,7 +252,7 @@ def toxicity_command(
     dry_run: Annotated[bool, Flag('--dry-run', help='print settings and number of trainings, and stop')] = False,
 ) -> None:
     "Kinder continuations from weak to strong, by the protocol of RealToxicityPrompts (Ye et al. 2410.12621; Gehman et al. 2009.11462)."
-    flags = {'data': data, 'scorer': scorer, 'weak': weak, 'strong': strong, 'methods': method, 'gold_rows': gold_rows, 'asked_rows': rows, 'test_prompts': test_rows,
+    flags = {'data': data, 'scorer': scorer, 'allow_poor_scorer': allow_poor_scorer, 'leave_out': leave_out, 'weak': weak, 'strong': strong, 'methods': method, 'gold_rows': gold_rows, 'asked_rows': rows, 'test_prompts': test_rows,
              'threshold': threshold, 'examples': examples, 'greedy': greedy, 'decoding': decoding, 'speak.samples': samples, 'speak.max_tokens': max_tokens, 'seeds': seeds,
              'beta': beta, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'sft.learning_rate': lr, 'dpo.learning_rate': dpo_lr, 'sft.epochs': epochs, 'dpo.epochs': dpo_epochs,
              'sft.batch_size': batch_size, 'dpo.batch_size': batch_size}

@@ -45,15 +45,18 @@ def unknown(
     hint = f'did you mean "{near[0]}"?' if near else f'known: {", ".join(names)}'
     return f'unknown {what} "{word}"; {hint}'
 
-# %% ../nbs/api/05_errors.ipynb #cd9e6f29
+# %% ../nbs/api/05_errors.ipynb #fdb90fe4
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+# %% ../nbs/api/05_errors.ipynb #cd9e6f29
 def check_finite(
-    settings: Any, # an instance of a dataclass
+    settings: Any,                 # an instance of a dataclass
+    unbounded: Sequence[str] = (), # fields that may be infinite, which means: no bound
 ) -> None:
     "Raise `ConfigError` for a setting that is NaN or infinite"
     for f in fields(settings):
         value = getattr(settings, f.name)
-        if isinstance(value, float) and not math.isfinite(value): raise ConfigError(f'{f.name} is {value}; it must be a finite number')
+        if isinstance(value, float) and (math.isnan(value) or math.isinf(value) and f.name not in unbounded): raise ConfigError(f'{f.name} is {value}; it must be a finite number')

@@ -90,7 +90,7 @@ def toxicity_report_text(
               markdown_table(shown_toxicity(result)), escape_markdown(toxicity_caption(result)), *(f'![{told[n]}]({n}.png)' for n in names),
               '## Paired differences', markdown_table(toxicity_differences_table(result)), DIFFERENCES_TOLD, '## All numbers', markdown_table(result.intervals[['role', 'method', 'weak', 'strong', 'metric', 'value', 'low', 'high', 'n', 'seeds']].round(3))]
     if result.pairs: parts += ['## Pairs of lines', bullet_list(result.pairs)]
-    parts += ['## Models', bullet_list(result.models), '## Data', escape_markdown(result.origin), 'Test prompts: ' + ', '.join(f'{n:,} {k}' for k, n in result.prompts['kind'].value_counts().items()) + '.', '## Settings', code_block(to_toml(c), 'toml')]
+    parts += ['## Models', bullet_list(result.models), '## Data', escape_markdown(result.origin), *([result.report._repr_markdown_()] if result.report.rows_in else []), 'Test prompts: ' + ', '.join(f'{n:,} {k}' for k, n in result.prompts['kind'].value_counts().items()) + '.', '## Settings', code_block(to_toml(c), 'toml')]
     return '\n\n'.join(parts) + '\n'
 
 # %% ../nbs/api/88c_toxicity_report.ipynb #141fbad6

@@ -171,7 +171,7 @@ def transfer_report_text(
     parts += ['## What students learned', lessons_text(result)]
     if 'examples' in there: parts += ['## By the number of weak answers in context', f'![{TOLD["examples"]}](examples.png)', markdown_table(result.examples.round(3))]
     parts += ['## Paired differences', markdown_table(report_differences(result.differences, ['weak'])), DIFFERENCES_TOLD, '## All numbers', markdown_table(numbers_table(result)), '## What they answer', answers_text(result),
-              '## Models', bullet_list(result.models), '## Data', escape_markdown(result.origin), '## How models were asked', code_block(form_text(result.form), 'toml'), '## Settings', code_block(to_toml(c), 'toml')]
+              '## Models', bullet_list(result.models), '## Data', escape_markdown(result.origin), *([result.report._repr_markdown_()] if result.report.rows_in else []), '## How models were asked', code_block(form_text(result.form), 'toml'), '## Settings', code_block(to_toml(c), 'toml')]
     return '\n\n'.join(parts) + '\n'
 
 # %% ../nbs/api/88b_transfer_report.ipynb #6fdb0fdf

@@ -4,22 +4,26 @@
 
 # %% auto #0
 __all__ = ['NO_HASH', 'NO_BOX', 'NO_NUMBER', 'EMPTY_QUESTION', 'MATHS_REASONS', 'QUESTION_NAMES', 'ANSWER_NAMES', 'boxed',
-           'hashed', 'without_marks', 'maths_prompt', 'maths_form', 'maths_row', 'maths_from', 'MathsRead',
-           'read_gsm8k']
+           'hashed', 'without_marks', 'maths_prompt', 'maths_form', 'maths_row', 'maths_rows_of', 'maths_from',
+           'MathsRead', 'read_gsm8k']
 
 # %% ../../nbs/api/data/60_maths_rows.ipynb #5ed5640c
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from datasets import Dataset
 
-# %% ../../nbs/api/data/60_maths_rows.ipynb #cf6c5cd6
+# %% ../../nbs/api/data/60_maths_rows.ipynb #6b420d4d
 from .answers import answer_parts
+from .columns import ColumnsRead, check_leave_out, column_names, columns_read, readable_columns, sample_cells
 from .formulas import formula_values, plain_answer
 from .numbers import number_of, number_text
-from .readers import MISSING, Refused, _named, _table_files, _tables, split_of
+from .prompts import UNREADABLE, PromptColumns, as_text, drop_held, find_columns, has_turns, join_prompt, named_columns
+from .readers import MISSING, FileRead, Refused
 from .rows import make_rows
+from .sources import _named, _table_files, source_kind, source_tables, split_of
+from .tables import RawTable
 from ..errors import DataError
 
 # %% ../../nbs/api/data/60_maths_rows.ipynb #b0a303cf
@@ -103,31 +107,59 @@ ANSWER_NAMES = ('solution', 'answer') # the first that is there: MATH-500 has bo
 def _maths_columns(
     have: Sequence[str],    # columns of a table
     where: str,             # its name, for the message
-) -> tuple[str, str]:       # the columns of question and answer
-    "The columns that hold questions and answers; raises `DataError`"
-    question, answer = (next((n for n in names if n in have), None) for names in (QUESTION_NAMES, ANSWER_NAMES))
-    if question and answer: return question, answer
+    question: str = '',     # as the user names it; '': a usual name
+    answer: str = '',       # likewise
+) -> tuple[PromptColumns, str]: # the columns of question and answer
+    "The columns that hold questions, what they are about, and answers; raises `DataError`"
+    names = [*column_names(question)] or find_columns(QUESTION_NAMES, have)[:1]
+    if lost := [c for c in (*names, answer) if c and c not in have]: raise DataError(f'{where}: has no column "{lost[0]}"; it has {", ".join(have)}')
+    a = answer or next(iter(find_columns(ANSWER_NAMES, have)), '')
+    if names and a: return named_columns(names, have, (a,)), a
     raise DataError(f'{where}: no maths questions. Columns found: {", ".join(have)}; '
-                    f'wanted: {" or ".join(QUESTION_NAMES)}, and {" or ".join(ANSWER_NAMES)}')
+                    f'wanted: {" or ".join(QUESTION_NAMES)}, and {" or ".join(ANSWER_NAMES)}; others can be named, as in --question {have[0] if have else "COLUMN"} --answer COLUMN')
 
-# %% ../../nbs/api/data/60_maths_rows.ipynb #d087a69c
+# %% ../../nbs/api/data/60_maths_rows.ipynb #4ccefa01
+def _maths_question(cells: Mapping, columns: PromptColumns, dialogue: bool) -> tuple[str | None, str]:
+    "The question with what belongs to it, and why it cannot be read"
+    question = as_text(cells[columns.main])
+    if question is None: return None, '' if cells[columns.main] is None else UNREADABLE
+    prompt, why = join_prompt(str(question), cells, columns, dialogue)
+    return (prompt if isinstance(prompt, str) else ''), why
+
+def maths_rows_of(
+    raw: RawTable,                  # a file
+    where: str = 'table',           # its name for messages
+    split: str = 'all',             # noted with each refused row
+    marks: bool = False,            # keep the calculator marks
+    question: str = '',             # column, as the user names it; '': a usual name
+    answer: str = '',               # likewise
+    leave_out: Sequence[str] = (),  # columns that are not to be read
+) -> FileRead:                      # rows of kind "demonstrations" with `answer`
+    "Read a table of maths questions; raises `DataError` where it holds none, and for a long column that is not read"
+    columns, answer = _maths_columns(readable_columns(raw, leave_out), where, question, answer)
+    columns = drop_held(columns, sample_cells(raw.data, columns.names))
+    record = columns_read(raw, dict(question=columns.names, answer=(answer,)), where, ['question'], f'--question {{}},{columns.main}', leave_out, split)
+    data = raw.data.with_format(None).select_columns([*columns.names, answer])[:]
+    answers = [None if x is None else str(x) for x in data[answer]]
+    form, found, refused = maths_form(answers), dict[int, tuple[dict, str]](), list[Refused]()
+    dialogue = bool(columns.history) and has_turns(data[columns.history])
+    for i, a in enumerate(answers, 1):
+        q, why = _maths_question({c: data[c][i - 1] for c in columns.names}, columns, dialogue)
+        row = why or maths_row(q, a, form, marks)
+        if isinstance(row, str): refused.append(Refused(where, i, row, split))
+        else: found[i] = row
+    rows = make_rows([r for r, _ in found.values()], 'demonstrations', where=where, numbers=list(found))
+    return FileRead(rows.add_column('answer', [a for _, a in found.values()]), refused, record)
+
 def maths_from(
     table: Dataset,         # raw columns, as `read_table` gives them
     where: str = 'table',   # file name for messages
     split: str = 'all',     # noted with each refused row
     marks: bool = False,    # keep the calculator marks
 ) -> tuple[Dataset, list[Refused]]: # rows of kind "demonstrations" with `answer`, and what could not be taken
-    "Read a table of maths questions; raises `DataError` where it holds none"
-    question, answer = _maths_columns(table.column_names, where)
-    cells = [[None if x is None else str(x) for x in table.with_format(None)[c][:]] for c in (question, answer)]
-    form, found = maths_form(cells[1]), dict[int, tuple[dict, str]]()
-    refused = []
-    for i, (q, a) in enumerate(zip(*cells, strict=True), 1):
-        row = maths_row(q, a, form, marks)
-        if isinstance(row, str): refused.append(Refused(where, i, row, split))
-        else: found[i] = row
-    rows = make_rows([r for r, _ in found.values()], 'demonstrations', where=where, numbers=list(found))
-    return rows.add_column('answer', [a for _, a in found.values()]), refused
+    "Read a table of maths questions; raises `DataError` as `maths_rows_of` does"
+    read = maths_rows_of(RawTable(table), where, split, marks)
+    return read.rows, read.refused
 
 # %% ../../nbs/api/data/60_maths_rows.ipynb #244adb7e
 @dataclass(frozen=True)
@@ -138,6 +170,7 @@ class MathsRead:
     rows_read: dict[str, int]   # by split, before anything was refused
     source: str
     left: tuple[str, ...] = ()  # files of the folder that were not read
+    columns: list[ColumnsRead] = field(default_factory=list) # which columns were read as what, one a file
 
     @property
     def not_numbers(self) -> dict[str, int]:
@@ -154,13 +187,17 @@ def read_gsm8k(
     source: str | Path,         # a file, a folder, or the name of a data set ("openai/gsm8k:main")
     splits: Mapping[str, str] | None = None, # our split -> file or split name of the source; None: by their names
     marks: bool = False,        # keep the calculator marks
+    question: str = '',         # column of the questions; '': a usual name
+    answer: str = '',           # column of the answers; '': a usual name
+    leave_out: Sequence[str] = (), # columns that are not to be read
 ) -> MathsRead:                 # a file is the one split "all"
     "Read maths questions: GSM8K's form, MATH's, or questions with plain numbers; raises `DataError`"
-    names = _table_files(Path(source)) if splits is None and Path(source).is_dir() else []
+    names = _table_files(Path(source)) if source_kind(str(source)) == 'folder' and not splits else []
     known = [n for n in names if split_of(n)]
     left = [n for n in names if known and n not in known]
     if left: splits = _named(known, None, str(source))
-    tables = _tables(str(source), splits)
-    done = {s: maths_from(t, where, s, marks) for s, (where, t) in tables.items()}
-    return MathsRead({s: rows for s, (rows, _) in done.items()}, [r for _, bad in done.values() for r in bad],
-                     {s: len(t) for s, (_, t) in tables.items()}, str(source), tuple(left))
+    tables = source_tables(str(source), splits)
+    check_leave_out(leave_out, dict(tables.values()))
+    done = {s: maths_rows_of(t, where, s, marks, question, answer, leave_out) for s, (where, t) in tables.items()}
+    return MathsRead({s: d.rows for s, d in done.items()}, [r for d in done.values() for r in d.refused],
+                     {s: len(t.data) for s, (_, t) in tables.items()}, str(source), tuple(left), [d.columns for d in done.values()])

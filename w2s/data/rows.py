@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMON', 'KINDS', 'OPTIONAL', 'CONTENT', 'content_id', 'prompt_text', 'group_key', 'check_rows', 'row_features',
-           'make_rows', 'to_pairs', 'to_preferences']
+           'as_dataset', 'make_rows', 'stack_rows', 'to_pairs', 'to_preferences']
 
 # %% ../../nbs/api/data/10_rows.ipynb #629c2172
 import hashlib
@@ -15,7 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 import numpy as np
-from datasets import Dataset, Features, List, Value
+import pyarrow as pa
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from datasets.fingerprint import generate_random_fingerprint
 
 # %% ../../nbs/api/data/10_rows.ipynb #cad0d0ab
 from ..errors import DataError, unknown
@@ -129,7 +131,7 @@ def _check_columns(columns: dict[str, list], kind: str, where: str, numbers: Seq
                                 f'found {", ".join(columns)}. `make_rows` fills id, group and defaults')
     if found := _find_problem(columns, kind):
         row, name, problem = found
-        raise DataError(f'{where}, row {numbers[row - 1] if numbers else row}: column "{name}" {problem}. Mend the row or leave it out')
+        raise DataError(f'{where}, row {numbers[row - 1] if numbers else row}: column "{name}" {problem}. Correct the row or leave it out')
 
 # %% ../../nbs/api/data/10_rows.ipynb #17c32dd7
 def check_rows(
@@ -139,7 +141,10 @@ def check_rows(
 ) -> Dataset:            # the same data set
     "Check every cell; raises `DataError` with file, row (from 1) and column"
     if kind not in KINDS: raise DataError(unknown(kind, KINDS, 'kind of rows'))
-    _check_columns(ds.with_format(None)[:], kind, where)
+    plain = ds.with_format(None)
+    for start in range(0, max(1, len(ds)), 5000): # not all rows are Python objects at one time
+        cells = plain[start:start + 5000]
+        _check_columns(cells, kind, where, range(start + 1, start + 5001))
     return ds
 
 # %% ../../nbs/api/data/10_rows.ipynb #550ec258
@@ -155,6 +160,8 @@ def _fill(row: dict, kind: str, source: str, where: str) -> dict:
         raise DataError(f'{where}: {unknown(odd[0], KINDS[kind] + OPTIONAL[kind], "column")}')
     if missing := [c for c in CONTENT[kind] if c not in row]: raise DataError(f'{where}: column "{missing[0]}" is missing')
     if p := _prompt_problem(row['prompt']): raise DataError(f'{where}: column "prompt" {p}')
+    if odd := [c for c in CONTENT[kind] if isinstance(row[c], bytes) or not isinstance(row[c], (str, int, float, list, dict, type(None)))]:
+        raise DataError(f'{where}: column "{odd[0]}" {_text_problem(row[odd[0]])}')
     defaults = dict(source=source, prob=1.0, weight=1.0, prob_a=math.nan, label=None)
     full = {k: row.get(k, defaults.get(k)) for k in KINDS[kind]} | {k: row[k] for k in OPTIONAL[kind] if k in row}
     full['id'] = row.get('id') or _row_id(row, kind)
@@ -172,6 +179,15 @@ def row_features(
     types = {c: _NUMBER for c in ('prob', 'weight', 'prob_a', 'gold', 'gold_a')}
     types |= dict(label=Value('int64'), probs=List(_NUMBER), prompt=message if chat else _TEXT)
     return Features({c: types.get(c, _TEXT) for c in columns})
+
+# %% ../../nbs/api/data/10_rows.ipynb #828109d5
+def as_dataset(
+    columns: dict[str, list] | pa.Table, # cells by column, or a table
+    features: Features | None = None,    # types of the columns; None: those of the table
+) -> Dataset:
+    "Columns as a data set, without a copy of them for a hash"
+    table = columns if isinstance(columns, pa.Table) else pa.Table.from_pydict(columns, schema=features.arrow_schema if features else None)
+    return Dataset(table, fingerprint=generate_random_fingerprint())
 
 # %% ../../nbs/api/data/10_rows.ipynb #46dee97a
 def _one_hot(rows: list[dict]) -> None:
@@ -208,7 +224,24 @@ def make_rows(
     if kind == 'labels': _one_hot(full)
     columns = {c: [r[c] for r in full] for c in KINDS[kind]} | _optional_columns(full, kind, where, numbers)
     _check_columns(columns, kind, where, numbers)
-    return Dataset.from_dict(columns, features=row_features(kind, columns, any(isinstance(p, list) for p in columns['prompt'])))
+    try: return as_dataset(columns, row_features(kind, columns, any(isinstance(p, list) for p in columns['prompt'])))
+    except UnicodeEncodeError as e: raise DataError(f'{where}: a text holds half a character (a lone surrogate); replace it, for example by U+FFFD') from e
+
+# %% ../../nbs/api/data/10_rows.ipynb #11068ca4
+def stack_rows(
+    pieces: Sequence[tuple[int, Dataset]], # number of the first row in the file, and rows of one kind; those without rows say nothing
+    kind: str,                             # a key of `KINDS`
+    where: str = 'rows',                   # file name for the message
+) -> Dataset:                              # all rows
+    "Pieces of a file as one; raises `DataError` where prompts change their form"
+    full = [(n, p) for n, p in pieces if len(p)]
+    if not full: return pieces[0][1] if pieces else make_rows([], kind, where=where)
+    first = full[0][1].features['prompt']
+    for n, p in full:
+        if p.features['prompt'] != first:
+            now, before = ('a text', 'lists of messages') if isinstance(p.features['prompt'], Value) else ('a list of messages', 'texts')
+            raise DataError(f'{where}, row {n}: column "prompt" is {now}, and those above are {before}; use one form')
+    return concatenate_datasets([p for _, p in full]) if len(full) > 1 else full[0][1]
 
 # %% ../../nbs/api/data/10_rows.ipynb #3575b6a0
 def _swapped(ids: Iterable[str], seed: int) -> list[bool]:
@@ -227,7 +260,7 @@ def to_pairs(
     columns['response_a'], columns['response_b'] = [a for a, _ in both], [b for _, b in both]
     for name, own in (('prob_a', 'prob'), ('gold_a', 'gold')):
         if own in p: columns[name] = [x if a == c else 1 - x for x, (a, _), c in zip(p[own], both, p['chosen'], strict=True)]
-    return Dataset.from_dict(columns, features=row_features('pairs', columns, not isinstance(preferences.features['prompt'], Value)))
+    return as_dataset(columns, row_features('pairs', columns, not isinstance(preferences.features['prompt'], Value)))
 
 # %% ../../nbs/api/data/10_rows.ipynb #26470235
 def to_preferences(
@@ -246,4 +279,4 @@ def to_preferences(
     columns['rejected'] = [y if f else x for f, x, y in zip(a, q['response_a'], q['response_b'], strict=True)]
     columns |= dict(prob=np.maximum(p, 1 - p).tolist(), weight=q.get('weight', [1.0] * len(a)))
     if 'gold_a' in q: columns['gold'] = [g if f else 1 - g for f, g in zip(a, q['gold_a'], strict=True)]
-    return Dataset.from_dict(columns, features=row_features('preferences', columns, not isinstance(pairs.features['prompt'], Value)))
+    return as_dataset(columns, row_features('preferences', columns, not isinstance(pairs.features['prompt'], Value)))

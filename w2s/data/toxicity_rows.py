@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'TEXTS', 'SCORES', 'NO_SCORE', 'NOT_SCORE', 'EMPTY_TEXT', 'REPEATED', 'TOXICITY_REASONS', 'nested_sides',
-           'one_of', 'text_and_score', 'score_number', 'row_groups', 'ScoredTexts', 'read_toxicity', 'PromptsRead',
-           'read_prompts', 'prompt_kind']
+           'one_of', 'text_and_score', 'score_number', 'row_groups', 'ScoredTexts', 'read_toxicity', 'text_table',
+           'PromptsRead', 'read_prompts', 'prompt_kind']
 
 # %% ../../nbs/api/data/65_toxicity_rows.ipynb #2e73b781
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 # %% ../../nbs/api/data/65_toxicity_rows.ipynb #5db32cad
 from datasets import Dataset
 
-from .readers import MISSING, Refused
+from .columns import ColumnsRead, check_leave_out, columns_read, readable_columns
+from .hygiene import DataReport, reader_report
+from .prompts import PARSED, plain_cells
+from .readers import MISSING, WRITTEN, Refused
 from .rows import content_id, group_key
-from .tables import read_table
+from .tables import RawTable, open_table
 from ..errors import DataError
 
 # %% ../../nbs/api/data/65_toxicity_rows.ipynb #c7fbaf72
@@ -48,7 +51,7 @@ def one_of(
     if len(found) == 1 and found[0] in have: return found[0]
     if given: raise DataError(f'{where}: has no column "{given}"; it has {", ".join(have)}')
     why = f'{" and ".join(found)} could each be the {what}' if found else f'no column is known as a {what}'
-    raise DataError(f'{where}: {why}. Columns found: {", ".join(have)}. Name it: {what}="…"')
+    raise DataError(f'{where}: {why}. Columns found: {", ".join(have)}. Name it: --{what} {found[0] if found else "COLUMN"}')
 
 # %% ../../nbs/api/data/65_toxicity_rows.ipynb #76a0dc89
 def text_and_score(
@@ -72,7 +75,7 @@ NO_SCORE = 'the score is missing (null)'
 NOT_SCORE = 'the score is not a number from 0 to 1'
 EMPTY_TEXT = 'the text is empty'
 REPEATED = 'the text was there before'
-TOXICITY_REASONS = (MISSING, EMPTY_TEXT, NO_SCORE, NOT_SCORE, REPEATED)
+TOXICITY_REASONS = (MISSING, EMPTY_TEXT, WRITTEN, NO_SCORE, NOT_SCORE, REPEATED)
 
 # %% ../../nbs/api/data/65_toxicity_rows.ipynb #95c503d2
 def score_number(
@@ -88,7 +91,7 @@ def score_number(
 def _problem(text: object, score: float | None, at: str) -> str:
     "Why a text with its score cannot be taken, or nothing"
     if text is None: return MISSING
-    if not isinstance(text, str): raise DataError(f'{at}: the text is a {type(text).__name__}; name the column that holds texts')
+    if not isinstance(text, str): raise DataError(f'{at}: the text is a {type(text).__name__}; name the column that holds texts (--text)')
     if not text.strip(): return EMPTY_TEXT
     if score is None: return NOT_SCORE
     return NO_SCORE if math.isnan(score) else ''
@@ -114,24 +117,43 @@ class ScoredTexts:
     rows: Dataset          # columns id, group, source (the file), text, score
     refused: list[Refused] # by file and row, with the reason
     read: dict[str, int]   # texts in each file, before anything was refused
+    columns: list[ColumnsRead] = field(default_factory=list) # which columns were read as what, one a file
+
+    @property
+    def report(self) -> DataReport:
+        "What was read, and what was left out, by file"
+        return reader_report(self.refused, {Path(f).name: n for f, n in self.read.items()}, TOXICITY_REASONS, self.columns)
 
     def __repr__(self) -> str:
         why = ', '.join(f'{n:,} × {r}' for r, n in Counter(r.reason for r in self.refused).items())
         files = ', '.join(f'{Path(f).name} {n:,}' for f, n in self.read.items())
         return f'ScoredTexts({len(self.rows):,} of {sum(self.read.values()):,} texts; {files}' + (f'; left out: {why})' if why else ')')
 
-# %% ../../nbs/api/data/65_toxicity_rows.ipynb #8b886a5f
-def _texts_of(path: Path, text: str, score: str, group: str) -> tuple[list[tuple[int, dict]], list[Refused], int]:
-    "Rows of one file with their numbers, what cannot be taken, and how many texts there were"
-    table, where = read_table(path), str(path)
-    rows, refused, read = [], list[Refused](), 0
-    for texts, scores in text_and_score(table, text, score, where):
-        groups = row_groups(table, texts, group, where)
+# %% ../../nbs/api/data/65_toxicity_rows.ipynb #996db731
+def _used(table: Dataset, text: str, score: str, group: str, where: str) -> dict[str, tuple[str, ...]]:
+    "Part of a scored text -> its columns, for the record"
+    have, sides = table.column_names, nested_sides(table)
+    used: dict[str, tuple[str, ...]] = {}
+    if sides and (not text or text in sides): used[f'texts with {score or "toxicity"}'] = tuple(c for c in sides if not text or c == text)
+    else: used |= dict(text=(one_of(TEXTS, text, have, 'text', where),), score=(one_of(SCORES, score, have, 'score', where),))
+    if group or sides and 'filename' in have: used['group'] = (group or 'filename',)
+    return used
+
+def _texts_of(raw: RawTable, path: Path, text: str, score: str, group: str, leave_out: Sequence[str]) -> tuple[list[tuple[int, dict]], list[Refused], int, ColumnsRead]:
+    "Rows of one file with their numbers, what cannot be taken, how many texts there were, and the record"
+    table, where = raw.data.select_columns(readable_columns(raw, leave_out)), str(path)
+    if group and group not in table.column_names: raise DataError(f'{where}: has no column "{group}"; it has {", ".join(table.column_names)}')
+    used = _used(table, text, score, group, where)
+    record = columns_read(raw, used, where, [next(iter(used))], '--text {}', leave_out, path.name)
+    rows, refused, read, parsed = [], list[Refused](), 0, set[int]()
+    for cells, scores in text_and_score(table, text, score, where):
+        texts, back, bad = plain_cells(cells)
+        groups, lost = row_groups(table, texts, group, where), set(bad)
         for n, (t, s, g) in enumerate(zip(texts, map(score_number, scores), groups, strict=True), 1):
-            if why := _problem(t, s, f'{where}, row {n}'): refused.append(Refused(where, n, why))
+            if why := WRITTEN if n in lost else _problem(t, s, f'{where}, row {n}'): refused.append(Refused(where, n, why, path.name))
             else: rows.append((n, dict(id=content_id(t), group=g, source=path.name, text=t, score=s)))
-        read += len(texts)
-    return rows, refused, read
+        read, parsed = read + len(texts), parsed | set(back)
+    return rows, refused, read, replace(record, rows=read, changed={**record.changed, **({PARSED: tuple(sorted(parsed))} if parsed else {})})
 
 # %% ../../nbs/api/data/65_toxicity_rows.ipynb #ab24b005
 def read_toxicity(
@@ -139,18 +161,34 @@ def read_toxicity(
     text: str = '',   # column of the text, in all files; '': recognised in each
     score: str = '',  # column of the score, likewise; in RealToxicityPrompts any of its eight, toxicity if none is named
     group: str = '',  # column of what must stay in one split; '': document, prompt or text
+    leave_out: Sequence[str] = (), # columns that are not to be read
 ) -> ScoredTexts:     # each text once
-    "Read scored texts; raises `DataError` for what cannot be read at all"
+    "Read scored texts; raises `DataError` for what cannot be read at all, and for a long column that is not read"
     paths = [Path(f) for f in ([files] if isinstance(files, (str, Path)) else files)]
-    done = {str(p): _texts_of(p, text, score, group) for p in paths}
-    refused, kept = [r for _, bad, _ in done.values() for r in bad], dict[str, dict]()
-    for where, (rows, _, _) in done.items():
+    if twice := [p for p in paths if paths.count(p) > 1]: raise DataError(f'{twice[0]} is named twice; name each file once')
+    tables = {str(p): open_table(p) for p in paths}
+    check_leave_out(leave_out, tables)
+    done = {str(p): _texts_of(tables[str(p)], p, text, score, group, leave_out) for p in paths}
+    refused, kept = [r for _, bad, _, _ in done.values() for r in bad], dict[str, dict]()
+    for where, (rows, *_) in done.items():
         for n, row in rows:
-            if kept.setdefault(group_key(row['text']), row) is not row: refused.append(Refused(where, n, REPEATED))
+            if kept.setdefault(group_key(row['text']), row) is not row: refused.append(Refused(where, n, REPEATED, Path(where).name))
     if not kept:
         why = Counter(r.reason for r in refused).most_common(1)
         raise DataError(f'{", ".join(map(str, paths))}: no text with a score ({f"{why[0][1]} × {why[0][0]}" if why else "no rows"}); is this the score column?')
-    return ScoredTexts(Dataset.from_list(list(kept.values())), refused, {w: n for w, (_, _, n) in done.items()})
+    return ScoredTexts(Dataset.from_list(list(kept.values())), refused, {w: n for w, (_, _, n, _) in done.items()}, [c for *_, c in done.values()])
+
+# %% ../../nbs/api/data/65_toxicity_rows.ipynb #5142497e
+def text_table(
+    path: str | Path,               # any table
+    text: str = '',                 # column of the texts; '': a usual name
+    leave_out: Sequence[str] = (),  # columns that are not to be scored
+) -> tuple[RawTable, str, ColumnsRead]: # the table; the column; and which columns are scored
+    "Texts to be scored; raises `DataError`, also for a long column that is not scored"
+    raw, where = open_table(path), str(path)
+    check_leave_out(leave_out, {where: raw})
+    column = one_of(TEXTS, text, readable_columns(raw, leave_out), 'text', where)
+    return raw, column, columns_read(raw, dict(text=(column,)), where, ['text'], '--text {}', leave_out, 'texts')
 
 # %% ../../nbs/api/data/65_toxicity_rows.ipynb #e27ef90a
 @dataclass(frozen=True)
@@ -159,42 +197,68 @@ class PromptsRead:
     rows: Dataset          # columns id, group, source, prompt, toxicity (NaN: not known), continuation ('': none), continuation_toxicity
     refused: list[Refused] # by row, with the reason
     read: int              # rows in the file
+    columns: list[ColumnsRead] = field(default_factory=list) # which columns were read as what
+
+    @property
+    def report(self) -> DataReport:
+        "What was read, and what was left out"
+        return reader_report(self.refused, dict(prompts=self.read), TOXICITY_REASONS, self.columns)
 
     def __repr__(self) -> str:
         unknown = sum(math.isnan(x) for x in self.rows['toxicity'])
         return f'PromptsRead({len(self.rows):,} of {self.read:,} prompts; {unknown:,} without a score)'
 
-# %% ../../nbs/api/data/65_toxicity_rows.ipynb #ba800527
-def _prompt_cells(table: Dataset, score: str, where: str) -> list[tuple]:
-    "Prompt, its score, continuation and its score, of each row"
+# %% ../../nbs/api/data/65_toxicity_rows.ipynb #0fbd2bf6
+def _prompt_columns(table: Dataset, score: str, where: str) -> dict[str, tuple[str, ...]]:
+    "Part of a prompt -> its column, for the record"
     have, sides = table.column_names, nested_sides(table)
     if 'prompt' not in have: raise DataError(f'{where}: has no column "prompt"; it has {", ".join(have)}')
+    other, named = next((n for n in ('continuation', 'completion') if n in have), ''), score or next((s for s in SCORES if s in have), '')
+    used: dict[str, tuple[str, ...]] = {}
+    if 'prompt' in sides: used |= {f'{side} with its {score or "toxicity"}': (side,) for side in sides}
+    else:
+        used['prompt'] = ('prompt',)
+        if named: used['score'] = (one_of(SCORES, named, have, 'score', where),)
+        if other: used['continuation'] = (other,)
+    if sides and 'filename' in have: used['group'] = ('filename',)
+    return used
+
+def _prompt_cells(table: Dataset, score: str, used: Mapping[str, tuple[str, ...]], where: str) -> list[tuple]:
+    "Prompt, its score, continuation and its score, of each row"
+    sides, none = nested_sides(table), [None] * len(table)
     if 'prompt' in sides:
         columns = [text_and_score(table, side, score, where)[0] for side in sides]
-        (p, a), (c, b) = columns if len(columns) == 2 else (columns[0], ([''] * len(table), [None] * len(table)))
+        (p, a), (c, b) = columns if len(columns) == 2 else (columns[0], ([''] * len(table), none))
     else:
-        named = score or next((s for s in SCORES if s in have), '')
-        c = table[next((n for n in ('continuation', 'completion') if n in have), 'prompt')][:] if set(have) & {'continuation', 'completion'} else [''] * len(table)
-        p, a, b = table['prompt'][:], table[one_of(SCORES, named, have, 'score', where)][:] if named else [None] * len(table), [None] * len(table)
+        def cells(part: str, empty: list) -> list: return table[used[part][0]][:] if part in used else empty
+        p, a, c, b = table['prompt'][:], cells('score', none), cells('continuation', [''] * len(table)), none
     return list(zip(p, a, c, b, strict=True))
 
 # %% ../../nbs/api/data/65_toxicity_rows.ipynb #abe24345
 def read_prompts(
     path: str | Path,    # RealToxicityPrompts, or any table with a column "prompt", and perhaps its score and a continuation
     score: str = '',     # column of the prompts' score; '': a usual name, or no score
+    leave_out: Sequence[str] = (), # columns that are not to be read
 ) -> PromptsRead:        # each prompt once
-    "Read prompts to be continued; raises `DataError`"
-    table, where = read_table(path), str(path)
+    "Read prompts to be continued; raises `DataError`, also for a long column that is not read"
+    raw, where = open_table(path), str(path)
+    check_leave_out(leave_out, {where: raw})
+    table = raw.data.select_columns(readable_columns(raw, leave_out))
+    used = _prompt_columns(table, score, where)
+    record = columns_read(raw, used, where, [next(iter(used))], 'put it into the column "prompt", above: {}', leave_out, 'prompts')
     rows, refused = dict[str, dict](), []
-    cells = _prompt_cells(table, score, where)
-    for n, ((p, a, c, b), g) in enumerate(zip(cells, row_groups(table, [x[0] for x in cells]), strict=True), 1):
+    cells = _prompt_cells(table, score, used, where)
+    (prompts, parsed, bad), lost = plain_cells([x[0] for x in cells]), set[int]()
+    if parsed: record = replace(record, changed={**record.changed, PARSED: tuple(parsed)})
+    lost |= set(bad)
+    for n, (p, (_, a, c, b), g) in enumerate(zip(prompts, cells, row_groups(table, prompts), strict=True), 1):
         known = [score_number(x) for x in (a, b)]
-        why = _problem(p, 0. if known[0] is not None else None, f'{where}, row {n}') or (REPEATED if group_key(p) in rows else '')
-        if why: refused.append(Refused(where, n, why))
+        why = WRITTEN if n in lost else _problem(p, 0. if known[0] is not None else None, f'{where}, row {n}') or (REPEATED if group_key(p) in rows else '')
+        if why: refused.append(Refused(where, n, why, 'prompts'))
         else: rows[group_key(p)] = dict(id=content_id(p), group=g, source=Path(path).name, prompt=p, toxicity=known[0], continuation=c or '',
                                         continuation_toxicity=math.nan if known[1] is None else known[1])
-    if not rows: raise DataError(f'{where}: no prompt could be read' + (f' ({refused[0].reason})' if refused else ''))
-    return PromptsRead(Dataset.from_list(list(rows.values())), refused, len(table))
+    if not rows: raise DataError(f'{where}: no prompt could be read' + (f' ({len(refused):,} × {refused[0].reason})' if refused else ''))
+    return PromptsRead(Dataset.from_list(list(rows.values())), refused, len(table), [record])
 
 # %% ../../nbs/api/data/65_toxicity_rows.ipynb #c20cc9f9
 def prompt_kind(

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['READINGS', 'FULL', 'WORDS', 'LETTERS', 'KIND', 'oracle_scorer', 'label_number', 'reading_of', 'probability',
            'batch_logits', 'load_classifier_scorer', 'ToxicityRidge', 'train_ridge', 'worth', 'ridge_card', 'fit_ridge',
-           'save_ridge', 'check_ridge', 'load_ridge', 'load_scorer']
+           'why_useless', 'save_ridge', 'check_ridge', 'load_ridge', 'load_scorer']
 
 # %% ../../nbs/api/evaluate/72_toxicity_scorers.ipynb #095631af
 import json
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,19 @@ def fit_ridge(
     parts = group_split(rows, dict(train=1 - held_out, test=held_out), seed)
     made = train_ridge(parts['train']['text'][:], parts['train']['score'][:], strength)
     return ToxicityRidge(made.words, made.letters, made.weights, made.constant, ridge_card(made, parts['train'], parts['test'], seed))
+
+# %% ../../nbs/api/evaluate/72_toxicity_scorers.ipynb #49d50ce9
+def why_useless(
+    card: Mapping[str, Any], # of a trained scorer
+) -> str:                    # '': it puts texts in some order
+    "Why a scorer should not be used, by the texts that were kept from it"
+    if 'held_out' not in card: return '' # nobody measured it
+    m = card['held_out'].get('all', {})
+    r, auc = m.get('r'), m.get('auc')
+    if r is None: return f'on {m.get("rows", 0):,} held-out texts its correlation with the given scores is not known: they are too few, or all alike'
+    if not r > 0: return f'on {m.get("rows", 0):,} held-out texts its scores do not rise with the given ones (r = {r:.3f})'
+    if auc is not None and not auc > .5: return f'on {m.get("rows", 0):,} held-out texts it does not tell toxic ones from others (AUC = {auc:.3f})'
+    return ''
 
 # %% ../../nbs/api/evaluate/72_toxicity_scorers.ipynb #9e4c712a
 def save_ridge(

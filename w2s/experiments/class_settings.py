@@ -15,6 +15,7 @@ from typing import Any
 
 # %% ../../nbs/api/experiments/74_class_settings.ipynb #33e1b015
 from ..data.label_hygiene import CONTRADICTIONS
+from ..data.sources import SPLITS, named_pairs
 from ..errors import ConfigError, unknown
 from .config import from_table, merged, to_table
 from .vary import number
@@ -108,6 +109,8 @@ class Classify:
     classes: tuple[str, ...] = ()       # names of the classes in their order; empty: as found, sorted
     words: tuple[str, ...] = ()         # label words, one a class, that the readout 'words' compares, and where a head begins; empty: those of the data
     contradictions: str = 'keep'        # texts with two different labels: 'keep' and count, 'drop', or 'refuse'
+    leave_out: tuple[str, ...] = ()     # columns that are not to be read: a long one that is not read stops the run unless it is named here
+    split: tuple[str, ...] = ()         # which file or split of the source is which, as in ('train=a.csv', 'test=b.csv'); empty: by their names
     weak: tuple[str, ...] = ('pico',)   # weak supervisors: of the ladder, folders, or names on the hub; 'pico+nano' is an ensemble
     strong: tuple[str, ...] = ('base',) # strong students, likewise
     via: tuple[str, ...] = ()           # models in between: each learns from the labels of the one before, and labels anew
@@ -146,6 +149,8 @@ def check_classify(
     if c.head_start not in ('words', 'random'): raise ConfigError(f'head_start is "{c.head_start}"; it must be "words" or "random"')
     if c.head_start == 'random' and c.readout != 'head': raise ConfigError(f'head_start belongs to the readout "head"; "{c.readout}" has no head')
     if c.words and (c.readout == 'probe' or c.head_start == 'random'): raise ConfigError('words belong to the readout "words", and to a head that begins with them; here nothing would look at them')
+    named_pairs(c.split, '--split', SPLITS)
+    if world_task(c.data) and (c.leave_out or c.split): raise ConfigError(f'leave_out and split are about rows of a file or data set; data is "{c.data}"')
     if c.trial and not world_task(c.data): raise ConfigError('trial belongs to data of the world; for a file, give other rows as the test split')
     for name in ('weak', 'strong', 'methods'):
         given = getattr(c, name)
@@ -187,7 +192,7 @@ def fill_classify(
     given: dict[str, Any], # settings by name, tables inside; what is given always holds
 ) -> Classify:
     "What is given, then the defaults of world and ladder where they are used, then the papers'; raises `ConfigError`"
-    given = {k: split_names(v) if k in ('weak', 'strong', 'via', 'methods', 'classes') and isinstance(v, str) else v for k, v in given.items()}
+    given = {k: split_names(v) if k in ('weak', 'strong', 'via', 'methods', 'classes', 'leave_out', 'split') and isinstance(v, str) else v for k, v in given.items()}
     out = to_table(Classify())
     task = world_task(given.get('data', Classify.data))
     if task: out = merged(merged(out, WORLD_LABELS), WORLD_ROWS[task])

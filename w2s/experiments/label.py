@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ACTING', 'SUPERVISOR', 'WORDS', 'LONGER', 'SHOWN', 'EXPLAINED', 'acting', 'label_settings', 'judge_table', 'Labelled',
-           'ahead_of', 'measure', 'supervise_pairs', 'verdict', 'facts', 'measured_text', 'report_text', 'trl_table',
-           'write_labels', 'check_out', 'label']
+           'ahead_of', 'measure', 'fitted_or_not', 'supervise_pairs', 'verdict', 'facts', 'measured_text',
+           'settings_text', 'report_text', 'trl_table', 'write_labels', 'check_out', 'rows_for', 'dry_text', 'label']
 
 # %% ../../nbs/api/experiments/70_label.ipynb #94bf3458
 import json
@@ -21,6 +21,7 @@ import tomli_w
 from datasets import Dataset
 from scipy.special import expit
 
+from ..data.files import keep_inputs
 from ..data.rows import to_pairs
 from ..errors import ConfigError, unknown
 from ..evaluate.calibration import calibration_line, cross_fitted, reliability
@@ -33,7 +34,7 @@ from .preference_stages import Model, Study, know_model, model_lines, note_model
 from .stages import claim
 from .supervisors import ask, train_supervisor
 from .weak_settings import WeakTeacher, fill_settings
-from ..feedback.confidence import fit_temperature, weighted
+from ..feedback.confidence import fit_sharpness, fit_temperature, weighted
 from ..feedback.preferences import WeakLabels, label_pairs
 from ..io.console import code_block, escape_markdown, markdown_table, shorten_home
 from ..io.manifests import check_out_file, publish_file
@@ -87,12 +88,13 @@ class Labelled:
     config: WeakTeacher      # model and settings of the supervisor
     labels: WeakLabels       # calibrated; `weight` of their rows is the confidence
     margin: np.ndarray       # (rows,): reward of chosen less reward of rejected, before the temperature
-    temperature: float       # margins are divided by it; 1: nothing was measured
+    temperature: float       # margins are divided by it; 1: nothing was measured, or no temperature fits
     scores: pd.DataFrame     # of `judge_table`, on held-out pairs, and on the rows where a human labelled them; empty: nothing was measured
     bins: pd.DataFrame       # of `reliability`, of the calibrated supervisor, on the same pairs: column `on`
     ahead: pd.DataFrame      # paired differences of accuracy: supervisor less a baseline; columns on, than, value, low, high
     data: LabelData          # the rows behind it
     models: tuple[str, ...] = () # of `model_lines`
+    unfit: str = ''          # why no temperature fits; '': one does, or none was asked for
 
     def __repr__(self) -> str: return measured_text(self)
     def _repr_markdown_(self) -> str: return measured_text(self)
@@ -128,6 +130,15 @@ def measure(
     bins = reliability(expit(np.abs(mended)), agreement((np.sign(mended) + 1)/2, human)).assign(on=on)
     return [judge_table(on, raw, mended, others, human, pairs['group'][:]), bins, ahead_of(on, raw, others, human, pairs['group'][:])]
 
+# %% ../../nbs/api/experiments/70_label.ipynb #da471fbc
+def fitted_or_not(
+    margins: np.ndarray, # (rows,): the supervisor's, on held-out pairs
+    human: np.ndarray,   # (rows,): human P(a ≻ b)
+) -> tuple[float, str]:  # a temperature, 1 where none fits, and why none does
+    "A temperature for margins, if there is one"
+    if fit_sharpness(margins, human) > 0: return fit_temperature(margins, human), ''
+    return 1., (f'on {len(margins):,} held-out pairs large margins agree with the human labels no more than small ones, so that no temperature fits')
+
 # %% ../../nbs/api/experiments/70_label.ipynb #f47b147e
 def supervise_pairs(
     study: Study,     # settings and folder
@@ -137,11 +148,11 @@ def supervise_pairs(
 ) -> Labelled:
     "Train the supervisor, measure it, label the rows; a judge is not trained, and looks at no rows before it is asked"
     train, pairs = None if data.train is None else to_pairs(data.train, job.seed), to_pairs(data.rows, job.seed)
-    who, temperature, parts = train_supervisor(study, model, data.rows if data.train is None else data.train, job.seed), 1., []
+    who, temperature, unfit, parts = train_supervisor(study, model, data.rows if data.train is None else data.train, job.seed), 1., '', []
     if data.held is not None:
         held = to_pairs(data.held, job.seed)
         raw, human = _lead(ask(study, who, held, 'held-out')), np.array(held['prob_a'])
-        temperature = fit_temperature(raw, human)
+        temperature, unfit = fitted_or_not(raw, human)
         parts.append(measure('held out', held, raw, cross_fitted(raw, human, held['group']), human, train))
     rewards = ask(study, who, pairs, 'labels')
     labels = label_pairs(pairs, rewards/temperature, f'weak:{Path(model.name).name}')
@@ -149,7 +160,7 @@ def supervise_pairs(
     if not np.isnan(said).all(): parts.append(measure('rows', pairs, _lead(rewards), _lead(rewards)/temperature, said, train))
     scores, bins, ahead = [pd.concat(t, ignore_index=True) for t in zip(*parts, strict=True)] if parts else [pd.DataFrame()]*3
     labels = replace(labels, rows=weighted(labels.rows.remove_columns('gold')))
-    return Labelled(job, study.config, labels, np.abs(_lead(rewards)), temperature, scores, bins, ahead, data, model_lines([model]))
+    return Labelled(job, study.config, labels, np.abs(_lead(rewards)), temperature, scores, bins, ahead, data, model_lines([model]), unfit)
 
 # %% ../../nbs/api/experiments/70_label.ipynb #3b089e93
 def _lead(
@@ -163,11 +174,13 @@ def verdict(
     labelled: Labelled, # of a labelling
 ) -> str:               # a sentence or two
     "Is the supervisor better than a coin, and than the baselines? On the rows where a human labelled them, else on held-out pairs"
-    if labelled.scores.empty: return 'Nothing was measured: the probabilities are as they came, and may mean nothing. Give calibrate a share above 0.'
+    if labelled.scores.empty: return 'Nothing was measured: the probabilities are as they came, and may mean nothing. Give --calibrate a share above 0.'
     on = labelled.scores.on.iloc[-1]
     own = labelled.scores[(labelled.scores.on == on) & (labelled.scores.name == f'{SUPERVISOR}, calibrated')].iloc[0]
     chance = 'better than a coin' if own.low > .5 else 'NOT shown to be better than a coin: do not train on these labels'
-    words = [f'On {own.n:,} pairs with a human label ({on}) the supervisor is right in {own.accuracy:.1%} [{own.low:.1%}, {own.high:.1%}]: {chance}.']
+    words = [f'NOT CALIBRATED: {labelled.unfit}. The labels are written with the probabilities as they came, which mean nothing: do not train on them. '
+             'Train the supervisor on more rows or longer (--train-rows, --epochs), take a larger model, or give --calibrate 0 if only the choices are wanted.'] if labelled.unfit else []
+    words += [f'On {own.n:,} pairs with a human label ({on}) the supervisor is right in {own.accuracy:.1%} [{own.low:.1%}, {own.high:.1%}]: {chance}.']
     for d in labelled.ahead[labelled.ahead.on == on].itertuples():
         how = 'ahead of' if d.low > 0 else 'BEHIND' if d.high < 0 else 'not told apart from'
         words.append(f'It is {how} "{d.than}" ({d.value:+.1%} [{d.low:+.1%}, {d.high:+.1%}]).')
@@ -178,7 +191,7 @@ def _cells(
     table: pd.DataFrame, # of numbers and texts
 ) -> str:
     "A table in Markdown, with three digits"
-    def cell(x: Any) -> str: return '–' if isinstance(x, float) and np.isnan(x) else f'{x:.3f}' if isinstance(x, float) else f'{x:,}' if isinstance(x, int) else str(x)
+    def cell(x: Any) -> str: return ('no', 'yes')[x] if isinstance(x, bool) else '–' if isinstance(x, float) and np.isnan(x) else f'{x:.3f}' if isinstance(x, float) else f'{x:,}' if isinstance(x, int) else str(x)
     return markdown_table(table.columns, [list(map(cell, r)) for r in table.itertuples(index=False)])
 
 # %% ../../nbs/api/experiments/70_label.ipynb #c2e02838
@@ -188,7 +201,7 @@ def facts(
     "What one would like to know at a glance"
     rows, d = labelled.labels.rows, labelled.data
     return dict(model=labelled.config.weak, supervisor=labelled.config.supervisor, trained_on=0 if labelled.config.supervisor == 'judge' else len(d.train or ()), held_out=len(d.held or ()), labelled=len(rows),
-                ties=labelled.labels.ties, temperature=labelled.temperature, mean_prob=float(np.mean(rows['prob'])), mean_weight=float(np.mean(rows['weight'])))
+                ties=labelled.labels.ties, temperature=labelled.temperature, calibrated=not labelled.unfit and d.held is not None, mean_prob=float(np.mean(rows['prob'])), mean_weight=float(np.mean(rows['weight'])))
 
 # %% ../../nbs/api/experiments/70_label.ipynb #5ca6ec1f
 EXPLAINED = """claimed: the mean probability that the judge itself gives its choices. ece, brier: how far its probabilities are from what came true; \
@@ -204,13 +217,21 @@ def measured_text(
     if labelled.scores.empty: return '\n\n'.join(parts)
     return '\n\n'.join([*parts, '## How often it is right', EXPLAINED, _cells(labelled.scores), '## Do its probabilities mean what they say?', _cells(labelled.bins)])
 
+# %% ../../nbs/api/experiments/70_label.ipynb #4864202f
+def settings_text(
+    job: LabelJob,       # which rows
+    config: WeakTeacher, # of `label_settings`
+) -> str:                # TOML
+    "Everything that was set"
+    return tomli_w.dumps({k: list(v) if isinstance(v, tuple) else v for k, v in asdict(job).items() if v is not None} | acting(config))
+
 # %% ../../nbs/api/experiments/70_label.ipynb #b9338c7f
 def report_text(
     labelled: Labelled, # of a labelling
 ) -> str:               # Markdown
     "The report for people"
-    settings = tomli_w.dumps({k: v for k, v in asdict(labelled.job).items() if v is not None} | acting(labelled.config))
-    return '\n\n'.join(['# Labels', measured_text(labelled), '## The model', *map(escape_markdown, labelled.models), '## The rows', '\n\n'.join(map(escape_markdown, str(labelled.data.report).splitlines())),
+    settings = settings_text(labelled.job, labelled.config)
+    return '\n\n'.join(['# Labels', measured_text(labelled), '## The model', *map(escape_markdown, labelled.models), '## The rows', labelled.data.report._repr_markdown_(),
                         '## Settings', code_block(settings, 'toml')]) + '\n'
 
 # %% ../../nbs/api/experiments/70_label.ipynb #858d06d5
@@ -243,8 +264,32 @@ def check_out(
     out: str | Path, # file for the labels
 ) -> Path:
     "Refuse a name that is no .parquet file; raises `ConfigError`"
-    if Path(out).suffix != '.parquet': raise ConfigError(f'out is {out}; the labels are written as a .parquet file: name it so')
+    if Path(out).suffix != '.parquet': raise ConfigError(f'--out is {out}; the labels are written as a .parquet file: name it so')
     return Path(out)
+
+# %% ../../nbs/api/experiments/70_label.ipynb #bb825ef7
+def rows_for(
+    config: WeakTeacher, # of `label_settings`
+    job: LabelJob,       # which rows
+    out: str | Path,     # file for the labels
+) -> tuple[Model, LabelData]: # the supervisor, not yet loaded, and its rows
+    "All that is needed before the work; raises `DataError`, `ModelError` and `ConfigError`"
+    out = check_out(out)
+    keep_inputs([out, out.with_suffix('.md'), out.with_suffix('.json')], [job.rows, job.train or ''])
+    if not job.train and config.supervisor != 'judge':
+        raise ConfigError(f'a supervisor of the kind "{config.supervisor}" learns from labelled pairs: give them with --train FILE; only a judge (--supervisor judge) needs none')
+    model = know_model('weak', config.weak, config)
+    return model, load_label_data(job, model.reader, config.rows, config.strict)
+
+def dry_text(
+    config: WeakTeacher, # of `label_settings`
+    job: LabelJob,       # which rows
+    out: str | Path,     # file for the labels
+) -> str:                # settings as TOML, and what is in the rows
+    "What a labelling would do; nothing is written. Raises as `rows_for` does"
+    _, data = rows_for(config, job, out)
+    counts = ', '.join(f'{len(rows):,} {name}' for name, rows in (('to learn from', data.train), ('held out', data.held), ('to label', data.rows)) if rows is not None)
+    return '\n'.join([settings_text(job, config), str(data.report), f'rows: {counts}'])
 
 # %% ../../nbs/api/experiments/70_label.ipynb #e09d24db
 def label(
@@ -257,14 +302,11 @@ def label(
 ) -> Labelled:
     "Label pairs by a supervisor that learns from others; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     out = check_out(out)
-    if not job.train and config.supervisor != 'judge':
-        raise ConfigError(f'a supervisor of the kind "{config.supervisor}" learns from labelled pairs: give them as train (--train FILE); only a judge (--supervisor judge) needs none')
     root = Path(work) if work else out.with_suffix('.work')
     check_out_file(out, root)
     with claim(root, {'job': asdict(job), 'settings': acting(config)}, (lambda line: None) if quiet else print, keep, quiet) as stages:
-        model = know_model('weak', config.weak, config, config.supervisor != 'judge')
+        model, data = rows_for(config, job, out)
         note_models(stages, [model])
-        data = load_label_data(job, model.reader, config.rows, config.strict)
         for line in (*model_lines([model]), str(data.report)): stages.say(line)
         labelled = supervise_pairs(Study(config, stages, quiet), model, job, data)
     write_labels(labelled, out, root)

@@ -17,12 +17,12 @@ import torch
 from datasets import Dataset
 
 from .config import to_toml
-from .preference_data import PreferenceData, halves, load_preferences
+from .preference_data import PreferenceData, halves
 from .preference_stages import Model, encoded, model_lines, open_base
 from .weak_settings import WeakTeacher, sampling
 from .arms import ceiling_rows
 from .response_ends import check_responses
-from .weak_teacher import know_models, writers
+from .weak_teacher import know_models, rows_for, writers
 from ..models.adapters import add_adapter
 from ..models.load import Base, set_mode
 from ..train.batches import block
@@ -184,7 +184,7 @@ def plan(
 ) -> Plan:
     "Read the data, time both models, and say what the run would do; nothing is written"
     weak, strong = know_models(config)
-    data = load_preferences(config.data, [m.reader for m in (*weak, strong)], config.test_rows, config.strict, config.rows, config.label_share)
+    data = rows_for(config, [*weak, strong])
     lengths = check_responses(config, writers(config, weak, strong), data)
     table = stage_table(config, data, weak, strong)
     speed = {m.name: time_model(m, encoded(m, data.test), data.test['prompt'], config) for m in (*weak, strong)}

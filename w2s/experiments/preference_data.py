@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESPONSES', 'TEST_SHARE', 'WORLD_TRAIN', 'WORLD_TEST', 'Reader', 'row_texts', 'read_pairs', 'readable',
-           'set_test_aside', 'halves', 'ladder_world', 'world_seed', 'read_world', 'origin', 'PreferenceData',
-           'load_preferences']
+           'set_test_aside', 'halves', 'check_halves', 'ladder_world', 'world_seed', 'read_world', 'origin',
+           'PreferenceData', 'load_preferences']
 
 # %% ../../nbs/api/experiments/20_preference_data.ipynb #d48e196e
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +17,10 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 
 from ..data.hygiene import DataReport, clean_text
+from ..data.preference_forms import PARTS
 from ..data.readers import Read, read_preferences
 from ..data.rows import prompt_text, to_pairs
+from ..data.sources import SPLITS, named_pairs
 from ..data.splits import group_split, sample_rows
 from ..errors import ConfigError, DataError
 from ..feedback.preferences import given_labels
@@ -81,11 +83,12 @@ TEST_SHARE = .2 # of the prompts, where the source has no test split
 # %% ../../nbs/api/experiments/20_preference_data.ipynb #cc6004eb
 def set_test_aside(
     splits: Mapping[str, Dataset], # 'test' and others, or one without a test split
+    part: Callable[..., dict[str, Dataset]] = group_split, # how rows without a test split are parted
 ) -> tuple[dict[str, Dataset], Dataset]: # rows to train on, test rows
     "Test rows and the rest; the same for every seed"
     if 'test' in splits: return {k: v for k, v in splits.items() if k not in ('test', 'val')}, splits['test']
     rows = concatenate_datasets(list(splits.values()))
-    parts = group_split(rows, {'train': 1 - TEST_SHARE, 'test': TEST_SHARE}, seed=0)
+    parts = part(rows, {'train': 1 - TEST_SHARE, 'test': TEST_SHARE}, seed=0)
     return {'train': parts['train']}, parts['test']
 
 # %% ../../nbs/api/experiments/20_preference_data.ipynb #f8241849
@@ -94,18 +97,30 @@ def halves(
     rows: int | None,             # training rows in both halves together; None: all
     label_share: float,           # share of them that is labelled; Tao & Li: 1/2
     seed: int,                    # of the parting
+    part: Callable[..., dict[str, Dataset]] = group_split, # how one source of rows is parted
+    sample: Callable[..., Dataset] = sample_rows,          # how fewer rows are drawn
 ) -> tuple[Dataset, Dataset]:     # labelled, unlabelled
     "The labelled and the unlabelled rows of one seed; no prompt is in both. Raises `ConfigError`"
-    if not 0 < label_share < 1: raise ConfigError(f'label_share is {label_share}; it must lie between 0 and 1')
+    if not 0 < label_share < 1: raise ConfigError(f'--label-share is {label_share}; it must lie between 0 and 1')
     shares = {'train_gt': label_share, 'train_w2s': 1 - label_share}
     most = min(int(len(train[k])/v) for k, v in shares.items()) if 'train_gt' in train else sum(map(len, train.values()))
-    if rows and rows > most: raise ConfigError(f'rows is {rows}, but with label_share {label_share} there are no more than {most} that every model can read')
+    if rows and rows > most: raise ConfigError(f'--rows is {rows}, but with --label-share {label_share:g} there are no more than {most} that every model can read')
     if 'train_gt' not in train:
-        pool = sample_rows(concatenate_datasets(list(train.values())), rows, seed)
-        parts = group_split(pool, {'labelled': label_share, 'unlabelled': 1 - label_share}, seed)
+        pool = sample(concatenate_datasets(list(train.values())), rows, seed)
+        parts = part(pool, {'labelled': label_share, 'unlabelled': 1 - label_share}, seed)
         return parts['labelled'], parts['unlabelled']
-    labelled, unlabelled = (sample_rows(train[k], max(1, round((rows or most)*v)), seed) for k, v in shares.items())
+    labelled, unlabelled = (sample(train[k], max(1, round((rows or most)*v)), seed) for k, v in shares.items())
     return labelled, unlabelled
+
+# %% ../../nbs/api/experiments/20_preference_data.ipynb #fa284178
+def check_halves(
+    train: Mapping[str, Dataset], # of `set_test_aside`
+    rows: int | None,             # training rows in both halves together; None: all
+    label_share: float,           # share of them that is labelled
+    seeds: int,                   # repetitions
+) -> None:
+    "Raise `ConfigError` or `DataError` if the rows cannot be parted for one of the seeds"
+    for seed in range(seeds): halves(train, rows, label_share, seed)
 
 # %% ../../nbs/api/experiments/20_preference_data.ipynb #30341a17
 @lru_cache(maxsize=1)
@@ -166,11 +181,15 @@ def load_preferences(
     strict: bool = False,         # stop if anything at all was found
     rows: int | None = None,      # training rows that will be asked for: the world makes no fewer
     label_share: float = .5,      # share of them that will be labelled: the world makes its halves accordingly
+    columns: Sequence[str] = (),  # columns with unusual names, as in ('prompt=query', 'chosen=good'); (): recognised
+    leave_out: Sequence[str] = (), # columns that are not to be read
+    split: Sequence[str] = (),    # which file or split of the source is which, as in ('train=train_prefs',); (): by their names
 ) -> PreferenceData:
     "Read or make, clean and part preference rows; raises `DataError`"
     seed = world_seed(source)
-    read = read_preferences(source) if seed is None else read_world(seed, rows, test_rows, label_share)
-    splits, report = clean_text(read.splits, read.refused, read.rows_read)
+    if seed is not None: read = read_world(seed, rows, test_rows, label_share)
+    else: read = read_preferences(source, named_pairs(split, '--split', SPLITS) or None, leave_out, named_pairs(columns, '--columns', PARTS) or None)
+    splits, report = clean_text(read.splits, read.refused, read.rows_read, columns=read.columns)
     splits, report = readable(splits, readers, report)
     report.refuse_if_strict(strict)
     train, test = set_test_aside(splits)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REFINE_METHODS', 'OF_METHODS', 'SHIPPED_REFINE', 'PACKAGES', 'RefineJob', 'check_job', 'fill_refine', 'form_text',
-           'edited', 'own_form', 'stops_of', 'weak_side', 'refine_answers', 'RefinedFile', 'trl_rows', 'mean_words',
+           'edited', 'own_form', 'stops_of', 'read_job', 'refine_answers', 'RefinedFile', 'trl_rows', 'mean_words',
            'facts', 'beside', 'refined_text', 'settings_text', 'check_out', 'write_refined', 'refine_file']
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #f1718fa1
@@ -20,6 +20,10 @@ from typing import Any
 import tomli_w
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #588aa50a
+from ..data.columns import column_names
+from ..data.files import keep_inputs
+from ..data.hygiene import DataReport, merge_reports
+from ..data.questions import answers_to, open_tables, questions_from
 from ..errors import ConfigError, unknown
 from .config import from_table, merged, to_table
 from .preference_stages import Model, Study, know_model, model_lines, note_models
@@ -29,7 +33,6 @@ from .transfer_settings import REFINERS
 from .transfer_stages import Learned, Site, Weak, lesson_of
 from .transfer_tasks import Exam, TaskRows
 from .weak_settings import short_name
-from ..feedback.demonstrators import read_answers, read_questions
 from ..feedback.forms import WORLD, Form, form_for, stops
 from ..feedback.refine import CHOICES, Examples, groups_of
 from ..models.load import LoadSettings
@@ -55,6 +58,7 @@ class RefineJob:
     method: str = 'in-context'   # one of `REFINE_METHODS`
     question: str = ''           # column of the questions, in both tables; '': recognised
     answer: str = ''             # column of the weak answers; '': recognised
+    leave_out: tuple[str, ...] = () # columns that are not to be read: a long one that is not read stops the refinement unless it is named here
     examples: int = 4            # weak answers to other questions that are shown with each question (Somerstep et al.: 4, 3, 3 and 2)
     choice: str = 'others'       # which: drawn from all 'others', or of the own 'batch', as published
     batch: int = 5               # weak answers from which a concept is inferred (Somerstep et al.: 5 and 4)
@@ -90,6 +94,7 @@ def fill_refine(
     given: Mapping[str, Any], # settings by name, tables inside; what is given always holds
 ) -> RefineJob:
     "What is given, then the defaults for models that come with w2s, then the others; raises `ConfigError`"
+    given = {k: column_names(v) if k == 'leave_out' else v for k, v in given.items()}
     shipped = given.get('strong', RefineJob.strong) in SHIPPED
     return from_table(RefineJob, merged(SHIPPED_REFINE if shipped else {}, dict(given)))
 
@@ -126,14 +131,18 @@ def stops_of(
     "Texts before which an answer ends"
     return stops(form) if job.stop is None else job.stop
 
-# %% ../../nbs/api/experiments/88_refine_file.ipynb #c62de274
-def weak_side(
-    job: RefineJob,            # which files
-    questions: Sequence[str],  # to be answered
-) -> list[str]:                # weak answers, one a question; '' where none are read
-    "The weak answers; raises `DataError`"
-    if job.method == 'own-answers' and not job.weak_answers: return ['']*len(questions)
-    return read_answers(job.weak_answers or job.questions, questions, job.question, job.answer)
+# %% ../../nbs/api/experiments/88_refine_file.ipynb #66710607
+def read_job(
+    job: RefineJob, # which files
+) -> tuple[list[str], list[str], DataReport]: # questions, each once; weak answers, '' where none are read; which columns were read, and what was left out
+    "Questions and weak answers; raises `DataError`"
+    table, other = open_tables(job.leave_out, job.questions, job.weak_answers or job.questions)
+    none, apart = job.method == 'own-answers' and not job.weak_answers, bool(job.weak_answers) and job.weak_answers != job.questions
+    read = questions_from(table, job.questions, job.question, '' if none or apart else job.answer, '' if none or apart else 'needed', True, job.leave_out)
+    if none: return read.questions, ['']*len(read.questions), read.report
+    if not apart: return read.questions, list(read.answers or []), read.report
+    weak = questions_from(other, job.weak_answers, job.question, job.answer, 'needed', True, job.leave_out, 'weak answers')
+    return read.questions, answers_to(weak, read.questions), merge_reports(read.report, weak.report)
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #ad1a4ff5
 def refine_answers(
@@ -162,6 +171,7 @@ class RefinedFile:
     learned: Learned         # refined answers, and rows to train on
     cut: int                 # of `count_cut`
     models: tuple[str, ...] = () # of `model_lines`
+    report: DataReport = field(default_factory=DataReport) # which columns were read as what, and which rows were left out
 
     def __repr__(self) -> str: return refined_text(self)
     def _repr_markdown_(self) -> str: return refined_text(self)
@@ -238,7 +248,7 @@ def check_out(
     out: str | Path, # file for the rows
 ) -> Path:
     "Refuse a name that is no .jsonl file; raises `ConfigError`"
-    if Path(out).suffix != '.jsonl': raise ConfigError(f'out is {out}; refined answers are written as a .jsonl file: name it so')
+    if Path(out).suffix != '.jsonl': raise ConfigError(f'--out is {out}; refined answers are written as a .jsonl file: name it so')
     return Path(out)
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #d6b06c39
@@ -249,9 +259,9 @@ def write_refined(
 ) -> list[Path]:                    # the rows, and beside them the report for people and for programs
     "Write rows and report as one set; raises `ConfigError` where a file of the user would be lost"
     out = check_out(out)
-    told = facts(done) | dict(examples=beside(done), settings=to_table(done.job), form=asdict(done.form), versions={p: version(p) for p in PACKAGES}, models=list(done.models))
+    told = facts(done) | dict(columns=[str(c) for c in done.report.columns], examples=beside(done), settings=to_table(done.job), form=asdict(done.form), versions={p: version(p) for p in PACKAGES}, models=list(done.models))
     lines = ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in trl_rows(done))
-    page = f'# Refined answers\n\n{refined_text(done)}\n\n{settings_text(done)}\n'
+    page = f'# Refined answers\n\n{refined_text(done)}\n\n## Data\n\n{done.report._repr_markdown_()}\n\n{settings_text(done)}\n'
     folder = Path(work) if work else out.with_suffix('.work')
     return publish_file(out, folder, [lines, *map(shorten_home, (page, json.dumps(told, indent=1, ensure_ascii=False)))], describe_making(out=str(out.absolute())))
 
@@ -268,15 +278,15 @@ def refine_file(
     out = check_out(out)
     root = Path(work) if work else out.with_suffix('.work')
     check_out_file(out, root)
+    keep_inputs([out, out.with_suffix('.md'), out.with_suffix('.json')], [job.questions, job.weak_answers])
     if 'examples' in OF_METHODS and job.method in OF_METHODS['examples'] and job.choice == 'others': Examples(job.examples)
     with claim(root, to_table(job), (lambda line: None) if quiet else print, keep, quiet) as stages:
-        questions = read_questions(job.questions, job.question)
-        weak = weak_side(job, questions)
+        questions, weak, report = read_job(job)
         form = own_form(job.strong, job.load, own)
         model = know_model(short_name(job.strong), str(model_folder(job.strong)), SimpleNamespace(max_length=sys.maxsize, load=job.load), writes=True)
         note_models(stages, [model])
-        for line in model_lines([model]): stages.say(line)
+        for line in (*model_lines([model]), str(report)): stages.say(line)
         learned = refine_answers(Study(job, stages, quiet), model, form, questions, weak)
-    done = RefinedFile(job, form, questions, weak, learned, count_cut(model.reader.tokenizer, learned.answers, job.max_tokens), model_lines([model]))
+    done = RefinedFile(job, form, questions, weak, learned, count_cut(model.reader.tokenizer, learned.answers, job.max_tokens), model_lines([model]), report)
     write_refined(done, out, root)
     return done

@@ -10,7 +10,7 @@ __all__ = ['ABOUT', 'COMPARED', 'PGR_METRICS', 'SHOWN', 'perplexity_stage', 'Hea
 # %% ../../nbs/api/experiments/94_toxicity.ipynb #b08cf17b
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/api/experiments/94_toxicity.ipynb #45bb15b7
+from ..data.hygiene import DataReport
 from ..data.rows import content_id
 from ..data.toxicity_rows import PromptsRead, read_prompts
 from ..evaluate.clusters import by_group
@@ -35,7 +36,7 @@ from .lab import Lab, respond_stage, stage_name
 from .preference_stages import know_model, model_inputs, model_lines, note_models, open_base
 from .stages import Run, claim, run_stage
 from .toxicity_arms import Judge, ToxicityArm, choice_arms, judge_of, line_arms, score_stage, toxicity_lab
-from .toxicity_data import origin_of, rows_of
+from .toxicity_data import file_rows, origin_of, rows_of
 from .toxicity_settings import SCENES, Toxicity, fill_toxicity
 from .weak_settings import short_name
 from ..world.scenes import speech_verdict
@@ -226,6 +227,7 @@ class ToxicityResult:
     pairs: list[str]           # how many pairs of lines could be compared, by seed
     adapters: dict[str, Path]  # folders of what was trained, by a name for people
     models: tuple[str, ...] = () # of `model_lines`
+    report: DataReport = field(default_factory=DataReport) # which columns of a file were read as what, and what was left out
 
     def __repr__(self) -> str: return '\n\n'.join([recovered_text(self), shown_toxicity(self).to_string(index=False), *(['incomplete:\n' + '\n'.join(self.failures)] if self.failures else [])])
     def _repr_html_(self) -> str: return f'<p>{escape(recovered_text(self))}</p>' + shown_toxicity(self).to_html(index=False) + ''.join(f'<p>{escape(line)}</p>' for line in self.failures)
@@ -260,9 +262,11 @@ def run(
     config = config or fill_toxicity({})
     with claim(out, to_table(config), (lambda line: None) if quiet else print, keep, quiet) as stages:
         judge = judge_of(config, scorer)
-        found = None if config.data == SCENES else read_prompts(config.data)
+        found = None if config.data == SCENES else read_prompts(config.data, leave_out=config.leave_out)
         lines = toxicity_models(config)
-        if not quiet: print(*lines, origin_of(config, found), sep='\n')
+        if not quiet: print(*lines, origin_of(config, found), *([found.report] if found else []), sep='\n')
+        if found is not None:
+            for seed in range(config.seeds): file_rows(found, config, seed) # what cannot be parted is refused before any work
         return replace(_result(config, stages, judge, found), models=lines)
 
 # %% ../../nbs/api/experiments/94_toxicity.ipynb #362c1183
@@ -281,4 +285,4 @@ def _result(config: Toxicity, stages: Run, judge: Judge, found: PromptsRead | No
     units = toxicity_units(items, test)
     adapters = {stage_name(h.arm.role, h.arm.method, h.arm.weak, h.arm.strong, f'seed{h.arm.seed}'): h.arm.adapter for h in heard if h.arm.adapter}
     return ToxicityResult(stages.root, config, origin_of(config, found), pd.DataFrame(test)[['id', 'prompt', 'kind']], items, summarise(items), interval_table(units),
-                          toxicity_differences(units), recovered(config, units), sample_table(heard, test), failure_lines(heard, config.threshold), notes, adapters)
+                          toxicity_differences(units), recovered(config, units), sample_table(heard, test), failure_lines(heard, config.threshold), notes, adapters, report=found.report if found else DataReport())

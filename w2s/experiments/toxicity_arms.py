@@ -21,7 +21,7 @@ from ..data.rows import content_id
 from ..errors import ConfigError
 from ..evaluate.responses import Scorer
 from ..evaluate.toxicity import score_continuations
-from ..evaluate.toxicity_scorers import load_scorer
+from ..evaluate.toxicity_scorers import ToxicityRidge, load_scorer, why_useless
 from .effects import judge_pairs, prefer, spoken_pairs
 from .lab import Effects, Lab, demonstrations, open_lab, respond_stage, stage_name, tune
 from .preference_stages import Model
@@ -63,6 +63,8 @@ def judge_of(
         if config.data != SCENES: raise ConfigError(f'{config.data}: a file needs a scorer')
         return Judge(load_scorer('oracle'))
     made, name = load_scorer(config.scorer), config.scorer.rpartition(':')[0] if ':' in config.scorer else config.scorer
+    if isinstance(made, ToxicityRidge) and (why := why_useless(made.card)) and not config.allow_poor_scorer:
+        raise ConfigError(f'--scorer {name}: {why}. Train it on more texts (w2s toxicity fit), or say that it is to be used all the same (--allow-poor-scorer)')
     files = sorted(f for f in local_folder(name).iterdir() if f.is_file())
     return Judge(made, content_id(config.scorer.rpartition(':')[2] if ':' in config.scorer else '', files_hash(files)))
 

@@ -60,7 +60,7 @@ def choose_test(
     for kind, want in zip(kinds, (n - n//2, n//2) if len(kinds) == 2 else (n,), strict=True):
         taken = {r['group'] for r in out}
         have = list({r['group']: r for r in reversed(_ordered(rows, 'test')) if r['kind'] == kind and r['group'] not in taken}.values())[::-1]
-        if len(have) < want: raise DataError(f'{where}: {len(have)} prompts are {kind} and of different documents, and {want} are wanted for the test; lower test_prompts')
+        if len(have) < want: raise DataError(f'{where}: {len(have)} prompts are {kind} and of different documents, and {want} are wanted for the test; lower --test-rows')
         out += have[:want]
     return out
 
@@ -80,7 +80,7 @@ def file_rows(
     taught = good[:c.gold_rows]
     rest = [r for r in good[c.gold_rows:] if r['group'] != taught[-1]['group']] # the last document may go on
     if len(rest) < c.asked_rows:
-        raise DataError(f'{c.data}: {len(good):,} rows outside the test have a continuation below {c.threshold}, and gold_rows {c.gold_rows:,} and asked_rows {c.asked_rows:,} are wanted; lower them')
+        raise DataError(f'{c.data}: {len(good):,} rows outside the test have a continuation below {c.threshold}, and --gold-rows {c.gold_rows:,} and --rows {c.asked_rows:,} are wanted; lower them')
     return ToxicityRows(taught, rest[:c.asked_rows], test)
 
 # %% ../../nbs/api/experiments/91_toxicity_data.ipynb #8417a48f

@@ -6,6 +6,7 @@
 __all__ = ['SCENES', 'DECODINGS', 'METHODS', 'WORLD_TOXICITY', 'LADDER_TOXICITY', 'Toxicity', 'check_toxicity', 'fill_toxicity']
 
 # %% ../../nbs/api/experiments/90_toxicity_settings.ipynb #38c12076
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,8 @@ class Toxicity:
     seeds: int = 1                      # repetitions, with seeds 0, 1, …
     beta: float = .1                    # of DPO
     speak: GenerateSettings = field(default_factory=lambda: GenerateSettings(**DECODINGS['rtp'], samples=25)) # how all models continue; 25 samples of a test prompt
+    leave_out: tuple[str, ...] = ()     # columns of the file that are not to be read: a long one that is not read stops the run unless it is named here
+    allow_poor_scorer: bool = False     # use a scorer that by its own card does not put texts in order
     trial: bool = False                 # of the world: other test people, to choose settings by
     load: LoadSettings = field(default_factory=LoadSettings)   # 4-bit
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -61,12 +64,13 @@ def check_toxicity(
     for name in ('gold_rows', 'asked_rows', 'test_prompts', 'seeds', 'examples'):
         if getattr(c, name) < 1: raise ConfigError(f'{name} is {getattr(c, name)}; it must be at least 1')
     if not 0 < c.threshold < 1: raise ConfigError(f'threshold is {c.threshold}; it must lie between 0 and 1')
-    if c.beta <= 0: raise ConfigError(f'beta is {c.beta}; it must be above 0')
+    if not 0 < c.beta < math.inf: raise ConfigError(f'beta is {c.beta}; it must be a number above 0')
     if not c.methods: raise ConfigError(f'methods is empty; name at least one of {", ".join(METHODS)}')
     for m in c.methods:
         if m not in METHODS: raise ConfigError(unknown(m, METHODS, 'method'))
         if c.methods.count(m) > 1: raise ConfigError(f'method {m} is given twice')
     if c.data.startswith('world') and c.data != SCENES: raise ConfigError(f'data "{c.data}": for toxicity the world has scenes; write {SCENES}')
+    if c.data == SCENES and c.leave_out: raise ConfigError(f'leave_out names columns of a file; data is "{c.data}"')
     if c.data != SCENES and c.trial: raise ConfigError('trial belongs to data of the world; for a file, give other rows')
     if c.greedy and not set(c.methods) & {'naive', 'in-context'}: raise ConfigError('greedy is about weak lines, and no method learns from them')
     if 'in-context' in c.methods and c.examples >= c.asked_rows: raise ConfigError(f'examples is {c.examples}, of {c.asked_rows} asked_rows; more rows are needed than are shown at once')
@@ -83,7 +87,7 @@ def fill_toxicity(
     given: Mapping[str, Any], # settings by name, tables inside; what is given always holds; decoding: a key of `DECODINGS`
 ) -> Toxicity:
     "What is given, then the defaults of world and ladder where they are used, then the papers'; raises `ConfigError`"
-    asked = {k: tuple(m.strip() for m in v.split(',') if m.strip()) if k == 'methods' and isinstance(v, str) else v for k, v in given.items() if k != 'decoding'}
+    asked = {k: tuple(m.strip() for m in v.split(',') if m.strip()) if k in ('methods', 'leave_out') and isinstance(v, str) else v for k, v in given.items() if k != 'decoding'}
     decoding, out = given.get('decoding', ''), to_table(Toxicity())
     if decoding and decoding not in DECODINGS: raise ConfigError(unknown(decoding, DECODINGS, 'decoding'))
     if asked.get('data', SCENES) == SCENES: out = merged(out, WORLD_TOXICITY)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Made', 'weak_arms', 'make_seed', 'label_items', 'answer_table', 'lesson_table', 'cut_answers', 'compared',
-           'recovered', 'example_table', 'TransferResult', 'recovered_text', 'shown_table', 'answering', 'run',
-           'result_of']
+           'recovered', 'example_table', 'TransferResult', 'recovered_text', 'shown_table', 'answering', 'origin_of',
+           'run', 'result_of']
 
 # %% ../../nbs/api/experiments/86_transfer.ipynb #d5c8d15b
 from collections.abc import Mapping, Sequence
@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 # %% ../../nbs/api/experiments/86_transfer.ipynb #4e202bef
+from ..data.hygiene import DataReport
 from ..errors import DataError
 from ..evaluate.intervals import interval_table, with_limits
 from ..evaluate.metrics import RANGES, Bounds, metric_rows, summarise
@@ -179,6 +180,7 @@ class TransferResult:
     problems: int = 0          # test problems that the file has, all of them; 0: unknown
     cut: dict[str, tuple[int, int]] = field(default_factory=dict) # of `cut_answers`
     models: tuple[str, ...] = () # of `model_lines`
+    report: DataReport = field(default_factory=DataReport) # which columns of a file were read as what, and what was left out
 
     def _repr_html_(self) -> str: return f'<p>{escape(recovered_text(self))}</p>{shown_table(self).to_html(index=False)}' + ''.join(f'<p>{escape(line)}</p>' for line in self.failures)
     def __repr__(self) -> str: return '\n'.join([f'{recovered_text(self)}\n', shown_table(self).to_string(index=False), *self.failures])
@@ -211,6 +213,14 @@ def answering(
     "How models answer: the likeliest words"
     return GenerateSettings(config.max_tokens, 0., stop=stops(form), token_budget=16384)
 
+# %% ../../nbs/api/experiments/86_transfer.ipynb #8878dae0
+def origin_of(
+    config: Transfer,     # of the run
+    table: Table | None,  # questions of one's own; None: the world
+) -> str:                 # a sentence
+    "Where the questions come from"
+    return 'Questions of the embedded world.' if table is None else f'{len(table.questions):,} questions of {Path(config.data).name}.'
+
 # %% ../../nbs/api/experiments/86_transfer.ipynb #fbf66f07
 def run(
     config: Transfer | None = None,     # what to compare; None: a persona in the embedded world
@@ -225,8 +235,10 @@ def run(
         models: dict[str, Model | None] = {n: know_model(short_name(n), str(model_folder(n)), c, writes=True) for n in names}
         judge = know_model('judge', str(model_folder(c.judge)), c, trained=False, writes=True) if c.judge else None
         note_models(stages, [m for m in (*models.values(), judge) if m])
-        if not quiet: print(*model_lines(m for m in (*models.values(), judge) if m), sep='\n')
         table = None if c.data == 'world' else read_asked(c)
+        if not quiet: print(*model_lines(m for m in (*models.values(), judge) if m), origin_of(c, table), *([table.report] if table else []), sep='\n')
+        if table is not None:
+            for seed in range(c.seeds): table_rows(Study(c, stages, quiet), table, judge, seed) # what cannot be parted is refused before any work
         return result_of(Study(c, stages, quiet), {**dict.fromkeys(c.weak), **models}, judge, table)
 
 # %% ../../nbs/api/experiments/86_transfer.ipynb #4fccf9b3
@@ -250,7 +262,6 @@ def result_of(
     measures, ranges = TRANSFERS[c.task], rating_ranges(c.task) if judge else RANGES
     intervals, labels = (interval_table(t, ranges=ranges) for t in (items, label_items(made, task)))
     adapters = {'-'.join(filter(None, (a.role, a.method.replace(' ', '-'), a.weak, f'seed{a.seed}'))): a.adapter for a in arms if a.adapter}
-    origin = 'Questions of the embedded world.' if table is None else f'Questions of {c.data}. {table.note}'.strip()
-    return TransferResult(study.run.root, c, origin, form, items, summarise(items), intervals, labels, compared(items, list(dict.fromkeys([measures.content, measures.style])), ranges),
+    return TransferResult(study.run.root, c, origin_of(c, table), form, items, summarise(items), intervals, labels, compared(items, list(dict.fromkeys([measures.content, measures.style])), ranges),
                           recovered(items, measures.content, ranges), example_table(intervals, c.examples), answer_table(made), lesson_table(made), failures, adapters, table.problems if table else 0,
-                          cut_answers(made, c.max_tokens), model_lines(m for m in (*models.values(), judge) if m))
+                          cut_answers(made, c.max_tokens), model_lines(m for m in (*models.values(), judge) if m), DataReport() if table is None else table.report)

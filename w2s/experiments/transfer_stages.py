@@ -113,10 +113,12 @@ def weak_model(
     "Teach or tell the weak model, and let it answer; raises `DataError`"
     c, rows, short = site.config, site.rows, short_name(name)
     if c.demonstrator == 'planted': return Weak(name, None, None, list(rows.asked.planted or []), [list(e.planted or []) for e in rows.tests])
-    if model is None: return Weak(short, None, None, *(lambda e: (e[0], e[1:]))([read_answers(c.answers, e.questions, c.question) for e in (rows.asked, *rows.tests)]))
+    if model is None:
+        given = [e.planted if e.planted is not None else read_answers(c.answers, e.questions, c.question) for e in (rows.asked, *rows.tests)]
+        return Weak(short, None, None, list(given[0]), [list(g) for g in given[1:]])
     adapter = None
     if c.demonstrator == 'tuned':
-        if rows.taught.gold is None: raise DataError(f'{c.data} has no good answers to tune {short} on; name their column as answer, or prompt it (demonstrator "prompted")')
+        if rows.taught.gold is None: raise DataError(f'{c.data} has no good answers to tune {short} on; name their column with --answer, or prompt it (--demonstrator prompted)')
         adapter = learn(site, model, stage_name('weak', short), demonstrated(site.form, rows.taught.questions, rows.taught.gold, 'gold').rows, c.demonstrate)
     said = [speak_as(site, model, stage_name('weak answers', short, e.name), adapter)(weak_prompts(site, e)) for e in (rows.asked, *rows.tests)]
     flat = [[s[0] for s in answers] for answers in said]

@@ -42,7 +42,7 @@ class Exam:
     groups: list[str]        # whom or what each is about: no example may be of the same group
     score: Score
     gold: list[str] | None = None # a good answer to each; None: nobody knows one
-    planted: list[str] | None = None # a weak answer to each, where mistakes were put in instead of made; None: a weak model must answer
+    planted: list[str] | None = None # a weak answer to each, where mistakes were put in instead of made, or where weak answers are in a file; None: a weak model must answer
     name: str = ''           # of a part of the test, where there are several: 'lives', 'stories'
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ..evaluate.clusters import by_group
 from ..evaluate.intervals import Estimate, difference, with_limits
 from ..evaluate.several import adjust_table
 from .config import merged, to_table
-from .preference_data import load_preferences
+from .preference_data import check_halves, load_preferences
 from .preference_stages import Model, Study, model_lines, note_models
 from .stages import claim
 from .weak_settings import SUBSETS, SUPERVISORS, WeakTeacher, fill_settings
@@ -196,7 +196,9 @@ def run_varied(
         models, first = _models(configs), next(iter(configs.values()))
         note_models(stages, [m for weak, strong in models.values() for m in (*weak, strong)])
         readers = list({m.name: m.reader for weak, strong in models.values() for m in (*weak, strong)}.values())
-        data = {s: load_preferences(first.data, readers, first.test_rows, first.strict, first.rows, s) for s in sorted({c.label_share for c in configs.values()})}
+        data = {s: load_preferences(first.data, readers, first.test_rows, first.strict, first.rows, s, first.columns, first.leave_out, first.split)
+                for s in sorted({c.label_share for c in configs.values()})}
+        for s, d in data.items(): check_halves(d.train, first.rows, s, first.seeds)
         lengths = dict.fromkeys(check_responses(c, writers(c, *models[at]), data[c.label_share]) for at, c in configs.items())
         known = model_lines(m for weak, strong in models.values() for m in (*weak, strong))
         if not quiet: print(*filter(None, (*known, data[first.label_share].origin, str(data[first.label_share].report), *lengths)), sep='\n')

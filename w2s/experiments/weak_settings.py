@@ -7,10 +7,14 @@ __all__ = ['SUBSETS', 'SUPERVISORS', 'OTHERS', 'LADDER_SETTINGS', 'WORLD_SETTING
            'on_ladder', 'WeakTeacher', 'check_settings', 'default_sampling', 'sampling', 'fill_settings']
 
 # %% ../../nbs/api/experiments/22_weak_settings.ipynb #0be83930
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..data.columns import column_names
+from ..data.preference_forms import PARTS
+from ..data.sources import SPLITS, named_pairs
 from ..errors import ConfigError, unknown
 from .config import from_table, merged, to_table
 from .preference_data import world_seed
@@ -96,6 +100,9 @@ class WeakTeacher:
     temperature: float | None = None    # of these responses; None: what fits the rows, see `default_sampling`
     response_tokens: int | None = None  # of such a response at most; None: what fits the rows
     gold: str = ''                  # reward model that scores responses, a folder or a name on the hub; '': the world's own gold reward
+    columns: tuple[str, ...] = ()   # columns with unusual names, as in ('prompt=system+query', 'chosen=good'); empty: recognised
+    leave_out: tuple[str, ...] = () # columns that are not to be read: a long one that is not read stops the run unless it is named here
+    split: tuple[str, ...] = ()     # which file or split of the source is which, as in ('train=train_prefs',); empty: by their names
     strict: bool = False            # stop if the data report finds anything at all
     load: LoadSettings = field(default_factory=LoadSettings)  # 4-bit; the paper: 16-bit
     lora: LoraSettings = field(default_factory=LoraSettings)  # rank 8, as the paper's DPO
@@ -114,12 +121,20 @@ def check_settings(
         if value is not None and value < 1: raise ConfigError(f'{name} is {value}; it must be at least 1')
     if c.rows is not None and c.rows < 4: raise ConfigError(f'rows is {c.rows}; two halves need at least 4')
     if not 0 < c.label_share < 1: raise ConfigError(f'label_share is {c.label_share}; it must lie between 0 and 1')
-    if c.beta <= 0: raise ConfigError(f'beta is {c.beta}; it must be above 0')
+    if not 0 < c.beta < math.inf: raise ConfigError(f'beta is {c.beta}; it must be a number above 0')
     if c.supervisor not in SUPERVISORS: raise ConfigError(unknown(c.supervisor, SUPERVISORS, 'kind of supervisor'))
     if c.start not in ('sft', 'base'): raise ConfigError(f'start is "{c.start}"; it must be "sft" or "base"')
     if odd := [o for o in c.others if o not in OTHERS]: raise ConfigError(unknown(odd[0], OTHERS, 'arm beside the student'))
+    _check_columns(c)
     _check_loss(c)
     _check_samples(c)
+
+# %% ../../nbs/api/experiments/22_weak_settings.ipynb #f675aedd
+def _check_columns(c: WeakTeacher) -> None:
+    "Columns and splits belong to rows of a source"
+    named_pairs(c.columns, '--columns', PARTS)
+    named_pairs(c.split, '--split', SPLITS)
+    if world_seed(c.data) is not None and (c.columns or c.leave_out or c.split): raise ConfigError(f'columns, leave_out and split are about rows of a file or data set; data is "{c.data}"')
 
 # %% ../../nbs/api/experiments/22_weak_settings.ipynb #5a0c5c39
 def _check_loss(c: WeakTeacher) -> None:
@@ -176,6 +191,7 @@ def fill_settings(
     given: dict[str, Any], # settings by name, tables inside; what is given always holds
 ) -> WeakTeacher:
     "What is given, then the defaults of world and ladder where they are used, then the paper's; raises `ConfigError`"
+    given = {k: column_names(v) if k in ('columns', 'leave_out', 'split') else v for k, v in given.items()}
     data, weak, strong = (given.get(k, getattr(WeakTeacher, k)) for k in ('data', 'weak', 'strong'))
     out = to_table(WeakTeacher())
     if world_seed(data) is not None: out = merged(out, WORLD_SETTINGS)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PGR_METRICS', 'SHOWN', 'DETAILS', 'DIGITS', 'label_table', 'weak_label_table', 'history_table', 'question_pairs',
            'recovered', 'recovered_text', 'Result', 'summary_table', 'fallen', 'gold_words', 'label_words', 'caption',
-           'count_stages', 'counted', 'know_models', 'writers', 'run', 'run_study', 'row_groups', 'arm_intervals',
-           'compare', 'WeakTeacher']
+           'count_stages', 'counted', 'know_models', 'writers', 'rows_for', 'run', 'run_study', 'row_groups',
+           'arm_intervals', 'compare', 'WeakTeacher']
 
 # %% ../../nbs/api/experiments/30_weak_teacher.ipynb #12bf4516
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ from ..evaluate.pgr import pgr_paragraph, pgr_table
 from ..evaluate.power import power_table
 from .arms import REFERENCE, Arm, evaluate_arm, evaluate_choice, floor_arm, gold_items, train_students, write_responses
 from .config import to_table
-from .preference_data import PreferenceData, load_preferences
+from .preference_data import PreferenceData, check_halves, load_preferences
 from .preference_stages import Model, Study, know_model, model_lines, note_models
 from .response_ends import check_cut, check_responses, cut_words
 from .stages import claim
@@ -256,6 +256,17 @@ def writers(
     "The models that are going to write responses: a supervisor does where it is one policy"
     return [*(weak if config.supervisor == 'dpo' and len(weak) == 1 else ()), strong]
 
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #7592e441
+def rows_for(
+    config: WeakTeacher,      # of the experiment
+    models: Sequence[Model],  # all of them
+) -> PreferenceData:
+    "The rows of an experiment; raises `DataError` and `ConfigError`, also for what they cannot give in one of the seeds"
+    c = config
+    data = load_preferences(c.data, [m.reader for m in models], c.test_rows, c.strict, c.rows, c.label_share, c.columns, c.leave_out, c.split)
+    check_halves(data.train, c.rows, c.label_share, c.seeds)
+    return data
+
 # %% ../../nbs/api/experiments/30_weak_teacher.ipynb #0ba05079
 def run(
     config: WeakTeacher | None = None,      # what to compare; None: models of the ladder on rows of the world
@@ -268,7 +279,7 @@ def run(
     with claim(out, to_table(config), (lambda line: None) if quiet else counted(count_stages(config)), keep, quiet) as stages:
         weak, strong = know_models(config)
         note_models(stages, [*weak, strong])
-        data = load_preferences(config.data, [m.reader for m in (*weak, strong)], config.test_rows, config.strict, config.rows, config.label_share)
+        data = rows_for(config, [*weak, strong])
         lengths = check_responses(config, writers(config, weak, strong), data)
         if not quiet: print(*filter(None, (*model_lines([*weak, strong]), data.origin, str(data.report), lengths)), sep='\n')
         return run_study(Study(config, stages, quiet), weak, strong, data)

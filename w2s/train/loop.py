@@ -52,7 +52,7 @@ class TrainSettings:
     checkpoint_every: int = 50           # steps between checkpoints: what a kill can lose
 
     def __post_init__(self):
-        check_finite(self)
+        check_finite(self, ('max_grad_norm',))
         low = {'epochs': 1, 'batch_size': 1, 'token_budget': 1, 'checkpoint_every': 1, 'learning_rate': 0, 'weight_decay': 0, 'warmup': 0}
         for name, least in low.items():
             if getattr(self, name) < least: raise ConfigError(f'{name} is {getattr(self, name)}; it must be at least {least}')
