@@ -20,7 +20,7 @@ from w2s.world.rows import label_rows
 
 ROOT = Path(__file__).parents[1]
 ALWAYS = {'report.md', 'figure.png', 'figure.svg', 'results.parquet', 'items.parquet', 'intervals.parquet', 'differences.parquet', 'labels.parquet', 'predictions.parquet',
-          'pgr.parquet', 'config.toml', 'versions.json', 'data_report.csv', 'data_report.md', 'adapters', 'stages'}
+          'pgr.parquet', 'config.toml', 'versions.json', 'data_report.csv', 'data_report.md', 'manifest.json', 'adapters', 'stages'}
 SMALL = ('--rows', '120', '--label-share', '0.5', '--test-rows', '60', '--seeds', '1', '--epochs', '1')
 SAFETY = ('--weak', 'pico', '--strong', 'nano', *SMALL, '--method', 'xent,hard')
 
@@ -224,7 +224,7 @@ def test_killed_while_a_student_learns(home, safety, tmp_path):
     while not list(out.glob('stages/.unfinished-student-nano-xent-*/checkpoints/*')) and first.poll() is None and time.time() < limit: time.sleep(.01)
     first.send_signal(signal.SIGKILL)
     first.communicate()
-    assert first.returncode == -signal.SIGKILL and files(out) == {'stages'}
+    assert first.returncode == -signal.SIGKILL and files(out) == {'stages', 'INCOMPLETE.txt'}
     again = start(home, out)
     printed, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors[-2000:]

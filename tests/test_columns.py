@@ -450,7 +450,7 @@ def test_splits_can_be_named(tmp_path):
 
 
 def test_reasons_are_said_where_nothing_is_left(tmp_path):
-    sums = jsonl(tmp_path/'sums.jsonl', [dict(question=f'What is {i}?', answer=f'I say {i} or more') for i in range(60)])
+    sums = jsonl(tmp_path/'sums.jsonl', [dict(question=f'What is {i}?', answer=f'I say {"quite a lot" if i % 2 else "little"}') for i in range(60)])
     done = CliRunner().invoke(app, ['run', 'maths', '--data', str(sums), '--dry-run'])
     assert done.exit_code == 1 and '60 × the final answer is not one number' in str(done.exception) and '--gold-rows' in str(done.exception)
     with pytest.raises(DataError, match='2 labels are missing'): read_labels(jsonl(tmp_path/'l.jsonl', [dict(text='a', label=None)] * 2))
@@ -665,6 +665,7 @@ def test_a_scorer_that_orders_nothing_is_refused_unless_it_is_allowed(home, tmp_
     card = json.loads((folder/'card.json').read_text())
     card['held_out']['all'] |= POOR[case]
     (folder/'card.json').write_text(json.dumps(card))
+    (folder/'manifest.json').unlink() # whose checksum is of the card as it was
     given = dict(data=str(home/'prompts.jsonl'), scorer=str(folder))
     with pytest.raises(ConfigError, match='--allow-poor-scorer'): judge_of(fill_toxicity(given))
     judge_of(fill_toxicity(given | dict(allow_poor_scorer=True)))

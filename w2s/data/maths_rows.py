@@ -81,6 +81,7 @@ def _is_formula(
 ) -> bool:
     "Is it maths, rather than words?"
     plain = plain_answer(text)
+    if re.search('[a-zA-Z]{3}', re.sub(r'\\[a-zA-Z]+', '', plain)): return False # a word, which would be read as a product of letters
     return bool(re.search(r'[\d\\]', plain)) and all(p == ';' or formula_values(p.rpartition('=')[2]) is not None for p in answer_parts(plain)[1])
 
 # %% ../../nbs/api/data/60_maths_rows.ipynb #ce4ef270

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ACTING', 'SUPERVISOR', 'WORDS', 'LONGER', 'SHOWN', 'EXPLAINED', 'acting', 'label_settings', 'judge_table', 'Labelled',
            'ahead_of', 'measure', 'fitted_or_not', 'supervise_pairs', 'verdict', 'facts', 'measured_text',
-           'settings_text', 'report_text', 'trl_table', 'write_labels', 'check_out', 'rows_for', 'dry_text', 'label']
+           'settings_text', 'report_text', 'trl_table', 'write_labels', 'check_out', 'check_label_out', 'rows_for',
+           'dry_text', 'label']
 
 # %% ../../nbs/api/experiments/70_label.ipynb #94bf3458
 import json
@@ -268,17 +269,25 @@ def check_out(
     return Path(out)
 
 # %% ../../nbs/api/experiments/70_label.ipynb #bb825ef7
+def check_label_out(
+    job: LabelJob,       # which rows
+    out: str | Path,     # file for the labels
+) -> Path:
+    "Raise `ConfigError` if labels cannot be written there, or would be written over what is read"
+    out = check_out(out)
+    keep_inputs([out, out.with_suffix('.md'), out.with_suffix('.json')], [job.rows, job.train or ''])
+    return out
+
 def rows_for(
     config: WeakTeacher, # of `label_settings`
     job: LabelJob,       # which rows
     out: str | Path,     # file for the labels
 ) -> tuple[Model, LabelData]: # the supervisor, not yet loaded, and its rows
     "All that is needed before the work; raises `DataError`, `ModelError` and `ConfigError`"
-    out = check_out(out)
-    keep_inputs([out, out.with_suffix('.md'), out.with_suffix('.json')], [job.rows, job.train or ''])
+    check_label_out(job, out)
     if not job.train and config.supervisor != 'judge':
         raise ConfigError(f'a supervisor of the kind "{config.supervisor}" learns from labelled pairs: give them with --train FILE; only a judge (--supervisor judge) needs none')
-    model = know_model('weak', config.weak, config)
+    model = know_model('weak', config.weak, config, config.supervisor != 'judge')
     return model, load_label_data(job, model.reader, config.rows, config.strict)
 
 def dry_text(
@@ -301,7 +310,7 @@ def label(
     keep: bool = False,              # use finished stages that other versions of the packages made
 ) -> Labelled:
     "Label pairs by a supervisor that learns from others; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
-    out = check_out(out)
+    out = check_label_out(job, out)
     root = Path(work) if work else out.with_suffix('.work')
     check_out_file(out, root)
     with claim(root, {'job': asdict(job), 'settings': acting(config)}, (lambda line: None) if quiet else print, keep, quiet) as stages:

@@ -277,8 +277,8 @@ def refine_file(
     "Refine a file of weak answers; raises `DataError`, `ModelError` or `ConfigError`"
     out = check_out(out)
     root = Path(work) if work else out.with_suffix('.work')
-    check_out_file(out, root)
     keep_inputs([out, out.with_suffix('.md'), out.with_suffix('.json')], [job.questions, job.weak_answers])
+    check_out_file(out, root)
     if 'examples' in OF_METHODS and job.method in OF_METHODS['examples'] and job.choice == 'others': Examples(job.examples)
     with claim(root, to_table(job), (lambda line: None) if quiet else print, keep, quiet) as stages:
         questions, weak, report = read_job(job)

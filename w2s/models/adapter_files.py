@@ -81,7 +81,8 @@ def put_on(
             warnings.simplefilter('always')
             adapted = put()
         _check_put(model, head, [str(w.message) for w in said])
-        for w in said: warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+        for w in said:
+            if not issubclass(w.category, FutureWarning): warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
         return adapted
     except ModelError:
         bare(model)

@@ -178,7 +178,12 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
         self.experts, self.states = set(expert_weights(model)), dict[str, Any]()
         model.four_bit_experts = sorted(self.experts)
 
-    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+    def param_needs_quantization(
+        self,
+        model: Any,      # that is being loaded
+        param_name: str, # of a tensor
+        **kwargs: Any,   # as transformers gives them
+    ) -> bool:
         "Is this tensor one of those that are packed?"
         return param_name in self.experts or super().param_needs_quantization(model, param_name, **kwargs)
 
