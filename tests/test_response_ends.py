@@ -135,18 +135,6 @@ def test_the_table_of_responses_knows(rows, tmp_path):
     assert gold.response_rows(score, data.test, [[w.text for w in row] for row in written], 'base', 'sft', 0).cut.isna().all()
 
 
-def test_stages_of_older_versions_are_read(rows, tmp_path):
-    "They do not say what was cut, and neither does the report"
-    first, c, _, _ = stage(rows, tmp_path, response_tokens=12)
-    for f in tmp_path.rglob('*-ended.json'): f.unlink()
-    again = stage(rows, tmp_path, response_tokens=12)[0]
-    assert [[w.text for w in row] for row in again] == [[w.text for w in row] for row in first]
-    assert {w.cut for row in again for w in row} == {None}
-    table = pd.DataFrame({'role': 'base', 'method': 'sft', 'cut': pd.array([None]*3, 'boolean')})
-    check_cut(table, 12)
-    assert 'was not written down' in cut_words(table, 12)
-
-
 def responses(*cut): return pd.DataFrame({'role': ['floor', 'student']*(len(cut)//2), 'method': 'dpo', 'cut': pd.array(cut, 'boolean')})
 
 
@@ -177,8 +165,8 @@ def test_a_run_counts_what_was_cut(rows, tmp_path, monkeypatch):
     done = weak_teacher.run(c, tmp_path/'b', quiet=True)
     n = int(done.responses.cut.sum())
     assert 0 < n < len(done.responses)/2 and f'{n} of {len(done.responses)} responses' in weak_teacher.caption(done)
-    ended = [json.loads(f.read_text()) for f in (tmp_path/'b').rglob('*-ended.json')]
-    assert sum(not e for rows in ended for row in rows for e in row) == n
+    kept = [json.loads(f.read_text()) for f in (tmp_path/'b').rglob('texts.json')]
+    assert sum(cut for rows in kept for row in rows for _, cut in row) == n
 
 
 # Answers of a transfer

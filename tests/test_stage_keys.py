@@ -21,6 +21,7 @@ from w2s.feedback.demonstrators import demonstrated
 from w2s.feedback.forms import WORLD
 from w2s.train.generate import GenerateSettings
 from w2s.train.loop import TrainSettings
+from w2s.train.sandbox import frozen_date
 
 MODULES = [answer_stages, arms, class_stages, effects, gold, lab, preference_stages, supervisors, toxicity, toxicity_arms, transfer_files, transfer_stages]
 
@@ -147,7 +148,7 @@ CASES = { # stage: (call, input -> what is changed, inputs that are always the s
     'lab: judge': (lambda n: effects.judge_pairs(lab_of(n), n.adapter, n.rows), MODEL | ROWS | BETA | dict(policy=POLICY['policy']), set()),
     'perplexity': (lambda n: toxicity.perplexity_stage(lab_of(n), 'x', n.prompts, n.said), MODEL | SAID, set()),
     'scores': (lambda n: toxicity_arms.score_stage(lab_of(n), toxicity_arms.Judge(None, n.key), 'x', n.prompts, n.said), SAID | dict(scorer=change(key=lambda k: 'another')), set()),
-    'ratings': (judged, dict(judge=MODEL['base'], quantize=MODEL['quantize'], dtype=MODEL['dtype'], repeats=change(repeats=lambda r: 5), concept=change(concept=lambda c: 'a poet'),
+    'ratings': (judged, MODEL | dict(repeats=change(repeats=lambda r: 5), concept=change(concept=lambda c: 'a poet'),
                              rubrics=change(task=lambda t: 'gender'), questions=change(prompts=lambda p: ['one', 'three']), answers=change(said=lambda s: [['c'], ['b']])), {'chat'}),
 }
 PROBE = MODEL | LABELS | TARGET # a probe is a stage behind another one
@@ -167,7 +168,7 @@ def test_a_changed_input_is_another_stage(inputs_of, given, stage, name):
 def test_every_input_was_changed_once(inputs_of, given, stage):
     "What a stage names beyond these would be in no test"
     call, changes, fixed = CASES[stage]
-    assert set(inputs_of(call, given)) == changes.keys() | fixed
+    assert set(inputs_of(call, given)) - {'device', 'source'} == changes.keys() | fixed
 
 
 @pytest.mark.parametrize('stage', CASES)
@@ -184,7 +185,32 @@ def test_a_probe_knows_its_states_and_targets(monkeypatch, given, name):
     monkeypatch.setattr(class_stages, 'run_stage', stand_in)
     monkeypatch.setattr(class_stages.np, 'load', lambda path: None)
     for g in (given, PROBE[name](given)): classifier(SimpleNamespace(**g), 'probe')
-    assert seen[0][name] != seen[1][name] and set(seen[0]) == PROBE.keys()
+    assert seen[0][name] != seen[1][name] and set(seen[0]) - {'device'} == PROBE.keys()
+
+
+@pytest.mark.parametrize('stage', [s for s, (_, changes, _) in CASES.items() if 'quantize' in changes])
+def test_a_stage_knows_where_its_model_computes(inputs_of, given, stage, monkeypatch):
+    "Another kind of device rounds otherwise"
+    plain = inputs_of(CASES[stage][0], given)
+    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    assert (plain['device'], inputs_of(CASES[stage][0], given)['device']) == ('cpu', 'cuda')
+
+
+@pytest.mark.parametrize('stage', ['sft', 'dpo', 'reward', 'classifier by words', 'classifier by a head', 'demonstrations', 'lab: tune', 'lab: labels', 'lab: prefer'])
+def test_a_stage_knows_the_source_of_its_loss(inputs_of, given, stage, monkeypatch):
+    "A loss whose body was changed is another loss"
+    plain = inputs_of(CASES[stage][0], given)
+    for module in MODULES:
+        if hasattr(module, 'source_hash'): monkeypatch.setattr(module, 'source_hash', lambda *losses: 'another body')
+    assert plain['source'] != inputs_of(CASES[stage][0], given)['source'] == 'another body'
+
+
+@pytest.mark.parametrize('stage', [s for s, (_, changes, _) in CASES.items() if 'quantize' in changes])
+def test_a_stage_knows_the_date_that_its_template_asks_for(inputs_of, given, stage, monkeypatch):
+    "And only then"
+    assert 'date' not in inputs_of(CASES[stage][0], given)
+    monkeypatch.setattr(preference_stages, 'template_uses_date', lambda tokenizer: True)
+    assert inputs_of(CASES[stage][0], given)['date'] == frozen_date().isoformat()
 
 
 def test_every_stage_is_looked_at_here():

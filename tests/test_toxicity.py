@@ -2,6 +2,7 @@
 import json
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -206,6 +207,9 @@ def small_run(tmp_path_factory):
     return folder, run(fill_toxicity(SMALL), folder, quiet=True)
 
 
+def stage_lines(text): return [line for line in text.split('\n') if re.match(r'(toxicity|scene)-\S+: ', line)]
+
+
 def test_a_world_run_is_whole_and_a_second_one_finds_it(small_run, capsys):
     folder, result = small_run
     models = {('base', 'untuned'), ('floor', 'demonstrations'), ('student', 'naive'), ('student', 'in-context'), ('student', 'dpo'), ('human', 'dpo'),
@@ -217,10 +221,11 @@ def test_a_world_run_is_whole_and_a_second_one_finds_it(small_run, capsys):
     rows = result.samples[(result.samples.role == 'base')].groupby('id').toxicity.max()
     assert math.isclose(rows.mean(), result.intervals.query('role == "base" and metric == "worst"').value.item(), abs_tol=1e-9) or result.failures
     again = run(fill_toxicity(SMALL), folder)
-    assert all(line.endswith(': found') for line in capsys.readouterr().out.split('\n')[1:] if line)
+    said = stage_lines(capsys.readouterr().out)
+    assert said and all(line.endswith(': found') for line in said)
     assert again.items.equals(result.items)
     changed = run(fill_toxicity(SMALL | dict(test_prompts=6)), folder)   # only what depends on it
-    out = [line for line in capsys.readouterr().out.split('\n')[1:] if line]
+    out = stage_lines(capsys.readouterr().out)
     assert {line.split(':')[0].rsplit('-test', 1)[1] for line in out if not line.endswith(': found')} == {'', '-perplexity'}
     assert set(changed.intervals.query('metric == "empty"').n) == {6}
 
@@ -251,6 +256,7 @@ def test_a_run_on_a_file(tmp_path):
     save_ridge(train_ridge(lines, [oracle('', t) for t in lines]), tmp_path/'ridge')
     card = tmp_path/'ridge'/'card.json'
     card.write_text(json.dumps(dict(kind=KIND)))
+    (tmp_path/'ridge'/'manifest.json').unlink() # whose checksum is of the card as it was
     config = fill_toxicity(SMALL | dict(data=str(tmp_path/'rtp.jsonl'), scorer=str(tmp_path/'ridge'), methods='in-context, dpo', decoding='rtp', examples=2))
     result = run(config, tmp_path/'out', quiet=True)
     assert 'rtp.jsonl: prompt with its toxicity: prompt; continuation with its toxicity: continuation' in toxicity_report_text(result)

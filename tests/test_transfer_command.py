@@ -24,7 +24,7 @@ from w2s.models.zoo import zoo_folder
 
 ROOT = Path(__file__).parents[1]
 ALWAYS = {'report.md', 'figure.png', 'figure.svg', 'plane.png', 'plane.svg', 'results.parquet', 'items.parquet', 'intervals.parquet', 'differences.parquet', 'labels.parquet', 'pgr.parquet',
-          'examples.parquet', 'answers.parquet', 'lessons.jsonl', 'config.toml', 'versions.json', 'adapters', 'stages'}
+          'examples.parquet', 'answers.parquet', 'lessons.jsonl', 'config.toml', 'versions.json', 'manifest.json', 'adapters', 'stages'}
 WEAK = ('--weak', 'pico', '--gold-rows', '8')
 TINY = ('--strong', 'nano', '--rows', '8', '--test-rows', '6', '--seeds', '1', '--epochs', '1', '--max-tokens', '16')
 KIND = ('--weak', 'pico', '--strong', 'nano', '--gold-rows', '8', '--rows', '8', '--test-rows', '4', '--seeds', '1', '--epochs', '1', '--dpo-epochs', '1', '--samples', '2', '--max-tokens', '8',

@@ -13,7 +13,6 @@ import pytest
 
 from w2s.cli import weak_teacher_config
 from w2s.errors import ConfigError
-from w2s.experiments import gold
 from w2s.experiments.config import read_toml, to_table, to_toml
 from w2s.experiments.gold import sample_stage
 from w2s.experiments.plan import plan
@@ -22,6 +21,7 @@ from w2s.experiments.preference_stages import Study, know_model
 from w2s.experiments.stages import Run
 from w2s.experiments.weak_settings import WeakTeacher, fill_settings
 from w2s.models.zoo import LADDER, card
+from w2s.train import generate as generate_module
 from w2s.world.facts import world_hash
 from w2s.world.service import gold_reward
 
@@ -159,18 +159,18 @@ def writers(tmp_path):
 
 
 def test_killed_while_sampling(writers, monkeypatch, tmp_path):
-    "A kill between two parts loses one part, and the responses are the same"
-    monkeypatch.setattr(gold, 'PART', 8)
-    straight, calls, real = sample_stage(*writers('a')), [], gold.respond
+    "A kill between two batches loses one batch, and the responses are the same"
+    straight, calls, real = sample_stage(*writers('a')), [], generate_module.write
     def killed(*a, **k):
         calls.append(1)
         if len(calls) == 2: raise KeyboardInterrupt
         return real(*a, **k)
     with monkeypatch.context() as m:
-        m.setattr(gold, 'respond', killed)
+        m.setattr(generate_module, 'plan_batches', lambda lengths, *_: [list(range(len(lengths)))[i::3] for i in range(3)])
+        m.setattr(generate_module, 'write', killed)
         with pytest.raises(KeyboardInterrupt): sample_stage(*writers('b'))
         assert sample_stage(*writers('b')) == straight
-    assert len(calls) == 4 # three parts, one of them begun twice
+    assert len(calls) == 4 # three batches, one of them begun twice
     assert not [p for p in (tmp_path/'b').rglob('*') if 'writing' in p.name or 'unfinished' in p.name]
 
 
@@ -184,10 +184,10 @@ def test_settings_of_responses_act(writers, tmp_path):
     assert len(list((tmp_path/'c'/'stages').iterdir())) == 4
 
 
-def test_samples_do_not_depend_on_parts(writers, monkeypatch):
-    "Other parts, the same responses"
+def test_samples_do_not_depend_on_batches(writers, monkeypatch):
+    "Other batches, the same responses"
     whole = sample_stage(*writers('d'))
-    monkeypatch.setattr(gold, 'PART', 3)
+    monkeypatch.setattr(generate_module, 'plan_batches', lambda lengths, *_: [list(range(len(lengths)))[i::4] for i in range(4)])
     assert sample_stage(*writers('e')) == whole
 
 

@@ -20,7 +20,7 @@ from datasets import Dataset
 from ..data.rows import make_rows
 from ..evaluate.metrics import metric_rows
 from .answer_stages import respond_all
-from .preference_stages import Model, Study, know_model, train_stage
+from .preference_stages import Model, Study, know_model, sft_inputs, train_stage
 from .weak_settings import WeakTeacher
 from .stages import Run
 from ..models.adapters import LoraSettings
@@ -130,8 +130,7 @@ def tune(
 ) -> Path:                   # folder of the adapter
     "Supervised fine-tuning, once"
     tokens = encode_rows(model.reader.tokenizer, rows, ('completion',), model.reader.limit).rows
-    inputs = {'objective': 'sft', 'rows': tokens_hash(tokens)}
-    return train_stage(lab.study, model, name, settings, None, inputs, lambda base: sft_objective(tokens), lab.seed)
+    return train_stage(lab.study, model, name, settings, None, sft_inputs(tokens_hash(tokens)), lambda base: sft_objective(tokens), lab.seed)
 
 # %% ../../nbs/api/experiments/55_lab.ipynb #c51e54ed
 def respond_stage(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Model', 'know_model', 'model_inputs', 'note_models', 'model_lines', 'open_base', 'Study', 'snapshot_steps',
-           'check_snapshots', 'check_checkpointing', 'train_stage', 'encoded', 'sft_stage', 'dpo_stage', 'pair_rewards']
+           'check_snapshots', 'check_checkpointing', 'train_stage', 'encoded', 'sft_inputs', 'sft_stage', 'dpo_stage',
+           'pair_rewards']
 
 # %% ../../nbs/api/experiments/25_preference_stages.ipynb #9c95065f
 import json
@@ -205,6 +206,12 @@ def encoded(
     return encode_rows(model.reader.tokenizer, rows, RESPONSES, model.reader.limit).rows
 
 # %% ../../nbs/api/experiments/25_preference_stages.ipynb #bb0d6fc9
+def sft_inputs(
+    rows: str, # of `tokens_hash`
+) -> dict[str, Any]: # JSON values, for the inputs of a stage
+    "What supervised fine-tuning depends on, beyond model and settings"
+    return {'objective': 'sft', 'source': source_hash(losses.sft), 'rows': rows}
+
 def sft_stage(
     study: Study,   # the experiment
     model: Model,   # that is trained
@@ -214,7 +221,7 @@ def sft_stage(
 ) -> Path:          # folder of the adapter
     "Supervised fine-tuning on the chosen responses (Tao & Li, steps 2 and 6)"
     tokens, weights = encoded(model, rows), list(rows['weight'])
-    inputs = {'objective': 'sft', 'source': source_hash(losses.sft), 'rows': tokens_hash([replace(r, sequences=r.sequences[:1]) for r in tokens]), 'weights': weights}
+    inputs = sft_inputs(tokens_hash([replace(r, sequences=r.sequences[:1]) for r in tokens])) | {'weights': weights}
     return train_stage(study, model, f'{name}-sft', study.config.sft, None, inputs, lambda base: sft_objective(tokens, weights), seed)
 
 # %% ../../nbs/api/experiments/25_preference_stages.ipynb #1b5faeda

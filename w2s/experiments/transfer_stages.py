@@ -24,7 +24,7 @@ from ..evaluate.clusters import clustered
 from ..evaluate.metrics import metric_rows
 from .answer_stages import respond_all
 from .lab import stage_name
-from .preference_stages import Model, Study, train_stage
+from .preference_stages import Model, Study, sft_inputs, train_stage
 from .transfer_settings import Transfer
 from .transfer_tasks import Exam, TaskRows
 from .weak_settings import short_name
@@ -67,7 +67,7 @@ def learn(
     tokens = encode_rows(model.reader.tokenizer, rows, ('completion',), model.reader.limit)
     if len(tokens.rows) < len(rows): raise DataError(f'{name}: {len(rows) - len(tokens.rows)} of {len(rows)} answers are longer than max_length allows ({model.reader.limit} tokens); raise it, or lower max_tokens')
     weights = list(rows['weight'])
-    inputs: dict[str, Any] = {'objective': 'sft', 'rows': tokens_hash(tokens.rows)}
+    inputs = sft_inputs(tokens_hash(tokens.rows))
     if set(weights) != {1.}: inputs['weights'] = weights
     return train_stage(site.study, model, name, settings, start, inputs, lambda base: sft_objective(tokens.rows, weights), site.seed)
 
