@@ -15,7 +15,7 @@ from w2s.io.disk import CAUSES, failure_text, find_litter
 from w2s.io.manifests import INCOMPLETE
 
 ROOT = Path(__file__).parents[1]
-SMALL = ('run', 'weak-teacher', '--weak', 'pico', '--strong', 'pico', '--rows', '16', '--test-rows', '6', '--seeds', '1', '--samples', '1', '--response-tokens', '4')
+SMALL = ('run', 'weak-teacher', '--weak', 'pico', '--strong', 'pico', '--rows', '16', '--test-rows', '6', '--seeds', '1', '--samples', '1', '--response-tokens', '32')
 
 
 @pytest.fixture(autouse=True)
