@@ -209,13 +209,13 @@ def test_what_needs_no_model_is_said_before_pytorch_is_loaded(tmp_path, words):
 
 KEEPS = { # where a command's work is done -> its words
     'w2s.experiments.weak_teacher.run': 'run weak-teacher', 'w2s.experiments.vary.run_varied': 'run weak-teacher --vary beta', 'w2s.experiments.classify.run': 'run safety', 'w2s.experiments.transfer.run': 'run persona',
-    'w2s.experiments.toxicity.run': 'run toxicity', 'w2s.experiments.refine_file.refine_file': 'refine --questions rows.csv --out x.jsonl', 'w2s.experiments.label.label': 'label --model pico --rows rows.csv --train rows.csv --out x.parquet'}
+    'w2s.experiments.toxicity.run': 'run toxicity', 'w2s.experiments.refine_file.refine_file': 'refine --questions rows.csv --out x.jsonl', 'w2s.experiments.label.label': 'label --model pico --rows rows.csv --train more.csv --out x.parquet'}
 
 
 @pytest.mark.parametrize('place', KEEPS)
 @pytest.mark.parametrize('flag', ['', '--keep-stages'])
 def test_every_command_keeps_stages_of_other_versions_if_one_says_so(tmp_path, monkeypatch, place, flag):
-    (tmp_path/'rows.csv').write_text('question,answer\na,b\n')
+    for name in ('rows.csv', 'more.csv'): (tmp_path/name).write_text('question,answer\na,b\n')
     monkeypatch.chdir(tmp_path)
     kept = []
     def stand_in(*a, keep, **k):

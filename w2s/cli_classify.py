@@ -56,7 +56,7 @@ def check_places(
 ) -> None:
     "Find in a second what is not there, before PyTorch is loaded; raises `DataError`, `ModelError` or `OSError`"
     from w2s.data.sources import check_source
-    from w2s.io.disk import check_writable, placed
+    from w2s.io.disk import check_writable
     from w2s.models.places import located
     for name in filter(None, models): located(name)
     for source in filter(None, sources): check_source(source)
