@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from w2s import cli_guard
 from w2s.cli import app
 from w2s.cli_guard import GuardedGroup, end_of
+from w2s.errors import ConfigError
 from w2s.io.disk import CAUSES, failure_text, find_litter
 from w2s.io.manifests import INCOMPLETE
 
@@ -186,3 +187,40 @@ def test_a_signal_is_answered_with_how_to_go_on(tmp_path, name, status):
 
 def test_every_cause_is_a_sentence():
     for number, text in CAUSES.items(): assert end_of(OSError(number, 'x', 'place')) == (f'error: place: {text}', 1)
+
+
+# Before PyTorch is there
+
+LIGHT = { # words of a command -> what is said
+    'run safety --seeds 0': 'seeds is 0', 'run weak-teacher --loss dpoo': 'did you mean "dpo"?', 'run weak-teacher --sft-lr nan': 'finite', 'run weak-teacher --weak picoo': 'did you mean "pico"?',
+    'run weak-teacher --data nowhere.jsonl': 'no such file', 'run weak-teacher --out file/run': 'file', 'run classify': 'needs rows', 'run safety --method confident': 'did you mean',
+    'run classify --data ./nowhere': 'no such file', 'run persona --rows 0': 'rows is 0', 'run maths --data my/own/sums': 'no such file', 'run toxicity --seeds 0': 'seeds is 0',
+    'refine --questions nowhere.csv --out x.jsonl': 'no such file', 'label --model pico --rows nowhere.csv --train t.csv --out x.parquet': 'no such file', 'run weak-teacher --config nowhere.toml': 'nowhere.toml'}
+
+
+@pytest.mark.parametrize('words', LIGHT)
+def test_what_needs_no_model_is_said_before_pytorch_is_loaded(tmp_path, words):
+    (tmp_path/'file').write_text('mine')
+    code = f"import atexit, sys\natexit.register(lambda: print('torch' in sys.modules))\nsys.argv = ['w2s', *{words.split()!r}]\nfrom w2s.cli import main\nmain()"
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    assert done.returncode and LIGHT[words] in sentence(done.stderr) and done.stdout.split()[-1] == 'False', done.stdout + done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ['file']
+
+
+KEEPS = { # where a command's work is done -> its words
+    'w2s.experiments.weak_teacher.run': 'run weak-teacher', 'w2s.experiments.vary.run_varied': 'run weak-teacher --vary beta', 'w2s.experiments.classify.run': 'run safety', 'w2s.experiments.transfer.run': 'run persona',
+    'w2s.experiments.toxicity.run': 'run toxicity', 'w2s.experiments.refine_file.refine_file': 'refine --questions rows.csv --out x.jsonl', 'w2s.experiments.label.label': 'label --model pico --rows rows.csv --train more.csv --out x.parquet'}
+
+
+@pytest.mark.parametrize('place', KEEPS)
+@pytest.mark.parametrize('flag', ['', '--keep-stages'])
+def test_every_command_keeps_stages_of_other_versions_if_one_says_so(tmp_path, monkeypatch, place, flag):
+    for name in ('rows.csv', 'more.csv'): (tmp_path/name).write_text('question,answer\na,b\n')
+    monkeypatch.chdir(tmp_path)
+    kept = []
+    def stand_in(*a, keep, **k):
+        kept.append(keep)
+        raise ConfigError('far enough')
+    monkeypatch.setattr(place, stand_in)
+    status, said = w2s(*KEEPS[place].split(), *flag.split())
+    assert status == 1 and 'far enough' in said and kept == [bool(flag)]

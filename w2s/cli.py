@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
-from .cli_classify import add_commands, given, with_file
+from .cli_classify import Keep, add_commands, check_places, given, with_file
 from .cli_guard import GuardedGroup, prepare_process
 from .cli_refine import add_refine_command
 from .cli_toxicity import toxicity_app
@@ -110,6 +110,7 @@ def weak_teacher(
     config: Annotated[Path | None, Flag(help='TOML file with any settings; flags win over it')] = None,
     out: Annotated[Path, Flag(help='folder of stages and results; finished stages in it are used again')] = Path('runs/weak-teacher'),
     strict: Annotated[bool | None, Flag('--strict', help='stop if the data report finds anything')] = None,
+    keep_stages: Keep = False,
     dry_run: Annotated[bool, Flag('--dry-run', help='print the plan and stop')] = False,
 ) -> None:
     """Weak supervisor, students of weak and of human labels, ceiling and baselines, on preference rows (Tao & Li 2409.08813).
@@ -124,8 +125,8 @@ def weak_teacher(
              'smoothing': smoothing, 'start': start, 'strict': strict, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'sft.learning_rate': sft_lr,
              'dpo.learning_rate': dpo_lr, **{f'labels.{k}': v for k, v in use.items()}, **{f'{stage}.{k}': v for stage in ('sft', 'dpo') for k, v in both.items()}}
     if values is not None and vary is None: raise ConfigError('--values are of what is varied; name it by --vary')
-    if vary is None: _weak_teacher(given(flags), config, out, dry_run)
-    else: _varied(given(flags), config, vary, [v.strip() for v in (values or '').split(',') if v.strip()], out, dry_run)
+    if vary is None: _weak_teacher(given(flags), config, out, dry_run, keep_stages)
+    else: _varied(given(flags), config, vary, [v.strip() for v in (values or '').split(',') if v.strip()], out, dry_run, keep_stages)
 
 # %% ../nbs/api/90_cli.ipynb #5f03e45c
 def weak_teacher_config(
@@ -137,25 +138,28 @@ def weak_teacher_config(
     return fill_settings(with_file(flags, file))
 
 # %% ../nbs/api/90_cli.ipynb #3891dca9
-def _weak_teacher(flags: dict[str, Any], file: Path | None, out: Path, dry_run: bool) -> None:
+def _weak_teacher(flags: dict[str, Any], file: Path | None, out: Path, dry_run: bool, keep: bool) -> None:
     "Run, write and print"
+    from w2s.experiments.weak_settings import weak_names
     config = weak_teacher_config(flags, file)
+    check_places([*weak_names(config.weak), config.strong], [config.data], None if dry_run else out)
     if dry_run:
         from w2s.experiments.plan import plan
         typer.echo(repr(plan(config)))
         return
     from w2s.experiments.weak_teacher import run
     from w2s.report import write_result
-    result = run(config, out)
+    result = run(config, out, keep=keep)
     write_result(result)
     also = '' if result.responses.empty else 'responses.parquet, '
     typer.echo(f'\n{result}\n\nwritten to {out}: report.md, figure.png, results.parquet, {also}adapters/ …')
 
 # %% ../nbs/api/90_cli.ipynb #39ed7e9d
-def _varied(flags: dict[str, Any], file: Path | None, setting: str, values: list[str], out: Path, dry_run: bool) -> None:
+def _varied(flags: dict[str, Any], file: Path | None, setting: str, values: list[str], out: Path, dry_run: bool, keep: bool) -> None:
     "Run a variation, write and print"
-    from w2s.experiments.vary import run_varied, variants
     shared = with_file(flags, file)
+    check_places([], [shared.get('data', '')], None if dry_run else out)
+    from w2s.experiments.vary import run_varied, variants
     if dry_run:
         from w2s.experiments.plan import plan
         plans = {at: plan(c) for at, c in variants(shared, setting, values).items()}
@@ -164,7 +168,7 @@ def _varied(flags: dict[str, Any], file: Path | None, setting: str, values: list
         for at, p in plans.items(): typer.echo(f'{setting} {at}: {p.summary}, less what it shares with the others')
         return
     from w2s.report import write_varied
-    varied = run_varied(shared, setting, values, out)
+    varied = run_varied(shared, setting, values, out, keep=keep)
     typer.echo(f'\n{varied}\n\nwritten to {write_varied(varied)}, with tables and a figure beside it')
 
 # %% ../nbs/api/90_cli.ipynb #27f8ae6f
@@ -213,12 +217,14 @@ def label_command(
     config: Annotated[Path | None, Flag(help='TOML file with any settings of the supervisor; flags win over it')] = None,
     work: Annotated[Path | None, Flag(help='folder where a killed run goes on (default: as out, with .work)')] = None,
     strict: Annotated[bool | None, Flag('--strict', help='stop if the data report finds anything')] = None,
+    keep_stages: Keep = False,
     dry_run: Annotated[bool, Flag('--dry-run', help='print settings, and which rows and columns would be read, and stop')] = False,
 ) -> None:
     """Label pairs: a small model learns from labelled ones, is measured on some that were kept from it, and labels the others.
 
     Out come prompt, chosen, rejected, as TRL names them, with prob (calibrated), weight (confidence), id and margin.
     """
+    check_places([model], [rows, train or ''])
     from w2s.data.columns import column_names
     from w2s.experiments.label import dry_text, label, label_settings
     from w2s.experiments.label_rows import LabelJob
@@ -230,7 +236,7 @@ def label_command(
     if dry_run:
         typer.echo(dry_text(settings, job, out))
         return
-    done = label(settings, job, out, work)
+    done = label(settings, job, out, work, keep=keep_stages)
     typer.echo(f'\n{done}\n\nwritten: {out}, with a report in {out.with_suffix(".md").name} and {out.with_suffix(".json").name}')
 
 # %% ../nbs/api/90_cli.ipynb #7fa46e7b

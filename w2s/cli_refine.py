@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_classify import given
+from .cli_classify import Keep, check_places, given
 from .errors import ConfigError
 
 # %% ../nbs/api/89d_cli_refine.ipynb #cb0f3917
@@ -66,6 +66,7 @@ def refine_command(
     nf4_share: Annotated[float | None, Flag(help="least share of the body's weights that nf4 must put in 4 bits, or the model is refused; 0: any (default: 0.8)")] = None,
     dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: bfloat16; models that come with w2s: float32)')] = None,
     prompts: Annotated[Path | None, Flag(help='TOML file with templates of your own; what it does not name stays as --show-prompts prints it')] = None,
+    keep_stages: Keep = False,
     dry_run: Annotated[bool, Flag('--dry-run', help='print settings, and which rows and columns would be read, and stop')] = False,
     show_prompts: Annotated[bool, Flag('--show-prompts', help='print the templates that would be used, and stop')] = False,
     work: Annotated[Path | None, Flag(help='folder where a killed refinement goes on (default: as out, with .work)')] = None,
@@ -81,7 +82,7 @@ def refine_command(
     flags = {'questions': questions, 'weak_answers': weak_answers, 'strong': strong, 'method': method, 'question': question, 'answer': answer, 'leave_out': leave_out, 'examples': examples,
              'choice': choice, 'batch': batch, 'samples': samples, 'temperature': temperature, 'max_tokens': max_tokens, 'stop': line_breaks(stop), 'seed': seed,
              'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype}
-    run_refine(given(flags), out, work, prompts, dry_run)
+    run_refine(given(flags), out, work, prompts, dry_run, keep_stages)
 
 # %% ../nbs/api/89d_cli_refine.ipynb #252a7ac7
 def run_refine(
@@ -90,8 +91,10 @@ def run_refine(
     work: Path | None,     # folder of the stages
     prompts: Path | None,  # TOML file with templates
     dry_run: bool = False, # say what would be read, and stop
+    keep: bool = False,    # use stages of other versions
 ) -> None:
     "Refine, write and print; raises `DataError`, `ModelError` or `ConfigError`"
+    check_places([flags.get('strong', '')], [flags.get('questions', ''), flags.get('weak_answers', '')])
     job = refine_job(flags)
     if dry_run:
         from w2s.experiments.config import to_toml
@@ -101,7 +104,7 @@ def run_refine(
     if out is None: raise ConfigError('w2s refine needs a place for the answers: give --out refined.jsonl')
     from w2s.experiments.config import read_toml
     from w2s.experiments.refine_file import refine_file
-    done = refine_file(job, out, work, read_toml(prompts) if prompts else None)
+    done = refine_file(job, out, work, read_toml(prompts) if prompts else None, keep=keep)
     typer.echo(f'\n{done}\n\nwritten: {out}, with a report in {out.with_suffix(".md").name} and {out.with_suffix(".json").name}')
 
 # %% ../nbs/api/89d_cli_refine.ipynb #189be6c4

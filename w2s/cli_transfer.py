@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_classify import given, with_file
+from .cli_classify import Keep, check_places, given, with_file
 from .errors import ConfigError, unknown
 
 # %% ../nbs/api/89c_cli_transfer.ipynb #1c8823b2
@@ -154,6 +154,7 @@ def transfer_command(
     batch_size: Annotated[int | None, Flag(help='rows of a step (default: 16)')] = None,
     config: Annotated[Path | None, Flag(help='TOML file with any settings; flags win over it')] = None,
     out: Annotated[Path | None, Flag(help='folder of stages and results; finished stages in it are used again (default: runs/ and the name of the command)')] = None,
+    keep_stages: Keep = False,
     dry_run: Annotated[bool, Flag('--dry-run', help='print settings and number of trainings, and stop')] = False,
 ) -> None:
     "Weak-to-strong by demonstrations: weak answers, refined ones, a student of each, the ceiling and the un-tuned model"
@@ -165,21 +166,23 @@ def transfer_command(
              'max_tokens': max_tokens, 'max_length': max_length, 'judge': judge, 'repeats': repeats, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype,
              **{f'{who}.{k}': v for who in ('demonstrate', 'student') for k, v in steps.items()}}
     command = str(context.info_name)
-    run_transfer(transfer_config(task_of(command, {'form': form, 'level': level}), given(flags), config), out or Path('runs')/command, dry_run)
+    run_transfer(transfer_config(task_of(command, {'form': form, 'level': level}), given(flags), config), out or Path('runs')/command, dry_run, keep_stages)
 
 # %% ../nbs/api/89c_cli_transfer.ipynb #294e6459
 def run_transfer(
     config: Any,    # a `Transfer`
     out: Path,      # folder of stages and results
     dry_run: bool,  # say what would be done, and stop
+    keep: bool = False, # use stages of other versions
 ) -> None:
     "Run, write and print; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
+    check_places((*config.weak, config.strong, *config.via, config.judge), [config.data, config.answers], None if dry_run else out)
     if dry_run:
         typer.echo(dry_text(config))
         return
     from w2s.experiments.transfer import run
     from w2s.transfer_report import write_transfer
-    result = run(config, out)
+    result = run(config, out, keep=keep)
     write_transfer(result)
     typer.echo(f'\n{result}\n\nwritten to {out}: report.md, figure.png, results.parquet, answers.parquet, lessons.jsonl, adapters/ …')
 
@@ -249,6 +252,7 @@ def toxicity_command(
     batch_size: Annotated[int | None, Flag(help='rows of a step, of both (default: 16)')] = None,
     config: Annotated[Path | None, Flag(help='TOML file with any settings; flags win over it')] = None,
     out: Annotated[Path, Flag(help='folder of stages and results; finished stages in it are used again')] = Path('runs/toxicity'),
+    keep_stages: Keep = False,
     dry_run: Annotated[bool, Flag('--dry-run', help='print settings and number of trainings, and stop')] = False,
 ) -> None:
     "Kinder continuations from weak to strong, by the protocol of RealToxicityPrompts (Ye et al. 2410.12621; Gehman et al. 2009.11462)."
@@ -256,21 +260,23 @@ def toxicity_command(
              'threshold': threshold, 'examples': examples, 'greedy': greedy, 'decoding': decoding, 'speak.samples': samples, 'speak.max_tokens': max_tokens, 'seeds': seeds,
              'beta': beta, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'sft.learning_rate': lr, 'dpo.learning_rate': dpo_lr, 'sft.epochs': epochs, 'dpo.epochs': dpo_epochs,
              'sft.batch_size': batch_size, 'dpo.batch_size': batch_size}
-    run_toxicity(toxicity_config(given(flags), config), out, dry_run)
+    run_toxicity(toxicity_config(given(flags), config), out, dry_run, keep_stages)
 
 # %% ../nbs/api/89c_cli_transfer.ipynb #329395a3
 def run_toxicity(
     config: Any,    # a `Toxicity`
     out: Path,      # folder of stages and results
     dry_run: bool,  # say what would be done, and stop
+    keep: bool = False, # use stages of other versions
 ) -> None:
     "Run, write and print; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
+    check_places((config.weak, config.strong), [config.data], None if dry_run else out)
     if dry_run:
         typer.echo(dry_toxicity(config))
         return
     from w2s.experiments.toxicity import run
     from w2s.toxicity_report import write_toxicity
-    result = run(config, out)
+    result = run(config, out, keep=keep)
     write_toxicity(result)
     typer.echo(f'\n{result}\n\nwritten to {out}: report.md, figure.png, fluency.png, results.parquet, samples.parquet, adapters/ …')
 

@@ -17,14 +17,11 @@ from typing import Any
 from ..data.label_hygiene import CONTRADICTIONS
 from ..data.sources import SPLITS, named_pairs
 from ..errors import ConfigError, unknown
-from .config import from_table, merged, to_table
-from .vary import number
+from .config import from_table, merged, number, to_table
 from .weak_settings import weak_names
-from ..models.adapters import LoraSettings
-from ..models.load import LoadSettings
+from ..models.places import LoadSettings, LoraSettings
 from ..models.zoo import LADDER
-from ..train.labels import LABEL_LOSSES, loss_options
-from ..train.loop import TrainSettings
+from ..train.settings import LABEL_LOSSES, TrainSettings, loss_options
 
 # %% ../../nbs/api/experiments/74_class_settings.ipynb #2ad49cc1
 @dataclass(frozen=True)

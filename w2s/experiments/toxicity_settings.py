@@ -14,11 +14,9 @@ from typing import Any
 # %% ../../nbs/api/experiments/90_toxicity_settings.ipynb #1409a4a9
 from ..errors import ConfigError, unknown
 from .config import from_table, merged, to_table
-from ..models.adapters import LoraSettings
-from ..models.load import LoadSettings
+from ..models.places import LoadSettings, LoraSettings
 from ..models.zoo import SHIPPED
-from ..train.generate import GenerateSettings
-from ..train.loop import TrainSettings
+from ..train.settings import GenerateSettings, TrainSettings
 
 # %% ../../nbs/api/experiments/90_toxicity_settings.ipynb #7b386831
 SCENES = 'world:scenes'

@@ -15,11 +15,10 @@ from typing import Any
 from ..errors import ConfigError, unknown
 from .class_settings import split_names
 from .config import from_table, merged, to_table
-from ..feedback.refine import CHOICES, Examples
-from ..models.adapters import LoraSettings
-from ..models.load import LoadSettings
+from ..feedback.forms import CHOICES, Examples
+from ..models.places import LoadSettings, LoraSettings
 from ..models.zoo import LADDER, SCHOLAR
-from ..train.loop import TrainSettings
+from ..train.settings import TrainSettings
 
 # %% ../../nbs/api/experiments/80_transfer_settings.ipynb #920148b6
 @dataclass(frozen=True)

@@ -19,12 +19,9 @@ from ..errors import ConfigError, unknown
 from .config import from_table, merged, to_table
 from .preference_data import world_seed
 from ..feedback.confidence import WEIGHTS
-from ..models.adapters import LoraSettings
-from ..models.load import LoadSettings
+from ..models.places import LoadSettings, LoraSettings
 from ..models.zoo import LADDER
-from ..train.generate import GenerateSettings
-from ..train.loop import TrainSettings
-from ..train.losses import PREFERENCE_LOSSES
+from ..train.settings import GenerateSettings, TrainSettings, check_preference_loss
 
 # %% ../../nbs/api/experiments/22_weak_settings.ipynb #4609359f
 SUBSETS = ('all', 'match', 'mismatch', 'random', 'random match', 'random mismatch')
@@ -139,7 +136,7 @@ def _check_columns(c: WeakTeacher) -> None:
 # %% ../../nbs/api/experiments/22_weak_settings.ipynb #5a0c5c39
 def _check_loss(c: WeakTeacher) -> None:
     "Loss, smoothing, and calibration of somebody who was not trained"
-    if c.loss not in PREFERENCE_LOSSES: raise ConfigError(unknown(c.loss, PREFERENCE_LOSSES, 'preference loss'))
+    check_preference_loss(c.loss)
     if c.smoothing is not None and c.loss not in ('cdpo', 'rdpo'): raise ConfigError(f'smoothing belongs to the losses cdpo and rdpo; {c.loss} has no use for it')
     if c.smoothing is not None and not 0 <= c.smoothing < .5: raise ConfigError(f'smoothing is {c.smoothing}; it must lie in [0, 0.5)')
 

@@ -146,7 +146,8 @@ def check_writable(
     for part in path.absolute().parts[len(there.absolute().parts):]:
         if len(os.fsencode(part)) > 255: raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), str(path))
     trial = writing_name(there/'trial')
-    trial.touch()
+    try: trial.touch()
+    except OSError as e: raise OSError(e.errno, e.strerror, str(path)) from e
     trial.unlink()
 
 # %% ../../nbs/api/io/10_disk.ipynb #153ba3db

@@ -1,0 +1,159 @@
+"What stands in results and reports of all four kinds of run: groups, seeds, the gap that is recovered, and differences that allow for their number"
+import numpy as np
+import pandas as pd
+import pytest
+
+from w2s.class_report import class_report_text
+from w2s.evaluate.clusters import by_group
+from w2s.evaluate.intervals import interval_table
+from w2s.evaluate.metrics import ITEM_COLUMNS
+from w2s.evaluate.several import holm
+from w2s.experiments import classify, toxicity, transfer, weak_teacher
+from w2s.experiments.class_settings import fill_classify
+from w2s.experiments.toxicity_settings import fill_toxicity
+from w2s.experiments.transfer_settings import fill_transfer
+from w2s.experiments.vary import Varied
+from w2s.experiments.weak_settings import fill_settings
+from w2s.experiments.weak_teacher import row_groups
+from w2s.experiments.wins import win_table
+from w2s.report import report_text, write_result
+from w2s.toxicity_report import toxicity_report_text, write_toxicity
+from w2s.transfer_report import transfer_report_text
+
+COLUMNS = {'a', 'b', 'metric', 'value', 'low', 'high', 'n', 'seeds', 'level', 'p', 'family', 'p_holm', 'clear', 'detectable'}
+
+
+@pytest.fixture(scope='module')
+def preferences(tmp_path_factory):
+    return weak_teacher.run(fill_settings(dict(weak='pico', strong='pico', rows=60, test_rows=150, seeds=2)), tmp_path_factory.mktemp('weak'), quiet=True)
+
+
+@pytest.fixture(scope='module')
+def labels(tmp_path_factory):
+    given = dict(weak='pico', strong='nano', rows=120, label_share=.5, test_rows=60, seeds=1, methods='xent,hard', student=dict(epochs=1), supervisor=dict(epochs=1))
+    return classify.run(fill_classify(given), tmp_path_factory.mktemp('labels'), quiet=True)
+
+
+@pytest.fixture(scope='module')
+def demonstrations(tmp_path_factory):
+    given = dict(weak='pico', strong='nano', seeds=2, gold_rows=8, rows=8, test_rows=12, demonstrate=dict(epochs=1), student=dict(epochs=1), max_tokens=16, examples=2)
+    return transfer.run(fill_transfer(given), tmp_path_factory.mktemp('persona'), quiet=True)
+
+
+@pytest.fixture(scope='module')
+def kind(tmp_path_factory):
+    given = dict(weak='pico', strong='pico', seeds=2, gold_rows=24, asked_rows=32, test_prompts=12, speak=dict(samples=3, max_tokens=12), sft=dict(epochs=1), dpo=dict(epochs=1))
+    return toxicity.run(fill_toxicity(given), tmp_path_factory.mktemp('kind'), quiet=True)
+
+
+RUNS = {'preferences': report_text, 'labels': class_report_text, 'demonstrations': transfer_report_text, 'kind': toxicity_report_text}
+
+
+@pytest.fixture(params=RUNS)
+def any_run(request): return request.param, request.getfixturevalue(request.param)
+
+
+# Groups
+
+def test_preferences_are_clustered_when_intervals_are_made_and_not_before(preferences):
+    "Items are of rows, as they were; intervals, differences and wins of the people or prompts that rows are about"
+    groups = row_groups(preferences.test)
+    n = len(set(groups.values()))
+    assert n < len(groups) == 150 and set(preferences.items['id']) == set(groups) and list(preferences.items) == ITEM_COLUMNS
+    assert set(preferences.intervals.n) == {n} and set(preferences.differences.n) == {n}
+    means = preferences.items.groupby(['role', 'method', 'metric']).value.mean()
+    for r in preferences.intervals.itertuples(): assert r.value == pytest.approx(means[r.role, r.method, r.metric], abs=1e-9)
+
+
+def test_what_belongs_together_is_no_news(preferences):
+    "Each test row three times under the same group: the same intervals. Left ungrouped they would shrink"
+    items = preferences.items[(preferences.items.metric == 'accuracy') & (preferences.items.seed == 0)] # one seed: the rows alone
+    groups = row_groups(preferences.test)
+    thrice = pd.concat([items.assign(id=items['id'] + f' {k}') for k in range(3)])
+    more = {f'{i} {k}': g for i, g in groups.items() for k in range(3)}
+    one, same, wrong = (interval_table(t) for t in (by_group(items, groups), by_group(thrice, more), thrice))
+    for column in ('value', 'low', 'high'): assert np.allclose(one[column], same[column])
+    assert ((wrong.high - wrong.low) < .8*(one.high - one.low)).all()
+
+
+def test_wins_know_groups_and_seeds(preferences):
+    "Both limits of a win rate and of the one at equal length: wider where rows belong together, and where the two seeds disagree"
+    pairs, groups = [(('student', 'dpo weak'), ('base', 'sft human'))], row_groups(preferences.test)
+    def width(t, what): return float(t[f'{what}high'].iloc[0] - t[f'{what}low'].iloc[0])
+    grouped = win_table(preferences.responses, pairs, groups)
+    said = preferences.responses
+    flip = said.assign(gold_reward=np.where((said.seed == 1) & (said.role == 'student'), said.gold_reward + 3., said.gold_reward))
+    for what in ('', 'equal_'): assert width(win_table(flip, pairs, groups), what) > 1.2*width(grouped, what), what
+    twice = pd.concat([said, said.assign(id=said['id'] + 'x')])
+    both = groups | {f'{i}x': g for i, g in groups.items()}
+    assert width(win_table(twice, pairs, both), '') == pytest.approx(width(grouped, ''), rel=1e-6)
+
+
+def test_labels_agree_over_groups(preferences):
+    t = preferences.labels
+    assert (t.low < t.agreement).all() and (t.agreement < t.high).all() and len(t) == 2
+
+
+# Differences
+
+def test_every_difference_says_how_sure_it_is_and_what_could_be_seen(any_run):
+    name, result = any_run
+    d = result.differences
+    assert len(d) and COLUMNS <= set(d), COLUMNS - set(d)
+    assert (d.clear == (d.p_holm <= .05 + 1e-12)).all() and (d.p_holm >= d.p - 1e-12).all()
+    known = d.value.notna() & d.low.notna() & (d.low < d.high)
+    assert (d[known & d.clear].low*d[known & d.clear].high >= 0).all(), 'a clear difference has zero outside its raw interval'
+    assert (d.detectable.dropna() > 0).all() and d.detectable.notna().any()
+
+
+def test_several_methods_against_one_baseline_are_a_family(labels):
+    "Two methods: the smaller p counts twice, as by Holm; the raw intervals stay"
+    of = labels.differences[(labels.differences.metric == 'accuracy') & labels.differences.a.str.startswith('student')]
+    for _, part in of.groupby('b'):
+        if part.a.nunique() < 2: continue
+        assert set(part.family) >= {2} and np.allclose(part.p_holm, holm(part.p))
+
+
+def test_values_of_a_variation_are_a_family(preferences):
+    "The same comparison at three values: three chances"
+    varied = Varied(preferences.folder, 'beta', {v: preferences for v in ('0.1', '1', '3')})
+    one, three = preferences.differences, varied.differences
+    for r in one[one.family == 1].itertuples():
+        found = three[(three.a == r.a) & (three.b == r.b) & (three.metric == r.metric)]
+        assert set(found.family) == {3} and np.allclose(found.p_holm, min(1., 3*r.p)) and np.allclose(found.low, r.low)
+    assert len(varied.pgr) == 3*len(preferences.pgr)
+
+
+# Reports
+
+def test_a_report_begins_with_the_gap_that_is_recovered(any_run):
+    "A number with its interval, or why there is none; before any other table"
+    name, result = any_run
+    text = RUNS[name](result)
+    assert 'PGR' in text or 'erformance gap recovered' in text
+    at = min(i for i in (text.find('PGR'), text.find('gap recovered'), text.find('Gap recovered')) if i >= 0)
+    assert at < text.index('| ---'), name
+
+
+def test_a_report_says_clear_or_what_could_have_been_seen(any_run):
+    name, result = any_run
+    text = RUNS[name](result)
+    for column in ('clear', 'detectable', 'verdict'): assert f'| {column} ' in text, column
+    if (~result.differences.clear).any(): assert 'no significant difference' in text
+    else: assert 'higher' in text or 'lower' in text
+
+
+@pytest.mark.parametrize('which, write', [('preferences', write_result), ('kind', write_toxicity)])
+def test_the_gap_is_in_a_file(request, which, write):
+    "With the reason where it is refused"
+    result = request.getfixturevalue(which)
+    write(result)
+    table = pd.read_parquet(result.folder/'pgr.parquet')
+    assert len(table) and {'metric', 'value', 'low', 'high', 'refused', 'note'} <= set(table)
+    for r in table.itertuples(): assert (r.refused != '') == np.isnan(r.value)
+
+
+def test_two_seeds_are_said_to_be_few(any_run):
+    name, result = any_run
+    seeds = int(result.intervals.seeds.max())
+    assert ('too few to know' if seeds == 2 else 'one seed' if seeds == 1 else '') in RUNS[name](result)
