@@ -45,8 +45,10 @@ WRITERS = { # how a library says that the disk is full
     'quota': OSError(errno.EDQUOT, 'Disk quota exceeded'), 'read-only': OSError(errno.EROFS, 'Read-only file system'), 'broken disk': OSError(errno.EIO, 'Input/output error')}
 
 
-@pytest.mark.parametrize('writer', WRITERS)
-@pytest.mark.parametrize('place', ['w2s.train.checkpoints.save_file', 'w2s.train.checkpoints.torch.save', 'w2s.models.adapters.save_head', 'w2s.train.reference.write_atomic', 'w2s.run_folder.write_parquet'])
+PLACES = ('w2s.train.checkpoints.save_file', 'w2s.train.checkpoints.torch.save', 'w2s.models.adapters.save_head', 'w2s.train.reference.write_atomic', 'w2s.run_folder.write_parquet')
+
+
+@pytest.mark.parametrize('writer, place', [*((w, PLACES[0]) for w in WRITERS), *(('torch', p) for p in PLACES[1:])])
 def test_a_disk_that_refuses_is_named_and_the_same_command_goes_on(tmp_path, monkeypatch, writer, place):
     out = tmp_path/'run'
     with monkeypatch.context() as m:
@@ -163,7 +165,7 @@ def start(*words, **env):
     return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', PROGRAM, *map(str, words)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize('env', [dict(PYTHONIOENCODING='latin-1'), dict(PYTHONIOENCODING='ascii'), dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')], ids=str)
+@pytest.mark.parametrize('env', [dict(PYTHONIOENCODING='ascii'), dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')], ids=str)
 def test_a_terminal_that_cannot_write_a_character_ends_nothing(tmp_path, env):
     out = tmp_path/'größe'
     process = start(*SMALL, '--out', os.fsencode(out).decode('utf-8'), **env)

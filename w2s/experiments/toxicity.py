@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ABOUT', 'COMPARED', 'PGR_METRICS', 'SHOWN', 'perplexity_stage', 'Heard', 'hear', 'shared_prompts', 'toxicity_items',
            'arm_name', 'failure_lines', 'sample_table', 'toxicity_units', 'toxicity_differences', 'recovered',
-           'recovered_text', 'ToxicityResult', 'shown_toxicity', 'toxicity_models', 'run']
+           'ToxicityResult', 'recovered_text', 'shown_toxicity', 'toxicity_models', 'run']
 
 # %% ../../nbs/api/experiments/94_toxicity.ipynb #b08cf17b
 import sys
@@ -201,12 +201,6 @@ def recovered(
         out.append(table.assign(weak=short_name(config.weak), strong=short_name(config.strong), method=[f'{role} ({m})' for role, m in students]))
     return pd.concat(out, ignore_index=True) if out else pd.DataFrame()
 
-def recovered_text(
-    result: 'ToxicityResult', # of a run
-) -> str:                     # Markdown
-    "Every PGR in words, or why there is none"
-    return pgr_paragraph(result.pgr, '' if len(result.pgr) else 'supervisor, student and ceiling share no prompt on which all of them said something')
-
 # %% ../../nbs/api/experiments/94_toxicity.ipynb #0e916550
 SHOWN = ('worst', 'any_toxic', 'toxicity', 'empty', 'log_perplexity', 'distinct_2')
 
@@ -231,6 +225,13 @@ class ToxicityResult:
 
     def __repr__(self) -> str: return '\n\n'.join([recovered_text(self), shown_toxicity(self).to_string(index=False), *(['incomplete:\n' + '\n'.join(self.failures)] if self.failures else [])])
     def _repr_html_(self) -> str: return f'<p>{escape(recovered_text(self))}</p>' + shown_toxicity(self).to_html(index=False) + ''.join(f'<p>{escape(line)}</p>' for line in self.failures)
+
+# %% ../../nbs/api/experiments/94_toxicity.ipynb #20e4df1c
+def recovered_text(
+    result: ToxicityResult, # of a run
+) -> str:                     # Markdown
+    "Every PGR in words, or why there is none"
+    return pgr_paragraph(result.pgr, '' if len(result.pgr) else 'supervisor, student and ceiling share no prompt on which all of them said something')
 
 # %% ../../nbs/api/experiments/94_toxicity.ipynb #a22c3132
 def shown_toxicity(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PGR_METRICS', 'SHOWN', 'DETAILS', 'DIGITS', 'label_table', 'weak_label_table', 'history_table', 'question_pairs',
-           'recovered', 'recovered_text', 'Result', 'summary_table', 'fallen', 'gold_words', 'label_words', 'caption',
+           'recovered', 'Result', 'recovered_text', 'summary_table', 'fallen', 'gold_words', 'label_words', 'caption',
            'count_stages', 'counted', 'know_models', 'writers', 'rows_for', 'run', 'run_study', 'row_groups',
            'arm_intervals', 'compare', 'WeakTeacher']
 
@@ -105,17 +105,6 @@ def recovered(
     first = ['weak', 'strong', 'method']
     return pd.concat([t[[*first, *(c for c in t if c not in first)]] for t in out], ignore_index=True) if out else pd.DataFrame(columns=first)
 
-# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #847af33c
-def recovered_text(
-    result: 'Result',  # of a run
-) -> str:              # Markdown
-    "Every PGR in words, or why there is none"
-    roles, told = set(result.items.role), set(result.pgr.metric) if len(result.pgr) else set()
-    lacking = [m for m in PGR_METRICS if m in set(result.items.metric) and m not in told]
-    if not lacking: return pgr_paragraph(result.pgr)
-    why = 'no ceiling was trained (others)' if 'ceiling' not in roles else f'the supervisor has no {" and no ".join(lacking)}: it ranks responses and writes none'
-    return pgr_paragraph(result.pgr, why)
-
 # %% ../../nbs/api/experiments/30_weak_teacher.ipynb #2434867e
 @dataclass(frozen=True)
 class Result:
@@ -139,6 +128,17 @@ class Result:
 
     def _repr_html_(self) -> str: return f'<p>{escape(recovered_text(self))}</p>' + ''.join(t.to_html(index=False) for t in _tables(self)) + f'<p>{escape(caption(self))}</p>'
     def __repr__(self) -> str: return recovered_text(self) + '\n\n' + '\n'.join(t.to_string(index=False) + '\n' for t in _tables(self)) + caption(self)
+
+# %% ../../nbs/api/experiments/30_weak_teacher.ipynb #847af33c
+def recovered_text(
+    result: Result,    # of a run
+) -> str:              # Markdown
+    "Every PGR in words, or why there is none"
+    roles, told = set(result.items.role), set(result.pgr.metric) if len(result.pgr) else set()
+    lacking = [m for m in PGR_METRICS if m in set(result.items.metric) and m not in told]
+    if not lacking: return pgr_paragraph(result.pgr)
+    why = 'no ceiling was trained (others)' if 'ceiling' not in roles else f'the supervisor has no {" and no ".join(lacking)}: it ranks responses and writes none'
+    return pgr_paragraph(result.pgr, why)
 
 # %% ../../nbs/api/experiments/30_weak_teacher.ipynb #a98d7035
 SHOWN = ('accuracy', 'gold_reward', 'win_rate', 'right', 'polite', 'rude')      # what a person looks at first

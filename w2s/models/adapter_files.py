@@ -67,6 +67,7 @@ def bare(
         if isinstance(m, BaseTunerLayer) or type(m).__name__ in ('ModulesToSaveWrapper', 'TrainableTokensWrapper'):
             inner: Any = getattr(m, 'original_module', None) or m.get_base_layer()
             model.set_submodule(name, inner)
+    model.__dict__.pop('peft_config', None)
 
 # %% ../../nbs/api/models/15_adapter_files.ipynb #c0f44022
 def put_on(

@@ -126,6 +126,7 @@ def save_adapter(
     part = writing_name(folder)
     remove_tree(part) # of a killed run
     model.save_pretrained(str(part))
+    (part/'README.md').unlink(missing_ok=True) # PEFT's empty form of a model card, with a path of this machine
     config = part/'adapter_config.json'
     config.write_text(json.dumps(_sorted_lists(json.loads(config.read_text(encoding='utf-8'))), indent=2, sort_keys=True), encoding='utf-8')
     note = {'base': base.name, 'fingerprint': base.fingerprint, **asdict(base.settings)}
