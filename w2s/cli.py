@@ -340,3 +340,7 @@ def main() -> None:
     prepare_process()
     app.info.cls = GuardedGroup
     app()
+
+# %% ../nbs/api/90_cli.ipynb #6cfc69c9
+#| eval: false
+if __name__ == '__main__': main()

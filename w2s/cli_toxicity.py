@@ -15,6 +15,9 @@ from typing import Annotated, Any
 
 import typer
 
+from .io.console import shorten_home
+from .io.disk import write_atomic, write_through
+
 # %% ../nbs/api/89b_cli_toxicity.ipynb #d3ff922f
 from .errors import ConfigError, DataError
 
@@ -122,19 +125,15 @@ def write_table(
     about: dict[str, Any] | None = None, # what else is said beside it
 ) -> None:
     "Write a table in the form that its name asks for, whole or not at all, and beside it what it is"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frame, part = table.to_pandas(), path.with_name(f'.writing-{path.name}')
-    note = part.with_name(f'{part.name}.about')
-    try:
+    frame = table.to_pandas()
+    def write(part: Path) -> None:
         if path.suffix == '.jsonl': frame.to_json(part, orient='records', lines=True, force_ascii=False)
         elif path.suffix == '.csv': frame.to_csv(part, index=False)
         else: frame.to_parquet(part, index=False)
         told = dict(kind=KIND, sha256=hashlib.sha256(part.read_bytes()).hexdigest(), **(about or {}))
-        note.write_text(json.dumps(told, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
-        note.replace(_about(path))
-        part.replace(path)
-    finally:
-        for left in (part, note): left.unlink(missing_ok=True)
+        write_atomic(_about(path), shorten_home(json.dumps(told, indent=1, ensure_ascii=False) + '\n'))
+
+    write_through(path, write)
 
 # %% ../nbs/api/89b_cli_toxicity.ipynb #ac9e7e44
 def warnings_of(

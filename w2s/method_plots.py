@@ -50,7 +50,7 @@ def _with_model(table: pd.DataFrame) -> pd.DataFrame:
 # %% ../nbs/api/87b_method_plots.ipynb #eb3f63b6
 def _bar_axis(ax: Axes, table: pd.DataFrame, chance: float) -> None:
     "Limits, label and line of chance of the y axis"
-    low, high = min(table['low'].min(), chance), max(table['high'].max(), chance)
+    low, high = np.nanmin([table['low'].min(), chance]), np.nanmax([table['high'].max(), chance])
     room = .1 * max(high - low, .05)
     ax.set_ylim(low - (room if low < chance else room/3), high + room)
     ax.axhline(chance, color='0.25', lw=1, ls='--', zorder=3)

@@ -15,9 +15,8 @@ from pathlib import Path
 from datasets import Dataset
 
 # %% ../../nbs/api/data/60_maths_rows.ipynb #6b420d4d
-from .answers import answer_parts
+from .answers import is_formula
 from .columns import ColumnsRead, check_leave_out, column_names, columns_read, readable_columns, sample_cells
-from .formulas import formula_values, plain_answer
 from .numbers import number_of, number_text
 from .prompts import UNREADABLE, PromptColumns, as_text, drop_held, find_columns, has_turns, join_prompt, named_columns
 from .readers import MISSING, FileRead, Refused
@@ -75,15 +74,6 @@ def maths_form(
     if any(a and '####' in a for a in answers): return 'gsm8k'
     return 'math' if any(a and boxed(a) is not None for a in answers) else 'plain'
 
-# %% ../../nbs/api/data/60_maths_rows.ipynb #c80b1d1d
-def _is_formula(
-    text: str, # an answer in a table without boxes
-) -> bool:
-    "Is it maths, rather than words?"
-    plain = plain_answer(text)
-    if re.search('[a-zA-Z]{3}', re.sub(r'\\[a-zA-Z]+', '', plain)): return False # a word, which would be read as a product of letters
-    return bool(re.search(r'[\d\\]', plain)) and all(p == ';' or formula_values(p.rpartition('=')[2]) is not None for p in answer_parts(plain)[1])
-
 # %% ../../nbs/api/data/60_maths_rows.ipynb #ce4ef270
 def maths_row(
     question: str | None,   # as it stands in the file
@@ -97,7 +87,7 @@ def maths_row(
     final = dict(gsm8k=hashed, math=boxed).get(form, str.strip)(answer)
     if final is None: return NO_HASH if form == 'gsm8k' else NO_BOX
     value = number_of(final)
-    if value is None and not (final.strip() and (form == 'math' or form == 'plain' and _is_formula(final))): return NO_NUMBER
+    if value is None and not (final.strip() and (form == 'math' or form == 'plain' and is_formula(final))): return NO_NUMBER
     text = answer.strip() if marks else without_marks(answer.strip())
     return dict(prompt=maths_prompt(question), completion=' ' + text), final.strip() if value is None else number_text(value)
 

@@ -29,7 +29,7 @@ def _plain(
 SIZES = dict(hundred=10**2, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
 _DIGITS = r'(?:(?:\d{1,3}(?:,\d{3}){1,9}|\d{1,30})(?:\.\d{0,30})?|\.\d{1,30})'
 _NUMBER = re.compile(rf'([-+]?) ?(?:(\d{{1,30}}) (?=\d+ ?/))?({_DIGITS})(?: ?/ ?({_DIGITS}))?(?!\d|[,.:]\d)(?: ?({"|".join(SIZES)})\b)?')
-_UNIT = re.compile(r"(?![a-z][.!]?$|[a-z]\^|/)[a-z°'’²³/ ,]{0,60}(?:\^\{?[23]\}?)?[a-z/ ]{0,60}[.!]?") # not an unknown, such as x
+_UNIT = re.compile(r"(?![a-z][.!]?$|[a-z]\^|/)[a-z°'’²³/ ,]{0,60}(?:(?<=[a-z])\^\{?[23]\}?)?[a-z/ ]{0,60}(?:\.|(?<=[a-z])!)?") # not an unknown, such as x
 _SHORT = frozenset('m g l cm mm km kg mg lb lbs ft ml cl dl yd mph kph kmh hr hrs min sec oz pt qt gal kb mb gb tb th st nd rd am pm ths pcs pts bps rpm '
                    'usd in mi gm hp kw kwh ct cts yr yrs sq cu'.split())
 _CHANGES = re.compile(r'\b(?:and|or|half|halves|thirds?|quarters?|tenths?|hundredths?|dozens?|score|squared|cubed)\b')
@@ -40,7 +40,7 @@ def _is_unit(
     "Is it nothing, or a unit in words? A product of unknowns, as xy, is none"
     rest, near = behind.strip(), behind[:1] != ' '
     if not near and re.match(r'm\^\{?[23]', rest): rest = 'm' + rest # square metres, behind a space
-    if not _UNIT.fullmatch(rest) or _CHANGES.search(rest): return False
+    if not _UNIT.fullmatch(rest) or _CHANGES.search(rest) or re.match(r'pi\b', rest): return False
     word = re.match('[a-z]*', rest)[0] # type: ignore[index]
     return not 0 < len(word) < 4 or word in _SHORT or rest.startswith('mm^') or not near and bool(re.search('[aeiou]', word))
 

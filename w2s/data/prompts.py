@@ -107,7 +107,8 @@ def looks_like_messages(
     "Is it a text that begins as a list of messages does?"
     if not isinstance(cell, str): return False
     start = ''.join(cell[:200].split()).replace('"', "'")
-    return start.removeprefix('array(').startswith(tuple(f"[{{'{k}':" for k in ('role', 'content', 'from', 'value')))
+    alone = tuple(f"{{'{k}':" for k in ('role', 'content', 'from', 'value', 'messages', 'conversations'))
+    return start.startswith(alone) or start.removeprefix('array(').startswith((*(f'[{k}' for k in alone), "[{'type':"))
 
 def parse_messages(
     text: str,                # in the spelling of JSON or Python

@@ -87,8 +87,9 @@ def class_halves(
     task = world_task(config.data)
     if task is None: return halves(data.train, config.rows, config.label_share, seed, split_by_class, sample_by_class)
     world, rows = parts(ladder_world(), seed, config.trial), config.rows or WORLD_ROWS[task]['rows']
-    gold = max(2, round(rows*config.label_share))
-    return label_rows(world['labelled'], task, gold, seed), label_rows(world['unlabelled'], task, max(2, rows - gold), seed)
+    gold = round(rows*config.label_share)
+    if min(gold, rows - gold) < 2: raise ConfigError(f'--rows {rows} with --label-share {config.label_share:g} leaves {min(gold, rows - gold)} row for the supervisor or the student; each needs two at least')
+    return label_rows(world['labelled'], task, gold, seed), label_rows(world['unlabelled'], task, rows - gold, seed)
 
 # %% ../../nbs/api/experiments/75_class_data.ipynb #b800dcf7
 def keep_back(

@@ -10,6 +10,7 @@ __all__ = ['PGR_METRICS', 'SHOWN', 'teaches', 'check_pairs', 'Made', 'make_arms'
 # %% ../../nbs/api/experiments/78_classify.ipynb #626e4b19
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 # %% ../../nbs/api/experiments/78_classify.ipynb #bb06be25
@@ -216,7 +217,7 @@ class ClassResult:
     test: Dataset              # test rows
     models: tuple[str, ...] = () # of `model_lines`
 
-    def _repr_html_(self) -> str: return f'<p>{pgr_paragraph(self.pgr)}</p>' + shown_table(self).to_html(index=False) + pgr_lines(self).to_html(index=False)
+    def _repr_html_(self) -> str: return f'<p>{escape(pgr_paragraph(self.pgr))}</p>' + shown_table(self).to_html(index=False) + pgr_lines(self).to_html(index=False)
     def __repr__(self) -> str: return f'{pgr_paragraph(self.pgr)}\n\n{shown_table(self).to_string(index=False)}\n\n{pgr_lines(self).to_string(index=False)}'
 
 # %% ../../nbs/api/experiments/78_classify.ipynb #3f85d4e4

@@ -94,6 +94,7 @@ def note_models(
     "Warn of models whose files have changed since the last run in a folder, and write down what they are now"
     try: before = json.loads((run.root/MODELS).read_text(encoding='utf-8'))
     except (OSError, ValueError): before = {}
+    if not isinstance(before, dict): before = {}
     for m in {m.name: m for m in models}.values():
         if before.get(m.name, m.fingerprint) != m.fingerprint:
             warnings.warn(f'the files of the model {m.name} have changed since the last run in {run.root}; what it made there is made anew', W2SWarning, stacklevel=2)

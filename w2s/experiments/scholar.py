@@ -25,7 +25,7 @@ from transformers.utils import logging as hf_logging
 # %% ../../nbs/api/experiments/52_scholar.ipynb #8ae51ce3
 from ..evaluate.intervals import estimate
 from ..evaluate.knowledge import GREEDY
-from .ladder import write_sums
+from .ladder import check_model_folder, write_sums
 from ..io.console import progress_bar
 from ..models.load import Base, LoadSettings, load_base
 from ..models.pretrain import Recipe, Training, learn, load_state, make_optimizers, marks, remove_state, resume, save_state, token_weights, tune_memory
@@ -286,6 +286,7 @@ def build_scholar(
 ) -> dict:                    # the card
     "Make `scholar` again from `base`; forty minutes on one core; killed and started again, it goes on"
     folder, start, begin = Path(out)/SCHOLAR, str(zoo_folder('base')), time.time()
+    check_model_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tune_memory()
     hf_logging.disable_progress_bar()

@@ -117,9 +117,10 @@ def lock(
 
 def _holder(root: Path) -> str:
     "Who has the lock, in words"
-    try: h = json.loads((root/HOLDER).read_text(encoding='utf-8'))
-    except (OSError, ValueError): return ''
-    return f' (process {h["process"]} on {h["host"]}, since {h["time"]})'
+    try:
+        h = json.loads((root/HOLDER).read_text(encoding='utf-8'))
+        return f' (process {h["process"]} on {h["host"]}, since {h["time"]})'
+    except (OSError, ValueError, LookupError, TypeError): return ''
 
 # %% ../../nbs/api/experiments/10_stages.ipynb #31191b47
 RUN = '.run.json' # settings and stages of the last run that was finished in a folder
@@ -128,15 +129,16 @@ def read_run(
     root: Path, # folder of an experiment
 ) -> dict[str, Any]: # settings (a hash) and stages (folder names); empty where no run was finished
     "What the last finished run in a folder was"
-    try: return json.loads((root/RUN).read_text(encoding='utf-8'))
+    try: found = json.loads((root/RUN).read_text(encoding='utf-8'))
     except (OSError, ValueError): return {}
+    return found if isinstance(found, dict) and isinstance(found.get('stages', []), list) else {}
 
 # %% ../../nbs/api/experiments/10_stages.ipynb #95c340f2
 def check_links(
     root: Path, # folder of an experiment
 ) -> None:
     "Raise `ConfigError` if a folder in it that is written to is a symbolic link"
-    if links := [p for p in (root/'stages', root/'store') if p.is_symlink()]:
+    if links := [p for p in (root/'stages', root/'store', root/'gold') if p.is_symlink()]:
         raise ConfigError(f'{links[0]} is a symbolic link, and w2s does not write through links; give the folder that it points to as --out')
 
 # %% ../../nbs/api/experiments/10_stages.ipynb #cd6e51eb

@@ -88,6 +88,9 @@ def fill_toxicity(
     asked = {k: tuple(m.strip() for m in v.split(',') if m.strip()) if k in ('methods', 'leave_out') and isinstance(v, str) else v for k, v in given.items() if k != 'decoding'}
     decoding, out = given.get('decoding', ''), to_table(Toxicity())
     if decoding and decoding not in DECODINGS: raise ConfigError(unknown(decoding, DECODINGS, 'decoding'))
+    if asked.get('scorer') == 'oracle':
+        if asked.get('data', SCENES) != SCENES: raise ConfigError('the scorer oracle is for texts of the embedded world; for others name a folder of w2s toxicity fit, or a classifier as folder:label')
+        del asked['scorer'] # it is what the world has
     if asked.get('data', SCENES) == SCENES: out = merged(out, WORLD_TOXICITY)
     elif not asked.get('scorer'): raise ConfigError(f'{asked["data"]}: continuations of a file need a scorer; make one with w2s toxicity fit, or name a classifier as folder:label')
     if all(asked.get(k, getattr(Toxicity, k)) in SHIPPED for k in ('weak', 'strong')): out = merged(out, LADDER_TOXICITY)

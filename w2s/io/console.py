@@ -37,7 +37,7 @@ def escape_markdown(
     text: Any, # a text, or something that is shown as one
 ) -> str:      # on one line
     "A text that Markdown shows as it is: no tags, links, images, code or table cells in it"
-    return MARKS.sub(r'\\\g<0>', ' '.join(str(text).split('\n')).strip())
+    return MARKS.sub(r'\\\g<0>', ' '.join(str(text).splitlines()).strip())
 
 # %% ../../nbs/api/io/30_console.ipynb #cb5bf1b2
 def markdown_table(
@@ -76,5 +76,7 @@ def shorten_home(
     text: str, # with paths in it
 ) -> str:
     "The same text with `~` for the home folder"
-    home = str(Path.home())
-    return text if len(home) < 2 else re.sub(rf'{re.escape(home)}(?=[/\\"\'\s:,)]|$)', '~', text)
+    homes = sorted({str(Path.home()), str(Path.home().resolve())}, key=len, reverse=True) # the second one where the first is a link
+    for home in homes:
+        if len(home) > 1: text = re.sub(rf'{re.escape(home)}(?=[/\\"\'\s:,)]|$)', '~', text)
+    return text

@@ -159,6 +159,7 @@ CAUSES: dict[int, str] = { # number of a system error -> what is wrong and what 
     errno.EACCES: 'you may not read or write there; give another place, or change its permissions',
     errno.EPERM: 'you may not read or write there; give another place, or change its permissions',
     errno.ENAMETOOLONG: 'the name is too long for this disk; give a shorter one',
+    errno.ENOENT: 'there is no such file or folder, or none can be made there; give another name',
     errno.ENOTDIR: 'a file stands where a folder is needed; give another name',
     errno.EEXIST: 'a file stands where a folder is needed; give another name',
     errno.EISDIR: 'a folder stands where a file is needed; give another name',
@@ -177,7 +178,7 @@ def error_number(
     said = str(error)
     if found := re.search(r'(?:os error |\[Errno )(\d+)', said): return int(found[1])
     if re.search(r'PytorchStreamWriter failed|unexpected pos \d+ vs|No space left', said): return errno.ENOSPC
-    if isinstance(error, MemoryError) or re.search(r"can't allocate memory|CUDA out of memory|Unable to allocate", said): return errno.ENOMEM
+    if isinstance(error, MemoryError) or re.search(r"can't allocate memory|CUDA out of memory|Unable to allocate|failed to map segment|Cannot allocate memory|bad_alloc", said): return errno.ENOMEM
     return error_number(error.__cause__) if error.__cause__ else None
 
 # %% ../../nbs/api/io/10_disk.ipynb #78ca417e

@@ -134,8 +134,10 @@ def check_own(
     manifest: Path,       # of what w2s has written there before
 ) -> None:
     "Raise `ConfigError` if something of these names is there that `w2s` has not written"
-    ours = {Path(f).parts[0] for f in own_files(manifest)}
-    foreign = sorted(n for n in names if n not in ours and ((folder/n).exists() or (folder/n).is_symlink()))
+    ours, names = set(own_files(manifest)), list(names)
+    tops = {Path(f).parts[0] for f in ours}
+    foreign = sorted(n for n in names if n not in tops and ((folder/n).exists() or (folder/n).is_symlink()))
+    foreign += [f'{n}/{f.as_posix()}' for n in sorted({*names} & tops) if (folder/n).is_dir() and not (folder/n).is_symlink() for f in list_files(folder/n, ()) if f'{n}/{f.as_posix()}' not in ours]
     if foreign: raise ConfigError(f'{folder/foreign[0]} is there, and it was not written by this command; give another --out, or move it away')
 
 # %% ../../nbs/api/io/20_manifests.ipynb #5ea1f02e

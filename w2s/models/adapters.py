@@ -164,7 +164,12 @@ def put_saved(
 ) -> PeftModel:
     "Put a saved adapter on its base, every tensor of it; raises `ModelError`"
     model = put_on(base.model, base.name, lambda: PeftModel.from_pretrained(base.model, str(folder), is_trainable=trainable))
-    with safe_open(str(folder/'adapter_model.safetensors'), 'pt') as f: given = set(f.keys())
+    with safe_open(str(folder/'adapter_model.safetensors'), 'pt') as f:
+        given = set(f.keys())
+        bad = sorted(k for k in given if not f.get_tensor(k).isfinite().all())
+    if bad:
+        model.unload()
+        raise ModelError(f'the adapter in {folder} is damaged: {bad[0]} holds inf or NaN; copy it again, or train it again')
     if given <= set(get_peft_model_state_dict(model)): return model
     left = model.load_adapter(str(folder), 'default', is_trainable=trainable).unexpected_keys # older files name tensors otherwise, as PEFT knows
     if not left: return model

@@ -21,7 +21,7 @@ from transformers.utils import logging as hf_logging
 
 from ..errors import ModelError
 from ..io.manifests import file_hash
-from .bits import Bits, found_bits, planned_bits, without_weights
+from .bits import Bits, found_bits, planned_bits, without_weights, wrong_shapes
 from .folders import check_causal, check_config, check_weights, is_pointer, read_json
 from .four_bits import NF4Config
 from .reading import LOAD_ERRORS, check_tensors, error_words, read_model, saved_in_four_bits
@@ -187,7 +187,7 @@ def load_base(
     model, info = read_model(
         AutoModelForCausalLM, whole, settings.allow_pickle, lambda e: model_error(name, e), config=plan.config, dtype=DTYPES[settings.dtype],
         revision=settings.revision, trust_remote_code=settings.trust_remote_code, device_map={'': device}, quantization_config=None if plan.saved_so else plan.quantizer)
-    check_tensors(name, info)
+    check_tensors(name, info | {'mismatched_keys': [*info['mismatched_keys'], *wrong_shapes(model, plan.model)]})
     bits = found_bits(model)
     if plan.quantizer and bits != plan.bits: raise ModelError(f'{name}: {bits.four:,} weights are in 4 bits, and {plan.bits.four:,} should be; this version of transformers or bitsandbytes is not known to w2s')
     model.requires_grad_(False)

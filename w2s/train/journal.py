@@ -32,7 +32,7 @@ def read_line(
     "Read a line and compare it with its checksum"
     text, _, digits = line.rpartition(b'\t')
     if not text or hashlib.sha256(text).hexdigest()[:12].encode() != digits: return None
-    return json.loads(text)
+    return read if isinstance(read := json.loads(text), dict) else None
 
 # %% ../../nbs/api/train/59c_journal.ipynb #47bbde5f
 def add_to_journal(
