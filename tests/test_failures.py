@@ -68,13 +68,13 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch
     "Before any model is known or row is read"
     (tmp_path/'file').write_text('mine')
     (tmp_path/'folder.parquet').mkdir()
-    (tmp_path/'rows.jsonl').write_text('')
+    for name in ('rows.jsonl', 't.jsonl'): (tmp_path/name).write_text('')
     monkeypatch.setattr('w2s.experiments.preference_stages.know_model', None)
     place = {'a file': 'file', 'below a file': 'file/run', 'a name too long': 'x'*300, 'a folder for a file': 'folder.parquet'}[what]
     words = ('label', '--model', 'pico', '--rows', tmp_path/'rows.jsonl', '--train', tmp_path/'t.jsonl') if what == 'a folder for a file' else SMALL
     status, said = w2s(*words, '--out', tmp_path/place)
     assert status == 1 and place.split('/')[0][:50] in sentence(said)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['file', 'folder.parquet', 'rows.jsonl'] and (tmp_path/'file').read_text() == 'mine'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['file', 'folder.parquet', 'rows.jsonl', 't.jsonl'] and (tmp_path/'file').read_text() == 'mine'
 
 
 @pytest.mark.skipif(os.name == 'nt' or os.geteuid() == 0, reason='root may write everywhere')
@@ -88,7 +88,7 @@ def test_a_folder_without_permission_is_refused_at_once(tmp_path):
 @pytest.mark.parametrize('name', ['labels.parquet', 'labels.md', 'labels.json'])
 def test_files_beside_the_labels_are_not_written_over(tmp_path, name):
     (tmp_path/name).write_text('mine')
-    (tmp_path/'rows.jsonl').write_text('')
+    for rows in ('rows.jsonl', 't.jsonl'): (tmp_path/rows).write_text('')
     status, said = w2s('label', '--model', 'pico', '--rows', tmp_path/'rows.jsonl', '--train', tmp_path/'t.jsonl', '--out', tmp_path/'labels.parquet')
     assert status == 1 and f'{name} is there' in sentence(said) and (tmp_path/name).read_text() == 'mine'
 
@@ -132,9 +132,11 @@ NOT_NUMBERS = [('run', 'weak-teacher', '--beta', 'nan'), ('run', 'weak-teacher',
 @pytest.mark.parametrize('words', NOT_NUMBERS, ids=' '.join)
 def test_a_setting_that_is_no_number_is_refused(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    files = ['q.jsonl', 'r.jsonl', 't.jsonl']
+    for name in files: (tmp_path/name).write_text('')
     status, said = w2s(*words)
     assert status == 1 and any(word in sentence(said) for word in ('nan', 'inf'))
-    assert not any(tmp_path.iterdir())
+    assert sorted(p.name for p in tmp_path.iterdir()) == files
 
 
 # Files of settings

@@ -110,7 +110,7 @@ def weak_teacher(
     config: Annotated[Path | None, Flag(help='TOML file with any settings; flags win over it')] = None,
     out: Annotated[Path, Flag(help='folder of stages and results; finished stages in it are used again')] = Path('runs/weak-teacher'),
     strict: Annotated[bool | None, Flag('--strict', help='stop if the data report finds anything')] = None,
-    keep_stages: Keep = False,
+    keep_stages: Keep = False, # use finished stages of other versions
     dry_run: Annotated[bool, Flag('--dry-run', help='print the plan and stop')] = False,
 ) -> None:
     """Weak supervisor, students of weak and of human labels, ceiling and baselines, on preference rows (Tao & Li 2409.08813).
@@ -217,7 +217,7 @@ def label_command(
     config: Annotated[Path | None, Flag(help='TOML file with any settings of the supervisor; flags win over it')] = None,
     work: Annotated[Path | None, Flag(help='folder where a killed run goes on (default: as out, with .work)')] = None,
     strict: Annotated[bool | None, Flag('--strict', help='stop if the data report finds anything')] = None,
-    keep_stages: Keep = False,
+    keep_stages: Keep = False, # use finished stages of other versions
     dry_run: Annotated[bool, Flag('--dry-run', help='print settings, and which rows and columns would be read, and stop')] = False,
 ) -> None:
     """Label pairs: a small model learns from labelled ones, is measured on some that were kept from it, and labels the others.

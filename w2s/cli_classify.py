@@ -166,7 +166,7 @@ def classify_command(
     config: Annotated[Path | None, Flag(help='TOML file with any settings; flags win over it')] = None,
     out: Annotated[Path | None, Flag(help='folder of stages and results; finished stages in it are used again (default: runs/ and the name of the command)')] = None,
     strict: Annotated[bool | None, Flag('--strict', help='stop if the data report finds anything')] = None,
-    keep_stages: Keep = False,
+    keep_stages: Keep = False, # use finished stages of other versions
     dry_run: Annotated[bool, Flag('--dry-run', help='print settings, data report and number of trainings, and stop')] = False,
 ) -> None:
     "Weak-to-strong by class labels: supervisors, students by every method, ceilings, and bags of words"

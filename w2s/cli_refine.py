@@ -66,7 +66,7 @@ def refine_command(
     nf4_share: Annotated[float | None, Flag(help="least share of the body's weights that nf4 must put in 4 bits, or the model is refused; 0: any (default: 0.8)")] = None,
     dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: bfloat16; models that come with w2s: float32)')] = None,
     prompts: Annotated[Path | None, Flag(help='TOML file with templates of your own; what it does not name stays as --show-prompts prints it')] = None,
-    keep_stages: Keep = False,
+    keep_stages: Keep = False, # use finished stages of other versions
     dry_run: Annotated[bool, Flag('--dry-run', help='print settings, and which rows and columns would be read, and stop')] = False,
     show_prompts: Annotated[bool, Flag('--show-prompts', help='print the templates that would be used, and stop')] = False,
     work: Annotated[Path | None, Flag(help='folder where a killed refinement goes on (default: as out, with .work)')] = None,

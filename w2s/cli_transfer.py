@@ -154,7 +154,7 @@ def transfer_command(
     batch_size: Annotated[int | None, Flag(help='rows of a step (default: 16)')] = None,
     config: Annotated[Path | None, Flag(help='TOML file with any settings; flags win over it')] = None,
     out: Annotated[Path | None, Flag(help='folder of stages and results; finished stages in it are used again (default: runs/ and the name of the command)')] = None,
-    keep_stages: Keep = False,
+    keep_stages: Keep = False, # use finished stages of other versions
     dry_run: Annotated[bool, Flag('--dry-run', help='print settings and number of trainings, and stop')] = False,
 ) -> None:
     "Weak-to-strong by demonstrations: weak answers, refined ones, a student of each, the ceiling and the un-tuned model"
@@ -252,7 +252,7 @@ def toxicity_command(
     batch_size: Annotated[int | None, Flag(help='rows of a step, of both (default: 16)')] = None,
     config: Annotated[Path | None, Flag(help='TOML file with any settings; flags win over it')] = None,
     out: Annotated[Path, Flag(help='folder of stages and results; finished stages in it are used again')] = Path('runs/toxicity'),
-    keep_stages: Keep = False,
+    keep_stages: Keep = False, # use finished stages of other versions
     dry_run: Annotated[bool, Flag('--dry-run', help='print settings and number of trainings, and stop')] = False,
 ) -> None:
     "Kinder continuations from weak to strong, by the protocol of RealToxicityPrompts (Ye et al. 2410.12621; Gehman et al. 2009.11462)."

@@ -125,8 +125,10 @@ def _axes(ax: Axes | None, width: float, height: float) -> Axes:
 
 # %% ../nbs/api/80_plots.ipynb #b44847c3
 def _caption_below(ax: Axes, text: str) -> None:
-    "Small text under the label of the x axis"
-    ax.annotate(text, (.5, 0), xycoords=ax.xaxis.label, xytext=(0, -5), textcoords='offset points',
+    "Small text under the label of the x axis, in lines that are no wider than the figure"
+    figure = ax.get_figure(root=True)
+    wide = max(60, int((figure.get_size_inches()[0] if figure else 6)/.055)) # characters of this size
+    ax.annotate('\n'.join(textwrap.fill(line, wide) for line in text.split('\n')), (.5, 0), xycoords=ax.xaxis.label, xytext=(0, -5), textcoords='offset points',
                 ha='center', va='top', fontsize=7, color='0.35')
 
 # %% ../nbs/api/80_plots.ipynb #de215158
