@@ -201,3 +201,29 @@ def test_a_size_that_is_unknown_names_all():
     done = CliRunner().invoke(app, ['zoo', 'build', '--size', 'tiny', '--out', 'z'])
     assert done.exit_code == 1 and 'scholar' in str(done.exception)
     assert os.path.exists('z') is False and shutil
+
+
+@pytest.mark.parametrize('name', ['system', 'System Prompt', 'sys_prompt', 'system-message', 'SYS PROMPT'])
+def test_a_system_prompt_is_read_however_it_is_spelled(tmp_path, name):
+    (tmp_path/'x.jsonl').write_text(''.join(json.dumps({name: f'Be {"kind" if i % 2 else "brief"}.', 'prompt': f'What is {i}?', 'chosen': 'Yes.', 'rejected': 'No.'}) + '\n' for i in range(8)))
+    prompts = [p for rows in read_preferences(tmp_path/'x.jsonl').splits.values() for p in rows['prompt']]
+    assert all('Be ' in str(p) for p in prompts)
+
+
+@pytest.mark.parametrize('share, stops', [(0., False), (.1, False), (.4, True)])
+def test_a_column_of_which_a_part_is_long_is_long(tmp_path, share, stops):
+    long = ' '.join(f'word{i}' for i in range(60))
+    (tmp_path/'x.jsonl').write_text(''.join(json.dumps(dict(prompt=f'What is {i}?', chosen='Yes.', rejected='No.', notes=f'{long} {i}' if i < 40*share else 'none given')) + '\n' for i in range(40)))
+    if not stops: read_preferences(tmp_path/'x.jsonl')
+    else:
+        with pytest.raises(DataError, match='notes'): read_preferences(tmp_path/'x.jsonl')
+
+
+@pytest.mark.parametrize('card', [{'held_out': []}, {'held_out': {'all': 3}}])
+def test_a_scorer_whose_card_has_another_shape_is_refused(tmp_path, card):
+    from w2s.evaluate.toxicity_scorers import KIND, load_ridge, save_ridge, train_ridge
+    texts = [f'you are {"vile" if i % 2 else "kind"} {i}' for i in range(60)]
+    folder = save_ridge(train_ridge(texts, [float(i % 2) for i in range(60)]), tmp_path/'s')
+    (folder/'manifest.json').unlink()
+    (folder/'card.json').write_text(json.dumps({'kind': KIND, **card}))
+    with pytest.raises(ModelError, match='does not say how it was measured'): load_ridge(folder)

@@ -20,7 +20,7 @@ from .cli_guard import GuardedGroup, prepare_process
 from .cli_refine import add_refine_command
 from .cli_toxicity import toxicity_app
 from .cli_transfer import add_transfer_commands
-from .errors import ConfigError
+from .errors import ConfigError, unknown
 
 # %% ../nbs/api/90_cli.ipynb #355a3f31
 app = typer.Typer(help='Weak-to-strong alignment of language models.', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -285,8 +285,9 @@ def zoo_build(
     seed: Annotated[int, Flag(help='of weights and of what is read')] = 0,
 ) -> None:
     "Pretrain a model on the embedded world; killed and started again, it goes on where it was."
+    from w2s.models.zoo import SCHOLAR, SHIPPED
+    if size not in SHIPPED: raise ConfigError(unknown(size, SHIPPED, 'size'))
     from w2s.experiments.ladder import RECIPE, build_model
-    from w2s.models.zoo import SCHOLAR
     if size == SCHOLAR:
         if tokens is not None or minutes is not None or seed: raise ConfigError('scholar is taught from base in stated terms; --tokens, --minutes and --seed are for the models of the ladder')
         from w2s.experiments.scholar import build_scholar

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .cli_classify import check_places
 from .io.console import shorten_home
 from .io.disk import write_atomic, write_through
 
@@ -55,6 +56,7 @@ def fit_command(
     held_out: Annotated[float, Flag(help='share of the texts that is kept from the training, to measure on')] = .1,
 ) -> None:
     "Train a scorer: a ridge regression on words and letters. Prints how well it does on texts that it has not seen."
+    check_places([], map(str, data))
     from w2s.data.columns import column_names
     from w2s.data.files import keep_inputs
     from w2s.data.toxicity_rows import read_toxicity

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 # %% ../../nbs/api/data/18_prompts.ipynb #46e2e161
-from .columns import ABOVE, BELOW, HISTORY, SYSTEM, is_held, texts_in
+from .columns import ABOVE, BELOW, HISTORY, SYSTEM, is_held, plain_name, texts_in
 from .json_rows import is_messages
 
 # %% ../../nbs/api/data/18_prompts.ipynb #bc967fa5
@@ -38,11 +38,12 @@ class PromptColumns:
 def find_columns(
     names: Sequence[str], # usual ones, in lower case
     have: Iterable[str],  # columns of a table
-) -> list[str]:           # those of them that are there, in the order of the names; one that is spelled so comes before one that differs in case
+) -> list[str]:           # those of them that are there, in the order of the names; one that is spelled so comes before one that differs in case or spaces
     "Columns by their usual names"
     have, by_name = list(have), dict[str, str]()
-    for c in have: by_name.setdefault(c.lower(), c)
-    return [n if n in have else by_name[n] for n in names if n in have or n in by_name]
+    for c in have: by_name.setdefault(plain_name(c), c)
+    found = [n if n in have else by_name.get(plain_name(n), '') for n in names]
+    return list(dict.fromkeys(c for c in found if c))
 
 def beside_columns(
     have: Sequence[str],       # columns of a table

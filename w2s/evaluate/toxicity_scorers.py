@@ -251,6 +251,7 @@ def check_ridge(
     "Raise `ModelError` for a scorer of another kind, one whose files do not belong together, or one with numbers that are none"
     if card.get('kind') != KIND: raise ModelError(f'{folder}: its card says "{card.get("kind")}", and "{KIND}" is read; train it again with w2s toxicity fit')
     sizes = len(grams['words']), len(grams['letters'])
+    if bad := [k for k in ('words', 'letters', 'weights') if parts[k].ndim != 1]: raise ModelError(f'{folder}: its {bad[0]} are no list of numbers; train it again with w2s toxicity fit')
     if (len(parts['words']), len(parts['letters']), len(parts['weights'])) != (*sizes, sum(sizes)):
         raise ModelError(f'{folder}: {len(parts["weights"])} weights for {sum(sizes)} n-grams; its files do not belong together')
     if bad := [k for k, v in parts.items() if not np.isfinite(v).all()]: raise ModelError(f'{folder}: its {bad[0]} hold NaN or infinity; train it again with w2s toxicity fit')
@@ -265,6 +266,7 @@ def load_ridge(
     try:
         card = json.loads((folder/'card.json').read_text(encoding='utf-8'))
         if not isinstance(card, dict): raise ValueError('card.json is no table')
+        if not isinstance(card.get('held_out', {}), dict) or not isinstance(card.get('held_out', {}).get('all', {}), dict): raise ValueError('card.json does not say how it was measured')
         grams = {n: (folder/f'{n}.txt').read_bytes().decode('utf-8').split('\n') for n in ('words', 'letters')}
         with np.load(folder/'ridge.npz', allow_pickle=False) as kept: parts = {k: kept[k] for k in ('weights', 'words', 'letters', 'constant')}
     except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as e:
