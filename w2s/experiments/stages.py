@@ -85,6 +85,7 @@ def run_stage(
     if not usable: clear_unfinished(part)
     run.say(f'{name}: {said or ("going on" if part.is_dir() else "starting")}')
     if not usable: _make_stage(final, part, inputs, work)
+    else: sync_folder(final.parent) # a run that was killed may have renamed it and not forced the name to disk
     remove_tree(final/CHECKPOINTS) # only now: a kill before this costs nothing
     return final
 
