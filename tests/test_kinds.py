@@ -1,7 +1,5 @@
 "Other cases of the kinds of faults that were found: files of the user, links, odd bookkeeping, shapes, structures that were written as text"
 import json
-import os
-import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -94,7 +92,7 @@ def test_a_cell_is_one_line(end):
 @pytest.mark.parametrize('text', ['[]', '{}', '3', 'null', '{"stages": 5}', '"x"'])
 def test_bookkeeping_of_another_shape_is_none(tmp_path, text):
     for name in (RUN, HOLDER, MODELS): (tmp_path/name).write_text(text)
-    assert read_run(tmp_path) in ({}, None) or text == '{}'
+    assert read_run(tmp_path) == {}
     held = lock(tmp_path)
     (tmp_path/HOLDER).write_text(text)
     with pytest.raises(ConfigError, match='another process is working'): lock(tmp_path)
@@ -170,7 +168,7 @@ def test_structures_written_as_text_are_not_trained_on(tmp_path, cell, spell):
     assert not any('{' in t for t in texts)
 
 
-def test_words_in_braces_are_words(): assert not any(map(looks_like_messages, ('{a} is a set.', "He said {'so'}.", '[1, 2]', "{'role': 3}"[:5])))
+def test_words_in_braces_are_words(): assert not any(map(looks_like_messages, ('{a} is a set.', "He said {'so'}.", '[1, 2]', '[a] and {b}')))
 
 
 @pytest.mark.parametrize('rows, share', [(1, .5), (3, .5), (40, .01)])
@@ -197,10 +195,9 @@ def test_the_oracle_is_for_the_world():
     with pytest.raises(ConfigError, match='for texts of the embedded world'): fill_toxicity(dict(scorer='oracle', data='x.jsonl'))
 
 
-def test_a_size_that_is_unknown_names_all():
-    done = CliRunner().invoke(app, ['zoo', 'build', '--size', 'tiny', '--out', 'z'])
-    assert done.exit_code == 1 and 'scholar' in str(done.exception)
-    assert os.path.exists('z') is False and shutil
+def test_a_size_that_is_unknown_names_all(tmp_path):
+    done = CliRunner().invoke(app, ['zoo', 'build', '--size', 'tiny', '--out', str(tmp_path/'z')])
+    assert done.exit_code == 1 and 'scholar' in str(done.exception) and not (tmp_path/'z').exists()
 
 
 @pytest.mark.parametrize('name', ['system', 'System Prompt', 'sys_prompt', 'system-message', 'SYS PROMPT'])
