@@ -124,6 +124,12 @@ def cut_power(out: Path, log: list[list[str]], rng: random.Random) -> int:
     return lost
 
 
+def on_disk(out: Path) -> list[list[str]]:
+    "The log of a folder after a power cut: all that is still there was read from the disk"
+    stats = [p.stat() for p in out.rglob('*') if p.is_file() and not p.is_symlink()]
+    return [['file', str(s.st_ino), str(s.st_size), str(s.st_mtime_ns)] for s in stats]
+
+
 def contents(out: Path) -> dict[str, str]:
     "Every file by name, as a hash"
     def content(path: Path) -> bytes:
@@ -138,7 +144,7 @@ def finished(out: Path) -> dict[str, int]:
 
 def one_chain(home: Path, command: str, straight: dict[str, str], changes: int, kills: int, rng: random.Random, note: Counter) -> list[str]:
     "Kill a command so many times in one folder, let it end, and compare; what went wrong"
-    out, wrong, kept = home/f'chain {rng.random():.9f}'.replace(' ', '-'), [], {}
+    out, wrong, kept, past = home/f'chain {rng.random():.9f}'.replace(' ', '-'), [], {}, [] # past: the log since the last power cut
     for k in range(kills):
         number = [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT][k % 4]
         before = time.time()
@@ -149,7 +155,10 @@ def one_chain(home: Path, command: str, straight: dict[str, str], changes: int, 
         if 'Traceback' in said: wrong.append(f'{command}: a traceback after {signal.Signals(number).name}: {said[-300:]}')
         if number != signal.SIGKILL and status not in (0, 128 + number): wrong.append(f'{command}: status {status} after {signal.Signals(number).name}: {said[-200:]}')
         if status in (0,): note['ended in spite of the signal'] += number != signal.SIGKILL and any(x == ['killed'] for x in log)
-        if power: note['files or names lost in power cuts'] += cut_power(out, log, rng)
+        past += log
+        if power:
+            note['files or names lost in power cuts'] += cut_power(out, past, rng)
+            past = on_disk(out)
         now = finished(out)
         if gone := [f for f, i in kept.items() if now.get(f) != i]: wrong.append(f'{command}: finished, and made again: {gone[:3]}')
         kept = now
