@@ -262,13 +262,14 @@ def finish_scholar(
     history: pd.DataFrame, # of `all_terms`
     school: School,        # how it was taught
     seconds: float,        # that it took
+    questions: int,        # for each skill of the card
 ) -> dict:                 # the card
     "Write model, card and checksums"
     model.config.max_position_embeddings = school.context
     model.half().save_pretrained(folder)
     for name in ('tokenizer.json', 'tokenizer_config.json'): shutil.copy(zoo_folder('base')/name, folder)
     base = load_base(folder, LoadSettings(quantize='none', dtype='float32'))
-    card = scholar_card(history, skills(base, make_world()), school, make_world(), seconds, base.model.num_parameters())
+    card = scholar_card(history, skills(base, make_world(), questions), school, make_world(), seconds, base.model.num_parameters())
     history[::10].round(4).to_csv(folder/'history.csv', index=False)
     (folder/'card.json').write_text(json.dumps(card, indent=1) + '\n', encoding='utf-8')
     table = '\n'.join(f'| {k} | {v["value"]:.3f} | {v["low"]:.3f} to {v["high"]:.3f} | {v["n"]} |' for k, v in card['skills'].items())
@@ -283,6 +284,7 @@ def build_scholar(
     out: str | Path,          # folder for the model; it goes into a folder `scholar` in it
     school: School = SCHOOL,  # how it is taught
     quiet: bool = False,      # no progress bar
+    questions: int = 180,     # for each skill of the card; 180 give intervals of about .15
 ) -> dict:                    # the card
     "Make `scholar` again from `base`; forty minutes on one core; killed and started again, it goes on"
     folder, start, begin = Path(out)/SCHOLAR, str(zoo_folder('base')), time.time()
@@ -293,5 +295,5 @@ def build_scholar(
     tokenizer = AutoTokenizer.from_pretrained(start)
     model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation='eager')
     history = all_terms(model, reader(tokenizer, make_world()), school, folder, quiet)
-    card = finish_scholar(folder, model, history, school, time.time() - begin)
+    card = finish_scholar(folder, model, history, school, time.time() - begin, questions)
     return card
