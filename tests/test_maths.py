@@ -104,9 +104,12 @@ def test_gsm8k_is_read_whole(gsm8k):
 
 SAME = [('x+1', '1+x'), (r'3\sqrt{2}', r'\sqrt{18}'), ('(x+5)^2', 'x^2+10x+25'), (r'\left( \frac{5}{3}, -2 \right)', '(5/3,-2)'), ('24,-3', r'-3, 24'), (r'[2, \infty)', r'$\left[2,\infty\right)$'),
         (r'\begin{pmatrix} -5/13 \\ 12/13 \end{pmatrix}', r'\begin{pmatrix}-\frac{5}{13}\\\frac{12}{13}\end{pmatrix}'), (r'\text{Dana}', 'dana'), ('152A_{11}', '152A_11'), (r'8\pi\text{ cm}^2', '8π'),
-        ('y = -2x', '-2x'), ('2x + 2y = 4', 'x + y = 2'), (r'3 \pm 2\sqrt{2}', r'3+2\sqrt2, 3-2\sqrt2'), (r'\frac{c}{a}', 'c/a'), (r'-8 + 2i', '2i-8'), (r'\{-1\} \cup [0,7)', r'[0,7) \cup \{-1\}'), (r'\sec x', r'1/\cos x')]
+        ('y = -2x', '-2x'), ('2x + 2y = 4', 'x + y = 2'), (r'3 \pm 2\sqrt{2}', r'3+2\sqrt2, 3-2\sqrt2'), (r'\frac{c}{a}', 'c/a'), (r'-8 + 2i', '2i-8'), (r'\{-1\} \cup [0,7)', r'[0,7) \cup \{-1\}'), (r'\sec x', r'1/\cos x'), (r'\binom{10}{3}', '120'),
+        (r'0.\overline{3}', r'\frac13'), (r'0.1\overline{6}', '1/6'), (r'3\frac{1}{2}', '3.5'), ('-2 1/3', r'-\frac{7}{3}'), (r'x \ge 3', r'[3, \infty)'), (r'4 \le x', r'x\geq 4'), (r'2 < x \le 5', '(2, 5]'),
+        (r'x < 2 \text{ or } x > 5', r'(5,\infty)\cup(-\infty,2)'), (r'n \binom{n}{2}', r'\frac{n^2(n-1)}{2}')]
 APART = [('x+1', 'x-1'), ('3s^2', '3'), (r'\frac{1}{z}', '1'), ('(1, 2)', '(2, 1)'), ('(1, 2)', '[1, 2]'), ('(1, 2)', '1, 2'), ('1, 2', '1, 2, 2'), ('ACF', 'CAF'), (r'\frac13', '0.333'), (r'\pi', '3.14159'), ('2112_6', '2112_7'),
-         ('x + y = 2', 'x + y = 3'), ('2x', 'y = 3x'), ('i', '1'), (r'\text{odd}', 'even'), ('x > 3', 'x < 3'), ('', ''), (r'\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}', r'\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}')]
+         ('x + y = 2', 'x + y = 3'), ('2x', 'y = 3x'), ('i', '1'), (r'\text{odd}', 'even'), ('x > 3', 'x < 3'), ('', ''), (r'\binom{10}{3}', '121'), (r'0.\overline{3}', '0.3'),
+         (r'3\frac{1}{2}', '1.5'), (r'2\frac{x}{3}', r'2+\frac{x}{3}'), (r'x \ge 3', r'(3, \infty)'), ('x > 3', 'y > 3'), (r'2 < x \le 5', '[2, 5)'), ('x > 3', '3'), (r'\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}', r'\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}')]
 
 
 @pytest.mark.parametrize(('a', 'b'), SAME)

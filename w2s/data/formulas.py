@@ -32,6 +32,22 @@ def plain_answer(
     bare = re.sub(r'(?<=[\d}\w)])(?:\s+[a-zA-Z]{3,})+\s*$', '', bare) if re.search(r'[\d\\]', bare) else bare
     return ' '.join(re.sub(_TEXT, r'\1', bare if bare.strip() else text).split()).strip(' .*')
 
+# %% ../../nbs/api/data/58_formulas.ipynb #8537dffd
+_MIXED = (re.compile(r'(?<![\w.^}])(\d+)\s*\\frac\s*(?:\{(\d+)\}\s*\{(\d+)\}|(\d)\s*(\d))'), re.compile(r'(?<![\w.^}/])(\d+)\s+(\d+)()()/(\d+)'))
+_REPEATING = re.compile(r'(\d*)\.(\d*)\\(?:overline|bar)\s*(?:\{(\d+)\}|(\d))')
+
+def _plain_numbers(text: str) -> str:
+    "Mixed numbers and repeating decimals as sums and fractions"
+    def mixed(m: re.Match) -> str:
+        whole, over, under = m[1], m[2] or m[4], m[3] or m[5]
+        return f'({whole}+{over}/{under})' if int(over) < int(under) else m[0]
+    def repeating(m: re.Match) -> str:
+        start, again = m[2], m[3] or m[4]
+        digits = f'{m[1] or 0}{start}'
+        return f'(({digits}{again}-{digits})/{10**len(start)*(10**len(again) - 1)})'
+    for pattern in _MIXED: text = pattern.sub(mixed, text)
+    return _REPEATING.sub(repeating, text)
+
 # %% ../../nbs/api/data/58_formulas.ipynb #d4c4ce57
 _TOKEN = re.compile(r'\s*(\d+(?:,\d{3})+(?:\.\d+)?|\d+\.?\d*|\.\d+|\\[a-zA-Z]+|[a-zA-Z]|[-+*/^_(){}\[\]|!])')
 _KNOWN = {r'\pi': math.pi, 'i': 1j}
@@ -109,6 +125,7 @@ class _Formula:
         if self.peek() in _CLOSED: return self.inside()
         token = self.take()
         if token == r'\frac': return self.part()/self.part()
+        if token == r'\binom': return _choose(self.part(), self.part())
         if token == r'\sqrt':
             root = self.inside() if self.peek() == '[' else 2
             return (self.inside() if self.peek() in _CLOSED else self.named(self.take()))**(1/root)
@@ -125,6 +142,10 @@ def _whole(x: complex) -> int:
     if abs(x.imag) > 1e-9 or abs(x.real - round(x.real)) > 1e-9 or not 0 <= x.real < 171: raise ValueError('no factorial')
     return round(x.real)
 
+def _choose(n: complex, k: complex) -> complex:
+    "Binomial coefficient of any number, and a small whole one; raises `ValueError`"
+    return math.prod(((n - i)/(i + 1) for i in range(_whole(k))), start=complex(1))
+
 POINTS = 3 # at which formulas are compared
 
 def formula_values(
@@ -135,7 +156,7 @@ def formula_values(
     out = []
     for point in range(POINTS):
         try:
-            f = _Formula(_tokens(text), point)
+            f = _Formula(_tokens(_plain_numbers(text)), point)
             out.append(complex(f.sum()))
             if f.rest or not cmath.isfinite(out[-1]): return None
         except (ValueError, ZeroDivisionError, OverflowError, KeyError): return None
