@@ -104,20 +104,43 @@ KEPT = { # kind -> a file of it
     'results: adapter': 'adapters/student-seed0/adapter_model.safetensors', 'results: manifest': 'manifest.json', 'last run': '.run.json', 'holder': '.holder.json'}
 
 
-@pytest.mark.parametrize('damage', DAMAGE)
+def harm(out, kind, damage):
+    "Damage one file of a kind; the file"
+    file = sorted(out.glob(KEPT[kind]))[0]
+    file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    return file
+
+
 @pytest.mark.parametrize('kind', KEPT)
-def test_a_damaged_file_is_named_or_made_again(home, straight, tmp_path, kind, damage):
-    "The same command after one file of a finished run was damaged: the same bits; a stage that was not whole was named"
+def test_a_damaged_file_is_named_or_made_again(home, straight, tmp_path, kind):
+    "The same command after one bit of a finished run was flipped: the same bits; a stage that was not whole was named"
     out = tmp_path/'run'
     shutil.copytree(straight[0], out)
-    files = sorted(out.glob(KEPT[kind]))
-    assert files
-    files[0].write_bytes(DAMAGE[damage](files[0].read_bytes()))
+    file = harm(out, kind, 'flip')
     if kind.startswith(('stage', 'results')): assert [f for f in verify_folder(out) if f.problem and f.damaged]
     reference._SEEN.clear()
     said, result = go(home, out)
-    if kind.startswith('stage'): assert sum('DAMAGED' in line for line in said) == 1 and files[0].parents[len(files[0].relative_to(out).parts) - 3].name.rpartition('-')[0] in ' '.join(said)
+    if kind.startswith('stage'): assert sum('DAMAGED' in line for line in said) == 1 and file.parents[len(file.relative_to(out).parts) - 3].name.rpartition('-')[0] in ' '.join(said)
     if kind == 'kept gold scores': assert sum('is damaged' in line for line in said) == 1
+    same(out, result, straight)
+
+
+@pytest.mark.parametrize('damage', ['cut', 'empty'])
+def test_damage_of_every_kind_at_once(home, straight, tmp_path, damage):
+    "A file of each kind is cut or emptied: each is named before anything is run, and all are made again"
+    for kind in KEPT:
+        one = tmp_path/kind.replace(': ', '-').replace(' ', '-')
+        shutil.copytree(straight[0], one)
+        harm(one, kind, damage)
+        if kind.startswith(('stage', 'results')): assert [f for f in verify_folder(one) if f.problem and f.damaged], kind
+    out = tmp_path/'run'
+    shutil.copytree(straight[0], out)
+    stages = {harm(out, kind, damage).relative_to(out).parts[1] for kind in KEPT if kind.startswith('stage')}
+    for kind in KEPT:
+        if not kind.startswith('stage'): harm(out, kind, damage)
+    reference._SEEN.clear()
+    said, result = go(home, out)
+    assert {s for s in stages if not any('DAMAGED' in line and s.rpartition('-')[0] in line for line in said)} == set()
     same(out, result, straight)
 
 
