@@ -108,7 +108,7 @@ def weak_teacher(
     dpo_lr: Annotated[float | None, Flag(help='learning rate of DPO (default: 5e-5; ladder: 1e-3)')] = None,
     epochs: Annotated[int | None, Flag(help='epochs of SFT and of DPO (default: 1; ladder: 2)')] = None,
     token_budget: Annotated[int | None, Flag(help='padded tokens at once: memory and speed, not the result (default: 8192)')] = None,
-    gradient_checkpointing: Annotated[bool | None, Flag('--gradient-checkpointing', help='less memory, a third slower')] = None,
+    gradient_checkpointing: Annotated[bool | None, Flag('--gradient-checkpointing/--no-gradient-checkpointing', help='less memory, a third slower (default: auto, where a GPU has no room otherwise)')] = None,
     config: Annotated[Path | None, Flag(help='TOML file with any settings; flags win over it')] = None,
     out: Annotated[Path, Flag(help='folder of stages and results; finished stages in it are used again')] = Path('runs/weak-teacher'),
     strict: Annotated[bool | None, Flag('--strict', help='stop if the data report finds anything')] = None,

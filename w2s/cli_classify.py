@@ -162,7 +162,7 @@ def classify_command(
     epochs: Annotated[int | None, Flag(help='their passes over their rows (default: 2; ladder: 3)')] = None,
     batch_size: Annotated[int | None, Flag(help='rows of a step (default: 32; ladder: 16)')] = None,
     token_budget: Annotated[int | None, Flag(help='padded tokens at once: memory and speed, not the result (default: 8192)')] = None,
-    gradient_checkpointing: Annotated[bool | None, Flag('--gradient-checkpointing', help='less memory, a third slower')] = None,
+    gradient_checkpointing: Annotated[bool | None, Flag('--gradient-checkpointing/--no-gradient-checkpointing', help='less memory, a third slower (default: auto, where a GPU has no room otherwise)')] = None,
     no_baseline: Annotated[bool, Flag('--no-baseline', help='leave out the bags of words')] = False,
     config: Annotated[Path | None, Flag(help='TOML file with any settings; flags win over it')] = None,
     out: Annotated[Path | None, Flag(help='folder of stages and results; finished stages in it are used again (default: runs/ and the name of the command)')] = None,

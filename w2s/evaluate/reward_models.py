@@ -25,7 +25,7 @@ from ..models.devices import settle
 from ..models.four_bits import NF4Config
 from ..models.load import DTYPES, LoadSettings, context_length, load_config, load_tokenizer, local_folder, model_error, set_mode
 from ..models.reading import check_numbers, check_tensors, read_model, saved_in_four_bits
-from ..train.batches import micro_batches
+from ..train.room import Room, fitting
 from ..train.logprobs import check_ids
 from ..train.output_head import embeddings
 from ..train.templates import render
@@ -77,7 +77,7 @@ def batch_rewards(
     tokens = torch.tensor([[*i, *[pad]*(time - len(i))] for i in ids], device=model.device)
     mask = torch.tensor([[1]*len(i) + [0]*(time - len(i)) for i in ids], device=model.device)
     model.config.pad_token_id = pad
-    with torch.no_grad(): return model(input_ids=tokens, attention_mask=mask).logits[:, 0].double().cpu().numpy()
+    with torch.no_grad(): return model(input_ids=tokens, attention_mask=mask).logits[:, 0].cpu().double().numpy()
 
 # %% ../../nbs/api/evaluate/36_reward_models.ipynb #515cb10e
 def open_text_model(
@@ -134,7 +134,7 @@ def load_reward_model(
     def score(prompts: list, responses: list[str]) -> list[float]:
         ids = [reward_ids(tokenizer, p, r, how) for p, r in zip(prompts, responses, strict=True)]
         out = np.full(len(ids), np.nan)
-        for part in micro_batches([i for i, t in enumerate(ids) if 0 < len(t) <= most], [len(t) for t in ids], budget):
-            out[part] = batch_rewards(model, [ids[i] for i in part], tokenizer.pad_token_id)
+        def work(part: list[int]) -> np.ndarray: return batch_rewards(model, [ids[i] for i in part], tokenizer.pad_token_id)
+        for part, made in fitting([i for i, t in enumerate(ids) if 0 < len(t) <= most], [len(t) for t in ids], Room(budget), work): out[part] = made
         return out.tolist()
     return score

@@ -168,7 +168,7 @@ def check_checkpointing(
     settings: TrainSettings, # of the training
 ) -> None:
     "Raise `ModelError` for gradient checkpointing with a model that offers none"
-    if settings.gradient_checkpointing and not base.model.supports_gradient_checkpointing:
+    if settings.gradient_checkpointing is True and not base.model.supports_gradient_checkpointing:
         raise ModelError(f'{base.name} ({type(base.model).__name__}) offers no gradient checkpointing; train it without, and lower token_budget if memory is short')
 
 # %% ../../nbs/api/experiments/25_preference_stages.ipynb #79315a47

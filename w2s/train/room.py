@@ -64,6 +64,7 @@ class Room:
     "How many padded tokens go through a model at once"
     tokens: int           # lowered when memory runs out
     lowered: bool = False # has it been?
+    result: str = 'with the same result' # what becomes of it, in the warning
 
     def halve(
         self,
@@ -72,7 +73,7 @@ class Room:
     ) -> None:
         "From now on half as many; said once a training or scoring"
         asked, self.tokens = self.tokens, max(1, min(block, self.tokens) // 2)
-        if not self.lowered: warnings.warn(f'out of memory with {block:,} padded tokens at once ({said[:160]}); going on with {self.tokens:,}, with the same result; '
+        if not self.lowered: warnings.warn(f'out of memory with {block:,} padded tokens at once ({said[:160]}); going on with {self.tokens:,}, {self.result}; '
                                            f'token_budget = {self.tokens} (it is {asked}) would have spared the attempt', W2SWarning, stacklevel=4)
         self.lowered = True
 
@@ -126,12 +127,14 @@ def whole_step(
     def step(_: Rows) -> None:
         before[:] = [(t, t.clone()) for t in _state_tensors(optimizer)]
         optimizer.step()
-    known = {p: len(s) for p, s in optimizer.state.items()}
+    known = {p: dict(s) for p, s in optimizer.state.items()}
     for _ in range(2):
         before.clear()
         made = try_once(step, [])
         if not isinstance(made, NoRoom): return
         for t, old in before: t.copy_(old)
-        for p in [p for p in optimizer.state if p not in known]: del optimizer.state[p]
+        for p in list(optimizer.state):
+            if p in known: optimizer.state[p].update(known[p]) # numbers that are no tensors
+            else: del optimizer.state[p]
         release_memory()
     raise NoRoomLeft(f'out of memory in the step of the optimizer ({made.said[:160]})')
