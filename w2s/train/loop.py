@@ -27,7 +27,7 @@ from ..io.signals import Stopped, hold_signals
 from ..models.load import set_mode
 from . import losses
 from .batches import Block, block, epoch_batches, micro_batches
-from ..models.devices import run_same
+from ..models.devices import release_memory, run_same
 from .checkpoints import checkpoints, load_last, save_checkpoint, trainable
 from .room import NoRoomLeft, Room, fitting, is_out_of_memory, whole_step
 from .logprobs import response_logps
@@ -217,9 +217,10 @@ def take_step(
     optimizer.zero_grad()
     note = step_gradient(model, objective, batch, room or settings.token_budget)
     norm = torch.nn.utils.clip_grad_norm_(list(trainable(model).values()), settings.max_grad_norm)
-    if not torch.isfinite(norm): raise TrainError(f'the gradient is {norm.item()} in rows {", ".join(objective.ids[i] for i in batch[:8])}{_half_words(model)}')
-    whole_step(optimizer)
-    return {**note, 'grad_norm': norm.item(), 'learning_rate': rate}
+    size = norm.item()
+    if not math.isfinite(size): raise TrainError(f'the gradient is {size} in rows {", ".join(objective.ids[i] for i in batch[:8])}{_half_words(model)}')
+    whole_step(optimizer) # the last that can fail: what comes behind it would be done twice
+    return {**note, 'grad_norm': size, 'learning_rate': rate}
 
 def _half_words(model: Any) -> str: return '' if loss_scale(model) == 1 else f'; the model computes in float16, and the loss was multiplied by {SCALE:g}: take --dtype bfloat16 or float32'
 
@@ -289,21 +290,27 @@ def train(
 def _one_step(model: Any, optimizer: torch.optim.Optimizer, objective: Objective, steps: list[list[int]], step: int,
               settings: TrainSettings, folder: Path, room: Room, seed: int) -> dict[str, float]:
     "Take a step of the plan; what stops it says where and what to do"
-    try:
-        torch.manual_seed(seed * 1_000_003 + step) # dropout is a function of seed and step: nothing else to save
-        goal = for_step(objective, model, steps[step], step / len(steps), room.tokens)
-        return take_step(model, optimizer, goal, steps[step], learning_rate(step, len(steps), settings), settings, room)
-    except NoRoomLeft as e: short = str(e)
-    except TrainError as e: raise TrainError(_stopped(e, step, folder)) from e
-    except (RuntimeError, MemoryError) as e: # outside of the blocks, such as in the gradient's norm
-        if not is_out_of_memory(e): raise
-        short = str(e)[:160]
-    if settings.gradient_checkpointing == 'auto' and not model.is_gradient_checkpointing and model.supports_gradient_checkpointing:
-        warnings.warn(f'{short}; gradient checkpointing is switched on, with the same result, and training takes a third longer', W2SWarning, stacklevel=3)
-        compute_twice(model)
-        return _one_step(model, optimizer, objective, steps, step, settings, folder, room, seed)
-    more = '' if model.is_gradient_checkpointing or not model.supports_gradient_checkpointing else ', or set gradient_checkpointing'
-    raise TrainError(OUT_OF_MEMORY.format(step=step, what=short, more=more))
+    again = True # after memory ran out where nothing can be halved, such as in the gradient's norm
+    while True:
+        try:
+            torch.manual_seed(seed * 1_000_003 + step) # dropout is a function of seed and step: nothing else to save
+            goal = for_step(objective, model, steps[step], step / len(steps), room.tokens)
+            return take_step(model, optimizer, goal, steps[step], learning_rate(step, len(steps), settings), settings, room)
+        except NoRoomLeft as e: short, again = str(e), False
+        except TrainError as e: raise TrainError(_stopped(e, step, folder)) from e
+        except (RuntimeError, MemoryError) as e:
+            if not is_out_of_memory(e): raise
+            short = f'out of memory ({str(e)[:160]})'
+        release_memory()
+        if not again: _make_room(model, settings, short, step)
+        again = False
+
+def _make_room(model: Any, settings: TrainSettings, short: str, step: int) -> None:
+    "Switch gradient checkpointing on where that is left to us; raise `TrainError` where it is not, or is on already"
+    free = model.supports_gradient_checkpointing and not model.is_gradient_checkpointing
+    if not (free and settings.gradient_checkpointing == 'auto'): raise TrainError(OUT_OF_MEMORY.format(step=step, what=short, more=', or set gradient_checkpointing'*free))
+    warnings.warn(f'{short}; gradient checkpointing is switched on, with the same result, and training takes a third longer', W2SWarning, stacklevel=4)
+    compute_twice(model)
 
 # %% ../../nbs/api/train/50_loop.ipynb #8e3f40db
 def _stopped(error: TrainError, step: int, folder: Path) -> str:
