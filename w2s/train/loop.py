@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['IMMATERIAL', 'SCALE', 'OUT_OF_MEMORY', 'material', 'learning_rate', 'Objective', 'row_weights', 'row_targets',
            'sft_objective', 'preference_objective', 'loss_scale', 'add_block', 'step_gradient', 'for_step',
-           'make_optimizer', 'take_step', 'plan_steps', 'compute_twice', 'first_room', 'train', 'OPTIMIZERS',
-           'SCHEDULES', 'TrainSettings']
+           'make_optimizer', 'take_step', 'plan_steps', 'compute_twice', 'computes_twice', 'first_room', 'train',
+           'OPTIMIZERS', 'SCHEDULES', 'TrainSettings']
 
 # %% ../../nbs/api/train/50_loop.ipynb #06ebbb1a
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -236,10 +237,19 @@ def plan_steps(
 
 # %% ../../nbs/api/train/50_loop.ipynb #6f814f13
 def compute_twice(
-    model: Any, # with an adapter
+    model: Any,      # with an adapter
+    on: bool = True, # False: not any more
 ) -> None:
-    "Switch gradient checkpointing on"
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
+    "Switch gradient checkpointing on or off"
+    new = 'activation' if hasattr(model, 'activation_checkpointing_enable') else 'gradient' # transformers has renamed it
+    if on: getattr(model, f'{new}_checkpointing_enable')(**{f'{new}_checkpointing_kwargs': {'use_reentrant': False}})
+    else: getattr(model, f'{new}_checkpointing_disable')()
+
+def computes_twice(
+    model: Any, # with or without an adapter
+) -> bool:
+    "Is gradient checkpointing on?"
+    return any(getattr(m, 'gradient_checkpointing', False) is True for m in model.modules())
 
 def first_room(
     model: Any,                         # to be trained
@@ -270,9 +280,9 @@ def train(
     steps, optimizer, folder = plan_steps(objective, settings, seed), make_optimizer(model, settings), Path(folder)
     history = load_last(folder, model, optimizer)
     room = first_room(model, settings, history)
-    if settings.gradient_checkpointing is True: compute_twice(model)
     set_mode(model, True)
-    with hold_signals() as came, progress_bar(len(steps), label, 'step', quiet, len(history)) as bar:
+    with _as_before(model), hold_signals() as came, progress_bar(len(steps), label, 'step', quiet, len(history)) as bar:
+        if settings.gradient_checkpointing is True: compute_twice(model)
         for step in range(len(history), len(steps)):
             history.append({'step': step, **_one_step(model, optimizer, objective, steps, step, settings, folder, room, seed)})
             if room.lowered: history[-1]['token_budget'] = room.tokens # a resumed run goes on with it
@@ -283,7 +293,6 @@ def train(
             if came: raise Stopped(came[0])
             bar.set_postfix(loss=f'{history[-1]["loss"]:.3f}', refresh=False)
             bar.update()
-    if model.is_gradient_checkpointing: model.gradient_checkpointing_disable()
     return pd.DataFrame(history)
 
 # %% ../../nbs/api/train/50_loop.ipynb #8b9ea162
@@ -305,9 +314,17 @@ def _one_step(model: Any, optimizer: torch.optim.Optimizer, objective: Objective
         if not again: _make_room(model, settings, short, step)
         again = False
 
+@contextmanager
+def _as_before(model: Any) -> Iterator[None]:
+    "Leave gradient checkpointing as it was, also after an error: the base is used again"
+    before = computes_twice(model)
+    try: yield
+    finally:
+        if computes_twice(model) and not before: compute_twice(model, False)
+
 def _make_room(model: Any, settings: TrainSettings, short: str, step: int) -> None:
     "Switch gradient checkpointing on where that is left to us; raise `TrainError` where it is not, or is on already"
-    free = model.supports_gradient_checkpointing and not model.is_gradient_checkpointing
+    free = model.supports_gradient_checkpointing and not computes_twice(model)
     if not (free and settings.gradient_checkpointing == 'auto'): raise TrainError(OUT_OF_MEMORY.format(step=step, what=short, more=', or set gradient_checkpointing'*free))
     warnings.warn(f'{short}; gradient checkpointing is switched on, with the same result, and training takes a third longer', W2SWarning, stacklevel=4)
     compute_twice(model)
