@@ -190,10 +190,14 @@ def test_a_probe_knows_its_states_and_targets(monkeypatch, given, name):
 
 @pytest.mark.parametrize('stage', [s for s, (_, changes, _) in CASES.items() if 'quantize' in changes])
 def test_a_stage_knows_where_its_model_computes(inputs_of, given, stage, monkeypatch):
-    "Another kind of device rounds otherwise"
+    "Another kind of device rounds otherwise, another one of its kind does not; adapters that compute in 16 bits round otherwise, too"
     plain = inputs_of(CASES[stage][0], given)
-    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
-    assert (plain['device'], inputs_of(CASES[stage][0], given)['device']) == ('cpu', 'cuda')
+    monkeypatch.setattr('w2s.models.devices.accelerator', lambda: 'cuda')
+    monkeypatch.setattr('w2s.models.devices.count_devices', lambda: 2)
+    first, second, half = (inputs_of(CASES[stage][0], of_load(**by)(given)) for by in (dict(device='cuda:0'), dict(device='cuda:1'), dict(device='cuda', dtype='bfloat16', compute='auto')))
+    assert (plain['device'], first['device']) == ('cpu', 'cuda') and second == first
+    assert half['compute'] == 'autocast' and 'compute' not in plain and 'compute' not in first
+    assert inputs_of(CASES[stage][0], of_load(dtype='bfloat16', compute='auto', device='cpu')(given)).keys() == plain.keys()
 
 
 @pytest.mark.parametrize('stage', ['sft', 'dpo', 'reward', 'classifier by words', 'classifier by a head', 'demonstrations', 'lab: tune', 'lab: labels', 'lab: prefer'])

@@ -90,9 +90,11 @@ def weak_teacher(
     temperature: Annotated[float | None, Flag(help='of these responses (default: 0.7; world: 1)')] = None,
     response_tokens: Annotated[int | None, Flag(help='of such a response at most (default: 256; world: 32; ladder on other rows: 64)')] = None,
     gold: Annotated[str | None, Flag(help='reward model that scores responses: a folder, or a name on the hub (default: the world itself)')] = None,
+    gold_quantize: Annotated[str | None, Flag(help='nf4 or none, of this reward model (default: none)')] = None,
     quantize: Annotated[str | None, Flag(help='nf4 or none (default: nf4)')] = None,
     nf4_share: Annotated[float | None, Flag(help="least share of the body's weights that nf4 must put in 4 bits, or the model is refused; 0: any (default: 0.8)")] = None,
-    dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: bfloat16; ladder: float32)')] = None,
+    dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: auto, what the device has instructions for; ladder: float32)')] = None,
+    device: Annotated[str | None, Flag(help='cpu, cuda, cuda:1, mps or xpu (default: auto, the first GPU if there is one)')] = None,
     beta: Annotated[float | None, Flag(help='strength of the pull towards the reference (default: 0.1; ladder: 1.0)')] = None,
     loss: Annotated[str | None, Flag(help='of the students: dpo, cdpo, rdpo or ipo (default: dpo)')] = None,
     smoothing: Annotated[float | None, Flag(help='of cdpo and rdpo (default: 0.1)')] = None,
@@ -106,7 +108,7 @@ def weak_teacher(
     dpo_lr: Annotated[float | None, Flag(help='learning rate of DPO (default: 5e-5; ladder: 1e-3)')] = None,
     epochs: Annotated[int | None, Flag(help='epochs of SFT and of DPO (default: 1; ladder: 2)')] = None,
     token_budget: Annotated[int | None, Flag(help='padded tokens at once: memory and speed, not the result (default: 8192)')] = None,
-    gradient_checkpointing: Annotated[bool | None, Flag('--gradient-checkpointing', help='less memory, a third slower')] = None,
+    gradient_checkpointing: Annotated[bool | None, Flag('--gradient-checkpointing/--no-gradient-checkpointing', help='less memory, a third slower (default: auto, where a GPU has no room otherwise)')] = None,
     config: Annotated[Path | None, Flag(help='TOML file with any settings; flags win over it')] = None,
     out: Annotated[Path, Flag(help='folder of stages and results; finished stages in it are used again')] = Path('runs/weak-teacher'),
     strict: Annotated[bool | None, Flag('--strict', help='stop if the data report finds anything')] = None,
@@ -121,8 +123,8 @@ def weak_teacher(
     both = {'epochs': epochs, 'token_budget': token_budget, 'gradient_checkpointing': gradient_checkpointing}
     use = {'subset': subset, 'targets': targets, 'weights': weights, 'keep': keep, 'calibrate': calibrate}
     flags = {'data': data, 'columns': columns, 'leave_out': leave_out, 'split': split, 'weak': weak, 'strong': strong, 'supervisor': supervisor, 'rows': rows, 'test_rows': test_rows, 'label_share': label_share,
-             'seeds': seeds, 'samples': samples, 'temperature': temperature, 'response_tokens': response_tokens, 'gold': gold, 'beta': beta, 'loss': loss,
-             'smoothing': smoothing, 'start': start, 'strict': strict, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'sft.learning_rate': sft_lr,
+             'seeds': seeds, 'samples': samples, 'temperature': temperature, 'response_tokens': response_tokens, 'gold': gold, 'gold_quantize': gold_quantize, 'beta': beta, 'loss': loss,
+             'smoothing': smoothing, 'start': start, 'strict': strict, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device, 'sft.learning_rate': sft_lr,
              'dpo.learning_rate': dpo_lr, **{f'labels.{k}': v for k, v in use.items()}, **{f'{stage}.{k}': v for stage in ('sft', 'dpo') for k, v in both.items()}}
     if values is not None and vary is None: raise ConfigError('--values are of what is varied; name it by --vary')
     if vary is None: _weak_teacher(given(flags), config, out, dry_run, keep_stages)
@@ -212,7 +214,8 @@ def label_command(
     seed: Annotated[int, Flag(help='of parting, adapter and order')] = 0,
     quantize: Annotated[str | None, Flag(help='nf4 or none (default: nf4)')] = None,
     nf4_share: Annotated[float | None, Flag(help="least share of the body's weights that nf4 must put in 4 bits, or the model is refused; 0: any (default: 0.8)")] = None,
-    dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: bfloat16; ladder: float32)')] = None,
+    dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: auto, what the device has instructions for; ladder: float32)')] = None,
+    device: Annotated[str | None, Flag(help='cpu, cuda, cuda:1, mps or xpu (default: auto, the first GPU if there is one)')] = None,
     token_budget: Annotated[int | None, Flag(help='padded tokens at once: memory and speed, not the result (default: 8192)')] = None,
     config: Annotated[Path | None, Flag(help='TOML file with any settings of the supervisor; flags win over it')] = None,
     work: Annotated[Path | None, Flag(help='folder where a killed run goes on (default: as out, with .work)')] = None,
@@ -229,7 +232,7 @@ def label_command(
     from w2s.experiments.label import dry_text, label, label_settings
     from w2s.experiments.label_rows import LabelJob
     both = {'epochs': epochs, 'token_budget': token_budget}
-    flags = {'supervisor': supervisor, 'rows': train_rows, 'beta': beta, 'max_length': max_length, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype,
+    flags = {'supervisor': supervisor, 'rows': train_rows, 'beta': beta, 'max_length': max_length, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device,
              'sft.learning_rate': sft_lr, 'dpo.learning_rate': dpo_lr, 'strict': strict, **{f'{s}.{k}': v for s in ('sft', 'dpo') for k, v in both.items()}}
     job = LabelJob(rows, train, calibrate, seed, column_names(leave_out or ''), column_names(columns or ''))
     settings = label_settings(model, with_file(given(flags), config))

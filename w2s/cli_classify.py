@@ -156,12 +156,13 @@ def classify_command(
     contradictions: Annotated[str | None, Flag(help='texts with two different labels: keep (and count), drop or refuse (default: keep)')] = None,
     quantize: Annotated[str | None, Flag(help='nf4 or none (default: nf4)')] = None,
     nf4_share: Annotated[float | None, Flag(help="least share of the body's weights that nf4 must put in 4 bits, or the model is refused; 0: any (default: 0.8)")] = None,
-    dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: bfloat16; ladder: float32)')] = None,
+    dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: auto, what the device has instructions for; ladder: float32)')] = None,
+    device: Annotated[str | None, Flag(help='cpu, cuda, cuda:1, mps or xpu (default: auto, the first GPU if there is one)')] = None,
     lr: Annotated[float | None, Flag(help='learning rate of supervisors, students and ceilings (default: 2e-4; ladder: 1e-3)')] = None,
     epochs: Annotated[int | None, Flag(help='their passes over their rows (default: 2; ladder: 3)')] = None,
     batch_size: Annotated[int | None, Flag(help='rows of a step (default: 32; ladder: 16)')] = None,
     token_budget: Annotated[int | None, Flag(help='padded tokens at once: memory and speed, not the result (default: 8192)')] = None,
-    gradient_checkpointing: Annotated[bool | None, Flag('--gradient-checkpointing', help='less memory, a third slower')] = None,
+    gradient_checkpointing: Annotated[bool | None, Flag('--gradient-checkpointing/--no-gradient-checkpointing', help='less memory, a third slower (default: auto, where a GPU has no room otherwise)')] = None,
     no_baseline: Annotated[bool, Flag('--no-baseline', help='leave out the bags of words')] = False,
     config: Annotated[Path | None, Flag(help='TOML file with any settings; flags win over it')] = None,
     out: Annotated[Path | None, Flag(help='folder of stages and results; finished stages in it are used again (default: runs/ and the name of the command)')] = None,
@@ -174,7 +175,7 @@ def classify_command(
     steps = {'learning_rate': lr, 'epochs': epochs, 'batch_size': batch_size, 'token_budget': token_budget, 'gradient_checkpointing': gradient_checkpointing}
     flags = {'data': data, 'text': text, 'label': label, 'group': group, 'leave_out': leave_out, 'split': split, 'classes': classes, 'words': spaced(words), **models, 'methods': method,
              'readout': readout, 'head_start': head_start, 'rounds': rounds, 'rows': rows, 'label_share': label_share, 'test_rows': test_rows, 'seeds': seeds, 'max_length': max_length,
-             'snapshots': snapshots, 'validate': validate, 'contradictions': contradictions, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype,
+             'snapshots': snapshots, 'validate': validate, 'contradictions': contradictions, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device,
              'baseline': False if no_baseline else None, 'strict': strict, **{f'{who}.{k}': v for who in ('supervisor', 'student') for k, v in steps.items()}}
     command = str(context.info_name)
     run_classify(classify_config(command, given(flags), config), out or Path('runs')/command, dry_run, keep_stages)

@@ -64,7 +64,8 @@ def refine_command(
     seed: Annotated[int | None, Flag(help='which examples are drawn, and of the samples (default: 0)')] = None,
     quantize: Annotated[str | None, Flag(help='nf4 or none (default: nf4)')] = None,
     nf4_share: Annotated[float | None, Flag(help="least share of the body's weights that nf4 must put in 4 bits, or the model is refused; 0: any (default: 0.8)")] = None,
-    dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: bfloat16; models that come with w2s: float32)')] = None,
+    dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: auto, what the device has instructions for; models that come with w2s: float32)')] = None,
+    device: Annotated[str | None, Flag(help='cpu, cuda, cuda:1, mps or xpu (default: auto, the first GPU if there is one)')] = None,
     prompts: Annotated[Path | None, Flag(help='TOML file with templates of your own; what it does not name stays as --show-prompts prints it')] = None,
     keep_stages: Keep = False, # use finished stages of other versions
     dry_run: Annotated[bool, Flag('--dry-run', help='print settings, and which rows and columns would be read, and stop')] = False,
@@ -75,13 +76,13 @@ def refine_command(
 
     Out come prompt and completion, as TRL's SFT trainer reads them, with id, source, weak_answer, and concept where one was named.
     """
-    load = {k: v for k, v in {'quantize': quantize, 'nf4_share': nf4_share, 'dtype': dtype}.items() if v is not None}
+    load = {k: v for k, v in {'quantize': quantize, 'nf4_share': nf4_share, 'dtype': dtype, 'device': device}.items() if v is not None}
     if show_prompts:
         typer.echo(shown_prompts(strong, load, prompts))
         return
     flags = {'questions': questions, 'weak_answers': weak_answers, 'strong': strong, 'method': method, 'question': question, 'answer': answer, 'leave_out': leave_out, 'examples': examples,
              'choice': choice, 'batch': batch, 'samples': samples, 'temperature': temperature, 'max_tokens': max_tokens, 'stop': line_breaks(stop), 'seed': seed,
-             'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype}
+             'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device}
     run_refine(given(flags), out, work, prompts, dry_run, keep_stages)
 
 # %% ../nbs/api/89d_cli_refine.ipynb #252a7ac7

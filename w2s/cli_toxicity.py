@@ -160,6 +160,7 @@ def score_command(
     out: Annotated[Path, Flag(help='.jsonl, .csv or .parquet file: the columns of the texts, and toxicity')],
     text: Annotated[str, Flag(help='column of the texts (default: the only one of text, comment, sentence, response, continuation, completion)')] = '',
     leave_out: Annotated[str, Flag(help='columns that are not to be scored, with commas between them; a long one that is not scored stops the command otherwise; all are written')] = '',
+    device: Annotated[str, Flag(help='of a classifier: cpu, cuda, cuda:1, mps or xpu; auto is the first GPU if there is one')] = 'auto',
 ) -> None:
     "Score the texts of a file."
     from w2s.data.columns import column_names
@@ -169,7 +170,7 @@ def score_command(
     raw, column, record = text_table(texts, text, column_names(leave_out))
     if 'toxicity' in raw.data.column_names: raise DataError(f'{texts} has a column "toxicity" already; rename it, so that nothing is written over')
     typer.echo(f'read     {record}')
-    judge = load_scorer(scorer)
+    judge = load_scorer(scorer, device)
     done, empty, failed = scored_table(judge, raw.data, column)
     write_table(done, out, dict(scorer=str(scorer), texts=texts.name, column=column, columns=str(record), rows=len(done)))
     known = [x for x in done['toxicity'] if x is not None]

@@ -8,6 +8,7 @@ __all__ = ['FORMS', 'BF16', 'form_of', 'reward_ids', 'free_id', 'batch_rewards',
 
 # %% ../../nbs/api/evaluate/36_reward_models.ipynb #65c37c05
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from ..data.rows import prompt_text
 from ..errors import ConfigError, ModelError, unknown
 from .responses import Scorer
 from ..models.folders import check_weights
-from ..models.load import DTYPES, LoadSettings, context_length, load_config, load_tokenizer, local_folder, model_error
+from ..models.devices import settle
+from ..models.four_bits import NF4Config
+from ..models.load import DTYPES, LoadSettings, context_length, load_config, load_tokenizer, local_folder, model_error, set_mode
 from ..models.reading import check_numbers, check_tensors, read_model, saved_in_four_bits
-from ..train.batches import micro_batches
+from ..train.room import Room, fitting
 from ..train.logprobs import check_ids
 from ..train.output_head import embeddings
 from ..train.templates import render
@@ -74,34 +77,37 @@ def batch_rewards(
     tokens = torch.tensor([[*i, *[pad]*(time - len(i))] for i in ids], device=model.device)
     mask = torch.tensor([[1]*len(i) + [0]*(time - len(i)) for i in ids], device=model.device)
     model.config.pad_token_id = pad
-    with torch.no_grad(): return model(input_ids=tokens, attention_mask=mask).logits[:, 0].double().cpu().numpy()
+    with torch.no_grad(): return model(input_ids=tokens, attention_mask=mask).logits[:, 0].cpu().double().numpy()
 
 # %% ../../nbs/api/evaluate/36_reward_models.ipynb #515cb10e
 def open_text_model(
     name: str | Path,       # folder, or name on the hub
     settings: LoadSettings, # type of the arithmetic, revision, and what is allowed
-    device: str | None,     # None: the GPU if there is one
+    device: str | None,     # instead of that of the settings; None: theirs
     what: str,              # it should be, for messages: 'reward model', 'classifier'
 ) -> Any:                   # a Hugging Face model in evaluation mode
     "Load a model that gives numbers for a text; raises `ModelError` for one without a trained head"
-    if settings.quantize != 'none': raise ConfigError(f'a {what} is not quantized here; use LoadSettings("none", "bfloat16"), or "float32" on a CPU')
+    if settings.quantize != 'none' and what != 'reward model': raise ConfigError(f'a {what} is not quantized here; use LoadSettings("none", "bfloat16"), or "float32" on a CPU')
+    settings = settle(replace(settings, device=device or settings.device))
     hf_logging.disable_progress_bar()
     config, folder = load_config(name, settings), local_folder(name, settings)
-    saved_in_four_bits(name, config, settings.quantize, settings.dtype)
+    saved = saved_in_four_bits(name, config, settings.quantize, settings.dtype)
+    four = NF4Config(DTYPES[settings.dtype]) if settings.quantize == 'nf4' and not saved else None
     check_weights(folder, settings.allow_pickle)
     model, info = read_model(AutoModelForSequenceClassification, folder, settings.allow_pickle, lambda e: model_error(name, e),
-                             dtype=DTYPES[settings.dtype], trust_remote_code=settings.trust_remote_code)
+                             dtype=DTYPES[settings.dtype], trust_remote_code=settings.trust_remote_code, device_map={'': settings.device}, quantization_config=four)
     lacking = sorted(info['missing_keys'])
     if lacking: raise ModelError(f'{name} is no {what}: its files lack {", ".join(lacking[:3])}, so that its head would be random; it is a {config.architectures}')
     check_tensors(name, info, lambda key: key.startswith('lm_head.')) # some keep the head of the language model that they were
     check_numbers(name, model)
-    return model.eval().to(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    set_mode(model, False)
+    return model
 
 # %% ../../nbs/api/evaluate/36_reward_models.ipynb #8010ebf8
 def open_reward_model(
     name: str | Path,       # folder, or name on the hub
     settings: LoadSettings, # type of the arithmetic, revision, and what is allowed
-    device: str | None,     # None: the GPU if there is one
+    device: str | None,     # instead of that of the settings; None: theirs
 ) -> Any:                   # a Hugging Face model in evaluation mode
     "Load a reward model; raises `ModelError` for one without a trained head, or with several numbers a text"
     model = open_text_model(name, settings, device, 'reward model')
@@ -118,7 +124,7 @@ def load_reward_model(
     form: str | None = None,        # what it reads, one of `FORMS`; None: see `form_of`
     limit: int | None = None,       # longest text in tokens; None: what the model can read
     budget: int = 8192,             # padded tokens at once
-    device: str | None = None,      # None: the GPU if there is one
+    device: str | None = None,      # instead of that of the settings
 ) -> Scorer:                        # a text that is too long has no score
     "A reward model as a scorer; raises `ModelError` and `ConfigError`"
     if form is not None and form not in FORMS: raise ConfigError(unknown(form, FORMS, 'form of what a reward model reads'))
@@ -128,7 +134,7 @@ def load_reward_model(
     def score(prompts: list, responses: list[str]) -> list[float]:
         ids = [reward_ids(tokenizer, p, r, how) for p, r in zip(prompts, responses, strict=True)]
         out = np.full(len(ids), np.nan)
-        for part in micro_batches([i for i, t in enumerate(ids) if 0 < len(t) <= most], [len(t) for t in ids], budget):
-            out[part] = batch_rewards(model, [ids[i] for i in part], tokenizer.pad_token_id)
+        def work(part: list[int]) -> np.ndarray: return batch_rewards(model, [ids[i] for i in part], tokenizer.pad_token_id)
+        for part, made in fitting([i for i, t in enumerate(ids) if 0 < len(t) <= most], [len(t) for t in ids], Room(budget), work): out[part] = made
         return out.tolist()
     return score

@@ -24,7 +24,8 @@ from ..errors import DataError, ModelError
 from ..models.folders import check_weights
 from ..models.load import DTYPES, LoadSettings, context_length, load_config, load_tokenizer, local_folder, model_error
 from ..models.reading import check_numbers, check_tensors, read_model, saved_in_four_bits
-from ..train.batches import micro_batches
+from ..models.devices import find_device
+from ..train.room import Room, fitting
 from ..train.logprobs import check_ids
 
 # %% ../../nbs/api/evaluate/34_similarity.ipynb #d553d554
@@ -65,13 +66,13 @@ def encoder_vectors(
 ) -> np.ndarray:                                           # (texts, width), of length 1
     "Mean of the last hidden states of each text; raises `ModelError`"
     tokenizer, model = load_tokenizer(encoder, settings), open_encoder(encoder, settings)
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    device = find_device(settings.device)
     limit = min(context_length(model.config), tokenizer.model_max_length)
     ids = [i[:limit] or [tokenizer.eos_token_id or 0] for i in tokenizer(list(texts), verbose=False)['input_ids']]
     check_ids(model, torch.tensor([i for row in ids for i in row] or [0]))
     out = np.zeros((len(ids), model.config.get_text_config().hidden_size))
-    for part in micro_batches(range(len(ids)), [len(i) for i in ids], budget):
-        out[part] = mean_states(model.to(device), [ids[i] for i in part])
+    model.to(device)
+    for part, made in fitting(range(len(ids)), [len(i) for i in ids], Room(budget), lambda part: mean_states(model, [ids[i] for i in part])): out[part] = made
     return normalize(out)
 
 # %% ../../nbs/api/evaluate/34_similarity.ipynb #0e54594d
@@ -84,7 +85,7 @@ def mean_states(
     mask = torch.tensor([[1]*len(i) + [0]*(time - len(i)) for i in ids])
     padded = torch.tensor([[*i, *[0]*(time - len(i))] for i in ids])
     device = next(model.parameters()).device
-    with torch.no_grad(): hidden = model(input_ids=padded.to(device), attention_mask=mask.to(device)).last_hidden_state.double().cpu()
+    with torch.no_grad(): hidden = model(input_ids=padded.to(device), attention_mask=mask.to(device)).last_hidden_state.cpu().double()
     return ((hidden*mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)).numpy()
 
 # %% ../../nbs/api/evaluate/34_similarity.ipynb #a625a83b

@@ -36,7 +36,7 @@ from .toxicity import THRESHOLD
 from ..io.manifests import MANIFEST, find_damage, publish
 from ..io.provenance import describe_making
 from ..models.load import LoadSettings, context_length, load_tokenizer
-from ..train.batches import micro_batches
+from ..train.room import Room, fitting
 from ..train.logprobs import check_ids
 from ..train.output_head import embeddings
 from ..world.scenes import toxicity_verdict
@@ -79,7 +79,7 @@ def probability(
     reading: str,         # one of `READINGS`
 ) -> np.ndarray:          # (texts,) float64
     "What a classifier says of one label"
-    z = logits.double().cpu()
+    z = logits.cpu().double()
     return {'sigmoid': z.sigmoid, 'softmax': lambda: z.softmax(1), 'plain': lambda: z}[reading]()[:, at].numpy()
 
 # %% ../../nbs/api/evaluate/72_toxicity_scorers.ipynb #4aa07c94
@@ -106,7 +106,7 @@ def load_classifier_scorer(
     reading: str = '',             # one of `READINGS`; '': see `reading_of`
     limit: int | None = None,      # longest text in tokens; None: what the model can read
     budget: int = 8192,            # padded tokens at once
-    device: str | None = None,     # None: the GPU if there is one
+    device: str | None = None,     # instead of that of the settings
 ) -> Scorer:                       # of the text alone, without its prompt; none for a text that is too long
     "A classifier as a scorer; raises `ModelError` and `ConfigError`"
     if reading and reading not in READINGS: raise ConfigError(unknown(reading, READINGS, 'reading of logits'))
@@ -117,8 +117,8 @@ def load_classifier_scorer(
     def score(prompts: list, texts: list[str]) -> list[float]:
         ids = [tokenizer(t, verbose=False)['input_ids'] for t in texts]
         out = np.full(len(ids), np.nan)
-        for part in micro_batches([i for i, t in enumerate(ids) if 0 < len(t) <= most], [len(t) for t in ids], budget):
-            out[part] = probability(batch_logits(model, [ids[i] for i in part], tokenizer.pad_token_id), at, how)
+        def work(part: list[int]) -> np.ndarray: return probability(batch_logits(model, [ids[i] for i in part], tokenizer.pad_token_id), at, how)
+        for part, made in fitting([i for i, t in enumerate(ids) if 0 < len(t) <= most], [len(t) for t in ids], Room(budget), work): out[part] = made
         return out.tolist()
     return score
 
@@ -278,9 +278,10 @@ def load_ridge(
 # %% ../../nbs/api/evaluate/72_toxicity_scorers.ipynb #737b6c24
 def load_scorer(
     name: str | Path, # 'oracle', a folder written by `save_ridge`, or a classifier as 'folder:label'
+    device: str | None = None, # of a classifier; None: the GPU if there is one
 ) -> Scorer:
     "The scorer of that name; raises `ModelError`"
     if str(name) == 'oracle': return oracle_scorer()
     if (Path(name)/'ridge.npz').exists(): return load_ridge(name)
     model, _, label = str(name).rpartition(':') if ':' in str(name) else (str(name), '', '')
-    return load_classifier_scorer(model, label)
+    return load_classifier_scorer(model, label, device=device)

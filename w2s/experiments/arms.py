@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLOORS', 'REFERENCE', 'Arm', 'train_arm', 'ceiling_rows', 'arm_items', 'evaluate_arm', 'floor_arm', 'evaluate_choice',
-           'write_responses', 'gold_items', 'train_students']
+           'write_responses', 'judge_responses', 'gold_items', 'train_students']
 
 # %% ../../nbs/api/experiments/29_arms.ipynb #9889df07
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,8 @@ from datasets import Dataset, concatenate_datasets
 
 from ..data.rows import row_features, to_pairs
 from ..evaluate.metrics import metric_rows, preference_correct, preference_scores
-from .gold import gold_judge, gold_scores, response_rows, sample_stage
+from .gold import close_scorer, gold_judge, gold_scores, response_rows, sample_stage
+from .response_ends import Written
 from .preference_stages import Model, Study, dpo_stage, encoded, model_inputs, pair_rewards, sft_stage
 from .stages import run_stage
 from .supervisors import SeedRows, ask, student_rows, together
@@ -131,20 +132,27 @@ def write_responses(
     study: Study,          # the experiment
     arms: Sequence[Arm],   # of one or more seeds; an un-tuned one writes nothing
     test: Dataset,         # rows of kind "preferences"
+) -> list[tuple[Arm, list[list[Written]]]]: # the samples of each row, by arm; empty where responses are not asked for
+    "What the arms answer to the test prompts"
+    if gold_judge(study.config, study.run.root) is None: return []
+    return [(arm, sample_stage(study, arm.model, arm.policy, f'{arm.role}-{arm.method.replace(" ", "-")}', test, arm.seed))
+            for arm in arms if arm.method != 'untuned']
+
+def judge_responses(
+    study: Study,          # the experiment
+    written: Sequence[tuple[Arm, list[list[Written]]]], # of `write_responses`, of all arms
+    test: Dataset,         # rows whose prompts were answered
 ) -> pd.DataFrame:         # of `response_rows`; empty where responses are not asked for
-    "What the arms answer to the test prompts, judged"
-    score, out = gold_judge(study.config, study.run.root), [pd.DataFrame()]
-    if score is None: return out[0]
-    for arm in arms:
-        if arm.method == 'untuned': continue
-        texts = sample_stage(study, arm.model, arm.policy, f'{arm.role}-{arm.method.replace(" ", "-")}', test, arm.seed)
-        out.append(response_rows(score, test, texts, arm.role, arm.method, arm.seed))
-    return pd.concat(out, ignore_index=True)
+    "All responses, judged when everything is written: a reward model then has the memory to itself, and leaves it at the end"
+    score = gold_judge(study.config, study.run.root)
+    if score is None or not written: return pd.DataFrame()
+    try: return pd.concat([response_rows(score, test, texts, arm.role, arm.method, arm.seed) for arm, texts in written], ignore_index=True)
+    finally: close_scorer()
 
 # %% ../../nbs/api/experiments/29_arms.ipynb #efb7e53d
 def gold_items(
     config: WeakTeacher,      # of the experiment
-    responses: pd.DataFrame,  # of `write_responses`, of all arms
+    responses: pd.DataFrame,  # of `judge_responses`, of all arms
 ) -> list[pd.DataFrame]:      # rows of the items table, an element an arm
     "Scores of what the arms wrote: gold_reward, win_rate and others"
     if responses.empty: return []

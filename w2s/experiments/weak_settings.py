@@ -97,6 +97,7 @@ class WeakTeacher:
     temperature: float | None = None    # of these responses; None: what fits the rows, see `default_sampling`
     response_tokens: int | None = None  # of such a response at most; None: what fits the rows
     gold: str = ''                  # reward model that scores responses, a folder or a name on the hub; '': the world's own gold reward
+    gold_quantize: str = 'none'     # of that reward model: 'none' (bfloat16), or 'nf4' where it does not fit otherwise; 4 bits change its scores a little
     columns: tuple[str, ...] = ()   # columns with unusual names, as in ('prompt=system+query', 'chosen=good'); empty: recognised
     leave_out: tuple[str, ...] = () # columns that are not to be read: a long one that is not read stops the run unless it is named here
     split: tuple[str, ...] = ()     # which file or split of the source is which, as in ('train=train_prefs',); empty: by their names
@@ -146,6 +147,8 @@ def _check_samples(c: WeakTeacher) -> None:
     if c.samples and world_seed(c.data) is None and not c.gold:
         raise ConfigError(f'samples is {c.samples}, but nothing can score responses to the rows of {c.data}: '
                           'only data "world" has a gold reward of its own; name a reward model as gold')
+    if c.gold_quantize not in ('nf4', 'none'): raise ConfigError(unknown(c.gold_quantize, ['nf4', 'none'], 'value of gold_quantize'))
+    if c.gold_quantize != 'none' and not c.gold: raise ConfigError('gold_quantize is of a reward model; name it as gold, too')
     if not c.samples and c.gold: raise ConfigError(f'gold is {c.gold}, but there are no responses to score; set samples, too')
     if not c.samples and any(getattr(c, name) not in (None, usual) for name, usual in default_sampling(c).items()):
         raise ConfigError('temperature and response_tokens do nothing without samples; set samples, too')

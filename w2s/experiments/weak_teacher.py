@@ -25,7 +25,7 @@ from ..evaluate.intervals import estimate, interval_table, interval_words, with_
 from ..evaluate.metrics import agreement, summarise
 from ..evaluate.pgr import pgr_paragraph, pgr_table
 from ..evaluate.power import power_table
-from .arms import REFERENCE, Arm, evaluate_arm, evaluate_choice, floor_arm, gold_items, train_students, write_responses
+from .arms import REFERENCE, Arm, evaluate_arm, evaluate_choice, floor_arm, gold_items, judge_responses, train_students, write_responses
 from .config import to_table
 from .preference_data import PreferenceData, check_halves, load_preferences
 from .preference_stages import Model, Study, know_model, model_lines, note_models
@@ -299,7 +299,7 @@ def run_study(
     written = write_responses(study, floors, test) # while the weak model is in memory
     arms = [arm for s in seeds for arm in train_students(study, strong, s)]
     items += [evaluate_arm(study, a, test) for a in arms]
-    responses = pd.concat([written, write_responses(study, arms, test)], ignore_index=True)
+    responses = judge_responses(study, [*written, *write_responses(study, arms, test)], test)
     check_cut(responses, sampling(c).max_tokens)
     table = pd.concat([*items, *gold_items(c, responses)], ignore_index=True)
     units = by_group(table, row_groups(test))

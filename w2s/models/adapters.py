@@ -65,8 +65,8 @@ def add_adapter(
 ) -> PeftModel:                         # in training mode, adapter weights in float32
     "Put a fresh trainable LoRA adapter on a base; raises `ModelError` for an unknown target, or a model that takes none"
     check_targets(base, lora)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]): # the matrices are drawn on the CPU, whatever the device
+        torch.random.default_generator.manual_seed(seed)
         model = put_on(base.model, base.name, lambda: get_peft_model(base.model, lora_config(base.model, lora)))
     set_mode(model, True)
     return model
@@ -130,6 +130,7 @@ def save_adapter(
     config = part/'adapter_config.json'
     config.write_text(json.dumps(_sorted_lists(json.loads(config.read_text(encoding='utf-8'))), indent=2, sort_keys=True), encoding='utf-8')
     note = {'base': base.name, 'fingerprint': base.fingerprint, **asdict(base.settings)}
+    del note['device'] # a matter of this machine
     (part/'w2s.json').write_text(json.dumps(note, indent=1, sort_keys=True), encoding='utf-8')
     save_head(model, part)
     seal_folder(part, {})

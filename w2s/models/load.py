@@ -9,7 +9,7 @@ __all__ = ['DTYPES', 'USUAL', 'set_mode', 'files_hash', 'local_folder', 'fingerp
 
 # %% ../../nbs/api/models/10_load.ipynb #d15d64be
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers.utils import logging as hf_logging
 from ..errors import ModelError
 from ..io.manifests import file_hash
 from .bits import Bits, found_bits, planned_bits, without_weights, wrong_shapes
+from .devices import NOTE, settle
 from .folders import check_causal, check_config, check_weights, is_pointer, read_json
 from .four_bits import NF4Config
 from .reading import LOAD_ERRORS, check_tensors, error_words, read_model, saved_in_four_bits
@@ -32,7 +33,7 @@ _all_ = ['LoadSettings', 'is_folder', 'ladder_hint', 'located'] # a reader of th
 
 # %% ../../nbs/api/models/10_load.ipynb #6ae54ff2
 DTYPES = {name: getattr(torch, name) for name in DTYPE_NAMES}
-USUAL = LoadSettings() # 4 bits, arithmetic in bfloat16
+USUAL = LoadSettings() # 4 bits; device and arithmetic as the machine has them
 
 # %% ../../nbs/api/models/10_load.ipynb #9932ba11
 def set_mode(
@@ -151,6 +152,7 @@ def plan_model(
 ) -> ModelPlan:
     "What a base will be, from its configuration alone; raises `ModelError` for what is no causal model, or cannot be put in 4 bits"
     config = load_config(name, settings)
+    settings = settle(settings)
     check_causal(name, config, list(ENCODERS))
     saved_so = saved_in_four_bits(name, config, settings.quantize, settings.dtype)
     quantizer: Any = None if settings.quantize == 'none' else BitsAndBytesConfig.from_dict(dict(_own(config))) if saved_so else NF4Config(DTYPES[settings.dtype])
@@ -176,21 +178,23 @@ def _rest(bits: Bits) -> str:
 def load_base(
     name: str | Path,                        # of the ladder, a folder, or a name on the hub
     settings: LoadSettings = USUAL, # bits, type of arithmetic, and the doors that are closed by default
-    device: str | None = None,               # 'cpu', 'cuda'; None: the GPU if there is one
+    device: str | None = None,               # instead of that of the settings: 'cpu', 'cuda', 'cuda:1' …
 ) -> Base:
-    "Load a frozen causal model with its tokenizer; raises `ModelError`"
+    "Load a frozen causal model with its tokenizer; raises `ModelError`, or `ConfigError` for a device that is not there"
     hf_logging.disable_progress_bar()
-    device, plan = device or ('cuda' if torch.cuda.is_available() else 'cpu'), plan_model(name, settings)
+    settings = settle(replace(settings, device=device or settings.device))
+    plan = plan_model(name, settings)
     place, folder = located(name), local_folder(name, settings)
     check_weights(folder, settings.allow_pickle)
     whole, tokenizer = str(Path(place).expanduser().resolve()) if is_folder(place) else str(place), load_tokenizer(name, settings)
     model, info = read_model(
         AutoModelForCausalLM, whole, settings.allow_pickle, lambda e: model_error(name, e), config=plan.config, dtype=DTYPES[settings.dtype],
-        revision=settings.revision, trust_remote_code=settings.trust_remote_code, device_map={'': device}, quantization_config=None if plan.saved_so else plan.quantizer)
+        revision=settings.revision, trust_remote_code=settings.trust_remote_code, device_map={'': settings.device}, quantization_config=None if plan.saved_so else plan.quantizer)
     check_tensors(name, info | {'mismatched_keys': [*info['mismatched_keys'], *wrong_shapes(model, plan.model)]})
     bits = found_bits(model)
     if plan.quantizer and bits != plan.bits: raise ModelError(f'{name}: {bits.four:,} weights are in 4 bits, and {plan.bits.four:,} should be; this version of transformers or bitsandbytes is not known to w2s')
     model.requires_grad_(False)
+    setattr(model, NOTE, settings.compute)
     set_mode(model, False)
     known_as = str(name) if place != name else whole # only a name of the ladder is moved
     return Base(known_as, model, tokenizer, fingerprint(folder), settings, context_length(plan.config), bits)
@@ -213,6 +217,7 @@ def bits_line(
     settings: LoadSettings, # how it is loaded
 ) -> str:                   # for plan, console and reports
     "How much of a model is in 4 bits, in words"
+    settings = settle(settings)
     if plan.quantizer is None: return f'its {plan.bits.body:,} weights besides embeddings and output head are in {settings.dtype}, none in 4 bits'
     experts = ', experts among them' if getattr(plan.model, 'four_bit_experts', None) else ''
     return f'{plan.bits.share:.1%} of its {plan.bits.body:,} weights besides embeddings and output head are in 4 bits (NF4{experts}), the others in {settings.dtype}'

@@ -75,10 +75,11 @@ def block(
     if side not in ('left', 'right'): raise ConfigError(f'padding side is "{side}"; it must be "left" or "right"')
     time = max(len(s.ids) for s in sequences)
     ids, mask = torch.zeros(len(sequences), time, dtype=torch.long), torch.zeros(len(sequences), time, dtype=torch.long)
-    where: list[tuple[int, int, int]] = []
+    position, target = [], []
     for n, s in enumerate(sequences):
-        offset = time - len(s.ids) if side == 'left' else 0
-        ids[n, offset:offset + len(s.ids)], mask[n, offset:offset + len(s.ids)] = torch.tensor(s.ids), 1
-        where += [(n, offset + t - 1, s.ids[t]) for t in range(max(s.start, 1), len(s.ids))]
-    sequence, position, target = torch.tensor(where, dtype=torch.long).reshape(-1, 3).unbind(1)
-    return Block(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), sequence, position, target)
+        offset, first, own = time - len(s.ids) if side == 'left' else 0, max(s.start, 1), torch.tensor(s.ids, dtype=torch.long)
+        ids[n, offset:offset + len(own)], mask[n, offset:offset + len(own)] = own, 1
+        position.append(torch.arange(offset + first - 1, offset + max(len(own), first) - 1))
+        target.append(own[first:])
+    sequence = torch.arange(len(sequences)).repeat_interleave(torch.tensor([len(t) for t in target]))
+    return Block(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), sequence, torch.cat(position), torch.cat(target))

@@ -11,6 +11,7 @@ import os
 import re
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -71,11 +72,13 @@ def load_checkpoint(
     model: Any,                       # with an adapter of the same shape; its values are replaced
     optimizer: torch.optim.Optimizer, # of the same weights
 ) -> list[dict]:                      # the curve so far; its length is the number of steps taken
-    "Put weights and optimizer back to where they were"
+    "Put weights and optimizer back to where they were, also on another device; raises `TrainError`"
     saved, weights = load_file(checkpoint/'adapter.safetensors'), trainable(model)
     if saved.keys() != weights.keys(): raise TrainError(f'{checkpoint} belongs to another adapter; delete it to start anew')
     for name, value in saved.items(): weights[name].data.copy_(value)
-    optimizer.load_state_dict(torch.load(checkpoint/'optimizer.pt', weights_only=True))
+    try: state = torch.load(checkpoint/'optimizer.pt', map_location='cpu', weights_only=True) # `load_state_dict` takes it to the weights
+    except (RuntimeError, ValueError, UnpicklingError) as e: raise TrainError(f'{checkpoint}/optimizer.pt cannot be read ({" ".join(str(e).split())[:160]}); delete {checkpoint} to go on from the one before it') from e
+    optimizer.load_state_dict(state)
     return json.loads((checkpoint/'history.json').read_text(encoding='utf-8'))
 
 # %% ../../nbs/api/train/45_checkpoints.ipynb #ec4d8de3

@@ -28,9 +28,9 @@ class TrainSettings:
     warmup: float = 0.1                  # share of steps with a rising learning rate; not stated
     weight_decay: float = 0.0            # of AdamW; not stated
     max_grad_norm: float = 1.0           # longer gradients are shortened to it; not stated
-    optimizer: str = 'adamw'             # 'adamw', or 'paged_adamw_8bit' on a GPU
-    token_budget: int = 8192             # padded tokens at once: memory and speed, not the result
-    gradient_checkpointing: bool = False # compute activations again in the backward pass: less memory, a third slower
+    optimizer: str = 'adamw'             # 'adamw', or 'paged_adamw_8bit' on a CUDA GPU: its state is paged only for tensors of 100,000 numbers or more, which adapters of low rank hardly have
+    token_budget: int = 8192             # padded tokens at once: memory and speed, not the result; halved where memory runs out
+    gradient_checkpointing: bool | str = 'auto' # compute activations again in the backward pass: less memory, a third slower; 'auto': where a GPU has no room otherwise
     checkpoint_every: int = 50           # steps between checkpoints: what a kill can lose
 
     def __post_init__(self):
@@ -41,6 +41,7 @@ class TrainSettings:
         if not 0 <= self.warmup < 1: raise ConfigError(f'warmup is {self.warmup}; it is a share of the steps, in [0, 1)')
         if self.max_grad_norm <= 0: raise ConfigError(f'max_grad_norm is {self.max_grad_norm}; it must be above 0')
         if self.schedule not in SCHEDULES: raise ConfigError(unknown(self.schedule, SCHEDULES, 'schedule'))
+        if self.gradient_checkpointing not in (True, False, 'auto'): raise ConfigError(f'gradient_checkpointing is {self.gradient_checkpointing!r}; it must be true, false or "auto"')
         if self.optimizer not in OPTIMIZERS: raise ConfigError(unknown(self.optimizer, OPTIMIZERS, 'optimizer'))
 
 # %% ../../nbs/api/train/01_settings.ipynb #4041208f
