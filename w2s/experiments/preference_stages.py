@@ -29,6 +29,7 @@ from ..feedback.preferences import implicit_reward
 from ..io.disk import remove_tree, write_atomic
 from ..io.manifests import find_damage
 from ..models.adapters import LoraSettings, add_adapter, adapter_hash, load_adapter, plan_adapter, save_adapter
+from ..models.chat_templates import template_hash, template_line
 from ..models.folders import check_config, check_weights
 from ..models.identity import identity
 from ..models.load import Base, LoadSettings, bits_line, context_length, files_hash, load_base, load_tokenizer, local_folder, open_doors, plan_model
@@ -39,7 +40,7 @@ from ..train.logprobs import check_model
 from ..train.loop import Objective, TrainSettings, material, plan_steps, preference_objective, sft_objective, train
 from ..train.reference import stored_logps, tokens_hash
 from ..train.sandbox import frozen_date
-from ..train.templates import template_uses_date
+from ..train.templates import check_template, template_uses_date
 from ..train.tokens import EncodedRow, encode_rows
 
 # %% ../../nbs/api/experiments/25_preference_stages.ipynb #8f0e4a58
@@ -75,15 +76,18 @@ def know_model(
     check_config(folder)
     context, vocabulary, notes = _known(name, config.load, lora, writes, files_hash([folder/'config.json']))
     check_weights(folder, config.load.allow_pickle)
-    reader = Reader(role, load_tokenizer(name, config.load), min(config.max_length, context), vocabulary)
-    return Model(role, name, reader, identity(folder), config.load, (*notes, *open_doors(name, config.load)))
+    tokenizer, choice = load_tokenizer(name, config.load), config.load.chat_template
+    check_template(tokenizer, choice)
+    reader = Reader(role, tokenizer, min(config.max_length, context), vocabulary)
+    return Model(role, name, reader, identity(folder), config.load, (*notes, *open_doors(name, config.load), *([template_line(tokenizer, choice)] if choice else [])))
 
 # %% ../../nbs/api/experiments/25_preference_stages.ipynb #cadd5c11
 def model_inputs(
     model: Model, # of `know_model`
 ) -> dict[str, Any]: # JSON values, for the inputs of a stage
-    "What every result of a model depends on: what it is, how it computes, and the date if its chat template asks for it"
+    "What every result of a model depends on: what it is, how it computes, a chat template that was chosen for it, and the date if its template asks for that"
     known = {'base': model.fingerprint, 'quantize': model.load.quantize, 'dtype': model.load.dtype, 'device': 'cuda' if torch.cuda.is_available() else 'cpu'}
+    if model.load.chat_template: known['chat_template'] = template_hash(model.reader.tokenizer)
     return known | ({'date': frozen_date().isoformat()} if template_uses_date(model.reader.tokenizer) else {})
 
 # %% ../../nbs/api/experiments/25_preference_stages.ipynb #5a1fb165

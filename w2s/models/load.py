@@ -21,6 +21,7 @@ from transformers.utils import logging as hf_logging
 
 from ..errors import ModelError
 from ..io.manifests import file_hash
+from .chat_templates import choose_template
 from .bits import Bits, found_bits, planned_bits, without_weights, wrong_shapes
 from .folders import check_causal, check_config, check_weights, is_pointer, read_json
 from .four_bits import NF4Config
@@ -82,16 +83,17 @@ def fingerprint(
 # %% ../../nbs/api/models/10_load.ipynb #276d6ebf
 def load_tokenizer(
     name: str | Path,                         # of the ladder, a folder, or a name on the hub
-    settings: LoadSettings = USUAL,  # only its revision and `trust_remote_code` are used
+    settings: LoadSettings = USUAL,  # its revision, chat template and `trust_remote_code` are used
 ) -> Any:                                     # a Hugging Face tokenizer
-    "The tokenizer of a model; raises `ModelError` if there is none"
+    "The tokenizer of a model; raises `ModelError` if there is none, `ConfigError` for a chat template that cannot be read"
     place = located(name)
     for file in sorted(Path(place).expanduser().glob('*token*')) if is_folder(place) else ():
         if file.is_file() and is_pointer(file): raise ModelError(f'{file} is a pointer of Git LFS, not the file; fetch it (git lfs pull), or download the model anew')
-    try: return AutoTokenizer.from_pretrained(place, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    try: tokenizer = AutoTokenizer.from_pretrained(place, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
     except Exception as e: # the tokenizers library raises plain exceptions
         raise ModelError(f'{name} has no tokenizer that can be read: it needs tokenizer.json (or the files it is made from) '
                          f'beside config.json ({" ".join(str(e).split())[:160]}){_hint(name)}') from e
+    return choose_template(tokenizer, settings.chat_template)
 
 # %% ../../nbs/api/models/10_load.ipynb #086154e1
 @dataclass(frozen=True)

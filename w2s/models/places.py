@@ -27,6 +27,7 @@ class LoadSettings:
     trust_remote_code: bool = False  # run the Python code that comes with a model
     allow_pickle: bool = False       # read weights in pickle form (.bin), which can run any code
     nf4_share: float = 0.8           # least share of the body's weights that 'nf4' must put in 4 bits, or the model is refused; 0: any
+    chat_template: str | None = None # of rows of messages: 'plain', 'chatml' or a file; None: the model's own, plain paragraphs where it has none
 
     def __post_init__(self):
         if self.quantize not in ('nf4', 'none'): raise ConfigError(unknown(self.quantize, ['nf4', 'none'], 'value of quantize'))
