@@ -65,6 +65,9 @@ def refine_command(
     quantize: Annotated[str | None, Flag(help='nf4 or none (default: nf4)')] = None,
     nf4_share: Annotated[float | None, Flag(help="least share of the body's weights that nf4 must put in 4 bits, or the model is refused; 0: any (default: 0.8)")] = None,
     dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: bfloat16; models that come with w2s: float32)')] = None,
+    revision: Annotated[str | None, Flag(help='of models on the hub: a branch, a commit or refs/pr/N; of one of them as in strong=refs/pr/6 (default: main, or safetensors that the converter of the hub has proposed)')] = None,
+    allow_pickle: Annotated[bool | None, Flag('--allow-pickle', help='read weights in pickle form (.bin) where there are no others; that can run any code on your machine')] = None,
+    chat_template: Annotated[str | None, Flag(help="of rows of chat messages: plain (paragraphs, Human: and Assistant:), chatml, or a file with a template in Jinja (default: the model's own; plain where it has none)")] = None,
     prompts: Annotated[Path | None, Flag(help='TOML file with templates of your own; what it does not name stays as --show-prompts prints it')] = None,
     keep_stages: Keep = False, # use finished stages of other versions
     dry_run: Annotated[bool, Flag('--dry-run', help='print settings, and which rows and columns would be read, and stop')] = False,
@@ -75,13 +78,13 @@ def refine_command(
 
     Out come prompt and completion, as TRL's SFT trainer reads them, with id, source, weak_answer, and concept where one was named.
     """
-    load = {k: v for k, v in {'quantize': quantize, 'nf4_share': nf4_share, 'dtype': dtype}.items() if v is not None}
+    load = {k: v for k, v in {'quantize': quantize, 'nf4_share': nf4_share, 'dtype': dtype, 'revision': revision, 'allow_pickle': allow_pickle, 'chat_template': chat_template}.items() if v is not None}
     if show_prompts:
         typer.echo(shown_prompts(strong, load, prompts))
         return
     flags = {'questions': questions, 'weak_answers': weak_answers, 'strong': strong, 'method': method, 'question': question, 'answer': answer, 'leave_out': leave_out, 'examples': examples,
              'choice': choice, 'batch': batch, 'samples': samples, 'temperature': temperature, 'max_tokens': max_tokens, 'stop': line_breaks(stop), 'seed': seed,
-             'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype}
+             'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.revision': revision, 'load.allow_pickle': allow_pickle, 'load.chat_template': chat_template}
     run_refine(given(flags), out, work, prompts, dry_run, keep_stages)
 
 # %% ../nbs/api/89d_cli_refine.ipynb #252a7ac7

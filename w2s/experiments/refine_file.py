@@ -26,7 +26,7 @@ from ..data.hygiene import DataReport, merge_reports
 from ..data.questions import answers_to, open_tables, questions_from
 from ..errors import ConfigError, unknown
 from .config import from_table, merged, to_table
-from .preference_stages import Model, Study, know_model, model_lines, note_models
+from .preference_stages import Model, Study, know_model, model_lines, model_load, note_models
 from .response_ends import count_cut
 from .stages import claim
 from .transfer_settings import REFINERS
@@ -282,8 +282,8 @@ def refine_file(
     if 'examples' in OF_METHODS and job.method in OF_METHODS['examples'] and job.choice == 'others': Examples(job.examples)
     with claim(root, to_table(job), (lambda line: None) if quiet else print, keep, quiet) as stages:
         questions, weak, report = read_job(job)
-        form = own_form(job.strong, job.load, own)
-        model = know_model(short_name(job.strong), str(model_folder(job.strong)), SimpleNamespace(max_length=sys.maxsize, load=job.load), writes=True)
+        form = own_form(job.strong, model_load(job, job.strong, 'strong'), own)
+        model = know_model(short_name(job.strong), str(model_folder(job.strong)), SimpleNamespace(max_length=sys.maxsize, load=job.load, strong=str(model_folder(job.strong))), writes=True)
         note_models(stages, [model])
         for line in (*model_lines([model]), str(report)): stages.say(line)
         learned = refine_answers(Study(job, stages, quiet), model, form, questions, weak)

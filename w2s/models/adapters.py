@@ -67,7 +67,7 @@ def add_adapter(
     check_targets(base, lora)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = put_on(base.model, base.name, lambda: get_peft_model(base.model, lora_config(base.model, lora)))
+        model = put_on(base.model, base.name, lambda: get_peft_model(base.model, lora_config(base.model, lora), revision=getattr(base.model, 'hub_revision', None)))
     set_mode(model, True)
     return model
 
