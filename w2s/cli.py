@@ -145,7 +145,7 @@ def _weak_teacher(flags: dict[str, Any], file: Path | None, out: Path, dry_run: 
     "Run, write and print"
     from w2s.experiments.weak_settings import weak_names
     config = weak_teacher_config(flags, file)
-    check_places([*weak_names(config.weak), config.strong], [config.data], None if dry_run else out)
+    check_places([*weak_names(config.weak), config.strong], [config.data], None if dry_run else out, config.load.allow_pickle)
     if dry_run:
         from w2s.experiments.plan import plan
         typer.echo(repr(plan(config)))
@@ -230,7 +230,7 @@ def label_command(
 
     Out come prompt, chosen, rejected, as TRL names them, with prob (calibrated), weight (confidence), id and margin.
     """
-    check_places([model], [rows, train or ''])
+    check_places([model], [rows, train or ''], pickle=bool(allow_pickle))
     from w2s.data.columns import column_names
     from w2s.experiments.label import dry_text, label, label_settings
     from w2s.experiments.label_rows import LabelJob

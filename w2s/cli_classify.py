@@ -53,12 +53,13 @@ def check_places(
     models: Iterable[str],    # of a command; '': none
     sources: Iterable[str],   # rows of it, likewise
     out: Path | None = None,  # folder that will be written to; None: none
+    pickle: bool = False,     # may weights be in pickle form?
 ) -> None:
     "Find in a second what is not there, before PyTorch is loaded; raises `DataError`, `ModelError` or `OSError`"
     from w2s.data.sources import check_source
     from w2s.io.disk import check_writable
-    from w2s.models.places import located
-    for name in filter(None, models): located(name)
+    from w2s.models.places import check_model_folder, located
+    for place in map(located, filter(None, models)): check_model_folder(place, pickle)
     for source in filter(None, sources): check_source(source)
     if out: check_writable(out)
 
@@ -190,7 +191,7 @@ def run_classify(
     keep: bool = False, # use stages of other versions
 ) -> None:
     "Run, write and print; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
-    check_places((*config.weak, *config.via, *config.strong), [config.data], None if dry_run else out)
+    check_places((*config.weak, *config.via, *config.strong), [config.data], None if dry_run else out, config.load.allow_pickle)
     if dry_run:
         typer.echo(dry_text(config))
         return

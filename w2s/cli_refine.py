@@ -70,7 +70,7 @@ def refine_command(
     chat_template: Annotated[str | None, Flag(help="of rows of chat messages: plain (paragraphs, Human: and Assistant:), chatml, or a file with a template in Jinja (default: the model's own; plain where it has none)")] = None,
     prompts: Annotated[Path | None, Flag(help='TOML file with templates of your own; what it does not name stays as --show-prompts prints it')] = None,
     keep_stages: Keep = False, # use finished stages of other versions
-    dry_run: Annotated[bool, Flag('--dry-run', help='print settings, and which rows and columns would be read, and stop')] = False,
+    dry_run: Annotated[bool, Flag('--dry-run', help='print settings, which rows and columns would be read, and what is known of the model, and stop')] = False,
     show_prompts: Annotated[bool, Flag('--show-prompts', help='print the templates that would be used, and stop')] = False,
     work: Annotated[Path | None, Flag(help='folder where a killed refinement goes on (default: as out, with .work)')] = None,
 ) -> None:
@@ -97,12 +97,11 @@ def run_refine(
     keep: bool = False,    # use stages of other versions
 ) -> None:
     "Refine, write and print; raises `DataError`, `ModelError` or `ConfigError`"
-    check_places([flags.get('strong', '')], [flags.get('questions', ''), flags.get('weak_answers', '')])
+    check_places([flags.get('strong', '')], [flags.get('questions', ''), flags.get('weak_answers', '')], pickle=flags.get('load', {}).get('allow_pickle', False))
     job = refine_job(flags)
     if dry_run:
-        from w2s.experiments.config import to_toml
-        from w2s.experiments.refine_file import read_job
-        typer.echo(f'{to_toml(job)}\n{read_job(job)[2]}')
+        from w2s.experiments.refine_file import dry_refine
+        typer.echo(dry_refine(job))
         return
     if out is None: raise ConfigError('w2s refine needs a place for the answers: give --out refined.jsonl')
     from w2s.experiments.config import read_toml

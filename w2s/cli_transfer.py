@@ -179,7 +179,7 @@ def run_transfer(
     keep: bool = False, # use stages of other versions
 ) -> None:
     "Run, write and print; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
-    check_places((*config.weak, config.strong, *config.via, config.judge), [config.data, config.answers], None if dry_run else out)
+    check_places((*config.weak, config.strong, *config.via, config.judge), [config.data, config.answers], None if dry_run else out, config.load.allow_pickle)
     if dry_run:
         typer.echo(dry_text(config))
         return
@@ -276,7 +276,7 @@ def run_toxicity(
     keep: bool = False, # use stages of other versions
 ) -> None:
     "Run, write and print; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
-    check_places((config.weak, config.strong), [config.data], None if dry_run else out)
+    check_places((config.weak, config.strong), [config.data], None if dry_run else out, config.load.allow_pickle)
     if dry_run:
         typer.echo(dry_toxicity(config))
         return

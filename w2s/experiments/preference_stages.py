@@ -73,8 +73,8 @@ def model_load(
 ) -> LoadSettings:
     "How one model of an experiment is loaded: the revision is that of its role; raises `ConfigError`"
     def named(given: Any) -> list[str]: return [m for n in ([given] if isinstance(given, str) else given or ()) for m in weak_names(n)]
-    roles = [r for r in ROLES if name in named(getattr(config, r, ()))]
-    return load_for(config.load, name, role, *roles)
+    roles = [role] if role in ROLES else [r for r in ROLES if name in named(getattr(config, r, ()))]
+    return load_for(config.load, name, *roles)
 
 # %% ../../nbs/api/experiments/25_preference_stages.ipynb #e5f7065b
 def know_model(
