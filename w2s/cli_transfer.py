@@ -250,7 +250,6 @@ def toxicity_command(
     dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: bfloat16; models that come with w2s: float32)')] = None,
     revision: Annotated[str | None, Flag(help='of models on the hub: a branch, a commit or refs/pr/N; of one of them as in strong=refs/pr/6 (default: main, or safetensors that the converter of the hub has proposed)')] = None,
     allow_pickle: Annotated[bool | None, Flag('--allow-pickle', help='read weights in pickle form (.bin) where there are no others; that can run any code on your machine')] = None,
-    chat_template: Annotated[str | None, Flag(help="of rows of chat messages: plain (paragraphs, Human: and Assistant:), chatml, or a file with a template in Jinja (default: the model's own; plain where it has none)")] = None,
     lr: Annotated[float | None, Flag(help='learning rate of supervised fine-tuning (default: 2e-4; models that come with w2s: 1e-3)')] = None,
     dpo_lr: Annotated[float | None, Flag(help='learning rate of DPO (default: 5e-5; models that come with w2s: 5e-4)')] = None,
     epochs: Annotated[int | None, Flag(help='passes of supervised fine-tuning (default: 3; models that come with w2s: 2)')] = None,
@@ -264,7 +263,7 @@ def toxicity_command(
     "Kinder continuations from weak to strong, by the protocol of RealToxicityPrompts (Ye et al. 2410.12621; Gehman et al. 2009.11462)."
     flags = {'data': data, 'scorer': scorer, 'allow_poor_scorer': allow_poor_scorer, 'leave_out': leave_out, 'weak': weak, 'strong': strong, 'methods': method, 'gold_rows': gold_rows, 'asked_rows': rows, 'test_prompts': test_rows,
              'threshold': threshold, 'examples': examples, 'greedy': greedy, 'decoding': decoding, 'speak.samples': samples, 'speak.max_tokens': max_tokens, 'seeds': seeds,
-             'beta': beta, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.revision': revision, 'load.allow_pickle': allow_pickle, 'load.chat_template': chat_template, 'sft.learning_rate': lr, 'dpo.learning_rate': dpo_lr, 'sft.epochs': epochs, 'dpo.epochs': dpo_epochs,
+             'beta': beta, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.revision': revision, 'load.allow_pickle': allow_pickle, 'sft.learning_rate': lr, 'dpo.learning_rate': dpo_lr, 'sft.epochs': epochs, 'dpo.epochs': dpo_epochs,
              'sft.batch_size': batch_size, 'dpo.batch_size': batch_size}
     run_toxicity(toxicity_config(given(flags), config), out, dry_run, keep_stages)
 

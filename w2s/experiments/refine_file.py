@@ -36,6 +36,7 @@ from .transfer_tasks import Exam, TaskRows
 from .weak_settings import short_name
 from ..feedback.forms import WORLD, Form, form_for, stops
 from ..feedback.refine import CHOICES, Examples, groups_of
+from ..models.chat_templates import check_acts
 from ..models.load import LoadSettings
 from ..models.zoo import SHIPPED, model_folder
 from ..train.generate import GenerateSettings
@@ -122,7 +123,9 @@ def own_form(
 ) -> Form:
     "The words for a model; raises `ModelError` and `ConfigError`"
     from w2s.models.load import load_tokenizer
-    return edited(WORLD if strong in SHIPPED else form_for(load_tokenizer(strong, load)), own)
+    form = edited(WORLD if strong in SHIPPED else form_for(load_tokenizer(strong, load)), own)
+    check_acts(load.chat_template, form.chat, f'{strong} is asked in plain text')
+    return form
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #c5f0176c
 def stops_of(
@@ -158,6 +161,7 @@ def dry_refine(
 ) -> str:           # settings as TOML, what would be read, and what is known of the model
     "What a refinement would do; nothing is written. Raises `DataError`, `ModelError` or `ConfigError`"
     report = read_job(job)[2]
+    own_form(job.strong, model_load(job, job.strong, 'strong'))
     return '\n'.join([to_toml(job), str(report), *model_lines([refiner(job)])])
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #ad1a4ff5

@@ -118,7 +118,8 @@ def check_folder_free(
 # %% ../../nbs/api/models/20_adapters.ipynb #244c0707
 def _on_embeddings(model: PeftModel) -> bool:
     "Has somebody put the adapter on the embeddings, too?"
-    targets = model.peft_config['default'].target_modules or ()
+    config: Any = model.peft_config['default']
+    targets = config.target_modules or ()
     return any(t.rpartition('.')[2] in EMBEDDING_LAYER_NAMES for t in ([targets] if isinstance(targets, str) else targets))
 
 # %% ../../nbs/api/models/20_adapters.ipynb #ec1adf74

@@ -140,7 +140,7 @@ def _searched(tokenizer: Any, messages: Sequence[dict], text: str) -> set[str]:
         place = next(((p, len(c)) for c in (m['content'], plain[i]) if (p := text.find(c, at)) >= 0), None)
         if place is None and text.count(plain[i]) >= plain.count(plain[i]): found.add(MOVED)
         elif place is None:
-            lost = render(tokenizer, _with_content(messages, i, OTHER), True) == text
+            lost = any(render(tokenizer, _with_content(messages, i, other), True) == text for other in (OTHER, ''))
             found.add(dropped(m['role']) if lost else f'chat template changes the {m["role"]} message')
         else:
             at = sum(place)
