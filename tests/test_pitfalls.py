@@ -436,9 +436,11 @@ def test_pitfall_09_chat(tokenizer, template):
     assert list(row.response).count(tokenizer.convert_tokens_to_ids(closing)) == 1
 
 
-def test_pitfall_09_messages_without_a_template_are_refused(tokenizer):
+def test_pitfall_09_messages_without_a_template_are_text(tokenizer):
+    "As if somebody had written the conversation into the prompt: the same ids, the same boundary, one begin and one end token"
     tokenizer.chat_template = None
-    with pytest.raises(DataError, match='no chat template'): encode(tokenizer, [TALK], ['Milk.'])
+    text = '\n\n'.join({'user': 'Human: ', 'assistant': 'Assistant: '}.get(m['role'], '') + m['content'] for m in TALK) + '\n\nAssistant:'
+    assert encode(tokenizer, [TALK], ['Milk.']) == encode(tokenizer, [text], [' Milk.'])
 
 
 def test_pitfall_09_tokens_that_merge_over_the_boundary(folder):

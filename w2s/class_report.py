@@ -25,6 +25,7 @@ from .evaluate.power import DIFFERENCES_TOLD, report_differences
 from .experiments.class_settings import Classify
 from .experiments.classify import ClassResult, shown_table
 from .experiments.config import to_toml
+from .experiments.preference_stages import model_load
 from .experiments.weak_settings import short_name, weak_names
 from .method_plots import plot_curves, plot_methods
 from .models.load import LoadSettings, load_config
@@ -48,7 +49,7 @@ def model_sizes(
     config: Classify, # of a run
 ) -> dict[str, int]:  # name as in its tables -> parameters; an ensemble has those of all its members
     "Parameters of every model of a run; raises `ModelError`"
-    one = {m: parameters(m, config.load) for n in (*config.weak, *config.via, *config.strong) for m in weak_names(n)}
+    one = {m: parameters(m, model_load(config, m)) for n in (*config.weak, *config.via, *config.strong) for m in weak_names(n)}
     return {short_name(n): sum(one[m] for m in weak_names(n)) for n in (*config.weak, *config.via, *config.strong)}
 
 # %% ../nbs/api/88_class_report.ipynb #2db3ddda

@@ -95,6 +95,9 @@ def weak_teacher(
     nf4_share: Annotated[float | None, Flag(help="least share of the body's weights that nf4 must put in 4 bits, or the model is refused; 0: any (default: 0.8)")] = None,
     dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: auto, what the device has instructions for; ladder: float32)')] = None,
     device: Annotated[str | None, Flag(help='cpu, cuda, cuda:1, mps or xpu (default: auto, the first GPU if there is one)')] = None,
+    revision: Annotated[str | None, Flag(help='of models on the hub: a branch, a commit or refs/pr/N; of one of them as in strong=refs/pr/6 (default: main, or safetensors that the converter of the hub has proposed)')] = None,
+    allow_pickle: Annotated[bool | None, Flag('--allow-pickle', help='read weights in pickle form (.bin) where there are no others; that can run any code on your machine')] = None,
+    chat_template: Annotated[str | None, Flag(help="of rows of chat messages: plain (paragraphs, Human: and Assistant:), chatml, or a file with a template in Jinja (default: the model's own; plain where it has none)")] = None,
     beta: Annotated[float | None, Flag(help='strength of the pull towards the reference (default: 0.1; ladder: 1.0)')] = None,
     loss: Annotated[str | None, Flag(help='of the students: dpo, cdpo, rdpo or ipo (default: dpo)')] = None,
     smoothing: Annotated[float | None, Flag(help='of cdpo and rdpo (default: 0.1)')] = None,
@@ -124,7 +127,7 @@ def weak_teacher(
     use = {'subset': subset, 'targets': targets, 'weights': weights, 'keep': keep, 'calibrate': calibrate}
     flags = {'data': data, 'columns': columns, 'leave_out': leave_out, 'split': split, 'weak': weak, 'strong': strong, 'supervisor': supervisor, 'rows': rows, 'test_rows': test_rows, 'label_share': label_share,
              'seeds': seeds, 'samples': samples, 'temperature': temperature, 'response_tokens': response_tokens, 'gold': gold, 'gold_quantize': gold_quantize, 'beta': beta, 'loss': loss,
-             'smoothing': smoothing, 'start': start, 'strict': strict, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device, 'sft.learning_rate': sft_lr,
+             'smoothing': smoothing, 'start': start, 'strict': strict, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device, 'load.revision': revision, 'load.allow_pickle': allow_pickle, 'load.chat_template': chat_template, 'sft.learning_rate': sft_lr,
              'dpo.learning_rate': dpo_lr, **{f'labels.{k}': v for k, v in use.items()}, **{f'{stage}.{k}': v for stage in ('sft', 'dpo') for k, v in both.items()}}
     if values is not None and vary is None: raise ConfigError('--values are of what is varied; name it by --vary')
     if vary is None: _weak_teacher(given(flags), config, out, dry_run, keep_stages)
@@ -144,7 +147,7 @@ def _weak_teacher(flags: dict[str, Any], file: Path | None, out: Path, dry_run: 
     "Run, write and print"
     from w2s.experiments.weak_settings import weak_names
     config = weak_teacher_config(flags, file)
-    check_places([*weak_names(config.weak), config.strong], [config.data], None if dry_run else out)
+    check_places([*weak_names(config.weak), config.strong], [config.data], None if dry_run else out, config.load.allow_pickle)
     if dry_run:
         from w2s.experiments.plan import plan
         typer.echo(repr(plan(config)))
@@ -216,6 +219,9 @@ def label_command(
     nf4_share: Annotated[float | None, Flag(help="least share of the body's weights that nf4 must put in 4 bits, or the model is refused; 0: any (default: 0.8)")] = None,
     dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: auto, what the device has instructions for; ladder: float32)')] = None,
     device: Annotated[str | None, Flag(help='cpu, cuda, cuda:1, mps or xpu (default: auto, the first GPU if there is one)')] = None,
+    revision: Annotated[str | None, Flag(help='of models on the hub: a branch, a commit or refs/pr/N; of one of them as in strong=refs/pr/6 (default: main, or safetensors that the converter of the hub has proposed)')] = None,
+    allow_pickle: Annotated[bool | None, Flag('--allow-pickle', help='read weights in pickle form (.bin) where there are no others; that can run any code on your machine')] = None,
+    chat_template: Annotated[str | None, Flag(help="of rows of chat messages: plain (paragraphs, Human: and Assistant:), chatml, or a file with a template in Jinja (default: the model's own; plain where it has none)")] = None,
     token_budget: Annotated[int | None, Flag(help='padded tokens at once: memory and speed, not the result (default: 8192)')] = None,
     config: Annotated[Path | None, Flag(help='TOML file with any settings of the supervisor; flags win over it')] = None,
     work: Annotated[Path | None, Flag(help='folder where a killed run goes on (default: as out, with .work)')] = None,
@@ -227,12 +233,12 @@ def label_command(
 
     Out come prompt, chosen, rejected, as TRL names them, with prob (calibrated), weight (confidence), id and margin.
     """
-    check_places([model], [rows, train or ''])
+    check_places([model], [rows, train or ''], pickle=bool(allow_pickle))
     from w2s.data.columns import column_names
     from w2s.experiments.label import dry_text, label, label_settings
     from w2s.experiments.label_rows import LabelJob
     both = {'epochs': epochs, 'token_budget': token_budget}
-    flags = {'supervisor': supervisor, 'rows': train_rows, 'beta': beta, 'max_length': max_length, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device,
+    flags = {'supervisor': supervisor, 'rows': train_rows, 'beta': beta, 'max_length': max_length, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device, 'load.revision': revision, 'load.allow_pickle': allow_pickle, 'load.chat_template': chat_template,
              'sft.learning_rate': sft_lr, 'dpo.learning_rate': dpo_lr, 'strict': strict, **{f'{s}.{k}': v for s in ('sft', 'dpo') for k, v in both.items()}}
     job = LabelJob(rows, train, calibrate, seed, column_names(leave_out or ''), column_names(columns or ''))
     settings = label_settings(model, with_file(given(flags), config))

@@ -53,12 +53,13 @@ def check_places(
     models: Iterable[str],    # of a command; '': none
     sources: Iterable[str],   # rows of it, likewise
     out: Path | None = None,  # folder that will be written to; None: none
+    pickle: bool = False,     # may weights be in pickle form?
 ) -> None:
     "Find in a second what is not there, before PyTorch is loaded; raises `DataError`, `ModelError` or `OSError`"
     from w2s.data.sources import check_source
     from w2s.io.disk import check_writable
-    from w2s.models.places import located
-    for name in filter(None, models): located(name)
+    from w2s.models.places import check_model_folder, located
+    for place in map(located, filter(None, models)): check_model_folder(place, pickle)
     for source in filter(None, sources): check_source(source)
     if out: check_writable(out)
 
@@ -158,6 +159,9 @@ def classify_command(
     nf4_share: Annotated[float | None, Flag(help="least share of the body's weights that nf4 must put in 4 bits, or the model is refused; 0: any (default: 0.8)")] = None,
     dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: auto, what the device has instructions for; ladder: float32)')] = None,
     device: Annotated[str | None, Flag(help='cpu, cuda, cuda:1, mps or xpu (default: auto, the first GPU if there is one)')] = None,
+    revision: Annotated[str | None, Flag(help='of models on the hub: a branch, a commit or refs/pr/N; of one of them as in strong=refs/pr/6 (default: main, or safetensors that the converter of the hub has proposed)')] = None,
+    allow_pickle: Annotated[bool | None, Flag('--allow-pickle', help='read weights in pickle form (.bin) where there are no others; that can run any code on your machine')] = None,
+    chat_template: Annotated[str | None, Flag(help="of rows of chat messages: plain (paragraphs, Human: and Assistant:), chatml, or a file with a template in Jinja (default: the model's own; plain where it has none)")] = None,
     lr: Annotated[float | None, Flag(help='learning rate of supervisors, students and ceilings (default: 2e-4; ladder: 1e-3)')] = None,
     epochs: Annotated[int | None, Flag(help='their passes over their rows (default: 2; ladder: 3)')] = None,
     batch_size: Annotated[int | None, Flag(help='rows of a step (default: 32; ladder: 16)')] = None,
@@ -175,7 +179,7 @@ def classify_command(
     steps = {'learning_rate': lr, 'epochs': epochs, 'batch_size': batch_size, 'token_budget': token_budget, 'gradient_checkpointing': gradient_checkpointing}
     flags = {'data': data, 'text': text, 'label': label, 'group': group, 'leave_out': leave_out, 'split': split, 'classes': classes, 'words': spaced(words), **models, 'methods': method,
              'readout': readout, 'head_start': head_start, 'rounds': rounds, 'rows': rows, 'label_share': label_share, 'test_rows': test_rows, 'seeds': seeds, 'max_length': max_length,
-             'snapshots': snapshots, 'validate': validate, 'contradictions': contradictions, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device,
+             'snapshots': snapshots, 'validate': validate, 'contradictions': contradictions, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device, 'load.revision': revision, 'load.allow_pickle': allow_pickle, 'load.chat_template': chat_template,
              'baseline': False if no_baseline else None, 'strict': strict, **{f'{who}.{k}': v for who in ('supervisor', 'student') for k, v in steps.items()}}
     command = str(context.info_name)
     run_classify(classify_config(command, given(flags), config), out or Path('runs')/command, dry_run, keep_stages)
@@ -188,7 +192,7 @@ def run_classify(
     keep: bool = False, # use stages of other versions
 ) -> None:
     "Run, write and print; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
-    check_places((*config.weak, *config.via, *config.strong), [config.data], None if dry_run else out)
+    check_places((*config.weak, *config.via, *config.strong), [config.data], None if dry_run else out, config.load.allow_pickle)
     if dry_run:
         typer.echo(dry_text(config))
         return

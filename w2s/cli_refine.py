@@ -66,9 +66,12 @@ def refine_command(
     nf4_share: Annotated[float | None, Flag(help="least share of the body's weights that nf4 must put in 4 bits, or the model is refused; 0: any (default: 0.8)")] = None,
     dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: auto, what the device has instructions for; models that come with w2s: float32)')] = None,
     device: Annotated[str | None, Flag(help='cpu, cuda, cuda:1, mps or xpu (default: auto, the first GPU if there is one)')] = None,
+    revision: Annotated[str | None, Flag(help='of models on the hub: a branch, a commit or refs/pr/N; of one of them as in strong=refs/pr/6 (default: main, or safetensors that the converter of the hub has proposed)')] = None,
+    allow_pickle: Annotated[bool | None, Flag('--allow-pickle', help='read weights in pickle form (.bin) where there are no others; that can run any code on your machine')] = None,
+    chat_template: Annotated[str | None, Flag(help="of rows of chat messages: plain (paragraphs, Human: and Assistant:), chatml, or a file with a template in Jinja (default: the model's own; plain where it has none)")] = None,
     prompts: Annotated[Path | None, Flag(help='TOML file with templates of your own; what it does not name stays as --show-prompts prints it')] = None,
     keep_stages: Keep = False, # use finished stages of other versions
-    dry_run: Annotated[bool, Flag('--dry-run', help='print settings, and which rows and columns would be read, and stop')] = False,
+    dry_run: Annotated[bool, Flag('--dry-run', help='print settings, which rows and columns would be read, and what is known of the model, and stop')] = False,
     show_prompts: Annotated[bool, Flag('--show-prompts', help='print the templates that would be used, and stop')] = False,
     work: Annotated[Path | None, Flag(help='folder where a killed refinement goes on (default: as out, with .work)')] = None,
 ) -> None:
@@ -76,13 +79,13 @@ def refine_command(
 
     Out come prompt and completion, as TRL's SFT trainer reads them, with id, source, weak_answer, and concept where one was named.
     """
-    load = {k: v for k, v in {'quantize': quantize, 'nf4_share': nf4_share, 'dtype': dtype, 'device': device}.items() if v is not None}
+    load = {k: v for k, v in {'quantize': quantize, 'nf4_share': nf4_share, 'dtype': dtype, 'device': device, 'revision': revision, 'allow_pickle': allow_pickle, 'chat_template': chat_template}.items() if v is not None}
     if show_prompts:
         typer.echo(shown_prompts(strong, load, prompts))
         return
     flags = {'questions': questions, 'weak_answers': weak_answers, 'strong': strong, 'method': method, 'question': question, 'answer': answer, 'leave_out': leave_out, 'examples': examples,
              'choice': choice, 'batch': batch, 'samples': samples, 'temperature': temperature, 'max_tokens': max_tokens, 'stop': line_breaks(stop), 'seed': seed,
-             'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device}
+             'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device, 'load.revision': revision, 'load.allow_pickle': allow_pickle, 'load.chat_template': chat_template}
     run_refine(given(flags), out, work, prompts, dry_run, keep_stages)
 
 # %% ../nbs/api/89d_cli_refine.ipynb #252a7ac7
@@ -95,12 +98,11 @@ def run_refine(
     keep: bool = False,    # use stages of other versions
 ) -> None:
     "Refine, write and print; raises `DataError`, `ModelError` or `ConfigError`"
-    check_places([flags.get('strong', '')], [flags.get('questions', ''), flags.get('weak_answers', '')])
+    check_places([flags.get('strong', '')], [flags.get('questions', ''), flags.get('weak_answers', '')], pickle=flags.get('load', {}).get('allow_pickle', False))
     job = refine_job(flags)
     if dry_run:
-        from w2s.experiments.config import to_toml
-        from w2s.experiments.refine_file import read_job
-        typer.echo(f'{to_toml(job)}\n{read_job(job)[2]}')
+        from w2s.experiments.refine_file import dry_refine
+        typer.echo(dry_refine(job))
         return
     if out is None: raise ConfigError('w2s refine needs a place for the answers: give --out refined.jsonl')
     from w2s.experiments.config import read_toml

@@ -150,6 +150,9 @@ def transfer_command(
     nf4_share: Annotated[float | None, Flag(help="least share of the body's weights that nf4 must put in 4 bits, or the model is refused; 0: any (default: 0.8)")] = None,
     dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: auto, what the device has instructions for; models that come with w2s: float32)')] = None,
     device: Annotated[str | None, Flag(help='cpu, cuda, cuda:1, mps or xpu (default: auto, the first GPU if there is one)')] = None,
+    revision: Annotated[str | None, Flag(help='of models on the hub: a branch, a commit or refs/pr/N; of one of them as in strong=refs/pr/6 (default: main, or safetensors that the converter of the hub has proposed)')] = None,
+    allow_pickle: Annotated[bool | None, Flag('--allow-pickle', help='read weights in pickle form (.bin) where there are no others; that can run any code on your machine')] = None,
+    chat_template: Annotated[str | None, Flag(help="of rows of chat messages: plain (paragraphs, Human: and Assistant:), chatml, or a file with a template in Jinja (default: the model's own; plain where it has none)")] = None,
     lr: Annotated[float | None, Flag(help='learning rate of weak models, students and ceilings (default: 2e-4; models that come with w2s: 1e-3)')] = None,
     epochs: Annotated[int | None, Flag(help='their passes over their rows (default: 3; models that come with w2s: 4)')] = None,
     batch_size: Annotated[int | None, Flag(help='rows of a step (default: 16)')] = None,
@@ -164,7 +167,7 @@ def transfer_command(
     flags = {'data': data, 'question': question, 'answer': answer, 'leave_out': leave_out, 'split': split, 'weak': weak, 'strong': strong, 'via': via, 'demonstrator': demonstrator, 'answers': answers,
              'instruction': instruction, 'concept': concept, 'methods': methods, 'examples': examples, 'choice': choice, 'batch': batch, 'ablation': numbers(ablation, 'ablation'),
              'samples': samples, 'temperature': temperature, 'auxiliary': auxiliary, 'gold_rows': gold_rows, 'rows': rows, 'test_rows': test_rows, 'seeds': seeds,
-             'max_tokens': max_tokens, 'max_length': max_length, 'judge': judge, 'repeats': repeats, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device,
+             'max_tokens': max_tokens, 'max_length': max_length, 'judge': judge, 'repeats': repeats, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device, 'load.revision': revision, 'load.allow_pickle': allow_pickle, 'load.chat_template': chat_template,
              **{f'{who}.{k}': v for who in ('demonstrate', 'student') for k, v in steps.items()}}
     command = str(context.info_name)
     run_transfer(transfer_config(task_of(command, {'form': form, 'level': level}), given(flags), config), out or Path('runs')/command, dry_run, keep_stages)
@@ -177,7 +180,7 @@ def run_transfer(
     keep: bool = False, # use stages of other versions
 ) -> None:
     "Run, write and print; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
-    check_places((*config.weak, config.strong, *config.via, config.judge), [config.data, config.answers], None if dry_run else out)
+    check_places((*config.weak, config.strong, *config.via, config.judge), [config.data, config.answers], None if dry_run else out, config.load.allow_pickle)
     if dry_run:
         typer.echo(dry_text(config))
         return
@@ -247,6 +250,8 @@ def toxicity_command(
     nf4_share: Annotated[float | None, Flag(help="least share of the body's weights that nf4 must put in 4 bits, or the model is refused; 0: any (default: 0.8)")] = None,
     dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: auto, what the device has instructions for; models that come with w2s: float32)')] = None,
     device: Annotated[str | None, Flag(help='cpu, cuda, cuda:1, mps or xpu (default: auto, the first GPU if there is one)')] = None,
+    revision: Annotated[str | None, Flag(help='of models on the hub: a branch, a commit or refs/pr/N; of one of them as in strong=refs/pr/6 (default: main, or safetensors that the converter of the hub has proposed)')] = None,
+    allow_pickle: Annotated[bool | None, Flag('--allow-pickle', help='read weights in pickle form (.bin) where there are no others; that can run any code on your machine')] = None,
     lr: Annotated[float | None, Flag(help='learning rate of supervised fine-tuning (default: 2e-4; models that come with w2s: 1e-3)')] = None,
     dpo_lr: Annotated[float | None, Flag(help='learning rate of DPO (default: 5e-5; models that come with w2s: 5e-4)')] = None,
     epochs: Annotated[int | None, Flag(help='passes of supervised fine-tuning (default: 3; models that come with w2s: 2)')] = None,
@@ -260,7 +265,7 @@ def toxicity_command(
     "Kinder continuations from weak to strong, by the protocol of RealToxicityPrompts (Ye et al. 2410.12621; Gehman et al. 2009.11462)."
     flags = {'data': data, 'scorer': scorer, 'allow_poor_scorer': allow_poor_scorer, 'leave_out': leave_out, 'weak': weak, 'strong': strong, 'methods': method, 'gold_rows': gold_rows, 'asked_rows': rows, 'test_prompts': test_rows,
              'threshold': threshold, 'examples': examples, 'greedy': greedy, 'decoding': decoding, 'speak.samples': samples, 'speak.max_tokens': max_tokens, 'seeds': seeds,
-             'beta': beta, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device, 'sft.learning_rate': lr, 'dpo.learning_rate': dpo_lr, 'sft.epochs': epochs, 'dpo.epochs': dpo_epochs,
+             'beta': beta, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device, 'load.revision': revision, 'load.allow_pickle': allow_pickle, 'sft.learning_rate': lr, 'dpo.learning_rate': dpo_lr, 'sft.epochs': epochs, 'dpo.epochs': dpo_epochs,
              'sft.batch_size': batch_size, 'dpo.batch_size': batch_size}
     run_toxicity(toxicity_config(given(flags), config), out, dry_run, keep_stages)
 
@@ -272,7 +277,7 @@ def run_toxicity(
     keep: bool = False, # use stages of other versions
 ) -> None:
     "Run, write and print; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
-    check_places((config.weak, config.strong), [config.data], None if dry_run else out)
+    check_places((config.weak, config.strong), [config.data], None if dry_run else out, config.load.allow_pickle)
     if dry_run:
         typer.echo(dry_toxicity(config))
         return

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .preference_stages import Model, Study, model_inputs, open_base
+from .preference_stages import Model, Study, asked_inputs, model_inputs, open_base
 from .stages import CHECKPOINTS, run_stage
 from ..models.adapters import adapter_hash, load_adapter
 from ..train.generate import GenerateSettings, generate, generate_inputs
@@ -36,6 +36,6 @@ def respond_all(
             if adapter: speaker.unload()
         (folder/'texts.json').write_text(json.dumps(texts), encoding='utf-8')
 
-    inputs = {**model_inputs(model), 'adapter': adapter_hash(adapter),
+    inputs = {**model_inputs(model), **asked_inputs(model, prompts), 'adapter': adapter_hash(adapter),
               'prompts': list(prompts), 'generate': generate_inputs(settings), 'seed': seed}
     return json.loads((run_stage(study.run, name, inputs, work)/'texts.json').read_text(encoding='utf-8'))

@@ -22,7 +22,7 @@ from ..evaluate.responses import Scorer, reward_scores
 from ..evaluate.reward_models import BF16, load_reward_model
 from .config import settings_hash
 from .preference_data import ladder_world, world_seed
-from .preference_stages import Model, Study, close_base, model_inputs, open_base
+from .preference_stages import Model, Study, asked_inputs, close_base, model_inputs, open_base
 from .response_ends import Written
 from .stages import CHECKPOINTS, run_stage
 from .weak_settings import WeakTeacher, sampling
@@ -137,7 +137,7 @@ def sample_stage(
         write_atomic(folder/'texts.json', json.dumps([[Written(r.text, not r.ended) for r in row] for row in made]))
 
     tokens = prompt_ids(model.reader.tokenizer, prompts)
-    inputs = {**model_inputs(model), 'policy': adapter_hash(policy), 'rows': settings_hash([[i, t] for i, t in zip(ids, tokens, strict=True)]), 'arm': name,
+    inputs = {**model_inputs(model), **asked_inputs(model, prompts), 'policy': adapter_hash(policy), 'rows': settings_hash([[i, t] for i, t in zip(ids, tokens, strict=True)]), 'arm': name,
               'seed': seed, 'how': generate_inputs(how)}
     done = run_stage(study.run, f'{name}-seed{seed}-responses', inputs, work)
     return [[Written(*made) for made in row] for row in json.loads((done/'texts.json').read_text(encoding='utf-8'))]

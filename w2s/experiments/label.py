@@ -296,9 +296,9 @@ def dry_text(
     out: str | Path,     # file for the labels
 ) -> str:                # settings as TOML, and what is in the rows
     "What a labelling would do; nothing is written. Raises as `rows_for` does"
-    _, data = rows_for(config, job, out)
+    model, data = rows_for(config, job, out)
     counts = ', '.join(f'{len(rows):,} {name}' for name, rows in (('to learn from', data.train), ('held out', data.held), ('to label', data.rows)) if rows is not None)
-    return '\n'.join([settings_text(job, config), str(data.report), f'rows: {counts}'])
+    return '\n'.join([settings_text(job, config), str(data.report), *model_lines([model]), f'rows: {counts}'])
 
 # %% ../../nbs/api/experiments/70_label.ipynb #e09d24db
 def label(

@@ -24,6 +24,7 @@ from ..data.sources import SPLITS, named_pairs
 from ..data.splits import group_split, sample_rows
 from ..errors import ConfigError, DataError
 from ..feedback.preferences import given_labels
+from ..models.chat_templates import CHOICE, check_acts
 from ..train.tokens import Tokens, check_vocabulary, encode_rows, lost_characters, report_tokens
 from ..world.facts import World, make_world
 from ..world.rows import HUMAN_AGREEMENT, world_preferences
@@ -63,8 +64,9 @@ def readable(
     read: Callable[[Reader, Dataset], Tokens] = read_pairs, # how a model reads rows of this kind
     texts: Callable[[Dataset], list[str]] = row_texts,      # what it reads of each row, as one text
 ) -> tuple[dict[str, Dataset], DataReport]: # rows that all models can read, and an account of the others
-    "Leave out rows that one of the models cannot read, for all models; raises `DataError` if a split is left empty, `ModelError` for tokens without an embedding"
-    out = {}
+    "Leave out rows that one of the models cannot read, for all models; raises `DataError` if a split is left empty, `ModelError` for tokens without an embedding, `ConfigError` for a chat template that would do nothing"
+    out, chat = {}, any(not isinstance(p, str) for d in splits.values() for p in d['prompt'])
+    check_acts(next((name for r in readers if (name := getattr(r.tokenizer, CHOICE, None))), None), chat, 'these rows are plain text')
     for split, data in splits.items():
         whole, refused = texts(data), set[str]()
         for r in readers:

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['REFINE_METHODS', 'OF_METHODS', 'SHIPPED_REFINE', 'PACKAGES', 'RefineJob', 'check_job', 'fill_refine', 'form_text',
-           'edited', 'own_form', 'stops_of', 'read_job', 'refine_answers', 'RefinedFile', 'trl_rows', 'mean_words',
-           'facts', 'beside', 'refined_text', 'settings_text', 'check_out', 'write_refined', 'refine_file']
+           'edited', 'own_form', 'stops_of', 'read_job', 'refiner', 'dry_refine', 'refine_answers', 'RefinedFile',
+           'trl_rows', 'mean_words', 'facts', 'beside', 'refined_text', 'settings_text', 'check_out', 'write_refined',
+           'refine_file']
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #f1718fa1
 import json
@@ -25,8 +26,8 @@ from ..data.files import keep_inputs
 from ..data.hygiene import DataReport, merge_reports
 from ..data.questions import answers_to, open_tables, questions_from
 from ..errors import ConfigError, unknown
-from .config import from_table, merged, to_table
-from .preference_stages import Model, Study, know_model, model_lines, note_models
+from .config import from_table, merged, to_table, to_toml
+from .preference_stages import Model, Study, know_model, model_lines, model_load, note_models
 from .response_ends import count_cut
 from .stages import claim
 from .transfer_settings import REFINERS
@@ -35,6 +36,7 @@ from .transfer_tasks import Exam, TaskRows
 from .weak_settings import short_name
 from ..feedback.forms import WORLD, Form, form_for, stops
 from ..feedback.refine import CHOICES, Examples, groups_of
+from ..models.chat_templates import check_acts
 from ..models.load import LoadSettings
 from ..models.zoo import SHIPPED, model_folder
 from ..train.generate import GenerateSettings
@@ -121,7 +123,9 @@ def own_form(
 ) -> Form:
     "The words for a model; raises `ModelError` and `ConfigError`"
     from w2s.models.load import load_tokenizer
-    return edited(WORLD if strong in SHIPPED else form_for(load_tokenizer(strong, load)), own)
+    form = edited(WORLD if strong in SHIPPED else form_for(load_tokenizer(strong, load)), own)
+    check_acts(load.chat_template, form.chat, f'{strong} is asked in plain text')
+    return form
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #c5f0176c
 def stops_of(
@@ -143,6 +147,22 @@ def read_job(
     if not apart: return read.questions, list(read.answers or []), read.report
     weak = questions_from(other, job.weak_answers, job.question, job.answer, 'needed', True, job.leave_out, 'weak answers')
     return read.questions, answers_to(weak, read.questions), merge_reports(read.report, weak.report)
+
+# %% ../../nbs/api/experiments/88_refine_file.ipynb #5db9019d
+def refiner(
+    job: RefineJob, # names the strong model
+) -> Model:         # not yet loaded
+    "The model that answers anew; raises `ModelError` or `ConfigError`"
+    strong = str(model_folder(job.strong))
+    return know_model(short_name(job.strong), strong, SimpleNamespace(max_length=sys.maxsize, load=job.load, strong=strong), writes=True)
+
+def dry_refine(
+    job: RefineJob, # what is asked for
+) -> str:           # settings as TOML, what would be read, and what is known of the model
+    "What a refinement would do; nothing is written. Raises `DataError`, `ModelError` or `ConfigError`"
+    report = read_job(job)[2]
+    own_form(job.strong, model_load(job, job.strong, 'strong'))
+    return '\n'.join([to_toml(job), str(report), *model_lines([refiner(job)])])
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #ad1a4ff5
 def refine_answers(
@@ -282,8 +302,8 @@ def refine_file(
     if 'examples' in OF_METHODS and job.method in OF_METHODS['examples'] and job.choice == 'others': Examples(job.examples)
     with claim(root, to_table(job), (lambda line: None) if quiet else print, keep, quiet) as stages:
         questions, weak, report = read_job(job)
-        form = own_form(job.strong, job.load, own)
-        model = know_model(short_name(job.strong), str(model_folder(job.strong)), SimpleNamespace(max_length=sys.maxsize, load=job.load), writes=True)
+        form = own_form(job.strong, model_load(job, job.strong, 'strong'), own)
+        model = refiner(job)
         note_models(stages, [model])
         for line in (*model_lines([model]), str(report)): stages.say(line)
         learned = refine_answers(Study(job, stages, quiet), model, form, questions, weak)

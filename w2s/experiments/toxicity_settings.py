@@ -14,6 +14,7 @@ from typing import Any
 # %% ../../nbs/api/experiments/90_toxicity_settings.ipynb #1409a4a9
 from ..errors import ConfigError, unknown
 from .config import from_table, merged, to_table
+from ..models.chat_templates import check_acts
 from ..models.places import LoadSettings, LoraSettings
 from ..models.zoo import SHIPPED
 from ..train.settings import GenerateSettings, TrainSettings
@@ -72,6 +73,7 @@ def check_toxicity(
     if c.data != SCENES and c.trial: raise ConfigError('trial belongs to data of the world; for a file, give other rows')
     if c.greedy and not set(c.methods) & {'naive', 'in-context'}: raise ConfigError('greedy is about weak lines, and no method learns from them')
     if 'in-context' in c.methods and c.examples >= c.asked_rows: raise ConfigError(f'examples is {c.examples}, of {c.asked_rows} asked_rows; more rows are needed than are shown at once')
+    check_acts(c.load.chat_template, False, 'continuations are plain text')
 
 # %% ../../nbs/api/experiments/90_toxicity_settings.ipynb #f5da7fdd
 WORLD_TOXICITY: dict[str, Any] = dict(

@@ -35,6 +35,7 @@ from .transfer_tasks import world_rows
 from .weak_settings import short_name
 from ..feedback.demonstrators import demonstrated
 from ..feedback.forms import Form, WORLD, form_for, stops
+from ..models.chat_templates import check_acts
 from ..models.zoo import SHIPPED, model_folder
 from ..train.generate import GenerateSettings
 
@@ -253,6 +254,7 @@ def result_of(
     strong = models[c.strong]
     if strong is None: raise DataError('the strong model has to answer; it cannot be a file')
     form = WORLD if table is None or c.strong in SHIPPED else form_for(strong.reader.tokenizer)
+    check_acts(c.load.chat_template, form.chat, f'{c.strong} is asked in plain text')
     made = []
     for seed in range(c.seeds):
         rows = world_rows(c.task, seed, (c.gold_rows, c.rows, c.test_rows), c.trial) if table is None else table_rows(study, table, judge, seed)

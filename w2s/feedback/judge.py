@@ -88,7 +88,7 @@ def word_row(
     limit: int,         # longest question with its word, in tokens
 ) -> EncodedRow | None: # with two sequences; None: no verdict can be read
     "A question with each of its two words, as token ids; raises `DataError` for a model that cannot be asked at all"
-    prompt_ids(base.tokenizer, [asked.prompt]) # refuses chat messages for a model without a template
+    prompt_ids(base.tokenizer, [asked.prompt]) # refuses messages that the chat template refuses
     try: sequences = encode_words(base.tokenizer, *asked)
     except DataError: return None              # one of the words begins with the other
     return EncodedRow('', sequences, 0) if max(len(s.ids) for s in sequences) <= limit else None

@@ -27,6 +27,7 @@ from .load import Base, ModelPlan, files_hash, set_mode
 from .places import LoraSettings
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
 # %% ../../nbs/api/models/20_adapters.ipynb #1f27fb25
 _all_ = ['LoraSettings'] # a reader of this module should find it here
@@ -67,7 +68,7 @@ def add_adapter(
     check_targets(base, lora)
     with torch.random.fork_rng(devices=[]): # the matrices are drawn on the CPU, whatever the device
         torch.random.default_generator.manual_seed(seed)
-        model = put_on(base.model, base.name, lambda: get_peft_model(base.model, lora_config(base.model, lora)))
+        model = put_on(base.model, base.name, lambda: get_peft_model(base.model, lora_config(base.model, lora), revision=getattr(base.model, 'hub_revision', None)))
     set_mode(model, True)
     return model
 
@@ -114,6 +115,13 @@ def check_folder_free(
     others = [p.name for p in folder.iterdir() if p.name not in OWN_FILES] if folder.is_dir() else []
     if others: raise ModelError(f'{folder} holds files that are no adapter ({others[0]}); save it in a folder of its own')
 
+# %% ../../nbs/api/models/20_adapters.ipynb #244c0707
+def _on_embeddings(model: PeftModel) -> bool:
+    "Has somebody put the adapter on the embeddings, too?"
+    config: Any = model.peft_config['default']
+    targets = config.target_modules or ()
+    return any(t.rpartition('.')[2] in EMBEDDING_LAYER_NAMES for t in ([targets] if isinstance(targets, str) else targets))
+
 # %% ../../nbs/api/models/20_adapters.ipynb #ec1adf74
 def save_adapter(
     model: PeftModel,    # with one adapter
@@ -125,11 +133,11 @@ def save_adapter(
     check_folder_free(folder)
     part = writing_name(folder)
     remove_tree(part) # of a killed run
-    model.save_pretrained(str(part))
+    model.save_pretrained(str(part), save_embedding_layers='auto' if _on_embeddings(model) else False) # 'auto' asks the hub for the vocabulary of the base
     (part/'README.md').unlink(missing_ok=True) # PEFT's empty form of a model card, with a path of this machine
     config = part/'adapter_config.json'
     config.write_text(json.dumps(_sorted_lists(json.loads(config.read_text(encoding='utf-8'))), indent=2, sort_keys=True), encoding='utf-8')
-    note = {'base': base.name, 'fingerprint': base.fingerprint, **asdict(base.settings)}
+    note = {'base': base.name, 'fingerprint': base.fingerprint, **{k: v for k, v in asdict(base.settings).items() if v is not None or k != 'chat_template'}} | ({'hub_revision': r} if (r := getattr(base.model, 'hub_revision', None)) else {})
     del note['device'] # a matter of this machine
     (part/'w2s.json').write_text(json.dumps(note, indent=1, sort_keys=True), encoding='utf-8')
     save_head(model, part)

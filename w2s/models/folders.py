@@ -127,5 +127,5 @@ def check_weights(
     if found: return
     pickled = _names(folder, '*.bin', '*.pt', '*.pth')
     if not pickled: raise ModelError(f'{folder} holds no weights: expected *.safetensors there; download the model anew')
-    if not pickle: raise ModelError(f'{folder} has no weights in safetensors form, only {pickled[0]}, which can run any code when it is read; convert them, or, if you trust their origin, set allow_pickle = true under [load]')
+    if not pickle: raise ModelError(f'{folder} has no weights in safetensors form, only {pickled[0]}, which can run any code when it is read; convert them, or, if you trust their origin, give --allow-pickle')
     if is_pointer(folder/pickled[0]): raise ModelError(f'{folder/pickled[0]} is a pointer of Git LFS, not the file; fetch it (git lfs pull), or download the model anew')

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from ..errors import ModelError
+from ..io.file_hashes import kept_hash
 from ..io.manifests import file_hash
 from .load import fingerprint
 
@@ -34,7 +35,7 @@ def check_downloads(
     "Raise `ModelError` if a file from the hub is not what its name says"
     for f in folder.iterdir():
         name = f.resolve().name
-        if f.is_symlink() and re.fullmatch(r'[0-9a-f]{64}', name) and f.is_file() and file_hash(f) != name:
+        if f.is_symlink() and re.fullmatch(r'[0-9a-f]{64}', name) and f.is_file() and kept_hash(f) != name:
             raise ModelError(f'{f.name} in {folder} is damaged: its content is not what was downloaded; delete {f.resolve()} and give the same command again')
 
 # %% ../../nbs/api/models/12_identity.ipynb #25e93fe3

@@ -31,7 +31,7 @@ def error_words(
     if 'does not recognize this architecture' in text or 'Unrecognized model' in text: return 'is of a kind that this version of transformers does not know; update transformers'
     if 'Unrecognized configuration class' in text: return 'is of a kind of which transformers has no model for this task; w2s needs a causal language model (decoder only), such as GPT-2, Llama or Qwen'
     if isinstance(error, (SafetensorError, UnpicklingError, EOFError)): return f'has a damaged file of weights ({text[:160]}); download it anew'
-    if 'safetensors' in text: return 'has no weights in safetensors form; convert them, or, if you trust their origin, set allow_pickle = true under [load]'
+    if 'safetensors' in text: return 'has no weights in safetensors form; convert them, or, if you trust their origin, give --allow-pickle'
     return f'cannot be loaded: {text[:300] or type(error).__name__}'
 
 # %% ../../nbs/api/models/03_reading.ipynb #873aa27f
