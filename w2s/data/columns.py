@@ -20,6 +20,7 @@ from datasets import Dataset
 
 # %% ../../nbs/api/data/16_columns.ipynb #731e893d
 from .json_rows import is_messages
+from .messages import are_written_messages
 from .tables import RawTable
 from ..errors import DataError
 
@@ -183,12 +184,13 @@ def columns_read(
     leave_out: Sequence[str] = (),       # columns that are not to be read
     split: str = 'all',                  # as which the rows are reported
     form: str = '',                      # that was recognised
+    spare: Sequence[str] = (),           # columns that are known not to be read, however long
 ) -> ColumnsRead:
     "The record of a file; raises `DataError` for a column that cannot be used, and for a long one that is not read"
     taken = [c for columns in used.values() for c in columns]
     for c in taken:
-        if c in raw.broken: raise DataError(raw.broken[c])
-    long, held = unread_columns(raw, used, prompt, leave_out)
+        if c in raw.broken and not are_written_messages(sample_cells(raw.data, [c])[c]): raise DataError(raw.broken[c])
+    long, held = unread_columns(raw, used, prompt, (*leave_out, *spare))
     stop_unread(where, long, how)
     rest = tuple(c for c in readable_columns(raw, leave_out) if c not in taken and c not in held)
     halves = tuple(sorted({r for c in taken for r in raw.replaced.get(c, ())}))
