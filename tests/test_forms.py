@@ -1,0 +1,133 @@
+"Public forms of rows, by their real columns with cells of our own: what stands in prompt, chosen, rejected, label and completion, and what was not read; and readers under any rows at all"
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from w2s.data.preference_forms import CHOICE
+from w2s.data.public_pairs import FORM_LIST
+from w2s.data.readers import read_preferences
+from w2s.errors import DataError
+
+WORDS = 'lamp river seven quiet garden under bring yellow paper walk stone early mirror cloud gentle north'.split()
+N = range(4)
+
+
+def words(n, i): return ' '.join(WORDS[(7 * i + 3 * k + n) % 16] for k in range(n)).capitalize() + '.'
+def q(i): return f'Is {i} a prime number?'
+def yes(i): return f'Yes, {i} is.'
+def no(i): return f'No, {i} is not.'
+def long(i): return words(40, i)
+def user(t): return dict(role='user', content=t)
+def bot(t): return dict(role='assistant', content=t)
+def human(t): return {'from': 'human', 'value': t}
+def gpt(t): return {'from': 'gpt', 'value': t}
+def parts(t): return [dict(type='text', text=t)]
+def jsonl(path, rows): path.write_text(''.join(json.dumps(r) + '\n' for r in rows), encoding='utf-8'); return path
+def chat(i): return [user(q(i))]
+def either(i, a, b): return (a, b) if i % 2 else (b, a)
+
+
+def pair(first, second, label, values, ask='prompt', **more):
+    "Rows of two responses: the better one is the first in odd rows"
+    rows = []
+    for i in N:
+        a, b = either(i, yes(i), no(i))
+        rows.append({ask: q(i), first: a, second: b, label: values[0] if i % 2 else values[1], **{k: f(i) for k, f in more.items()}})
+    return rows
+
+
+def rows(f): return [f(i) for i in N]
+
+
+ARENA = dict(question_id=lambda i: f'{i:032x}', model_a=lambda i: 'm', model_b=lambda i: 'n', judge=lambda i: 'arena_user_1', turn=lambda i: 1, language=lambda i: 'English')
+
+# name -> rows, prompt of a row, columns that must be named as not read
+PREFERENCES = {
+    'orca_dpo_pairs': (rows(lambda i: dict(system=words(9, i), question=q(i), chosen=yes(i), rejected=no(i))), lambda i: f'{words(9, i)}\n\n{q(i)}', ''),
+    'distilabel-intel-orca-dpo-pairs': (rows(lambda i: dict(system=words(9, i), input=q(i), chosen=yes(i), rejected=no(i), generations=[yes(i), no(i)], order=['chosen', 'rejected'], labelling_model='m', labelling_prompt=[dict(role='system', content=long(i)), user(long(i))],
+        raw_labelling_response=long(i), rating=[9., 3.], rationale=long(i + 1), status='unchanged', original_chosen=yes(i), original_rejected=no(i), chosen_score=9., in_gsm8k_train=False)), lambda i: f'{words(9, i)}\n\n{q(i)}', 'labelling_prompt rationale status'),
+    'LLaMA-Factory ranking': (rows(lambda i: dict(instruction=q(i), input=words(5, i) if i else '', chosen=yes(i), rejected=no(i))), lambda i: f'{q(i)}\n\n{words(5, i)}' if i else q(i), ''),
+    'LLaMA-Factory ranking, old': (rows(lambda i: dict(instruction=q(i), input='', output=[yes(i), no(i)])), q, ''),
+    'LLaMA-Factory ShareGPT': (rows(lambda i: dict(conversations=[human(q(i))], chosen=gpt(yes(i)), rejected=gpt(no(i)))), chat, ''),
+    'LLaMA-Factory ShareGPT, turns': (rows(lambda i: dict(conversations=[{'from': 'system', 'value': 'Be brief.'}, human('Hi'), gpt('Ho'), human(q(i))], chosen=gpt(yes(i)), rejected=gpt(no(i)))), lambda i: [dict(role='system', content='Be brief.'), user('Hi'), bot('Ho'), user(q(i))], ''),
+    'LLaMA-Factory v1': (rows(lambda i: dict(chosen_messages=[dict(role='user', content=[dict(type='text', value=q(i))], loss_weight=0.), dict(role='assistant', content=[dict(type='text', value=yes(i))], loss_weight=1.)],
+                                           rejected_messages=[dict(role='user', content=[dict(type='text', value=q(i))], loss_weight=0.), dict(role='assistant', content=[dict(type='text', value=no(i))], loss_weight=1.)])), chat, ''),
+    'axolotl chat_template': (rows(lambda i: dict(messages=[dict(role='system', content='Be brief.'), user(q(i))], chosen=bot(yes(i)), rejected=bot(no(i)))), lambda i: [dict(role='system', content='Be brief.'), user(q(i))], ''),
+    'axolotl chatml.argilla': (rows(lambda i: dict(system='Be brief.', instruction=q(i), chosen_response=yes(i), rejected_response=no(i))), lambda i: f'Be brief.\n\n{q(i)}', ''),
+    'axolotl chatml.icr': (rows(lambda i: dict(system='Be brief.', input=q(i), chosen=yes(i), rejected=no(i))), lambda i: f'Be brief.\n\n{q(i)}', ''),
+    'ShareGPT on both sides': (rows(lambda i: dict(chosen=[human(q(i)), gpt(yes(i))], rejected=[human(q(i)), gpt(no(i))])), chat, ''),
+    'ShareGPT beside a prompt': (rows(lambda i: dict(prompt=[human(q(i))], chosen=[gpt(yes(i))], rejected=[gpt(no(i))])), chat, ''),
+    'content in parts': (rows(lambda i: dict(prompt=[dict(role='user', content=parts(q(i)))], chosen=[dict(role='assistant', content=parts(yes(i)))], rejected=[dict(role='assistant', content=parts(no(i)))])), chat, ''),
+    'messages as JSON': (rows(lambda i: dict(chosen=json.dumps([user(q(i)), bot(yes(i))]), rejected=json.dumps([user(q(i)), bot(no(i))]))), chat, ''),
+    'a message as JSON': (rows(lambda i: dict(messages=json.dumps(chat(i)), chosen=json.dumps(bot(yes(i))), rejected=json.dumps(bot(no(i))))), chat, ''),
+    'SHP': (pair('human_ref_A', 'human_ref_B', 'labels', (1, 0), 'history', post_id=lambda i: f'p{i}', domain=lambda i: 'x_train', upvote_ratio=lambda i: .9, score_A=lambda i: 9, score_B=lambda i: 3, seconds_difference=lambda i: 1., score_ratio=lambda i: 3.), q, 'post_id domain score_ratio'),
+    'Nectar': (rows(lambda i: dict(prompt=f'\n\nHuman: {q(i)}\n\nAssistant: ', answers=[dict(answer=words(9, i), model='m', rank=2.), dict(answer=no(i), model='n', rank=7.), dict(answer=yes(i), model='o', rank=1.)], turns=1, num_responses=3, source=['x'], good_natured=True)),
+               lambda i: f'\n\nHuman: {q(i)}\n\nAssistant: ', 'turns num_responses'),
+    'PKU-SafeRLHF': (pair('response_0', 'response_1', 'better_response_id', (0, 1), is_response_0_safe=lambda i: True, is_response_1_safe=lambda i: False, safer_response_id=lambda i: 0), q, 'safer_response_id is_response_0_safe'),
+    'PKU-SafeRLHF, safer': (pair('response_0', 'response_1', 'safer_response_id', (0, 1), response_0_sha256=lambda i: f'{i:064x}'), q, 'response_0_sha256'),
+    'HelpSteer2 preference': (pair('response_1', 'response_2', 'preference_strength', (-2, 3), split=lambda i: 'train', preference_statement=long, preference_elaboration=lambda i: long(i + 5),
+                                   three_most_similar_preferences=lambda i: [dict(statement=long(i), strength=1)], all_preferences_unprocessed=lambda i: [dict(strength=1, justification=long(i))]), q, 'preference_statement all_preferences_unprocessed'),
+    'HelpSteer2 scores': ([dict(prompt=q(i), response=a, helpfulness=h, correctness=h, coherence=4, complexity=1, verbosity=2) for i in N for a, h in either(i, (yes(i), 4), (no(i), 1))], q, 'correctness verbosity'),
+    'HelpSteer3': ([dict(domain='general', language='english', context=chat(i), response1=r[0], response2=r[1], overall_preference=-3 if i % 2 else 1, individual_preference=[dict(score=1, reasoning=long(i), feedback=long(i + 3))]) for i in N for r in [either(i, yes(i), no(i))]], chat, 'individual_preference'),
+    'UltraFeedback': (rows(lambda i: dict(source='x', instruction=q(i), models=['m', 'n', 'o'], completions=[{'annotations': dict(honesty=dict(Rating='3', Rationale=long(i))), 'model': m, 'response': r, 'critique': long(i), 'fine-grained_score': s, 'overall_score': s, 'principle': 'p', 'custom_system_prompt': long(i)}
+                                              for m, r, s in (('m', no(i), 2.), ('n', yes(i), 9.), ('o', words(6, i), 5.))], correct_answers=['None'], incorrect_answers=['None'])), q, 'models correct_answers'),
+    'stack-exchange-paired': (rows(lambda i: dict(qid=i, question=q(i), date='2020', metadata=['https://example.org/q', 'https://example.org/u'], response_j=yes(i), response_k=no(i))), q, 'qid metadata'),
+    'stack-exchange-preferences': (rows(lambda i: dict(qid=i, question=q(i), answers=[dict(answer_id=1, author='a', pm_score=1, selected=False, text=no(i)), dict(answer_id=2, author='b', pm_score=5, selected=True, text=yes(i))], date='2020', metadata=['x'])), q, 'metadata'),
+    'Chatbot Arena': (rows(lambda i: dict(conversation_a=[user(q(i)), bot(either(i, yes(i), no(i))[0])], conversation_b=[user(q(i)), bot(either(i, yes(i), no(i))[1])], winner='model_a' if i % 2 else 'model_b', **{k: f(i) for k, f in ARENA.items()},
+                                         openai_moderation=dict(categories=dict(hate=False), flagged=False), toxic_chat_tag=dict(m=dict(flagged=False)))), chat, 'openai_moderation judge'),
+    'MT-Bench': (rows(lambda i: dict(conversation_a=[user(q(i)), bot(either(i, yes(i), no(i))[0]), user('And 8?'), bot('A')], conversation_b=[user(q(i)), bot(either(i, yes(i), no(i))[1]), user('And 8?'), bot('B')], winner='model_a' if i % 2 else 'model_b', **{k: f(i) for k, f in ARENA.items()})), chat, 'judge'),
+    'LMSYS on Kaggle': ([dict(id=i, model_a='m', model_b='n', prompt=json.dumps([q(i)]), response_a=json.dumps([a]), response_b=json.dumps([b]), winner_model_a=i % 2, winner_model_b=1 - i % 2, winner_tie=0) for i in N for a, b in [either(i, yes(i), no(i))]], q, 'model_a model_b'),
+    'WSDM Cup on Kaggle': (pair('response_a', 'response_b', 'winner', ('model_a', 'model_b'), id=lambda i: f'{i:064x}', model_a=lambda i: 'm', model_b=lambda i: 'n', language=lambda i: 'English'), q, 'model_a language'),
+    'AlpacaEval': (pair('output_1', 'output_2', 'preference', (1.02, 1.98), 'instruction', generator_1=lambda i: 'm', generator_2=lambda i: 'n', annotator=lambda i: 'gpt', dataset=lambda i: 'koala'), q, 'generator_1 annotator'),
+    'AlpacaFarm': (pair('output_1', 'output_2', 'preference', (1, 2), 'instruction', input=lambda i: ''), q, ''),
+    'WebGPT comparisons': ([dict(question=dict(dataset='eli5', id=str(i), full_text=q(i)), quotes_0=dict(title=['t'], extract=[long(i)]), answer_0=a, tokens_0=dict(prefix=[1, 2]), score_0=.5 if i % 2 else -1., quotes_1=dict(title=['t'], extract=[long(i + 1)]), answer_1=b, tokens_1=dict(prefix=[1]), score_1=-.5 if i % 2 else 1.)
+                            for i in N for a, b in [either(i, yes(i), no(i))]], q, 'quotes_0 quotes_1'),
+    'summarize_from_feedback': ([dict(info=dict(id=f't{i}', post=long(i), title=q(i), subreddit='x', site=None, article=None), summaries=[dict(text=' ' + a, policy='sup1', note=None), dict(text=' ' + b, policy='ref', note=None)], choice=0 if i % 2 else 1, worker='w', batch='b', split='train', extra=dict(confidence=7))
+                                 for i in N for a, b in [either(i, yes(i), no(i))]], lambda i: f'SUBREDDIT: r/x\nTITLE: {q(i)}\nPOST: {long(i)}\nTL;DR:', 'worker extra'),
+    'OpenAI fine-tuning': (rows(lambda i: dict(input=dict(messages=chat(i), tools=[], parallel_tool_calls=True), preferred_output=[bot(yes(i))], non_preferred_output=[bot(no(i))])), chat, ''),
+    'KTO in TRL': ([dict(prompt=q(i), completion=t, label=good) for i in N for t, good in either(i, (yes(i), True), (no(i), False))], q, ''),
+    'KTO in TRL, chats': ([dict(prompt=chat(i), completion=[bot(t)], label=good) for i in N for t, good in either(i, (yes(i), True), (no(i), False))], chat, ''),
+    'KTO in LLaMA-Factory': ([dict(messages=[user(q(i)), bot(t)], label=good) for i in N for t, good in either(i, (yes(i), True), (no(i), False))], chat, ''),
+    'KTO, Alpaca': ([dict(instruction=q(i), input='', output=t, kto_tag=good) for i in N for t, good in either(i, (yes(i), 1), (no(i), 0))], q, ''),
+    'UltraInteract': (rows(lambda i: dict(task='Coding', dataset='x', trajectory=[human('Hi'), gpt('Ho'), human(q(i))], chosen=yes(i), rejected=no(i), id=f'a{i}', parent_id='b')), lambda i: [user('Hi'), bot('Ho'), user(q(i))], 'task parent_id'),
+    'Capybara, distilabel': (rows(lambda i: dict(source='x', conversation=[dict(input=q(i), output=yes(i))], original_response=long(i), generation_prompt=[long(i)], raw_generation_responses=[long(i)], prompt=q(i), chosen=[user(q(i)), bot(yes(i))], rejected=[user(q(i)), bot(no(i))], rating=[5., 3.])), chat, 'original_response'),
+    'JudgeBench': (pair('response_A', 'response_B', 'label', ('A>B', 'B>A'), 'question', pair_id=lambda i: f'{i:032x}', source=lambda i: 'x', response_model=lambda i: 'm'), q, 'pair_id'),
+    'a reward model over samples': (rows(lambda i: dict(prompt=q(i), responses=[no(i), yes(i), words(4, i)], scores=[-1., 2., .5])), q, '')}
+
+
+def written(path, rows):
+    if path.suffix == '.jsonl': return jsonl(path, rows)
+    pd.DataFrame(rows).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize('name', PREFERENCES)
+@pytest.mark.parametrize('form', ['jsonl', 'parquet'])
+def test_preferences_of_public_forms(tmp_path, name, form):
+    given, prompt, unread = PREFERENCES[name]
+    read = read_preferences(written(tmp_path/f'x.{form}', given))
+    ds = read.splits['all']
+    got = sorted((json.dumps(p), c.strip(), r.strip()) for p, c, r in zip(ds['prompt'], ds['chosen'], ds['rejected'], strict=True))
+    assert got == sorted((json.dumps(prompt(i)), yes(i), no(i)) for i in N)
+    assert {r.reason for r in read.refused} <= {'read as the other response of a pair'} and len(ds) + len(read.refused) == len(given)
+    line = str(read.columns[0])
+    assert all(c in line for c in given[0]) and all(c in line.split('not read')[1] for c in unread.split())
+
+
+@pytest.mark.parametrize('name', [n for n, (given, *_) in PREFERENCES.items() if any(k in given[0] for k in ('winner', 'preference', 'label', 'better_response_id', 'preference_strength', 'overall_preference', 'score_0', 'winner_tie')) and len(given) == len(N)])
+def test_ties_are_counted(tmp_path, name):
+    given, *_ = PREFERENCES[name]
+    last = given[-1]
+    tie = dict(score_0=1., score_1=1.) if 'score_0' in last else dict(winner_model_a=0, winner_model_b=0, winner_tie=1) if 'winner_tie' in last else \
+        {k: 0 for k in ('preference_strength', 'overall_preference') if k in last} or ({k: 1.5 for k in ('preference',) if k in last} or {k: 'tie' for k in ('winner', 'label', 'better_response_id') if k in last})
+    read = read_preferences(jsonl(tmp_path/'x.jsonl', [*given[:-1], last | tie]) if 'better_response_id' not in tie and 'label' not in tie or isinstance(last.get('label'), str) else jsonl(tmp_path/'x.jsonl', [{k: str(v) for k, v in r.items()} for r in [*given[:-1], last | tie]]))
+    assert [(r.row, r.reason) for r in read.refused] == [(4, 'the label names neither response')] and len(read.splits['all']) == 3
+
+
+def test_responses_without_a_twin_are_counted(tmp_path):
+    given = [*PREFERENCES['KTO in TRL'][0], dict(prompt='Why?', completion='So.', label=True), dict(prompt=q(1), completion='No!', label=False)]
+    read = read_preferences(jsonl(tmp_path/'x.jsonl', given))
+    assert len(read.splits['all']) == 4 and [r.row for r in read.refused if r.reason == 'no response of the other kind to the same prompt'] == [9, 10]
+    with pytest.raises(DataError, match='no prompt has a good and a bad one'): read_preferences(jsonl(tmp_path/'y.jsonl', given[::2][:1] + given[-2:-1]))
