@@ -308,7 +308,7 @@ def test_what_other_columns_say_is_no_loss(tmp_path):
 def test_columns_can_be_named(tmp_path):
     rows = [dict(rules=sentence(30, i), query=sentence(9, i), good='Yes.', bad='No.') for i in range(9)]
     path = jsonl(tmp_path/'x.jsonl', rows)
-    with pytest.raises(DataError, match='(?s)no known form.*--columns'): read_preferences(path)
+    with pytest.raises(DataError, match='(?s)no known form.*--column '): read_preferences(path)
     with pytest.raises(DataError, match='column "rules"'): read_preferences(path, columns=dict(prompt='query', chosen='good', rejected='bad'))
     read = read_preferences(path, columns=dict(prompt='rules+query', chosen='good', rejected='bad'))
     assert prompts_of(read)[0] == f'{rows[0]["rules"]}\n\n{rows[0]["query"]}' and 'prompt: rules + query; chosen: good; rejected: bad' in line(read)
@@ -535,7 +535,7 @@ def test_messages_speak_the_command_line(tmp_path, words, monkeypatch):
     (tmp_path/'odd.csv').write_text('a,b\nx,y\nz,w\n')
     (tmp_path/'twice.csv').write_text('text,label\nx,1\nx,0\ny,1\n')
     (tmp_path/'folder').mkdir()
-    for name in ('train_prefs', 'train_sft', 'test_prefs'): jsonl(tmp_path/'folder'/f'{name}.jsonl', [dict(prompt='a', chosen='b', rejected='c')])
+    for name in ('train_one', 'train_two', 'test_one'): jsonl(tmp_path/'folder'/f'{name}.jsonl', [dict(prompt='a', chosen='b', rejected='c')])
     with pytest.raises(DataError) as e: w2s('run', *words)
     assert '--' in str(e.value) and '="' not in str(e.value) and '={' not in str(e.value) and 'mend' not in str(e.value).lower()
 

@@ -21,7 +21,7 @@ from datasets import Dataset
 # %% ../../nbs/api/data/16_columns.ipynb #731e893d
 from .json_rows import is_messages
 from .messages import are_written_messages
-from .tables import RawTable
+from .tables import SEED, RawTable
 from ..errors import DataError
 
 # %% ../../nbs/api/data/16_columns.ipynb #e1dfc87d
@@ -37,7 +37,9 @@ class ColumnsRead:
     form: str = ''                          # name of the form that was recognised
     key: str = ''                           # of the object that held the rows, in JSON; '': there was none
     changed: Mapping[str, tuple[int, ...]] = field(default_factory=dict) # what was done to cells -> rows of the file, from 1
-    rows: int = 0                           # in the file
+    rows: int = 0                           # of the file that were read
+    total: int = 0                          # rows of the file, where some were chosen at random; 0: all were read
+    beside: tuple[str, ...] = ()            # other files or splits of the source, which were not read
 
     def __str__(self) -> str: return columns_line(self)
     __repr__ = __str__
@@ -49,6 +51,8 @@ def columns_line(
     "What was read as what, in a line"
     name = Path(read.where).name + (f', rows of "{read.key}"' if read.key else '')
     parts = [f'{part}: {" + ".join(columns)}' for part, columns in read.used.items() if columns]
+    if read.total: name += f', {read.rows:,} of {read.total:,} rows chosen at random (seed {SEED}; the numbers of rows below count these)'
+    if read.beside: parts.append(f'beside it, not read: {", ".join(read.beside)}')
     rest = {'not read': read.unread, 'not read, since other columns say the same': read.held, 'left out': read.left_out}
     return f'{name}: ' + '; '.join([*parts, *(f'{k}: {", ".join(v)}' for k, v in rest.items() if v)])
 
@@ -194,9 +198,9 @@ def columns_read(
     stop_unread(where, long, how)
     rest = tuple(c for c in readable_columns(raw, leave_out) if c not in taken and c not in held)
     halves = tuple(sorted({r for c in taken for r in raw.replaced.get(c, ())}))
-    changed = {HALF: halves} if halves else {}
+    changed = {**raw.noted, **({HALF: halves} if halves else {})}
     return ColumnsRead(where, {k: tuple(v) for k, v in used.items()}, rest, held, tuple(c for c in leave_out if c in raw.data.column_names),
-                       split, form, raw.key, changed, len(raw.data))
+                       split, form, raw.key, changed, len(raw.data), raw.total, raw.beside)
 
 HALF = 'half a character (a lone surrogate) became U+FFFD'
 

@@ -21,7 +21,7 @@ from .numbers import number_of, number_text
 from .prompts import UNREADABLE, PromptColumns, as_text, drop_held, find_columns, has_turns, join_prompt, named_columns
 from .readers import MISSING, FileRead, Refused
 from .rows import make_rows
-from .sources import _named, _table_files, source_kind, source_tables, split_of
+from .sources import source_tables
 from .tables import RawTable
 from ..errors import DataError
 
@@ -183,11 +183,8 @@ def read_gsm8k(
     leave_out: Sequence[str] = (), # columns that are not to be read
 ) -> MathsRead:                 # a file is the one split "all"
     "Read maths questions: GSM8K's form, MATH's, or questions with plain numbers; raises `DataError`"
-    names = _table_files(Path(source)) if source_kind(str(source)) == 'folder' and not splits else []
-    known = [n for n in names if split_of(n)]
-    left = [n for n in names if known and n not in known]
-    if left: splits = _named(known, None, str(source))
-    tables = source_tables(str(source), splits)
+    tables = source_tables(str(source), splits, spare=True)
+    left = next(iter(tables.values()))[1].beside
     check_leave_out(leave_out, dict(tables.values()))
     done = {s: maths_rows_of(t, where, s, marks, question, answer, leave_out) for s, (where, t) in tables.items()}
     return MathsRead({s: d.rows for s, d in done.items()}, [r for d in done.values() for r in d.refused],

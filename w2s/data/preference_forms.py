@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MISSING', 'NOT_DIALOGUE', 'DIFFER', 'ELSEWHERE', 'MESSAGES', 'WRITTEN', 'TIE', 'NO_CHOICE', 'FEW', 'REASONS', 'TURN',
-           'PAIR_COLUMNS', 'LABEL_COLUMNS', 'PROMPT_COLUMNS', 'TIES', 'CHOICE', 'Choose', 'SAYS', 'UP', 'DOWN', 'PARTS',
-           'NUMBERS', 'Refused', 'split_dialogue', 'by_sign', 'by_scores', 'by_middle', 'one_is_first', 'ranked_row',
-           'PreferenceForm', 'Match', 'match_form']
+           'PAIR_COLUMNS', 'LABEL_COLUMNS', 'PROMPT_COLUMNS', 'TIES', 'Choose', 'CHOICE', 'SAYS', 'UP', 'DOWN', 'PARTS',
+           'NUMBERS', 'Refused', 'split_dialogue', 'by_name', 'by_sign', 'by_scores', 'by_middle', 'one_is_first',
+           'ranked_row', 'PreferenceForm', 'Match', 'match_form']
 
 # %% ../../nbs/api/data/19_preference_forms.ipynb #929df4f2
 import math
@@ -121,9 +121,15 @@ def _label_name(label, columns: Sequence[str], where: str) -> int | None:
     raise DataError(f'{where}: label {label!r} names neither {columns[0]} nor {columns[1]}; write {ends[0]!r} or {ends[1]!r}, or "tie"')
 
 # %% ../../nbs/api/data/19_preference_forms.ipynb #c681d8aa
+Choose = Callable[[Mapping[str, Any], Sequence[str], str], int | None] # of a row: 0 or 1, which response is better; None: a tie
+
+def by_name(row: Mapping[str, Any], columns: Sequence[str], where: str) -> int | None:
+    "A label that names one of the responses by the end of its column"
+    return _label_name(row['label'], columns, where)
+
 CHOICE = ('label', 'other', 'tie') # parts that say which response is the better one
 
-def _pair_row(row: Mapping[str, Any], columns: Sequence[str], where: str, choose: Callable[[Mapping[str, Any], Sequence[str], str], int | None] = lambda row, names, at: _label_name(row['label'], names, at)) -> dict | str:
+def _pair_row(row: Mapping[str, Any], columns: Sequence[str], where: str, choose: Choose = by_name) -> dict | str:
     "A pair with a label; without one, the first response is named, which means nothing"
     prompt, texts = open_messages(row['prompt']), (row['first'], row['second'])
     if prompt is None or None in texts: return MISSING
@@ -133,8 +139,6 @@ def _pair_row(row: Mapping[str, Any], columns: Sequence[str], where: str, choose
     return TIE if better is None else _trl_row(dict(prompt=prompt, chosen=texts[better], rejected=texts[1 - better]))
 
 # %% ../../nbs/api/data/19_preference_forms.ipynb #a3da6c71
-Choose = Callable[[Mapping[str, Any], Sequence[str], str], int | None] # of a row: 0 or 1, which response is better; None: a tie
-
 def _value(x: Any, where: str) -> float:
     "A number, also out of a text or a truth value; raises `DataError`"
     try:

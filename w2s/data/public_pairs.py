@@ -15,7 +15,7 @@ from typing import Any
 from .columns import is_missing, texts_in
 from .messages import HOLDERS, conversation, open_messages, parse_value, plain_messages
 from .preference_forms import (DIFFER, FEW, LABEL_COLUMNS, MISSING, NO_CHOICE, PAIR_COLUMNS, TIE, TURN, PreferenceForm, _chat_row, _hh_row, _pair_row, _trl_row, _value,
-                                       _whole_row, by_middle, by_scores, by_sign, one_is_first, ranked_row)
+                                       _whole_row, by_middle, by_name, by_scores, by_sign, one_is_first, ranked_row)
 from .prompts import dialogue_text
 from ..errors import DataError
 
@@ -55,7 +55,7 @@ def _talks_row(row: Mapping[str, Any], columns: Sequence[str], where: str) -> di
 def _lists_row(row: Mapping[str, Any], columns: Sequence[str], where: str) -> dict | str:
     "Prompt and responses as JSON lists of texts, one a turn; plain texts are read as they are"
     sides = [parse_value(row[p]) if isinstance(row[p], str) and row[p].lstrip()[:1] == '[' else row[p] for p in ('prompt', 'first', 'second')]
-    choose = by_scores if 'other' in row else by_middle
+    choose = by_scores if 'other' in row else by_name
     if not all(isinstance(s, list) for s in sides): return _pair_row(row, columns, where, choose)
     if not sides[0] or len({*map(len, sides)}) > 1 or not all(isinstance(t, str) for s in sides for t in s): return MISSING
     asked, *said = sides
@@ -125,6 +125,7 @@ def _pairs(name: str, first: str, second: str, choose: Any, of: str, asks: tuple
 _STRENGTH, _RANKED = partial(_pair_row, choose=by_sign), lambda row, names, at: ranked_row(open_messages(row['prompt']), row['items'], row.get('label'))
 _NAMED = (
     _pairs('human_ref_A, human_ref_B', 'human_ref_A', 'human_ref_B', partial(_pair_row, choose=one_is_first), 'SHP', ('history',), label=('labels',)),
+    *(_pairs('preference', a, b, partial(_pair_row, choose=by_middle), 'AlpacaEval, AlpacaFarm', label=('preference',)) for a, b in PAIR_COLUMNS if b.endswith('2')),
     _pairs('better_response_id', 'response_0', 'response_1', _pair_row, 'PKU-SafeRLHF', label=('better_response_id',)),
     _pairs('safer_response_id', 'response_0', 'response_1', _pair_row, 'PKU-SafeRLHF', label=('safer_response_id',)),
     _pairs('preference_strength', 'response_1', 'response_2', _STRENGTH, 'HelpSteer2', spare=('preference_statement', 'preference_elaboration', 'three_most_similar_preferences', 'all_preferences_unprocessed'), label=('preference_strength',)),
@@ -158,8 +159,8 @@ def _chosen_forms(a: str, b: str) -> tuple[PreferenceForm, ...]:
             PreferenceForm(f'conversations{tail}', parts, read, prompt=False, fits=lambda cells, asked: any(isinstance(c, list) for c in cells['chosen']), of='UltraFeedback binarized, dpo-mix, Skywork'))
 
 FORM_LIST = (*_NAMED, *(f for pair in CHOSEN_COLUMNS for f in _chosen_forms(*pair)),
-    *(PreferenceForm('pair with a label', dict(first=(a,), second=(b,), label=LABEL_COLUMNS), partial(_pair_row, choose=by_middle) if b.endswith('2') else _lists_row if a == 'response_a' else _pair_row,
-                     of='LLMBar, AlpacaEval, AlpacaFarm' if a == 'output_1' else 'Kaggle lmarena' if a == 'response_a' else '') for a, b in PAIR_COLUMNS),
+    *(PreferenceForm('pair with a label', dict(first=(a,), second=(b,), label=LABEL_COLUMNS), _lists_row if a == 'response_a' else _pair_row,
+                     of='LLMBar' if a == 'output_1' else 'Kaggle lmarena' if a == 'response_a' else '') for a, b in PAIR_COLUMNS),
     PreferenceForm('one response a row, good or bad', dict(said=('completion', 'response', 'output', 'answer'), label=('label', 'kto_tag')), _marked_row, join=True, of='KTO in TRL and LLaMA-Factory'),
     PreferenceForm('one conversation a row, good or bad', dict(said=TALKS, label=('label', 'kto_tag')), _marked_row, prompt=False, join=True, of='KTO in LLaMA-Factory'),
     PreferenceForm('one response a row, with scores', dict(said=('response',), label=('helpfulness', 'overall_score', 'score', 'reward')), _marked_row, join=True, of='HelpSteer, HelpSteer2'))

@@ -161,9 +161,10 @@ def read_preferences(
     splits: Mapping[str, str] | None = None, # our split -> file or split name of the source; None: by their names
     leave_out: Sequence[str] = (),        # columns that are not to be read
     columns: Mapping[str, str] | None = None, # part of a row -> its column, see `preference_rows`; None: recognised
+    most: int = 0,                        # rows that are wanted of a large file, chosen at random; 0: all
 ) -> Read:                                # a file is the one split "all"
     "Read preference rows of any known form; raises `DataError` for what cannot be read at all"
-    tables = source_tables(str(source), splits)
+    tables = source_tables(str(source), splits, 'preferences', most=most)
     check_leave_out(leave_out, dict(tables.values()))
     _same_numbers({s: (where, t) for s, (where, t) in tables.items()})
     read = {s: len(t.data) for s, (_, t) in tables.items()}

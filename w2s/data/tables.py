@@ -10,6 +10,7 @@ __all__ = ['LONGEST_CELL', 'HOW_QUOTED', 'DEEPEST', 'PIECE', 'FEW', 'TEXT_FORMS'
 import csv
 import json
 import random
+import re
 import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -61,9 +62,11 @@ def csv_sep(
     path: str | Path, # .csv, perhaps zipped
 ) -> str:             # ',' or, as spreadsheets of many countries write it, ';'
     "What stands between the cells of the first line"
-    try: head = next((line for _, line in text_lines(path)), '')
-    except DataError: return ','
-    return max(',;', key=lambda sep: len(next(csv.reader([head], delimiter=sep), [])))
+    try:
+        with open_text(path) as text: head = re.split(r'[\r\n]', text.read(2**16).lstrip('\r\n'))[0]
+        return max(',;', key=lambda sep: len(next(csv.reader([head], delimiter=sep), [])))
+    except (UnicodeDecodeError, csv.Error): return ','
+
 
 # %% ../../nbs/api/data/15_tables.ipynb #cfdc0abd
 @dataclass(frozen=True)
