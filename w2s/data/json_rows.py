@@ -121,7 +121,7 @@ def frame_rows(
     "The rows of a data frame that pandas wrote as one object (orient split, columns, index, or lists of cells)"
     names, data, values = whole.get('columns'), whole.get('data'), list(whole.values())
     if isinstance(names, list) and isinstance(data, list) and all(isinstance(r, list) and len(r) == len(names) for r in data): return [dict(zip(names, r, strict=True)) for r in data]
-    if len(values) < 2: return None
+    if len(values) < 2 or {'columns', 'data'} <= set(whole): return None
     if all(isinstance(v, list) for v in values) and len({len(v) for v in values}) == 1 and not any(isinstance(x, dict) for v in values for x in v):
         return [dict(zip(whole, cells, strict=True)) for cells in zip(*values, strict=True)]
     if not all(isinstance(v, dict) and v for v in values) or len({tuple(v) for v in values}) > 1: return None

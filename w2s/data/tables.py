@@ -11,7 +11,6 @@ import csv
 import json
 import random
 import re
-import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +28,9 @@ from .rows import as_dataset
 from ..errors import DataError
 
 # %% ../../nbs/api/data/15_tables.ipynb #e7cd9f9d
+class _BadCells(DataError):
+    "Cells that do not fit, which another way of quoting may explain"
+
 def _cells(reader: Any, where: str, sep: str) -> Iterator[dict[str, str]]:
     "Rows of a CSV reader under the names of its first line"
     head: list[str] = next(reader, [])
@@ -36,7 +38,7 @@ def _cells(reader: Any, where: str, sep: str) -> Iterator[dict[str, str]]:
     for cells in reader:
         if not cells: continue
         if len(cells) != len(head):
-            raise DataError(f'{where}, line {reader.line_num}: {len(cells)} cells under {len(head)} columns; quote cells that hold "{sep}"')
+            raise _BadCells(f'{where}, line {reader.line_num}: {len(cells)} cells under {len(head)} columns; quote cells that hold "{sep}"')
         yield dict(zip(head, cells, strict=True))
 
 # %% ../../nbs/api/data/15_tables.ipynb #3f9e86a7
@@ -54,7 +56,7 @@ def csv_rows(
     with open_text(path) as text:
         reader = csv.reader(text, delimiter=sep, strict=True, **HOW_QUOTED[quoted])
         try: yield from _cells(reader, str(path), sep)
-        except csv.Error as e: raise DataError(f'{path}, line {reader.line_num}: {e}; is a quotation mark left open?') from e
+        except csv.Error as e: raise _BadCells(f'{path}, line {reader.line_num}: {e}; is a quotation mark left open?') from e
         except UnicodeDecodeError as e: raise bad_line(path) from e
         finally: csv.field_size_limit(old)
 
@@ -268,14 +270,16 @@ def _text_table(path: Path, form: str, most: int) -> RawTable:
 def _with_quotes(path: Path, form: str, most: int) -> RawTable:
     "A table of text; where its quotation marks do not pair, it is read in another way, which is noted with the rows that have such marks"
     try: return _text_table(path, form, most)
-    except DataError as e:
-        sep = '\t' if form == '.tsv' else csv_sep(path)
-        for how in [*HOW_QUOTED][1:3 if form == '.tsv' else 2]:
-            try: raw = table_of(choose_items(csv_rows(path, sep, how), most or sys.maxsize, SEED)[0], str(path))
-            except DataError: continue
-            hit = [i for i, row in enumerate(zip(*raw.data.with_format(None)[:].values(), strict=True), 1) if any('"' in x for x in row)]
-            return replace(raw, noted={how: tuple(hit)}) if hit else raw
-        raise e
+    except _BadCells as e: failed = str(e) # the error itself would keep what was read
+    sep = '\t' if form == '.tsv' else csv_sep(path)
+    for how in [*HOW_QUOTED][1:3 if form == '.tsv' else 2]:
+        try: kept, total = choose_items(csv_rows(path, sep, how), most, SEED) if most else (csv_rows(path, sep, how), 0)
+        except _BadCells: continue
+        try: raw = table_of(kept, str(path))
+        except _BadCells: continue
+        hit = [i for i, row in enumerate(zip(*raw.data.with_format(None)[:].values(), strict=True), 1) if any('"' in x for x in row)]
+        return replace(raw, noted={how: tuple(hit)} if hit else {}, total=total if most and total > most else 0)
+    raise DataError(failed)
 
 # %% ../../nbs/api/data/15_tables.ipynb #a5863d96
 def open_table(
