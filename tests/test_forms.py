@@ -131,3 +131,79 @@ def test_responses_without_a_twin_are_counted(tmp_path):
     read = read_preferences(jsonl(tmp_path/'x.jsonl', given))
     assert len(read.splits['all']) == 4 and [r.row for r in read.refused if r.reason == 'no response of the other kind to the same prompt'] == [9, 10]
     with pytest.raises(DataError, match='no prompt has a good and a bad one'): read_preferences(jsonl(tmp_path/'y.jsonl', given[::2][:1] + given[-2:-1]))
+
+
+# Demonstrations
+
+def asks(f, answer='output', **more): return rows(lambda i: {**f(i), answer: yes(i), **{k: g(i) for k, g in more.items()}})
+
+
+DEMONSTRATIONS = { # name -> rows, question of a row
+    'messages': (rows(lambda i: dict(messages=[user(q(i)), bot(yes(i))])), q),
+    'messages, system': (rows(lambda i: dict(messages=[dict(role='system', content='Be brief.'), user(q(i)), bot(yes(i))])), lambda i: f'Be brief.\n\n{q(i)}'),
+    'UltraChat': (rows(lambda i: dict(prompt='Hi', prompt_id=f'{i:064x}', messages=[user('Hi'), bot('Ho'), user(q(i)), bot(yes(i))])), lambda i: f'\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: {q(i)}\n\nAssistant:'),
+    'ShareGPT': (rows(lambda i: dict(id=f'{i}_0', conversations=[human(q(i)), gpt(yes(i))])), q),
+    'OpenHermes': (rows(lambda i: dict(source='x', category=None, conversations=[human(q(i)), gpt(yes(i))], system_prompt=None, custom_instruction=None)), q),
+    'Slim Orca': (rows(lambda i: dict(conversations=[{'from': 'system', 'value': 'Be brief.', 'weight': None}, {'from': 'human', 'value': q(i), 'weight': 0.}, {'from': 'gpt', 'value': yes(i), 'weight': 1.}])), lambda i: f'Be brief.\n\n{q(i)}'),
+    'LIMA': (rows(lambda i: dict(conversations=[q(i), yes(i)], source='x')), q),
+    'Alpaca': (asks(lambda i: dict(instruction=q(i), input=words(5, i))), lambda i: f'{q(i)}\n\n{words(5, i)}'),
+    'Dolly': (asks(lambda i: dict(instruction=q(i), context=long(i), category='closed_qa'), 'response'), lambda i: f'{q(i)}\n\n{long(i)}'),
+    'OASST trees': (rows(lambda i: dict(message_tree_id=f'{i}', prompt=dict(message_id=f'{i}', text=q(i), role='prompter', replies=[dict(text=no(i), role='assistant', rank=1, replies=[]), dict(text=yes(i), role='assistant', rank=0, replies=[])]))), q),
+    'OASST messages': ([r for i in N for r in (dict(message_id=f'a{i}', parent_id=None, text=q(i), role='prompter', lang='en'), dict(message_id=f'b{i}', parent_id=f'a{i}', text=yes(i), role='assistant', lang='en'))], q),
+    'guanaco': (rows(lambda i: dict(text=f'### Human: {q(i)}### Assistant: {yes(i)}')), q),
+    'HH as demonstrations': (rows(lambda i: dict(text=f'\n\nHuman: {q(i)}\n\nAssistant: {yes(i)}')), q),
+    'TRL': (asks(lambda i: dict(prompt=q(i)), 'completion'), q),
+    'TRL, chats': (rows(lambda i: dict(prompt=chat(i), completion=[bot(yes(i))])), q),
+    'input and output': (asks(lambda i: dict(input=q(i))), q),
+    'query and response': (asks(lambda i: dict(query=q(i)), 'response'), q),
+    'Question and Answer': (asks(lambda i: dict(Question=q(i)), 'Answer'), q),
+    'xP3': (asks(lambda i: dict(inputs=q(i)), 'targets'), q),
+    'NuminaMath': (rows(lambda i: dict(source='x', problem=q(i), solution=yes(i), messages=[user(q(i)), bot(yes(i))])), q),
+    'content in parts': (rows(lambda i: dict(messages=[dict(role='user', content=parts(q(i))), dict(role='assistant', content=parts(yes(i)))])), q),
+    'messages as JSON': (rows(lambda i: dict(messages=json.dumps([user(q(i)), bot(yes(i))]))), q)}
+
+
+@pytest.mark.parametrize('name', DEMONSTRATIONS)
+@pytest.mark.parametrize('form', ['jsonl', 'parquet'])
+def test_demonstrations_of_public_forms(tmp_path, name, form):
+    from w2s.data.questions import read_asked_file
+    given, question = DEMONSTRATIONS[name]
+    read = read_asked_file(written(tmp_path/f'x.{form}', given), answers='needed')
+    assert read.questions == [question(i) for i in N] and read.answers == [yes(i) for i in N]
+    assert len(read.questions) + len(read.refused) == len(given) and all(c in str(read.columns) for c in given[0])
+
+
+def test_rows_without_an_answer_are_counted(tmp_path):
+    from w2s.data.questions import read_asked_file
+    read = read_asked_file(jsonl(tmp_path/'x.jsonl', [*DEMONSTRATIONS['OASST messages'][0], dict(message_id='z', parent_id='gone', text='So.', role='assistant', lang='en')]), answers='needed')
+    assert len(read.refused) == 5 and {r.reason for r in read.refused} == {'a text is missing (null)'}
+    read = read_asked_file(jsonl(tmp_path/'y.jsonl', [dict(messages=[user('Hi'), bot('Ho')]), dict(messages=[user('Why?')]), dict(messages=[user('So?'), dict(role='assistant', content=None)])]), answers='needed')
+    assert read.questions == ['Hi'] and [r.row for r in read.refused] == [2, 3]
+
+
+SUMS = { # name -> rows, question, working (a part of it), final answer
+    'GSM8K': (rows(lambda i: dict(question=q(i), answer=f'So {i}.\n#### {i}')), q, 'So {i}.', '{i}'),
+    'MetaMathQA': (rows(lambda i: dict(type='GSM_Rephrased', query=q(i), original_question=long(i), response=f'So {i}.\n#### {i}\nThe answer is: {i}')), q, 'So {i}.', '{i}'),
+    'SVAMP': (rows(lambda i: dict(ID=f'chal-{i}', Body=f'Ann has {i} shells.', Question='How many?', Equation=f'( {i} + 0 )', Answer=float(i), Type='Addition', question_concat=f'Ann has {i} shells. How many?')), lambda i: f'Ann has {i} shells.\n\nHow many?', '{i}', '{i}'),
+    'OpenMathInstruct': (rows(lambda i: dict(question=q(i), expected_answer=str(i), predicted_answer=str(i), error_message='', is_correct=True, generation_type='x', dataset='gsm8k', generated_solution=f'So \\boxed{{{i}}}.')), q, 'So \\boxed', '{i}'),
+    'OpenMathInstruct-2': (rows(lambda i: dict(problem=q(i), generated_solution=f'So \\boxed{{{i}}}.', expected_answer=str(i), problem_source='x')), q, 'So \\boxed', '{i}'),
+    'AIME': (rows(lambda i: {'ID': f'2024-I-{i}', 'Year': 2024, 'Problem Number': i, 'Problem': q(i), 'Solution': f'We see that it is {words(6, i)}', 'Answer': 100 + i}), q, 'We see', '10{i}'),
+    'AIME, answers alone': (rows(lambda i: {'ID': f'2024-I-{i}', 'Year': 2024, 'Question': q(i), 'Answer': 100 + i, 'Part': 'I'}), q, '10{i}', '10{i}'),
+    'AQuA': (rows(lambda i: dict(question=q(i), options=[f'A){i + 7}', f'B){i}', 'C)99'], rationale=f'So {words(5, i)}', correct='B')), lambda i: f'{q(i)}\n(A) {i + 7}\n(B) {i}\n(C) 99', 'So', '{i}'),
+    'MathQA': (rows(lambda i: dict(Problem=q(i), Rationale=f'So {words(5, i)}', options=f'a ) {i + 7} , b ) {i} , c ) 99', correct='b', annotated_formula='add(1,2)', category='general')), lambda i: f'{q(i)}\n(A) {i + 7}\n(B) {i}\n(C) 99', 'So', '{i}'),
+    'ASDiv': (rows(lambda i: dict(body=f'Ann has {i} shells.', question='How many?', solution_type='Addition', answer=f'{i} (shells)', formula=f'{i}+0={i}')), lambda i: f'Ann has {i} shells.\n\nHow many?', '{i}', '{i}'),
+    'MATH': (rows(lambda i: dict(problem=q(i), level='Level 1', type='Algebra', solution=f'So $\\boxed{{{i}}}$.')), q, 'So', '{i}'),
+    'MATH-500': (rows(lambda i: dict(problem=q(i), solution=f'So $\\boxed{{{i}}}$.', answer=str(i), subject='Algebra', level=1, unique_id=f'test/{i}.json')), q, 'So', '{i}'),
+    'NuminaMath': (rows(lambda i: dict(source='x', problem=q(i), solution=f'So $\\boxed{{{i}}}$.', messages=[user(q(i)), bot(f'So $\\boxed{{{i}}}$.')])), q, 'So', '{i}')}
+
+
+@pytest.mark.parametrize('name', SUMS)
+@pytest.mark.parametrize('form', ['jsonl', 'parquet'])
+def test_sums_of_public_forms(tmp_path, name, form):
+    from w2s.data.maths_rows import read_gsm8k
+    given, question, working, final = SUMS[name]
+    read = read_gsm8k(written(tmp_path/f'x.{form}', given))
+    ds = read.splits['all']
+    assert not read.refused and ds['prompt'][:] == [f'Q: {question(i)}\nA:' for i in N]
+    assert ds['answer'][:] == [final.replace('{i}', str(i)) for i in N] and all(working.replace('{i}', str(i)) in c for i, c in zip(N, ds['completion'], strict=True))
+    assert all(c in str(read.columns[0]) for c in given[0])

@@ -199,7 +199,7 @@ def columns_read(
     rest = tuple(c for c in readable_columns(raw, leave_out) if c not in taken and c not in held)
     halves = tuple(sorted({r for c in taken for r in raw.replaced.get(c, ())}))
     changed = {**raw.noted, **({HALF: halves} if halves else {})}
-    return ColumnsRead(where, {k: tuple(v) for k, v in used.items()}, rest, held, tuple(c for c in leave_out if c in raw.data.column_names),
+    return ColumnsRead(where, {k: tuple(raw.made.get(c, c) for c in v) for k, v in used.items()}, rest, held, tuple(c for c in leave_out if c in raw.data.column_names),
                        split, form, raw.key, changed, len(raw.data), raw.total, raw.beside)
 
 HALF = 'half a character (a lone surrogate) became U+FFFD'

@@ -80,6 +80,7 @@ class RawTable:
     key: str = ''                # of the object that held the rows; '': there was none
     noted: dict[str, tuple[int, ...]] = field(default_factory=dict)         # what was done to get at the rows -> rows, from 1
     total: int = 0               # rows in the file, where some of them were chosen at random; 0: all are here
+    made: dict[str, str] = field(default_factory=dict)                      # column that a reader has made -> what of, for the record
     beside: tuple[str, ...] = () # other files or splits of the source, which were not read
 
 # %% ../../nbs/api/data/15_tables.ipynb #919a58b7
