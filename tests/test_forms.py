@@ -207,3 +207,107 @@ def test_sums_of_public_forms(tmp_path, name, form):
     assert not read.refused and ds['prompt'][:] == [f'Q: {question(i)}\nA:' for i in N]
     assert ds['answer'][:] == [final.replace('{i}', str(i)) for i in N] and all(working.replace('{i}', str(i)) in c for i, c in zip(N, ds['completion'], strict=True))
     assert all(c in str(read.columns[0]) for c in given[0])
+
+
+# Labels
+
+def marked(text, label, values, **more): return rows(lambda i: {text: words(9, i), label: values[i % len(values)], **{k: f(i) for k, f in more.items()}})
+
+
+SCORES = dict(severe_toxicity=lambda i: .1, obscene=lambda i: .0, identity_attack=lambda i: .2)
+LABELS = { # name -> rows, texts that stand in the prompt, classes, label of each row (class number), columns not read
+    'BeaverTails': (marked('prompt', 'is_safe', (False, True), response=lambda i: words(12, i), category=lambda i: dict(violence=False)), ('prompt', 'response'), ('False', 'True'), [0, 1, 0, 1], 'category'),
+    'BoolQ': (marked('passage', 'answer', (False, True), question=lambda i: q(i)), ('passage', 'question'), ('False', 'True'), [0, 1, 0, 1], ''),
+    'BoolQ in SuperGLUE': (marked('passage', 'label', (0, 1), question=lambda i: q(i), idx=lambda i: i), ('passage', 'question'), ('False', 'True'), [0, 1, 0, 1], 'idx'),
+    'ToxicChat': (marked('user_input', 'toxicity', (0, 1), conv_id=lambda i: f'{i}', model_output=long, human_annotation=lambda i: True, jailbreaking=lambda i: 0, openai_moderation=lambda i: '[["x", 0.1]]'), ('user_input',), ('0', '1'), [0, 1, 0, 1], 'model_output openai_moderation'),
+    'Jigsaw': (marked('comment_text', 'toxic', (0, 1), id=lambda i: f'{i:016x}', severe_toxic=lambda i: 0, obscene=lambda i: 0, threat=lambda i: 0, insult=lambda i: 0, identity_hate=lambda i: 0), ('comment_text',), ('0', '1'), [0, 1, 0, 1], 'severe_toxic insult'),
+    'Jigsaw, unintended bias': (marked('comment_text', 'target', (.0, .7, .49, .5), id=lambda i: i, **SCORES), ('comment_text',), ('0', '1'), [0, 1, 0, 1], 'severe_toxicity'),
+    'CivilComments': (marked('text', 'toxicity', (.0, .7, .49, .5), **SCORES), ('text',), ('0', '1'), [0, 1, 0, 1], 'obscene'),
+    'WildGuard': (marked('prompt', 'prompt_harm_label', ('unharmful', 'harmful'), adversarial=lambda i: False, response=long, response_harm_label=lambda i: 'unharmful', response_refusal_label=lambda i: 'refusal', subcategory=lambda i: 'x'), ('prompt',), ('harmful', 'unharmful'), [1, 0, 1, 0], 'response response_harm_label'),
+    'Aegis 2': (marked('prompt', 'prompt_label', ('safe', 'unsafe'), id=lambda i: f'{i:032x}', response=long, response_label=lambda i: 'safe', violated_categories=lambda i: 'Violence'), ('prompt',), ('safe', 'unsafe'), [0, 1, 0, 1], 'response'),
+    'Aegis 1': (marked('text', 'labels_0', ('Safe', 'Violence', 'Safe', 'Needs Caution'), num_annotations=lambda i: 3, id=lambda i: f'{i}', text_type=lambda i: 'user_message', labels_1=lambda i: 'Safe', labels_2=lambda i: 'Safe'), ('text',), ('Safe', 'Unsafe'), [0, 1, 0, 1], 'labels_1'),
+    'Amazon polarity': (marked('content', 'label', (0, 1), title=lambda i: words(3, i)), ('title', 'content'), ('0', '1'), [0, 1, 0, 1], ''),
+    'openai/weak-to-strong': (marked('txt', 'hard_label', (0, 1), soft_label=lambda i: [.4, .6], gt_label=lambda i: 1, acc=lambda i: True), ('txt',), ('0', '1'), [0, 1, 0, 1], 'soft_label gt_label'),
+    'ANLI': (marked('premise', 'label', (0, 1, 2), uid=lambda i: f'{i}', hypothesis=lambda i: words(7, i), reason=long), ('premise', 'hypothesis'), ('0', '1', '2'), [0, 1, 2, 0], 'reason'),
+    'SNLI without a label': (marked('premise', 'label', (0, 1, 2, -1), hypothesis=lambda i: words(7, i)), ('premise', 'hypothesis'), ('0', '1', '2'), [0, 1, 2], ''),
+    'QQP': (marked('question1', 'label', (0, 1), question2=lambda i: words(7, i), idx=lambda i: i), ('question1', 'question2'), ('0', '1'), [0, 1, 0, 1], 'idx'),
+    'IMDB': (marked('text', 'label', (0, 1)), ('text',), ('0', '1'), [0, 1, 0, 1], ''),
+    'LegalBench, text': (marked('text', 'answer', ('No', 'Yes'), index=lambda i: i, document_name=lambda i: f'D{i}.pdf'), ('text',), ('No', 'Yes'), [0, 1, 0, 1], 'document_name'),
+    'LegalBench, consumer_contracts_qa': (marked('contract', 'answer', ('No', 'Yes'), index=lambda i: i, question=lambda i: q(i)), ('contract', 'question'), ('No', 'Yes'), [0, 1, 0, 1], 'index'),
+    'LegalBench, citation_prediction_classification': (marked('text', 'answer', ('No', 'Yes'), index=lambda i: i, citation=lambda i: f'{i} U.S. {i}'), ('text', 'citation'), ('No', 'Yes'), [0, 1, 0, 1], 'index'),
+    'LegalBench, function_of_decision_section': (marked('Paragraph', 'answer', ('Facts', 'Rule'), index=lambda i: i, Citation=lambda i: f'{i} U.S. {i}'), ('Paragraph', 'Citation'), ('Facts', 'Rule'), [0, 1, 0, 1], 'index'),
+    'LegalBench, insurance_policy_interpretation': (marked('policy', 'answer', ('No', 'Yes', 'It is ambiguous'), index=lambda i: i, claim=lambda i: words(12, i)), ('policy', 'claim'), ('It is ambiguous', 'No', 'Yes'), [1, 2, 0, 1], 'index'),
+    'LegalBench, privacy_policy_entailment': (marked('text', 'answer', ('Incorrect', 'Correct'), index=lambda i: i, description=lambda i: words(9, i + 3)), ('text', 'description'), ('Correct', 'Incorrect'), [1, 0, 1, 0], 'index'),
+    'LegalBench, sara_entailment': (rows(lambda i: {'index': i, 'statute': words(20, i), 'description': words(9, i), 'question': words(7, i), 'text': words(8, i + 1), 'case id': f's{i}', 'answer': ('Contradiction', 'Entailment')[i % 2]}), ('statute', 'description', 'question', 'text'), ('Contradiction', 'Entailment'), [0, 1, 0, 1], 'index'),
+    'LegalBench, scalr': (rows(lambda i: {'index': i, 'question': words(9, i), **{f'choice_{k}': words(6, i + k) for k in range(5)}, 'answer': i % 3}), ('question', 'choice_0', 'choice_4'), ('0', '1', '2'), [0, 1, 2, 0], 'index'),
+    'LegalBench, diversity': (marked('text', 'answer', ('No', 'Yes'), index=lambda i: i, aic_is_met=lambda i: 'No', parties_are_diverse=lambda i: 'Yes'), ('text',), ('No', 'Yes'), [0, 1, 0, 1], 'aic_is_met parties_are_diverse'),
+    'LegalBench, successor_liability': (marked('text', 'answer', ('de facto merger', 'express agreement'), index=lambda i: i, issue=lambda i: words(5, i)), ('text', 'issue'), ('de facto merger', 'express agreement'), [0, 1, 0, 1], 'index')}
+
+
+@pytest.mark.parametrize('name', LABELS)
+@pytest.mark.parametrize('form', ['jsonl', 'parquet', 'tsv'])
+def test_labels_of_public_forms(tmp_path, name, form):
+    from w2s.data.label_readers import read_labels
+    given, texts, classes, labels, unread = LABELS[name]
+    path = tmp_path/f'x.{form}'
+    if form == 'tsv': pd.DataFrame(given).to_csv(path, sep='\t', index=False)
+    else: written(path, given)
+    read = read_labels(path)
+    ds = read.splits['all']
+    assert read.classes == classes and ds['label'][:] == labels and len(ds) + len(read.refused) == len(given)
+    for r, p in zip(given, ds['prompt'], strict=False): assert all(r[t] in p for t in texts)
+    line = str(read.columns[0])
+    assert all(c in line for c in given[0]) and all(c in line.split('not read')[1] for c in unread.split())
+
+
+CHOICES = { # name -> rows; the right answer is yes(i)
+    'SciQ': rows(lambda i: dict(question=q(i), distractor3='Never.', distractor1=no(i), distractor2='Perhaps.', correct_answer=yes(i), support=long(i))),
+    'CosmosQA': rows(lambda i: dict(id=f'{i}', context=words(30, i), question=q(i), answer0=no(i), answer1=yes(i), answer2='Never.', answer3='Perhaps.', label=1)),
+    'RACE': rows(lambda i: dict(example_id=f'{i}', article=words(30, i), question=q(i), options=[no(i), yes(i), 'Never.', 'Perhaps.'], answer='B')),
+    'MMLU': rows(lambda i: dict(question=q(i), subject='x', choices=[no(i), yes(i), 'Never.', 'Perhaps.'], answer=1)),
+    'ARC': rows(lambda i: dict(id=f'{i}', question=q(i), choices=dict(text=[no(i), yes(i), 'Never.'], label=['A', 'B', 'C']), answerKey='B')),
+    'OpenBookQA': rows(lambda i: dict(id=f'{i}', question_stem=q(i), choices=dict(text=[no(i), yes(i), 'Never.'], label=['A', 'B', 'C']), answerKey='B')),
+    'PIQA': rows(lambda i: dict(goal=q(i), sol1=no(i), sol2=yes(i), label=1)),
+    'HellaSwag': rows(lambda i: dict(ind=i, ctx=q(i), endings=[no(i), yes(i), 'Never.'], label='1'))}
+
+
+@pytest.mark.parametrize('name', CHOICES)
+@pytest.mark.parametrize('form', ['jsonl', 'parquet'])
+def test_questions_with_right_and_wrong_answers(tmp_path, name, form):
+    from w2s.data.label_readers import read_labels
+    given = [r for k in range(5) for r in [{c: v.replace('?', '?' * (k + 1)) if c in ('question', 'question_stem', 'goal', 'ctx') else v for c, v in r.items()} for r in CHOICES[name]]]
+    read = read_labels(written(tmp_path/f'x.{form}', given))
+    ds = read.splits['all']
+    assert read.classes == ('right', 'wrong') and len(ds) == len(given) and set(ds['label']) == {0, 1}
+    for i, (p, y) in enumerate(zip(ds['prompt'], ds['label'], strict=True)):
+        assert q(i % 4) in p and (yes(i % 4) in p) == (y == 0) and p.endswith('Is the answer right?')
+        assert 'context' not in given[0] or given[i]['context'] in p
+    half = read_labels(written(tmp_path/f'y.{form}', given[10:])).splits['all']
+    assert half['prompt'][:] == ds['prompt'][10:] and half['label'][:] == ds['label'][10:]
+
+
+@pytest.mark.parametrize('cell', [-1, None, 'None', 'nan', 'NA', 'null'], ids=repr)
+def test_a_label_that_says_nothing_is_counted(tmp_path, cell):
+    from w2s.data.label_readers import read_labels
+    read = read_labels(jsonl(tmp_path/'x.jsonl', [dict(text=words(5, i), label=str(i % 2) if isinstance(cell, str) else i % 2) for i in range(6)] + [dict(text='Why?', label=cell)]))
+    assert read.classes == ('0', '1') and [r.row for r in read.refused] == [7] and ('-1' in read.refused[0].reason) == (cell == -1)
+    if cell is not None: assert str(cell) in read_labels(tmp_path/'x.jsonl', classes=('0', '1', str(cell))).classes
+
+
+def test_minus_one_is_a_class_beside_one(tmp_path):
+    from w2s.data.label_readers import read_labels
+    assert read_labels(jsonl(tmp_path/'x.jsonl', [dict(text=words(5, i), label=1 - 2 * (i % 2)) for i in range(6)])).classes == ('-1', '1')
+
+
+def test_a_threshold_makes_classes_of_scores(tmp_path):
+    from w2s.data.label_readers import read_labels
+    path = jsonl(tmp_path/'x.jsonl', marked('text', 'score', (.1, .2, .3, .4)))
+    read = read_labels(path, label='score', threshold=.3)
+    assert read.splits['all']['label'][:] == [0, 0, 1, 1] and 'score (1 from 0.3 on)' in str(read.columns[0])
+    civil = jsonl(tmp_path/'y.jsonl', LABELS['CivilComments'][0])
+    assert 'toxicity (1 from 0.5 on)' in str(read_labels(civil).columns[0]) and read_labels(civil, threshold=.6).splits['all']['label'][:] == [0, 1, 0, 0]
+
+
+def test_a_file_with_one_class_has_a_clear_word(tmp_path):
+    from w2s.data.label_readers import read_labels
+    with pytest.raises(DataError, match=r"the labels hold 'A'; two classes are needed"): read_labels(jsonl(tmp_path/'train.jsonl', marked('text', 'answer', ('A',), index=lambda i: i)))

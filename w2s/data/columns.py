@@ -6,13 +6,13 @@
 __all__ = ['SYSTEM', 'HISTORY', 'ABOVE', 'BELOW', 'BELONGS', 'LONG', 'SENTENCE', 'SAMPLE', 'MANY', 'HALF', 'MISSING_WORDS',
            'ColumnsRead', 'columns_line', 'texts_in', 'plain_name', 'why_long', 'is_held', 'column_names',
            'readable_columns', 'check_leave_out', 'sample_cells', 'unread_columns', 'stop_unread', 'columns_read',
-           'is_missing']
+           'with_columns', 'is_missing']
 
 # %% ../../nbs/api/data/16_columns.ipynb #f41577d1
 import re
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +21,7 @@ from datasets import Dataset
 # %% ../../nbs/api/data/16_columns.ipynb #731e893d
 from .json_rows import is_messages
 from .messages import are_written_messages
+from .rows import as_dataset
 from .tables import SEED, RawTable
 from ..errors import DataError
 
@@ -204,8 +205,20 @@ def columns_read(
 
 HALF = 'half a character (a lone surrogate) became U+FFFD'
 
+# %% ../../nbs/api/data/16_columns.ipynb #cffe7465
+def with_columns(
+    raw: RawTable,                     # a file
+    made: Mapping[str, Sequence[Any]], # name of a new column -> its cells
+    of: Mapping[str, str],             # name of a new column -> what it is made of, for the record
+    gone: Sequence[str],               # columns whose place they take
+) -> RawTable:
+    "A table with columns that were made of others"
+    rest = raw.data.with_format(None).select_columns([c for c in raw.data.column_names if c not in (*gone, *made)])
+    cells = {c: rest[c][:] for c in rest.column_names} if len(rest.column_names) else {}
+    return replace(raw, data=as_dataset({**cells, **{k: list(v) for k, v in made.items()}}), broken={k: v for k, v in raw.broken.items() if k not in (*gone, *made)}, made={**raw.made, **of})
+
 # %% ../../nbs/api/data/16_columns.ipynb #08c74996
-MISSING_WORDS = frozenset(('', 'na', 'n/a', '#n/a', '<na>', 'nan', 'nat', 'null', '-', '--', '?'))
+MISSING_WORDS = frozenset(('', 'na', 'n/a', '#n/a', '<na>', 'nan', 'nat', 'null', 'none', '-', '--', '?'))
 
 def is_missing(
     cell: object, # of a column of labels
