@@ -166,7 +166,18 @@ def test_types_that_change_late_in_a_long_file(tmp_path):
 
 # One object, not rows
 
-@pytest.mark.parametrize('whole', [{'prompt': {'0': 'a'}, 'chosen': {'0': 'b'}}, {'columns': ['prompt'], 'index': [0], 'data': [['a']]}, {'prompt': ['a', 'b'], 'chosen': ['c', 'd']},
+FRAMES = {'columns': {'prompt': {'0': 'a', '1': 'b'}, 'chosen': {'0': 'c', '1': 'd'}, 'rejected': {'0': 'e', '1': 'f'}}, 'split': {'columns': ['prompt', 'chosen', 'rejected'], 'index': [0, 1], 'data': [['a', 'c', 'e'], ['b', 'd', 'f']]},
+          'index': {'0': {'prompt': 'a', 'chosen': 'c', 'rejected': 'e'}, '1': {'prompt': 'b', 'chosen': 'd', 'rejected': 'f'}}, 'lists': {'prompt': ['a', 'b'], 'chosen': ['c', 'd'], 'rejected': ['e', 'f']}}
+
+
+@pytest.mark.parametrize('frame', FRAMES)
+@pytest.mark.parametrize('indent', [None, 1])
+def test_a_data_frame_as_one_object_is_read(tmp_path, frame, indent):
+    ds = read_preferences(write(tmp_path/'x.json', json.dumps(FRAMES[frame], indent=indent))).splits['all']
+    assert [ds[c][:] for c in ('prompt', 'chosen', 'rejected')] == [['a', 'b'], ['c', 'd'], ['e', 'f']]
+
+
+@pytest.mark.parametrize('whole', [{'prompt': {'0': 'a'}, 'chosen': {'1': 'b'}}, {'columns': ['prompt'], 'index': [0], 'data': [['a', 'b']]}, {'prompt': ['a', 'b'], 'chosen': ['c', 'd', 'e']},
                                    {'train': [{'prompt': 'a'}], 'test': [{'prompt': 'b'}]}, {}, {'version': 1}], ids=['columns', 'split', 'lists', 'two tables', 'empty', 'no list'])
 @pytest.mark.parametrize('name, indent', [('x.json', 1), ('x.jsonl', 1)])
 def test_an_object_is_said_with_its_keys(tmp_path, whole, name, indent):

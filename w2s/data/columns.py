@@ -6,13 +6,13 @@
 __all__ = ['SYSTEM', 'HISTORY', 'ABOVE', 'BELOW', 'BELONGS', 'LONG', 'SENTENCE', 'SAMPLE', 'MANY', 'HALF', 'MISSING_WORDS',
            'ColumnsRead', 'columns_line', 'texts_in', 'plain_name', 'why_long', 'is_held', 'column_names',
            'readable_columns', 'check_leave_out', 'sample_cells', 'unread_columns', 'stop_unread', 'columns_read',
-           'is_missing']
+           'with_columns', 'is_missing']
 
 # %% ../../nbs/api/data/16_columns.ipynb #f41577d1
 import re
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,7 +20,9 @@ from datasets import Dataset
 
 # %% ../../nbs/api/data/16_columns.ipynb #731e893d
 from .json_rows import is_messages
-from .tables import RawTable
+from .messages import are_written_messages
+from .rows import as_dataset
+from .tables import SEED, RawTable
 from ..errors import DataError
 
 # %% ../../nbs/api/data/16_columns.ipynb #e1dfc87d
@@ -36,7 +38,9 @@ class ColumnsRead:
     form: str = ''                          # name of the form that was recognised
     key: str = ''                           # of the object that held the rows, in JSON; '': there was none
     changed: Mapping[str, tuple[int, ...]] = field(default_factory=dict) # what was done to cells -> rows of the file, from 1
-    rows: int = 0                           # in the file
+    rows: int = 0                           # of the file that were read
+    total: int = 0                          # rows of the file, where some were chosen at random; 0: all were read
+    beside: tuple[str, ...] = ()            # other files or splits of the source, which were not read
 
     def __str__(self) -> str: return columns_line(self)
     __repr__ = __str__
@@ -48,6 +52,8 @@ def columns_line(
     "What was read as what, in a line"
     name = Path(read.where).name + (f', rows of "{read.key}"' if read.key else '')
     parts = [f'{part}: {" + ".join(columns)}' for part, columns in read.used.items() if columns]
+    if read.total: name += f', {read.rows:,} of {read.total:,} rows chosen at random (seed {SEED}; the numbers of rows below count these)'
+    if read.beside: parts.append(f'beside it, not read: {", ".join(read.beside)}')
     rest = {'not read': read.unread, 'not read, since other columns say the same': read.held, 'left out': read.left_out}
     return f'{name}: ' + '; '.join([*parts, *(f'{k}: {", ".join(v)}' for k, v in rest.items() if v)])
 
@@ -183,23 +189,36 @@ def columns_read(
     leave_out: Sequence[str] = (),       # columns that are not to be read
     split: str = 'all',                  # as which the rows are reported
     form: str = '',                      # that was recognised
+    spare: Sequence[str] = (),           # columns that are known not to be read, however long
 ) -> ColumnsRead:
     "The record of a file; raises `DataError` for a column that cannot be used, and for a long one that is not read"
     taken = [c for columns in used.values() for c in columns]
     for c in taken:
-        if c in raw.broken: raise DataError(raw.broken[c])
-    long, held = unread_columns(raw, used, prompt, leave_out)
+        if c in raw.broken and not are_written_messages(sample_cells(raw.data, [c])[c]): raise DataError(raw.broken[c])
+    long, held = unread_columns(raw, used, prompt, (*leave_out, *spare))
     stop_unread(where, long, how)
     rest = tuple(c for c in readable_columns(raw, leave_out) if c not in taken and c not in held)
     halves = tuple(sorted({r for c in taken for r in raw.replaced.get(c, ())}))
-    changed = {HALF: halves} if halves else {}
-    return ColumnsRead(where, {k: tuple(v) for k, v in used.items()}, rest, held, tuple(c for c in leave_out if c in raw.data.column_names),
-                       split, form, raw.key, changed, len(raw.data))
+    changed = {**raw.noted, **({HALF: halves} if halves else {})}
+    return ColumnsRead(where, {k: tuple(raw.made.get(c, c) for c in v) for k, v in used.items()}, rest, held, tuple(c for c in leave_out if c in raw.data.column_names),
+                       split, form, raw.key, changed, len(raw.data), raw.total, raw.beside)
 
 HALF = 'half a character (a lone surrogate) became U+FFFD'
 
+# %% ../../nbs/api/data/16_columns.ipynb #cffe7465
+def with_columns(
+    raw: RawTable,                     # a file
+    made: Mapping[str, Sequence[Any]], # name of a new column -> its cells
+    of: Mapping[str, str],             # name of a new column -> what it is made of, for the record
+    gone: Sequence[str],               # columns whose place they take
+) -> RawTable:
+    "A table with columns that were made of others"
+    rest = raw.data.with_format(None).select_columns([c for c in raw.data.column_names if c not in (*gone, *made)])
+    cells = {c: rest[c][:] for c in rest.column_names} if len(rest.column_names) else {}
+    return replace(raw, data=as_dataset({**cells, **{k: list(v) for k, v in made.items()}}), broken={k: v for k, v in raw.broken.items() if k not in (*gone, *made)}, made={**raw.made, **of})
+
 # %% ../../nbs/api/data/16_columns.ipynb #08c74996
-MISSING_WORDS = frozenset(('', 'na', 'n/a', '#n/a', '<na>', 'nan', 'nat', 'null', '-', '--', '?'))
+MISSING_WORDS = frozenset(('', 'na', 'n/a', '#n/a', '<na>', 'nan', 'nat', 'null', 'none', '-', '--', '?'))
 
 def is_missing(
     cell: object, # of a column of labels

@@ -85,6 +85,10 @@ class LabelForm:
     group: int | None = None             # the text that says the group; None: all of them together
     words: Mapping[str, str] = field(default_factory=dict) # class -> the word that answers; empty: no obvious ones
     same: Mapping[str, str] = field(default_factory=dict)  # other names of a class -> the class
+    spare: tuple[str, ...] = ()          # columns that may be long and are not read
+    marks: tuple[str, ...] = ()          # columns that must be there, too
+    rest: str = ''                       # class of every other label; '': there is none
+    threshold: float | None = None       # from where a score is class 1; None: the label is no score
     files: tuple[str, ...] = ()          # parts of the name of a file, one of which it must have; (): any file
 
 # %% ../../nbs/api/data/45_label_forms.ipynb #8d90fad6
@@ -106,6 +110,7 @@ def form_columns(
 ) -> tuple[list[str], str] | None: # columns of the texts and of the label, or None where one of them is not there
     "The columns that hold what a form needs"
     have = list(have)
+    if len(find_columns(form.marks, have)) < len(form.marks): return None
     texts, label = [find_columns(names, have)[:1] for names in form.texts], find_columns(form.label, have)
     return ([t for one in texts for t in one], label[0]) if label and all(texts) else None
 

@@ -15,15 +15,18 @@ from datasets import Dataset
 
 # %% ../../nbs/api/data/62_questions.ipynb #5cd78c0d
 from .columns import ColumnsRead, check_leave_out, column_names, columns_read, readable_columns, sample_cells
+from .conversations import as_asked
 from .hygiene import DataReport, reader_report, rows_said
 from .json_rows import is_messages
-from .prompts import PARSED, UNREADABLE, PromptColumns, as_text, drop_held, find_columns, has_turns, join_prompt, named_columns, plain_messages, read_back, written_columns
+from .messages import open_messages, plain_messages
+from .prompts import PARSED, UNREADABLE, PromptColumns, as_text, drop_held, find_columns, has_turns, join_prompt, named_columns, read_back, written_columns
 from .readers import MISSING, WRITTEN, Refused
 from .tables import RawTable, open_table, row_pieces
 from ..errors import DataError
 
 # %% ../../nbs/api/data/62_questions.ipynb #414ead66
-QUESTIONS, ANSWERS = ('question', 'prompt', 'instruction'), ('answer', 'completion', 'response', 'output') # names of columns, the first that is there
+QUESTIONS = ('question', 'prompt', 'instruction', 'query', 'problem', 'inputs', 'input')
+ANSWERS = ('answer', 'completion', 'response', 'output', 'targets', 'target', 'solution') # names of columns, of both the first that is there
 
 def column_of(
     table: Dataset,         # as read
@@ -73,7 +76,8 @@ def answer_text(
 ) -> str | None:     # None: there is none
     "An answer as a text: of a message of the assistant, what it says"
     if isinstance(cell, str) or cell is None: return cell
-    plain = plain_messages(cell) if is_messages(cell) else None
+    opened = open_messages(cell)
+    plain = plain_messages(opened) if is_messages(opened) else None
     return plain[-1]['content'] if plain and plain[-1]['role'] == 'assistant' else None
 
 def _asked(cells: Mapping[str, Any], columns: PromptColumns, dialogue: bool, at: str) -> tuple[str, str]:
@@ -109,11 +113,11 @@ def questions_from(
     split: str = 'questions',       # as which the rows are reported
 ) -> QuestionsRead:
     "Read questions; raises `DataError` where none can be read, and for a long column that is not read"
+    if not question and not answer: raw = as_asked(raw, readable_columns(raw, leave_out), QUESTIONS, ANSWERS)
     columns, reply = _question_columns(raw, where, question, answer, answers, leave_out)
     used = dict(question=columns.names) | ({'answer': (reply,)} if reply else {})
     spare = [c for c in find_columns(ANSWERS, readable_columns(raw, leave_out)) if c not in (*columns.names, reply)] # answers that nobody asked for
-    record = columns_read(raw, used, where, ['question'], f'--question {{}},{columns.main}', [*leave_out, *spare], split)
-    record = replace(record, unread=(*record.unread, *spare), left_out=tuple(c for c in record.left_out if c not in spare))
+    record = columns_read(raw, used, where, ['question'], f'--column question={{}}+{columns.main}', leave_out, split, spare=spare)
     need = [*columns.names, *([reply] if reply else [])]
     written, dialogue = written_columns(sample_cells(raw.data, need)), bool(columns.history) and has_turns(raw.data.with_format(None)[columns.history])
     kept, refused, repeated, other, parsed = dict[str, str](), list[Refused](), list[int](), list[int](), list[int]()

@@ -16,6 +16,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
+from ..data.choice import rows_wanted
 from ..data.hygiene import DataReport, clean_text
 from ..data.preference_forms import PARTS
 from ..data.readers import Read, read_preferences
@@ -190,7 +191,7 @@ def load_preferences(
     "Read or make, clean and part preference rows; raises `DataError`"
     seed = world_seed(source)
     if seed is not None: read = read_world(seed, rows, test_rows, label_share)
-    else: read = read_preferences(source, named_pairs(split, '--split', SPLITS) or None, leave_out, named_pairs(columns, '--columns', PARTS) or None)
+    else: read = read_preferences(source, named_pairs(split, '--split', SPLITS) or None, leave_out, named_pairs(columns, '--column', PARTS) or None, rows_wanted(rows, test_rows))
     splits, report = clean_text(read.splits, read.refused, read.rows_read, columns=read.columns)
     splits, report = readable(splits, readers, report)
     report.refuse_if_strict(strict)

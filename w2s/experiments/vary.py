@@ -186,7 +186,7 @@ def run_varied(
         models, first = _models(configs), next(iter(configs.values()))
         note_models(stages, [m for weak, strong in models.values() for m in (*weak, strong)])
         readers = list({m.name: m.reader for weak, strong in models.values() for m in (*weak, strong)}.values())
-        data = {s: load_preferences(first.data, readers, first.test_rows, first.strict, first.rows, s, first.columns, first.leave_out, first.split)
+        data = {s: load_preferences(first.data, readers, first.test_rows, first.strict, first.rows, s, first.column, first.leave_out, first.split)
                 for s in sorted({c.label_share for c in configs.values()})}
         for s, d in data.items(): check_halves(d.train, first.rows, s, first.seeds)
         lengths = dict.fromkeys(check_responses(c, writers(c, *models[at]), data[c.label_share]) for at, c in configs.items())

@@ -98,7 +98,7 @@ class WeakTeacher:
     response_tokens: int | None = None  # of such a response at most; None: what fits the rows
     gold: str = ''                  # reward model that scores responses, a folder or a name on the hub; '': the world's own gold reward
     gold_quantize: str = 'none'     # of that reward model: 'none' (bfloat16), or 'nf4' where it does not fit otherwise; 4 bits change its scores a little
-    columns: tuple[str, ...] = ()   # columns with unusual names, as in ('prompt=system+query', 'chosen=good'); empty: recognised
+    column: tuple[str, ...] = ()    # columns with unusual names, as in ('prompt=system+query', 'chosen=good'); empty: recognised
     leave_out: tuple[str, ...] = () # columns that are not to be read: a long one that is not read stops the run unless it is named here
     split: tuple[str, ...] = ()     # which file or split of the source is which, as in ('train=train_prefs',); empty: by their names
     strict: bool = False            # stop if the data report finds anything at all
@@ -130,9 +130,9 @@ def check_settings(
 # %% ../../nbs/api/experiments/22_weak_settings.ipynb #f675aedd
 def _check_columns(c: WeakTeacher) -> None:
     "Columns and splits belong to rows of a source"
-    named_pairs(c.columns, '--columns', PARTS)
+    named_pairs(c.column, '--column', PARTS)
     named_pairs(c.split, '--split', SPLITS)
-    if world_seed(c.data) is not None and (c.columns or c.leave_out or c.split): raise ConfigError(f'columns, leave_out and split are about rows of a file or data set; data is "{c.data}"')
+    if world_seed(c.data) is not None and (c.column or c.leave_out or c.split): raise ConfigError(f'column, leave_out and split are about rows of a file or data set; data is "{c.data}"')
 
 # %% ../../nbs/api/experiments/22_weak_settings.ipynb #5a0c5c39
 def _check_loss(c: WeakTeacher) -> None:
@@ -191,7 +191,7 @@ def fill_settings(
     given: dict[str, Any], # settings by name, tables inside; what is given always holds
 ) -> WeakTeacher:
     "What is given, then the defaults of world and ladder where they are used, then the paper's; raises `ConfigError`"
-    given = {k: column_names(v) if k in ('columns', 'leave_out', 'split') else v for k, v in given.items()}
+    given = {k: column_names(v) if k in ('column', 'leave_out', 'split') else v for k, v in given.items()}
     data, weak, strong = (given.get(k, getattr(WeakTeacher, k)) for k in ('data', 'weak', 'strong'))
     out = to_table(WeakTeacher())
     if world_seed(data) is not None: out = merged(out, WORLD_SETTINGS)

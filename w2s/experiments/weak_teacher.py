@@ -263,7 +263,7 @@ def rows_for(
 ) -> PreferenceData:
     "The rows of an experiment; raises `DataError` and `ConfigError`, also for what they cannot give in one of the seeds"
     c = config
-    data = load_preferences(c.data, [m.reader for m in models], c.test_rows, c.strict, c.rows, c.label_share, c.columns, c.leave_out, c.split)
+    data = load_preferences(c.data, [m.reader for m in models], c.test_rows, c.strict, c.rows, c.label_share, c.column, c.leave_out, c.split)
     check_halves(data.train, c.rows, c.label_share, c.seeds)
     return data
 
