@@ -1,0 +1,78 @@
+"""The results of every command, small, as they were when they were last recorded: a change of structure must not change a bit.
+
+`python tests/test_frozen.py` records them again, in tests/frozen.json. Roles, methods, metrics and the names of stages are the same on every machine.
+Numbers are not (processors add in different orders), so they are kept for each instruction set and version of PyTorch, and compared where there is a record.
+"""
+import hashlib
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+RECORD = Path(__file__).with_name('frozen.json')
+LADDER = '--weak pico --strong nano --seeds 1'
+COMMANDS = {
+    'weak-teacher': f'run weak-teacher {LADDER} --rows 40 --test-rows 20 --samples 1 --epochs 1',
+    'safety': f'run safety {LADDER} --rows 40 --test-rows 20 --epochs 1 --snapshots 2',
+    'legal': f'run legal {LADDER} --rows 40 --test-rows 20 --readout probe',
+    'persona': 'run persona --weak pico --strong scholar --seeds 1 --gold-rows 16 --rows 16 --test-rows 8 --epochs 1 --method naive,in-context',
+    'maths': 'run maths --weak pico --strong scholar --seeds 1 --gold-rows 16 --rows 16 --test-rows 8 --epochs 1 --method naive,ask-to-improve',
+    'toxicity': f'run toxicity {LADDER} --gold-rows 24 --rows 24 --test-rows 6 --samples 2 --epochs 1'}
+
+
+def machine() -> str:
+    "What the bits of a result depend on, beside the code"
+    return f'{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__.split("+")[0]}'
+
+
+def digest(value) -> str: return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def start(command: str, out: Path) -> None:
+    "A command, in this process"
+    from w2s.cli import app
+    done = CliRunner().invoke(app, [*COMMANDS[command].split(), '--out', str(out)])
+    assert done.exit_code == 0, f'{done.output[-1500:]} {done.exception!r}'
+
+
+def outcome(out: Path) -> dict:
+    "What a run has left: parts that are the same on every machine, and parts that are not"
+    stages = sorted(p.name for p in (out/'stages').iterdir() if not p.name.startswith('.'))
+    items = pd.read_parquet(out/'items.parquet')
+    keys = [c for c in items.columns if c not in ('value', 'seconds')]
+    rows = items[keys].astype(str).sort_values(keys).to_numpy().tolist()
+    values = items.assign(**{k: items[k].astype(str) for k in keys}).sort_values(keys).value
+    return {'everywhere': {'stages': sorted(s.rpartition('-')[0] for s in stages), 'items': len(items), 'keys': digest(rows)},
+            'here': {'stages': digest(stages), 'values': digest([float(v).hex() for v in values])}}
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_results_are_those_on_record(command, tmp_path, monkeypatch):
+    monkeypatch.setenv('COLUMNS', '200')
+    torch.set_num_threads(1)
+    start(command, tmp_path/'run')
+    now, then = outcome(tmp_path/'run'), json.loads(RECORD.read_text(encoding='utf-8'))
+    assert now['everywhere'] == then['everywhere'][command]
+    if here := then.get(machine()): assert now['here'] == here[command]
+
+
+def record() -> None:
+    "Run all commands, and write down what came out"
+    torch.set_num_threads(1)
+    kept = json.loads(RECORD.read_text(encoding='utf-8')) if RECORD.exists() else {}
+    found = {}
+    with tempfile.TemporaryDirectory() as home:
+        for command in COMMANDS:
+            start(command, Path(home)/command)
+            found[command] = outcome(Path(home)/command)
+    kept['everywhere'] = {c: f['everywhere'] for c, f in found.items()}
+    kept[machine()] = {c: f['here'] for c, f in found.items()}
+    RECORD.write_text(json.dumps(kept, indent=1) + '\n', encoding='utf-8')
+
+
+if __name__ == '__main__': sys.exit(record())
