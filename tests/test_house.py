@@ -121,6 +121,17 @@ def test_each_module_imports_alone():
     assert done.returncode == 0, done.stderr[-6000:]
 
 
+# Files of a maintained project
+
+def test_citation_has_the_version():
+    "CITATION.cff names the version of settings.ini, and the changelog knows it"
+    ini = ConfigParser(delimiters=['='])
+    ini.read(ROOT / 'settings.ini', encoding='utf-8')
+    version = ini['DEFAULT']['version']
+    assert re.search(rf'^version: {re.escape(version)}$', (ROOT / 'CITATION.cff').read_text(encoding='utf-8'), re.M)
+    assert f'## {version}' in (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8')
+
+
 # Requirements
 
 def requirements(key: str) -> set[str]:
