@@ -1,12 +1,9 @@
 "Public forms of rows, by their real columns with cells of our own: what stands in prompt, chosen, rejected, label and completion, and what was not read; and readers under any rows at all"
 import json
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from w2s.data.preference_forms import CHOICE
-from w2s.data.public_pairs import FORM_LIST
 from w2s.data.readers import read_preferences
 from w2s.errors import DataError
 

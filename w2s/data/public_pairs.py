@@ -14,7 +14,7 @@ from typing import Any
 # %% ../../nbs/api/data/20_public_pairs.ipynb #d172db6b
 from .columns import is_missing, texts_in
 from .messages import HOLDERS, conversation, open_messages, parse_value, plain_messages
-from .preference_forms import (DIFFER, FEW, LABEL_COLUMNS, MISSING, NO_CHOICE, PAIR_COLUMNS, TIE, TURN, PreferenceForm, _chat_row, _hh_row, _pair_row, _trl_row, _value,
+from .preference_forms import (DIFFER, LABEL_COLUMNS, MISSING, NO_CHOICE, PAIR_COLUMNS, TURN, PreferenceForm, _chat_row, _hh_row, _pair_row, _trl_row, _value,
                                        _whole_row, by_middle, by_name, by_scores, by_sign, one_is_first, ranked_row)
 from .prompts import dialogue_text
 from ..errors import DataError
