@@ -156,7 +156,7 @@ def _chosen_forms(a: str, b: str) -> tuple[PreferenceForm, ...]:
             PreferenceForm(f'dialogues{tail}', parts, lambda row, names, at: _hh_row(row), prompt=False, fits=_are_dialogues, of='HH-RLHF'),
             PreferenceForm(f'prompt, chosen, rejected{tail}', parts, read, of=of),
             PreferenceForm(f'a conversation and its replies{tail}', parts, read, asks=TALKS, fits=_are_replies, of='axolotl, ShareGPT form of LLaMA-Factory, UltraInteract'),
-            PreferenceForm(f'conversations{tail}', parts, read, prompt=False, fits=lambda cells, asked: any(isinstance(c, list) for c in cells['chosen']), of='UltraFeedback binarized, dpo-mix, Skywork'))
+            PreferenceForm(f'conversations{tail}', parts, read, prompt=False, fits=lambda cells, asked: any(isinstance(open_messages(c), list) for c in cells['chosen']), of='UltraFeedback binarized, dpo-mix, Skywork'))
 
 FORM_LIST = (*_NAMED, *(f for pair in CHOSEN_COLUMNS for f in _chosen_forms(*pair)),
     *(PreferenceForm('pair with a label', dict(first=(a,), second=(b,), label=LABEL_COLUMNS), _lists_row if a == 'response_a' else _pair_row,

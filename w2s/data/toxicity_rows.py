@@ -168,7 +168,8 @@ def read_toxicity(
     "Read scored texts; raises `DataError` for what cannot be read at all, and for a long column that is not read"
     paths = [Path(f) for f in ([files] if isinstance(files, (str, Path)) else files)]
     if twice := [p for p in paths if paths.count(p) > 1]: raise DataError(f'{twice[0]} is named twice; name each file once')
-    tables = {str(p): one_table(str(p), None if p.is_file() and len(paths) > 1 else splits)[1] for p in paths}
+    found = {str(p): one_table(str(p), None if p.is_file() and len(paths) > 1 else splits) for p in paths}
+    tables = {p: raw for p, (_, raw) in found.items()}
     check_leave_out(leave_out, tables)
     done = {str(p): _texts_of(tables[str(p)], p, text, score, group, leave_out) for p in paths}
     refused, kept = [r for _, bad, _, _ in done.values() for r in bad], dict[str, dict]()
@@ -178,7 +179,7 @@ def read_toxicity(
     if not kept:
         why = Counter(r.reason for r in refused).most_common(1)
         raise DataError(f'{", ".join(map(str, paths))}: no text with a score ({f"{why[0][1]} × {why[0][0]}" if why else "no rows"}); is this the score column?')
-    return ScoredTexts(Dataset.from_list(list(kept.values())), refused, {w: n for w, (_, _, n, _) in done.items()}, [c for *_, c in done.values()])
+    return ScoredTexts(Dataset.from_list(list(kept.values())), refused, {w: n for w, (_, _, n, _) in done.items()}, [replace(c, where=found[p][0]) for p, (*_, c) in done.items()])
 
 # %% ../../nbs/api/data/65_toxicity_rows.ipynb #5142497e
 def text_table(
