@@ -127,6 +127,9 @@ def test_responses_without_a_twin_are_counted(tmp_path):
     given = [*PREFERENCES['KTO in TRL'][0], dict(prompt='Why?', completion='So.', label=True), dict(prompt=q(1), completion='No!', label=False)]
     read = read_preferences(jsonl(tmp_path/'x.jsonl', given))
     assert len(read.splits['all']) == 4 and [r.row for r in read.refused if r.reason == 'no response of the other kind to the same prompt'] == [9, 10]
+    from w2s.data.hygiene import clean_text
+    found = clean_text(read.splits, read.refused, read.rows_read)[1].found
+    assert found[['check', 'rows', 'action']].to_numpy().tolist()[:2] == [['read as the other response of a pair', 4, 'joined'], ['no response of the other kind to the same prompt', 2, 'refused']]
     with pytest.raises(DataError, match='no prompt has a good and a bad one'): read_preferences(jsonl(tmp_path/'y.jsonl', given[::2][:1] + given[-2:-1]))
 
 
