@@ -22,10 +22,10 @@ def write_pairs(path: Path, size: int) -> int:
     draw, n = random.Random(0), 0
     with path.open('w', encoding='utf-8') as f:
         while f.tell() < size:
-            for n in range(n, n + 1000):
+            for _ in range(1000):
                 said = draw.choices(WORDS, k=20)
                 f.write(json.dumps(dict(prompt=f'What is number {n}?', chosen=' '.join(said[:10]), rejected=' '.join(said[10:]), trace=f'{draw.getrandbits(3200):0800x}')) + '\n')
-            n += 1
+                n += 1
     return n
 
 
