@@ -53,15 +53,17 @@ def plain_messages(
 
 # %% ../../nbs/api/data/14_messages.ipynb #cfe9b100
 HOLDERS = ('messages', 'conversations', 'conversation') # keys of an object around messages
+_ALONE = tuple(f"{{'{k}':" for k in ('role', 'content', 'from', 'value', *HOLDERS))
+_LISTED = (*(f'[{k}' for k in _ALONE), "[{'type':")
 
 def looks_like_messages(
     cell: Any, # of any type
 ) -> bool:
     "Is it a text that begins as a list of messages does?"
     if not isinstance(cell, str): return False
+    if cell.lstrip()[:1] not in ('[', '{', 'a'): return False # as nearly all texts
     start = ''.join(cell[:200].split()).replace('"', "'")
-    alone = tuple(f"{{'{k}':" for k in ('role', 'content', 'from', 'value', *HOLDERS))
-    return start.startswith(alone) or start.removeprefix('array(').startswith((*(f'[{k}' for k in alone), "[{'type':"))
+    return start.startswith(_ALONE) or start.removeprefix('array(').startswith(_LISTED)
 
 def parse_messages(
     text: str,                       # in the spelling of JSON or Python
