@@ -1,12 +1,9 @@
 "Public forms of rows, by their real columns with cells of our own: what stands in prompt, chosen, rejected, label and completion, and what was not read; and readers under any rows at all"
 import json
-from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from w2s.data.preference_forms import CHOICE
-from w2s.data.public_pairs import FORM_LIST
 from w2s.data.readers import read_preferences
 from w2s.errors import DataError
 
@@ -130,6 +127,9 @@ def test_responses_without_a_twin_are_counted(tmp_path):
     given = [*PREFERENCES['KTO in TRL'][0], dict(prompt='Why?', completion='So.', label=True), dict(prompt=q(1), completion='No!', label=False)]
     read = read_preferences(jsonl(tmp_path/'x.jsonl', given))
     assert len(read.splits['all']) == 4 and [r.row for r in read.refused if r.reason == 'no response of the other kind to the same prompt'] == [9, 10]
+    from w2s.data.hygiene import clean_text
+    found = clean_text(read.splits, read.refused, read.rows_read)[1].found
+    assert found[['check', 'rows', 'action']].to_numpy().tolist()[:2] == [['read as the other response of a pair', 4, 'joined'], ['no response of the other kind to the same prompt', 2, 'refused']]
     with pytest.raises(DataError, match='no prompt has a good and a bad one'): read_preferences(jsonl(tmp_path/'y.jsonl', given[::2][:1] + given[-2:-1]))
 
 
@@ -311,3 +311,24 @@ def test_a_threshold_makes_classes_of_scores(tmp_path):
 def test_a_file_with_one_class_has_a_clear_word(tmp_path):
     from w2s.data.label_readers import read_labels
     with pytest.raises(DataError, match=r"the labels hold 'A'; two classes are needed"): read_labels(jsonl(tmp_path/'train.jsonl', marked('text', 'answer', ('A',), index=lambda i: i)))
+
+
+# Pairs to be labelled: the order says nothing, whatever a human said
+
+CHOSEN_BY = ('labels', 'better_response_id', 'safer_response_id', 'preference_strength', 'overall_preference', 'winner', 'preference', 'score_0', 'score_1', 'winner_model_a', 'winner_model_b', 'winner_tie', 'choice', 'label')
+
+
+@pytest.mark.parametrize('name', PREFERENCES)
+def test_pairs_of_public_forms_are_labelled_blind(tmp_path, name):
+    from w2s.experiments.label_rows import pairs_to_label
+    given, prompt, _ = PREFERENCES[name]
+    read = pairs_to_label(str(jsonl(tmp_path/'x.jsonl', given)))
+    assert sorted((json.dumps(p), *sorted((a.strip(), b.strip()))) for p, a, b in zip(read.rows['prompt'], read.rows['chosen'], read.rows['rejected'], strict=True)) == sorted((json.dumps(prompt(i)), *sorted((yes(i), no(i)))) for i in N)
+    assert all(g == float(c.strip().startswith('Yes')) for g, c in zip(read.rows['gold'], read.rows['chosen'], strict=True)) and set(read.rows['prob']) == {1.}
+    line = str(read.columns)
+    assert all(c in line for c in given[0])
+    if {'labels', 'winner', 'preference', 'better_response_id', 'preference_strength', 'overall_preference', 'score_0', 'winner_tie', 'choice'} & set(given[0]) or name == 'JudgeBench':
+        assert 'said by people, only compared with' in line
+        bare = [{k: v for k, v in r.items() if k not in CHOSEN_BY} for r in given]
+        without = pairs_to_label(str(jsonl(tmp_path/'y.jsonl', bare)))
+        assert without.rows['chosen'][:] == read.rows['chosen'][:] and all(g != g for g in without.rows['gold'])

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__
-from .cli_classify import Keep, add_commands, check_places, given, with_file
+from .cli_classify import Keep, add_commands, check_places, given, out_path, with_file
 from .cli_guard import GuardedGroup, prepare_process
 from .cli_refine import add_refine_command
 from .cli_toxicity import toxicity_app
@@ -74,7 +74,7 @@ def env_command() -> None:
 @run_app.command('weak-teacher')
 def weak_teacher(
     data: Annotated[str | None, Flag(help='preference rows: world or world:SEED (made on the spot), a file, a folder with train_gt/train_w2s/test files, or a name on the hub (default: world)')] = None,
-    columns: Annotated[str | None, Flag(help='columns with unusual names, as in prompt=system+query,chosen=good,rejected=bad; those of a prompt are joined in this order (default: recognised)')] = None,
+    column: Annotated[str | None, Flag(help='columns with unusual names, as in prompt=system+query,chosen=good,rejected=bad; several of one part are joined by + in this order (default: recognised)')] = None,
     leave_out: Annotated[str | None, Flag(help='columns that are not to be read, with commas between them; a long one that is not read stops the run otherwise (default: none)')] = None,
     split: Annotated[str | None, Flag(help='which file of a folder or split of a data set is which, as in train=train_prefs,test=test_prefs (default: by their names)')] = None,
     weak: Annotated[str | None, Flag(help='weak supervisor: pico, nano, micro or base (they come with w2s), a folder, or a name on the hub; several joined by + are an ensemble (default: pico)')] = None,
@@ -113,7 +113,7 @@ def weak_teacher(
     token_budget: Annotated[int | None, Flag(help='padded tokens at once: memory and speed, not the result (default: 8192)')] = None,
     gradient_checkpointing: Annotated[bool | None, Flag('--gradient-checkpointing/--no-gradient-checkpointing', help='less memory, a third slower (default: auto, where a GPU has no room otherwise)')] = None,
     config: Annotated[Path | None, Flag(help='TOML file with any settings; flags win over it')] = None,
-    out: Annotated[Path, Flag(help='folder of stages and results; finished stages in it are used again')] = Path('runs/weak-teacher'),
+    out: Annotated[Path, Flag(parser=out_path, metavar='PATH', help='folder of stages and results; finished stages in it are used again')] = Path('runs/weak-teacher'),
     strict: Annotated[bool | None, Flag('--strict', help='stop if the data report finds anything')] = None,
     keep_stages: Keep = False, # use finished stages of other versions
     dry_run: Annotated[bool, Flag('--dry-run', help='print the plan and stop')] = False,
@@ -125,7 +125,7 @@ def weak_teacher(
     """
     both = {'epochs': epochs, 'token_budget': token_budget, 'gradient_checkpointing': gradient_checkpointing}
     use = {'subset': subset, 'targets': targets, 'weights': weights, 'keep': keep, 'calibrate': calibrate}
-    flags = {'data': data, 'columns': columns, 'leave_out': leave_out, 'split': split, 'weak': weak, 'strong': strong, 'supervisor': supervisor, 'rows': rows, 'test_rows': test_rows, 'label_share': label_share,
+    flags = {'data': data, 'column': column, 'leave_out': leave_out, 'split': split, 'weak': weak, 'strong': strong, 'supervisor': supervisor, 'rows': rows, 'test_rows': test_rows, 'label_share': label_share,
              'seeds': seeds, 'samples': samples, 'temperature': temperature, 'response_tokens': response_tokens, 'gold': gold, 'gold_quantize': gold_quantize, 'beta': beta, 'loss': loss,
              'smoothing': smoothing, 'start': start, 'strict': strict, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device, 'load.revision': revision, 'load.allow_pickle': allow_pickle, 'load.chat_template': chat_template, 'sft.learning_rate': sft_lr,
              'dpo.learning_rate': dpo_lr, **{f'labels.{k}': v for k, v in use.items()}, **{f'{stage}.{k}': v for stage in ('sft', 'dpo') for k, v in both.items()}}
@@ -202,7 +202,7 @@ app.add_typer(toxicity_app, name='toxicity', help='Train a toxicity scorer, or s
 def label_command(
     model: Annotated[str, Flag(help='the supervisor: pico, nano, micro or base (they come with w2s), a folder, or a name on the hub')],
     rows: Annotated[str, Flag(help='file of pairs to label: prompt with two responses, or preferences, whose order is then ignored')],
-    out: Annotated[Path, Flag(help='.parquet file for the labels; a report comes beside it, as .md and .json')],
+    out: Annotated[Path, Flag(parser=out_path, metavar='PATH', help='.parquet file for the labels; a report comes beside it, as .md and .json')],
     train: Annotated[str | None, Flag(help='file of labelled preferences that the supervisor learns from; only a judge needs none')] = None,
     train_rows: Annotated[int | None, Flag(help='of these at most (default: all)')] = None,
     calibrate: Annotated[float, Flag(help='share of the labelled prompts that is kept from the training, to measure and to calibrate on; 0: neither')] = .2,
@@ -212,7 +212,8 @@ def label_command(
     dpo_lr: Annotated[float | None, Flag(help='learning rate of DPO (default: 5e-5; ladder: 1e-3)')] = None,
     epochs: Annotated[int | None, Flag(help='epochs of SFT and of DPO (default: 1; ladder: 2)')] = None,
     max_length: Annotated[int | None, Flag(help='tokens of prompt and response; a longer prompt is cut from the left (default: 512; ladder: 128)')] = None,
-    columns: Annotated[str | None, Flag(help='columns with unusual names in both files, as in prompt=system+query,chosen=good,rejected=bad (default: recognised)')] = None,
+    column: Annotated[str | None, Flag(help='columns with unusual names in both files, as in prompt=system+query,chosen=good,rejected=bad; several of one part are joined by + in this order (default: recognised)')] = None,
+    split: Annotated[str | None, Flag(help='which file of a folder or split of a data set is read, as in rows=test_prefs,train=train_prefs (default: the only one, or train)')] = None,
     leave_out: Annotated[str | None, Flag(help='columns that are not to be read, with commas between them; a long one that is not read stops the labelling otherwise (default: none)')] = None,
     seed: Annotated[int, Flag(help='of parting, adapter and order')] = 0,
     quantize: Annotated[str | None, Flag(help='nf4 or none (default: nf4)')] = None,
@@ -224,7 +225,7 @@ def label_command(
     chat_template: Annotated[str | None, Flag(help="of rows of chat messages: plain (paragraphs, Human: and Assistant:), chatml, or a file with a template in Jinja (default: the model's own; plain where it has none)")] = None,
     token_budget: Annotated[int | None, Flag(help='padded tokens at once: memory and speed, not the result (default: 8192)')] = None,
     config: Annotated[Path | None, Flag(help='TOML file with any settings of the supervisor; flags win over it')] = None,
-    work: Annotated[Path | None, Flag(help='folder where a killed run goes on (default: as out, with .work)')] = None,
+    work: Annotated[Path | None, Flag(parser=out_path, metavar='PATH', help='folder where a killed run goes on (default: as out, with .work)')] = None,
     strict: Annotated[bool | None, Flag('--strict', help='stop if the data report finds anything')] = None,
     keep_stages: Keep = False, # use finished stages of other versions
     dry_run: Annotated[bool, Flag('--dry-run', help='print settings, and which rows and columns would be read, and stop')] = False,
@@ -240,7 +241,7 @@ def label_command(
     both = {'epochs': epochs, 'token_budget': token_budget}
     flags = {'supervisor': supervisor, 'rows': train_rows, 'beta': beta, 'max_length': max_length, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device, 'load.revision': revision, 'load.allow_pickle': allow_pickle, 'load.chat_template': chat_template,
              'sft.learning_rate': sft_lr, 'dpo.learning_rate': dpo_lr, 'strict': strict, **{f'{s}.{k}': v for s in ('sft', 'dpo') for k, v in both.items()}}
-    job = LabelJob(rows, train, calibrate, seed, column_names(leave_out or ''), column_names(columns or ''))
+    job = LabelJob(rows, train, calibrate, seed, column_names(leave_out or ''), column_names(column or ''), column_names(split or ''))
     settings = label_settings(model, with_file(given(flags), config))
     if dry_run:
         typer.echo(dry_text(settings, job, out))
@@ -288,7 +289,7 @@ def cards_table(
 @zoo_app.command('build')
 def zoo_build(
     size: Annotated[str, Flag(help='pico, nano, micro or base; or scholar: base, taught to name, follow and improve a way of answering')],
-    out: Annotated[Path, Flag(help='folder for models; the model goes into a folder of its name in it')],
+    out: Annotated[Path, Flag(parser=out_path, metavar='PATH', help='folder for models; the model goes into a folder of its name in it')],
     tokens: Annotated[int | None, Flag(help='how much it reads (default: as the one that comes with w2s)')] = None,
     minutes: Annotated[float | None, Flag(help='instead of tokens: as much as it can read in about this time')] = None,
     seed: Annotated[int, Flag(help='of weights and of what is read')] = 0,

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_classify import Keep, check_places, given
+from .cli_classify import Keep, check_places, given, out_path
 from .errors import ConfigError
 
 # %% ../nbs/api/89d_cli_refine.ipynb #cb0f3917
@@ -46,13 +46,15 @@ def shown_prompts(
 Flag = typer.Option
 
 def refine_command(
-    questions: Annotated[str | None, Flag(help='CSV, JSONL or Parquet file with a column of questions')] = None,
+    questions: Annotated[str | None, Flag(help='file, folder or name on the hub with questions')] = None,
     weak_answers: Annotated[str | None, Flag(help='file of questions and weak answers (default: the file of the questions)')] = None,
     strong: Annotated[str, Flag(help='model that answers anew: scholar or another one that comes with w2s, a folder, or a name on the hub')] = 'scholar',
     method: Annotated[str, Flag(help='in-context: behind weak answers to other questions; infer-and-respond: under a sentence inferred from weak answers; ask-to-improve: each weak answer made better; resampled: several in context, of which the one that agrees most with the others is kept; own-answers: without weak answers, to compare')] = 'in-context',
-    out: Annotated[Path | None, Flag(help='.jsonl file for the refined answers; a report comes beside it, as .md and .json')] = None,
-    question: Annotated[str | None, Flag(help='column of the questions, or columns with commas between them, the question last (default: question, prompt or instruction, with what belongs to it)')] = None,
-    answer: Annotated[str | None, Flag(help='column of the weak answers (default: answer, completion, response or output)')] = None,
+    out: Annotated[Path | None, Flag(parser=out_path, metavar='PATH', help='.jsonl file for the refined answers; a report comes beside it, as .md and .json')] = None,
+    column: Annotated[str | None, Flag(help='columns with unusual names in both files, as in question=context+ask,answer=reply; several of one part are joined by + in this order (default: recognised)')] = None,
+    split: Annotated[str | None, Flag(help='which file of a folder or split of a data set is read, as in train=train_sft (default: the only one, or train)')] = None,
+    question: Annotated[str | None, Flag(help='the same as --column question=…: column of the questions, or columns with commas between them, the question last (default: recognised, with what belongs to it)')] = None,
+    answer: Annotated[str | None, Flag(help='the same as --column answer=…: column of the weak answers (default: recognised)')] = None,
     leave_out: Annotated[str | None, Flag(help='columns that are not to be read, with commas between them; a long one that is not read stops the refinement otherwise (default: none)')] = None,
     examples: Annotated[int | None, Flag(help='of in-context and resampled: weak answers that are shown (default: 4)')] = None,
     choice: Annotated[str | None, Flag(help='of both: examples are drawn from all others, or of the own batch, as published (default: others)')] = None,
@@ -73,7 +75,7 @@ def refine_command(
     keep_stages: Keep = False, # use finished stages of other versions
     dry_run: Annotated[bool, Flag('--dry-run', help='print settings, which rows and columns would be read, and what is known of the model, and stop')] = False,
     show_prompts: Annotated[bool, Flag('--show-prompts', help='print the templates that would be used, and stop')] = False,
-    work: Annotated[Path | None, Flag(help='folder where a killed refinement goes on (default: as out, with .work)')] = None,
+    work: Annotated[Path | None, Flag(parser=out_path, metavar='PATH', help='folder where a killed refinement goes on (default: as out, with .work)')] = None,
 ) -> None:
     """Refine weak answers: a strong model looks at them and answers anew (Somerstep et al. 2405.16236).
 
@@ -83,7 +85,7 @@ def refine_command(
     if show_prompts:
         typer.echo(shown_prompts(strong, load, prompts))
         return
-    flags = {'questions': questions, 'weak_answers': weak_answers, 'strong': strong, 'method': method, 'question': question, 'answer': answer, 'leave_out': leave_out, 'examples': examples,
+    flags = {'questions': questions, 'weak_answers': weak_answers, 'strong': strong, 'method': method, 'column': column, 'split': split, 'question': question, 'answer': answer, 'leave_out': leave_out, 'examples': examples,
              'choice': choice, 'batch': batch, 'samples': samples, 'temperature': temperature, 'max_tokens': max_tokens, 'stop': line_breaks(stop), 'seed': seed,
              'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device, 'load.revision': revision, 'load.allow_pickle': allow_pickle, 'load.chat_template': chat_template}
     run_refine(given(flags), out, work, prompts, dry_run, keep_stages)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_classify import check_places
+from .cli_classify import check_places, out_path
 from .io.console import shorten_home
 from .io.disk import write_atomic, write_through
 
@@ -47,10 +47,12 @@ def _before() -> None: "Train a toxicity scorer, or score texts."
 @toxicity_app.command('fit')
 def fit_command(
     data: Annotated[list[Path], Flag(help='file of scored texts: RealToxicityPrompts, or any .jsonl, .json, .csv, .tsv or .parquet with a text and a score from 0 to 1, also with .gz; may be given several times')],
-    out: Annotated[Path, Flag(help='folder for the scorer')],
-    text: Annotated[str, Flag(help='column of the text, in all files (default: recognised)')] = '',
-    score: Annotated[str, Flag(help='column of the score, likewise (default: recognised)')] = '',
-    group: Annotated[str, Flag(help='column of what must stay on one side of the split (default: document, prompt or text)')] = '',
+    out: Annotated[Path, Flag(parser=out_path, metavar='PATH', help='folder for the scorer')],
+    column: Annotated[str, Flag(help='columns with unusual names, as in text=comment,score=toxic,group=thread (default: recognised)')] = '',
+    split: Annotated[str, Flag(help='which file of a folder or split of a data set is read, as in train=part (default: the only one, or train)')] = '',
+    text: Annotated[str, Flag(help='the same as --column text=…: column of the text, in all files (default: recognised)')] = '',
+    score: Annotated[str, Flag(help='the same as --column score=…: column of the score, likewise (default: recognised)')] = '',
+    group: Annotated[str, Flag(help='the same as --column group=…: column of what must stay on one side of the split (default: document, prompt or text)')] = '',
     leave_out: Annotated[str, Flag(help='columns that are not to be read, with commas between them; a long one that is not read stops the command otherwise')] = '',
     seed: Annotated[int, Flag(help='of the split')] = 0,
     held_out: Annotated[float, Flag(help='share of the texts that is kept from the training, to measure on')] = .1,
@@ -59,11 +61,13 @@ def fit_command(
     check_places([], map(str, data))
     from w2s.data.columns import column_names
     from w2s.data.files import keep_inputs
+    from w2s.data.sources import SPLITS, named_pairs, spread_columns
     from w2s.data.toxicity_rows import read_toxicity
     from w2s.evaluate.toxicity_scorers import fit_ridge, save_ridge, why_useless
     if not 0 < held_out < 1: raise ConfigError(f'--held-out is {held_out}; a share between 0 and 1 is needed: a scorer that was not measured is worth nothing')
     keep_inputs([out/name for name in ('card.json', 'ridge.npz', 'words.txt', 'letters.txt')], data)
-    found = read_toxicity(data, text, score, group, column_names(leave_out))
+    told = spread_columns(dict(column=column, text=text, score=score, group=group), 'scored')
+    found = read_toxicity(data, **told, leave_out=column_names(leave_out), splits=named_pairs(split, '--split', SPLITS) or None)
     typer.echo(f'{found}\n{found.report}')
     model = fit_ridge(found.rows, seed, held_out)
     save_ridge(model, out)
@@ -157,22 +161,26 @@ def warnings_of(
 def score_command(
     scorer: Annotated[str, Flag(help='folder that w2s toxicity fit has written; a classifier with its label, as folder:toxic; or oracle, for texts of the embedded world')],
     texts: Annotated[Path, Flag(help='file with a column of texts')],
-    out: Annotated[Path, Flag(help='.jsonl, .csv or .parquet file: the columns of the texts, and toxicity')],
-    text: Annotated[str, Flag(help='column of the texts (default: the only one of text, comment, sentence, response, continuation, completion)')] = '',
+    out: Annotated[Path, Flag(parser=out_path, metavar='PATH', help='.jsonl, .csv or .parquet file: the columns of the texts, and toxicity')],
+    column: Annotated[str, Flag(help='column of the texts, as in text=reply (default: recognised)')] = '',
+    split: Annotated[str, Flag(help='which file of a folder or split of a data set is read, as in train=part (default: the only one, or train)')] = '',
+    text: Annotated[str, Flag(help='the same as --column text=…: column of the texts (default: the only one of text, comment, sentence, response, continuation, completion)')] = '',
     leave_out: Annotated[str, Flag(help='columns that are not to be scored, with commas between them; a long one that is not scored stops the command otherwise; all are written')] = '',
     device: Annotated[str, Flag(help='of a classifier: cpu, cuda, cuda:1, mps or xpu; auto is the first GPU if there is one')] = 'auto',
 ) -> None:
     "Score the texts of a file."
     from w2s.data.columns import column_names
+    from w2s.data.sources import SPLITS, named_pairs, spread_columns
     from w2s.data.toxicity_rows import text_table
     from w2s.evaluate.toxicity_scorers import load_scorer
     check_place(out, texts)
-    raw, column, record = text_table(texts, text, column_names(leave_out))
+    told = spread_columns(dict(column=column, text=text), 'scored')
+    raw, name, record = text_table(texts, told['text'], column_names(leave_out), named_pairs(split, '--split', SPLITS) or None)
     if 'toxicity' in raw.data.column_names: raise DataError(f'{texts} has a column "toxicity" already; rename it, so that nothing is written over')
     typer.echo(f'read     {record}')
     judge = load_scorer(scorer, device)
-    done, empty, failed = scored_table(judge, raw.data, column)
-    write_table(done, out, dict(scorer=str(scorer), texts=texts.name, column=column, columns=str(record), rows=len(done)))
+    done, empty, failed = scored_table(judge, raw.data, name)
+    write_table(done, out, dict(scorer=str(scorer), texts=texts.name, column=name, columns=str(record), rows=len(done)))
     known = [x for x in done['toxicity'] if x is not None]
     mean = f'mean {sum(known)/len(known):.3f}, {sum(x >= .5 for x in known):,} at ½ or over' if known else 'no text could be scored'
     typer.echo(f'{len(known):,} of {len(done):,} texts scored by {scorer} ({empty:,} empty, {failed:,} failed); {mean}')

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .cli_classify import Keep, check_places, given, with_file
+from .cli_classify import Keep, check_places, given, out_path, with_file
 from .errors import ConfigError, unknown
 
 # %% ../nbs/api/89c_cli_transfer.ipynb #1c8823b2
@@ -118,11 +118,12 @@ def transfer_command(
     context: typer.Context, # of typer: which of the four commands was typed?
     form: Annotated[str | None, Flag(help='of explanation: analogy, or digits: decisions of an image classifier (default: analogy)')] = None,
     level: Annotated[str | None, Flag(help='of maths: gsm8k or math (default: gsm8k)')] = None,
-    data: Annotated[str | None, Flag(help='questions of your own: a CSV, JSONL or Parquet file; maths: a file or folder as GSM8K is published (default: world)')] = None,
-    question: Annotated[str | None, Flag(help='column of the questions, or columns with commas between them, the question last (default: recognised, with what belongs to it)')] = None,
-    answer: Annotated[str | None, Flag(help='column of good answers, for a tuned weak model and for the ceiling (default: recognised, if there is one)')] = None,
+    data: Annotated[str | None, Flag(help='questions of your own: a file, a folder, or a name on the hub (default: world)')] = None,
+    column: Annotated[str | None, Flag(help='columns with unusual names, as in question=context+ask,answer=reply; several of one part are joined by + in this order (default: recognised)')] = None,
+    question: Annotated[str | None, Flag(help='the same as --column question=…: column of the questions, or columns with commas between them, the question last (default: recognised, with what belongs to it)')] = None,
+    answer: Annotated[str | None, Flag(help='the same as --column answer=…: column of good answers, for a tuned weak model and for the ceiling (default: recognised, if there is one)')] = None,
     leave_out: Annotated[str | None, Flag(help='columns that are not to be read, with commas between them; a long one that is not read stops the run otherwise (default: none)')] = None,
-    split: Annotated[str | None, Flag(help='of maths: which file of a folder is which split, as in train=a.jsonl,test=b.jsonl (default: by their names)')] = None,
+    split: Annotated[str | None, Flag(help='which file of a folder or split of a data set is which, as in train=train_sft,test=test_sft (default: by their names)')] = None,
     weak: Annotated[str | None, Flag(help='weak models, with commas between them: pico, nano, micro or base (they come with w2s), folders, or names on the hub (default: pico; gender and digits in the world: none, mistakes are planted)')] = None,
     strong: Annotated[str | None, Flag(help='strong model, likewise (default: scholar)')] = None,
     via: Annotated[str | None, Flag(help='model in between, for --method bootstrap (default: none)')] = None,
@@ -157,14 +158,14 @@ def transfer_command(
     epochs: Annotated[int | None, Flag(help='their passes over their rows (default: 3; models that come with w2s: 4)')] = None,
     batch_size: Annotated[int | None, Flag(help='rows of a step (default: 16)')] = None,
     config: Annotated[Path | None, Flag(help='TOML file with any settings; flags win over it')] = None,
-    out: Annotated[Path | None, Flag(help='folder of stages and results; finished stages in it are used again (default: runs/ and the name of the command)')] = None,
+    out: Annotated[Path | None, Flag(parser=out_path, metavar='PATH', help='folder of stages and results; finished stages in it are used again (default: runs/ and the name of the command)')] = None,
     keep_stages: Keep = False, # use finished stages of other versions
     dry_run: Annotated[bool, Flag('--dry-run', help='print settings and number of trainings, and stop')] = False,
 ) -> None:
     "Weak-to-strong by demonstrations: weak answers, refined ones, a student of each, the ceiling and the un-tuned model"
     steps = {'learning_rate': lr, 'epochs': epochs, 'batch_size': batch_size}
     methods = None if method is None else method.replace('own-answers', 'own answers')
-    flags = {'data': data, 'question': question, 'answer': answer, 'leave_out': leave_out, 'split': split, 'weak': weak, 'strong': strong, 'via': via, 'demonstrator': demonstrator, 'answers': answers,
+    flags = {'data': data, 'column': column, 'question': question, 'answer': answer, 'leave_out': leave_out, 'split': split, 'weak': weak, 'strong': strong, 'via': via, 'demonstrator': demonstrator, 'answers': answers,
              'instruction': instruction, 'concept': concept, 'methods': methods, 'examples': examples, 'choice': choice, 'batch': batch, 'ablation': numbers(ablation, 'ablation'),
              'samples': samples, 'temperature': temperature, 'auxiliary': auxiliary, 'gold_rows': gold_rows, 'rows': rows, 'test_rows': test_rows, 'seeds': seeds,
              'max_tokens': max_tokens, 'max_length': max_length, 'judge': judge, 'repeats': repeats, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device, 'load.revision': revision, 'load.allow_pickle': allow_pickle, 'load.chat_template': chat_template,
@@ -213,14 +214,12 @@ def dry_toxicity(
     config: Any, # a `Toxicity`
 ) -> str:        # settings as TOML, where prompts come from, and the number of trainings
     "What a run would do; nothing is written. Raises `DataError`, `ModelError` or `ConfigError`"
-    from w2s.data.toxicity_rows import read_prompts
     from w2s.experiments.config import to_toml
     from w2s.experiments.toxicity import toxicity_models
     from w2s.experiments.toxicity_arms import judge_of
-    from w2s.experiments.toxicity_data import file_rows, origin_of
-    from w2s.experiments.toxicity_settings import SCENES
+    from w2s.experiments.toxicity_data import file_rows, origin_of, prompts_of
     judge_of(config)
-    found = None if config.data == SCENES else read_prompts(config.data, leave_out=config.leave_out)
+    found = prompts_of(config)
     if found:
         for seed in range(config.seeds): file_rows(found, config, seed)
     work = count_toxicity(config)
@@ -231,6 +230,8 @@ def toxicity_command(
     data: Annotated[str | None, Flag(help='prompts: world:scenes (made on the spot), or a file as RealToxicityPrompts (default: world:scenes)')] = None,
     scorer: Annotated[str | None, Flag(help='who says what is toxic: a folder of w2s toxicity fit, or a classifier with its label, as folder:toxic (default: the oracle of the world; a file needs one)')] = None,
     allow_poor_scorer: Annotated[bool | None, Flag('--allow-poor-scorer', help='use a scorer that by its own card does not put texts in order')] = None,
+    column: Annotated[str | None, Flag(help='columns with unusual names, as in prompt=opening,score=toxic,continuation=rest (default: recognised)')] = None,
+    split: Annotated[str | None, Flag(help='which file of a folder or split of a data set is read, as in train=prompts (default: the only one, or train)')] = None,
     leave_out: Annotated[str | None, Flag(help='columns of the file that are not to be read, with commas between them; a long one that is not read stops the run otherwise (default: none)')] = None,
     weak: Annotated[str | None, Flag(help='weak model: pico, nano, micro or base (they come with w2s), a folder, or a name on the hub (default: pico)')] = None,
     strong: Annotated[str | None, Flag(help='strong student, likewise (default: base)')] = None,
@@ -258,12 +259,12 @@ def toxicity_command(
     dpo_epochs: Annotated[int | None, Flag(help='passes of DPO (default: 1; models that come with w2s: 3)')] = None,
     batch_size: Annotated[int | None, Flag(help='rows of a step, of both (default: 16)')] = None,
     config: Annotated[Path | None, Flag(help='TOML file with any settings; flags win over it')] = None,
-    out: Annotated[Path, Flag(help='folder of stages and results; finished stages in it are used again')] = Path('runs/toxicity'),
+    out: Annotated[Path, Flag(parser=out_path, metavar='PATH', help='folder of stages and results; finished stages in it are used again')] = Path('runs/toxicity'),
     keep_stages: Keep = False, # use finished stages of other versions
     dry_run: Annotated[bool, Flag('--dry-run', help='print settings and number of trainings, and stop')] = False,
 ) -> None:
     "Kinder continuations from weak to strong, by the protocol of RealToxicityPrompts (Ye et al. 2410.12621; Gehman et al. 2009.11462)."
-    flags = {'data': data, 'scorer': scorer, 'allow_poor_scorer': allow_poor_scorer, 'leave_out': leave_out, 'weak': weak, 'strong': strong, 'methods': method, 'gold_rows': gold_rows, 'asked_rows': rows, 'test_prompts': test_rows,
+    flags = {'data': data, 'scorer': scorer, 'allow_poor_scorer': allow_poor_scorer, 'column': column, 'split': split, 'leave_out': leave_out, 'weak': weak, 'strong': strong, 'methods': method, 'gold_rows': gold_rows, 'asked_rows': rows, 'test_prompts': test_rows,
              'threshold': threshold, 'examples': examples, 'greedy': greedy, 'decoding': decoding, 'speak.samples': samples, 'speak.max_tokens': max_tokens, 'seeds': seeds,
              'beta': beta, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device, 'load.revision': revision, 'load.allow_pickle': allow_pickle, 'sft.learning_rate': lr, 'dpo.learning_rate': dpo_lr, 'sft.epochs': epochs, 'dpo.epochs': dpo_epochs,
              'sft.batch_size': batch_size, 'dpo.batch_size': batch_size}

@@ -6,7 +6,7 @@
 __all__ = ['SYSTEM', 'HISTORY', 'ABOVE', 'BELOW', 'BELONGS', 'LONG', 'SENTENCE', 'SAMPLE', 'MANY', 'HALF', 'MISSING_WORDS',
            'ColumnsRead', 'columns_line', 'texts_in', 'plain_name', 'why_long', 'is_held', 'column_names',
            'readable_columns', 'check_leave_out', 'sample_cells', 'unread_columns', 'stop_unread', 'columns_read',
-           'with_columns', 'is_missing']
+           'with_columns', 'rename_columns', 'is_missing']
 
 # %% ../../nbs/api/data/16_columns.ipynb #f41577d1
 import re
@@ -216,6 +216,19 @@ def with_columns(
     rest = raw.data.with_format(None).select_columns([c for c in raw.data.column_names if c not in (*gone, *made)])
     cells = {c: rest[c][:] for c in rest.column_names} if len(rest.column_names) else {}
     return replace(raw, data=as_dataset({**cells, **{k: list(v) for k, v in made.items()}}), broken={k: v for k, v in raw.broken.items() if k not in (*gone, *made)}, made={**raw.made, **of})
+
+# %% ../../nbs/api/data/16_columns.ipynb #d9829241
+def rename_columns(
+    raw: RawTable,              # a file
+    names: Mapping[str, str],   # part -> column, as the user names it
+    where: str,                 # name of the file, for the message
+) -> RawTable:                  # the columns have the names of their parts
+    "Give columns the names that a reader knows; raises `DataError` for a column that is not there"
+    have = raw.data.column_names
+    if lost := [c for c in names.values() if c not in have]: raise DataError(f'{where}: has no column "{lost[0]}"; it has {", ".join(have)}')
+    new = {c: part for part, c in names.items() if part != c} | {p: f'{p} (of the file)' for p, c in names.items() if p != c and p in have}
+    return replace(raw, data=raw.data.rename_columns(new), made={**raw.made, **{part: c for part, c in names.items() if part != c}},
+                   broken={new.get(k, k): v for k, v in raw.broken.items()}, replaced={new.get(k, k): v for k, v in raw.replaced.items()})
 
 # %% ../../nbs/api/data/16_columns.ipynb #08c74996
 MISSING_WORDS = frozenset(('', 'na', 'n/a', '#n/a', '<na>', 'nan', 'nat', 'null', 'none', '-', '--', '?'))

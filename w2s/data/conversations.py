@@ -10,7 +10,6 @@ __all__ = ['TALK_NAMES', 'LINKS', 'LETTER', 'WORKING', 'FINAL', 'asked_and_said'
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-from datasets import Dataset
 
 # %% ../../nbs/api/data/56_conversations.ipynb #823bbc3c
 from .columns import is_missing, with_columns

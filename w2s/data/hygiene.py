@@ -22,6 +22,7 @@ from ..io.console import bullet_list, markdown_table
 
 # %% ../../nbs/api/data/40_hygiene.ipynb #4b3f9ff7
 from .columns import ColumnsRead
+from .public_pairs import JOINED
 from .readers import REASONS, Refused
 from .rows import as_dataset, check_rows, content_id, group_key
 from .splits import KEEP_ORDER, drop_overlap
@@ -30,8 +31,8 @@ from ..errors import DataError
 
 # %% ../../nbs/api/data/40_hygiene.ipynb #447890a4
 COLUMNS = ('check', 'split', 'model', 'rows', 'of', 'action', 'detail')
-ACTIONS = ('refused', 'dropped', 'cut', 'changed', 'unusable', 'kept') # unusable: for one model; such rows are then refused once for all models
-GONE = ('refused', 'dropped')  # actions after which a row is no longer there
+ACTIONS = ('refused', 'dropped', 'cut', 'changed', 'unusable', 'kept', 'joined') # unusable: for one model; such rows are then refused once for all models
+GONE = ('refused', 'dropped', 'joined')  # actions after which a row is no longer there
 
 # %% ../../nbs/api/data/40_hygiene.ipynb #a9666399
 def _line(check: str, split: str, rows: int, of: int, action: str, detail: str, model: str) -> dict:
@@ -239,7 +240,7 @@ def reader_report(
     rows: dict[tuple[str, str], list[int]] = {}
     for r in refused: rows.setdefault((r.reason, r.split), []).append(r.row)
     for reason in dict.fromkeys((*reasons, *(r.reason for r in refused))):
-        for split, n in rows_read.items(): report = report.add(reason, split, len(rows.get((reason, split), ())), n, 'refused', rows_said(rows.get((reason, split), [])))
+        for split, n in rows_read.items(): report = report.add(reason, split, len(rows.get((reason, split), ())), n, 'joined' if reason == JOINED else 'refused', rows_said(rows.get((reason, split), [])))
     for c in columns:
         for what, hit in c.changed.items(): report = report.add(what, c.split, len(hit), c.rows, 'changed', rows_said(hit))
     return report

@@ -173,13 +173,13 @@ def label_rows_of(
     if match.form.threshold is not None: record = replace(record, used={**record.used, 'label': (f'{match.label} (1 from {match.form.threshold:g} on)',)})
     need = list(dict.fromkeys(c for columns in used.values() for c in columns))
     labels, written = labels_of(raw.data, match.label, match.form, wanted), written_columns(sample_cells(raw.data, [*match.texts, *match.beside.names]))
-    refused, parsed, pieces = list[Refused](), list[int](), []
+    refused, parsed, pieces, named = list[Refused](), list[int](), [], isinstance(raw.data.features[match.label], ClassLabel)
     for first, piece in row_pieces(raw.data, need):
         rows: dict[int, dict] = {}
         for i, cells in enumerate(piece, first):
             if done := read_back(cells, written): parsed.append(i)
             row = WRITTEN if done is None else _label_row(cells, match, labels[i - 1], classes, group, f'{where}, row {i}')
-            if isinstance(row, str): refused.append(Refused(where, i, MINUS_ONE if row == NO_LABEL and spelled(cells[match.label]) == '-1' else row, split))
+            if isinstance(row, str): refused.append(Refused(where, i, MINUS_ONE if row == NO_LABEL and not named and spelled(cells[match.label]) == '-1' else row, split))
             else: rows[i] = row
         pieces.append((first, make_rows(rows.values(), 'labels', where=where, numbers=list(rows))))
     record = replace(record, changed={**record.changed, **({PARSED: tuple(parsed)} if parsed else {})})

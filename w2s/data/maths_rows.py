@@ -186,9 +186,10 @@ def read_gsm8k(
     question: str = '',         # column of the questions; '': a usual name
     answer: str = '',           # column of the answers; '': a usual name
     leave_out: Sequence[str] = (), # columns that are not to be read
+    most: int = 0,              # rows that are wanted of a large file, chosen at random; 0: all
 ) -> MathsRead:                 # a file is the one split "all"
     "Read maths questions: GSM8K's form, MATH's, or questions with plain numbers; raises `DataError`"
-    tables = source_tables(str(source), splits, spare=True)
+    tables = source_tables(str(source), splits, spare=True, most=most)
     left = next(iter(tables.values()))[1].beside
     check_leave_out(leave_out, dict(tables.values()))
     done = {s: maths_rows_of(t, where, s, marks, question, answer, leave_out) for s, (where, t) in tables.items()}

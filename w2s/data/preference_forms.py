@@ -123,7 +123,11 @@ def _label_name(label, columns: Sequence[str], where: str) -> int | None:
 # %% ../../nbs/api/data/19_preference_forms.ipynb #c681d8aa
 Choose = Callable[[Mapping[str, Any], Sequence[str], str], int | None] # of a row: 0 or 1, which response is better; None: a tie
 
-def by_name(row: Mapping[str, Any], columns: Sequence[str], where: str) -> int | None:
+def by_name(
+    row: Mapping[str, Any], # its parts
+    columns: Sequence[str], # of the two responses
+    where: str,             # file and row, for messages
+) -> int | None:            # 0 or 1; None: a tie
     "A label that names one of the responses by the end of its column"
     return _label_name(row['label'], columns, where)
 
@@ -146,24 +150,40 @@ def _value(x: Any, where: str) -> float:
     except (TypeError, ValueError): pass
     raise DataError(f'{where}: the choice is {x!r:.40}; a number is needed')
 
-def by_sign(row: Mapping[str, Any], columns: Sequence[str], where: str) -> int | None:
+def by_sign(
+    row: Mapping[str, Any], # its parts
+    columns: Sequence[str], # of the two responses
+    where: str,             # file and row, for messages
+) -> int | None:            # 0 or 1; None: a tie
     "A strength: below zero the first response is better, above zero the second"
     x = _value(row['label'], where)
     return None if x == 0 else int(x > 0)
 
-def by_scores(row: Mapping[str, Any], columns: Sequence[str], where: str) -> int | None:
+def by_scores(
+    row: Mapping[str, Any], # its parts
+    columns: Sequence[str], # of the two responses
+    where: str,             # file and row, for messages
+) -> int | None:            # 0 or 1; None: a tie
     "Two scores, or flags: the response with the larger one is better"
     a, b = _value(row['label'], where), _value(row['other'], where)
     return None if a == b else int(b > a)
 
-def by_middle(row: Mapping[str, Any], columns: Sequence[str], where: str) -> int | None:
+def by_middle(
+    row: Mapping[str, Any], # its parts
+    columns: Sequence[str], # of the two responses
+    where: str,             # file and row, for messages
+) -> int | None:            # 0 or 1; None: a tie
     "A number from 1 to 2, as AlpacaEval writes it: below 1.5 the first is better; 1.5 and 0 are ties; names of columns are understood, too"
     try: x = _value(row['label'], where)
     except DataError: return _label_name(row['label'], columns, where)
     if x and not 1 <= x <= 2: return _label_name(row['label'], columns, where)
     return None if x in (0, 1.5) else int(x > 1.5)
 
-def one_is_first(row: Mapping[str, Any], columns: Sequence[str], where: str) -> int | None:
+def one_is_first(
+    row: Mapping[str, Any], # its parts
+    columns: Sequence[str], # of the two responses
+    where: str,             # file and row, for messages
+) -> int | None:            # 0 or 1; None: a tie
     "1: the first response is better, 0: the second, as in SHP"
     x = _value(row['label'], where)
     if x in (0, 1): return int(x == 0)
@@ -247,7 +267,7 @@ def match_form(
     blind: bool = False,                   # leave out what says which response is better, if that is a column of its own
 ) -> Match | None:
     "The columns of a form in a table, or None"
-    wanted = {p: names for p, names in form.parts.items() if not (blind and p in CHOICE)}
+    wanted = {p: names for p, names in form.parts.items() if not (blind and p in CHOICE and ('first' in form.parts or 'summaries' in form.parts.get('items', ())))}
     parts = {p: next(iter(told.get(p, ()) or find_columns(names, have)), '') for p, names in wanted.items()}
     if '' in parts.values() or any(p in told and p not in (*form.parts, 'prompt', 'system') for p in told): return None
     if len(find_columns(form.marks, have)) < len(form.marks): return None

@@ -65,8 +65,8 @@ def _place(key: Any, names: Sequence[Any], n: int) -> int | None:
 
 # %% ../../nbs/api/data/47_public_labels.ipynb #8051577d
 MADE_ANSWER, MADE_LABEL = 'answer that is right or wrong', 'is it right?'
-_RIGHT = dict(label=(MADE_LABEL,), asks='\nIs the answer right?', words={'wrong': ' no', 'right': ' yes'}, spare=CHOICE_SPARE)
-CHOICE_FORMS = tuple(LabelForm(f'right or wrong ({name})', (*((t,) for t in texts), (MADE_ANSWER,)), heads=(*(f'{t.capitalize()}: ' for t in texts), 'Answer: '), group=len(texts) - 1, **_RIGHT) for name, texts, _ in CHOICE_ROWS)
+CHOICE_FORMS = tuple(LabelForm(f'right or wrong ({name})', (*((t,) for t in texts), (MADE_ANSWER,)), heads=(*(f'{t.capitalize()}: ' for t in texts), 'Answer: '), group=len(texts) - 1,
+                               label=(MADE_LABEL,), asks='\nIs the answer right?', words={'wrong': ' no', 'right': ' yes'}, spare=CHOICE_SPARE) for name, texts, _ in CHOICE_ROWS)
 
 def as_answers(
     raw: RawTable,        # a file

@@ -14,7 +14,7 @@ from typing import Any
 # %% ../../nbs/api/data/20_public_pairs.ipynb #d172db6b
 from .columns import is_missing, texts_in
 from .messages import HOLDERS, conversation, open_messages, parse_value, plain_messages
-from .preference_forms import (DIFFER, FEW, LABEL_COLUMNS, MISSING, NO_CHOICE, PAIR_COLUMNS, TIE, TURN, PreferenceForm, _chat_row, _hh_row, _pair_row, _trl_row, _value,
+from .preference_forms import (DIFFER, LABEL_COLUMNS, MISSING, NO_CHOICE, PAIR_COLUMNS, PROMPT_COLUMNS, TURN, PreferenceForm, _chat_row, _hh_row, _pair_row, _trl_row, _value,
                                        _whole_row, by_middle, by_name, by_scores, by_sign, one_is_first, ranked_row)
 from .prompts import dialogue_text
 from ..errors import DataError
@@ -76,9 +76,9 @@ def _summaries_row(row: Mapping[str, Any], columns: Sequence[str], where: str) -
     "Two summaries of a post, and the number of the better one"
     items, prompt = row['items'], post_text(row['prompt'])
     if prompt is None or not isinstance(items, list) or len(items) != 2: return MISSING
-    if is_missing(row['label']): return NO_CHOICE
-    if (x := _value(row['label'], where)) not in (0, 1): raise DataError(f'{where}: the choice is {row["label"]!r:.40}; 0 or 1 is known')
-    return ranked_row(prompt, [(texts_in(i.get('text')) or [None])[0] for i in items], [1 - x, x])
+    if 'label' in row and is_missing(row['label']): return NO_CHOICE
+    if (x := _value(row.get('label', 0), where)) not in (0, 1): raise DataError(f'{where}: the choice is {row["label"]!r:.40}; 0 or 1 is known')
+    return ranked_row(prompt, [next(iter(texts_in(i.get('text'))), None) for i in items], [1 - x, x])
 
 def _inside_row(row: Mapping[str, Any], columns: Sequence[str], where: str) -> dict | str:
     "A pair with two scores, whose prompt may be an object with a text"
@@ -120,7 +120,7 @@ def join_marked(
 # %% ../../nbs/api/data/20_public_pairs.ipynb #d372edd4
 def _pairs(name: str, first: str, second: str, choose: Any, of: str, asks: tuple[str, ...] = (), spare: tuple[str, ...] = (), **choice: tuple[str, ...]) -> PreferenceForm:
     "A form with two responses and a choice"
-    return PreferenceForm(name, {'first': (first,), 'second': (second,), **choice}, choose, spare=spare, of=of, **(dict(asks=asks) if asks else {}))
+    return PreferenceForm(name, {'first': (first,), 'second': (second,), **choice}, choose, asks=asks or PROMPT_COLUMNS, spare=spare, of=of)
 
 _STRENGTH, _RANKED = partial(_pair_row, choose=by_sign), lambda row, names, at: ranked_row(open_messages(row['prompt']), row['items'], row.get('label'))
 _NAMED = (
@@ -156,7 +156,7 @@ def _chosen_forms(a: str, b: str) -> tuple[PreferenceForm, ...]:
             PreferenceForm(f'dialogues{tail}', parts, lambda row, names, at: _hh_row(row), prompt=False, fits=_are_dialogues, of='HH-RLHF'),
             PreferenceForm(f'prompt, chosen, rejected{tail}', parts, read, of=of),
             PreferenceForm(f'a conversation and its replies{tail}', parts, read, asks=TALKS, fits=_are_replies, of='axolotl, ShareGPT form of LLaMA-Factory, UltraInteract'),
-            PreferenceForm(f'conversations{tail}', parts, read, prompt=False, fits=lambda cells, asked: any(isinstance(c, list) for c in cells['chosen']), of='UltraFeedback binarized, dpo-mix, Skywork'))
+            PreferenceForm(f'conversations{tail}', parts, read, prompt=False, fits=lambda cells, asked: any(isinstance(open_messages(c), list) for c in cells['chosen']), of='UltraFeedback binarized, dpo-mix, Skywork'))
 
 FORM_LIST = (*_NAMED, *(f for pair in CHOSEN_COLUMNS for f in _chosen_forms(*pair)),
     *(PreferenceForm('pair with a label', dict(first=(a,), second=(b,), label=LABEL_COLUMNS), _lists_row if a == 'response_a' else _pair_row,

@@ -19,7 +19,7 @@ from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 # %% ../../nbs/api/data/17_sources.ipynb #bb7cfe52
-from .files import ZIPS, form_of, is_zipped
+from .files import ZIPS, form_of
 from .rows import as_dataset
 from .tables import TEXT_FORMS, RawTable, open_table
 from ..errors import ConfigError, DataError, unknown

@@ -17,12 +17,13 @@ from pathlib import Path
 # %% ../../nbs/api/data/65_toxicity_rows.ipynb #5db32cad
 from datasets import Dataset
 
-from .columns import ColumnsRead, check_leave_out, columns_read, readable_columns
+from .columns import ColumnsRead, check_leave_out, columns_read, readable_columns, rename_columns
 from .hygiene import DataReport, reader_report
 from .prompts import PARSED, plain_cells
 from .readers import MISSING, WRITTEN, Refused
 from .rows import content_id, group_key
-from .tables import RawTable, open_table
+from .sources import one_table
+from .tables import RawTable
 from ..errors import DataError
 
 # %% ../../nbs/api/data/65_toxicity_rows.ipynb #c7fbaf72
@@ -144,7 +145,7 @@ def _texts_of(raw: RawTable, path: Path, text: str, score: str, group: str, leav
     table, where = raw.data.select_columns(readable_columns(raw, leave_out)), str(path)
     if group and group not in table.column_names: raise DataError(f'{where}: has no column "{group}"; it has {", ".join(table.column_names)}')
     used = _used(table, text, score, group, where)
-    record = columns_read(raw, used, where, [next(iter(used))], '--text {}', leave_out, path.name)
+    record = columns_read(raw, used, where, [next(iter(used))], '--column text={}', leave_out, path.name)
     rows, refused, read, parsed = [], list[Refused](), 0, set[int]()
     for cells, scores in text_and_score(table, text, score, where):
         texts, back, bad = plain_cells(cells)
@@ -162,11 +163,13 @@ def read_toxicity(
     score: str = '',  # column of the score, likewise; in RealToxicityPrompts any of its eight, toxicity if none is named
     group: str = '',  # column of what must stay in one split; '': document, prompt or text
     leave_out: Sequence[str] = (), # columns that are not to be read
+    splits: Mapping[str, str] | None = None, # the file of a folder or split of a data set that is read; None: the only one, or train
 ) -> ScoredTexts:     # each text once
     "Read scored texts; raises `DataError` for what cannot be read at all, and for a long column that is not read"
     paths = [Path(f) for f in ([files] if isinstance(files, (str, Path)) else files)]
     if twice := [p for p in paths if paths.count(p) > 1]: raise DataError(f'{twice[0]} is named twice; name each file once')
-    tables = {str(p): open_table(p) for p in paths}
+    found = {str(p): one_table(str(p), None if p.is_file() and len(paths) > 1 else splits) for p in paths}
+    tables = {p: raw for p, (_, raw) in found.items()}
     check_leave_out(leave_out, tables)
     done = {str(p): _texts_of(tables[str(p)], p, text, score, group, leave_out) for p in paths}
     refused, kept = [r for _, bad, _, _ in done.values() for r in bad], dict[str, dict]()
@@ -176,19 +179,20 @@ def read_toxicity(
     if not kept:
         why = Counter(r.reason for r in refused).most_common(1)
         raise DataError(f'{", ".join(map(str, paths))}: no text with a score ({f"{why[0][1]} × {why[0][0]}" if why else "no rows"}); is this the score column?')
-    return ScoredTexts(Dataset.from_list(list(kept.values())), refused, {w: n for w, (_, _, n, _) in done.items()}, [c for *_, c in done.values()])
+    return ScoredTexts(Dataset.from_list(list(kept.values())), refused, {w: n for w, (_, _, n, _) in done.items()}, [replace(c, where=found[p][0]) for p, (*_, c) in done.items()])
 
 # %% ../../nbs/api/data/65_toxicity_rows.ipynb #5142497e
 def text_table(
     path: str | Path,               # any table
     text: str = '',                 # column of the texts; '': a usual name
     leave_out: Sequence[str] = (),  # columns that are not to be scored
+    splits: Mapping[str, str] | None = None, # the file of a folder or split of a data set that is read; None: the only one, or train
 ) -> tuple[RawTable, str, ColumnsRead]: # the table; the column; and which columns are scored
     "Texts to be scored; raises `DataError`, also for a long column that is not scored"
-    raw, where = open_table(path), str(path)
+    where, raw = one_table(str(path), splits)
     check_leave_out(leave_out, {where: raw})
     column = one_of(TEXTS, text, readable_columns(raw, leave_out), 'text', where)
-    return raw, column, columns_read(raw, dict(text=(column,)), where, ['text'], '--text {}', leave_out, 'texts')
+    return raw, column, columns_read(raw, dict(text=(column,)), where, ['text'], '--column text={}', leave_out, 'texts')
 
 # %% ../../nbs/api/data/65_toxicity_rows.ipynb #e27ef90a
 @dataclass(frozen=True)
@@ -239,13 +243,18 @@ def read_prompts(
     path: str | Path,    # RealToxicityPrompts, or any table with a column "prompt", and perhaps its score and a continuation
     score: str = '',     # column of the prompts' score; '': a usual name, or no score
     leave_out: Sequence[str] = (), # columns that are not to be read
+    columns: Mapping[str, str] | None = None, # prompt, score and continuation -> their columns; None: as usual
+    splits: Mapping[str, str] | None = None,  # the file of a folder or split of a data set that is read; None: the only one, or train
+    most: int = 0,       # rows that are wanted of a large file, chosen at random; 0: all
 ) -> PromptsRead:        # each prompt once
     "Read prompts to be continued; raises `DataError`, also for a long column that is not read"
-    raw, where = open_table(path), str(path)
+    where, raw = one_table(str(path), splits, most=most)
     check_leave_out(leave_out, {where: raw})
+    raw = rename_columns(raw, {k: v for k, v in (columns or {}).items() if k != 'score'}, where)
+    score = (columns or {}).get('score', score)
     table = raw.data.select_columns(readable_columns(raw, leave_out))
     used = _prompt_columns(table, score, where)
-    record = columns_read(raw, used, where, [next(iter(used))], 'put it into the column "prompt", above: {}', leave_out, 'prompts')
+    record = columns_read(raw, used, where, [next(iter(used))], 'write it above the text in the column of the prompt: {}', leave_out, 'prompts')
     rows, refused = dict[str, dict](), []
     cells = _prompt_cells(table, score, used, where)
     (prompts, parsed, bad), lost = plain_cells([x[0] for x in cells]), set[int]()

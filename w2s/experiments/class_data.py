@@ -16,6 +16,7 @@ from datasets import Dataset
 
 # %% ../../nbs/api/experiments/75_class_data.ipynb #b1dfcf74
 from ..data.hygiene import DataReport
+from ..data.choice import rows_wanted
 from ..data.label_hygiene import clean_labels
 from ..data.label_readers import read_labels
 from ..data.class_splits import class_counts, sample_by_class, split_by_class
@@ -135,7 +136,8 @@ def load_labels(
 ) -> ClassData:
     "Read or make, clean and part label rows; raises `DataError` and `ConfigError`"
     if world_task(config.data): return world_labels(config)
-    read = read_labels(config.data, config.text, config.label, config.group, config.classes, named_pairs(config.split, '--split', SPLITS) or None, config.leave_out)
+    read = read_labels(config.data, config.text, config.label, config.group, config.classes, named_pairs(config.split, '--split', SPLITS) or None, config.leave_out,
+                       config.threshold, rows_wanted(config.rows, config.test_rows))
     splits, report = clean_labels(read.splits, read.refused, read.rows_read, contradictions=config.contradictions, classes=read.classes, columns=read.columns)
     words = label_words(config, read.words, read.classes)
     asked = words if config.readout == 'words' else ()

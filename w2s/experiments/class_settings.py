@@ -8,6 +8,7 @@ __all__ = ['METHODS', 'CLEAN_OPTIONS', 'WORLD_TASKS', 'READOUTS', 'PAPER_STEPS',
            'class_models']
 
 # %% ../../nbs/api/experiments/74_class_settings.ipynb #6e7ba177
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from typing import Any
 
 # %% ../../nbs/api/experiments/74_class_settings.ipynb #33e1b015
 from ..data.label_hygiene import CONTRADICTIONS
-from ..data.sources import SPLITS, named_pairs
+from ..data.sources import SPLITS, named_pairs, spread_columns
 from ..errors import ConfigError, unknown
 from .config import from_table, merged, number, to_table
 from .weak_settings import weak_names
@@ -103,6 +104,7 @@ class Classify:
     text: str = ''                      # column of the text, for a file of one's own; '': recognised
     label: str = ''                     # column of the class; '': recognised
     group: str = ''                     # column of what must stay on one side of a split; '': recognised, or the text itself
+    threshold: float | None = None      # from where a score in the column of the class is class 1; None: there is no score, or one half where a data set is known for scores
     classes: tuple[str, ...] = ()       # names of the classes in their order; empty: as found, sorted
     words: tuple[str, ...] = ()         # label words, one a class, that the readout 'words' compares, and where a head begins; empty: those of the data
     contradictions: str = 'keep'        # texts with two different labels: 'keep' and count, 'drop', or 'refuse'
@@ -141,13 +143,14 @@ def check_classify(
         value = getattr(c, name)
         if value is not None and value < 1: raise ConfigError(f'{name} is {value}; it must be at least 1')
     if not 0 < c.label_share < 1: raise ConfigError(f'label_share is {c.label_share}; it must lie between 0 and 1')
+    if c.threshold is not None and not math.isfinite(c.threshold): raise ConfigError(f'threshold is {c.threshold}; it must be a number')
     if c.contradictions not in CONTRADICTIONS: raise ConfigError(unknown(c.contradictions, CONTRADICTIONS, 'way with contradictions'))
     if c.readout not in READOUTS: raise ConfigError(unknown(c.readout, READOUTS, 'readout'))
     if c.head_start not in ('words', 'random'): raise ConfigError(f'head_start is "{c.head_start}"; it must be "words" or "random"')
     if c.head_start == 'random' and c.readout != 'head': raise ConfigError(f'head_start belongs to the readout "head"; "{c.readout}" has no head')
     if c.words and (c.readout == 'probe' or c.head_start == 'random'): raise ConfigError('words belong to the readout "words", and to a head that begins with them; here nothing would look at them')
     named_pairs(c.split, '--split', SPLITS)
-    if world_task(c.data) and (c.leave_out or c.split): raise ConfigError(f'leave_out and split are about rows of a file or data set; data is "{c.data}"')
+    if world_task(c.data) and (c.leave_out or c.split or c.threshold is not None): raise ConfigError(f'leave_out, split and threshold are about rows of a file or data set; data is "{c.data}"')
     if c.trial and not world_task(c.data): raise ConfigError('trial belongs to data of the world; for a file, give other rows as the test split')
     for name in ('weak', 'strong', 'methods'):
         given = getattr(c, name)
@@ -189,7 +192,7 @@ def fill_classify(
     given: dict[str, Any], # settings by name, tables inside; what is given always holds
 ) -> Classify:
     "What is given, then the defaults of world and ladder where they are used, then the papers'; raises `ConfigError`"
-    given = {k: split_names(v) if k in ('weak', 'strong', 'via', 'methods', 'classes', 'leave_out', 'split') and isinstance(v, str) else v for k, v in given.items()}
+    given = {k: split_names(v) if k in ('weak', 'strong', 'via', 'methods', 'classes', 'leave_out', 'split') and isinstance(v, str) else v for k, v in spread_columns(given, 'labels').items()}
     out = to_table(Classify())
     task = world_task(given.get('data', Classify.data))
     if task: out = merged(merged(out, WORLD_LABELS), WORLD_ROWS[task])

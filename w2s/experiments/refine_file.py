@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['REFINE_METHODS', 'OF_METHODS', 'SHIPPED_REFINE', 'PACKAGES', 'RefineJob', 'check_job', 'fill_refine', 'form_text',
-           'edited', 'own_form', 'stops_of', 'read_job', 'refiner', 'dry_refine', 'refine_answers', 'RefinedFile',
-           'trl_rows', 'mean_words', 'facts', 'beside', 'refined_text', 'settings_text', 'check_out', 'write_refined',
-           'refine_file']
+           'edited', 'own_form', 'stops_of', 'check_examples', 'read_job', 'refiner', 'dry_refine', 'refine_answers',
+           'RefinedFile', 'trl_rows', 'mean_words', 'facts', 'beside', 'refined_text', 'settings_text', 'check_out',
+           'write_refined', 'refine_file']
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #f1718fa1
 import json
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -25,7 +26,8 @@ from ..data.columns import column_names
 from ..data.files import keep_inputs
 from ..data.hygiene import DataReport, merge_reports
 from ..data.questions import answers_to, open_tables, questions_from
-from ..errors import ConfigError, unknown
+from ..data.sources import SPLITS, named_pairs, spread_columns
+from ..errors import ConfigError, DataError, unknown
 from .config import from_table, merged, to_table, to_toml
 from .preference_stages import Model, Study, know_model, model_lines, model_load, note_models
 from .response_ends import count_cut
@@ -61,6 +63,7 @@ class RefineJob:
     question: str = ''           # column of the questions, in both tables; '': recognised
     answer: str = ''             # column of the weak answers; '': recognised
     leave_out: tuple[str, ...] = () # columns that are not to be read: a long one that is not read stops the refinement unless it is named here
+    split: tuple[str, ...] = ()  # which file of a folder or split of a data set is read, as in ('train=train_sft',); empty: the only one, or train
     examples: int = 4            # weak answers to other questions that are shown with each question (Somerstep et al.: 4, 3, 3 and 2)
     choice: str = 'others'       # which: drawn from all 'others', or of the own 'batch', as published
     batch: int = 5               # weak answers from which a concept is inferred (Somerstep et al.: 5 and 4)
@@ -80,6 +83,7 @@ def check_job(
     "Raise `ConfigError` for a setting out of range or without effect"
     if job.method not in REFINE_METHODS: raise ConfigError(unknown(job.method, REFINE_METHODS, 'method'))
     if job.choice not in CHOICES: raise ConfigError(unknown(job.choice, CHOICES, 'choice of examples'))
+    named_pairs(job.split, '--split', SPLITS)
     for name in ('examples', 'batch', 'samples', 'max_tokens'):
         if getattr(job, name) < 1: raise ConfigError(f'{name} is {getattr(job, name)}; it must be at least 1')
     for name, methods in OF_METHODS.items():
@@ -96,7 +100,7 @@ def fill_refine(
     given: Mapping[str, Any], # settings by name, tables inside; what is given always holds
 ) -> RefineJob:
     "What is given, then the defaults for models that come with w2s, then the others; raises `ConfigError`"
-    given = {k: column_names(v) if k == 'leave_out' else v for k, v in given.items()}
+    given = {k: column_names(v) if k in ('leave_out', 'split') else v for k, v in spread_columns(given, 'questions').items()}
     shipped = given.get('strong', RefineJob.strong) in SHIPPED
     return from_table(RefineJob, merged(SHIPPED_REFINE if shipped else {}, dict(given)))
 
@@ -136,17 +140,32 @@ def stops_of(
     return stops(form) if job.stop is None else job.stop
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #66710607
+def check_examples(
+    job: RefineJob,            # how many are shown
+    questions: Sequence[str],  # one a row
+    answers: Sequence[str],    # weak ones
+) -> None:
+    "Raise `DataError` if a question could be shown fewer answers to other questions than are wanted"
+    if job.method not in OF_METHODS['examples'] or job.choice != 'others': return
+    groups = Counter(g for g, a in zip(groups_of(questions), answers, strict=True) if a.strip())
+    most = sum(groups.values()) - max(groups.values(), default=0)
+    if most < job.examples: raise DataError(f'{job.questions}: --examples is {job.examples}, but a question can be shown {most} answers to others; lower it, or give more rows')
+
 def read_job(
     job: RefineJob, # which files
 ) -> tuple[list[str], list[str], DataReport]: # questions, each once; weak answers, '' where none are read; which columns were read, and what was left out
     "Questions and weak answers; raises `DataError`"
-    table, other = open_tables(job.leave_out, job.questions, job.weak_answers or job.questions)
+    table, other = open_tables(job.leave_out, job.questions, job.weak_answers or job.questions, splits=named_pairs(job.split, '--split', SPLITS) or None)
     none, apart = job.method == 'own-answers' and not job.weak_answers, bool(job.weak_answers) and job.weak_answers != job.questions
     read = questions_from(table, job.questions, job.question, '' if none or apart else job.answer, '' if none or apart else 'needed', True, job.leave_out)
     if none: return read.questions, ['']*len(read.questions), read.report
-    if not apart: return read.questions, list(read.answers or []), read.report
+    if not apart:
+        check_examples(job, read.questions, read.answers or [])
+        return read.questions, list(read.answers or []), read.report
     weak = questions_from(other, job.weak_answers, job.question, job.answer, 'needed', True, job.leave_out, 'weak answers')
-    return read.questions, answers_to(weak, read.questions), merge_reports(read.report, weak.report)
+    said = answers_to(weak, read.questions)
+    check_examples(job, read.questions, said)
+    return read.questions, said, merge_reports(read.report, weak.report)
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #5db9019d
 def refiner(

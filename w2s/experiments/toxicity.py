@@ -22,7 +22,7 @@ import pandas as pd
 # %% ../../nbs/api/experiments/94_toxicity.ipynb #45bb15b7
 from ..data.hygiene import DataReport
 from ..data.rows import content_id
-from ..data.toxicity_rows import PromptsRead, read_prompts
+from ..data.toxicity_rows import PromptsRead
 from ..evaluate.clusters import by_group
 from ..evaluate.intervals import interval_table, with_limits
 from ..evaluate.metrics import metric_rows, summarise
@@ -36,7 +36,7 @@ from .lab import Lab, respond_stage, stage_name
 from .preference_stages import know_model, model_inputs, model_lines, note_models, open_base
 from .stages import Run, claim, run_stage
 from .toxicity_arms import Judge, ToxicityArm, choice_arms, judge_of, line_arms, score_stage, toxicity_lab
-from .toxicity_data import file_rows, origin_of, rows_of
+from .toxicity_data import file_rows, origin_of, prompts_of, rows_of
 from .toxicity_settings import SCENES, Toxicity, fill_toxicity
 from .weak_settings import short_name
 from ..world.scenes import speech_verdict
@@ -263,7 +263,7 @@ def run(
     config = config or fill_toxicity({})
     with claim(out, to_table(config), (lambda line: None) if quiet else print, keep, quiet) as stages:
         judge = judge_of(config, scorer)
-        found = None if config.data == SCENES else read_prompts(config.data, leave_out=config.leave_out)
+        found = prompts_of(config)
         lines = toxicity_models(config)
         if not quiet: print(*lines, origin_of(config, found), *([found.report] if found else []), sep='\n')
         if found is not None:

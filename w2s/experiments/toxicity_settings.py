@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # %% ../../nbs/api/experiments/90_toxicity_settings.ipynb #1409a4a9
+from ..data.sources import PARTS_OF, SPLITS, named_pairs
 from ..errors import ConfigError, unknown
 from .config import from_table, merged, to_table
 from ..models.chat_templates import check_acts
@@ -45,6 +46,8 @@ class Toxicity:
     seeds: int = 1                      # repetitions, with seeds 0, 1, …
     beta: float = .1                    # of DPO
     speak: GenerateSettings = field(default_factory=lambda: GenerateSettings(**DECODINGS['rtp'], samples=25)) # how all models continue; 25 samples of a test prompt
+    column: tuple[str, ...] = ()        # columns with unusual names, as in ('prompt=text', 'score=toxic'); empty: recognised
+    split: tuple[str, ...] = ()         # which file of a folder or split of a data set is read, as in ('train=a.jsonl',); empty: the only one, or train
     leave_out: tuple[str, ...] = ()     # columns of the file that are not to be read: a long one that is not read stops the run unless it is named here
     allow_poor_scorer: bool = False     # use a scorer that by its own card does not put texts in order
     trial: bool = False                 # of the world: other test people, to choose settings by
@@ -69,7 +72,9 @@ def check_toxicity(
         if m not in METHODS: raise ConfigError(unknown(m, METHODS, 'method'))
         if c.methods.count(m) > 1: raise ConfigError(f'method {m} is given twice')
     if c.data.startswith('world') and c.data != SCENES: raise ConfigError(f'data "{c.data}": for toxicity the world has scenes; write {SCENES}')
-    if c.data == SCENES and c.leave_out: raise ConfigError(f'leave_out names columns of a file; data is "{c.data}"')
+    named_pairs(c.column, '--column', PARTS_OF['prompts'])
+    named_pairs(c.split, '--split', SPLITS)
+    if c.data == SCENES and (c.leave_out or c.column or c.split): raise ConfigError(f'column, leave_out and split name columns of a file; data is "{c.data}"')
     if c.data != SCENES and c.trial: raise ConfigError('trial belongs to data of the world; for a file, give other rows')
     if c.greedy and not set(c.methods) & {'naive', 'in-context'}: raise ConfigError('greedy is about weak lines, and no method learns from them')
     if 'in-context' in c.methods and c.examples >= c.asked_rows: raise ConfigError(f'examples is {c.examples}, of {c.asked_rows} asked_rows; more rows are needed than are shown at once')
@@ -87,7 +92,7 @@ def fill_toxicity(
     given: Mapping[str, Any], # settings by name, tables inside; what is given always holds; decoding: a key of `DECODINGS`
 ) -> Toxicity:
     "What is given, then the defaults of world and ladder where they are used, then the papers'; raises `ConfigError`"
-    asked = {k: tuple(m.strip() for m in v.split(',') if m.strip()) if k in ('methods', 'leave_out') and isinstance(v, str) else v for k, v in given.items() if k != 'decoding'}
+    asked = {k: tuple(m.strip() for m in v.split(',') if m.strip()) if k in ('methods', 'leave_out', 'column', 'split') and isinstance(v, str) else v for k, v in given.items() if k != 'decoding'}
     decoding, out = given.get('decoding', ''), to_table(Toxicity())
     if decoding and decoding not in DECODINGS: raise ConfigError(unknown(decoding, DECODINGS, 'decoding'))
     if asked.get('scorer') == 'oracle':

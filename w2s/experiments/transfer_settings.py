@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # %% ../../nbs/api/experiments/80_transfer_settings.ipynb #851a390d
+from ..data.sources import spread_columns
 from ..errors import ConfigError, unknown
 from .class_settings import split_names
 from .config import from_table, merged, to_table
@@ -57,7 +58,7 @@ class Transfer:
     question: str = ''                  # column of the questions, for a table of one's own, or columns with commas between them, the question last; '': recognised
     answer: str = ''                    # column of good answers (for a tuned weak model and for the ceiling); '': recognised, if there is one
     leave_out: tuple[str, ...] = ()     # columns that are not to be read: a long one that is not read stops the run unless it is named here
-    split: tuple[str, ...] = ()         # of maths: which file of a folder is which split, as in ('train=a.jsonl', 'test=b.jsonl'); empty: by their names
+    split: tuple[str, ...] = ()         # which file of a folder or split of a data set is which, as in ('train=a.jsonl', 'test=b.jsonl'); empty: by their names
     weak: tuple[str, ...] = ('pico',)   # weak models: of the ladder, folders, or names on the hub
     strong: str = 'scholar'             # strong model, likewise; `scholar` is `base` that also knows how to name, follow and improve a way of answering
     via: str = ''                       # model in between, for the method bootstrap
@@ -128,11 +129,10 @@ def _check_sources(c: Transfer) -> None:
     if c.data == 'world':
         if c.judge: raise ConfigError('the oracles of the world know the truth; judge belongs to questions of your own')
         if c.question or c.answer or c.leave_out: raise ConfigError('question, answer and leave_out name columns of a table; data is "world"')
-        if c.split: raise ConfigError('split names files of maths questions; data is "world"')
+        if c.split: raise ConfigError('split names files of a folder or splits of a data set; data is "world"')
         if c.demonstrator == 'file': raise ConfigError('weak answers in a file belong to questions of your own: give them as data')
         return
     if c.trial: raise ConfigError('trial belongs to data "world"; for a table of your own, give other questions')
-    if c.split and c.task not in ('gsm8k', 'math'): raise ConfigError(f'split names files of maths questions; the questions of {c.data} are one file, of which the test is taken by chance')
     if c.task == 'digits': raise ConfigError('the task digits has its pictures with it; data must be "world"')
     if c.task in ('gsm8k', 'math') and c.judge: raise ConfigError('answers to maths are compared with the right number; judge has nothing to do')
     if c.task not in ('gsm8k', 'math') and not c.judge: raise ConfigError(f'nobody knows how good answers to the questions of {c.data} are; name a model as judge (a folder or a name on the hub)')
@@ -175,7 +175,7 @@ def fill_transfer(
     given: dict[str, Any], # settings by name, tables inside; what is given always holds
 ) -> Transfer:
     "What is given, then the defaults of world and ladder where they are used, then the paper's; raises `ConfigError`"
-    given = {k: split_names(v) if k in ('weak', 'methods', 'leave_out', 'split') and isinstance(v, str) else v for k, v in given.items()}
+    given = {k: split_names(v) if k in ('weak', 'methods', 'leave_out', 'split') and isinstance(v, str) else v for k, v in spread_columns(given, 'questions').items()}
     out = to_table(Transfer(data='world'))
     if given.get('data', 'world') == 'world': out = merged(out, WORLD_TRANSFER | ({} if 'weak' in given or 'demonstrator' in given else PLANTED.get(given.get('task', Transfer.task), {})))
     if all(n in (*LADDER, SCHOLAR) for n in transfer_models(merged(out, given))): out = merged(out, LADDER_TRANSFER)
