@@ -29,7 +29,7 @@ from .tokens import Encoded, EncodedRow
 # %% ../../nbs/api/train/20_logprobs.ipynb #c7eca4d7
 PIECE = 8192  # words of the vocabulary at once
 CELLS = 2**20 # numbers in a piece of logits: 4 MB, whatever the vocabulary; larger pieces are not faster on a CPU
-WIDE = 2**26  # the same on a GPU: 256 MB, so that a piece keeps it busy
+WIDE = 2**24  # the same on a GPU: 64 MB, so that a piece keeps it busy
 
 # %% ../../nbs/api/train/20_logprobs.ipynb #0cc11e17
 def _pieces(
