@@ -43,7 +43,7 @@ def save_checkpoint(
     remove_tree(part) # of a killed run
     part.mkdir(parents=True)
     save_file({n: p.detach().cpu().contiguous() for n, p in trainable(model).items()}, part/'adapter.safetensors')
-    torch.save(optimizer.state_dict(), part/'optimizer.pt')
+    torch.save(_on_cpu(optimizer.state_dict()), part/'optimizer.pt')
     (part/'history.json').write_text(json.dumps(history), encoding='utf-8')
     seal_folder(part, {})
     sync_tree(part)
@@ -54,6 +54,12 @@ def save_checkpoint(
     return final
 
 # %% ../../nbs/api/train/45_checkpoints.ipynb #a2724633
+def _on_cpu(x: Any) -> Any:
+    "Tensors inside of dicts and lists, where every machine can read them"
+    if isinstance(x, dict): return {k: _on_cpu(v) for k, v in x.items()}
+    if isinstance(x, list): return [_on_cpu(v) for v in x]
+    return x.detach().cpu() if isinstance(x, Tensor) else x
+
 def step_of(
     checkpoint: Path, # its folder
 ) -> int:             # steps taken

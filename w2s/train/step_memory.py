@@ -8,6 +8,7 @@ __all__ = ['FEW', 'HEAD', 'SPARE', 'LiveBytes', 'shaped_attention', 'ShapedFourB
 
 # %% ../../nbs/api/train/46_step_memory.ipynb #d72bbde9
 import copy
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,11 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
+from ..errors import W2SWarning
 from ..models.devices import NOTE
 from ..models.load import set_mode
 from .batches import block
 from .checkpoints import trainable
-from .logprobs import CELLS, WIDE, response_logps
+from .logprobs import CELLS, FORWARD_ERRORS, WIDE, response_logps
 from .tokens import Encoded
 
 from peft import LoraConfig, get_peft_model
@@ -258,10 +260,14 @@ def choose_step(
     least: int = 1,         # sequences that cannot be parted: 2 of a pair
 ) -> StepChoice:
     "Checkpointing only where a step does not fit without, and a smaller block where it does not fit even so"
-    able, fixed = model.supports_gradient_checkpointing, model_bytes(model)
+    able, fixed, extra = model.supports_gradient_checkpointing, model_bytes(model), HEAD if free is not None else 0
     ways = [False, True] if twice == 'auto' and free is not None and able else [twice is True]
     for way in ways:
-        step, extra = estimate_step(model, time, way, tokens), HEAD if free is not None else 0
+        try: step = estimate_step(model, time, way, tokens)
+        except FORWARD_ERRORS as e:
+            warnings.warn(f'the memory of a training step of {type(model.get_base_model()).__name__} cannot be counted without its weights ({" ".join(str(e).split())[:120]}); '
+                          'it is trained as the settings say, and goes on in halves where memory runs out', W2SWarning, stacklevel=2)
+            return StepChoice(twice is True, tokens, float('nan'), free)
         if free is None or step.at(tokens) + extra <= SPARE*free: return StepChoice(way, tokens, fixed + extra + step.at(max(tokens, least*time)), free)
     fits = max(least*time, min(tokens, step.fit(SPARE*free - extra)))
     return StepChoice(way, fits, fixed + extra + step.at(fits), free)
