@@ -129,7 +129,7 @@ def test_resume(here, there, rows, texts, words, tmp_path, kind):
     def stop(taken):
         if taken == 3: raise KeyboardInterrupt
     for name, first, second in (('on', there, there), ('off', there, here), ('to', here, there)):
-        def go(base, after=None):
+        def go(base, after=None, name=name):
             if base is here: return learned(base, kind, rows, texts, words, tmp_path/name, after)
             with Elsewhere(): return learned(base, kind, rows, texts, words, tmp_path/name, after)
         with pytest.raises(KeyboardInterrupt): go(first, stop)

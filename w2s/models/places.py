@@ -18,7 +18,7 @@ from .zoo import SHIPPED, model_folder
 # %% ../../nbs/api/models/08_places.ipynb #44eb5962
 DTYPE_NAMES = ('bfloat16', 'float16', 'float32')
 COMPUTE = ('auto', 'autocast', 'plain')
-DEVICE = re.compile(r'auto|cpu|mps|(cuda|xpu)(:\d+)?')
+DEVICE = re.compile(r'auto|cpu|(cuda|xpu|mps)(:\d+)?')
 
 # %% ../../nbs/api/models/08_places.ipynb #b2f75cd5
 @dataclass(frozen=True)

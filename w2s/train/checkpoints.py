@@ -83,7 +83,7 @@ def load_checkpoint(
     if saved.keys() != weights.keys(): raise TrainError(f'{checkpoint} belongs to another adapter; delete it to start anew')
     for name, value in saved.items(): weights[name].data.copy_(value)
     try: state = torch.load(checkpoint/'optimizer.pt', map_location='cpu', weights_only=True) # `load_state_dict` takes it to the weights
-    except (RuntimeError, ValueError, UnpicklingError) as e: raise TrainError(f'{checkpoint}/optimizer.pt cannot be read ({" ".join(str(e).split())[:160]}); delete {checkpoint} to go on from the one before it') from e
+    except (RuntimeError, ValueError, EOFError, UnpicklingError) as e: raise TrainError(f'{checkpoint}/optimizer.pt cannot be read ({" ".join(str(e).split())[:160]}); delete {checkpoint} to go on from the one before it') from e
     optimizer.load_state_dict(state)
     return json.loads((checkpoint/'history.json').read_text(encoding='utf-8'))
 

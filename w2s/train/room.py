@@ -95,7 +95,7 @@ def fitting(
 ) -> Iterator[tuple[Rows, T]]: # each block, with what was made of it
     "Do some work on all rows, in blocks that fit; raises `TrainError` where a single row does not"
     cut = cut or by_length(lengths)
-    todo = cut(rows, room.tokens)
+    todo = list(cut(rows, room.tokens))
     while todo:
         part = todo[0]
         made = try_once(work, part)
@@ -107,7 +107,7 @@ def fitting(
             yield part, made
         elif len(part) > 1:
             room.halve(max(lengths[i] for i in part)*len(part), made.said)
-            todo = cut([i for p in todo for i in p], room.tokens)
+            todo = list(cut([i for p in todo for i in p], room.tokens))
         else: raise NoRoomLeft(f'out of memory with a single row of {lengths[part[0]]:,} tokens ({made.said[:160]})')
 
 class NoRoomLeft(TrainError):
