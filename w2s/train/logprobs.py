@@ -193,7 +193,8 @@ def score(
     "Log-probability, or other numbers, of every response of every row; raises `TrainError` if memory is short for a single one"
     if not rows: return np.zeros((0, 0))
     flat = [s for r in rows for s in r.sequences]
-    lengths, found, places = [len(s.ids) for s in flat], [], []
+    lengths, found = [len(s.ids) for s in flat], list[np.ndarray]()
+    places: list[int] = []
     set_mode(model, False)
     device = next(model.parameters()).device
     def numbers(part: list[int]) -> np.ndarray: return forward(model, block([flat[i] for i in part])).cpu().double().numpy()

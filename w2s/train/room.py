@@ -32,7 +32,8 @@ def is_out_of_memory(
     return isinstance(error, RuntimeError) and (error_number(error) == errno.ENOMEM or bool(SHORT.search(str(error))))
 
 # %% ../../nbs/api/train/16_room.ipynb #71fd79b2
-T, Rows = TypeVar('T'), list[int]
+T = TypeVar('T')
+Rows = list[int]
 
 @dataclass(frozen=True)
 class NoRoom:
@@ -131,10 +132,10 @@ def whole_step(
     for _ in range(2):
         before.clear()
         made = try_once(step, [])
-        if not isinstance(made, NoRoom): return
+        if made is None: return
         for t, old in before: t.copy_(old)
         for p in list(optimizer.state):
             if p in known: optimizer.state[p].update(known[p]) # numbers that are no tensors
             else: del optimizer.state[p]
         release_memory()
-    raise NoRoomLeft(f'out of memory in the step of the optimizer ({made.said[:160]})')
+    raise NoRoomLeft(f'out of memory in the step of the optimizer ({made.said[:160] if made else ""})')

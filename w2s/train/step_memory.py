@@ -270,5 +270,5 @@ def choose_step(
                           'it is trained as the settings say, and goes on in halves where memory runs out', W2SWarning, stacklevel=2)
             return StepChoice(twice is True, tokens, float('nan'), free)
         if free is None or step.at(tokens) + extra <= SPARE*free: return StepChoice(way, tokens, fixed + extra + step.at(max(tokens, least*time)), free)
-    fits = max(least*time, min(tokens, step.fit(SPARE*free - extra)))
+    fits = max(least*time, min(tokens, step.fit(SPARE*(free or 0) - extra)))
     return StepChoice(way, fits, fixed + extra + step.at(fits), free)
