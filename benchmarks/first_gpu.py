@@ -33,7 +33,7 @@ from w2s.train.generate import respond
 from w2s.train.logprobs import check_model, score
 from w2s.train.loop import preference_objective, step_gradient, train
 from w2s.train.settings import GenerateSettings, TrainSettings
-from w2s.train.step_memory import HEAD, compute_twice, estimate_step
+from w2s.train.step_memory import compute_twice, estimate_step
 from w2s.train.tokens import Encoded, EncodedRow
 
 WAYS = {'nf4': LoadSettings('nf4'), 'nf4, adapters in 32 bits': LoadSettings('nf4', compute='plain'), '16 bits': LoadSettings('none'),
@@ -116,7 +116,7 @@ def memory_line(base: Base, rows: list[EncodedRow], time: int, twice: bool) -> s
             step_gradient(model, goal, range(len(rows)), 1 << 30)
             torch.cuda.synchronize()
             real = torch.cuda.max_memory_allocated() - before
-            return f'{(found + HEAD)/2**30:.2f} GiB estimated, {real/2**30:.2f} allocated ({(found + HEAD)/real - 1:+.0%})'
+            return f'{found/2**30:.2f} GiB estimated, {real/2**30:.2f} allocated ({found/real - 1:+.0%})'
         finally: compute_twice(model, False)
 
 

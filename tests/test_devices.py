@@ -297,8 +297,8 @@ def test_the_choice_follows_the_memory(base):
     model = add_adapter(base, LoraSettings())
     try:
         plain, twice = (estimate_step(model, 128, t) for t in (False, True))
-        from w2s.train.step_memory import HEAD, SPARE
-        def choice(room, how='auto', tokens=8192): return choose_step(model, 128, tokens, how, int((room + HEAD)/SPARE) + 1, 2)
+        from w2s.train.step_memory import SPARE
+        def choice(room, how='auto', tokens=8192): return choose_step(model, 128, tokens, how, int(room/SPARE) + 1, 2)
         assert [(c.twice, c.tokens) for c in (choice(plain.at(8192)*1.05), choice(twice.at(8192)*1.05))] == [(False, 8192), (True, 8192)]
         less = choice(twice.at(8192)*.5)
         assert less.twice and 256 <= less.tokens < 8192
