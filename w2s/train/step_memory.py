@@ -72,13 +72,13 @@ class LiveBytes(TorchDispatchMode):
 # %% ../../nbs/api/train/46_step_memory.ipynb #c256195f
 def shaped_attention(
     query: Tensor, # (rows, heads, time, width), as `scaled_dot_product_attention` is called
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    key: Tensor,   # (rows, heads or groups of them, time, width)
+    value: Tensor, # the same shape
+    attn_mask: Tensor | None = None, # (rows, 1 or heads, time, time)
+    dropout_p: float = 0.,           # of the attention
+    is_causal: bool = False,         # without a mask: only earlier tokens are seen
+    scale: float | None = None,      # of the products
+    enable_gqa: bool = False,        # do several heads share keys and values?
 ) -> Tensor:
     "Attention as a GPU computes it: what is kept are its inputs, its output, and one number a row and head"
     if enable_gqa: key, value = (t.repeat_interleave(query.shape[1]//t.shape[1], 1) for t in (key, value))
