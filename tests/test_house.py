@@ -144,7 +144,7 @@ def requirements(key: str) -> set[str]:
 def undeclared(names: set[str], declared: set[str]) -> set[str]:
     "Top-level imports that are neither Python's own, nor ours, nor declared"
     distribution = {'sklearn': 'scikit-learn', 'yaml': 'pyyaml', 'PIL': 'pillow', 'IPython': 'ipython'}
-    known = sys.stdlib_module_names | {'tomllib', 'w2s', 'conftest', 'refresh', 'make_readme'}
+    known = sys.stdlib_module_names | {'tomllib', 'w2s', 'conftest', 'refresh', 'make_readme', 'other_device'}
     return {name for name in names - known if distribution.get(name, name).lower().replace('_', '-') not in declared}
 
 

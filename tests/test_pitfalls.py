@@ -116,7 +116,7 @@ def sft(base, tmp_path):
 
 def test_pitfall_01_log_probs_are_summed_in_32_bits(tmp_path, texts):
     "512 tokens, a bf16 model, pairs that differ in three tokens: within 0.1 nat of 64 bits, and the sign of the margin right"
-    base = load_base(tiny_model(tmp_path/'m', texts, layers=1, context=600), LoadSettings(quantize='none'), device='cpu')
+    base = load_base(tiny_model(tmp_path/'m', texts, layers=1, context=600), LoadSettings(quantize='none', dtype='bfloat16'), device='cpu')
     assert base.model.dtype == torch.bfloat16
     for p in base.model.parameters(): p.data *= 3 # logits that are not all alike
     rng, rows = np.random.default_rng(0), []
@@ -505,7 +505,7 @@ def test_pitfall_11_hits_and_misses(folder, tmp_path, texts, base, sft):
         chat.append(read(tok, data=talk))
     stored_logps(store, base, sft, chat[0], quiet=True)
     wider = tiny_tokenizer(texts, 400)
-    loads = [load_base(folder, x, device='cpu') for x in (LoadSettings(quantize='nf4', dtype='float32'), LoadSettings(quantize='none'))]
+    loads = [load_base(folder, x, device='cpu') for x in (LoadSettings(quantize='nf4', dtype='float32'), LoadSettings(quantize='none', dtype='bfloat16'))]
     reseeded = load_base(tiny_model(tmp_path/'reseeded', texts, seed=1), FULL, device='cpu')
     short = max(len(s.ids) for r in rows for s in r.sequences) - 2
     assert any(r.cut for r in read(limit=short)) and read(wider) != rows
@@ -890,7 +890,9 @@ CHANGES = { # field: (another value, the stages that are not found any more[, wh
     'WeakTeacher.loss': ('ipo', STUDENT | HUMAN | CEILING), 'WeakTeacher.smoothing': (.2, STUDENT | HUMAN | CEILING, {'loss': 'cdpo'}),
     'WeakTeacher.start': ('base', STUDENT | HUMAN | CEILING | SFT_WEAK | {'ceiling-seed0-sft'}),
     'WeakTeacher.others': (('ceiling',), HUMAN), # the SFT of human answers stays: win rates are against it
-    'WeakTeacher.samples': (2, RESPONSES), 'WeakTeacher.temperature': (1., RESPONSES), 'WeakTeacher.response_tokens': (5, RESPONSES), 'WeakTeacher.gold': ('b', set()),
+    'WeakTeacher.samples': (2, RESPONSES), 'WeakTeacher.temperature': (1., RESPONSES), 'WeakTeacher.response_tokens': (5, RESPONSES), 'WeakTeacher.gold': ('b', set()), 'WeakTeacher.gold_quantize': ('nf4', set()), # scores are kept by its name and bits, beside the stages
+    'LoadSettings.device': ('cpu', set()), 'LoadSettings.compute': ('plain', set()), # on a CPU; on a GPU: test_a_stage_knows_where_its_model_computes
+   
     'LabelUse.subset': ('match', TAUGHT), 'LabelUse.targets': ('soft', STUDENT), 'LabelUse.weights': ('confidence', STUDENT), 'LabelUse.keep': (.5, TAUGHT),
     'LabelUse.calibrate': (.6, {'weak-seed0-sft', 'weak-seed0-labels', *FLOOR, *TAUGHT}, SOFT),
     'LoadSettings.quantize': ('nf4', EVERY), 'LoadSettings.dtype': ('bfloat16', EVERY), 'LoadSettings.revision': ('main', set()),

@@ -122,13 +122,14 @@ def deterministic(
     if device.type == 'cpu' or _FREE:
         yield
         return
-    before, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    switch: Any = torch.utils.deterministic
+    before, fill = torch.are_deterministic_algorithms_enabled(), switch.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False # it costs time, and nothing here reads memory before writing to it
+    switch.fill_uninitialized_memory = False # it costs time, and nothing here reads memory before writing to it
     try: yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        switch.fill_uninitialized_memory = fill
 
 def without_form(
     error: BaseException, # of an operation in `deterministic`

@@ -19,7 +19,7 @@ from .zoo import SHIPPED, model_folder
 # %% ../../nbs/api/models/08_places.ipynb #44eb5962
 DTYPE_NAMES = ('bfloat16', 'float16', 'float32')
 COMPUTE = ('auto', 'autocast', 'plain')
-DEVICE = re.compile(r'auto|cpu|mps|(cuda|xpu)(:\d+)?')
+DEVICE = re.compile(r'auto|cpu|(cuda|xpu|mps)(:\d+)?')
 
 # %% ../../nbs/api/models/08_places.ipynb #c56ec603
 ROLES = ('weak', 'via', 'strong', 'judge', 'gold') # what a revision can be of

@@ -43,7 +43,7 @@ def save_checkpoint(
     remove_tree(part) # of a killed run
     part.mkdir(parents=True)
     save_file({n: p.detach().cpu().contiguous() for n, p in trainable(model).items()}, part/'adapter.safetensors')
-    torch.save(optimizer.state_dict(), part/'optimizer.pt')
+    torch.save(_on_cpu(optimizer.state_dict()), part/'optimizer.pt')
     (part/'history.json').write_text(json.dumps(history), encoding='utf-8')
     seal_folder(part, {})
     sync_tree(part)
@@ -54,6 +54,12 @@ def save_checkpoint(
     return final
 
 # %% ../../nbs/api/train/45_checkpoints.ipynb #a2724633
+def _on_cpu(x: Any) -> Any:
+    "Tensors inside of dicts and lists, where every machine can read them"
+    if isinstance(x, dict): return {k: _on_cpu(v) for k, v in x.items()}
+    if isinstance(x, list): return [_on_cpu(v) for v in x]
+    return x.detach().cpu() if isinstance(x, Tensor) else x
+
 def step_of(
     checkpoint: Path, # its folder
 ) -> int:             # steps taken
@@ -77,7 +83,7 @@ def load_checkpoint(
     if saved.keys() != weights.keys(): raise TrainError(f'{checkpoint} belongs to another adapter; delete it to start anew')
     for name, value in saved.items(): weights[name].data.copy_(value)
     try: state = torch.load(checkpoint/'optimizer.pt', map_location='cpu', weights_only=True) # `load_state_dict` takes it to the weights
-    except (RuntimeError, ValueError, UnpicklingError) as e: raise TrainError(f'{checkpoint}/optimizer.pt cannot be read ({" ".join(str(e).split())[:160]}); delete {checkpoint} to go on from the one before it') from e
+    except (RuntimeError, ValueError, EOFError, UnpicklingError) as e: raise TrainError(f'{checkpoint}/optimizer.pt cannot be read ({" ".join(str(e).split())[:160]}); delete {checkpoint} to go on from the one before it') from e
     optimizer.load_state_dict(state)
     return json.loads((checkpoint/'history.json').read_text(encoding='utf-8'))
 

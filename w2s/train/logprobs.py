@@ -29,7 +29,7 @@ from .tokens import Encoded, EncodedRow
 # %% ../../nbs/api/train/20_logprobs.ipynb #c7eca4d7
 PIECE = 8192  # words of the vocabulary at once
 CELLS = 2**20 # numbers in a piece of logits: 4 MB, whatever the vocabulary; larger pieces are not faster on a CPU
-WIDE = 2**26  # the same on a GPU: 256 MB, so that a piece keeps it busy
+WIDE = 2**24  # the same on a GPU: 64 MB, so that a piece keeps it busy
 
 # %% ../../nbs/api/train/20_logprobs.ipynb #0cc11e17
 def _pieces(
@@ -193,7 +193,8 @@ def score(
     "Log-probability, or other numbers, of every response of every row; raises `TrainError` if memory is short for a single one"
     if not rows: return np.zeros((0, 0))
     flat = [s for r in rows for s in r.sequences]
-    lengths, found, places = [len(s.ids) for s in flat], [], []
+    lengths, found = [len(s.ids) for s in flat], list[np.ndarray]()
+    places: list[int] = []
     set_mode(model, False)
     device = next(model.parameters()).device
     def numbers(part: list[int]) -> np.ndarray: return forward(model, block([flat[i] for i in part])).cpu().double().numpy()

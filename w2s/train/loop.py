@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IMMATERIAL', 'SCALE', 'OUT_OF_MEMORY', 'material', 'learning_rate', 'Objective', 'row_weights', 'row_targets',
            'sft_objective', 'preference_objective', 'loss_scale', 'add_block', 'step_gradient', 'for_step',
-           'make_optimizer', 'take_step', 'plan_steps', 'compute_twice', 'computes_twice', 'first_room', 'train',
-           'OPTIMIZERS', 'SCHEDULES', 'TrainSettings']
+           'make_optimizer', 'take_step', 'plan_steps', 'first_room', 'plan_step', 'train', 'OPTIMIZERS', 'SCHEDULES',
+           'TrainSettings']
 
 # %% ../../nbs/api/train/50_loop.ipynb #06ebbb1a
 import math
@@ -28,10 +28,11 @@ from ..io.signals import Stopped, hold_signals
 from ..models.load import set_mode
 from . import losses
 from .batches import Block, block, epoch_batches, micro_batches
-from ..models.devices import release_memory, run_same
+from ..models.devices import free_memory, release_memory, run_same
 from .checkpoints import checkpoints, load_last, save_checkpoint, trainable
 from .room import NoRoomLeft, Room, fitting, is_out_of_memory, whole_step
 from .logprobs import response_logps
+from .step_memory import StepChoice, choose_step, compute_twice, computes_twice
 from .settings import OPTIMIZERS, SCHEDULES, TrainSettings
 from .tokens import Encoded, EncodedRow
 
@@ -236,30 +237,28 @@ def plan_steps(
     return [b for e in range(settings.epochs) for b in epoch_batches(lengths, settings.batch_size, seed, e)]
 
 # %% ../../nbs/api/train/50_loop.ipynb #6f814f13
-def compute_twice(
-    model: Any,      # with an adapter
-    on: bool = True, # False: not any more
-) -> None:
-    "Switch gradient checkpointing on or off"
-    new = 'activation' if hasattr(model, 'activation_checkpointing_enable') else 'gradient' # transformers has renamed it
-    if on: getattr(model, f'{new}_checkpointing_enable')(**{f'{new}_checkpointing_kwargs': {'use_reentrant': False}})
-    else: getattr(model, f'{new}_checkpointing_disable')()
-
-def computes_twice(
-    model: Any, # with or without an adapter
-) -> bool:
-    "Is gradient checkpointing on?"
-    return any(getattr(m, 'gradient_checkpointing', False) is True for m in model.modules())
-
 def first_room(
     model: Any,                         # to be trained
     settings: TrainSettings,            # its budget
     history: Sequence[dict[str, Any]],  # of the steps that were taken before
+    most: int,                          # padded tokens at once, from `choose_step`
 ) -> Room:
     "The room in which a training begins, or goes on: where memory ran out before, it would again"
     known = history[-1].get('token_budget') if history else None
     drops = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
-    return Room(known or settings.token_budget, known is not None, 'with other dropout masks' if drops else 'with the same result')
+    tokens = min(known or settings.token_budget, settings.token_budget if drops else most) # with dropout, other blocks have other masks
+    return Room(tokens, tokens < settings.token_budget, 'with other dropout masks' if drops else 'with the same result')
+
+def plan_step(
+    model: Any,               # with an adapter, to be trained
+    objective: Objective,     # its rows
+    settings: TrainSettings,  # budget and checkpointing, as asked for
+) -> StepChoice:
+    "Checkpointing and padded tokens of a training: by the memory of a GPU, and as asked for where nobody knows it"
+    free = free_memory(next(model.parameters()).device)
+    if free is None: return StepChoice(settings.gradient_checkpointing is True, settings.token_budget, 0., None)
+    longest, pair = max(len(s.ids) for row in objective.sequences for s in row), len(objective.sequences[0])
+    return choose_step(model, longest, settings.token_budget, settings.gradient_checkpointing, free, pair)
 
 # %% ../../nbs/api/train/50_loop.ipynb #df8114d5
 OUT_OF_MEMORY = '{what}, at step {step}; lower max_length, take --quantize nf4 or a smaller model{more}, and start again with the same command'
@@ -279,10 +278,11 @@ def train(
     if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise ConfigError('w2s trains in one process; start it without torchrun or accelerate launch')
     steps, optimizer, folder = plan_steps(objective, settings, seed), make_optimizer(model, settings), Path(folder)
     history = load_last(folder, model, optimizer)
-    room = first_room(model, settings, history)
+    chosen = plan_step(model, objective, settings)
+    room = first_room(model, settings, history, chosen.tokens)
     set_mode(model, True)
     with _as_before(model), hold_signals() as came, progress_bar(len(steps), label, 'step', quiet, len(history)) as bar:
-        if settings.gradient_checkpointing is True: compute_twice(model)
+        if chosen.twice: compute_twice(model)
         for step in range(len(history), len(steps)):
             history.append({'step': step, **_one_step(model, optimizer, objective, steps, step, settings, folder, room, seed)})
             if room.lowered: history[-1]['token_budget'] = room.tokens # a resumed run goes on with it

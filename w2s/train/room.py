@@ -32,7 +32,8 @@ def is_out_of_memory(
     return isinstance(error, RuntimeError) and (error_number(error) == errno.ENOMEM or bool(SHORT.search(str(error))))
 
 # %% ../../nbs/api/train/16_room.ipynb #71fd79b2
-T, Rows = TypeVar('T'), list[int]
+T = TypeVar('T')
+Rows = list[int]
 
 @dataclass(frozen=True)
 class NoRoom:
@@ -95,7 +96,7 @@ def fitting(
 ) -> Iterator[tuple[Rows, T]]: # each block, with what was made of it
     "Do some work on all rows, in blocks that fit; raises `TrainError` where a single row does not"
     cut = cut or by_length(lengths)
-    todo = cut(rows, room.tokens)
+    todo = list(cut(rows, room.tokens))
     while todo:
         part = todo[0]
         made = try_once(work, part)
@@ -107,7 +108,7 @@ def fitting(
             yield part, made
         elif len(part) > 1:
             room.halve(max(lengths[i] for i in part)*len(part), made.said)
-            todo = cut([i for p in todo for i in p], room.tokens)
+            todo = list(cut([i for p in todo for i in p], room.tokens))
         else: raise NoRoomLeft(f'out of memory with a single row of {lengths[part[0]]:,} tokens ({made.said[:160]})')
 
 class NoRoomLeft(TrainError):
@@ -131,10 +132,10 @@ def whole_step(
     for _ in range(2):
         before.clear()
         made = try_once(step, [])
-        if not isinstance(made, NoRoom): return
+        if made is None: return
         for t, old in before: t.copy_(old)
         for p in list(optimizer.state):
             if p in known: optimizer.state[p].update(known[p]) # numbers that are no tensors
             else: del optimizer.state[p]
         release_memory()
-    raise NoRoomLeft(f'out of memory in the step of the optimizer ({made.said[:160]})')
+    raise NoRoomLeft(f'out of memory in the step of the optimizer ({made.said[:160] if made else ""})')
