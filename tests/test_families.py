@@ -3,11 +3,10 @@ import warnings
 
 import pytest
 import torch
-import transformers
 from bitsandbytes import functional as bnb
 from peft import AutoPeftModelForCausalLM, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
+from families import FAMILIES, letters, make_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from w2s.errors import ModelError
 from w2s.experiments.preference_stages import check_checkpointing
@@ -24,74 +23,18 @@ from w2s.train.tokens import Encoded
 warnings.filterwarnings('ignore')
 FULL, HALF, NF4, NF4_32 = LoadSettings('none', 'float32'), LoadSettings('none', 'bfloat16'), LoadSettings('nf4', 'bfloat16'), LoadSettings('nf4', 'float32')
 
-S = dict(vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-         pad_token_id=0, bos_token_id=1, eos_token_id=2)
-MOE = dict(num_local_experts=4, num_experts_per_tok=2)
-SSM = dict(mamba_n_heads=4, mamba_d_head=32, mamba_d_state=8, mamba_chunk_size=16)
-DELTA = dict(head_dim=16, layer_types=['linear_attention', 'full_attention'], linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
-EYE = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
-FOURTH = dict(head_dim=16, global_head_dim=16, sliding_window=16, final_logit_softcapping=8., layer_types=['sliding_attention', 'full_attention'], num_kv_shared_layers=0,
-              hidden_size_per_layer_input=0, vocab_size_per_layer_input=96)
-MINE = dict(vocab_size=96, bos_token_id=1, eos_token_id=2)
-
-
-def nested(kind, text, **more):
-    "A configuration as it is published: the settings of the language part inside those of the whole"
-    return lambda: getattr(transformers, kind)(text_config=text, **more)
-
-
-def of(kind, **k): return lambda: getattr(transformers, kind)(**k)
-
-
-FAMILIES = {
-    'gemma2': of('Gemma2Config', **S, head_dim=16, sliding_window=16, final_logit_softcapping=10.),
-    'gemma3 nested': nested('Gemma3Config', {**S, 'head_dim': 16, 'sliding_window': 16}, vision_config=EYE, mm_tokens_per_image=4, image_token_index=90),
-    'gemma4 nested': nested('Gemma4Config', {**S, **FOURTH}, vision_config=None, audio_config=None, image_token_id=90, audio_token_id=91, video_token_id=92, boi_token_id=93, eoi_token_id=94),
-    'mixtral': of('MixtralConfig', **S, **MOE), 'granitemoe': of('GraniteMoeConfig', **S, **MOE, logits_scaling=4.), 'phimoe': of('PhimoeConfig', **S, **MOE, router_jitter_noise=0.),
-    'qwen3_moe': of('Qwen3MoeConfig', **S, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
-    'qwen2_moe': of('Qwen2MoeConfig', **S, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=64),
-    'gpt_oss': of('GptOssConfig', **S, **MOE, head_dim=16, sliding_window=16), 'jetmoe': of('JetMoeConfig', **{**S, 'num_key_value_heads': 2}, kv_channels=16, **MOE),
-    'llama4': of('Llama4TextConfig', **S, head_dim=16, intermediate_size_mlp=64, num_local_experts=2, num_experts_per_tok=1, interleave_moe_layer_step=1),
-    'falcon': of('FalconConfig', **MINE, hidden_size=64, num_hidden_layers=2, num_attention_heads=4), 'cohere': of('CohereConfig', **S, logit_scale=.25),
-    'granite': of('GraniteConfig', **S, logits_scaling=4.), 'hyperclovax': of('HyperCLOVAXConfig', **S, logits_scaling=4.), 'nanochat': of('NanoChatConfig', **S),
-    'recurrent_gemma': of('RecurrentGemmaConfig', **{**S, 'num_hidden_layers': 3}, lru_width=64, attention_window_size=16, logits_soft_cap=5.),
-    'qwen3_5': of('Qwen3_5TextConfig', **S, **DELTA), 'qwen3_next': of('Qwen3NextConfig', **S, **DELTA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32),
-    'lfm2': of('Lfm2Config', **S, layer_types=['conv', 'full_attention']), 'bamba': of('BambaConfig', **S, **SSM, attn_layer_indices=[1]),
-    'jamba': of('JambaConfig', **S, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_experts=4, num_experts_per_tok=2, use_mamba_kernels=False, mamba_d_state=8, mamba_dt_rank=8),
-    'granite hybrid': of('GraniteMoeHybridConfig', **S, **SSM, **MOE, layer_types=['mamba', 'attention'], shared_intermediate_size=64, logits_scaling=2.),
-    'falcon_h1': of('FalconH1Config', **S, **SSM, mamba_d_ssm=128, lm_head_multiplier=.5), 'gpt2': of('GPT2Config', **MINE, n_embd=64, n_layer=2, n_head=4, n_positions=128),
-    'bloom': of('BloomConfig', **MINE, hidden_size=64, n_layer=2, n_head=4), 'mpt': of('MptConfig', vocab_size=96, d_model=64, n_layers=2, n_heads=4, max_seq_len=128),
-    'mamba': of('MambaConfig', **MINE, pad_token_id=0, hidden_size=64, num_hidden_layers=2), 'rwkv': of('RwkvConfig', vocab_size=96, hidden_size=64, attention_hidden_size=64, num_hidden_layers=2),
-    'modernbert decoder': of('ModernBertDecoderConfig', **S),
-}
 MIXTURES = ['mixtral', 'granitemoe', 'phimoe', 'qwen3_moe', 'qwen2_moe', 'gpt_oss', 'jetmoe', 'llama4', 'qwen3_next', 'jamba', 'granite hybrid']
 HYBRIDS = ['qwen3_5', 'qwen3_next', 'lfm2', 'bamba', 'jamba', 'granite hybrid', 'falcon_h1']
-ODD = ['mamba', 'rwkv', 'modernbert decoder']
+ODD = ['mamba', 'rwkv', 'modernbert decoder', 'mamba2', 'falcon_mamba', 'xlstm']
 PLAIN = [f for f in FAMILIES if f not in ODD]
-
-
-def letters():
-    "A tokenizer with fewer tokens than the models have"
-    chars = ['<pad>', '<s>', '</s>', '<unk>', *'abcdefghijklmnopqrstuvwxyz .?']
-    kind = Tokenizer(models.WordLevel({c: i for i, c in enumerate(chars)}, unk_token='<unk>'))
-    kind.pre_tokenizer, kind.decoder = pre_tokenizers.Split('', 'isolated'), decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=kind, unk_token='<unk>', pad_token='<pad>', bos_token='<s>', eos_token='</s>')
 
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
-    "Where a model of a family lies; its weights are large enough for its layers to matter"
+    "Where a model of a family lies"
     home, made = tmp_path_factory.mktemp('families'), {}
     def folder(name):
-        if name not in made:
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(FAMILIES[name]())
-            with torch.no_grad():
-                for p in model.parameters():
-                    if p.dim() > 1: p.copy_(.15*torch.randn(p.shape))
-            made[name] = home/name.replace(' ', '-')
-            model.save_pretrained(made[name])
-            letters().save_pretrained(made[name])
+        if name not in made: made[name] = make_model(name, home/name.replace(' ', '-'))
         return made[name]
     return folder
 
@@ -248,19 +191,27 @@ def test_too_little_in_four_bits_is_refused(folders):
 
 
 FOUR = dict(bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
-SAVED = {'as asked for': (FOUR, NF4, ''), 'asked for none': (FOUR, HALF, 'quantize none'), 'fp4': (FOUR | dict(bnb_4bit_quant_type='fp4'), NF4, 'quant_type fp4'),
-         'single': (FOUR | dict(bnb_4bit_use_double_quant=False), NF4, 'use_double_quant False'), 'other arithmetic': (FOUR, NF4_32, 'compute_dtype bfloat16')}
+SAVED = {'double': (FOUR, NF4, ''), 'other arithmetic': (FOUR, NF4_32, ''), 'single': (FOUR | dict(bnb_4bit_use_double_quant=False), NF4, ''), 'arithmetic in float16': (FOUR | dict(bnb_4bit_compute_dtype=torch.float16), NF4, ''),
+         'asked for none': (FOUR, HALF, 'would win over --quantize none; take --quantize nf4, which uses it as it is'), 'fp4': (FOUR | dict(bnb_4bit_quant_type='fp4'), NF4, 'quant_type fp4'), 'stored otherwise': (FOUR | dict(bnb_4bit_quant_storage=torch.bfloat16), NF4, 'quant_storage bfloat16')}
 
 
+@pytest.mark.parametrize('family', ['granite', 'gemma3 nested'])
 @pytest.mark.parametrize('name', SAVED)
-def test_a_checkpoint_saved_in_four_bits(folders, tmp_path, name):
-    "Its own settings would win over those that are asked for"
-    how, load, words = SAVED[name]
-    AutoModelForCausalLM.from_pretrained(folders('granite'), dtype=torch.bfloat16, device_map={'': 'cpu'}, quantization_config=BitsAndBytesConfig(load_in_4bit=True, **how)).save_pretrained(tmp_path)
+def test_a_checkpoint_saved_in_four_bits(folders, tmp_path, name, family):
+    "One in NF4 is used as it is, in the arithmetic that is asked for, and that is said; what else it says of itself would win, so it is refused"
+    how, settings, words = SAVED[name]
+    AutoModelForCausalLM.from_pretrained(folders(family), dtype=torch.bfloat16, device_map={'': 'cpu'}, quantization_config=BitsAndBytesConfig(load_in_4bit=True, **how)).save_pretrained(tmp_path)
     letters().save_pretrained(tmp_path)
-    if not words: check_model(load_base(tmp_path, load, device='cpu'))
-    else:
-        with pytest.raises(ModelError, match=f'was saved in a quantized form .*{words}'): load_base(tmp_path, load, device='cpu')
+    if words:
+        with pytest.raises(ModelError, match=f'was saved in a quantized form .*{words}'): load_base(tmp_path, settings, device='cpu')
+        return
+    base, plan = load_base(tmp_path, settings, device='cpu'), load.plan_model(tmp_path, settings)
+    check_model(base)
+    four = [m for m in base.model.modules() if type(m).__name__ == 'Linear4bit']
+    assert base.bits == plan.bits and base.bits.share > .8 and {m.compute_dtype for m in four} == {load.DTYPES[settings.dtype]}
+    assert {m.weight.quant_state.nested for m in four} == {how['bnb_4bit_use_double_quant']}
+    line = load.bits_line(plan, settings)
+    assert 'as it was saved, used as it is' in line and ('its scales in 32 bits' in line) is not how['bnb_4bit_use_double_quant']
 
 
 @pytest.mark.parametrize('own', [dict(quant_method='gptq', bits=4, group_size=128), dict(quant_method='awq', bits=4), dict(quant_method='fp8'), dict(quant_method='mxfp4'),

@@ -87,7 +87,7 @@ def open_text_model(
     if settings.quantize != 'none': raise ConfigError(f'a {what} is not quantized here; use LoadSettings("none", "bfloat16"), or "float32" on a CPU')
     hf_logging.disable_progress_bar()
     config, folder = load_config(name, settings), local_folder(name, settings)
-    saved_in_four_bits(name, config, settings.quantize, settings.dtype)
+    saved_in_four_bits(name, config, settings.quantize)
     check_weights(folder, settings.allow_pickle)
     model, info = read_model(AutoModelForSequenceClassification, folder, settings.allow_pickle, lambda e: model_error(name, e),
                              dtype=DTYPES[settings.dtype], trust_remote_code=settings.trust_remote_code)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PAD', 'generate_inputs', 'prompt_ids', 'check_room', 'width', 'padded', 'padding_step', 'no_cache', 'cache_name',
-           'check_writes', 'check_state', 'write', 'plan_batches', 'check_ready', 'with_turn_end', 'row_mark',
-           'respond', 'generate', 'GenerateSettings']
+           'has_own_cache', 'select', 'check_writes', 'check_state', 'write', 'plan_batches', 'check_ready',
+           'with_turn_end', 'row_mark', 'respond', 'generate', 'GenerateSettings']
 
 # %% ../../nbs/api/train/60_generate.ipynb #b33c77bd
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
@@ -129,6 +130,22 @@ def cache_name(
     if found is None: raise ModelError(no_cache(type(body).__name__))
     return found
 
+# %% ../../nbs/api/train/60_generate.ipynb #1bafddb9
+def has_own_cache(
+    body: Any, # of a causal language model
+) -> bool:
+    "Does a model bring a class of caches of its own? Then nothing is known of what it keeps"
+    own = vars(sys.modules[type(body).__module__]).values()
+    return any(isinstance(c, type) and issubclass(c, Cache) and c.__module__ == type(body).__module__ for c in own)
+
+def select(
+    cache: Any, # keys, values and states of some sequences; changed in place
+    at: Tensor, # which of them are to be there, in order; one may be there twice
+) -> None:
+    "Choose sequences of a cache"
+    if type(cache).batch_select_indices is not Cache.batch_select_indices: cache.batch_select_indices(at) # a cache with more than layers, such as MiniMax's
+    else: cache.reorder_cache(at) # the one method that all kinds of layers have
+
 # %% ../../nbs/api/train/60_generate.ipynb #b73808b4
 class _State:
     "Sequences that are being written: what the model needs to go on with each"
@@ -146,7 +163,7 @@ class _State:
         self.read(ids)
         if samples == 1: return
         at = torch.arange(len(prompts), device=ids.device).repeat_interleave(samples)
-        self.cache.reorder_cache(at) # the one method that all kinds of layers have
+        select(self.cache, at)
         self.mask, self.position, self.hidden, self.text = (t[at] for t in (self.mask, self.position, self.hidden, self.text))
 
     def read(self, ids: Tensor) -> None:
@@ -160,7 +177,7 @@ class _State:
         "Append one token to each sequence, leave out those that are not kept, and read on"
         if len(keep) < len(chosen) or len(keep) == 1:
             at = torch.tensor(keep*2 if len(keep) == 1 else keep, device=chosen.device)
-            self.cache.reorder_cache(at)
+            select(self.cache, at)
             self.mask, self.position, self.text, chosen = self.mask[at], self.position[at], self.text[at], chosen[at]
         self.text = torch.cat([self.text, chosen[:, None]], 1)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(chosen), 1)], 1)
@@ -184,10 +201,14 @@ def check_state(
 ) -> None:
     "Raise `ModelError` for a model with recurrent layers whose cache does not hold all that it carries on"
     body = body_of(model)
-    if body in _STATEFUL or not (getattr(body, '_is_stateful', False) or padding_step(model) == 1): return
+    if body in _STATEFUL or not (getattr(body, '_is_stateful', False) or padding_step(model) == 1 or has_own_cache(body)): return
     with torch.no_grad():
-        state = _State(model, [[3, 4, 5, 6, 7], [7, 5, 6, 4, 3]], 1)
-        state.advance(torch.tensor([5, 5], device=model.device), [1]) # the second prompt alone, twice
+        try:
+            state = _State(model, [[3, 4, 5, 6, 7], [7, 5, 6, 4, 3]], 1)
+            state.advance(torch.tensor([5, 5], device=model.device), [1]) # the second prompt alone, twice
+        except (RuntimeError, IndexError, AttributeError, ValueError, TypeError) as e:
+            if isinstance(e, ModelError): raise
+            raise ModelError(no_cache(type(body).__name__)) from e
         other, want = (_State(model, [[*p, 5]]*2, 1).hidden.float() for p in ([3, 4, 5, 6, 7], [7, 5, 6, 4, 3]))
     error, least = (state.hidden.float() - want).norm(), (1e-3 if model.dtype == torch.float32 else .02)*want.norm()
     if not error <= max(least, .3*(other - want).norm()): raise ModelError(no_cache(type(body).__name__))
