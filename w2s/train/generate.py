@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAD', 'generate_inputs', 'prompt_ids', 'check_room', 'width', 'padded', 'padding_step', 'no_cache', 'cache_name',
-           'has_own_cache', 'select', 'check_writes', 'check_state', 'write', 'plan_batches', 'check_ready',
+           'has_own_cache', 'chooses_all', 'check_writes', 'check_state', 'write', 'plan_batches', 'check_ready',
            'with_turn_end', 'row_mark', 'respond', 'generate', 'GenerateSettings']
 
 # %% ../../nbs/api/train/60_generate.ipynb #b33c77bd
@@ -138,13 +138,12 @@ def has_own_cache(
     own = vars(sys.modules[type(body).__module__]).values()
     return any(isinstance(c, type) and issubclass(c, Cache) and c.__module__ == type(body).__module__ for c in own)
 
-def select(
-    cache: Any, # keys, values and states of some sequences; changed in place
-    at: Tensor, # which of them are to be there, in order; one may be there twice
-) -> None:
-    "Choose sequences of a cache"
-    if type(cache).batch_select_indices is not Cache.batch_select_indices: cache.batch_select_indices(at) # a cache with more than layers, such as MiniMax's
-    else: cache.reorder_cache(at) # the one method that all kinds of layers have
+def chooses_all(
+    cache: Any, # of a model
+) -> bool:
+    "Are all states of a cache chosen with its sequences? One that brings more than layers must do it itself"
+    kinds = [c for c in type(cache).__mro__ if issubclass(c, Cache) and c.__module__ != Cache.__module__]
+    return not kinds or any('reorder_cache' in vars(c) for c in kinds)
 
 # %% ../../nbs/api/train/60_generate.ipynb #b73808b4
 class _State:
@@ -163,7 +162,7 @@ class _State:
         self.read(ids)
         if samples == 1: return
         at = torch.arange(len(prompts), device=ids.device).repeat_interleave(samples)
-        select(self.cache, at)
+        self.cache.reorder_cache(at) # the one method that all kinds of layers have
         self.mask, self.position, self.hidden, self.text = (t[at] for t in (self.mask, self.position, self.hidden, self.text))
 
     def read(self, ids: Tensor) -> None:
@@ -177,7 +176,7 @@ class _State:
         "Append one token to each sequence, leave out those that are not kept, and read on"
         if len(keep) < len(chosen) or len(keep) == 1:
             at = torch.tensor(keep*2 if len(keep) == 1 else keep, device=chosen.device)
-            select(self.cache, at)
+            self.cache.reorder_cache(at)
             self.mask, self.position, self.text, chosen = self.mask[at], self.position[at], self.text[at], chosen[at]
         self.text = torch.cat([self.text, chosen[:, None]], 1)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(chosen), 1)], 1)
@@ -205,6 +204,7 @@ def check_state(
     with torch.no_grad():
         try:
             state = _State(model, [[3, 4, 5, 6, 7], [7, 5, 6, 4, 3]], 1)
+            if not chooses_all(state.cache): raise ModelError(no_cache(type(body).__name__))
             state.advance(torch.tensor([5, 5], device=model.device), [1]) # the second prompt alone, twice
         except (RuntimeError, IndexError, AttributeError, ValueError, TypeError) as e:
             if isinstance(e, ModelError): raise
