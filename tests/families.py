@@ -79,10 +79,10 @@ def letters(add='', template=False, **special):
     return tok
 
 
-def make_model(name, place, tokenizer='adds nothing', seed=0):
+def make_model(name, place, tokenizer='adds nothing', seed=0, config=None):
     "A model of a family in a folder; its weights are large enough for its layers to matter"
     torch.manual_seed(seed)
-    config = FAMILIES[name]()
+    config = config or FAMILIES[name]()
     made = (AutoModelForImageTextToText if name in IMAGES else AutoModelForCausalLM).from_config(config)
     with torch.no_grad():
         for p in made.parameters():

@@ -5,11 +5,12 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 from peft import AutoPeftModelForCausalLM, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from families import FAMILIES, letters, make_model
+from families import EYE, FAMILIES, MINE, MOE, S, letters, make_model, nested, of
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from w2s.errors import ModelError
-from w2s.experiments.preference_stages import check_checkpointing
+from w2s.experiments.preference_stages import check_checkpointing, know_model, model_inputs
+from w2s.experiments.weak_settings import WeakTeacher
 from w2s.models import load
 from w2s.models.adapter_files import PURE_MAMBA, adapter_line, linear_layers
 from w2s.models.adapters import LoraSettings, add_adapter, load_adapter, plan_adapter, save_adapter
@@ -361,3 +362,22 @@ def test_a_cache_that_loses_what_it_carries_is_refused(folders, name):
     "Found by a short trial, before a prompt is read"
     base = load_base(folders(name), FULL, device='cpu')
     with pytest.raises(ModelError, match='keeps no cache of keys and values'): respond(base.model, base.tokenizer, ['how far', 'is'], GenerateSettings(max_tokens=4), quiet=True)
+
+
+# Dropout of the base
+
+NOISY = {'opt': of('OPTConfig', **MINE, pad_token_id=0, hidden_size=64, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64, max_position_embeddings=128, dropout=.5, attention_dropout=.5), 'gpt2': of('GPT2Config', **MINE, n_embd=64, n_layer=2, n_head=4, n_positions=128, resid_pdrop=.5, embd_pdrop=.5, attn_pdrop=.5),
+         'llama': of('LlamaConfig', **S, attention_dropout=.5), 'phimoe': of('PhimoeConfig', **S, **MOE, router_jitter_noise=.5, attention_dropout=.5), 'gemma3 nested': nested('Gemma3Config', {**S, 'head_dim': 16, 'sliding_window': 16, 'attention_dropout': .5}, vision_config=EYE, mm_tokens_per_image=4, image_token_index=90)}
+
+
+@pytest.mark.parametrize('name', NOISY)
+def test_nothing_in_a_base_is_left_to_chance(tmp_path, name):
+    "A base is frozen, and the reference of DPO has no dropout: what its configuration asks for is off in training, too, and said, and in the key"
+    make_model(name, tmp_path, config=NOISY[name]())
+    model, rows = add_adapter(load_base(tmp_path, FULL, device='cpu')), sequences()
+    with torch.no_grad():
+        seen = [response_logps(model.train(), block(rows)) for _ in range(2)]
+        assert torch.equal(*seen) and torch.allclose(seen[0], response_logps(model.eval(), block(rows)))
+    known = know_model('weak', str(tmp_path), WeakTeacher(data='x', load=FULL))
+    assert any('its own noise (' in n and '0.5) is off in training' in n for n in known.notes) and model_inputs(known)['dropout'] == 'off'
+    assert 'dropout' not in model_inputs(know_model('weak', 'pico', WeakTeacher(data='x', load=FULL)))

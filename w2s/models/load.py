@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'USUAL', 'set_mode', 'files_hash', 'local_folder', 'read_files', 'fingerprint', 'load_tokenizer', 'Base',
-           'model_error', 'context_length', 'load_config', 'model_kind', 'ModelPlan', 'plan_model', 'set_arithmetic',
-           'load_base', 'hub_notes', 'open_doors', 'bits_line', 'LoadSettings', 'is_folder', 'ladder_hint', 'located']
+           'model_error', 'context_length', 'load_config', 'model_kind', 'ModelPlan', 'quiet_base', 'plan_model',
+           'set_arithmetic', 'load_base', 'hub_notes', 'open_doors', 'bits_line', 'LoadSettings', 'is_folder',
+           'ladder_hint', 'located']
 
 # %% ../../nbs/api/models/10_load.ipynb #d15d64be
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,20 @@ class ModelPlan:
     bits: Bits       # how much of it will be in 4 bits
     quantizer: Any   # settings of the quantizer; None: nothing is put in 4 bits
     saved_so: bool   # are the weights saved in 4 bits already? Then they are used as they are
+    noise: dict[str, float] = field(default_factory=dict) # settings of its own dropout, which is off
+
+# %% ../../nbs/api/models/10_load.ipynb #9e4edd8a
+def quiet_base(
+    config: Any, # of Hugging Face; changed in place
+) -> dict[str, float]: # what was asked for, by name
+    "Switch off what acts at random in the layers of a base in training: dropout, and the jitter of routers"
+    found: dict[str, float] = {}
+    for name, value in list(vars(config).items()):
+        if hasattr(value, 'to_dict'): found |= quiet_base(value)
+        elif isinstance(value, float) and value and ('drop' in name or 'jitter' in name) and not name.startswith(('classifier', 'summary')):
+            found[name] = value
+            setattr(config, name, 0.)
+    return found
 
 # %% ../../nbs/api/models/10_load.ipynb #0edbacb9
 def plan_model(
@@ -170,6 +185,7 @@ def plan_model(
     "What a base will be, from its configuration alone; raises `ModelError` for what is no causal model, or cannot be put in 4 bits"
     config = load_config(name, settings)
     check_causal(name, config, list(ENCODERS))
+    noise = quiet_base(config)
     saved_so = saved_in_four_bits(name, config, settings.quantize)
     if saved_so: set_arithmetic(config, settings.dtype)
     quantizer: Any = None if settings.quantize == 'none' else BitsAndBytesConfig.from_dict(own_quantization(config)) if saved_so else NF4Config(DTYPES[settings.dtype])
@@ -179,7 +195,7 @@ def plan_model(
     if quantizer is not None and bits.share < settings.nf4_share:
         raise ModelError(f'{name}: only {bits.share:.1%} of the body\'s weights can be put in 4 bits ({_rest(bits)}), less than the share of {settings.nf4_share:g} that --quantize nf4 must reach; '
                          f'take --quantize none, or allow it by --nf4-share {int(bits.share*100)/100}')
-    return ModelPlan(config, model, bits, quantizer, saved_so)
+    return ModelPlan(config, model, bits, quantizer, saved_so, noise)
 
 # %% ../../nbs/api/models/10_load.ipynb #835541f7
 def set_arithmetic(
