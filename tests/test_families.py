@@ -1,11 +1,12 @@
 "Models of many families, each tiny and random but of its real class: what is computed for them is right, or they are refused in words"
+import os
 import warnings
 
 import pytest
 import torch
 from bitsandbytes import functional as bnb
 from peft import AutoPeftModelForCausalLM, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from families import EYE, FAMILIES, MINE, MOE, S, letters, make_model, nested, of
+from families import COMMANDS, EYE, FAMILIES, MINE, MOE, TOKENIZERS, S, letters, make_model, nested, of, own_logp, tried, write_rows
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from w2s.errors import ModelError
@@ -45,12 +46,6 @@ def folders(tmp_path_factory):
 def sequences(top=90):
     draw = torch.Generator().manual_seed(3)
     return [Encoded(tuple(torch.randint(3, top, (n,), generator=draw).tolist()), n//2) for n in (14, 25, 9)]
-
-
-def own_logp(model, s):
-    "The obvious way: all logits of one sequence"
-    z = model(torch.tensor([s.ids])).logits[0].double().log_softmax(-1)
-    return sum(z[t - 1, s.ids[t]] for t in range(s.start, len(s.ids)))
 
 
 def shaken(model, size=.05):
@@ -103,7 +98,7 @@ def test_a_wrong_head_is_noticed(folders, monkeypatch, name, load):
 @pytest.mark.parametrize('name, cap', [('gemma3 nested', None), ('gemma4 nested', 8.)])
 def test_settings_of_the_language_part_count(folders, name, cap):
     base = load_base(folders(name), FULL, device='cpu')
-    assert base.context == 128 and head_of(base.model)['cap'] == cap
+    assert base.context == 512 and head_of(base.model)['cap'] == cap
 
 
 def test_a_layer_in_front_of_the_head_is_refused(folders):
@@ -381,3 +376,21 @@ def test_nothing_in_a_base_is_left_to_chance(tmp_path, name):
     known = know_model('weak', str(tmp_path), WeakTeacher(data='x', load=FULL))
     assert any('its own noise (' in n and '0.5) is off in training' in n for n in known.notes) and model_inputs(known)['dropout'] == 'off'
     assert 'dropout' not in model_inputs(know_model('weak', 'pico', WeakTeacher(data='x', load=FULL)))
+
+
+# Commands
+
+CORE = [('opt', 'adds begin', 'preferences, nf4'), ('mixtral', 'template', 'preferences, nf4'), ('gemma4 nested', 'no pad', 'preferences'), ('falcon', 'no begin', 'label'), ('qwen3_5 nested', 'template, no end', 'refine'),
+        ('granite hybrid', 'no end', 'head'), ('mistral3 nested', 'one token for both', 'words'), ('nemotron_h', 'adds both', 'probe'), ('mamba', 'pad is end', 'preferences')]
+TABLE = [(f, list(TOKENIZERS)[n % len(TOKENIZERS)], c) for n, f in enumerate(FAMILIES) for c in COMMANDS] if os.environ.get('W2S_FAMILIES') == 'all' else CORE
+CANNOT = {('refine', f): 'keeps no cache of keys and values' for f in ('mamba', 'mamba2', 'falcon_mamba', 'rwkv', 'recurrent_gemma', 'minimax', 'xlstm')} | {(c, f): "of the body's weights can be put in 4 bits" for c in ('preferences, nf4', 'words') for f in ('mamba', 'mamba2', 'falcon_mamba', 'rwkv')} | {
+    (c, 'modernbert decoder'): 'are not those of its logits' for c in COMMANDS}
+
+
+@pytest.mark.parametrize('name, tokenizer, command', TABLE)
+def test_commands_are_right_or_refused(tmp_path, name, tokenizer, command):
+    "Through to the end; the whole table is `benchmarks/families.py`, or this test with W2S_FAMILIES=all"
+    (rows := tmp_path/'rows').mkdir()
+    write_rows(rows, chat=TOKENIZERS[tokenizer].get('template', False) or tokenizer == 'no pad')
+    out = tried(command, make_model(name, tmp_path/'model', tokenizer), rows, tmp_path/'out')
+    assert out == 'right' if (command, name) not in CANNOT else CANNOT[command, name] in out
