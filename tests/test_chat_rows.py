@@ -179,7 +179,7 @@ def typed(models, tmp_path, monkeypatch):
 
 COMMANDS = {'weak-teacher': 'run weak-teacher --data prefs.jsonl --weak BARE --strong OWN --quantize none --dtype float32 --dry-run', 'label': 'label --rows prefs.jsonl --train train.jsonl --out o.parquet --model BARE --quantize none --dtype float32 --dry-run',
             'text': 'run weak-teacher --data prefs-text.jsonl --weak BARE --strong OWN --quantize none --dtype float32 --dry-run', 'world': 'run weak-teacher --dry-run', 'label text': 'label --rows prefs-text.jsonl --train train-text.jsonl --out o.parquet --model BARE --dry-run',
-            'refine': 'refine --questions questions.jsonl --strong BARE --quantize none --dtype float32 --dry-run', 'refine, ours': 'refine --questions questions.jsonl --dry-run', 'toxicity': 'run toxicity --dry-run'}
+            'refine': 'refine --questions questions.jsonl --strong BARE --quantize none --dtype float32 --dry-run', 'refine, ours': 'refine --questions questions.jsonl --dry-run', 'toxicity': 'run toxicity --dry-run', 'persona': 'run persona --dry-run'}
 
 
 @pytest.mark.parametrize('choice', [None, 'plain', 'chatml', 'mine.jinja'])
@@ -191,7 +191,7 @@ def test_the_plan_says_how_messages_are_written(typed, command, choice):
     assert said[choice] in ' '.join(out.output.split())
 
 
-@pytest.mark.parametrize('command', ['text', 'world', 'label text', 'refine, ours'])
+@pytest.mark.parametrize('command', ['text', 'world', 'label text', 'refine, ours', 'persona'])
 def test_a_template_that_would_do_nothing_is_refused(typed, command):
     out = typed(command, '--chat-template', 'chatml')
     assert isinstance(out.exception, ConfigError) and '--chat-template chatml would do nothing' in str(out.exception), out.output

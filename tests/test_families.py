@@ -1,18 +1,20 @@
 "Models of many families, each tiny and random but of its real class: what is computed for them is right, or they are refused in words"
+import os
 import warnings
 
 import pytest
 import torch
-import transformers
 from bitsandbytes import functional as bnb
 from peft import AutoPeftModelForCausalLM, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
+from families import COMMANDS, EYE, FAMILIES, MINE, MOE, TOKENIZERS, S, letters, make_model, nested, of, own_logp, tried, write_rows
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from w2s.errors import ModelError
-from w2s.experiments.preference_stages import check_checkpointing
+from w2s.experiments.preference_stages import check_checkpointing, know_model, model_inputs
+from w2s.experiments.weak_settings import WeakTeacher
 from w2s.models import load
-from w2s.models.adapters import LoraSettings, add_adapter, load_adapter, save_adapter
+from w2s.models.adapter_files import PURE_MAMBA, adapter_line, linear_layers
+from w2s.models.adapters import LoraSettings, add_adapter, load_adapter, plan_adapter, save_adapter
 from w2s.models.load import LoadSettings, load_base, load_config
 from w2s.train import logprobs
 from w2s.train.batches import block
@@ -24,74 +26,19 @@ from w2s.train.tokens import Encoded
 warnings.filterwarnings('ignore')
 FULL, HALF, NF4, NF4_32 = LoadSettings('none', 'float32'), LoadSettings('none', 'bfloat16'), LoadSettings('nf4', 'bfloat16'), LoadSettings('nf4', 'float32')
 
-S = dict(vocab_size=96, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-         pad_token_id=0, bos_token_id=1, eos_token_id=2)
-MOE = dict(num_local_experts=4, num_experts_per_tok=2)
-SSM = dict(mamba_n_heads=4, mamba_d_head=32, mamba_d_state=8, mamba_chunk_size=16)
-DELTA = dict(head_dim=16, layer_types=['linear_attention', 'full_attention'], linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
-EYE = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
-FOURTH = dict(head_dim=16, global_head_dim=16, sliding_window=16, final_logit_softcapping=8., layer_types=['sliding_attention', 'full_attention'], num_kv_shared_layers=0,
-              hidden_size_per_layer_input=0, vocab_size_per_layer_input=96)
-MINE = dict(vocab_size=96, bos_token_id=1, eos_token_id=2)
-
-
-def nested(kind, text, **more):
-    "A configuration as it is published: the settings of the language part inside those of the whole"
-    return lambda: getattr(transformers, kind)(text_config=text, **more)
-
-
-def of(kind, **k): return lambda: getattr(transformers, kind)(**k)
-
-
-FAMILIES = {
-    'gemma2': of('Gemma2Config', **S, head_dim=16, sliding_window=16, final_logit_softcapping=10.),
-    'gemma3 nested': nested('Gemma3Config', {**S, 'head_dim': 16, 'sliding_window': 16}, vision_config=EYE, mm_tokens_per_image=4, image_token_index=90),
-    'gemma4 nested': nested('Gemma4Config', {**S, **FOURTH}, vision_config=None, audio_config=None, image_token_id=90, audio_token_id=91, video_token_id=92, boi_token_id=93, eoi_token_id=94),
-    'mixtral': of('MixtralConfig', **S, **MOE), 'granitemoe': of('GraniteMoeConfig', **S, **MOE, logits_scaling=4.), 'phimoe': of('PhimoeConfig', **S, **MOE, router_jitter_noise=0.),
-    'qwen3_moe': of('Qwen3MoeConfig', **S, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
-    'qwen2_moe': of('Qwen2MoeConfig', **S, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=64),
-    'gpt_oss': of('GptOssConfig', **S, **MOE, head_dim=16, sliding_window=16), 'jetmoe': of('JetMoeConfig', **{**S, 'num_key_value_heads': 2}, kv_channels=16, **MOE),
-    'llama4': of('Llama4TextConfig', **S, head_dim=16, intermediate_size_mlp=64, num_local_experts=2, num_experts_per_tok=1, interleave_moe_layer_step=1),
-    'falcon': of('FalconConfig', **MINE, hidden_size=64, num_hidden_layers=2, num_attention_heads=4), 'cohere': of('CohereConfig', **S, logit_scale=.25),
-    'granite': of('GraniteConfig', **S, logits_scaling=4.), 'hyperclovax': of('HyperCLOVAXConfig', **S, logits_scaling=4.), 'nanochat': of('NanoChatConfig', **S),
-    'recurrent_gemma': of('RecurrentGemmaConfig', **{**S, 'num_hidden_layers': 3}, lru_width=64, attention_window_size=16, logits_soft_cap=5.),
-    'qwen3_5': of('Qwen3_5TextConfig', **S, **DELTA), 'qwen3_next': of('Qwen3NextConfig', **S, **DELTA, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32),
-    'lfm2': of('Lfm2Config', **S, layer_types=['conv', 'full_attention']), 'bamba': of('BambaConfig', **S, **SSM, attn_layer_indices=[1]),
-    'jamba': of('JambaConfig', **S, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, num_experts=4, num_experts_per_tok=2, use_mamba_kernels=False, mamba_d_state=8, mamba_dt_rank=8),
-    'granite hybrid': of('GraniteMoeHybridConfig', **S, **SSM, **MOE, layer_types=['mamba', 'attention'], shared_intermediate_size=64, logits_scaling=2.),
-    'falcon_h1': of('FalconH1Config', **S, **SSM, mamba_d_ssm=128, lm_head_multiplier=.5), 'gpt2': of('GPT2Config', **MINE, n_embd=64, n_layer=2, n_head=4, n_positions=128),
-    'bloom': of('BloomConfig', **MINE, hidden_size=64, n_layer=2, n_head=4), 'mpt': of('MptConfig', vocab_size=96, d_model=64, n_layers=2, n_heads=4, max_seq_len=128),
-    'mamba': of('MambaConfig', **MINE, pad_token_id=0, hidden_size=64, num_hidden_layers=2), 'rwkv': of('RwkvConfig', vocab_size=96, hidden_size=64, attention_hidden_size=64, num_hidden_layers=2),
-    'modernbert decoder': of('ModernBertDecoderConfig', **S),
-}
 MIXTURES = ['mixtral', 'granitemoe', 'phimoe', 'qwen3_moe', 'qwen2_moe', 'gpt_oss', 'jetmoe', 'llama4', 'qwen3_next', 'jamba', 'granite hybrid']
 HYBRIDS = ['qwen3_5', 'qwen3_next', 'lfm2', 'bamba', 'jamba', 'granite hybrid', 'falcon_h1']
-ODD = ['mamba', 'rwkv', 'modernbert decoder']
+ODD = ['mamba', 'rwkv', 'modernbert decoder', 'mamba2', 'falcon_mamba', 'xlstm']
 PLAIN = [f for f in FAMILIES if f not in ODD]
-
-
-def letters():
-    "A tokenizer with fewer tokens than the models have"
-    chars = ['<pad>', '<s>', '</s>', '<unk>', *'abcdefghijklmnopqrstuvwxyz .?']
-    kind = Tokenizer(models.WordLevel({c: i for i, c in enumerate(chars)}, unk_token='<unk>'))
-    kind.pre_tokenizer, kind.decoder = pre_tokenizers.Split('', 'isolated'), decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=kind, unk_token='<unk>', pad_token='<pad>', bos_token='<s>', eos_token='</s>')
+PURE = ['mamba2', 'falcon_mamba', 'xlstm'] # like Mamba: in 32 bits only, or with a small --nf4-share
 
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
-    "Where a model of a family lies; its weights are large enough for its layers to matter"
+    "Where a model of a family lies"
     home, made = tmp_path_factory.mktemp('families'), {}
     def folder(name):
-        if name not in made:
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(FAMILIES[name]())
-            with torch.no_grad():
-                for p in model.parameters():
-                    if p.dim() > 1: p.copy_(.15*torch.randn(p.shape))
-            made[name] = home/name.replace(' ', '-')
-            model.save_pretrained(made[name])
-            letters().save_pretrained(made[name])
+        if name not in made: made[name] = make_model(name, home/name.replace(' ', '-'))
         return made[name]
     return folder
 
@@ -99,12 +46,6 @@ def folders(tmp_path_factory):
 def sequences(top=90):
     draw = torch.Generator().manual_seed(3)
     return [Encoded(tuple(torch.randint(3, top, (n,), generator=draw).tolist()), n//2) for n in (14, 25, 9)]
-
-
-def own_logp(model, s):
-    "The obvious way: all logits of one sequence"
-    z = model(torch.tensor([s.ids])).logits[0].double().log_softmax(-1)
-    return sum(z[t - 1, s.ids[t]] for t in range(s.start, len(s.ids)))
 
 
 def shaken(model, size=.05):
@@ -116,7 +57,7 @@ def shaken(model, size=.05):
 
 # Heads: A1, A4
 
-@pytest.mark.parametrize('name', PLAIN)
+@pytest.mark.parametrize('name', [*PLAIN, 'mamba', *PURE])
 def test_log_probs_are_those_of_the_model(folders, name):
     "In 32 bits, padded together, against the model's own logits of each sequence alone; and the check passes in 32 and in 16 bits"
     base, rows = load_base(folders(name), FULL, device='cpu'), sequences()
@@ -157,7 +98,7 @@ def test_a_wrong_head_is_noticed(folders, monkeypatch, name, load):
 @pytest.mark.parametrize('name, cap', [('gemma3 nested', None), ('gemma4 nested', 8.)])
 def test_settings_of_the_language_part_count(folders, name, cap):
     base = load_base(folders(name), FULL, device='cpu')
-    assert base.context == 128 and head_of(base.model)['cap'] == cap
+    assert base.context == 512 and head_of(base.model)['cap'] == cap
 
 
 def test_a_layer_in_front_of_the_head_is_refused(folders):
@@ -248,19 +189,27 @@ def test_too_little_in_four_bits_is_refused(folders):
 
 
 FOUR = dict(bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
-SAVED = {'as asked for': (FOUR, NF4, ''), 'asked for none': (FOUR, HALF, 'quantize none'), 'fp4': (FOUR | dict(bnb_4bit_quant_type='fp4'), NF4, 'quant_type fp4'),
-         'single': (FOUR | dict(bnb_4bit_use_double_quant=False), NF4, 'use_double_quant False'), 'other arithmetic': (FOUR, NF4_32, 'compute_dtype bfloat16')}
+SAVED = {'double': (FOUR, NF4, ''), 'other arithmetic': (FOUR, NF4_32, ''), 'single': (FOUR | dict(bnb_4bit_use_double_quant=False), NF4, ''), 'arithmetic in float16': (FOUR | dict(bnb_4bit_compute_dtype=torch.float16), NF4, ''),
+         'asked for none': (FOUR, HALF, 'would win over --quantize none; take --quantize nf4, which uses it as it is'), 'fp4': (FOUR | dict(bnb_4bit_quant_type='fp4'), NF4, 'quant_type fp4'), 'stored otherwise': (FOUR | dict(bnb_4bit_quant_storage=torch.bfloat16), NF4, 'quant_storage bfloat16')}
 
 
+@pytest.mark.parametrize('family', ['granite', 'gemma3 nested'])
 @pytest.mark.parametrize('name', SAVED)
-def test_a_checkpoint_saved_in_four_bits(folders, tmp_path, name):
-    "Its own settings would win over those that are asked for"
-    how, load, words = SAVED[name]
-    AutoModelForCausalLM.from_pretrained(folders('granite'), dtype=torch.bfloat16, device_map={'': 'cpu'}, quantization_config=BitsAndBytesConfig(load_in_4bit=True, **how)).save_pretrained(tmp_path)
+def test_a_checkpoint_saved_in_four_bits(folders, tmp_path, name, family):
+    "One in NF4 is used as it is, in the arithmetic that is asked for, and that is said; what else it says of itself would win, so it is refused"
+    how, settings, words = SAVED[name]
+    AutoModelForCausalLM.from_pretrained(folders(family), dtype=torch.bfloat16, device_map={'': 'cpu'}, quantization_config=BitsAndBytesConfig(load_in_4bit=True, **how)).save_pretrained(tmp_path)
     letters().save_pretrained(tmp_path)
-    if not words: check_model(load_base(tmp_path, load, device='cpu'))
-    else:
-        with pytest.raises(ModelError, match=f'was saved in a quantized form .*{words}'): load_base(tmp_path, load, device='cpu')
+    if words:
+        with pytest.raises(ModelError, match=f'was saved in a quantized form .*{words}'): load_base(tmp_path, settings, device='cpu')
+        return
+    base, plan = load_base(tmp_path, settings, device='cpu'), load.plan_model(tmp_path, settings)
+    check_model(base)
+    four = [m for m in base.model.modules() if type(m).__name__ == 'Linear4bit']
+    assert base.bits == plan.bits and base.bits.share > .8 and {m.compute_dtype for m in four} == {load.DTYPES[settings.dtype]}
+    assert {m.weight.quant_state.nested for m in four} == {how['bnb_4bit_use_double_quant']}
+    line = load.bits_line(plan, settings)
+    assert 'as it was saved, used as it is' in line and ('its scales in 32 bits' in line) is not how['bnb_4bit_use_double_quant']
 
 
 @pytest.mark.parametrize('own', [dict(quant_method='gptq', bits=4, group_size=128), dict(quant_method='awq', bits=4), dict(quant_method='fp8'), dict(quant_method='mxfp4'),
@@ -288,13 +237,30 @@ def test_adapters_leave_and_merge(folders, tmp_path, name):
         assert torch.allclose(ours.double(), torch.stack([own_logp(alone.merge_and_unload(), s) for s in rows]), atol=2e-3)
 
 
-@pytest.mark.parametrize('name', ['mamba', 'falcon_h1'])
-def test_models_that_take_no_adapter(folders, name):
-    base = load_base(folders(name), FULL, device='cpu')
+@pytest.mark.parametrize('name', ['mamba', 'mamba2', 'falcon_mamba', 'falcon_h1', 'nemotron_h', 'bamba', 'zamba2'])
+def test_adapters_of_models_with_mamba(folders, name):
+    "On what is asked as a layer: not on what a kernel is given, nor on what PEFT refuses; that is named, and asked for by name it is refused"
+    base, rows = load_base(folders(name), FULL, device='cpu'), sequences()
     before = [type(m) for m in base.model.modules()]
-    with pytest.raises(ModelError, match=f'{name}.* does not take this LoRA adapter.*out_proj'): add_adapter(base)
+    model = add_adapter(base)
+    on = {n.rpartition('.')[2] for n, m in model.named_modules() if hasattr(m, 'lora_A')}
+    assert 'in_proj' in on and not on & {'conv1d', 'dt_proj'} and 'out_proj (' not in adapter_line(model).partition('; not on ')[0] and 'out_proj of recurrent layers (' in adapter_line(model)
+    response_logps(shaken(model), block(rows)).sum().backward()
+    assert {n.split('.lora_')[0].rpartition('.')[2] for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0} == on
+    model.unload()
+    if base.model.config.model_type in PURE_MAMBA:
+        with pytest.raises(ModelError, match='does not take this LoRA adapter.*out_proj'): add_adapter(base, LoraSettings(targets=('out_proj',)))
     assert [type(m) for m in base.model.modules()] == before
-    add_adapter(base, LoraSettings(targets=('in_proj',))).unload()
+
+
+def test_dense_layers_that_take_no_adapter_are_named(folders):
+    "PEFT takes the dense layers of some mixtures for experts, since they have the same names"
+    for name in ('deepseek_v3', 'lfm2_moe', 'qwen2_moe'):
+        plan = load.plan_model(folders(name), NF4)
+        line = plan_adapter(plan, LoraSettings(), name)
+        model = plan.model
+        bare_ones = {n.rpartition('.')[2] for n in linear_layers(model) if '.base_layer' not in n and '.lora_' not in n}
+        assert all(f'{n} (' in line.partition('; not on ')[2] for n in bare_ones), line
 
 
 def test_adapters_on_experts_in_four_bits_are_refused(folders, tmp_path):
@@ -360,7 +326,7 @@ def test_other_kinds_of_adapters_are_refused(folders, tmp_path, config):
 
 # Answers: A16
 
-@pytest.mark.parametrize('name', [f for f in PLAIN if f != 'recurrent_gemma'])
+@pytest.mark.parametrize('name', [f for f in PLAIN if f not in ('recurrent_gemma', 'minimax')])
 def test_answers_are_those_of_generate(folders, name):
     "Greedy ones to the letter; sampled ones do not depend on the batch"
     base = load_base(folders(name), FULL, device='cpu')
@@ -377,10 +343,54 @@ def test_answers_are_those_of_generate(folders, name):
     assert respond(base.model, tok, prompts, how, seed=1, quiet=True) == [respond(base.model, tok, [p], how, seed=1, quiet=True)[0] for p in prompts]
 
 
-@pytest.mark.parametrize('name', ['mamba', 'rwkv', 'recurrent_gemma'])
+@pytest.mark.parametrize('name', ['mamba', 'mamba2', 'falcon_mamba', 'rwkv', 'recurrent_gemma'])
 def test_models_that_cannot_write_are_refused(folders, name):
     "Before anything is written"
     base, read = load_base(folders(name), FULL, device='cpu'), []
     base.model.register_forward_pre_hook(lambda *a: read.append(a))
     with pytest.raises(ModelError, match='keeps no cache of keys and values'): respond(base.model, base.tokenizer, ['how far'], GenerateSettings(max_tokens=4), quiet=True)
     assert not read
+
+
+@pytest.mark.parametrize('name', ['minimax', 'xlstm'])
+def test_a_cache_that_loses_what_it_carries_is_refused(folders, name):
+    "Found by a short trial, before a prompt is read"
+    base = load_base(folders(name), FULL, device='cpu')
+    with pytest.raises(ModelError, match='keeps no cache of keys and values'): respond(base.model, base.tokenizer, ['how far', 'is'], GenerateSettings(max_tokens=4), quiet=True)
+
+
+# Dropout of the base
+
+NOISY = {'opt': of('OPTConfig', **MINE, pad_token_id=0, hidden_size=64, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64, max_position_embeddings=128, dropout=.5, attention_dropout=.5), 'gpt2': of('GPT2Config', **MINE, n_embd=64, n_layer=2, n_head=4, n_positions=128, resid_pdrop=.5, embd_pdrop=.5, attn_pdrop=.5),
+         'llama': of('LlamaConfig', **S, attention_dropout=.5), 'phimoe': of('PhimoeConfig', **S, **MOE, router_jitter_noise=.5, attention_dropout=.5), 'gemma3 nested': nested('Gemma3Config', {**S, 'head_dim': 16, 'sliding_window': 16, 'attention_dropout': .5}, vision_config=EYE, mm_tokens_per_image=4, image_token_index=90)}
+
+
+@pytest.mark.parametrize('name', NOISY)
+def test_nothing_in_a_base_is_left_to_chance(tmp_path, name):
+    "A base is frozen, and the reference of DPO has no dropout: what its configuration asks for is off in training, too, and said, and in the key"
+    make_model(name, tmp_path, config=NOISY[name]())
+    model, rows = add_adapter(load_base(tmp_path, FULL, device='cpu')), sequences()
+    with torch.no_grad():
+        seen = [response_logps(model.train(), block(rows)) for _ in range(2)]
+        assert torch.equal(*seen) and torch.allclose(seen[0], response_logps(model.eval(), block(rows)))
+    known = know_model('weak', str(tmp_path), WeakTeacher(data='x', load=FULL))
+    assert any('its own noise (' in n and '0.5) is off in training' in n for n in known.notes) and model_inputs(known)['dropout'] == 'off'
+    assert 'dropout' not in model_inputs(know_model('weak', 'pico', WeakTeacher(data='x', load=FULL)))
+
+
+# Commands
+
+CORE = [('opt', 'adds begin', 'preferences, nf4'), ('mixtral', 'template', 'preferences, nf4'), ('gemma4 nested', 'no pad', 'preferences'), ('falcon', 'no begin', 'label'), ('qwen3_5 nested', 'template, no end', 'refine'),
+        ('granite hybrid', 'no end', 'head'), ('mistral3 nested', 'one token for both', 'words'), ('nemotron_h', 'adds both', 'probe'), ('mamba', 'pad is end', 'preferences')]
+TABLE = [(f, list(TOKENIZERS)[n % len(TOKENIZERS)], c) for n, f in enumerate(FAMILIES) for c in COMMANDS] if os.environ.get('W2S_FAMILIES') == 'all' else CORE
+CANNOT = {('refine', f): 'keeps no cache of keys and values' for f in ('mamba', 'mamba2', 'falcon_mamba', 'rwkv', 'recurrent_gemma', 'minimax', 'xlstm')} | {(c, f): "of the body's weights can be put in 4 bits" for c in ('preferences, nf4', 'words') for f in ('mamba', 'mamba2', 'falcon_mamba', 'rwkv')} | {
+    (c, 'modernbert decoder'): 'are not those of its logits' for c in COMMANDS}
+
+
+@pytest.mark.parametrize('name, tokenizer, command', TABLE)
+def test_commands_are_right_or_refused(tmp_path, name, tokenizer, command):
+    "Through to the end; the whole table is `benchmarks/families.py`, or this test with W2S_FAMILIES=all"
+    (rows := tmp_path/'rows').mkdir()
+    write_rows(rows, chat=TOKENIZERS[tokenizer].get('template', False) or tokenizer == 'no pad')
+    out = tried(command, make_model(name, tmp_path/'model', tokenizer), rows, tmp_path/'out')
+    assert out == 'right' if (command, name) not in CANNOT else CANNOT[command, name] in out

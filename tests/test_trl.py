@@ -8,6 +8,7 @@ from datasets import Dataset
 
 pytest.importorskip('trl', reason='TRL is a peer for tests; it is installed for Python 3.11 and later')
 
+from families import make_model
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from w2s.data.rows import make_rows
@@ -44,14 +45,8 @@ def own_gradients(model):
     return out
 
 
-@pytest.fixture(scope='module', params=MODELS)
-def both(request, tmp_path_factory):
+def make_both(folder, data, home):
     "Our model and TRL's, with the same policy and the same frozen SFT adapter, which is another"
-    home = tmp_path_factory.mktemp(request.param)
-    data = make_rows(sample_preferences(60, seed=3), 'preferences')
-    texts = [p + c for p, c in zip(data['prompt'], data['chosen'], strict=True)]
-    folder = REAL if request.param != 'tiny' else tiny_model(home/'model', texts)
-    if request.param == 'tiny': pretrain(folder, texts, steps=60) # a random model looks at nothing: the gradients of q and k would be 0
     ours, peer = load_base(folder, FULL, device='cpu'), load_base(folder, FULL, device='cpu')
     start = shake(add_adapter(ours, LoraSettings(rank=4), seed=1), 1)
     sft = save_adapter(start, ours, home/'sft')
@@ -61,8 +56,20 @@ def both(request, tmp_path_factory):
     policy, other = shake(load_adapter(ours, sft, trainable=True), 2), load_adapter(peer, sft, trainable=True)
     pairs = Dataset.from_dict({c: list(data[c]) for c in ('prompt', 'chosen', 'rejected')})
     dpo = DPOTrainer(model=other, args=DPOConfig(str(home/'dpo'), beta=BETA, **NO_NOISE), train_dataset=pairs, processing_class=peer.tokenizer)
+    dpo.aux_loss_enabled = False # of routers, which are not what is compared
     for (_, p), (_, q) in zip(sorted(trainable(policy).items()), sorted(trainable(other).items()), strict=True): q.data.copy_(p.data)
     return dict(policy=policy, rows=rows, reference=reference, peer=other, dpo=dpo, data=data, home=home, tokenizer=peer.tokenizer)
+
+
+@pytest.fixture(scope='module', params=MODELS)
+def both(request, tmp_path_factory):
+    "One small model that has read a little, and one that nobody in this project made"
+    home = tmp_path_factory.mktemp(request.param)
+    data = make_rows(sample_preferences(60, seed=3), 'preferences')
+    texts = [p + c for p, c in zip(data['prompt'], data['chosen'], strict=True)]
+    folder = REAL if request.param != 'tiny' else tiny_model(home/'model', texts)
+    if request.param == 'tiny': pretrain(folder, texts, steps=60) # a random model looks at nothing: the gradients of q and k would be 0
+    return make_both(folder, data, home)
 
 
 def peer_dpo(both, index, side='right'):
@@ -153,6 +160,21 @@ def test_dpo_reference_is_the_frozen_sft_adapter(both):
     batch = both['dpo'].data_collator([both['dpo'].train_dataset[i] for i in range(8)])
     theirs = torch.stack(both['dpo'].compute_ref_log_probs(both['peer'], batch), 1)
     assert (theirs - torch.tensor(both['reference'][:8])).abs().max() < 1e-4
+
+
+FAMILY = ['opt', 'gemma2', 'mixtral', 'cohere', 'falcon', 'granite', 'gpt2', 'lfm2']
+
+
+@pytest.mark.parametrize('name', FAMILY)
+def test_dpo_of_a_family(name, tmp_path):
+    "Learned positions, a soft cap, experts, scaled logits, shared keys, convolutions: the same loss and gradients as through the model's own logits"
+    texts = [dict(prompt=f'how far is it to the mill of {who}?', chosen=f' {"far, "*i}an hour on foot.', rejected=' go away.') for i, who in enumerate(('ann', 'ben', 'a miller', 'ida', 'nobody'))]
+    both = make_both(make_model(name, tmp_path/'model'), make_rows(texts, 'preferences'), tmp_path)
+    index = [0, 1, 3, 4]
+    theirs, ours = peer_dpo(both, index), our_dpo(both, index, 'right')
+    assert abs(ours[0] - theirs[0]) < 1e-4*max(1, theirs[0]) and ours[1].keys() == theirs[1].keys() and abs(theirs[0] - math.log(2)) > 1e-3
+    most = max(g.norm() for g in theirs[1].values())
+    assert most > 1e-3 and all((ours[1][n] - g).norm() < 1e-3*g.norm() + 1e-5*most for n, g in theirs[1].items())
 
 
 def peer_sft(both, side):

@@ -16,7 +16,6 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from transformers import AutoModelForCausalLM
 
 from .class_plots import plot_pgr, plot_sizes
 from .evaluate.intervals import interval_words
@@ -28,7 +27,7 @@ from .experiments.config import to_toml
 from .experiments.preference_stages import model_load
 from .experiments.weak_settings import short_name, weak_names
 from .method_plots import plot_curves, plot_methods
-from .models.load import LoadSettings, load_config
+from .models.load import LoadSettings, load_config, model_kind
 from .models.zoo import LADDER, card
 from .io.console import bullet_list, code_block, escape_list, escape_markdown
 from .run_folder import markdown_table, write_folder
@@ -41,7 +40,7 @@ def parameters(
     "Number of weights of a model, without loading them; raises `ModelError`"
     if name in LADDER: return int(card(name)['parameters'])
     config = load_config(name, settings)
-    with torch.device('meta'): model = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
+    with torch.device('meta'): model = model_kind(config).from_config(config, trust_remote_code=settings.trust_remote_code)
     return sum(p.numel() for p in model.parameters())
 
 # %% ../nbs/api/88_class_report.ipynb #11a5a2f3

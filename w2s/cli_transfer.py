@@ -91,7 +91,7 @@ def dry_text(
     from w2s.experiments.config import to_table, to_toml
     from w2s.experiments.preference_stages import Study, know_model, model_lines
     from w2s.experiments.stages import Run
-    from w2s.experiments.transfer import origin_of
+    from w2s.experiments.transfer import asking, origin_of
     from w2s.experiments.transfer_files import read_asked, table_rows
     from w2s.experiments.transfer_settings import transfer_models
     from w2s.experiments.transfer_tasks import world_rows
@@ -100,6 +100,7 @@ def dry_text(
     c = config
     models = [know_model(short_name(name), str(model_folder(name)), c, writes=True) for name in transfer_models(to_table(c))]
     judge = know_model('judge', str(model_folder(c.judge)), c, trained=False, writes=True) if c.judge else None
+    asking(c, next(m for m in models if m.name == str(model_folder(c.strong))))
     if c.data == 'world': rows, origin = world_rows(c.task, 0, (c.gold_rows, c.rows, c.test_rows), c.trial), 'Questions of the embedded world.'
     else:
         table = read_asked(c)

@@ -91,7 +91,7 @@ def open_text_model(
     settings = settle(replace(settings, device=device or settings.device))
     hf_logging.disable_progress_bar()
     config, folder = load_config(name, settings), local_folder(name, settings)
-    saved = saved_in_four_bits(name, config, settings.quantize, settings.dtype)
+    saved = saved_in_four_bits(name, config, settings.quantize)
     four = NF4Config(DTYPES[settings.dtype]) if settings.quantize == 'nf4' and not saved else None
     check_weights(folder, settings.allow_pickle)
     model, info = read_model(AutoModelForSequenceClassification, folder, settings.allow_pickle, lambda e: model_error(name, e),

@@ -49,7 +49,7 @@ def open_encoder(
     "Load the body of a model whose last hidden states are read; raises `ModelError`"
     config, folder = load_config(encoder, settings), local_folder(encoder, settings)
     if getattr(config, 'is_encoder_decoder', False): raise ModelError(f'{encoder} is of the kind "{config.model_type}", which reads and writes; texts are compared by a sentence encoder, such as MiniLM, or by a causal language model')
-    saved_in_four_bits(encoder, config, settings.quantize, settings.dtype)
+    saved_in_four_bits(encoder, config, settings.quantize)
     check_weights(folder, settings.allow_pickle)
     model, info = read_model(AutoModel, folder, settings.allow_pickle, lambda e: model_error(encoder, e), dtype=DTYPES[settings.dtype], trust_remote_code=settings.trust_remote_code)
     parts = {name for name, _ in model.named_children()} - {'pooler'} # heads are left over, a pooler may be missing: neither is read

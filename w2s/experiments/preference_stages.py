@@ -55,15 +55,17 @@ class Model:
     fingerprint: str   # of its weights, tokenizer and chat template: see `identity`
     load: LoadSettings # how it is to be loaded
     notes: tuple[str, ...] = () # what should be known of it: how much is in 4 bits, where adapters sit, what code it runs
+    quiet: bool = False # does it ask for dropout of its own, which is off?
 
 # %% ../../nbs/api/experiments/25_preference_stages.ipynb #3f4a7663
 @lru_cache(maxsize=64)
-def _known(name: str, load: LoadSettings, lora: LoraSettings | None, writes: bool, config: str) -> tuple[int, int | None, tuple[str, ...]]:
-    "Longest sequence, tokens with an embedding, and notes; worked out once for the same config.json, which is known by its hash"
+def _known(name: str, load: LoadSettings, lora: LoraSettings | None, writes: bool, config: str) -> tuple[int, int | None, tuple[str, ...], bool]:
+    "Longest sequence, tokens with an embedding, notes, and whether it asks for dropout of its own; worked out once for the same config.json, which is known by its hash"
     plan = plan_model(name, load)
     if writes: check_writes(plan.model)
     notes = [bits_line(plan, load), *([plan_adapter(plan, lora, name)] if lora else [])]
-    return context_length(plan.config), getattr(plan.config.get_text_config(decoder=True), 'vocab_size', None), tuple(notes)
+    if plan.noise: notes.append(f'its own noise ({", ".join(f"{k} {v:g}" for k, v in plan.noise.items())}) is off in training, too; that of adapters is lora.dropout')
+    return context_length(plan.config), getattr(plan.config.get_text_config(decoder=True), 'vocab_size', None), tuple(notes), bool(plan.noise)
 
 # %% ../../nbs/api/experiments/25_preference_stages.ipynb #4e16fa54
 def model_load(
@@ -89,13 +91,13 @@ def know_model(
     load = settle(asked)
     folder, lora = local_folder(name, load), getattr(config, 'lora', None) if trained else None
     check_config(folder)
-    context, vocabulary, notes = _known(name, load, lora, writes, files_hash([folder/'config.json']))
+    context, vocabulary, notes, quiet = _known(name, load, lora, writes, files_hash([folder/'config.json']))
     check_weights(folder, load.allow_pickle)
     tokenizer, choice = load_tokenizer(name, load), load.chat_template
     check_template(tokenizer, choice)
     reader = Reader(role, tokenizer, min(config.max_length, context), vocabulary)
     where = [] if load.device == 'cpu' and asked.dtype == load.dtype else [device_line(load)]
-    return Model(role, name, reader, identity(folder), load, (*notes, *where, *open_doors(name, load), *([template_line(tokenizer, choice)] if choice else [])))
+    return Model(role, name, reader, identity(folder), load, (*notes, *where, *open_doors(name, load), *([template_line(tokenizer, choice)] if choice else [])), quiet)
 
 # %% ../../nbs/api/experiments/25_preference_stages.ipynb #cadd5c11
 def model_inputs(
@@ -103,6 +105,7 @@ def model_inputs(
 ) -> dict[str, Any]: # JSON values, for the inputs of a stage
     "What every result of a model depends on: what it is, how it computes, a chat template that was chosen for it, and the date if its template asks for that"
     known = {'base': model.fingerprint, 'quantize': model.load.quantize, **device_inputs(model.load)}
+    if model.quiet: known['dropout'] = 'off' # it acted once
     if model.load.chat_template: known['chat_template'] = template_hash(model.reader.tokenizer)
     return known | ({'date': frozen_date().isoformat()} if template_uses_date(model.reader.tokenizer) else {})
 

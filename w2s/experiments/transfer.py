@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Made', 'weak_arms', 'make_seed', 'label_items', 'answer_table', 'lesson_table', 'cut_answers', 'compared',
            'recovered', 'example_table', 'TransferResult', 'recovered_text', 'shown_table', 'answering', 'origin_of',
-           'run', 'result_of']
+           'run', 'asking', 'result_of']
 
 # %% ../../nbs/api/experiments/86_transfer.ipynb #d5c8d15b
 from collections.abc import Mapping, Sequence
@@ -242,6 +242,16 @@ def run(
             for seed in range(c.seeds): table_rows(Study(c, stages, quiet), table, judge, seed) # what cannot be parted is refused before any work
         return result_of(Study(c, stages, quiet), {**dict.fromkeys(c.weak), **models}, judge, table)
 
+# %% ../../nbs/api/experiments/86_transfer.ipynb #fb4e515e
+def asking(
+    c: Transfer,   # of the experiment
+    strong: Model, # known, not loaded
+) -> Form:
+    "In which words the models are asked; raises `ConfigError` for a chat template that would do nothing"
+    form = WORLD if c.data == 'world' or c.strong in SHIPPED else form_for(strong.reader.tokenizer)
+    check_acts(c.load.chat_template, form.chat, f'{c.strong} is asked in plain text')
+    return form
+
 # %% ../../nbs/api/experiments/86_transfer.ipynb #4fccf9b3
 def result_of(
     study: Study,                        # the experiment, its folder locked
@@ -253,8 +263,7 @@ def result_of(
     c: Transfer = study.config
     strong = models[c.strong]
     if strong is None: raise DataError('the strong model has to answer; it cannot be a file')
-    form = WORLD if table is None or c.strong in SHIPPED else form_for(strong.reader.tokenizer)
-    check_acts(c.load.chat_template, form.chat, f'{c.strong} is asked in plain text')
+    form = asking(c, strong)
     made = []
     for seed in range(c.seeds):
         rows = world_rows(c.task, seed, (c.gold_rows, c.rows, c.test_rows), c.trial) if table is None else table_rows(study, table, judge, seed)

@@ -59,13 +59,14 @@ def planned_bits(
 
 # %% ../../nbs/api/models/06_bits.ipynb #43b33f17
 def found_bits(
-    model: Any, # loaded
+    model: Any,          # loaded
+    double: bool = True, # must the scales be quantized, too? Those of a checkpoint that was saved in 4 bits need not be
 ) -> Bits:
-    "How many weights are in 4 bits, each of them NF4 with quantized scales"
+    "How many weights are in 4 bits, each of them NF4"
     outside, four, rest = _outside(model), 0, Counter[str]()
     for name, p in model.named_parameters():
         state = getattr(p, 'quant_state', None)
-        if state is not None and state.quant_type == 'nf4' and state.nested and p.element_size() == 1: four += prod(state.shape)
+        if state is not None and state.quant_type == 'nf4' and (state.nested or not double) and p.element_size() == 1: four += prod(state.shape)
         elif state is not None: rest[_short(name)] += prod(state.shape)
         elif id(p) not in outside: rest[_short(name)] += p.numel()
     return _sorted(four, rest)

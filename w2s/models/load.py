@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'USUAL', 'set_mode', 'files_hash', 'local_folder', 'read_files', 'fingerprint', 'load_tokenizer', 'Base',
-           'model_error', 'context_length', 'load_config', 'ModelPlan', 'plan_model', 'load_base', 'hub_notes',
-           'open_doors', 'bits_line', 'LoadSettings', 'is_folder', 'ladder_hint', 'located']
+           'model_error', 'context_length', 'load_config', 'model_kind', 'ModelPlan', 'quiet_base', 'plan_model',
+           'set_arithmetic', 'load_base', 'hub_notes', 'open_doors', 'bits_line', 'LoadSettings', 'is_folder',
+           'ladder_hint', 'located']
 
 # %% ../../nbs/api/models/10_load.ipynb #d15d64be
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 from transformers.utils import logging as hf_logging
 
@@ -26,7 +27,7 @@ from .devices import NOTE, settle
 from .folders import check_causal, check_config, check_weights, index_files, is_pointer, read_json
 from .four_bits import NF4Config
 from .hub import CONVERTER, hub_folder
-from .reading import LOAD_ERRORS, check_tensors, error_words, read_model, saved_in_four_bits
+from .reading import LOAD_ERRORS, check_tensors, error_words, own_quantization, read_model, saved_in_four_bits
 from .places import DTYPE_NAMES, LoadSettings, is_folder, ladder_hint, located
 
 # %% ../../nbs/api/models/10_load.ipynb #df8c6779
@@ -145,6 +146,14 @@ def load_config(
     try: return AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     except LOAD_ERRORS as e: raise model_error(name, e) from e
 
+# %% ../../nbs/api/models/10_load.ipynb #9a9e9c20
+def model_kind(
+    config: Any, # of Hugging Face
+) -> Any:        # of `transformers`
+    "The class of classes that makes a model: some that read images, too, are no causal language models to transformers, and are read as text models here"
+    pictures = type(config) in AutoModelForImageTextToText._model_mapping and type(config) not in AutoModelForCausalLM._model_mapping
+    return AutoModelForImageTextToText if pictures and not hasattr(config, 'auto_map') else AutoModelForCausalLM
+
 # %% ../../nbs/api/models/10_load.ipynb #6b07e5bc
 @dataclass(frozen=True)
 class ModelPlan:
@@ -153,7 +162,21 @@ class ModelPlan:
     model: Any       # its layers, without weights
     bits: Bits       # how much of it will be in 4 bits
     quantizer: Any   # settings of the quantizer; None: nothing is put in 4 bits
-    saved_so: bool   # are the weights saved in 4 bits already, just as they are asked for?
+    saved_so: bool   # are the weights saved in 4 bits already? Then they are used as they are
+    noise: dict[str, float] = field(default_factory=dict) # settings of its own dropout, which is off
+
+# %% ../../nbs/api/models/10_load.ipynb #9e4edd8a
+def quiet_base(
+    config: Any, # of Hugging Face; changed in place
+) -> dict[str, float]: # what was asked for, by name
+    "Switch off what acts at random in the layers of a base in training: dropout, and the jitter of routers"
+    found: dict[str, float] = {}
+    for name, value in list(vars(config).items()):
+        if hasattr(value, 'to_dict'): found |= quiet_base(value)
+        elif isinstance(value, float) and value and ('drop' in name or 'jitter' in name) and not name.startswith(('classifier', 'summary')):
+            found[name] = value
+            setattr(config, name, 0.)
+    return found
 
 # %% ../../nbs/api/models/10_load.ipynb #0edbacb9
 def plan_model(
@@ -164,21 +187,26 @@ def plan_model(
     config = load_config(name, settings)
     settings = settle(settings)
     check_causal(name, config, list(ENCODERS))
-    saved_so = saved_in_four_bits(name, config, settings.quantize, settings.dtype)
-    quantizer: Any = None if settings.quantize == 'none' else BitsAndBytesConfig.from_dict(dict(_own(config))) if saved_so else NF4Config(DTYPES[settings.dtype])
-    try: model = without_weights(lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code, dtype=DTYPES[settings.dtype]), quantizer, saved_so)
+    noise = quiet_base(config)
+    saved_so = saved_in_four_bits(name, config, settings.quantize)
+    if saved_so: set_arithmetic(config, settings.dtype)
+    quantizer: Any = None if settings.quantize == 'none' else BitsAndBytesConfig.from_dict(own_quantization(config)) if saved_so else NF4Config(DTYPES[settings.dtype])
+    try: model = without_weights(lambda: model_kind(config).from_config(config, trust_remote_code=settings.trust_remote_code, dtype=DTYPES[settings.dtype]), quantizer, saved_so)
     except LOAD_ERRORS as e: raise model_error(name, e) from e
     bits = planned_bits(model)
     if quantizer is not None and bits.share < settings.nf4_share:
         raise ModelError(f'{name}: only {bits.share:.1%} of the body\'s weights can be put in 4 bits ({_rest(bits)}), less than the share of {settings.nf4_share:g} that --quantize nf4 must reach; '
                          f'take --quantize none, or allow it by --nf4-share {int(bits.share*100)/100}')
-    return ModelPlan(config, model, bits, quantizer, saved_so)
+    return ModelPlan(config, model, bits, quantizer, saved_so, noise)
 
 # %% ../../nbs/api/models/10_load.ipynb #835541f7
-def _own(config: Any) -> Any:
-    "The quantization that a checkpoint was saved with"
-    own: Any = getattr(config, 'quantization_config', None) or getattr(config.get_text_config(decoder=True), 'quantization_config', None)
-    return own if isinstance(own, dict) else own.to_dict()
+def set_arithmetic(
+    config: Any, # of a checkpoint that was saved in 4 bits; changed in place
+    dtype: str,  # as asked for
+) -> None:
+    "Let a checkpoint that was saved in 4 bits compute in the type that is asked for: it is no part of what was saved"
+    at = next(c for c in (config, config.get_text_config(decoder=True)) if getattr(c, 'quantization_config', None))
+    at.quantization_config = own_quantization(config) | dict(bnb_4bit_compute_dtype=dtype)
 
 def _rest(bits: Bits) -> str:
     "The largest parts that stay in 16 or 32 bits"
@@ -198,10 +226,10 @@ def load_base(
     check_weights(folder, settings.allow_pickle)
     here, tokenizer = is_folder(place), load_tokenizer(name, settings)
     model, info = read_model(
-        AutoModelForCausalLM, str(folder.resolve()), settings.allow_pickle, lambda e: model_error(name, e), config=plan.config, dtype=DTYPES[settings.dtype],
+        model_kind(plan.config), str(folder.resolve()), settings.allow_pickle, lambda e: model_error(name, e), config=plan.config, dtype=DTYPES[settings.dtype],
         trust_remote_code=settings.trust_remote_code, device_map={'': settings.device}, quantization_config=None if plan.saved_so else plan.quantizer)
     check_tensors(name, info | {'mismatched_keys': [*info['mismatched_keys'], *wrong_shapes(model, plan.model)]})
-    bits = found_bits(model)
+    bits = found_bits(model, not plan.saved_so)
     if plan.quantizer and bits != plan.bits: raise ModelError(f'{name}: {bits.four:,} weights are in 4 bits, and {plan.bits.four:,} should be; this version of transformers or bitsandbytes is not known to w2s')
     model.requires_grad_(False)
     setattr(model, NOTE, settings.compute)
@@ -236,6 +264,11 @@ def open_doors(
     return out
 
 # %% ../../nbs/api/models/10_load.ipynb #428f9bdc
+def _form(plan: ModelPlan) -> str:
+    "In which form of 4 bits a model is"
+    if not plan.saved_so: return 'NF4'
+    return 'NF4 as it was saved, used as it is' + ('' if own_quantization(plan.config).get('bnb_4bit_use_double_quant') else ', its scales in 32 bits')
+
 def bits_line(
     plan: ModelPlan,        # of `plan_model`
     settings: LoadSettings, # how it is loaded
@@ -244,4 +277,4 @@ def bits_line(
     settings = settle(settings)
     if plan.quantizer is None: return f'its {plan.bits.body:,} weights besides embeddings and output head are in {settings.dtype}, none in 4 bits'
     experts = ', experts among them' if getattr(plan.model, 'four_bit_experts', None) else ''
-    return f'{plan.bits.share:.1%} of its {plan.bits.body:,} weights besides embeddings and output head are in 4 bits (NF4{experts}), the others in {settings.dtype}'
+    return f'{plan.bits.share:.1%} of its {plan.bits.body:,} weights besides embeddings and output head are in 4 bits ({_form(plan)}{experts}), the others in {settings.dtype}'

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PAD', 'WIDE', 'generate_inputs', 'prompt_ids', 'check_room', 'width', 'padded', 'padding_step', 'no_cache',
-           'cache_name', 'check_writes', 'check_state', 'write', 'plan_batches', 'batch_sizes', 'check_ready',
-           'with_turn_end', 'row_mark', 'respond', 'generate', 'GenerateSettings']
+           'cache_name', 'has_own_cache', 'chooses_all', 'check_writes', 'check_state', 'write', 'plan_batches',
+           'batch_sizes', 'check_ready', 'with_turn_end', 'row_mark', 'respond', 'generate', 'GenerateSettings']
 
 # %% ../../nbs/api/train/60_generate.ipynb #b33c77bd
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
@@ -133,6 +134,21 @@ def cache_name(
     if found is None: raise ModelError(no_cache(type(body).__name__))
     return found
 
+# %% ../../nbs/api/train/60_generate.ipynb #1bafddb9
+def has_own_cache(
+    body: Any, # of a causal language model
+) -> bool:
+    "Does a model bring a class of caches of its own? Then nothing is known of what it keeps"
+    own = vars(sys.modules[type(body).__module__]).values()
+    return any(isinstance(c, type) and issubclass(c, Cache) and c.__module__ == type(body).__module__ for c in own)
+
+def chooses_all(
+    cache: Any, # of a model
+) -> bool:
+    "Are all states of a cache chosen with its sequences? One that brings more than layers must do it itself"
+    kinds = [c for c in type(cache).__mro__ if issubclass(c, Cache) and c.__module__ != Cache.__module__]
+    return not kinds or any('reorder_cache' in vars(c) for c in kinds)
+
 # %% ../../nbs/api/train/60_generate.ipynb #b73808b4
 class _State:
     "Sequences that are being written: what the model needs to go on with each"
@@ -188,10 +204,15 @@ def check_state(
 ) -> None:
     "Raise `ModelError` for a model with recurrent layers whose cache does not hold all that it carries on"
     body = body_of(model)
-    if body in _STATEFUL or not (getattr(body, '_is_stateful', False) or padding_step(model) == 1): return
+    if body in _STATEFUL or not (getattr(body, '_is_stateful', False) or padding_step(model) == 1 or has_own_cache(body)): return
     with torch.no_grad():
-        state = _State(model, [[3, 4, 5, 6, 7], [7, 5, 6, 4, 3]], 1)
-        state.advance(torch.tensor([5, 5], device=model.device), [1]) # the second prompt alone, twice
+        try:
+            state = _State(model, [[3, 4, 5, 6, 7], [7, 5, 6, 4, 3]], 1)
+            if not chooses_all(state.cache): raise ModelError(no_cache(type(body).__name__))
+            state.advance(torch.tensor([5, 5], device=model.device), [1]) # the second prompt alone, twice
+        except (RuntimeError, IndexError, AttributeError, ValueError, TypeError) as e:
+            if isinstance(e, ModelError): raise
+            raise ModelError(no_cache(type(body).__name__)) from e
         other, want = (_State(model, [[*p, 5]]*2, 1).hidden.float() for p in ([3, 4, 5, 6, 7], [7, 5, 6, 4, 3]))
     error, least = (state.hidden.float() - want).norm(), (1e-3 if model.dtype == torch.float32 else .02)*want.norm()
     if not error <= max(least, .3*(other - want).norm()): raise ModelError(no_cache(type(body).__name__))
