@@ -64,7 +64,7 @@ def _known(name: str, load: LoadSettings, lora: LoraSettings | None, writes: boo
     plan = plan_model(name, load)
     if writes: check_writes(plan.model)
     notes = [bits_line(plan, load), *([plan_adapter(plan, lora, name)] if lora else [])]
-    if plan.noise: notes.append(f'its own noise ({", ".join(f"{k} {v:g}" for k, v in plan.noise.items())}) is off in training, too; that of adapters is lora.dropout')
+    if plan.noise: notes.append(f'what its configuration does in training alone ({", ".join(f"{k} {v:g}" for k, v in plan.noise.items())}) is off; the dropout of adapters is lora.dropout')
     return context_length(plan.config), getattr(plan.config.get_text_config(decoder=True), 'vocab_size', None), tuple(notes), bool(plan.noise)
 
 # %% ../../nbs/api/experiments/25_preference_stages.ipynb #4e16fa54

@@ -169,13 +169,15 @@ class ModelPlan:
 def quiet_base(
     config: Any, # of Hugging Face; changed in place
 ) -> dict[str, float]: # what was asked for, by name
-    "Switch off what acts at random in the layers of a base in training: dropout, and the jitter of routers"
+    "Switch off what makes a base another one in training: dropout, the jitter of routers, and weights that are rescaled"
     found: dict[str, float] = {}
     for name, value in list(vars(config).items()):
         if hasattr(value, 'to_dict'): found |= quiet_base(value)
         elif isinstance(value, float) and value and ('drop' in name or 'jitter' in name) and not name.startswith(('classifier', 'summary')):
             found[name] = value
             setattr(config, name, 0.)
+    if every := getattr(config, 'rescale_every', 0): # RWKV divides weights when it is asked, and multiplies them when it is trained; an adapter on them it does not
+        found['rescale_every'], config.rescale_every = float(every), 0
     return found
 
 # %% ../../nbs/api/models/10_load.ipynb #0edbacb9
