@@ -121,6 +121,16 @@ def test_each_module_imports_alone():
     assert done.returncode == 0, done.stderr[-6000:]
 
 
+def test_first_cell_is_title_and_subtitle():
+    "The site takes both from the first cell and drops the cell: what else stands there nobody reads"
+    offenders = []
+    for path in sorted((ROOT / 'nbs').rglob('*.ipynb')):
+        cell = json.loads(path.read_text(encoding='utf-8'))['cells'][0]
+        lines = [line for line in ''.join(cell['source']).splitlines() if line.strip()]
+        if cell['cell_type'] != 'markdown' or not lines[0].startswith('# ') or len(lines) != 2 or not lines[1].startswith('> '): offenders.append(str(path.relative_to(ROOT)))
+    report(offenders, 'the first cell of a page is a title and one line of subtitle')
+
+
 # Files of a maintained project
 
 def test_citation_has_the_version():
