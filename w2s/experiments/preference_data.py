@@ -88,7 +88,8 @@ def set_test_aside(
     splits: Mapping[str, Dataset], # 'test' and others, or one without a test split
     part: Callable[..., dict[str, Dataset]] = group_split, # how rows without a test split are parted
 ) -> tuple[dict[str, Dataset], Dataset]: # rows to train on, test rows
-    "Test rows and the rest; the same for every seed"
+    "Test rows and the rest; the same for every seed. Without a test split, a validation split beside others is the test"
+    if 'test' not in splits and 'val' in splits and len(splits) > 1: splits = {'test' if k == 'val' else k: v for k, v in splits.items()}
     if 'test' in splits: return {k: v for k, v in splits.items() if k not in ('test', 'val')}, splits['test']
     rows = concatenate_datasets(list(splits.values()))
     parts = part(rows, {'train': 1 - TEST_SHARE, 'test': TEST_SHARE}, seed=0)

@@ -88,7 +88,7 @@ def read_maths(
     split: Sequence[str] = (),      # which file is which split, as in ('train=a.jsonl', 'test=b.jsonl'); (): by their names
     most: int = 0,                  # rows that are wanted of a large file, chosen at random; 0: all
 ) -> Table:
-    "Maths questions; a split called test stays the test; raises `DataError`"
+    "Maths questions; a split called test stays the test, or else a validation split beside others; raises `DataError`"
     read = read_gsm8k(data, named_pairs(split, '--split', SPLITS) or None, False, question, answer, leave_out, most)
     report, seen, kept = reader_report(read.refused, read.rows_read, MATHS_REASONS, read.columns), set[str](), []
     for k, d in read.splits.items():
@@ -98,12 +98,13 @@ def read_maths(
             else: kept.append((k, r))
             seen.add(bare(r['prompt']))
         report = report.add(TWICE, k, len(again), read.rows_read[k], 'dropped', rows_said(again))
-    test = [i for i, (k, _) in enumerate(kept) if k == 'test']
+    name = 'val' if 'test' not in read.splits and 'val' in read.splits and len(read.splits) > 1 else 'test'
+    test = [i for i, (k, _) in enumerate(kept) if k == name]
     for k in read.splits:
         own = [r['answer'] for part, r in kept if part == k]
         report = report.add(NOT_NUMBERS, k, sum(number_of(a) is None for a in own), len(own), 'kept', 'compared as formulas, points, lists or words')
     return Table([bare(r['prompt']) for _, r in kept], [r['completion'] for _, r in kept], [r['answer'] for _, r in kept], test or None, report,
-                 read.rows_read['test'] if test else sum(read.rows_read.values()))
+                 read.rows_read[name] if test else sum(read.rows_read.values()))
 
 # %% ../../nbs/api/experiments/83_transfer_files.ipynb #dcf7fea1
 def parted(

@@ -7,6 +7,7 @@ __all__ = ['PURE_MAMBA', 'NOT_OF_MAMBA', 'ADAPTER_ERRORS', 'linear_layers', 'lor
            'check_adapter_files', 'adapter_line']
 
 # %% ../../nbs/api/models/15_adapter_files.ipynb #eee391c6
+import errno
 import re
 import warnings
 from collections import Counter
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import ModelError
+from ..io.disk import error_number
 from .folders import read_json, tensor_fault
 from .four_bits import FourBit, acts_as_linear, body_of, expert_weights, given_away # before peft: it quiets one message of bitsandbytes
 
@@ -91,6 +93,7 @@ def put_on(
         raise
     except ADAPTER_ERRORS as e:
         bare(model)
+        if error_number(e) == errno.ENOMEM: raise # not the adapter's fault
         raise ModelError(f'{name} ({type(model).__name__}) does not take this LoRA adapter: {" ".join(str(e).split())[:300]}; name other layers in lora.targets, or take a model of another kind') from e
 
 # %% ../../nbs/api/models/15_adapter_files.ipynb #781d7a8f

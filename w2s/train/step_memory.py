@@ -208,10 +208,15 @@ def estimate_step(
     twice: bool,     # with gradient checkpointing?
     tokens: int = 8192, # padded, of a block: where the line should be right
 ) -> StepMemory:
-    "What a step will need, from steps of a shallow twin"
-    all_layers = layers_of(model.config)
+    "What a step will need, from steps of a shallow twin; counted once for each shape"
+    all_layers, most = layers_of(model.config), min(max(4, tokens//time), MOST)
     depths = FEW if all_layers > FEW[1] else (all_layers or None,)
-    return _plane(model, depths, all_layers, time, twice, min(max(4, tokens//time), MOST))
+    shapes = tuple((name, tuple(p.shape), p.dtype) for name, p in trainable(model).items())
+    key = (model.config.to_json_string(), shapes, model.dtype, getattr(model.get_base_model(), NOTE, 'plain'), time, twice, most)
+    if key not in _COUNTED: _COUNTED[key] = _plane(model, depths, all_layers, time, twice, most)
+    return _COUNTED[key]
+
+_COUNTED: dict[tuple, StepMemory] = {} # the arms of a run have the same shapes
 
 def _plane(model: Any, depths: tuple, all_layers: int, time: int, twice: bool, most: int) -> StepMemory:
     "Bytes by layers and sequences, continued to all layers"
