@@ -382,10 +382,10 @@ def test_nothing_in_a_base_is_left_to_chance(tmp_path, name):
 # Commands
 
 CORE = [('opt', 'adds begin', 'preferences, nf4'), ('mixtral', 'template', 'preferences, nf4'), ('gemma4 nested', 'no pad', 'preferences'), ('falcon', 'no begin', 'label'), ('qwen3_5 nested', 'template, no end', 'refine'),
-        ('granite hybrid', 'no end', 'head'), ('mistral3 nested', 'one token for both', 'words'), ('nemotron_h', 'adds both', 'probe'), ('mamba', 'pad is end', 'preferences'), ('rwkv', 'template', 'words')]
+        ('granite hybrid', 'no end', 'head'), ('mistral3 nested', 'one token for both', 'words'), ('nemotron_h', 'adds both', 'probe'), ('mamba', 'pad is end', 'preferences'), ('rwkv', 'template', 'words'), ('xlstm', 'template', 'preferences, nf4')]
 TABLE = [(f, list(TOKENIZERS)[n % len(TOKENIZERS)], c) for n, f in enumerate(FAMILIES) for c in COMMANDS] if ALL else CORE
 CANNOT = {('refine', f): 'keeps no cache of keys and values' for f in ('mamba', 'mamba2', 'falcon_mamba', 'rwkv', 'recurrent_gemma', 'minimax', 'xlstm')} | {(c, f): "of the body's weights can be put in 4 bits" for c in ('preferences, nf4', 'words') for f in ('mamba', 'mamba2', 'falcon_mamba')} | {
-    (c, 'modernbert decoder'): 'are not those of its logits' for c in COMMANDS}
+    (c, 'modernbert decoder'): 'are not those of its logits' for c in COMMANDS} | {('preferences, nf4', 'xlstm'): 'cannot be trained in these types'}
 
 
 @pytest.mark.parametrize('name, tokenizer, command', TABLE)

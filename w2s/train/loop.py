@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['IMMATERIAL', 'SCALE', 'OUT_OF_MEMORY', 'material', 'learning_rate', 'Objective', 'row_weights', 'row_targets',
-           'sft_objective', 'preference_objective', 'loss_scale', 'add_block', 'step_gradient', 'for_step',
+           'sft_objective', 'preference_objective', 'loss_scale', 'one_dtype', 'add_block', 'step_gradient', 'for_step',
            'make_optimizer', 'take_step', 'plan_steps', 'first_room', 'plan_step', 'train', 'OPTIMIZERS', 'SCHEDULES',
            'TrainSettings']
 
 # %% ../../nbs/api/train/50_loop.ipynb #06ebbb1a
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -141,6 +142,18 @@ def loss_scale(
     half = getattr(model, 'dtype', None) == torch.float16 and next(model.parameters()).device.type != 'cpu'
     return SCALE if half else 1.
 
+# %% ../../nbs/api/train/50_loop.ipynb #88dbe521
+@contextmanager
+def one_dtype(
+    model: Any, # with or without an adapter
+) -> Iterator[None]:
+    "Raise `TrainError` for a model whose own code multiplies numbers of 16 and of 32 bits in training"
+    try: yield
+    except RuntimeError as e:
+        if not re.search('dtype|scalar type', str(e)): raise
+        name = type(model.get_base_model() if hasattr(model, 'get_base_model') else model).__name__
+        raise TrainError(f'{name} cannot be trained in these types ({" ".join(str(e).split())[:200]}); take --quantize none and --dtype float32') from e
+
 # %% ../../nbs/api/train/50_loop.ipynb #20b030ab
 def add_block(
     model: Any,           # with a trainable adapter, in training mode
@@ -148,13 +161,14 @@ def add_block(
     part: list[int],      # row numbers of a block
     size: int,            # of the whole step, in the objective's unit
 ) -> tuple[float, float]: # loss of the block as a share of the step's, and sum of its values
-    "Add the gradient of some rows, or nothing; raises `TrainError` if the loss is not finite"
+    "Add the gradient of some rows, or nothing; raises `TrainError` if the loss is not finite, or the model mixes types"
     index, k, weights, scale = torch.tensor(part), len(objective.sequences[part[0]]), list(trainable(model).values()), loss_scale(model)
-    out = objective.forward(model, block([s for i in part for s in objective.sequences[i]]))
-    logps = out.reshape(len(part), k * out[0].numel()) # a row's sequences one after the other, each with its outputs
-    loss = losses.weighted_sum(objective.loss(logps, index), objective.weights[index]) / size
-    if not torch.isfinite(loss): raise TrainError(f'the loss is {loss.item()} in rows {", ".join(objective.ids[i] for i in part[:8])}')
-    grads = torch.autograd.grad(loss*scale if scale != 1 else loss, weights, allow_unused=True)
+    with one_dtype(model):
+        out = objective.forward(model, block([s for i in part for s in objective.sequences[i]]))
+        logps = out.reshape(len(part), k * out[0].numel()) # a row's sequences one after the other, each with its outputs
+        loss = losses.weighted_sum(objective.loss(logps, index), objective.weights[index]) / size
+        if not torch.isfinite(loss): raise TrainError(f'the loss is {loss.item()} in rows {", ".join(objective.ids[i] for i in part[:8])}')
+        grads = torch.autograd.grad(loss*scale if scale != 1 else loss, weights, allow_unused=True)
     numbers = loss.item(), objective.value(logps.detach(), index).sum().item()
     parts = [(p, g if scale == 1 else g/scale) for p, g in zip(weights, grads, strict=True) if g is not None]
     sums = [(p, g if p.grad is None else p.grad + g) for p, g in parts]
