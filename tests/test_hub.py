@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import shutil
+import socket
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +23,7 @@ from w2s.experiments.preference_stages import know_model
 from w2s.io import file_hashes
 from w2s.models import hub
 from w2s.models.adapters import add_adapter, save_adapter
-from w2s.models.hub import hub_folder
+from w2s.models.hub import hub_folder, network_error
 from w2s.models.identity import identity
 from w2s.models.load import LoadSettings, load_base, local_folder
 from w2s.models.places import load_for
@@ -47,6 +49,8 @@ class Hub:
         folder = self.home/name/(revision or 'main').replace('/', '_')
         if not folder.is_dir(): raise RevisionNotFoundError('404', response=answer)
         return folder
+
+    def model_info(self, name, revision=None): return SimpleNamespace(siblings=[SimpleNamespace(rfilename=f) for f in self.list_repo_files(name, revision)])
 
     def list_repo_files(self, name, revision=None): return sorted(f.relative_to(p).as_posix() for p in [self.place(name, revision)] for f in p.rglob('*') if f.is_file())
 
@@ -235,16 +239,27 @@ FAULTS = {'gated': (GatedRepoError('403 Client Error.\nYou are trying to access 
           'not there': (RepositoryNotFoundError('401 Client Error.\nRepository Not Found', response=reply(401)), ['neither a folder here nor a model that the hub shows you', 'check the name at https://huggingface.co/meta/llama', 'hf auth login']),
           'revision': (RevisionNotFoundError('404', response=reply(404)), ['has no revision "v9"', 'https://huggingface.co/meta/llama/discussions']), 'name': (HFValidationError('Repo id must be'), ['nor a name that a model on the hub can have']),
           'offline': (OfflineModeIsEnabled('Offline mode is enabled.'), ['HF_HUB_OFFLINE is set; unset it, or run hf download meta/llama --revision v9']),
-          'down': (HfHubHTTPError('503 Server Error\nmore', response=reply(503)), ['the hub cannot be reached (503 Server Error)', 'check the network', 'hf download meta/llama --revision v9']), 'no network': (ConnectionError('Name or service not known'), ['the hub cannot be reached (Name or service not known)'])}
+          'down': (HfHubHTTPError('503 Server Error\nmore', response=reply(503)), ['the hub cannot be reached (503 Server Error)', 'check the network', 'hf download meta/llama --revision v9']), 'no network': (network_error()('Name or service not known'), ['the hub cannot be reached (Name or service not known)']), 'too slow': (TimeoutError('timed out'), ['the hub cannot be reached (timed out)'])}
 
 
 @pytest.mark.parametrize('kind', FAULTS)
 def test_what_cannot_be_had_is_said_whole(site, monkeypatch, kind):
     error, words = FAULTS[kind]
     def fail(*args, **kwargs): raise error
-    monkeypatch.setattr(site, 'list_repo_files', fail)
+    monkeypatch.setattr(site, 'model_info', fail)
     with pytest.raises(ModelError) as told: load_base('meta/llama', LoadSettings('none', 'float32', revision='v9'), device='cpu')
     assert all(w in str(told.value) for w in words) and '\n' not in str(told.value)
+
+
+def test_without_a_network_it_is_said_at_once(monkeypatch):
+    "The hub's own client, on a machine that knows no name of another"
+    def unknown(*args, **kwargs): raise socket.gaierror(-2, 'Name or service not known')
+    monkeypatch.setattr(socket, 'getaddrinfo', unknown)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', False)
+    hub_folder.cache_clear()
+    start = time.monotonic()
+    with pytest.raises(ModelError, match='the hub cannot be reached .*; check the network and give the same command again'): hub_folder('facebook/opt-none')
+    assert time.monotonic() - start < 5
 
 
 def test_a_gated_model_whose_names_are_public(site, made, monkeypatch):

@@ -22,7 +22,7 @@ from .json_rows import is_messages
 from .messages import open_messages, plain_messages
 from .prompts import PARSED, UNREADABLE, PromptColumns, as_text, drop_held, find_columns, has_turns, join_prompt, named_columns, read_back, written_columns
 from .readers import MISSING, WRITTEN, Refused
-from .sources import one_table
+from .sources import one_table, source_kind
 from .tables import RawTable, row_pieces
 from ..errors import DataError
 
@@ -150,7 +150,7 @@ def open_tables(
     splits: Mapping[str, str] | None = None, # the split that is read of those that are no file; None: the only one, or train
 ) -> list[RawTable]:
     "The tables of some sources; raises `DataError`"
-    once, files = list(dict.fromkeys(map(str, sources))), {str(s) for s in sources if Path(s).is_file()}
+    once, files = list(dict.fromkeys(map(str, sources))), {str(s) for s in sources if source_kind(str(s)) == 'file'}
     if splits and files >= set(once): raise DataError(f'{once[0]} is one file; --split chooses files of a folder, or splits of a data set')
     tables = {s: one_table(s, None if s in files else splits, 'demonstrations') for s in once}
     check_leave_out(leave_out, dict(tables.values()))

@@ -22,7 +22,7 @@ from .hygiene import DataReport, reader_report
 from .prompts import PARSED, plain_cells
 from .readers import MISSING, WRITTEN, Refused
 from .rows import content_id, group_key
-from .sources import one_table
+from .sources import one_table, source_kind
 from .tables import RawTable
 from ..errors import DataError
 
@@ -168,7 +168,7 @@ def read_toxicity(
     "Read scored texts; raises `DataError` for what cannot be read at all, and for a long column that is not read"
     paths = [Path(f) for f in ([files] if isinstance(files, (str, Path)) else files)]
     if twice := [p for p in paths if paths.count(p) > 1]: raise DataError(f'{twice[0]} is named twice; name each file once')
-    found = {str(p): one_table(str(p), None if p.is_file() and len(paths) > 1 else splits) for p in paths}
+    found = {str(p): one_table(str(p), None if source_kind(str(p)) == 'file' and len(paths) > 1 else splits) for p in paths}
     tables = {p: raw for p, (_, raw) in found.items()}
     check_leave_out(leave_out, tables)
     done = {str(p): _texts_of(tables[str(p)], p, text, score, group, leave_out) for p in paths}

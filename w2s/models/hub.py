@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['INDEX', 'WHOLE', 'PICKLE_INDEX', 'PICKLE', 'SMALL', 'CONVERTER', 'has_safetensors', 'small_files', 'weight_files',
-           'converted_revision', 'cached_folder', 'cached_proposal', 'hub_words', 'HubFolder', 'no_safetensors',
-           'fetched', 'found_in_cache', 'hub_folder']
+           'file_names', 'converted_revision', 'cached_folder', 'cached_proposal', 'hub_words', 'HubFolder',
+           'no_safetensors', 'fetched', 'found_in_cache', 'network_error', 'hub_folder']
 
 # %% ../../nbs/api/models/09_hub.ipynb #c22833b5
 import errno
+import importlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,6 +56,14 @@ def weight_files(
         if whole in names: return '', whole
     return '', ''
 
+# %% ../../nbs/api/models/09_hub.ipynb #36531a67
+def file_names(
+    name: str,                   # of a model on the hub
+    revision: str | None = None, # None: its main branch
+) -> list[str]:
+    "What files a model has, in one request: without a network that fails at once, where a list of files is asked for again and again"
+    return [s.rfilename for s in HfApi().model_info(name, revision=revision).siblings or []]
+
 # %% ../../nbs/api/models/09_hub.ipynb #146845a1
 CONVERTER = 'SFconvertbot' # the hub's own converter to safetensors
 
@@ -65,7 +74,7 @@ def converted_revision(
     api = HfApi()
     for d in api.get_repo_discussions(name, author=CONVERTER, discussion_type='pull_request', discussion_status='open'):
         revision = f'refs/pr/{d.num}'
-        if d.author == CONVERTER and d.is_pull_request and d.status == 'open' and has_safetensors(api.list_repo_files(name, revision=revision)): return revision
+        if d.author == CONVERTER and d.is_pull_request and d.status == 'open' and has_safetensors(file_names(name, revision)): return revision
     return ''
 
 # %% ../../nbs/api/models/09_hub.ipynb #14c414d9
@@ -143,8 +152,8 @@ def fetched(
     code: bool,           # are Python files wanted?
 ) -> HubFolder:
     "Download what is missing of a model; raises `ModelError` where its weights are in no form that is read, and the errors of the hub's client"
-    names, at = HfApi().list_repo_files(name, revision=revision), revision
-    if not any(weight_files(names, pickle)) and revision is None and (at := converted_revision(name) or None): names = HfApi().list_repo_files(name, revision=at)
+    names, at = file_names(name, revision), revision
+    if not any(weight_files(names, pickle)) and revision is None and (at := converted_revision(name) or None): names = file_names(name, at)
     index, whole = weight_files(names, pickle)
     if not (index or whole): raise no_safetensors(name, names, f', and the hub\'s converter ({CONVERTER}) has proposed none' if revision is None else '')
     weights = [whole] if whole else [index, *index_files(Path(hf_hub_download(name, index, revision=at)))]
@@ -163,6 +172,11 @@ def found_in_cache(
     if revision is None and not any(weight_files(names, pickle)) and (at := cached_proposal(name)) and (other := cached_folder(name, at)): return HubFolder(other, at, None)
     return HubFolder(folder, revision, revision) if folder else None
 
+# %% ../../nbs/api/models/09_hub.ipynb #b5b5da67
+def network_error() -> type[Exception]:
+    "What the library under the hub's client raises without a network: that is httpx or httpx2, by the client's version"
+    return importlib.import_module(type(huggingface_hub.get_session()).__module__.partition('.')[0]).HTTPError
+
 # %% ../../nbs/api/models/09_hub.ipynb #38b936e1
 @lru_cache(maxsize=64)
 def hub_folder(
@@ -174,7 +188,7 @@ def hub_folder(
     "Where the files of a model on the hub lie on this machine, downloaded if need be; raises `ModelError` if they cannot be had"
     try: return fetched(name, revision, pickle, code)
     except ModelError: raise
-    except (OSError, ValueError) as e: # those of the hub's client are of one of these kinds
+    except (OSError, ValueError, network_error()) as e: # those of the hub's client, and of the library under it, are of one of these kinds
         if getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES): raise # the disk, not the hub
         kept = found_in_cache(name, revision, pickle)
         names = [f.name for f in kept.folder.iterdir()] if kept else []
