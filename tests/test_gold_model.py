@@ -32,5 +32,6 @@ def test_a_reward_model_scores_the_responses_of_a_run_once(tmp_path, monkeypatch
     one = written.iloc[7]
     assert abs(gold._scorer(config.gold)([one.prompt], [one.response])[0] - one.gold_reward) < 1e-6
     # and a second run asks no model at all
-    monkeypatch.setattr(gold, '_scorer', None)
+    gold.close_scorer()
+    monkeypatch.setattr(gold, 'load_reward_model', None)
     assert run(config, tmp_path/'run', quiet=True).responses.equals(written)
