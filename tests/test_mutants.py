@@ -344,7 +344,7 @@ def test_the_order_of_the_rows_is_the_seeds(small, tmp_path, monkeypatch, seed):
     for part in (steps[:half], steps[half:]): assert sorted(i for b in part for i in b) == list(range(rows))
     assert steps[:half] != steps[half:] and steps != plan_steps(goal, settings, seed + 1)
     seen = []
-    monkeypatch.setattr('w2s.train.loop._one_step', lambda model, optimizer, objective, steps, step, settings, folder: seen.append(steps[step]) or dict(loss=0., value=0., grad_norm=0., learning_rate=0.))
+    monkeypatch.setattr('w2s.train.loop._one_step', lambda model, optimizer, objective, steps, step, settings, folder, room, seed: seen.append(steps[step]) or dict(loss=0., value=0., grad_norm=0., learning_rate=0.))
     monkeypatch.setattr('w2s.train.loop.make_optimizer', lambda model, settings: torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=.1))
     train(small.base.model, goal, settings, tmp_path, seed, quiet=True)
     assert seen == steps
