@@ -121,5 +121,7 @@ def test_questions_without_room_fail_and_are_not_cut(judge):
     assert ask_model(judge, SETTINGS, quiet=True)(['tea '*300]) == [[None] * 4]
 
 
-def test_chat_rubrics_need_a_template(judge):
-    with pytest.raises(DataError, match='chat template'): rate(judge, Rubric('{prompt} {response}', ('x',), chat=True), ['a'], ['b'], settings=SETTINGS, quiet=True)
+def test_chat_rubrics_without_a_template_are_plain_paragraphs(judge):
+    "What a judge without a chat template reads is the same as the paragraphs written by hand"
+    ask, paragraphs = ask_model(judge, SETTINGS, quiet=True), 'Human: a b\n\nAssistant:'
+    assert ask([[dict(role='user', content='a b')]]) == ask([paragraphs]) != ask(['Human: a c\n\nAssistant:'])
