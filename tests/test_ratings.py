@@ -9,7 +9,7 @@ from w2s.evaluate.ratings import (HOLES, MATHS, PERSONA, RUBRICS, Rubric, as_sco
                                   rating_scorer, read_replies)
 from w2s.evaluate.responses import failures, score_responses, scored_by_all
 from w2s.models.load import load_base
-from w2s.train.generate import GenerateSettings
+from w2s.train.generate import GenerateSettings, prompt_ids
 
 TWO = Rubric('{prompt} {response}', ('content', 'style'))
 SETTINGS = GenerateSettings(max_tokens=12, temperature=.8, samples=4)
@@ -123,5 +123,7 @@ def test_questions_without_room_fail_and_are_not_cut(judge):
 
 def test_chat_rubrics_without_a_template_are_plain_paragraphs(judge):
     "What a judge without a chat template reads is the same as the paragraphs written by hand"
-    ask, paragraphs = ask_model(judge, SETTINGS, quiet=True), 'Human: a b\n\nAssistant:'
-    assert ask([[dict(role='user', content='a b')]]) == ask([paragraphs]) != ask(['Human: a c\n\nAssistant:'])
+    messages = [dict(role='user', content='a b')]
+    assert prompt_ids(judge.tokenizer, [messages]) == prompt_ids(judge.tokenizer, ['Human: a b\n\nAssistant:'])
+    replies = rate(judge, Rubric('{prompt} {response}', ('x',), chat=True), ['a'], ['b'], settings=SETTINGS, quiet=True)
+    assert replies.asked.tolist() == [SETTINGS.samples]
