@@ -245,7 +245,7 @@ def test_shown_prompts_can_be_given_back(tmp_path):
     ([], 'give --questions FILE'),
     (['--questions', 'WEAK', '--method', 'improve'], 'ask-to-improve'),
     (['--questions', 'WEAK', '--samples', '4'], 'samples does nothing'),
-    (['--questions', 'WEAK', '--examples', '11'], 'lower n'),
+    (['--questions', 'WEAK', '--examples', '11'], '--examples'),
     (['--questions', 'WEAK', '--answer', 'reply'], 'has no column reply'),
     (['--questions', 'WEAK', '--question', 'q'], 'has no column q'),
     (['--questions', 'WEAK', '--weak-answers', 'QUESTIONS'], 'has no column answer'),
@@ -257,7 +257,7 @@ def test_refusals_of_refine(home, tmp_path, words, said):
     strong = () if '--strong' in full else ('--strong', 'nano')
     assert said in refused('refine', *full, *strong, '--out', tmp_path/'r.jsonl')
     assert not list(tmp_path.glob('r.*l'))
-    if said != 'lower n': assert not list(tmp_path.iterdir())
+    if said != '--examples': assert not list(tmp_path.iterdir())
 
 
 def test_refusal_is_one_line(tmp_path):
