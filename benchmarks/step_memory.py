@@ -5,18 +5,17 @@ them. Then models that are there, with random weights: the estimate against ever
 CPU, or `torch.cuda.max_memory_allocated` on a GPU. Writes step_memory.md beside this file.
 """
 import argparse
-import gc
 import platform
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
+from memory_vocabulary import peak_bytes
 from peft import LoraConfig, get_peft_model
 
 from w2s.models.adapters import LoraSettings, add_adapter
@@ -53,21 +52,6 @@ def counted_rows(tokens: int, time_: int) -> Iterator[str]:
             took = time.perf_counter() - start
             real = count_step(twin(model), tokens//time_, time_, twice)
             yield f'| {name} | {"checkpointing" if twice else "plain"} | {found/2**30:.2f} | {real/2**30:.2f} | {found/real - 1:+.1%} | {took:.1f} |'
-
-
-def peak_bytes(work: Callable[[], Any], device: str) -> int:
-    "The most that is allocated at one moment, over what was there before"
-    gc.collect()
-    if device == 'cuda':
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile: work()
-    changes = [(e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == '[memory]']
-    return int(np.cumsum([n for _, n in sorted(changes, key=lambda c: c[0])]).max())
 
 
 def allocated_rows(device: str) -> Iterator[str]:

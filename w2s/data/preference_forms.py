@@ -227,14 +227,6 @@ class PreferenceForm:
     of: str = ''                                                 # data sets or programs that write it
     fits: Callable[[Mapping[str, list], bool], bool] = lambda cells, asked: True # do cells by part look like it? asked: is there a column of the prompt?
 
-def _texts(cells: list) -> list[str]: return [c for c in cells if isinstance(c, str)]
-def _are_dialogues(cells: Mapping[str, list], asked: bool) -> bool: # beside a prompt, whole ones; without, any that can be cut
-    some = _texts(cells['chosen'])
-    return any(TURN in c for c in some) and (not asked or all(c.lstrip().startswith('Human:') and TURN in c for c in some))
-def _repeat_prompt(cells: Mapping[str, list], asked: bool) -> bool:
-    rows = list(zip(cells['prompt'], *(cells[p] for p in ('chosen', 'rejected')), strict=True))
-    return bool(rows) and all(isinstance(t, str) for r in rows for t in r) and all(p.strip() and a.startswith(p) and b.startswith(p) for p, a, b in rows)
-
 # %% ../../nbs/api/data/19_preference_forms.ipynb #c6804d67
 PARTS = ('prompt', 'system', 'chosen', 'rejected', 'first', 'second', 'label')
 NUMBERS = ('prob', 'weight', 'gold')
