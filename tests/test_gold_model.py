@@ -1,7 +1,14 @@
 "A reward model from a folder as the gold judge of a run on rows from a file"
+import json
+
+import pytest
+from typer.testing import CliRunner
+
 import w2s.experiments.gold as gold
 from conftest import reward_folder
+from w2s.cli import app
 from w2s.data.samples import sample_preferences, write_samples
+from w2s.errors import ModelError
 from w2s.experiments.weak_settings import WeakTeacher
 from w2s.experiments.weak_teacher import count_stages, run
 from w2s.models.adapters import LoraSettings
@@ -35,3 +42,23 @@ def test_a_reward_model_scores_the_responses_of_a_run_once(tmp_path, monkeypatch
     gold.close_scorer()
     monkeypatch.setattr(gold, 'load_reward_model', None)
     assert run(config, tmp_path/'run', quiet=True).responses.equals(written)
+
+
+@pytest.mark.parametrize('kind, words', [('a language model', 'is no reward model'), ('not there', 'nowhere'), ('several numbers', 'with 3 numbers a text'), ('no weights', 'holds no weights'), ('no tokenizer', 'tokenizer')])
+@pytest.mark.parametrize('dry', [True, False])
+def test_a_gold_model_that_could_not_judge_is_refused_before_anything_is_trained(tmp_path, kind, words, dry):
+    "It is asked last: what is wrong with it must be found first"
+    texts = [r['prompt'] + r['chosen'] for r in sample_preferences(20, seed=3)]
+    write_samples(tmp_path/'data', 40, seed=3)
+    judge = tmp_path/'judge'
+    if kind == 'a language model': tiny_model(judge, texts)
+    elif kind == 'not there': judge = tmp_path/'nowhere'
+    else: reward_folder(judge, texts)
+    if kind == 'several numbers':
+        about = json.loads((judge/'config.json').read_text())
+        (judge/'config.json').write_text(json.dumps({**about, 'id2label': {str(i): str(i) for i in range(3)}, 'label2id': {str(i): i for i in range(3)}}))
+    for name in {'no weights': ['model.safetensors'], 'no tokenizer': ['tokenizer.json', 'tokenizer_config.json']}.get(kind, []): (judge/name).unlink()
+    told = CliRunner().invoke(app, ['run', 'weak-teacher', '--data', str(tmp_path/'data'), '--weak', 'pico', '--strong', 'nano', '--seeds', '1', '--samples', '1', '--gold', str(judge),
+                                    '--out', str(tmp_path/'run'), *['--dry-run'][:dry]])
+    assert isinstance(told.exception, ModelError) and words in str(told.exception), told.exception
+    assert not list((tmp_path/'run').glob('stages/*'))

@@ -257,7 +257,14 @@ def test_refusals_of_refine(home, tmp_path, words, said):
     strong = () if '--strong' in full else ('--strong', 'nano')
     assert said in refused('refine', *full, *strong, '--out', tmp_path/'r.jsonl')
     assert not list(tmp_path.glob('r.*l'))
-    if said != '--examples': assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('content, said', [(None, 'form.toml'), ('improve = "Better!"', 'lacks {question}'), ('better = "x"', 'better'), ('improve = ', 'form.toml')])
+@pytest.mark.parametrize('dry', [True, False])
+def test_templates_of_ones_own_are_looked_at_by_a_dry_run(home, tmp_path, content, said, dry):
+    if content is not None: (tmp_path/'form.toml').write_text(content)
+    assert said in refused('refine', '--questions', home/'weak.jsonl', '--strong', 'nano', '--prompts', tmp_path/'form.toml', '--out', tmp_path/'out'/'r.jsonl', *['--dry-run'][:dry])
 
 
 def test_refusal_is_one_line(tmp_path):

@@ -147,7 +147,7 @@ def _weak_teacher(flags: dict[str, Any], file: Path | None, out: Path, dry_run: 
     "Run, write and print"
     from w2s.experiments.weak_settings import weak_names
     config = weak_teacher_config(flags, file)
-    check_places([*weak_names(config.weak), config.strong], [config.data], None if dry_run else out, config.load.allow_pickle)
+    check_places([*weak_names(config.weak), config.strong, config.gold], [config.data], None if dry_run else out, config.load.allow_pickle)
     if dry_run:
         from w2s.experiments.plan import plan
         typer.echo(repr(plan(config)))

@@ -101,15 +101,15 @@ def run_refine(
 ) -> None:
     "Refine, write and print; raises `DataError`, `ModelError` or `ConfigError`"
     check_places([flags.get('strong', '')], [flags.get('questions', ''), flags.get('weak_answers', '')], pickle=flags.get('load', {}).get('allow_pickle', False))
-    job = refine_job(flags)
+    from w2s.experiments.config import read_toml
+    job, own = refine_job(flags), read_toml(prompts) if prompts else None
     if dry_run:
         from w2s.experiments.refine_file import dry_refine
-        typer.echo(dry_refine(job))
+        typer.echo(dry_refine(job, own))
         return
     if out is None: raise ConfigError('w2s refine needs a place for the answers: give --out refined.jsonl')
-    from w2s.experiments.config import read_toml
     from w2s.experiments.refine_file import refine_file
-    done = refine_file(job, out, work, read_toml(prompts) if prompts else None, keep=keep)
+    done = refine_file(job, out, work, own, keep=keep)
     typer.echo(f'\n{done}\n\nwritten: {out}, with a report in {out.with_suffix(".md").name} and {out.with_suffix(".json").name}')
 
 # %% ../nbs/api/89d_cli_refine.ipynb #189be6c4

@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 
 from .config import to_toml
+from .gold import check_gold
 from .preference_data import PreferenceData, halves
 from .preference_stages import Model, encoded, model_lines, open_base
 from .weak_settings import WeakTeacher, sampling
@@ -203,6 +204,7 @@ def plan(
 ) -> Plan:
     "Read the data, time both models, and say what the run would do; nothing is written"
     weak, strong = know_models(config)
+    check_gold(config)
     data = rows_for(config, [*weak, strong])
     lengths = check_responses(config, writers(config, weak, strong), data)
     table = stage_table(config, data, weak, strong)

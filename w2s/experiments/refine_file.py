@@ -177,10 +177,11 @@ def refiner(
 
 def dry_refine(
     job: RefineJob, # what is asked for
+    own: Mapping[str, Any] | None = None, # templates of one's own, see `edited`
 ) -> str:           # settings as TOML, what would be read, and what is known of the model
     "What a refinement would do; nothing is written. Raises `DataError`, `ModelError` or `ConfigError`"
     report = read_job(job)[2]
-    own_form(job.strong, model_load(job, job.strong, 'strong'))
+    own_form(job.strong, model_load(job, job.strong, 'strong'), own)
     return '\n'.join([to_toml(job), str(report), *model_lines([refiner(job)])])
 
 # %% ../../nbs/api/experiments/88_refine_file.ipynb #ad1a4ff5

@@ -25,6 +25,7 @@ from ..evaluate.intervals import estimate, interval_table, interval_words, with_
 from ..evaluate.metrics import agreement, summarise
 from ..evaluate.pgr import pgr_paragraph, pgr_table
 from ..evaluate.power import power_table
+from .gold import check_gold
 from .arms import REFERENCE, Arm, evaluate_arm, evaluate_choice, floor_arm, gold_items, judge_responses, train_students, write_responses
 from .config import to_table
 from .preference_data import PreferenceData, check_halves, load_preferences
@@ -278,6 +279,7 @@ def run(
     config = config or fill_settings({})
     with claim(out, to_table(config), (lambda line: None) if quiet else counted(count_stages(config)), keep, quiet) as stages:
         weak, strong = know_models(config)
+        check_gold(config)
         note_models(stages, [*weak, strong])
         data = rows_for(config, [*weak, strong])
         lengths = check_responses(config, writers(config, weak, strong), data)
