@@ -111,9 +111,9 @@ def test_one_base_at_a_time(folders, monkeypatch):
 
 def test_what_is_allowed_reaches_the_gold_model(monkeypatch):
     made_up(monkeypatch, 'cuda', 2, bf16=False)
-    got = gold.gold_load(WeakTeacher(gold='somebody/judge', gold_quantize='nf4', load=LoadSettings('none', 'float32', revision='v1,gold=v2', allow_pickle=True, trust_remote_code=True, device='cuda:1')))
+    got = gold.gold_load(WeakTeacher(samples=1, gold='somebody/judge', gold_quantize='nf4', load=LoadSettings('none', 'float32', revision='v1,gold=v2', allow_pickle=True, trust_remote_code=True, device='cuda:1')))
     assert (got.quantize, got.dtype, got.revision, got.allow_pickle, got.trust_remote_code, got.device) == ('nf4', 'float16', 'v2', True, True, 'cuda:1')
-    assert gold.gold_load(WeakTeacher(gold='somebody/judge', load=LoadSettings(device='cpu'))).dtype == 'bfloat16'
+    assert gold.gold_load(WeakTeacher(samples=1, gold='somebody/judge', load=LoadSettings(device='cpu'))).dtype == 'bfloat16'
 
 
 @pytest.mark.parametrize('apart, stops', [([.1]*16, None), ([.1]*15 + [.9], None), ([0]*15 + [1.5], True), ([.5]*15 + [1.5], False), ([.5]*15 + [5.5], True), ([3.]*16, False), ([30.]*16, True), ([1.2]*15 + [11], True), ([0]*15 + [np.nan], True)])
