@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from conftest import reward_folder
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.errors import ConfigError
 from w2s.experiments import gold, weak_teacher
@@ -54,11 +55,12 @@ def test_settings_of_a_run_without_its_responses(given):
 
 @pytest.fixture(scope='module')
 def rows(tmp_path_factory):
-    "A model, and short preference rows"
+    "A model, a reward model, and short preference rows"
     folder = tmp_path_factory.mktemp('ends')
     texts = [r['prompt'] + r['chosen'] for r in sample_preferences(60, seed=3)]
     write_samples(folder/'data', 60, seed=3)
     tiny_model(folder/'model', texts, layers=1, seed=1)
+    reward_folder(folder/'judge', texts)
     return folder
 
 
