@@ -70,7 +70,7 @@ def synced(handle):
     log.write(f'folder\\t{path}\\n' if os.path.isdir(path) else f'file\\t{s.st_ino}\\t{s.st_size}\\t{s.st_mtime_ns}\\n')
 os.fsync = synced
 sys.argv = ['w2s', *sys.argv[5:]]
-from w2s.cli import main
+from w2s.cli.app import main
 sys.addaudithook(hook)
 try: main()
 finally: log.write(f'changes\\t{count}\\n')

@@ -12,9 +12,9 @@ import torch
 
 from w2s.evaluate.intervals import difference_table, interval_table
 from w2s.evaluate.pgr import pgr_table
-from w2s.experiments.effects import EFFECTS, run_effect
-from w2s.experiments.lab import DEFAULTS
-from w2s.experiments.stages import lock
+from w2s.compare.effects import EFFECTS, run_effect
+from w2s.compare.lab import DEFAULTS
+from w2s.compare.stages import lock
 
 VOICE = dict(floor=('floor', 'sft gold answers'), naive=('student', 'sft weak answers'), refined=('student', 'sft refined answers'), ceiling=('ceiling', 'sft gold answers'))
 LABELS = dict(floor=('floor', 'sft gold labels'), soft=('student', 'sft weak labels'), confidence=('student', 'sft weak labels, confidence loss'), ceiling=('ceiling', 'sft gold labels'))

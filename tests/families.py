@@ -117,8 +117,8 @@ def write_rows(place, chat):
 
 def prefer(model, rows, out, how):
     "The whole comparison; at the end the student's log-probs are held against the model's own logits"
-    from w2s.experiments.weak_settings import fill_settings
-    from w2s.experiments.weak_teacher import run
+    from w2s.compare.preference_settings import fill_settings
+    from w2s.experiments.preferences import run
     config = fill_settings(dict(data=str(rows/'prefs.jsonl'), weak=str(model), strong=str(model), load=LOADS[how], max_length=128, **FAST))
     result = run(config, out, quiet=True)
     numbers = result.items.select_dtypes('number')
@@ -147,8 +147,8 @@ def own_logp(model, s):
 
 
 def give_labels(model, rows, out, how):
-    from w2s.experiments.label import label, label_settings
-    from w2s.experiments.label_rows import LabelJob
+    from w2s.files.label import label, label_settings
+    from w2s.files.label_rows import LabelJob
     done = label(label_settings(str(model), dict(load=LOADS[how], max_length=128, **FAST)), LabelJob(str(rows/'prefs.jsonl'), str(rows/'train.jsonl'), 0.), out/'o.parquet', quiet=True)
     probs = list(done.labels.rows['prob'])
     assert len(probs) == 12 and all(.5 <= p <= 1 for p in probs)
@@ -156,8 +156,8 @@ def give_labels(model, rows, out, how):
 
 def classify(readout):
     def run_it(model, rows, out, how):
-        from w2s.experiments.class_settings import fill_classify
-        from w2s.experiments.classify import run
+        from w2s.compare.label_settings import fill_classify
+        from w2s.experiments.labels import run
         quick = {k: v for k, v in dict(supervisor=FAST['sft'], student=FAST['sft']).items() if readout != 'probe'}
         words = {} if readout == 'probe' else dict(words=[' no', ' yes'])
         result = run(fill_classify(dict(data=str(rows/'classes.jsonl'), weak=[str(model)], strong=[str(model)], readout=readout, load=LOADS[how], max_length=64, baseline=False, **quick, **words)), out, quiet=True)
@@ -166,7 +166,7 @@ def classify(readout):
 
 
 def refine(model, rows, out, how):
-    from w2s.experiments.refine_file import fill_refine, refine_file
+    from w2s.files.refine import fill_refine, refine_file
     out.mkdir(exist_ok=True)
     done = refine_file(fill_refine(dict(questions=str(rows/'questions.jsonl'), strong=str(model), examples=1, max_tokens=3, load=LOADS[how])), out/'o.jsonl', quiet=True)
     assert len(done.learned.answers) == 4

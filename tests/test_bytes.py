@@ -11,20 +11,20 @@ import pytest
 from matplotlib.figure import Figure
 
 from conftest import reward_folder
-from w2s.cli import weak_teacher_config
+from w2s.cli.app import weak_teacher_config
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.errors import ConfigError, ModelError, W2SWarning
-from w2s.experiments import weak_teacher as page
-from w2s.experiments.stages import Run, claim, run_stage
-from w2s.experiments.upkeep import find_unused, verify_folder
-from w2s.experiments.weak_teacher import run
+from w2s.experiments import preferences as page
+from w2s.compare.stages import Run, claim, run_stage
+from w2s.compare.upkeep import find_unused, verify_folder
+from w2s.experiments.preferences import run
 from w2s.io import manifests
 from w2s.io.manifests import INCOMPLETE, MANIFEST, find_damage, read_manifest
 from w2s.io.provenance import package_versions
 from w2s.models.adapters import add_adapter, load_adapter, save_adapter
 from w2s.models.load import LoadSettings, load_base
 from w2s.models.tiny import tiny_model
-from w2s.report import write_result
+from w2s.report.preferences import write_result
 from w2s.train import generate as generating
 from w2s.train import loop, reference
 
@@ -70,7 +70,7 @@ def go(home, out, keep=False):
         m.setattr(page, 'counted', lambda total: said.append)
         m.setattr('builtins.print', lambda *a, **k: None)
         m.setattr(page, 'check_cut', lambda *a: None) # models of a few steps do not end their responses
-        m.setattr('w2s.report.result_figure', lambda result: Figure()) # drawing takes longer than all the rest
+        m.setattr('w2s.report.preferences.result_figure', lambda result: Figure()) # drawing takes longer than all the rest
         result = run(config, out, keep=keep)
         write_result(result)
     return [*said, *(str(w.message) for w in warned if issubclass(w.category, W2SWarning))], result
@@ -197,7 +197,7 @@ def test_a_damaged_journal_is_named_and_its_rows_are_made_again(home, straight, 
     with monkeypatch.context() as m:
         stop_at(m, generating, 'write', 4)
         m.setattr(page, 'write_responses', page.write_responses)
-        m.setattr('w2s.experiments.gold.sampling', lambda c: small(c))
+        m.setattr('w2s.compare.gold.sampling', lambda c: small(c))
         with pytest.raises(Killed): go(home, out)
     (journal,) = out.glob('stages/.unfinished-*/checkpoints/texts.jsonl')
     lines = journal.read_bytes().split(b'\n')
@@ -212,7 +212,7 @@ def test_a_damaged_journal_is_named_and_its_rows_are_made_again(home, straight, 
 def small(config):
     "As the settings say, but in small batches, which changes no text"
     from dataclasses import replace
-    from w2s.experiments.weak_settings import sampling
+    from w2s.compare.preference_settings import sampling
     return replace(sampling(config), token_budget=64)
 
 
@@ -364,7 +364,7 @@ CHANGES = {
 @pytest.mark.parametrize('file', CHANGES)
 def test_a_changed_model_folder_is_another_model(home, tmp_path, file, monkeypatch):
     "Weights the same, another file of the folder changed: nothing is found, and it is said; put back, all of it is"
-    from w2s.experiments.refine_file import fill_refine, refine_file
+    from w2s.files.refine import fill_refine, refine_file
     shutil.copytree(home/'strong', tmp_path/'m')
     rows = [dict(question=f'What is {i}?', answer=f'{i}') for i in range(6)]
     (tmp_path/'q.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
@@ -441,8 +441,8 @@ def test_the_date_of_a_template_is_that_of_the_first_run(home, tmp_path, monkeyp
     "A template that writes the date: gone on with the next day, all is found; another folder on another day is asked another question"
     import datetime
 
-    from w2s.experiments import stages
-    from w2s.experiments.refine_file import fill_refine, refine_file
+    from w2s.compare import stages
+    from w2s.files.refine import fill_refine, refine_file
     from w2s.train import sandbox
     shutil.copytree(home/'strong', tmp_path/'m')
     (tmp_path/'m'/'chat_template.jinja').write_text("{{ strftime_now('%d %b %Y') }}{% for m in messages %} {{ m['content'] }}{% endfor %}{% if not add_generation_prompt %}{{ eos_token }}{% endif %}")

@@ -4,8 +4,9 @@ import pandas as pd
 import pytest
 
 from w2s.errors import ConfigError
-from w2s.experiments import class_arms, class_data, classify
-from w2s.experiments.class_settings import fill_classify
+from w2s.compare import label_arms as class_arms, label_data as class_data
+from w2s.experiments import labels as classify
+from w2s.compare.label_settings import fill_classify
 from w2s.models.adapters import adapter_hash
 
 GIVEN = dict(weak='pico', strong='micro', seeds=1, rows=140, label_share=2/7, test_rows=60, methods='xent,confidence', snapshots=2, validate=.25, via='pico')

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from w2s.cli import app
-from w2s.cli_classify import COMMANDS, classify_config, count_trainings
-from w2s.experiments.preference_data import ladder_world
+from w2s.cli.app import app
+from w2s.cli.labels import COMMANDS, classify_config, count_trainings
+from w2s.compare.preference_data import ladder_world
 from w2s.world.rows import label_rows
 
 ROOT = Path(__file__).parents[1]
@@ -212,7 +212,7 @@ def test_plan_writes_nothing(home, tmp_path, command):
 
 def start(home, out):
     "The same command as that of `safety`, as a process of its own"
-    command = [sys.executable, '-c', 'from w2s.cli import main; main()', 'run', 'safety', *SAFETY, '--config', str(home/'often.toml'), '--out', str(out)]
+    command = [sys.executable, '-c', 'from w2s.cli.app import main; main()', 'run', 'safety', *SAFETY, '--config', str(home/'often.toml'), '--out', str(out)]
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -236,7 +236,7 @@ def test_killed_while_a_student_learns(home, safety, tmp_path):
 
 def test_two_at_once(home, safety):
     "A folder in which somebody works is left alone"
-    from w2s.experiments.stages import lock
+    from w2s.compare.stages import lock
     held = lock(safety[0])
     try: assert 'another process is working' in refused('safety', *SAFETY, '--config', home/'often.toml', '--out', safety[0])
     finally: held.release()

@@ -10,7 +10,7 @@ import pytest
 from datasets import Dataset
 from typer.testing import CliRunner
 
-from w2s.cli import app
+from w2s.cli.app import app
 from w2s.data.hygiene import clean_text
 from w2s.data.label_readers import read_labels
 from w2s.data.maths_rows import read_gsm8k
@@ -568,10 +568,10 @@ def test_classify_refuses_before_the_first_training(tmp_path, case, dry):
 @pytest.mark.parametrize('unsafe', [3, 4, 8])
 @pytest.mark.parametrize('seeds', [1, 5])
 def test_rare_classes_are_in_every_part(tmp_path, unsafe, seeds):
-    from w2s.experiments.class_arms import part_rows
-    from w2s.experiments.class_data import load_labels
-    from w2s.experiments.class_settings import fill_classify
-    from w2s.experiments.preference_stages import know_model
+    from w2s.compare.label_arms import part_rows
+    from w2s.compare.label_data import load_labels
+    from w2s.compare.label_settings import fill_classify
+    from w2s.compare.preference_stages import know_model
     config = fill_classify(dict(data=str(rows_of(tmp_path/'x.csv', 80, unsafe)), seeds=seeds, weak='pico', strong='pico'))
     data = load_labels(config, [know_model('pico', 'pico', config).reader])
     for seed in range(seeds):
@@ -662,8 +662,8 @@ POOR = {'r below zero': dict(r=-.017, auc=.6), 'r is zero': dict(r=0., auc=.6), 
 
 @pytest.mark.parametrize('case', POOR)
 def test_a_scorer_that_orders_nothing_is_refused_unless_it_is_allowed(home, tmp_path, case):
-    from w2s.experiments.toxicity_arms import judge_of
-    from w2s.experiments.toxicity_settings import fill_toxicity
+    from w2s.compare.toxicity_arms import judge_of
+    from w2s.compare.toxicity_settings import fill_toxicity
     import shutil
     folder = Path(shutil.copytree(home/'scorer', tmp_path/'scorer'))
     card = json.loads((folder/'card.json').read_text())

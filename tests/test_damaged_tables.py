@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from w2s.cli import app
+from w2s.cli.app import app
 from w2s.data.label_readers import read_labels
 from w2s.data.maths_rows import read_gsm8k
 from w2s.data.readers import read_preferences

@@ -9,8 +9,8 @@ import pytest
 
 from w2s.errors import ConfigError, DataError
 from w2s.evaluate.intervals import interval_table
-from w2s.experiments.effects import EFFECTS, context_prompts, run_effect, spoken_pairs
-from w2s.experiments.lab import Effects, parts
+from w2s.compare.effects import EFFECTS, context_prompts, run_effect, spoken_pairs
+from w2s.compare.lab import Effects, parts
 from w2s.train.loop import TrainSettings
 from w2s.world.facts import make_world
 from w2s.world.personas import questions

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from w2s.cli import app
+from w2s.cli.app import app
 from w2s.models.zoo import model_folder
 
 EVIL = '<img src=x>[x](j:)|`c`![y](z)<script>'

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from w2s import cli_guard
-from w2s.cli import app
-from w2s.cli_guard import GuardedGroup, end_of
+from w2s.cli import guard as cli_guard
+from w2s.cli.app import app
+from w2s.cli.guard import GuardedGroup, end_of
 from w2s.errors import ConfigError
 from w2s.io.disk import CAUSES, failure_text, find_litter
 from w2s.io.manifests import INCOMPLETE
@@ -45,7 +45,7 @@ WRITERS = { # how a library says that the disk is full
     'quota': OSError(errno.EDQUOT, 'Disk quota exceeded'), 'read-only': OSError(errno.EROFS, 'Read-only file system'), 'broken disk': OSError(errno.EIO, 'Input/output error')}
 
 
-PLACES = ('w2s.train.checkpoints.save_file', 'w2s.train.checkpoints.torch.save', 'w2s.models.adapters.save_head', 'w2s.train.reference.write_atomic', 'w2s.run_folder.write_parquet')
+PLACES = ('w2s.train.checkpoints.save_file', 'w2s.train.checkpoints.torch.save', 'w2s.models.adapters.save_head', 'w2s.train.reference.write_atomic', 'w2s.report.folder.write_parquet')
 
 
 @pytest.mark.parametrize('writer, place', [*((w, PLACES[0]) for w in WRITERS), *(('torch', p) for p in PLACES[1:])])
@@ -58,7 +58,7 @@ def test_a_disk_that_refuses_is_named_and_the_same_command_goes_on(tmp_path, mon
     line = sentence(said)
     assert status == 1 and any(cause in line for cause in CAUSES.values()) and str(out) in line
     assert (out/INCOMPLETE).exists()
-    if (place, writer) not in (('w2s.train.checkpoints.save_file', 'python'), ('w2s.run_folder.write_parquet', 'torch')): return
+    if (place, writer) not in (('w2s.train.checkpoints.save_file', 'python'), ('w2s.report.folder.write_parquet', 'torch')): return
     assert w2s(*SMALL, '--out', out)[0] == 0 and not (out/INCOMPLETE).exists()
     assert find_litter(out) == []
 
@@ -69,7 +69,7 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch
     (tmp_path/'file').write_text('mine')
     (tmp_path/'folder.parquet').mkdir()
     for name in ('rows.jsonl', 't.jsonl'): (tmp_path/name).write_text('')
-    monkeypatch.setattr('w2s.experiments.preference_stages.know_model', None)
+    monkeypatch.setattr('w2s.compare.preference_stages.know_model', None)
     place = {'a file': 'file', 'below a file': 'file/run', 'a name too long': 'x'*300, 'a folder for a file': 'folder.parquet'}[what]
     words = ('label', '--model', 'pico', '--rows', tmp_path/'rows.jsonl', '--train', tmp_path/'t.jsonl') if what == 'a folder for a file' else SMALL
     status, said = w2s(*words, '--out', tmp_path/place)
@@ -99,7 +99,7 @@ def test_files_beside_the_labels_are_not_written_over(tmp_path, name):
                                    OSError(errno.EMFILE, 'Too many open files'), FileNotFoundError(errno.ENOENT, 'No such file or directory', 'x.json'), AssertionError(), OverflowError('too large')], ids=repr)
 def test_no_exception_is_a_traceback(monkeypatch, error):
     def breaks(*a, **k): raise error
-    monkeypatch.setattr('w2s.cli.weak_teacher_config', breaks)
+    monkeypatch.setattr('w2s.cli.app.weak_teacher_config', breaks)
     status, said = w2s(*SMALL)
     line = sentence(said)
     assert status in (1, 70) and len(line) < 500
@@ -108,9 +108,9 @@ def test_no_exception_is_a_traceback(monkeypatch, error):
 
 def test_the_place_of_a_fault_is_named_and_the_traceback_can_be_had(monkeypatch):
     def breaks(*a, **k): raise KeyError('hinge')
-    monkeypatch.setattr('w2s.experiments.weak_settings.to_table', breaks)
+    monkeypatch.setattr('w2s.compare.preference_settings.to_table', breaks)
     status, said = w2s(*SMALL)
-    assert status == 70 and 'w2s/experiments/weak_settings.py, line ' in sentence(said)
+    assert status == 70 and 'w2s/compare/preference_settings.py, line ' in sentence(said)
     monkeypatch.setenv('W2S_TRACEBACK', '1')
     assert 'Traceback' in w2s(*SMALL)[1]
 
@@ -159,7 +159,7 @@ def test_a_missing_file_of_settings_is_one_sentence(tmp_path, place):
 
 # Streams and signals
 
-PROGRAM = 'from w2s.cli import main; main()'
+PROGRAM = 'from w2s.cli.app import main; main()'
 
 
 def start(*words, **env):
@@ -205,15 +205,15 @@ LIGHT = { # words of a command -> what is said
 @pytest.mark.parametrize('words', LIGHT)
 def test_what_needs_no_model_is_said_before_pytorch_is_loaded(tmp_path, words):
     (tmp_path/'file').write_text('mine')
-    code = f"import atexit, sys\natexit.register(lambda: print('torch' in sys.modules))\nsys.argv = ['w2s', *{words.split()!r}]\nfrom w2s.cli import main\nmain()"
+    code = f"import atexit, sys\natexit.register(lambda: print('torch' in sys.modules))\nsys.argv = ['w2s', *{words.split()!r}]\nfrom w2s.cli.app import main\nmain()"
     done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': str(ROOT)})
     assert done.returncode and LIGHT[words] in sentence(done.stderr) and done.stdout.split()[-1] == 'False', done.stdout + done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ['file']
 
 
 KEEPS = { # where a command's work is done -> its words
-    'w2s.experiments.weak_teacher.run': 'run weak-teacher', 'w2s.experiments.vary.run_varied': 'run weak-teacher --vary beta', 'w2s.experiments.classify.run': 'run safety', 'w2s.experiments.transfer.run': 'run persona',
-    'w2s.experiments.toxicity.run': 'run toxicity', 'w2s.experiments.refine_file.refine_file': 'refine --questions rows.csv --out x.jsonl', 'w2s.experiments.label.label': 'label --model pico --rows rows.csv --train more.csv --out x.parquet'}
+    'w2s.experiments.preferences.run': 'run weak-teacher', 'w2s.experiments.vary.run_varied': 'run weak-teacher --vary beta', 'w2s.experiments.labels.run': 'run safety', 'w2s.experiments.demonstrations.run': 'run persona',
+    'w2s.experiments.toxicity.run': 'run toxicity', 'w2s.files.refine.refine_file': 'refine --questions rows.csv --out x.jsonl', 'w2s.files.label.label': 'label --model pico --rows rows.csv --train more.csv --out x.parquet'}
 
 
 @pytest.mark.parametrize('place', KEEPS)

@@ -10,8 +10,8 @@ from families import ALIKE, COMMANDS, EYE, FAMILIES, MINE, MOE, TOKENIZERS, S, l
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from w2s.errors import ModelError
-from w2s.experiments.preference_stages import check_checkpointing, know_model, model_inputs
-from w2s.experiments.weak_settings import WeakTeacher
+from w2s.compare.preference_stages import check_checkpointing, know_model, model_inputs
+from w2s.compare.preference_settings import WeakTeacher
 from w2s.models import load
 from w2s.models.adapter_files import PURE_MAMBA, adapter_line, linear_layers
 from w2s.models.adapters import LoraSettings, add_adapter, load_adapter, plan_adapter, save_adapter

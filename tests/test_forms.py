@@ -320,7 +320,7 @@ CHOSEN_BY = ('labels', 'better_response_id', 'safer_response_id', 'preference_st
 
 @pytest.mark.parametrize('name', PREFERENCES)
 def test_pairs_of_public_forms_are_labelled_blind(tmp_path, name):
-    from w2s.experiments.label_rows import pairs_to_label
+    from w2s.files.label_rows import pairs_to_label
     given, prompt, _ = PREFERENCES[name]
     read = pairs_to_label(str(jsonl(tmp_path/'x.jsonl', given)))
     assert sorted((json.dumps(p), *sorted((a.strip(), b.strip()))) for p, a, b in zip(read.rows['prompt'], read.rows['chosen'], read.rows['rejected'], strict=True)) == sorted((json.dumps(prompt(i)), *sorted((yes(i), no(i)))) for i in N)

@@ -35,7 +35,7 @@ def digest(value) -> str: return hashlib.sha256(json.dumps(value, sort_keys=True
 
 def start(command: str, out: Path) -> None:
     "A command, in this process"
-    from w2s.cli import app
+    from w2s.cli.app import app
     done = CliRunner().invoke(app, [*COMMANDS[command].split(), '--out', str(out)])
     assert done.exit_code == 0, f'{done.output[-1500:]} {done.exception!r}'
 

@@ -4,17 +4,17 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-import w2s.experiments.gold as gold
+import w2s.compare.gold as gold
 from conftest import reward_folder
-from w2s.cli import app
+from w2s.cli.app import app
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.errors import ModelError
-from w2s.experiments.weak_settings import WeakTeacher
-from w2s.experiments.weak_teacher import count_stages, run
+from w2s.compare.preference_settings import WeakTeacher
+from w2s.experiments.preferences import count_stages, run
 from w2s.models.adapters import LoraSettings
 from w2s.models.load import LoadSettings
 from w2s.models.tiny import pretrain, tiny_model
-from w2s.report import write_result
+from w2s.report.preferences import write_result
 from w2s.train.loop import TrainSettings
 
 

@@ -17,9 +17,9 @@ from huggingface_hub.file_download import repo_folder_name
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 from typer.testing import CliRunner
 
-from w2s.cli import app
+from w2s.cli.app import app
 from w2s.errors import ConfigError, ModelError, W2SWarning
-from w2s.experiments.preference_stages import know_model
+from w2s.compare.preference_stages import know_model
 from w2s.io import file_hashes
 from w2s.models import hub
 from w2s.models.adapters import add_adapter, save_adapter

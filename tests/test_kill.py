@@ -14,15 +14,15 @@ import pandas as pd
 import pytest
 import torch
 
-from w2s.cli import weak_teacher_config
+from w2s.cli.app import weak_teacher_config
 from w2s.data.samples import sample_preferences, write_samples
-from w2s.experiments.stages import Run, run_stage
+from w2s.compare.stages import Run, run_stage
 from w2s.io.manifests import read_manifest
-from w2s.experiments.weak_teacher import run
+from w2s.experiments.preferences import run
 from w2s.models.adapters import LoraSettings, add_adapter, save_adapter
 from w2s.models.load import LoadSettings, load_base
 from w2s.models.tiny import tiny_model
-from w2s.report import write_result
+from w2s.report.preferences import write_result
 from w2s.train import loop
 from w2s.train.checkpoints import trainable
 from w2s.train.loop import TrainSettings, sft_objective, train
@@ -57,7 +57,7 @@ def home(tmp_path_factory):
 def start(home, out):
     "The command, as a process of its own"
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
-    command = [sys.executable, '-c', 'from w2s.cli import main; main()', 'run', 'weak-teacher', '--config', str(home/'run.toml'), '--out', str(out)]
+    command = [sys.executable, '-c', 'from w2s.cli.app import main; main()', 'run', 'weak-teacher', '--config', str(home/'run.toml'), '--out', str(out)]
     return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=open(out.with_suffix('.log'), 'ab'))
 
 

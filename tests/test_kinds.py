@@ -6,18 +6,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from typer.testing import CliRunner
 
-from w2s.cli import app
+from w2s.cli.app import app
 from w2s.data.numbers import number_of
 from w2s.data.prompts import looks_like_messages
 from w2s.data.readers import read_preferences
 from w2s.errors import ConfigError, DataError, ModelError
 from w2s.evaluate.maths import mark_answer
-from w2s.experiments.class_data import load_labels
-from w2s.experiments.class_settings import fill_classify
-from w2s.experiments.ladder import build_model, check_model_folder
-from w2s.experiments.preference_stages import MODELS
-from w2s.experiments.stages import HOLDER, RUN, claim, lock, read_run
-from w2s.experiments.toxicity_settings import fill_toxicity
+from w2s.compare.label_data import load_labels
+from w2s.compare.label_settings import fill_classify
+from w2s.organism.ladder import build_model, check_model_folder
+from w2s.compare.preference_stages import MODELS
+from w2s.compare.stages import HOLDER, RUN, claim, lock, read_run
+from w2s.compare.toxicity_settings import fill_toxicity
 from w2s.io.console import bullet_list, markdown_table, shorten_home
 from w2s.io.disk import error_number
 from w2s.io.manifests import publish
@@ -52,7 +52,7 @@ def test_no_folder_is_written_through_a_link(tmp_path, name):
 def test_scores_are_not_written_through_a_link(tmp_path):
     from datasets import Dataset
 
-    from w2s.cli_toxicity import write_table
+    from w2s.cli.toxicity import write_table
     (tmp_path/'keep.txt').write_text('precious')
     (tmp_path/'.writing-p.csv').symlink_to(tmp_path/'keep.txt')
     write_table(Dataset.from_dict(dict(text=['a'], toxicity=[.5])), tmp_path/'p.csv')
@@ -173,9 +173,9 @@ def test_words_in_braces_are_words(): assert not any(map(looks_like_messages, ('
 
 @pytest.mark.parametrize('rows, share', [(1, .5), (3, .5), (40, .01)])
 def test_too_few_rows_of_the_world_are_refused(rows, share):
-    from w2s.experiments.preference_stages import know_model
+    from w2s.compare.preference_stages import know_model
     c = fill_classify(dict(data='world:safety', weak='pico', strong='pico', rows=rows, label_share=share, seeds=1))
-    from w2s.experiments.class_data import class_halves
+    from w2s.compare.label_data import class_halves
     with pytest.raises(ConfigError, match='each needs two at least'): class_halves(c, load_labels(c, [know_model('pico', 'pico', c).reader]), 0)
 
 

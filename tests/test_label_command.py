@@ -17,10 +17,10 @@ from w2s.data.readers import read_preferences
 from w2s.data.rows import make_rows, to_pairs
 from w2s.data.tables import read_table
 from w2s.errors import ConfigError, DataError
-from w2s.experiments import label as page
-from w2s.experiments.label import Labelled, label, label_settings, measured_text, trl_table, verdict
-from w2s.experiments.label_rows import LabelJob, read_pairs, word_margins
-from w2s.experiments.preference_data import ladder_world
+from w2s.files import label as page
+from w2s.files.label import Labelled, label, label_settings, measured_text, trl_table, verdict
+from w2s.files.label_rows import LabelJob, read_pairs, word_margins
+from w2s.compare.preference_data import ladder_world
 from w2s.feedback.preferences import label_pairs
 from w2s.world.rows import world_preferences
 
@@ -214,7 +214,7 @@ def test_settings_that_do_nothing_are_refused(given, said):
 # Killed
 
 def start(home, out, work):
-    command = [sys.executable, '-c', 'from w2s.cli import main; main()', 'label', '--model', 'pico', '--rows', home/'bare.jsonl', '--train', home/'train.jsonl',
+    command = [sys.executable, '-c', 'from w2s.cli.app import main; main()', 'label', '--model', 'pico', '--rows', home/'bare.jsonl', '--train', home/'train.jsonl',
                '--out', out, '--work', work, '--config', home/'fast.toml']
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
     return subprocess.Popen([str(c) for c in command], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -5,19 +5,19 @@ from functools import lru_cache
 
 import pytest
 
-from w2s.experiments import transfer_stages
-from w2s.experiments.class_data import class_halves, load_labels
-from w2s.experiments.class_settings import WORLD_TASKS, fill_classify
-from w2s.experiments.preference_data import halves, ladder_world, load_preferences
-from w2s.experiments.preference_stages import Study, know_model
-from w2s.experiments.stages import Run
-from w2s.experiments.toxicity_data import rows_of
-from w2s.experiments.toxicity_settings import fill_toxicity
-from w2s.experiments.lab import parts
-from w2s.experiments.transfer import make_seed
-from w2s.experiments.transfer_settings import METHODS, fill_transfer
-from w2s.experiments.transfer_stages import Site
-from w2s.experiments.transfer_tasks import WORLD_MAKERS, world_rows
+from w2s.compare import demonstration_stages as transfer_stages
+from w2s.compare.label_data import class_halves, load_labels
+from w2s.compare.label_settings import WORLD_TASKS, fill_classify
+from w2s.compare.preference_data import halves, ladder_world, load_preferences
+from w2s.compare.preference_stages import Study, know_model
+from w2s.compare.stages import Run
+from w2s.compare.toxicity_data import rows_of
+from w2s.compare.toxicity_settings import fill_toxicity
+from w2s.compare.lab import parts
+from w2s.experiments.demonstrations import make_seed
+from w2s.compare.demonstration_settings import METHODS, fill_transfer
+from w2s.compare.demonstration_stages import Site
+from w2s.compare.demonstration_tasks import WORLD_MAKERS, world_rows
 from w2s.feedback.forms import WORLD
 from w2s.models.zoo import model_folder
 from w2s.train.generate import GenerateSettings

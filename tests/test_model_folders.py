@@ -16,14 +16,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from w2s.cli import app
+from w2s.cli.app import app
 from w2s.data.hygiene import DataReport
 from w2s.errors import ConfigError, ModelError
 from w2s.evaluate.reward_models import load_reward_model
 from w2s.evaluate.similarity import encoder_vectors
 from w2s.evaluate.toxicity_scorers import load_classifier_scorer
-from w2s.experiments.preference_data import Reader, readable
-from w2s.experiments.preference_stages import know_model
+from w2s.compare.preference_data import Reader, readable
+from w2s.compare.preference_stages import know_model
 from w2s.models.adapters import LoraSettings, add_adapter, save_adapter
 from w2s.models.class_heads import word_ids
 from w2s.models.load import LoadSettings, load_base, load_tokenizer

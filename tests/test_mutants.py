@@ -16,12 +16,13 @@ from w2s.data.rows import make_rows, to_pairs
 from w2s.data.samples import sample_preferences
 from w2s.evaluate.power import forecast
 from w2s.evaluate.toxicity import toxicity_scores
-from w2s.experiments import arms, class_arms, class_stages, preference_stages, supervisors, transfer, transfer_stages
-from w2s.experiments.class_settings import parse_method
-from w2s.experiments.preference_data import halves, load_preferences
-from w2s.experiments.preference_stages import Study, know_model
-from w2s.experiments.stages import Run
-from w2s.experiments.weak_settings import LabelUse, fill_settings
+from w2s.compare import preference_arms as arms, label_arms as class_arms, label_stages as class_stages, preference_stages, supervisors, demonstration_stages as transfer_stages
+from w2s.experiments import demonstrations as transfer
+from w2s.compare.label_settings import parse_method
+from w2s.compare.preference_data import halves, load_preferences
+from w2s.compare.preference_stages import Study, know_model
+from w2s.compare.stages import Run
+from w2s.compare.preference_settings import LabelUse, fill_settings
 from w2s.feedback.confidence import fit_temperature
 from w2s.feedback.preferences import label_pairs
 from w2s.models.load import LoadSettings, load_base

@@ -22,12 +22,13 @@ from transformers import PreTrainedTokenizerFast
 from w2s.data.rows import make_rows, to_pairs
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.errors import DataError, W2SWarning
-from w2s.experiments import arms, gold, preference_stages, supervisors, weak_teacher
-from w2s.experiments.preference_data import Reader, halves, load_preferences, readable
-from w2s.experiments.preference_stages import Study, know_model
-from w2s.experiments.stages import Run, stage_folder
-from w2s.experiments.weak_settings import LabelUse, WeakTeacher
-from w2s.experiments.weak_teacher import know_models, run
+from w2s.compare import preference_arms as arms, gold, preference_stages, supervisors
+from w2s.experiments import preferences as weak_teacher
+from w2s.compare.preference_data import Reader, halves, load_preferences, readable
+from w2s.compare.preference_stages import Study, know_model
+from w2s.compare.stages import Run, stage_folder
+from w2s.compare.preference_settings import LabelUse, WeakTeacher
+from w2s.experiments.preferences import know_models, run
 from w2s.feedback.preferences import given_labels, label_pairs
 from w2s.models.adapters import LoraSettings, add_adapter, adapter_hash, load_adapter, save_adapter
 from w2s.models.load import Base, LoadSettings, load_base, load_tokenizer, set_mode
@@ -787,7 +788,7 @@ def test_pitfall_10_every_dpo_stage_starts_from_its_reference(done):
 def test_pitfall_16_a_saved_model_has_its_recorded_scores(world, done):
     "Load the student and its SFT reference with PEFT alone, score the test rows anew: the recorded accuracy and log-probs"
     from peft import AutoPeftModelForCausalLM
-    from w2s.report import write_result
+    from w2s.report.preferences import write_result
     write_result(done)
     student = AutoPeftModelForCausalLM.from_pretrained(done.folder/'adapters'/'student-seed0', dtype=torch.float32)
     sft = next((done.folder/'stages').glob('student-seed0-sft-*'))/'adapter'
@@ -1056,9 +1057,9 @@ AGAIN = '''
 import sys, json, hashlib, warnings
 import numpy as np
 from pathlib import Path
-from w2s.experiments.config import from_table
-from w2s.experiments.weak_settings import WeakTeacher
-from w2s.experiments.weak_teacher import run
+from w2s.compare.config import from_table
+from w2s.compare.preference_settings import WeakTeacher
+from w2s.experiments.preferences import run
 result = run(from_table(WeakTeacher, json.loads(sys.argv[1])), sys.argv[2], quiet=True)
 sha = lambda b: hashlib.sha256(b).hexdigest()[:16]
 out = {k: sha((Path(v)/'adapter_model.safetensors').read_bytes()) for k, v in sorted(result.adapters.items())}
@@ -1069,7 +1070,7 @@ print(json.dumps(out))
 
 
 def test_pitfall_17_same_seed_same_bits_in_two_processes(world, done, tmp_path):
-    from w2s.experiments.config import to_table
+    from w2s.compare.config import to_table
     table = json.dumps(to_table(replace(world, seeds=2)))
     first = json.loads(new_process(AGAIN, table, tmp_path/'a', seed='1'))
     torch.rand(3) # this process has another past

@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex
 from w2s.errors import DataError
 from w2s.evaluate.intervals import difference_table, interval_table
 from w2s.evaluate.metrics import ROLES, metric_rows, preference_scores, summarise
-from w2s.plots import (
+from w2s.plots.results import (
     METRICS, ROLE_COLORS, caption, group_names, model_colors, model_name, model_size, plot_differences, plot_roles, plot_seeds,
     plot_training, save_figure)
 

@@ -9,15 +9,16 @@ import pytest
 from conftest import reward_folder
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.errors import ConfigError
-from w2s.experiments import gold, weak_teacher
-from w2s.experiments.config import to_toml
+from w2s.compare import gold
+from w2s.experiments import preferences as weak_teacher
+from w2s.compare.config import to_toml
 from w2s.experiments.plan import plan
-from w2s.experiments.preference_data import load_preferences
-from w2s.experiments.preference_stages import Study, know_model
-from w2s.experiments.response_ends import check_cut, check_lengths, check_responses, chosen_tokens, cut_words
-from w2s.experiments.stages import Run
-from w2s.experiments.transfer import cut_answers
-from w2s.experiments.weak_settings import WeakTeacher, fill_settings, sampling
+from w2s.compare.preference_data import load_preferences
+from w2s.compare.preference_stages import Study, know_model
+from w2s.compare.response_ends import check_cut, check_lengths, check_responses, chosen_tokens, cut_words
+from w2s.compare.stages import Run
+from w2s.experiments.demonstrations import cut_answers
+from w2s.compare.preference_settings import WeakTeacher, fill_settings, sampling
 from w2s.models.load import LoadSettings
 from w2s.models.tiny import tiny_model
 from w2s.train.endings import Response
@@ -155,7 +156,7 @@ def test_how_many_were_cut_is_said(cut, said): assert said in cut_words(response
 def test_a_run_counts_what_was_cut(rows, tmp_path, monkeypatch):
     "From the sampling to the report; and a run whose responses were mostly cut has no result"
     def judge(prompts, texts): return pd.DataFrame({'gold_reward': [float(len(t)) for t in texts], 'why': ''})
-    monkeypatch.setattr('w2s.experiments.arms.gold_judge', lambda config, root: judge)
+    monkeypatch.setattr('w2s.compare.preference_arms.gold_judge', lambda config, root: judge)
     c = config_of(rows, response_tokens=16, samples=2)
     def answers(share):
         def respond(model, tok, prompts, how, *a): return [[Response(' Yes', 2, (7*i + k) % 10 >= 10*share) for k in range(how.samples)] for i in range(len(prompts))]

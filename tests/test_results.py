@@ -3,22 +3,22 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from w2s.class_report import class_report_text
+from w2s.report.labels import class_report_text
 from w2s.evaluate.clusters import by_group
 from w2s.evaluate.intervals import interval_table
 from w2s.evaluate.metrics import ITEM_COLUMNS
 from w2s.evaluate.several import holm
-from w2s.experiments import classify, toxicity, transfer, weak_teacher
-from w2s.experiments.class_settings import fill_classify
-from w2s.experiments.toxicity_settings import fill_toxicity
-from w2s.experiments.transfer_settings import fill_transfer
+from w2s.experiments import labels as classify, toxicity, demonstrations as transfer, preferences as weak_teacher
+from w2s.compare.label_settings import fill_classify
+from w2s.compare.toxicity_settings import fill_toxicity
+from w2s.compare.demonstration_settings import fill_transfer
 from w2s.experiments.vary import Varied
-from w2s.experiments.weak_settings import fill_settings
-from w2s.experiments.weak_teacher import row_groups
-from w2s.experiments.wins import win_table
-from w2s.report import report_text, write_result
-from w2s.toxicity_report import toxicity_report_text, write_toxicity
-from w2s.transfer_report import transfer_report_text
+from w2s.compare.preference_settings import fill_settings
+from w2s.experiments.preferences import row_groups
+from w2s.compare.win_rates import win_table
+from w2s.report.preferences import report_text, write_result
+from w2s.report.toxicity import toxicity_report_text, write_toxicity
+from w2s.report.demonstrations import transfer_report_text
 
 COLUMNS = {'a', 'b', 'metric', 'value', 'low', 'high', 'n', 'seeds', 'level', 'p', 'family', 'p_holm', 'clear', 'detectable'}
 

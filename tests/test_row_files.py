@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import w2s.data.tables as tables
-from w2s.cli import app
+from w2s.cli.app import app
 from w2s.data.label_readers import read_labels
 from w2s.data.readers import read_preferences
 from w2s.data.sources import one_table

@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import w2s.experiments
+import w2s.compare
 from w2s.data.rows import make_rows, to_pairs
-from w2s.experiments import answer_stages, arms, class_stages, effects, gold, lab, preference_stages, supervisors, toxicity, toxicity_arms, transfer_files, transfer_stages
-from w2s.experiments.class_settings import parse_method
-from w2s.experiments.preference_stages import Study, know_model
-from w2s.experiments.stages import Run, run_stage, stage_folder
-from w2s.experiments.weak_settings import fill_settings
+from w2s.compare import answer as answer_stages, preference_arms as arms, label_stages as class_stages, effects, gold, lab, preference_stages, supervisors, toxicity_arms, demonstration_files as transfer_files, demonstration_stages as transfer_stages
+from w2s.experiments import toxicity
+from w2s.compare.label_settings import parse_method
+from w2s.compare.preference_stages import Study, know_model
+from w2s.compare.stages import Run, run_stage, stage_folder
+from w2s.compare.preference_settings import fill_settings
 from w2s.feedback.demonstrators import demonstrated
 from w2s.feedback.forms import WORLD
 from w2s.train.generate import GenerateSettings
@@ -220,15 +221,15 @@ def test_a_stage_knows_the_date_that_its_template_asks_for(inputs_of, given, sta
 def test_every_stage_is_looked_at_here():
     "A new call of `run_stage` or `train_stage` fails here until it has a line in the table"
     found = set()
-    for path in Path(w2s.experiments.__path__[0]).glob('*.py'):
+    for path in sorted(Path(w2s.compare.__path__[0]).parent.glob('*/*.py')):
         for f in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
             if isinstance(f, ast.FunctionDef) and any(isinstance(c, ast.Call) and getattr(c.func, 'id', '') in ('run_stage', 'train_stage') for c in ast.walk(f)):
                 found.add(f'{path.stem}.{f.name}')
-    assert found - {'transfer_files.score'} == {
-        'preference_stages.train_stage', 'preference_stages.sft_stage', 'preference_stages.dpo_stage', 'supervisors.reward_stage', 'supervisors.ask', 'arms.evaluate_arm',
-        'gold.sample_stage', 'answer_stages.respond_all', 'class_stages.hidden_stage', 'class_stages.learn_stage', 'class_stages._probe_stage', 'class_stages.ask_stage',
-        'transfer_stages.learn', 'lab.tune', 'effects.learn_labels', 'effects.label_stage', 'effects.prefer', 'effects.judge_pairs', 'toxicity.perplexity_stage',
-        'toxicity_arms.score_stage', 'transfer_files.judged_score'}
+    assert found - {'demonstration_files.score'} == {
+        'preference_stages.train_stage', 'preference_stages.sft_stage', 'preference_stages.dpo_stage', 'supervisors.reward_stage', 'supervisors.ask', 'preference_arms.evaluate_arm',
+        'gold.sample_stage', 'answer.respond_all', 'label_stages.hidden_stage', 'label_stages.learn_stage', 'label_stages._probe_stage', 'label_stages.ask_stage',
+        'demonstration_stages.learn', 'lab.tune', 'effects.learn_labels', 'effects.label_stage', 'effects.prefer', 'effects.judge_pairs', 'toxicity.perplexity_stage',
+        'toxicity_arms.score_stage', 'demonstration_files.judged_score'}
 
 
 @pytest.mark.parametrize('changed', ['name', 'inputs'])

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from w2s.experiments.preference_stages import Study, know_model
-from w2s.experiments.stages import Run
-from w2s.experiments.transfer import make_seed, run
-from w2s.experiments.transfer_settings import fill_transfer
-from w2s.experiments.transfer_stages import Arm, Site, Weak, arm_items, arm_scores, between, both_answers, learn, lesson_of, weak_model
-from w2s.experiments.transfer_tasks import WORLD_MAKERS, world_rows
+from w2s.compare.preference_stages import Study, know_model
+from w2s.compare.stages import Run
+from w2s.experiments.demonstrations import make_seed, run
+from w2s.compare.demonstration_settings import fill_transfer
+from w2s.compare.demonstration_stages import Arm, Site, Weak, arm_items, arm_scores, between, both_answers, learn, lesson_of, weak_model
+from w2s.compare.demonstration_tasks import WORLD_MAKERS, world_rows
 from w2s.feedback.forms import WORLD
 from w2s.feedback.refine import Examples, in_context_refine, shown_rows
 from w2s.models.adapters import adapter_hash
@@ -55,7 +55,7 @@ def test_the_own_answer_is_not_in_the_prompt():
 
 
 def test_models_in_between_answer_what_they_did_not_learn(tmp_path, monkeypatch):
-    from w2s.experiments import transfer_stages
+    from w2s.compare import demonstration_stages as transfer_stages
     models, s = site(tmp_path)
     taught: list[set[str]] = []
     asked: list[set[str]] = []

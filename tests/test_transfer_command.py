@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from w2s.cli import app
-from w2s.cli_transfer import COMMANDS, count_toxicity, count_trainings, toxicity_config, transfer_config
-from w2s.experiments import transfer_tasks
-from w2s.experiments.refine_file import REFINE_METHODS, RefinedFile, beside, facts, fill_refine, refine_file, refined_text, trl_rows
-from w2s.experiments.transfer_stages import Learned
+from w2s.cli.app import app
+from w2s.cli.demonstrations import COMMANDS, count_toxicity, count_trainings, toxicity_config, transfer_config
+from w2s.compare import demonstration_tasks as transfer_tasks
+from w2s.files.refine import REFINE_METHODS, RefinedFile, beside, facts, fill_refine, refine_file, refined_text, trl_rows
+from w2s.compare.demonstration_stages import Learned
 from w2s.feedback.demonstrators import demonstrated
 from w2s.feedback.forms import CHAT, WORLD
 from w2s.models.zoo import zoo_folder
@@ -269,7 +269,7 @@ def test_templates_of_ones_own_are_looked_at_by_a_dry_run(home, tmp_path, conten
 
 def test_refusal_is_one_line(tmp_path):
     "As the user sees it: no traceback"
-    command = [sys.executable, '-c', 'from w2s.cli import main; main()', 'refine', '--questions', str(tmp_path/'none.csv'), '--out', str(tmp_path/'r.jsonl')]
+    command = [sys.executable, '-c', 'from w2s.cli.app import main; main()', 'refine', '--questions', str(tmp_path/'none.csv'), '--out', str(tmp_path/'r.jsonl')]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1'})
     assert done.returncode == 1 and done.stderr.count('\n') == 1 and done.stderr.startswith('error: ') and 'no such file' in done.stderr
 
@@ -311,7 +311,7 @@ def test_killed_refinement_goes_on(tmp_path):
     (tmp_path/'q.jsonl').write_text(''.join(json.dumps(dict(question=q)) + '\n' for q in questions))
     words = ['refine', '--method', 'own-answers', '--questions', str(tmp_path/'q.jsonl'), '--strong', 'nano', '--max-tokens', '60']
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
-    def start(): return subprocess.Popen([sys.executable, '-c', 'from w2s.cli import main; main()', *words, '--out', str(tmp_path/'r.jsonl')], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def start(): return subprocess.Popen([sys.executable, '-c', 'from w2s.cli.app import main; main()', *words, '--out', str(tmp_path/'r.jsonl')], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     def journal(): return next(iter(tmp_path.glob('r.work/stages/.unfinished-*/checkpoints/*.jsonl')), None)
     first, limit = start(), time.time() + 300
     while first.poll() is None and time.time() < limit:

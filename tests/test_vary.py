@@ -14,20 +14,21 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from w2s.cli import app
+from w2s.cli.app import app
 from w2s.data.rows import make_rows, to_pairs
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.errors import ConfigError, DataError
 from w2s.evaluate.metrics import agreement
-from w2s.experiments import preference_data, preference_stages, supervisors, vary
-from w2s.experiments.config import to_table
-from w2s.experiments.preference_data import PreferenceData, halves, load_preferences
-from w2s.experiments.preference_stages import Study
-from w2s.experiments.stages import Run
-from w2s.experiments.supervisors import hold_out, student_rows, supervise, together
+from w2s.compare import preference_data, preference_stages, supervisors
+from w2s.experiments import vary
+from w2s.compare.config import to_table
+from w2s.compare.preference_data import PreferenceData, halves, load_preferences
+from w2s.compare.preference_stages import Study
+from w2s.compare.stages import Run
+from w2s.compare.supervisors import hold_out, student_rows, supervise, together
 from w2s.experiments.vary import USES, VARIATIONS, contrast, run_varied, variants
-from w2s.experiments.weak_settings import SUBSETS, LabelUse, WeakTeacher
-from w2s.experiments.weak_teacher import count_stages, know_models, run
+from w2s.compare.preference_settings import SUBSETS, LabelUse, WeakTeacher
+from w2s.experiments.preferences import count_stages, know_models, run
 from w2s.feedback.audit import matches
 from w2s.feedback.preferences import given_labels, label_pairs
 from w2s.models.tiny import tiny_model

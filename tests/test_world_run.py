@@ -11,15 +11,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from w2s.cli import weak_teacher_config
+from w2s.cli.app import weak_teacher_config
 from w2s.errors import ConfigError
-from w2s.experiments.config import read_toml, to_table, to_toml
-from w2s.experiments.gold import sample_stage
+from w2s.compare.config import read_toml, to_table, to_toml
+from w2s.compare.gold import sample_stage
 from w2s.experiments.plan import plan
-from w2s.experiments.preference_data import ladder_world, load_preferences
-from w2s.experiments.preference_stages import Study, know_model
-from w2s.experiments.stages import Run
-from w2s.experiments.weak_settings import WeakTeacher, fill_settings
+from w2s.compare.preference_data import ladder_world, load_preferences
+from w2s.compare.preference_stages import Study, know_model
+from w2s.compare.stages import Run
+from w2s.compare.preference_settings import WeakTeacher, fill_settings
 from w2s.models.zoo import LADDER, card
 from w2s.train import generate as generate_module
 from w2s.world.facts import world_hash
@@ -30,7 +30,7 @@ NO_NETWORK = '''
 import socket, sys
 def refuse(*a, **k): raise RuntimeError('somebody asked for the network')
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-from w2s.cli import main
+from w2s.cli.app import main
 main()
 '''
 

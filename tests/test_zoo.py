@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from w2s.errors import ModelError
 from w2s.evaluate.knowledge import PROBES
-from w2s.experiments.ladder import RECIPE, SIZES, card_text, world_stream
+from w2s.organism.ladder import RECIPE, SIZES, card_text, world_stream
 from w2s.models import zoo
 from w2s.models.load import LoadSettings, load_base
 from w2s.models.zoo import FOLDER, LADDER, SHIPPED, card, check_folder, model_folder, zoo_folder, zoo_table
