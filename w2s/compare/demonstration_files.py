@@ -22,7 +22,8 @@ from ..data.maths_rows import MATHS_REASONS, read_gsm8k
 from ..data.numbers import number_of
 from ..data.questions import TWICE, QuestionsRead, answers_to, merge_questions, open_tables, questions_from
 from ..data.rows import group_key
-from ..data.sources import SPLITS, named_pairs, one_table, source_tables
+from ..data.names import SPLITS, named_pairs
+from ..data.sources import one_table, source_tables
 from ..errors import DataError
 from ..evaluate.maths import maths_scores, working_scores
 from ..evaluate.metrics import Bounds

@@ -20,7 +20,7 @@ from ..data.choice import rows_wanted
 from ..data.label_hygiene import clean_labels
 from ..data.label_readers import read_labels
 from ..data.class_splits import class_counts, sample_by_class, split_by_class
-from ..data.sources import SPLITS, named_pairs
+from ..data.names import SPLITS, named_pairs
 from ..data.splits import group_split
 from ..errors import ConfigError, DataError
 from .label_settings import WORLD_LABELS, WORLD_ROWS, Classify, parse_method, world_task

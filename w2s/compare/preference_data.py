@@ -18,10 +18,9 @@ from datasets import Dataset, concatenate_datasets
 
 from ..data.choice import rows_wanted
 from ..data.hygiene import DataReport, clean_text
-from ..data.preference_forms import PARTS
 from ..data.readers import Read, read_preferences
 from ..data.rows import prompt_text, to_pairs
-from ..data.sources import SPLITS, named_pairs
+from ..data.names import PARTS, SPLITS, named_pairs
 from ..data.splits import group_split, sample_rows
 from ..errors import ConfigError, DataError
 from ..feedback.preferences import given_labels

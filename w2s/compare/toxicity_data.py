@@ -17,7 +17,7 @@ from datasets import Dataset
 
 from ..data.choice import rows_wanted
 from ..data.rows import content_id, make_rows
-from ..data.sources import PARTS_OF, SPLITS, named_pairs
+from ..data.names import PARTS_OF, SPLITS, named_pairs
 from ..data.toxicity_rows import PromptsRead, prompt_kind, read_prompts
 from ..errors import DataError
 from .toxicity_settings import SCENES, Toxicity

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SYSTEM', 'HISTORY', 'ABOVE', 'BELOW', 'BELONGS', 'LONG', 'SENTENCE', 'SAMPLE', 'MANY', 'HALF', 'MISSING_WORDS',
-           'ColumnsRead', 'columns_line', 'texts_in', 'plain_name', 'why_long', 'is_held', 'column_names',
-           'readable_columns', 'check_leave_out', 'sample_cells', 'unread_columns', 'stop_unread', 'columns_read',
-           'with_columns', 'rename_columns', 'is_missing']
+           'ColumnsRead', 'columns_line', 'texts_in', 'plain_name', 'why_long', 'is_held', 'readable_columns',
+           'check_leave_out', 'sample_cells', 'unread_columns', 'stop_unread', 'columns_read', 'with_columns',
+           'rename_columns', 'is_missing']
 
 # %% ../../nbs/api/data/080_columns.ipynb #f41577d1
 import re
@@ -116,12 +116,6 @@ def is_held(
     return all(t.strip() in text for c, text in zip(cells, read, strict=True) for t in texts_in(c))
 
 # %% ../../nbs/api/data/080_columns.ipynb #f960de9c
-def column_names(
-    given: str | Sequence[str], # 'a,b', or names
-) -> tuple[str, ...]:
-    "Names of columns with commas between them, or as a list"
-    return tuple(n.strip() for n in given.split(',') if n.strip()) if isinstance(given, str) else tuple(given)
-
 def readable_columns(
     raw: RawTable,             # a file
     leave_out: Sequence[str],  # columns that are not to be read

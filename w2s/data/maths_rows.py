@@ -16,7 +16,8 @@ from datasets import Dataset
 
 # %% ../../nbs/api/data/250_maths_rows.ipynb #6b420d4d
 from .answers import is_formula
-from .columns import ColumnsRead, check_leave_out, column_names, columns_read, readable_columns, sample_cells
+from .columns import ColumnsRead, check_leave_out, columns_read, readable_columns, sample_cells
+from .names import column_names
 from .conversations import as_sums
 from .numbers import number_of, number_text
 from .prompts import UNREADABLE, PromptColumns, as_text, drop_held, find_columns, has_turns, join_prompt, named_columns

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MISSING', 'NOT_DIALOGUE', 'DIFFER', 'ELSEWHERE', 'MESSAGES', 'WRITTEN', 'TIE', 'NO_CHOICE', 'FEW', 'REASONS', 'TURN',
-           'PAIR_COLUMNS', 'LABEL_COLUMNS', 'PROMPT_COLUMNS', 'TIES', 'Choose', 'CHOICE', 'SAYS', 'UP', 'DOWN', 'PARTS',
+           'PAIR_COLUMNS', 'LABEL_COLUMNS', 'PROMPT_COLUMNS', 'TIES', 'Choose', 'CHOICE', 'SAYS', 'UP', 'DOWN',
            'NUMBERS', 'Refused', 'split_dialogue', 'by_name', 'by_sign', 'by_scores', 'by_middle', 'one_is_first',
            'ranked_row', 'PreferenceForm', 'Match', 'match_form']
 
@@ -18,6 +18,7 @@ from typing import Any
 # %% ../../nbs/api/data/110_preference_forms.ipynb #492aaa04
 from .columns import HISTORY, SYSTEM, is_missing
 from .messages import open_messages, plain_messages
+from .names import PARTS
 from .prompts import TWO_SYSTEMS, UNREADABLE, PromptColumns, beside_columns, find_columns, prompt_columns
 from ..errors import DataError
 
@@ -228,7 +229,6 @@ class PreferenceForm:
     fits: Callable[[Mapping[str, list], bool], bool] = lambda cells, asked: True # do cells by part look like it? asked: is there a column of the prompt?
 
 # %% ../../nbs/api/data/110_preference_forms.ipynb #c6804d67
-PARTS = ('prompt', 'system', 'chosen', 'rejected', 'first', 'second', 'label')
 NUMBERS = ('prob', 'weight', 'gold')
 
 @dataclass(frozen=True)

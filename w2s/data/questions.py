@@ -15,7 +15,8 @@ from typing import Any
 from datasets import Dataset
 
 # %% ../../nbs/api/data/260_questions.ipynb #5cd78c0d
-from .columns import ColumnsRead, check_leave_out, column_names, columns_read, readable_columns, sample_cells
+from .columns import ColumnsRead, check_leave_out, columns_read, readable_columns, sample_cells
+from .names import column_names
 from .conversations import as_asked
 from .hygiene import DataReport, merge_reports, reader_report, rows_said
 from .json_rows import is_messages

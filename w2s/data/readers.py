@@ -23,7 +23,8 @@ from .messages import are_written_messages, parse_messages
 from .prompts import PARSED, drop_held, find_columns, has_turns, join_prompt, read_back, written_columns
 from .public_pairs import FORM_LIST, FORMS, join_marked
 from .rows import group_key, make_rows, stack_rows
-from .sources import SPLITS, source_tables, split_of
+from .names import SPLITS
+from .sources import source_tables, split_of
 from .tables import RawTable, row_pieces
 from ..errors import DataError
 

@@ -24,7 +24,8 @@ from ..data.hygiene import DataReport, clean_text, file_rows
 from ..data.preference_forms import PARTS
 from ..data.readers import FileRead, Refused, preference_rows, says_choice
 from ..data.rows import as_dataset, row_features
-from ..data.sources import named_pairs, one_table
+from ..data.names import named_pairs
+from ..data.sources import one_table
 from ..data.splits import group_split, sample_rows
 from ..data.tables import RawTable
 from ..errors import ConfigError, DataError

@@ -22,11 +22,10 @@ from typing import Any
 import tomli_w
 
 # %% ../../nbs/api/files/30_refine.ipynb #588aa50a
-from ..data.columns import column_names
 from ..data.files import keep_inputs
 from ..data.hygiene import DataReport, merge_reports
 from ..data.questions import answers_to, open_tables, questions_from
-from ..data.sources import SPLITS, named_pairs, spread_columns
+from ..data.names import SPLITS, column_names, named_pairs, spread_columns
 from ..errors import ConfigError, DataError, unknown
 from ..compare.config import from_table, merged, to_table, to_toml
 from ..compare.preference_stages import Model, Study, know_model, model_lines, model_load, note_models

@@ -13,7 +13,9 @@ from importlib.resources import files
 from pathlib import Path
 
 # %% ../../nbs/api/models/070_zoo.ipynb #264e3301
-import pandas as pd
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/api/models/070_zoo.ipynb #60e3cd96
 from ..errors import ModelError
@@ -68,8 +70,9 @@ def card(
     return json.loads((zoo_folder(name)/'card.json').read_text(encoding='utf-8'))
 
 # %% ../../nbs/api/models/070_zoo.ipynb #efe6638c
-def zoo_table() -> pd.DataFrame: # a row a model, the weakest first: name, parameters, tokens, loss in nats, and a column for each probe of the cards
+def zoo_table() -> 'pd.DataFrame': # a row a model, the weakest first: name, parameters, tokens, loss in nats, and a column for each probe of the cards
     "The models of the ladder side by side; shares of right answers, whose intervals are in the cards"
+    import pandas as pd
     cards = [card(name) for name in LADDER]
     made = [{key: c[key] for key in ('name', 'parameters', 'tokens', 'loss')} for c in cards]
     return pd.DataFrame([m | {probe: k['value'] for probe, k in c['knowledge'].items()} for m, c in zip(made, cards, strict=True)])
