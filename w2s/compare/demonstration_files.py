@@ -71,12 +71,17 @@ def read_asked(
     c: Transfer, # of the experiment, with data of its own
 ) -> Table:
     "Questions, good answers where the file has them, and weak answers where they are in a file; raises `DataError`"
-    most = rows_wanted(c.rows, c.test_rows, c.gold_rows)
+    most = rows_wanted(c.n_unlabelled, c.n_test, c.n_labelled)
     if c.task in ('gsm8k', 'math'): table = read_maths(c.data, c.question, c.answer, c.leave_out, c.split, most)
     else: table = read_questions(c.data, c.question, c.answer, c.leave_out, c.split, c.answers, most)
-    if not c.answers: return table
+    if not c.answers: return _strict(table, c)
     weak = questions_from(open_tables((), c.answers)[0], c.answers, c.question, answers='needed', empty=True, leave_out=c.leave_out, split='weak answers')
-    return replace(table, weak=weak, report=merge_reports(table.report, weak.report))
+    return _strict(replace(table, weak=weak, report=merge_reports(table.report, weak.report)), c)
+
+def _strict(table: Table, c: Transfer) -> Table:
+    "The same table; raises `DataError` if nothing may be found and something was"
+    table.report.refuse_if_strict(c.strict)
+    return table
 
 # %% ../../nbs/api/compare/210_demonstration_files.ipynb #90d142b4
 NOT_NUMBERS = 'answer that is no single number'
@@ -122,7 +127,7 @@ def parted(
     if len(test) < tests or len(rest) < few + many:
         why = ', '.join(f'{r["rows"]:,} × {r["check"]}' for r in table.report.found.to_dict('records') if r['action'] in GONE)
         raise DataError(f'{len(rows)} questions are too few: {few} for the weak model, {many} for the strong one and {tests} for the test are wanted; '
-                        + (f'of the rows read these are gone: {why}; correct them, or ' if why else '') + 'lower --gold-rows, --rows or --test-rows')
+                        + (f'of the rows read these are gone: {why}; correct them, or ' if why else '') + 'lower --n-labelled, --n-unlabelled or --n-test')
     return rest[:few], rest[few:few + many], test
 
 # %% ../../nbs/api/compare/210_demonstration_files.ipynb #11561067
@@ -176,11 +181,11 @@ def table_rows(
 ) -> TaskRows:
     "One seed of a task on questions of one's own; raises `DataError`"
     c: Transfer = study.config
-    few = 0 if table.gold is None or c.demonstrator == 'file' else c.gold_rows if c.demonstrator == 'tuned' else min(c.gold_rows, c.examples)
+    few = 0 if table.gold is None or c.demonstrator == 'file' else c.n_labelled if c.demonstrator == 'tuned' else min(c.n_labelled, c.examples)
     def part(at: list[int]) -> Exam:
         questions = [table.questions[i] for i in at]
         score = judged_score(study, judge, questions) if judge else numbers_score([(table.numbers or [])[i] for i in at])
         return Exam(questions, [group_key(q) for q in questions], score, None if table.gold is None else [table.gold[i] for i in at],
                     None if table.weak is None else answers_to(table.weak, questions)) # a missing one is said before anything is trained
-    taught, asked, test = parted(table, (few, c.rows, c.test_rows), seed)
+    taught, asked, test = parted(table, (few, c.n_unlabelled, c.n_test), seed)
     return TaskRows(part(taught), part(asked), [part(test)])

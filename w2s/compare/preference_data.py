@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESPONSES', 'TEST_SHARE', 'WORLD_TRAIN', 'WORLD_TEST', 'Reader', 'row_texts', 'read_pairs', 'readable',
-           'set_test_aside', 'halves', 'check_halves', 'ladder_world', 'world_seed', 'read_world', 'origin',
+           'set_test_aside', 'rows_and_share', 'halves', 'check_halves', 'ladder_world', 'read_world', 'origin',
            'PreferenceData', 'load_preferences']
 
 # %% ../../nbs/api/compare/050_preference_data.ipynb #d48e196e
@@ -16,6 +16,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
+from .settings import world_seed
 from ..data.choice import rows_wanted
 from ..data.hygiene import DataReport, clean_text
 from ..data.readers import Read, read_preferences
@@ -95,35 +96,64 @@ def set_test_aside(
     return {'train': parts['train']}, parts['test']
 
 # %% ../../nbs/api/compare/050_preference_data.ipynb #f8241849
+def rows_and_share(
+    n_labelled: int | float | None, # as in the settings
+    n_unlabelled: int | None,       # likewise
+    there: int | None = None,       # examples that there are; None: not known yet
+) -> tuple[int | None, float | None]: # examples in both parts together, None: all; share of them that is labelled, None: it depends on how many there are
+    "The two numbers as a sum and a share; the half is labelled where nothing else is said (Tao & Li)"
+    if isinstance(n_labelled, float): return None if n_unlabelled is None else round(n_unlabelled/(1 - n_labelled)), n_labelled
+    if n_labelled is not None and n_unlabelled is not None: return n_labelled + n_unlabelled, n_labelled/(n_labelled + n_unlabelled)
+    if n_labelled is None and n_unlabelled is None: return None, .5
+    if there is None: return None, None
+    labelled = n_labelled if n_labelled is not None else there - (n_unlabelled or 0)
+    return None, labelled/there
+
+# %% ../../nbs/api/compare/050_preference_data.ipynb #b8d4f1e2
+def _check_enough(name: str, wanted: int | None, there: int, which: str = '') -> None:
+    "Raise `ConfigError` where more is wanted than there is"
+    if wanted is not None and wanted > there: raise ConfigError(f'{name}, but there are no more than {there} {which}examples that every model can read')
+
+def _own_parts(train: Mapping[str, Dataset], n_labelled: int | float | None, n_unlabelled: int | None) -> tuple[int, int]:
+    "How many of each part, where the source has both"
+    there = len(train['train_gt']), len(train['train_w2s'])
+    rows, share = rows_and_share(n_labelled, n_unlabelled)
+    if share is None: return (there[0] if n_labelled is None else int(n_labelled)), there[1] if n_unlabelled is None else n_unlabelled
+    total = rows or min(int(n/v) for n, v in zip(there, (share, 1 - share), strict=True))
+    return max(1, round(total*share)), max(1, round(total*(1 - share)))
+
 def halves(
-    train: Mapping[str, Dataset], # of `set_test_aside`
-    rows: int | None,             # training rows in both halves together; None: all
-    label_share: float,           # share of them that is labelled; Tao & Li: 1/2
-    seed: int,                    # of the parting
+    train: Mapping[str, Dataset],   # of `set_test_aside`
+    n_labelled: int | float | None, # examples for the supervisor; below 1 a share of all; None: what the other leaves, and half where neither is given
+    n_unlabelled: int | None,       # examples for the student; None: as many as there are left
+    seed: int,                      # of the parting
     part: Callable[..., dict[str, Dataset]] = group_split, # how one source of rows is parted
     sample: Callable[..., Dataset] = sample_rows,          # how fewer rows are drawn
-) -> tuple[Dataset, Dataset]:     # labelled, unlabelled
+) -> tuple[Dataset, Dataset]:       # labelled, unlabelled
     "The labelled and the unlabelled rows of one seed; no prompt is in both. Raises `ConfigError`"
-    if not 0 < label_share < 1: raise ConfigError(f'--label-share is {label_share}; it must lie between 0 and 1')
-    shares = {'train_gt': label_share, 'train_w2s': 1 - label_share}
-    most = min(int(len(train[k])/v) for k, v in shares.items()) if 'train_gt' in train else sum(map(len, train.values()))
-    if rows and rows > most: raise ConfigError(f'--rows is {rows}, but with --label-share {label_share:g} there are no more than {most} that every model can read')
-    if 'train_gt' not in train:
-        pool = sample(concatenate_datasets(list(train.values())), rows, seed)
-        parts = part(pool, {'labelled': label_share, 'unlabelled': 1 - label_share}, seed)
-        return parts['labelled'], parts['unlabelled']
-    labelled, unlabelled = (sample(train[k], max(1, round((rows or most)*v)), seed) for k, v in shares.items())
-    return labelled, unlabelled
+    if 'train_gt' in train:
+        few, many = _own_parts(train, n_labelled, n_unlabelled)
+        _check_enough(f'--n-labelled is {few}', few, len(train['train_gt']), 'labelled ')
+        _check_enough(f'--n-unlabelled is {many}', many, len(train['train_w2s']), 'unlabelled ')
+        return sample(train['train_gt'], few, seed), sample(train['train_w2s'], many, seed)
+    there = sum(map(len, train.values()))
+    for name, n in (('--n-labelled', n_labelled), ('--n-unlabelled', n_unlabelled)):
+        if n is not None: _check_enough(f'{name} is {n}', int(n) + 1, there)
+    rows, share = rows_and_share(n_labelled, n_unlabelled, there)
+    _check_enough(f'--n-labelled {n_labelled} and --n-unlabelled {n_unlabelled} are {rows} examples', rows, there)
+    pool = sample(concatenate_datasets(list(train.values())), rows, seed)
+    parts = part(pool, {'labelled': share, 'unlabelled': 1 - float(share or 0)}, seed)
+    return parts['labelled'], parts['unlabelled']
 
 # %% ../../nbs/api/compare/050_preference_data.ipynb #fa284178
 def check_halves(
-    train: Mapping[str, Dataset], # of `set_test_aside`
-    rows: int | None,             # training rows in both halves together; None: all
-    label_share: float,           # share of them that is labelled
-    seeds: int,                   # repetitions
+    train: Mapping[str, Dataset],   # of `set_test_aside`
+    n_labelled: int | float | None, # examples for the supervisor, as of `halves`
+    n_unlabelled: int | None,       # examples for the student
+    seeds: int,                     # repetitions
 ) -> None:
     "Raise `ConfigError` or `DataError` if the rows cannot be parted for one of the seeds"
-    for seed in range(seeds): halves(train, rows, label_share, seed)
+    for seed in range(seeds): halves(train, n_labelled, n_unlabelled, seed)
 
 # %% ../../nbs/api/compare/050_preference_data.ipynb #30341a17
 @lru_cache(maxsize=1)
@@ -131,28 +161,20 @@ def ladder_world() -> World:
     "The world that the models of the ladder have read about"
     return make_world(0)
 
-# %% ../../nbs/api/compare/050_preference_data.ipynb #d280df63
-def world_seed(
-    source: str,     # of preference rows
-) -> int | None:     # seed of the rows; None: the source is something else
-    "Does a source mean the embedded world? 'world' and 'world:SEED' do; raises `DataError` for a seed that is no number"
-    name, colon, seed = str(source).partition(':')
-    if name != 'world': return None
-    if colon and not seed.isdecimal(): raise DataError(f'source {source}: what follows the colon is the seed of the rows, a number, as in world:3')
-    return int(seed or 0)
-
 # %% ../../nbs/api/compare/050_preference_data.ipynb #32708e93
 WORLD_TRAIN, WORLD_TEST = 2000, 500 # rows that are made, where no more are wanted
 
 # %% ../../nbs/api/compare/050_preference_data.ipynb #668c6c24
 def read_world(
     seed: int,                # of the rows
-    rows: int | None,         # training rows that are wanted
-    test_rows: int | None,    # test rows that are wanted
-    label_share: float = .5,  # share of the training rows that is to be labelled
+    n_labelled: int | float | None = None, # labelled examples that are wanted, as of `halves`
+    n_unlabelled: int | None = None,       # unlabelled ones
+    n_test: int | None = None,             # test examples
 ) -> Read:
     "Preference rows of the embedded world, as if they had been read; of the test rows, the truly better answer is the chosen one"
-    splits = world_preferences(ladder_world(), max(rows or 0, WORLD_TRAIN), max(test_rows or 0, WORLD_TEST), seed, label_share)
+    there = max(WORLD_TRAIN, 2*int(n_labelled or 0), 2*(n_unlabelled or 0))
+    rows, share = rows_and_share(n_labelled, n_unlabelled, there)
+    splits = world_preferences(ladder_world(), max(rows or there, WORLD_TRAIN), max(n_test or 0, WORLD_TEST), seed, float(share or 0))
     splits['test'] = given_labels(to_pairs(splits['test'], seed), 'gold_a', 'gold').rows
     return Read(splits, [], {k: len(v) for k, v in splits.items()}, f'world:{seed}')
 
@@ -180,21 +202,21 @@ class PreferenceData:
 def load_preferences(
     source: str,                  # file, folder or name of a data set; 'world', 'world:SEED': the embedded world
     readers: list[Reader],        # every model of the experiment
-    test_rows: int | None = None, # test rows at most; None: all
+    n_test: int | None = None,    # test examples at most; None: all
     strict: bool = False,         # stop if anything at all was found
-    rows: int | None = None,      # training rows that will be asked for: the world makes no fewer
-    label_share: float = .5,      # share of them that will be labelled: the world makes its halves accordingly
+    n_labelled: int | float | None = None, # examples that will be asked for, as of `halves`: the world makes no fewer
+    n_unlabelled: int | None = None,       # likewise
     columns: Sequence[str] = (),  # columns with unusual names, as in ('prompt=query', 'chosen=good'); (): recognised
     leave_out: Sequence[str] = (), # columns that are not to be read
     split: Sequence[str] = (),    # which file or split of the source is which, as in ('train=train_prefs',); (): by their names
 ) -> PreferenceData:
     "Read or make, clean and part preference rows; raises `DataError`"
     seed = world_seed(source)
-    if seed is not None: read = read_world(seed, rows, test_rows, label_share)
-    else: read = read_preferences(source, named_pairs(split, '--split', SPLITS) or None, leave_out, named_pairs(columns, '--column', PARTS) or None, rows_wanted(rows, test_rows))
+    if seed is not None: read = read_world(seed, n_labelled, n_unlabelled, n_test)
+    else: read = read_preferences(source, named_pairs(split, '--split', SPLITS) or None, leave_out, named_pairs(columns, '--column', PARTS) or None, rows_wanted(rows_and_share(n_labelled, n_unlabelled)[0], n_test))
     splits, report = clean_text(read.splits, read.refused, read.rows_read, columns=read.columns)
     splits, report = readable(splits, readers, report)
     report.refuse_if_strict(strict)
     train, test = set_test_aside(splits)
     if ('train_gt' in train) != ('train_w2s' in train): raise DataError(f'{source} has train_gt or train_w2s, but not both; it needs both, or "train"')
-    return PreferenceData(train, sample_rows(test, test_rows), report, origin(source))
+    return PreferenceData(train, sample_rows(test, n_test), report, origin(source))

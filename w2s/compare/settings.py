@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FITS', 'COUNTS', 'setting', 'overlay', 'fill_fields', 'all_or_count', 'Settings', 'check_shared', 'check_least',
-           'check_names_once', 'make_settings', 'part_rows', 'world_seed']
+           'check_names_once', 'make_settings', 'new_settings', 'part_rows', 'world_seed']
 
 # %% ../../nbs/api/compare/012_settings.ipynb #6c9b3efb
 import os
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar
 
 # %% ../../nbs/api/compare/012_settings.ipynb #6a966636
-from .config import check_names, check_value, field_kinds, from_table, number
+from .config import check_names, check_value, field_kinds, from_table, merged, number
 from ..data.names import SPLITS, named_pairs
 from ..errors import ConfigError, DataError, W2SWarning
 from ..models.places import LoadSettings, LoraSettings
@@ -127,6 +127,16 @@ class Settings:
     def check(self) -> None:
         "Raise `ConfigError` for a setting out of range or without effect"
 
+    def fitting(
+        self,
+        name: str, # of a field
+    ) -> Any:
+        "Its default in the cases that hold"
+        f = next(f for f in fields(self) if f.name == name)
+        value = f.metadata['usual']
+        for case in self.cases({}): value = overlay(value, f.metadata['cases'].get(case, value))
+        return value
+
     @classmethod
     def usual(
         cls,
@@ -171,9 +181,17 @@ def make_settings(
     given: Mapping[str, Any], # settings by name, tables inside; what is given always holds
 ) -> Any:                     # an instance
     "Settings from a table; raises `ConfigError`"
-    table = _half_names(cls, _new_names(cls, dict(given)))
+    return cls(**new_settings(cls, given))
+
+def new_settings(
+    cls: Any,                              # a class of settings
+    given: Mapping[str, Any],              # settings by name, tables inside, old names among them
+    below: Mapping[str, Any] | None = None, # settings by their new names that hold where these say nothing
+) -> dict[str, Any]:                       # the given ones by their new names
+    "A table without old names, checked for unknown ones; raises `ConfigError`"
+    table = _half_names(cls, _new_names(cls, dict(given)), dict(below or {}))
     check_names(cls, table)
-    return cls(**table)
+    return table
 
 def _say_new(old: str, new: str) -> None:
     "The line about a name that has changed"
@@ -190,7 +208,7 @@ def _new_names(cls: Any, given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 # %% ../../nbs/api/compare/012_settings.ipynb #71d999cb
-def _half_names(cls: Any, given: dict[str, Any]) -> dict[str, Any]:
+def _half_names(cls: Any, given: dict[str, Any], below: dict[str, Any]) -> dict[str, Any]:
     "`rows` and `label_share` as numbers of examples"
     old, new = [n for n in ('rows', 'label_share') if n in given], [n for n in ('n_labelled', 'n_unlabelled') if n in given]
     if not (cls.halves and old): return given
@@ -198,7 +216,7 @@ def _half_names(cls: Any, given: dict[str, Any]) -> dict[str, Any]:
     rest = {k: v for k, v in given.items() if k not in old}
     rows, share = (check_value(given.get(k), kind, k) for k, kind in (('rows', int | None), ('label_share', float | None)))
     check_names(cls, rest)
-    counts = part_rows(cls(**rest), rows, share)
+    counts = part_rows(cls(**merged(below, rest)), rows, share)
     _say_new(' and '.join(old), 'n_labelled and n_unlabelled')
     return rest | counts
 

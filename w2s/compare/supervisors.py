@@ -161,7 +161,7 @@ def supervise(
 ) -> list[SeedRows]:         # one a seed
     "Train the supervisors of all seeds, one model after the other, and let them label the other half (Tao & Li, step 5)"
     c, seeds = study.config, range(study.config.seeds)
-    parts = [halves(data.train, c.rows, c.label_share, s) for s in seeds]
+    parts = [halves(data.train, c.n_labelled, c.n_unlabelled, s) for s in seeds]
     held = [hold_out(labelled, c.labels.calibrate, s) for s, (labelled, _) in zip(seeds, parts, strict=True)]
     pairs = [to_pairs(unlabelled, s) for s, (_, unlabelled) in zip(seeds, parts, strict=True)]
     who: list[list[Supervisor]] = [[] for _ in seeds]

@@ -266,7 +266,7 @@ def result_of(
     form = asking(c, strong)
     made = []
     for seed in range(c.seeds):
-        rows = world_rows(c.task, seed, (c.gold_rows, c.rows, c.test_rows), c.trial) if table is None else table_rows(study, table, judge, seed)
+        rows = world_rows(c.task, seed, (c.n_labelled, c.n_unlabelled, c.n_test), c.trial) if table is None else table_rows(study, table, judge, seed)
         made.append(make_seed(Site(study, form, answering(c, form), rows, seed, strong), models))
     task, arms = c.task if table is None else Path(c.data).name, [a for m in made for a in m.arms]
     items, failures = arm_items(arms, [arm_scores(a, m.site.rows.tests) for m in made for a in m.arms], task)

@@ -161,7 +161,7 @@ def stage_table(
     strong: Model,          # student
 ) -> pd.DataFrame:          # stage, model, kind, rows, tokens; one seed
     "Every stage of one seed with its rows and tokens; subsets of labels are not known yet, and count as all"
-    labelled, unlabelled = halves(data.train, config.rows, config.label_share, 0)
+    labelled, unlabelled = halves(data.train, config.n_labelled, config.n_unlabelled, 0)
     sft, test = config.start == 'sft', data.test
     out = [row for m in weak for row in weak_rows(config, m, labelled, unlabelled, test)]
     if config.supervisor == 'dpo' and len(weak) == 1: out += writing_row(config, 'weak', weak[0], test, 1)

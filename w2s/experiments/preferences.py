@@ -264,8 +264,8 @@ def rows_for(
 ) -> PreferenceData:
     "The rows of an experiment; raises `DataError` and `ConfigError`, also for what they cannot give in one of the seeds"
     c = config
-    data = load_preferences(c.data, [m.reader for m in models], c.test_rows, c.strict, c.rows, c.label_share, c.column, c.leave_out, c.split)
-    check_halves(data.train, c.rows, c.label_share, c.seeds)
+    data = load_preferences(c.data, [m.reader for m in models], c.n_test, c.strict, c.n_labelled, c.n_unlabelled, c.column, c.leave_out, c.split)
+    check_halves(data.train, c.n_labelled, c.n_unlabelled, c.seeds)
     return data
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #0ba05079
