@@ -65,12 +65,13 @@ def with_file(
     flags: dict[str, Any], # settings given by flags
     file: Path | None,     # TOML file; None: there is none
     cls: Any = None,       # a class of settings, whose old names are understood; None: another table
+    preset: Mapping[str, Any] | None = None, # settings that a command has, where others are not given
 ) -> dict[str, Any]:
     "Settings of a file, if there is one, and flags, which win; raises `ConfigError`"
     low = read_toml(file) if file else {}
     if cls is None: return merged(low, flags)
-    low = new_settings(cls, low)
-    return merged(low, new_settings(cls, flags, low))
+    low = new_settings(cls, low, preset)
+    return merged(low, new_settings(cls, flags, {**(preset or {}), **low}))
 
 # %% ../../nbs/api/cli/15_flags.ipynb #59b6430b
 def typer_option(
@@ -108,11 +109,11 @@ class Command:
     extra: Mapping[str, Any] = field(default_factory=dict)   # parameters that are no settings -> annotation
     read: Callable[[dict[str, Any], Mapping[str, Any]], dict[str, Any]] = lambda table, extra: table # settings and these -> settings
     needs: str = ''                          # what is said where there is no data
+    sources: Callable[[Any], Iterable[str]] = lambda config: () # rows that its settings name, beside data
 
 @dataclass(frozen=True)
 class Asked:
     "What was typed, beside settings"
-    name: str               # of the command
     file: Path | None       # TOML file
     out: Path               # folder of stages and results
     dry_run: bool           # say what would be done, and stop?
@@ -124,17 +125,12 @@ class Asked:
 # %% ../../nbs/api/cli/15_flags.ipynb #7822b2cb
 def settings_table(
     command: Command,      # an experiment
-    name: str,             # as it was typed
     flags: dict[str, Any], # settings given by flags
     file: Path | None,     # TOML file
     extra: Mapping[str, Any] | None = None, # parameters that are no settings
 ) -> dict[str, Any]:
     "Settings by name; raises `ConfigError`"
-    table = command.read(with_file(flags, file, command.settings), extra or {})
-    fixed = {k: v for k, v in command.preset.items() if k == 'task'}
-    for k, v in fixed.items():
-        if table.get(k, v) != v and not (extra or {}).get(k): raise ConfigError(f'{file} holds settings of the task {table[k]}; this command runs the task {v}')
-    table = {**command.preset, **table}
+    table = {**command.preset, **command.read(with_file(flags, file, command.settings, command.preset), extra or {})}
     if 'data' not in table and command.needs: raise ConfigError(command.needs)
     return table
 
@@ -145,10 +141,10 @@ def start_command(
 ) -> None:
     "Run, write and print; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     if asked.values is not None and asked.vary is None: raise ConfigError('--values are of what is varied; name it by --vary')
-    table = settings_table(command, asked.name, flags, asked.file, asked.extra)
+    table = settings_table(command, flags, asked.file, asked.extra)
     if asked.vary is not None: return vary_command(command, table, asked)
     config = make_settings(command.settings, table)
-    check_places(command.models(config), [config.data], None if asked.dry_run else asked.out, config.load.allow_pickle)
+    check_places(command.models(config), [config.data, *command.sources(config)], None if asked.dry_run else asked.out, config.load.allow_pickle)
     typer.echo(command.dry(config) if asked.dry_run else f'\n{command.run(config, asked.out, asked.keep)}')
 
 # %% ../../nbs/api/cli/15_flags.ipynb #d797424c
@@ -160,7 +156,7 @@ def vary_command(
     "Run a variation, write and print; raises `ConfigError` and what a run raises"
     from w2s.experiments.vary import variants
     configs = variants(table, str(asked.vary), split_names(asked.values or ''), command.settings)
-    for c in configs.values(): check_places(command.models(c), [c.data], None if asked.dry_run else asked.out, c.load.allow_pickle)
+    for c in configs.values(): check_places(command.models(c), [c.data, *command.sources(c)], None if asked.dry_run else asked.out, c.load.allow_pickle)
     if asked.dry_run:
         for at, c in configs.items(): typer.echo(f'# {asked.vary} {at}, less what it shares with the others\n\n{command.dry(c)}\n')
         return
@@ -193,13 +189,11 @@ def command_function(
     options = {o.parameter: (typer_option(o), None) for o in options_of(command.settings)}
     old, last, extra = _old_options(command.settings), _last_options(out), {k: (v, None) for k, v in command.extra.items()}
     whole = {**{k: (v, None) for k, v in old.items() if k not in options}, **extra, **options, **last}
-    def function(context: typer.Context, **typed: Any) -> None:
+    def function(**typed: Any) -> None:
         settings = option_settings(command.settings, {k: v for k, v in typed.items() if k in options})
         settings |= {k: v for k, v in typed.items() if k in old and v is not None}
-        name = str(context.info_name)
-        start_command(command, settings, Asked(name, typed['config'], typed['out'], typed['dry_run'], typed['keep_stages'], typed['vary'], typed['values'], {k: typed[k] for k in extra}))
-    parameters = [inspect.Parameter('context', inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
-                  *(inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v, annotation=kind) for k, (kind, v) in whole.items())]
+        start_command(command, settings, Asked(typed['config'], typed['out'], typed['dry_run'], typed['keep_stages'], typed['vary'], typed['values'], {k: typed[k] for k in extra}))
+    parameters = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v, annotation=kind) for k, (kind, v) in whole.items()]
     function.__signature__ = inspect.Signature(parameters) # type: ignore[attr-defined]
     function.__annotations__ = {p.name: p.annotation for p in parameters}
     return function

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .labels import Keep, check_places, given, out_path
+from .flags import AllowPickle, ChatTemplate, Device, Dtype, Keep, Nf4Share, Quantize, Revision, check_places, given, out_path
 from ..errors import ConfigError
 
 # %% ../../nbs/api/cli/50_refine.ipynb #cb0f3917
@@ -64,13 +64,13 @@ def refine_command(
     max_tokens: Annotated[int | None, Flag(help='tokens of an answer (default: 256; models that come with w2s: 48)')] = None,
     stop: Annotated[list[str] | None, Flag(help=r'an answer ends before this text, \n is a line break; may be given several times (default: where the next question would begin)')] = None,
     seed: Annotated[int | None, Flag(help='which examples are drawn, and of the samples (default: 0)')] = None,
-    quantize: Annotated[str | None, Flag(help='nf4 or none (default: nf4)')] = None,
-    nf4_share: Annotated[float | None, Flag(help="least share of the body's weights that nf4 must put in 4 bits, or the model is refused; 0: any (default: 0.8)")] = None,
-    dtype: Annotated[str | None, Flag(help='bfloat16, float16 or float32 (default: auto, what the device has instructions for; models that come with w2s: float32)')] = None,
-    device: Annotated[str | None, Flag(help='cpu, cuda, cuda:1, mps or xpu (default: auto, the first GPU if there is one)')] = None,
-    revision: Annotated[str | None, Flag(help='of models on the hub: a branch, a commit or refs/pr/N; of one of them as in strong=refs/pr/6 (default: main, or safetensors that the converter of the hub has proposed)')] = None,
-    allow_pickle: Annotated[bool | None, Flag('--allow-pickle', help='read weights in pickle form (.bin) where there are no others; that can run any code on your machine')] = None,
-    chat_template: Annotated[str | None, Flag(help="of rows of chat messages: plain (paragraphs, Human: and Assistant:), chatml, or a file with a template in Jinja (default: the model's own; plain where it has none)")] = None,
+    quantize: Quantize = None, # 4 bits or not
+    nf4_share: Nf4Share = None, # least share in 4 bits
+    dtype: Dtype = None, # of the arithmetic
+    device: Device = None, # where models are
+    revision: Revision = None, # on the hub
+    allow_pickle: AllowPickle = None, # are weights in pickle form read?
+    chat_template: ChatTemplate = None, # of messages
     prompts: Annotated[Path | None, Flag(help='TOML file with templates of your own; what it does not name stays as --show-prompts prints it')] = None,
     keep_stages: Keep = False, # use finished stages of other versions
     dry_run: Annotated[bool, Flag('--dry-run', help='print settings, which rows and columns would be read, and what is known of the model, and stop')] = False,

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .labels import check_places, out_path
+from .flags import check_places, out_path
 from ..io.console import shorten_home
 from ..io.disk import write_atomic, write_through
 
@@ -59,9 +59,8 @@ def fit_command(
 ) -> None:
     "Train a scorer: a ridge regression on words and letters. Prints how well it does on texts that it has not seen."
     check_places([], map(str, data))
-    from w2s.data.columns import column_names
     from w2s.data.files import keep_inputs
-    from w2s.data.sources import SPLITS, named_pairs, spread_columns
+    from w2s.data.names import SPLITS, column_names, named_pairs, spread_columns
     from w2s.data.toxicity_rows import read_toxicity
     from w2s.evaluate.toxicity_scorers import fit_ridge, save_ridge, why_useless
     if not 0 < held_out < 1: raise ConfigError(f'--held-out is {held_out}; a share between 0 and 1 is needed: a scorer that was not measured is worth nothing')
@@ -169,8 +168,7 @@ def score_command(
     device: Annotated[str, Flag(help='of a classifier: cpu, cuda, cuda:1, mps or xpu; auto is the first GPU if there is one')] = 'auto',
 ) -> None:
     "Score the texts of a file."
-    from w2s.data.columns import column_names
-    from w2s.data.sources import SPLITS, named_pairs, spread_columns
+    from w2s.data.names import SPLITS, column_names, named_pairs, spread_columns
     from w2s.data.toxicity_rows import text_table
     from w2s.evaluate.toxicity_scorers import load_scorer
     check_place(out, texts)

@@ -42,7 +42,7 @@ from ..io.manifests import check_out_file, publish_file
 from ..io.provenance import describe_making
 
 # %% ../../nbs/api/files/20_label.ipynb #c307c2c4
-ACTING = ('weak', 'supervisor', 'rows', 'max_length', 'beta', 'strict', 'load', 'lora', 'sft', 'dpo') # settings of `WeakTeacher` that do something here
+ACTING = ('weak', 'supervisor', 'n_labelled', 'max_length', 'beta', 'strict', 'load', 'lora', 'sft', 'dpo') # settings of `WeakTeacher` that do something here
 
 def acting(
     config: WeakTeacher, # of `label_settings`
@@ -55,14 +55,16 @@ LEAST_TRAIN = 4 # labelled pairs
 
 def label_settings(
     model: str,                           # of the ladder, a folder, or a name on the hub
-    given: dict[str, Any] | None = None,  # settings by name, tables inside; `rows`: labelled rows to learn from, at most
+    given: dict[str, Any] | None = None,  # settings by name, tables inside; `n_labelled`: labelled rows to learn from, at most
 ) -> WeakTeacher:
     "Settings of a supervisor; raises `ConfigError`"
-    for name in given or {}:
+    given = dict(given or {})
+    if 'rows' in given: given['n_labelled'] = given.pop('rows') # its old name
+    for name in given:
         if name not in ACTING: raise ConfigError(f'{unknown(name, ACTING, "setting of a labelling")}; settings of students do nothing here')
-    rows = (given or {}).get('rows')
+    rows = given.get('n_labelled')
     if rows is not None and rows < LEAST_TRAIN: raise ConfigError(f'--train-rows is {rows}; a supervisor needs at least {LEAST_TRAIN} labelled pairs to learn from')
-    return fill_settings(merged(given or {}, dict(data='pairs', weak=model, strong=model)))
+    return fill_settings(merged(given, dict(data='pairs', weak=model, strong=model)))
 
 # %% ../../nbs/api/files/20_label.ipynb #0b9d97d6
 SUPERVISOR, WORDS, LONGER = 'supervisor', 'bag of words', 'the longer one'
@@ -292,7 +294,7 @@ def rows_for(
     if not job.train and config.supervisor != 'judge':
         raise ConfigError(f'a supervisor of the kind "{config.supervisor}" learns from labelled pairs: give them with --train FILE; only a judge (--supervisor judge) needs none')
     model = know_model('weak', config.weak, config, config.supervisor != 'judge')
-    return model, load_label_data(job, model.reader, config.rows, config.strict)
+    return model, load_label_data(job, model.reader, config.n_labelled, config.strict)
 
 def dry_text(
     config: WeakTeacher, # of `label_settings`
