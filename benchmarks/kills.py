@@ -25,8 +25,9 @@ TOML = '''
 data = "{home}/data"
 weak = "{home}/weak"
 strong = "{home}/strong"
-rows = 32
-test_rows = 8
+n_labelled = 16
+n_unlabelled = 16
+n_test = 8
 load = {{quantize = "none", dtype = "float32"}}
 lora = {{rank = 2, dropout = 0.1}}
 sft = {{batch_size = 4, checkpoint_every = 2, learning_rate = 1e-3}}
@@ -44,10 +45,10 @@ batch_size = 4
 checkpoint_every = 2
 '''
 COMMANDS = { # name -> words behind w2s; {out} is the folder, or the file in it
-    'run weak-teacher': '--config {home}/run.toml --out {out}',
-    'run classify': '--data {home}/texts.csv --text text --label label --weak {home}/weak --strong {home}/strong --snapshots 2 --rows 40 --test-rows 12 --seeds 1 --epochs 1 --config {home}/labels.toml --out {out}',
-    'run persona': '--weak pico --strong scholar --seeds 1 --gold-rows 16 --rows 24 --test-rows 8 --method naive,in-context --out {out}',
-    'run toxicity': '--weak pico --strong nano --seeds 1 --gold-rows 24 --rows 24 --test-rows 6 --samples 3 --out {out}',
+    'run preferences': '--config {home}/run.toml --out {out}',
+    'run classify': '--data {home}/texts.csv --text text --label label --weak {home}/weak --strong {home}/strong --snapshots 2 --n-labelled 20 --n-unlabelled 20 --n-test 12 --seeds 1 --epochs 1 --config {home}/labels.toml --out {out}',
+    'run persona': '--weak pico --strong scholar --seeds 1 --n-labelled 16 --n-unlabelled 24 --n-test 8 --method naive,in-context --out {out}',
+    'run toxicity': '--weak pico --strong nano --seeds 1 --n-labelled 24 --n-unlabelled 24 --n-test 6 --samples 3 --out {out}',
     'label': '--model {home}/weak --train {home}/data/train_gt.jsonl --rows {home}/data/test.jsonl --config {home}/label.toml --out {out}/labels.parquet',
     'refine': '--questions {home}/questions.jsonl --strong {home}/strong --method ask-to-improve --max-tokens 12 --quantize none --dtype float32 --out {out}/refined.jsonl'}
 CHILD = '''

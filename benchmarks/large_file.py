@@ -1,4 +1,4 @@
-"""Memory and time of `--rows 1000` on a JSONL file of 1 GB, and of the same file read whole.
+"""Memory and time of `--n-labelled 500 --n-unlabelled 500` on a JSONL file of 1 GB, and of the same file read whole.
 
 python benchmarks/large_file.py [--megabytes 1024] [--whole]
 """
@@ -62,11 +62,11 @@ def main() -> None:
         n = write_pairs(path, args.megabytes * 2**20)
         print(f'{n:,} pairs, {path.stat().st_size / 2**20:,.0f} MB')
         print('nothing but the imports:', in_fork(sys.executable, '-c', 'import w2s.data.readers'))
-        print('a choice for --rows 1000:', in_fork(sys.executable, '-c', READ, str(path), 'some'))
+        print('a choice for --n-labelled 500 --n-unlabelled 500:', in_fork(sys.executable, '-c', READ, str(path), 'some'))
         small = Path(folder) / 'small.jsonl'
         write_pairs(small, 6 * 2**20)
-        def command(file: Path) -> tuple[str, ...]: return (sys.executable, '-m', 'w2s', 'run', 'weak-teacher', '--data', str(file), '--rows', '1000', '--weak', 'pico', '--strong', 'pico', '--seeds', '1', '--dry-run')
-        print('w2s run weak-teacher --rows 1000 --dry-run:', in_fork(*command(path)))
+        def command(file: Path) -> tuple[str, ...]: return (sys.executable, '-m', 'w2s', 'run', 'preferences', '--data', str(file), '--n-labelled', '500', '--n-unlabelled', '500', '--weak', 'pico', '--strong', 'pico', '--seeds', '1', '--dry-run')
+        print('w2s run preferences --n-labelled 500 --n-unlabelled 500 --dry-run:', in_fork(*command(path)))
         print('the same command on a file of 6 MB:', in_fork(*command(small)))
         if args.whole: print('all rows:', in_fork(sys.executable, '-c', READ, str(path), 'all'))
 

@@ -33,8 +33,9 @@ data = "{home}/data"
 weak = "{home}/weak"
 strong = "{home}/strong"
 gold = "{home}/gold"
-rows = 48
-test_rows = 12
+n_labelled = 24
+n_unlabelled = 24
+n_test = 12
 samples = 1
 response_tokens = 12
 others = []
@@ -253,7 +254,7 @@ def test_whose_results_are_replaced_is_said(home, tmp_path, straight, capsys, mo
     out = tmp_path/'run'
     monkeypatch.setattr(page, 'check_cut', lambda *a: None)
     shutil.copytree(straight[0], out)
-    run(weak_teacher_config({'seeds': 2, 'rows': 16}, home/'run.toml'), out)
+    run(weak_teacher_config({'seeds': 2, 'n_labelled': 8, 'n_unlabelled': 8}, home/'run.toml'), out)
     assert 'holds the results of another run' in capsys.readouterr().out
     assert 'results are not written yet' in (out/INCOMPLETE).read_text()
     assert any(f.kind == 'run' for f in verify_folder(out))

@@ -177,8 +177,8 @@ def typed(models, tmp_path, monkeypatch):
     return run
 
 
-COMMANDS = {'weak-teacher': 'run weak-teacher --data prefs.jsonl --weak BARE --strong OWN --quantize none --dtype float32 --dry-run', 'label': 'label --rows prefs.jsonl --train train.jsonl --out o.parquet --model BARE --quantize none --dtype float32 --dry-run',
-            'text': 'run weak-teacher --data prefs-text.jsonl --weak BARE --strong OWN --quantize none --dtype float32 --dry-run', 'world': 'run weak-teacher --dry-run', 'label text': 'label --rows prefs-text.jsonl --train train-text.jsonl --out o.parquet --model BARE --dry-run',
+COMMANDS = {'weak-teacher': 'run preferences --data prefs.jsonl --weak BARE --strong OWN --quantize none --dtype float32 --dry-run', 'label': 'label --rows prefs.jsonl --train train.jsonl --out o.parquet --model BARE --quantize none --dtype float32 --dry-run',
+            'text': 'run preferences --data prefs-text.jsonl --weak BARE --strong OWN --quantize none --dtype float32 --dry-run', 'world': 'run preferences --dry-run', 'label text': 'label --rows prefs-text.jsonl --train train-text.jsonl --out o.parquet --model BARE --dry-run',
             'refine': 'refine --questions questions.jsonl --strong BARE --quantize none --dtype float32 --dry-run', 'refine, ours': 'refine --questions questions.jsonl --dry-run', 'toxicity': 'run toxicity --dry-run', 'persona': 'run persona --dry-run'}
 
 

@@ -9,7 +9,7 @@ from w2s.experiments import labels as classify
 from w2s.compare.label_settings import fill_classify
 from w2s.models.adapters import adapter_hash
 
-GIVEN = dict(weak='pico', strong='micro', seeds=1, rows=140, label_share=2/7, test_rows=60, methods='xent,confidence', snapshots=2, validate=.25, via='pico')
+GIVEN = dict(weak='pico', strong='micro', seeds=1, n_labelled=40, n_unlabelled=100, n_test=60, methods='xent,confidence', snapshots=2, validate=.25, via='pico')
 
 
 @pytest.fixture(scope='module')

@@ -21,7 +21,7 @@ from w2s.world.rows import label_rows
 ROOT = Path(__file__).parents[1]
 ALWAYS = {'report.md', 'figure.png', 'figure.svg', 'results.parquet', 'items.parquet', 'intervals.parquet', 'differences.parquet', 'labels.parquet', 'predictions.parquet',
           'pgr.parquet', 'config.toml', 'versions.json', 'data_report.csv', 'data_report.md', 'manifest.json', 'adapters', 'stages'}
-SMALL = ('--rows', '120', '--label-share', '0.5', '--test-rows', '60', '--seeds', '1', '--epochs', '1')
+SMALL = ('--n-labelled', '60', '--n-unlabelled', '60', '--n-test', '60', '--seeds', '1', '--epochs', '1')
 SAFETY = ('--weak', 'pico', '--strong', 'nano', *SMALL, '--method', 'xent,hard')
 
 
@@ -144,7 +144,7 @@ def test_own_file(home):
 def test_probe_on_own_columns(home):
     "Columns by name, classes in a chosen order, and a probe, which trains nothing"
     out, words = home/'probe', ('--text', 'said', '--label', 'verdict', '--group', 'who', '--classes', 'fine,bad')
-    ran('classify', '--data', home/'own.csv', *words, '--weak', 'pico', '--strong', 'nano', '--readout', 'probe', '--rows', '100', '--test-rows', '60', '--seeds', '1', '--out', out)
+    ran('classify', '--data', home/'own.csv', *words, '--weak', 'pico', '--strong', 'nano', '--readout', 'probe', '--n-labelled', '50', '--n-unlabelled', '50', '--n-test', '60', '--seeds', '1', '--out', out)
     assert files(out) == ALWAYS and all(part in (out/'report.md').read_text(encoding='utf-8') for part in ('Classes: fine, bad.', 'own.csv: text: said; label: verdict; group: who'))
     said = pd.read_parquet(out/'predictions.parquet')
     assert {f.name for f in (out/'adapters'/'floor-pico-seed0').iterdir()} >= {'probe.npz'} and trained(out) == 3

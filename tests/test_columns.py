@@ -456,7 +456,7 @@ def test_splits_can_be_named(tmp_path):
 def test_reasons_are_said_where_nothing_is_left(tmp_path):
     sums = jsonl(tmp_path/'sums.jsonl', [dict(question=f'What is {i}?', answer=f'I say {"quite a lot" if i % 2 else "little"}') for i in range(60)])
     done = CliRunner().invoke(app, ['run', 'maths', '--data', str(sums), '--dry-run'])
-    assert done.exit_code == 1 and '60 × the final answer is not one number' in str(done.exception) and '--gold-rows' in str(done.exception)
+    assert done.exit_code == 1 and '60 × the final answer is not one number' in str(done.exception) and '--n-labelled' in str(done.exception)
     with pytest.raises(DataError, match='2 labels are missing'): read_labels(jsonl(tmp_path/'l.jsonl', [dict(text='a', label=None)] * 2))
     with pytest.raises(DataError, match='2 × the question is empty'): read_questions(jsonl(tmp_path/'q.jsonl', [dict(question=' ')] * 2))
 
@@ -487,14 +487,14 @@ def home(tmp_path_factory):
 
 
 def command(kind, home, file, out):
-    small = ('--gold-rows', 4, '--rows', 6, '--test-rows', 4, '--seeds', 1)
-    return {'weak-teacher': ('run', 'weak-teacher', '--data', home/f'pairs{file}.jsonl', '--weak', 'pico', '--strong', 'pico', '--seeds', 1, '--dry-run'),
-            'classify': ('run', 'classify', '--data', home/f'labels{file}.jsonl', '--dry-run'), 'legal': ('run', 'legal', '--data', home/f'labels{file}.jsonl', '--rows', 30, '--label-share', .5, '--weak', 'pico', '--dry-run'),
+    small = ('--n-labelled', 4, '--n-unlabelled', 6, '--n-test', 4, '--seeds', 1)
+    return {'weak-teacher': ('run', 'preferences', '--data', home/f'pairs{file}.jsonl', '--weak', 'pico', '--strong', 'pico', '--seeds', 1, '--dry-run'),
+            'classify': ('run', 'classify', '--data', home/f'labels{file}.jsonl', '--dry-run'), 'legal': ('run', 'legal', '--data', home/f'labels{file}.jsonl', '--n-labelled', 15, '--n-unlabelled', 15, '--weak', 'pico', '--dry-run'),
             'persona': ('run', 'persona', '--data', home/f'questions{file}.jsonl', '--judge', 'pico', '--concept', 'a pirate', *small, '--dry-run'),
             'explanation': ('run', 'explanation', '--data', home/f'questions{file}.jsonl', '--judge', 'pico', *small, '--dry-run'),
             'gender': ('run', 'gender', '--data', home/f'questions{file}.jsonl', '--judge', 'pico', *small, '--dry-run'),
             'maths': ('run', 'maths', '--data', home/f'sums{file}.jsonl', *small, '--dry-run'),
-            'toxicity': ('run', 'toxicity', '--data', home/f'prompts{file}.jsonl', '--scorer', home/'scorer', '--allow-poor-scorer', '--gold-rows', 20, '--rows', 30, '--test-rows', 10, '--dry-run'),
+            'toxicity': ('run', 'toxicity', '--data', home/f'prompts{file}.jsonl', '--scorer', home/'scorer', '--allow-poor-scorer', '--n-labelled', 20, '--n-unlabelled', 30, '--n-test', 10, '--dry-run'),
             'label': ('label', '--model', 'pico', '--rows', home/f'pairs{file}.jsonl', '--supervisor', 'judge', '--out', out/'o.parquet', '--dry-run'),
             'refine': ('refine', '--questions', home/f'questions{file}.jsonl', '--out', out/'o.jsonl', '--dry-run'),
             'toxicity fit': ('toxicity', 'fit', '--data', home/f'scored{file}.jsonl', '--out', out/'s'),
@@ -515,7 +515,7 @@ def test_every_command_says_what_it_reads(home, tmp_path, kind):
 
 
 def test_the_report_of_a_run_says_what_it_read(home, tmp_path):
-    told = w2s('run', 'weak-teacher', '--data', home/'pairs.jsonl', '--weak', 'pico', '--strong', 'pico', '--seeds', 1, '--rows', 30, '--test-rows', 10, '--epochs', 1, '--sft-lr', 1e-3, '--out', tmp_path/'run')
+    told = w2s('run', 'preferences', '--data', home/'pairs.jsonl', '--weak', 'pico', '--strong', 'pico', '--seeds', 1, '--n-labelled', 15, '--n-unlabelled', 15, '--n-test', 10, '--epochs', 1, '--sft-lr', 1e-3, '--out', tmp_path/'run')
     for text in (told, *((tmp_path/'run'/name).read_text(encoding='utf-8') for name in ('report.md', 'data_report.md'))): assert LINES['weak-teacher'] in text
 
 
@@ -551,8 +551,8 @@ def rows_of(path, n, unsafe):
     return path
 
 
-REFUSED = {'too many rows': (80, 40, ('--rows', 5000), '--rows is 5000, but'), 'one row': (80, 40, ('--rows', 1), 'too few'), 'two rows': (80, 40, ('--rows', 2), 'two classes are needed'),
-           'two of a class': (80, 2, (), 'two classes are needed'), 'one of a class': (80, 1, (), 'two classes are needed'), 'one class': (80, 0, (), 'two classes are needed'), 'a share that is too small': (30, 15, ('--label-share', .01), 'too few'),
+REFUSED = {'too many rows': (80, 40, ('--n-labelled', 2500, '--n-unlabelled', 2500), '--n-labelled is 2500, but'), 'one row': (80, 40, ('--rows', 1), 'rows is 1; it must be at least 2'), 'two rows': (80, 40, ('--rows', 2), 'two classes are needed'),
+           'two of a class': (80, 2, (), 'two classes are needed'), 'one of a class': (80, 1, (), 'two classes are needed'), 'one class': (80, 0, (), 'two classes are needed'), 'a share that is too small': (30, 15, ('--n-labelled', .01), 'too few'),
            'nothing to choose by': (12, 6, ('--validate', .01, '--snapshots', 2), 'too few'), 'too few to clean': (8, 4, ('--method', 'filter'), 'folds')}
 
 
@@ -581,8 +581,8 @@ def test_rare_classes_are_in_every_part(tmp_path, unsafe, seeds):
         assert abs(len(part.labelled) - len(part.rows)) <= 2
 
 
-@pytest.mark.parametrize('words, told', [(('weak-teacher', '--data', 'pairs.jsonl', '--rows', 5000), '--rows is 5000, but'), (('persona', '--data', 'questions.jsonl', '--judge', 'pico', '--concept', 'x', '--rows', 5000), 'too few'),
-                                         (('maths', '--data', 'sums.jsonl', '--rows', 5000), 'too few'), (('toxicity', '--data', 'prompts.jsonl', '--scorer', 'scorer', '--allow-poor-scorer', '--rows', 5000), '--rows 5,000')], ids=lambda x: x[0] if isinstance(x, tuple) else '')
+@pytest.mark.parametrize('words, told', [(('weak-teacher', '--data', 'pairs.jsonl', '--n-unlabelled', 5000), '--n-unlabelled is 5000, but'), (('persona', '--data', 'questions.jsonl', '--judge', 'pico', '--concept', 'x', '--n-unlabelled', 5000), 'too few'),
+                                         (('maths', '--data', 'sums.jsonl', '--n-unlabelled', 5000), 'too few'), (('toxicity', '--data', 'prompts.jsonl', '--scorer', 'scorer', '--allow-poor-scorer', '--n-unlabelled', 5000), '--n-unlabelled 5,000')], ids=lambda x: x[0] if isinstance(x, tuple) else '')
 @pytest.mark.parametrize('dry', [True, False])
 def test_other_commands_refuse_before_any_work(home, tmp_path, words, told, dry, monkeypatch):
     monkeypatch.chdir(home)
@@ -593,7 +593,7 @@ def test_other_commands_refuse_before_any_work(home, tmp_path, words, told, dry,
 def test_a_file_of_weak_answers_is_looked_at_before_any_work(home, tmp_path):
     jsonl(tmp_path/'weak.jsonl', [dict(instruction='Translate.', input=sentence(6, i), output='x') for i in range(5)])
     with pytest.raises(DataError, match='has no answer to'):
-        w2s('run', 'persona', '--data', home/'questions.jsonl', '--answers', tmp_path/'weak.jsonl', '--judge', 'pico', '--concept', 'x', '--rows', 6, '--test-rows', 4, '--seeds', 1, '--out', tmp_path/'out')
+        w2s('run', 'persona', '--data', home/'questions.jsonl', '--answers', tmp_path/'weak.jsonl', '--judge', 'pico', '--concept', 'x', '--n-unlabelled', 6, '--n-test', 4, '--seeds', 1, '--out', tmp_path/'out')
     assert not (tmp_path/'out').exists()
 
 
@@ -691,7 +691,7 @@ def test_settings_that_are_no_numbers(words, value, home):
 @pytest.mark.parametrize('data', ['beta = "Ä"'.encode('latin-1'), 'beta = 1'.encode('utf-16'), b'\xff\xfe', b'beta = ' + b'9' * 5000, b'a = ' + b'[' * 5000], ids=['latin-1', 'utf-16', 'bytes', 'digits', 'deep'])
 def test_settings_files_that_cannot_be_read(tmp_path, data):
     (tmp_path/'x.toml').write_bytes(data)
-    with pytest.raises(ConfigError) as e: w2s('run', 'weak-teacher', '--config', tmp_path/'x.toml', '--dry-run')
+    with pytest.raises(ConfigError) as e: w2s('run', 'preferences', '--config', tmp_path/'x.toml', '--dry-run')
     assert 'x.toml' in str(e.value) or 'beta' in str(e.value)
 
 

@@ -361,7 +361,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     said(read_table, tmp_path/'x.jsonl', 'Permission denied')
 
 
-COMMANDS = [('run', 'weak-teacher', '--data', ''), ('run', 'classify', '--data', ''), ('run', 'maths', '--data', ''), ('run', 'persona', '--data', '', '--judge', 'pico', '--concept', 'a pirate'),
+COMMANDS = [('run', 'preferences', '--data', ''), ('run', 'classify', '--data', ''), ('run', 'maths', '--data', ''), ('run', 'persona', '--data', '', '--judge', 'pico', '--concept', 'a pirate'),
             ('refine', '--questions', '', '--out', 'o.jsonl'), ('label', '--model', 'pico', '--rows', '', '--supervisor', 'judge', '--out', 'o.parquet'),
             ('label', '--model', 'pico', '--rows', 'x.jsonl', '--train', ' ', '--out', 'o.parquet'), ('toxicity', 'score', '--scorer', 'oracle', '--texts', '', '--out', 'o.jsonl'),
             ('toxicity', 'fit', '--data', '', '--out', 'o')]

@@ -33,11 +33,11 @@ def commands(home):
     model, lean = str(home/NAME), ['--quantize', 'none', '--dtype', 'float32']
     pairs, texts, questions, sums = (str(home/f'{k} {NAME}{e}') for k, e in (('pairs', '.jsonl'), ('texts', '.csv'), ('questions', '.csv'), ('sums', '.csv')))
     one = ['--seeds', '1', *lean]
-    return {'weak-teacher': ['run', 'weak-teacher', '--data', pairs, '--weak', model, '--strong', model, '--rows', '16', '--test-rows', '6', *one],
-            'vary': ['run', 'weak-teacher', '--data', pairs, '--weak', model, '--strong', model, '--rows', '16', '--test-rows', '6', '--vary', 'beta', '--values', '0.1,1', *one],
-            'classify': ['run', 'classify', '--data', texts, '--weak', model, '--strong', model, '--rows', '16', '--test-rows', '6', '--method', 'xent', '--max-length', '256', *one],
-            'maths': ['run', 'maths', '--data', sums, '--weak', model, '--strong', model, '--method', 'in-context', '--examples', '1', '--gold-rows', '8', '--rows', '8', '--test-rows', '6', '--max-tokens', '8', *one],
-            'toxicity': ['run', 'toxicity', '--weak', model, '--strong', model, '--method', 'in-context', '--gold-rows', '8', '--rows', '8', '--test-rows', '4', *one],
+    return {'weak-teacher': ['run', 'preferences', '--data', pairs, '--weak', model, '--strong', model, '--n-labelled', '8', '--n-unlabelled', '8', '--n-test', '6', *one],
+            'vary': ['run', 'preferences', '--data', pairs, '--weak', model, '--strong', model, '--n-labelled', '8', '--n-unlabelled', '8', '--n-test', '6', '--vary', 'beta', '--values', '0.1,1', *one],
+            'classify': ['run', 'classify', '--data', texts, '--weak', model, '--strong', model, '--n-labelled', '8', '--n-unlabelled', '8', '--n-test', '6', '--method', 'xent', '--max-length', '256', *one],
+            'maths': ['run', 'maths', '--data', sums, '--weak', model, '--strong', model, '--method', 'in-context', '--examples', '1', '--n-labelled', '8', '--n-unlabelled', '8', '--n-test', '6', '--max-tokens', '8', *one],
+            'toxicity': ['run', 'toxicity', '--weak', model, '--strong', model, '--method', 'in-context', '--n-labelled', '8', '--n-unlabelled', '8', '--n-test', '4', *one],
             'label': ['label', '--model', model, '--rows', pairs, '--train', str(home/'more.jsonl'), '--max-length', '256', *lean],
             'refine': ['refine', '--questions', questions, '--strong', model, '--method', 'ask-to-improve', '--max-tokens', '8', *lean]}
 

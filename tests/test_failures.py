@@ -16,7 +16,7 @@ from w2s.io.disk import CAUSES, failure_text, find_litter
 from w2s.io.manifests import INCOMPLETE
 
 ROOT = Path(__file__).parents[1]
-SMALL = ('run', 'weak-teacher', '--weak', 'pico', '--strong', 'pico', '--rows', '16', '--test-rows', '6', '--seeds', '1', '--samples', '1', '--response-tokens', '32')
+SMALL = ('run', 'preferences', '--weak', 'pico', '--strong', 'pico', '--n-labelled', '8', '--n-unlabelled', '8', '--n-test', '6', '--seeds', '1', '--samples', '1', '--response-tokens', '32')
 
 
 @pytest.fixture(autouse=True)
@@ -116,14 +116,14 @@ def test_the_place_of_a_fault_is_named_and_the_traceback_can_be_had(monkeypatch)
 
 
 def test_what_the_user_types_wrong_is_no_fault():
-    assert w2s('run', 'weak-teachr')[0] == 2 and w2s('run', 'weak-teacher', '--bta', '1')[0] == 2
+    assert w2s('run', 'weak-teachr')[0] == 2 and w2s('run', 'preferences', '--bta', '1')[0] == 2
     assert w2s(*SMALL, '--seeds', '0') == (1, 'error: seeds is 0; it must be at least 1\n')
 
 
 # Numbers that are none
 
-NOT_NUMBERS = [('run', 'weak-teacher', '--beta', 'nan'), ('run', 'weak-teacher', '--beta', 'inf'), ('run', 'weak-teacher', '--sft-lr', 'nan'), ('run', 'weak-teacher', '--dpo-lr', 'inf'), ('run', 'weak-teacher', '--temperature', 'nan'),
-               ('run', 'weak-teacher', '--label-share', 'nan'), ('run', 'weak-teacher', '--smoothing', 'nan', '--loss', 'cdpo'), ('run', 'safety', '--lr', 'nan'), ('run', 'safety', '--lr', 'inf'),
+NOT_NUMBERS = [('run', 'preferences', '--beta', 'nan'), ('run', 'preferences', '--beta', 'inf'), ('run', 'preferences', '--sft-lr', 'nan'), ('run', 'preferences', '--dpo-lr', 'inf'), ('run', 'preferences', '--temperature', 'nan'),
+               ('run', 'preferences', '--label-share', 'nan'), ('run', 'preferences', '--smoothing', 'nan', '--loss', 'cdpo'), ('run', 'safety', '--lr', 'nan'), ('run', 'safety', '--lr', 'inf'),
                ('run', 'safety', '--validate', 'nan'), ('run', 'safety', '--label-share', 'nan'), ('run', 'persona', '--lr', 'nan'), ('run', 'toxicity', '--lr', 'nan'), ('run', 'toxicity', '--beta', 'inf'),
                ('label', '--model', 'pico', '--rows', 'r.jsonl', '--train', 't.jsonl', '--out', 'o.parquet', '--beta', 'nan'), ('label', '--model', 'pico', '--rows', 'r.jsonl', '--train', 't.jsonl', '--out', 'o.parquet', '--calibrate', 'nan'),
                ('refine', '--questions', 'q.jsonl', '--out', 'o.jsonl', '--method', 'resampled', '--temperature', 'nan')]
@@ -154,7 +154,7 @@ def test_a_broken_file_of_settings_is_one_sentence(tmp_path, kind, command):
 
 @pytest.mark.parametrize('place', ['nowhere.toml', '.'])
 def test_a_missing_file_of_settings_is_one_sentence(tmp_path, place):
-    assert 'no configuration file' in sentence(w2s('run', 'weak-teacher', '--config', tmp_path/place, '--out', tmp_path/'run')[1])
+    assert 'no configuration file' in sentence(w2s('run', 'preferences', '--config', tmp_path/place, '--out', tmp_path/'run')[1])
 
 
 # Streams and signals
@@ -180,7 +180,7 @@ def test_a_terminal_that_cannot_write_a_character_ends_nothing(tmp_path, env):
 def test_a_signal_is_answered_with_how_to_go_on(tmp_path, name, status):
     import signal
     import time
-    process = start(*SMALL, '--rows', '200', '--out', tmp_path/'run')
+    process = start(*SMALL, '--n-labelled', '100', '--n-unlabelled', '100', '--out', tmp_path/'run')
     while process.poll() is None and not list((tmp_path/'run'/'stages').glob('.unfinished-*-sft-*')): time.sleep(.01)
     process.send_signal(getattr(signal, name))
     said, told = process.communicate()
@@ -196,10 +196,10 @@ def test_every_cause_is_a_sentence():
 # Before PyTorch is there
 
 LIGHT = { # words of a command -> what is said
-    'run safety --seeds 0': 'seeds is 0', 'run weak-teacher --loss dpoo': 'did you mean "dpo"?', 'run weak-teacher --sft-lr nan': 'finite', 'run weak-teacher --weak picoo': 'did you mean "pico"?',
-    'run weak-teacher --data nowhere.jsonl': 'no such file', 'run weak-teacher --out file/run': 'file', 'run classify': 'needs rows', 'run safety --method confident': 'did you mean',
-    'run classify --data ./nowhere': 'no such file', 'run persona --rows 0': 'rows is 0', 'run maths --data my/own/sums': 'no such file', 'run toxicity --seeds 0': 'seeds is 0',
-    'refine --questions nowhere.csv --out x.jsonl': 'no such file', 'label --model pico --rows nowhere.csv --train t.csv --out x.parquet': 'no such file', 'run weak-teacher --config nowhere.toml': 'nowhere.toml'}
+    'run safety --seeds 0': 'seeds is 0', 'run preferences --loss dpoo': 'did you mean "dpo"?', 'run preferences --sft-lr nan': 'finite', 'run preferences --weak picoo': 'did you mean "pico"?',
+    'run preferences --data nowhere.jsonl': 'no such file', 'run preferences --out file/run': 'file', 'run classify': 'needs rows', 'run safety --method confident': 'did you mean',
+    'run classify --data ./nowhere': 'no such file', 'run persona --n-unlabelled 0': 'n_unlabelled is 0', 'run maths --data my/own/sums': 'no such file', 'run toxicity --seeds 0': 'seeds is 0',
+    'refine --questions nowhere.csv --out x.jsonl': 'no such file', 'label --model pico --rows nowhere.csv --train t.csv --out x.parquet': 'no such file', 'run preferences --config nowhere.toml': 'nowhere.toml'}
 
 
 @pytest.mark.parametrize('words', LIGHT)
@@ -212,7 +212,7 @@ def test_what_needs_no_model_is_said_before_pytorch_is_loaded(tmp_path, words):
 
 
 KEEPS = { # where a command's work is done -> its words
-    'w2s.experiments.preferences.run': 'run weak-teacher', 'w2s.experiments.vary.run_varied': 'run weak-teacher --vary beta', 'w2s.experiments.labels.run': 'run safety', 'w2s.experiments.demonstrations.run': 'run persona',
+    'w2s.experiments.preferences.run': 'run preferences', 'w2s.experiments.vary.run_varied': 'run preferences --vary beta', 'w2s.experiments.labels.run': 'run safety', 'w2s.experiments.demonstrations.run': 'run persona',
     'w2s.experiments.toxicity.run': 'run toxicity', 'w2s.files.refine.refine_file': 'refine --questions rows.csv --out x.jsonl', 'w2s.files.label.label': 'label --model pico --rows rows.csv --train more.csv --out x.parquet'}
 
 

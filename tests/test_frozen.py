@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 RECORD = Path(__file__).with_name('frozen.json')
 LADDER = '--weak pico --strong nano --seeds 1'
 COMMANDS = {
-    'weak-teacher': f'run weak-teacher {LADDER} --rows 40 --test-rows 20 --samples 1 --epochs 1',
-    'safety': f'run safety {LADDER} --rows 40 --test-rows 20 --epochs 1 --snapshots 2',
-    'legal': f'run legal {LADDER} --rows 40 --test-rows 20 --readout probe',
-    'persona': 'run persona --weak pico --strong scholar --seeds 1 --gold-rows 16 --rows 16 --test-rows 8 --epochs 1 --method naive,in-context',
-    'maths': 'run maths --weak pico --strong scholar --seeds 1 --gold-rows 16 --rows 16 --test-rows 8 --epochs 1 --method naive,ask-to-improve',
-    'toxicity': f'run toxicity {LADDER} --gold-rows 24 --rows 24 --test-rows 6 --samples 2 --epochs 1'}
+    'weak-teacher': f'run preferences {LADDER} --n-labelled 20 --n-unlabelled 20 --n-test 20 --samples 1 --epochs 1',
+    'safety': f'run safety {LADDER} --n-labelled 4 --n-unlabelled 36 --n-test 20 --epochs 1 --snapshots 2',
+    'legal': f'run legal {LADDER} --n-labelled 13 --n-unlabelled 27 --n-test 20 --readout probe',
+    'persona': 'run persona --weak pico --strong scholar --seeds 1 --n-labelled 16 --n-unlabelled 16 --n-test 8 --epochs 1 --method naive,in-context',
+    'maths': 'run maths --weak pico --strong scholar --seeds 1 --n-labelled 16 --n-unlabelled 16 --n-test 8 --epochs 1 --method naive,ask-to-improve',
+    'toxicity': f'run toxicity {LADDER} --n-labelled 24 --n-unlabelled 24 --n-test 6 --samples 2 --sft-epochs 1'}
 
 
 def machine() -> str:

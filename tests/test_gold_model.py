@@ -24,7 +24,7 @@ def test_a_reward_model_scores_the_responses_of_a_run_once(tmp_path, monkeypatch
     pretrain(tiny_model(tmp_path/'weak', texts, layers=1, seed=1), texts, steps=80) # it knows when an answer is over
     reward_folder(tmp_path/'judge', texts*5)
     step = TrainSettings(batch_size=8, learning_rate=3e-3)
-    config = WeakTeacher(str(tmp_path/'data'), str(tmp_path/'weak'), str(tmp_path/'weak'), rows=24, test_rows=6, load=LoadSettings('none', 'float32'),
+    config = WeakTeacher(str(tmp_path/'data'), str(tmp_path/'weak'), str(tmp_path/'weak'), n_labelled=12, n_unlabelled=12, n_test=6, load=LoadSettings('none', 'float32'),
                          lora=LoraSettings(rank=2), sft=step, dpo=step, samples=2, response_tokens=24, gold=str(tmp_path/'judge'))
     first = run(config, tmp_path/'run', quiet=True)
     assert count_stages(config) == 22
@@ -58,7 +58,7 @@ def test_a_gold_model_that_could_not_judge_is_refused_before_anything_is_trained
         about = json.loads((judge/'config.json').read_text())
         (judge/'config.json').write_text(json.dumps({**about, 'id2label': {str(i): str(i) for i in range(3)}, 'label2id': {str(i): i for i in range(3)}}))
     for name in {'no weights': ['model.safetensors'], 'no tokenizer': ['tokenizer.json', 'tokenizer_config.json']}.get(kind, []): (judge/name).unlink()
-    told = CliRunner().invoke(app, ['run', 'weak-teacher', '--data', str(tmp_path/'data'), '--weak', 'pico', '--strong', 'nano', '--seeds', '1', '--samples', '1', '--gold', str(judge),
+    told = CliRunner().invoke(app, ['run', 'preferences', '--data', str(tmp_path/'data'), '--weak', 'pico', '--strong', 'nano', '--seeds', '1', '--samples', '1', '--gold', str(judge),
                                     '--out', str(tmp_path/'run'), *['--dry-run'][:dry]])
     assert isinstance(told.exception, ModelError) and words in str(told.exception), told.exception
     assert not list((tmp_path/'run').glob('stages/*'))

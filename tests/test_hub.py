@@ -330,7 +330,7 @@ def rows(folder, n=24):
 def typed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows(tmp_path/'rows.jsonl')
-    return lambda *words: CliRunner().invoke(app, ['run', 'weak-teacher', '--data', 'rows.jsonl', *words])
+    return lambda *words: CliRunner().invoke(app, ['run', 'preferences', '--data', 'rows.jsonl', *words])
 
 
 def test_the_command_of_the_readme_with_names_of_the_hub(site, made, typed, tmp_path):

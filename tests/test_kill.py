@@ -33,8 +33,9 @@ TOML = '''
 data = "{home}/data"
 weak = "{home}/weak"
 strong = "{home}/strong"
-rows = 64
-test_rows = 16
+n_labelled = 32
+n_unlabelled = 32
+n_test = 16
 load = {{quantize = "none", dtype = "float32"}}
 lora = {{rank = 2, dropout = 0.1}}
 sft = {{batch_size = 4, epochs = 1, learning_rate = 1e-3, checkpoint_every = 2, token_budget = 300}}
@@ -57,7 +58,7 @@ def home(tmp_path_factory):
 def start(home, out):
     "The command, as a process of its own"
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
-    command = [sys.executable, '-c', 'from w2s.cli.app import main; main()', 'run', 'weak-teacher', '--config', str(home/'run.toml'), '--out', str(out)]
+    command = [sys.executable, '-c', 'from w2s.cli.app import main; main()', 'run', 'preferences', '--config', str(home/'run.toml'), '--out', str(out)]
     return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=open(out.with_suffix('.log'), 'ab'))
 
 

@@ -152,7 +152,7 @@ def test_an_adapter_of_our_own_is_no_model(good, tmp_path):
     with pytest.raises(ModelError, match=f'{tmp_path} is no model: it holds an adapter, .*{good.name}'): load_base(tmp_path, FULL, device='cpu')
 
 
-COMMANDS = {'run': ['run', 'weak-teacher', '--data', 'rows.jsonl', '--strong', 'pico', '--dry-run', '--weak'], 'classify': ['run', 'classify', '--data', 'classes.jsonl', '--text', 'text', '--strong', 'pico', '--dry-run', '--weak'],
+COMMANDS = {'run': ['run', 'preferences', '--data', 'rows.jsonl', '--strong', 'pico', '--dry-run', '--weak'], 'classify': ['run', 'classify', '--data', 'classes.jsonl', '--text', 'text', '--strong', 'pico', '--dry-run', '--weak'],
             'label': ['label', '--rows', 'rows.jsonl', '--train', 'train.jsonl', '--out', 'out.parquet', '--model'], 'persona': ['run', 'persona', '--strong', 'pico', '--dry-run', '--weak'],
             'refine': ['refine', '--questions', 'rows.jsonl', '--question', 'prompt', '--weak-answers', 'rows.jsonl', '--answer', 'rejected', '--out', 'out.jsonl', '--strong']}
 

@@ -65,9 +65,9 @@ class Spy:
 
 @pytest.fixture(scope='module')
 def world_data():
-    config = fill_settings(dict(weak='pico', strong='pico', rows=120, test_rows=30, seeds=2))
+    config = fill_settings(dict(weak='pico', strong='pico', n_labelled=60, n_unlabelled=60, n_test=30, seeds=2))
     model = know_model('strong', config.strong, config)
-    return config, model, load_preferences(config.data, [model.reader], config.test_rows, rows=config.rows)
+    return config, model, load_preferences(config.data, [model.reader], config.n_test, n_labelled=config.n_labelled, n_unlabelled=config.n_unlabelled)
 
 
 def ids(rows): return set(rows['id'][:])
@@ -95,7 +95,7 @@ RUNS = {'plain': {}, 'reward': dict(supervisor='reward'), 'calibrated': CALIBRAT
 def run(request, world_data, tmp_path, monkeypatch): return spied(world_data, tmp_path, monkeypatch, **RUNS[request.param])
 
 
-def parts(run, seed): return halves(run.data.train, run.config.rows, run.config.label_share, seed)
+def parts(run, seed): return halves(run.data.train, run.config.n_labelled, run.config.n_unlabelled, seed)
 
 
 def test_a_supervisor_learns_from_its_own_half_alone(run):

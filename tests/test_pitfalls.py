@@ -751,7 +751,7 @@ def world(tmp_path_factory, texts):
         tiny_model(home/name, texts, layers=layers, seed=layers)
         pretrain(home/name, texts, steps=30)
     step = TrainSettings(batch_size=8, learning_rate=3e-3)
-    return WeakTeacher(str(home/'data'), str(home/'weak'), str(home/'strong'), rows=40, test_rows=10, load=FULL, lora=LoraSettings(rank=2), sft=step, dpo=step)
+    return WeakTeacher(str(home/'data'), str(home/'weak'), str(home/'strong'), n_labelled=20, n_unlabelled=20, n_test=10, load=FULL, lora=LoraSettings(rank=2), sft=step, dpo=step)
 
 
 def adapters(result):
@@ -855,7 +855,7 @@ def stage_keys(config, root, monkeypatch):
     "Name -> folder of every stage of this configuration; nothing is trained, nothing is written"
     recorder, study = Recorder(), Study(config, Run(root, lambda line: None), True)
     weak, strong = know_models(config)
-    data = load_preferences(config.data, [m.reader for m in (*weak, strong)], config.test_rows, config.strict, config.rows, config.label_share)
+    data = load_preferences(config.data, [m.reader for m in (*weak, strong)], config.n_test, config.strict, config.n_labelled, config.n_unlabelled)
     with monkeypatch.context() as m:
         for module in (preference_stages, supervisors, arms, gold): m.setattr(module, 'run_stage', recorder)
         for table in ('label_table', 'weak_label_table', 'history_table', 'summarise', 'interval_table', 'compare'):
@@ -885,7 +885,7 @@ RESPONSES = {k for k in EVERY if k.endswith('-responses')}
 TESTED = {k for k in EVERY if k.endswith('-test')} | RESPONSES
 SOFT = {'labels': LabelUse(targets='soft')}
 CHANGES = { # field: (another value, the stages that are not found any more[, what else is set before and after])
-    'WeakTeacher.rows': (24, TRAINED), 'WeakTeacher.test_rows': (7, TESTED), 'WeakTeacher.label_share': (.4, TRAINED), 'WeakTeacher.seeds': (2, set()),
+    'WeakTeacher.n_labelled': (12, TRAINED), 'WeakTeacher.n_unlabelled': (12, TRAINED), 'WeakTeacher.n_test': (7, TESTED), 'WeakTeacher.seeds': (2, set()),
     'WeakTeacher.max_length': (30, EVERY), 'WeakTeacher.beta': (.2, EVERY - BEFORE | {'base-sft-human-seed0-test'}), 'WeakTeacher.strict': (False, set()),
     'WeakTeacher.supervisor': ('reward', {'weak-seed0-sft', 'weak-seed0-labels', *FLOOR, *TAUGHT}),
     'WeakTeacher.loss': ('ipo', STUDENT | HUMAN | CEILING), 'WeakTeacher.smoothing': (.2, STUDENT | HUMAN | CEILING, {'loss': 'cdpo'}),
@@ -1040,7 +1040,7 @@ def test_pitfall_17_the_seed_itself_is_in_the_key(world, tmp_path, monkeypatch):
     "The same rows in the same order, trained with another seed: another adapter, another key"
     recorder, model = Recorder(), know_model('weak', world.weak, world)
     monkeypatch.setattr(preference_stages, 'run_stage', recorder)
-    rows = load_preferences(world.data, [model.reader], world.test_rows).train['train_gt']
+    rows = load_preferences(world.data, [model.reader], world.n_test).train['train_gt']
     study = Study(world, Run(tmp_path, lambda line: None), True)
     keys = {preference_stages.sft_stage(study, model, 'same', rows, seed).parent.name for seed in (0, 1, 0)}
     assert len(keys) == 2
@@ -1134,9 +1134,9 @@ def test_pitfall_18_all_roles_answer_for_the_same_rows(world, done):
     assert len(ids) == 1 and len(set(next(iter(ids)))) == 10 and {'floor', 'student', 'human', 'ceiling', 'base'} == set(done.items.role)
     source = {json.loads(x)['prompt']: n for n in ('train_gt', 'train_w2s', 'test') for x in (Path(world.data)/f'{n}.jsonl').read_text().splitlines()}
     weak, strong = (know_model(r, n, world) for r, n in (('weak', world.weak), ('strong', world.strong)))
-    data = load_preferences(world.data, [weak.reader, strong.reader], world.test_rows)
+    data = load_preferences(world.data, [weak.reader, strong.reader], world.n_test)
     for seed in (0, 1):
-        labelled, unlabelled = halves(data.train, world.rows, world.label_share, seed)
+        labelled, unlabelled = halves(data.train, world.n_labelled, world.n_unlabelled, seed)
         _, best = arms.ceiling_rows(labelled, unlabelled, seed)
         assert {source[p] for p in labelled['prompt']} == {'train_gt'} and {source[p] for p in unlabelled['prompt']} == {'train_w2s'}
         assert sorted(best['id']) == sorted(unlabelled['id'])

@@ -66,13 +66,13 @@ def rows(tmp_path_factory):
 
 
 def config_of(rows, **more):
-    return WeakTeacher(**dict(data=str(rows/'data'), weak=str(rows/'model'), strong=str(rows/'model'), rows=24, test_rows=6, samples=1, gold=str(rows/'judge'),
+    return WeakTeacher(**dict(data=str(rows/'data'), weak=str(rows/'model'), strong=str(rows/'model'), n_labelled=12, n_unlabelled=12, n_test=6, samples=1, gold=str(rows/'judge'),
                               load=LoadSettings('none', 'float32')) | more)
 
 
 def loaded(c):
     model = know_model('strong', c.strong, c)
-    return model, load_preferences(c.data, [model.reader], c.test_rows)
+    return model, load_preferences(c.data, [model.reader], c.n_test)
 
 
 def test_lengths_are_those_of_the_chosen_responses(rows):

@@ -25,24 +25,24 @@ COLUMNS = {'a', 'b', 'metric', 'value', 'low', 'high', 'n', 'seeds', 'level', 'p
 
 @pytest.fixture(scope='module')
 def preferences(tmp_path_factory):
-    return weak_teacher.run(fill_settings(dict(weak='pico', strong='pico', rows=60, test_rows=150, seeds=2)), tmp_path_factory.mktemp('weak'), quiet=True)
+    return weak_teacher.run(fill_settings(dict(weak='pico', strong='pico', n_labelled=30, n_unlabelled=30, n_test=150, seeds=2)), tmp_path_factory.mktemp('weak'), quiet=True)
 
 
 @pytest.fixture(scope='module')
 def labels(tmp_path_factory):
-    given = dict(weak='pico', strong='nano', rows=120, label_share=.5, test_rows=60, seeds=1, methods='xent,hard', student=dict(epochs=1), supervisor=dict(epochs=1))
+    given = dict(weak='pico', strong='nano', n_labelled=60, n_unlabelled=60, n_test=60, seeds=1, methods='xent,hard', student=dict(epochs=1), supervisor=dict(epochs=1))
     return classify.run(fill_classify(given), tmp_path_factory.mktemp('labels'), quiet=True)
 
 
 @pytest.fixture(scope='module')
 def demonstrations(tmp_path_factory):
-    given = dict(weak='pico', strong='nano', seeds=2, gold_rows=8, rows=8, test_rows=12, demonstrate=dict(epochs=1), student=dict(epochs=1), max_tokens=16, examples=2)
+    given = dict(weak='pico', strong='nano', seeds=2, n_labelled=8, n_unlabelled=8, n_test=12, demonstrate=dict(epochs=1), student=dict(epochs=1), max_tokens=16, examples=2)
     return transfer.run(fill_transfer(given), tmp_path_factory.mktemp('persona'), quiet=True)
 
 
 @pytest.fixture(scope='module')
 def kind(tmp_path_factory):
-    given = dict(weak='pico', strong='pico', seeds=2, gold_rows=24, asked_rows=32, test_prompts=12, speak=dict(samples=3, max_tokens=12), sft=dict(epochs=1), dpo=dict(epochs=1))
+    given = dict(weak='pico', strong='pico', seeds=2, n_labelled=24, n_unlabelled=32, n_test=12, speak=dict(samples=3, max_tokens=12), sft=dict(epochs=1), dpo=dict(epochs=1))
     return toxicity.run(fill_toxicity(given), tmp_path_factory.mktemp('kind'), quiet=True)
 
 

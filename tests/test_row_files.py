@@ -160,12 +160,12 @@ def test_a_large_file_is_read_in_part(tmp_path, form, monkeypatch):
 
 def test_the_report_of_a_run_says_that_rows_were_chosen(tmp_path, monkeypatch):
     path = jsonl(tmp_path/'x.jsonl', pairs(3000))
-    words = ('run', 'weak-teacher', '--data', path, '--weak', 'pico', '--strong', 'pico', '--seeds', 1, '--dry-run')
-    assert 'chosen at random' not in w2s(*words, '--rows', 20, '--test-rows', 10)
+    words = ('run', 'preferences', '--data', path, '--weak', 'pico', '--strong', 'pico', '--seeds', 1, '--dry-run')
+    assert 'chosen at random' not in w2s(*words, '--n-labelled', 10, '--n-unlabelled', 10, '--n-test', 10)
     monkeypatch.setattr(tables, 'LARGE', 1000)
-    assert '120 of 3,000 rows chosen at random (seed 0' in w2s(*words, '--rows', 20, '--test-rows', 10)
+    assert '120 of 3,000 rows chosen at random (seed 0' in w2s(*words, '--n-labelled', 10, '--n-unlabelled', 10, '--n-test', 10)
     texts = jsonl(tmp_path/'y.jsonl', [dict(text=f'This is {i}.', label=i % 2) for i in range(3000)])
-    assert '200 of 3,000 rows chosen' in w2s('run', 'classify', '--data', texts, '--weak', 'pico', '--strong', 'pico', '--seeds', 1, '--rows', 30, '--test-rows', 20, '--dry-run')
+    assert '200 of 3,000 rows chosen' in w2s('run', 'classify', '--data', texts, '--weak', 'pico', '--strong', 'pico', '--seeds', 1, '--n-labelled', 15, '--n-unlabelled', 15, '--n-test', 20, '--dry-run')
 
 
 # On the command line
@@ -185,10 +185,10 @@ def home(tmp_path_factory):
 
 
 MODELS = ('--weak', 'pico', '--strong', 'pico', '--seeds', 1, '--dry-run')
-SMALL = ('--gold-rows', 4, '--rows', 6, '--test-rows', 4, '--seeds', 1, '--dry-run')
+SMALL = ('--n-labelled', 4, '--n-unlabelled', 6, '--n-test', 4, '--seeds', 1, '--dry-run')
 SPLIT = ('--split', 'train=train_two,test=test_one')
 COMMANDS = { # words, what the record must say
-    'weak-teacher': (('run', 'weak-teacher', '--data', 'pairs', '--column', 'prompt=ask,chosen=good,rejected=bad', *SPLIT, *MODELS), 'prompt: ask; chosen: good; rejected: bad'),
+    'weak-teacher': (('run', 'preferences', '--data', 'pairs', '--column', 'prompt=ask,chosen=good,rejected=bad', *SPLIT, *MODELS), 'prompt: ask; chosen: good; rejected: bad'),
     'label': (('label', '--model', 'pico', '--rows', 'pairs', '--supervisor', 'judge', '--out', 'OUT/o.parquet', '--column', 'prompt=ask,chosen=good,rejected=bad', '--split', 'rows=train_two', '--dry-run'), 'prompt: ask; chosen: good; rejected: bad'),
     'classify': (('run', 'classify', '--data', 'texts', '--column', 'text=body,label=stars', *SPLIT, *MODELS), 'text: body; label: stars'),
     'safety': (('run', 'safety', '--data', 'texts', '--column', 'text=body,label=stars', *SPLIT, *MODELS), 'text: body; label: stars'),
@@ -217,7 +217,7 @@ def test_a_part_that_is_not_known_is_named(home, tmp_path, monkeypatch, name):
     with pytest.raises(ConfigError, match='--column'): w2s(*words)
 
 
-@pytest.mark.parametrize('words', [('label', '--model', 'pico', '--rows', 'x'), ('run', 'weak-teacher'), ('run', 'classify'), ('run', 'persona'), ('run', 'toxicity'), ('refine', '--questions', 'x'), ('toxicity', 'fit', '--data', 'x'),
+@pytest.mark.parametrize('words', [('label', '--model', 'pico', '--rows', 'x'), ('run', 'preferences'), ('run', 'classify'), ('run', 'persona'), ('run', 'toxicity'), ('refine', '--questions', 'x'), ('toxicity', 'fit', '--data', 'x'),
                                    ('toxicity', 'score', '--scorer', 'oracle', '--texts', 'x'), ('zoo', 'build', '--size', 'pico')], ids=' '.join)
 @pytest.mark.parametrize('out', ['', ' '], ids=repr)
 def test_an_empty_out_is_refused(tmp_path, monkeypatch, words, out):

@@ -197,7 +197,7 @@ def test_failures_of_a_service_are_counted_and_asked_again(tmp_path):
 
 # The experiment
 
-SMALL = dict(weak='pico', strong='pico', seeds=1, gold_rows=24, asked_rows=32, test_prompts=8, speak=dict(samples=3, max_tokens=12), sft=dict(epochs=1), dpo=dict(epochs=1))
+SMALL = dict(weak='pico', strong='pico', seeds=1, n_labelled=24, n_unlabelled=32, n_test=8, speak=dict(samples=3, max_tokens=12), sft=dict(epochs=1), dpo=dict(epochs=1))
 
 
 @pytest.fixture(scope='module')
@@ -224,7 +224,7 @@ def test_a_world_run_is_whole_and_a_second_one_finds_it(small_run, capsys):
     said = stage_lines(capsys.readouterr().out)
     assert said and all(line.endswith(': found') for line in said)
     assert again.items.equals(result.items)
-    changed = run(fill_toxicity(SMALL | dict(test_prompts=6)), folder)   # only what depends on it
+    changed = run(fill_toxicity(SMALL | dict(n_test=6)), folder)   # only what depends on it
     out = stage_lines(capsys.readouterr().out)
     assert {line.split(':')[0].rsplit('-test', 1)[1] for line in out if not line.endswith(': found')} == {'', '-perplexity'}
     assert len(changed.prompts) == 6 and set(changed.intervals.query('metric == "empty"').n) == {5} # two of them are about one person

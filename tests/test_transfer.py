@@ -20,7 +20,7 @@ from w2s.models.zoo import SCHOLAR, card, model_folder
 from w2s.train.generate import GenerateSettings
 
 warnings.filterwarnings('ignore', category=FutureWarning)
-LITTLE = dict(weak='pico', strong='nano', seeds=1, gold_rows=8, rows=8, test_rows=6, demonstrate=dict(epochs=1), student=dict(epochs=1))
+LITTLE = dict(weak='pico', strong='nano', seeds=1, n_labelled=8, n_unlabelled=8, n_test=6, demonstrate=dict(epochs=1), student=dict(epochs=1))
 
 
 def site(folder: Path, **given) -> tuple[dict, Site]:

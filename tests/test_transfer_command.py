@@ -25,9 +25,9 @@ from w2s.models.zoo import zoo_folder
 ROOT = Path(__file__).parents[1]
 ALWAYS = {'report.md', 'figure.png', 'figure.svg', 'plane.png', 'plane.svg', 'results.parquet', 'items.parquet', 'intervals.parquet', 'differences.parquet', 'labels.parquet', 'pgr.parquet',
           'examples.parquet', 'answers.parquet', 'lessons.jsonl', 'config.toml', 'versions.json', 'manifest.json', 'adapters', 'stages'}
-WEAK = ('--weak', 'pico', '--gold-rows', '8')
-TINY = ('--strong', 'nano', '--rows', '8', '--test-rows', '6', '--seeds', '1', '--epochs', '1', '--max-tokens', '16')
-KIND = ('--weak', 'pico', '--strong', 'nano', '--gold-rows', '8', '--rows', '8', '--test-rows', '4', '--seeds', '1', '--epochs', '1', '--dpo-epochs', '1', '--samples', '2', '--max-tokens', '8',
+WEAK = ('--weak', 'pico', '--n-labelled', '8')
+TINY = ('--strong', 'nano', '--n-unlabelled', '8', '--n-test', '6', '--seeds', '1', '--epochs', '1', '--max-tokens', '16')
+KIND = ('--weak', 'pico', '--strong', 'nano', '--n-labelled', '8', '--n-unlabelled', '8', '--n-test', '4', '--seeds', '1', '--epochs', '1', '--dpo-epochs', '1', '--samples', '2', '--max-tokens', '8',
         '--examples', '2')
 
 
@@ -124,7 +124,7 @@ def test_sums_of_a_file_and_answers_of_a_file(tmp_path):
     sums = [dict(question=f'Ann has {a} pears and finds {b}. How many has she?', answer=f'She has {a} + {b} = <<{a}+{b}={a + b}>>{a + b}.\n#### {a + b}') for a in range(2, 8) for b in range(2, 6)]
     (tmp_path/'sums.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in sums))
     (tmp_path/'said.jsonl').write_text(''.join(json.dumps(dict(question=r['question'], answer=r['answer'].rpartition(' ')[2])) + '\n' for r in sums))
-    words = ('run', 'maths', '--data', tmp_path/'sums.jsonl', '--answers', tmp_path/'said.jsonl', '--strong', 'nano', '--rows', '8', '--test-rows', '6', '--seeds', '1', '--epochs', '1',
+    words = ('run', 'maths', '--data', tmp_path/'sums.jsonl', '--answers', tmp_path/'said.jsonl', '--strong', 'nano', '--n-unlabelled', '8', '--n-test', '6', '--seeds', '1', '--epochs', '1',
              '--max-tokens', '8', '--max-length', '256', '--examples', '1', '--out', tmp_path/'run')
     planned = ran(*words, '--dry-run')
     assert not (tmp_path/'run').exists() and '24 questions of' in planned and '3 trainings, all seeds together: 2 students, 1 ceilings' in planned

@@ -49,7 +49,7 @@ def home(tmp_path_factory):
 def given(home):
     "Settings of a comparison of a few seconds"
     step = dict(batch_size=8, learning_rate=1e-2)
-    return dict(data=str(home/'data'), weak=str(home/'weak'), strong=str(home/'strong'), rows=24, test_rows=8, load=dict(quantize='none', dtype='float32'),
+    return dict(data=str(home/'data'), weak=str(home/'weak'), strong=str(home/'strong'), n_labelled=12, n_unlabelled=12, n_test=8, load=dict(quantize='none', dtype='float32'),
                 lora=dict(rank=2), sft=step, dpo=step)
 
 
@@ -136,7 +136,7 @@ def test_models_of_all_values_have_the_same_rows(given, home, tmp_path, monkeypa
         (tmp_path/'data'/f'{split}.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows), encoding='utf-8')
     values = [given['strong'], letters(tmp_path/'letters', ['it is a'])]
     monkeypatch.setattr(vary, '_finish', lambda opened: opened.data)
-    seen = run_varied(given | dict(data=str(tmp_path/'data'), rows=None, test_rows=None), setting, values, tmp_path/'run', quiet=True).results
+    seen = run_varied(given | dict(data=str(tmp_path/'data'), rows=None, n_test=None), setting, values, tmp_path/'run', quiet=True).results
     easy, hard = (seen[v] for v in values)
     assert len(easy.test) == 20 and list(easy.test['id']) == list(hard.test['id'])
     for seed in (0, 1):
@@ -151,7 +151,7 @@ def test_shares_have_the_same_test_rows(source, given, tmp_path, monkeypatch):
     "Other halves, the same test rows; the number of rows in both halves together does not change"
     monkeypatch.setattr(vary, '_finish', lambda opened: opened.data)
     for name in ('WORLD_TRAIN', 'WORLD_TEST'): monkeypatch.setattr(preference_data, name, 40) # they are made in no time
-    settings = dict(rows=40, test_rows=20) if source == 'world' else given | dict(rows=24)
+    settings = dict(n_labelled=20, n_unlabelled=20, n_test=20) if source == 'world' else given | dict(rows=24)
     seen = run_varied(settings, 'share', ['1/4', '.4', '1/2'], tmp_path, quiet=True).results
     assert len({tuple(d.test['id']) for d in seen.values()}) == 1
     for at, share in (('1/4', .25), ('.4', .4), ('1/2', .5)):
@@ -166,7 +166,7 @@ def flat(table, where=''):
     return {k: v for n, x in table.items() for k, v in (flat(x, f'{where}{n}.') if isinstance(x, dict) else {where + n: x}).items()}
 
 
-VARIED = {'supervisor': {'weak', 'supervisor'}, 'student': {'strong'}, 'share': {'label_share'}, 'beta': {'beta'}, 'labels': {'labels.subset'},
+VARIED = {'supervisor': {'weak', 'supervisor'}, 'student': {'strong'}, 'share': {'n_labelled', 'n_unlabelled'}, 'beta': {'beta'}, 'labels': {'labels.subset'},
           'use': {f'labels.{f}' for f in ('targets', 'weights', 'keep', 'calibrate')}, 'loss': {'loss', 'labels.weights'}, 'start': {'start'}}
 
 
@@ -310,7 +310,7 @@ def test_the_most_confident_are_kept(pool):
 def test_vary_from_a_terminal(given, tmp_path):
     "Stages, tables, figure and a page of text of each value, under the name of the setting; a wrong name is refused before there is a folder"
     (tmp_path/'run.toml').write_text(tomli_w.dumps(given), encoding='utf-8')
-    def w2s(*words): return CliRunner().invoke(app, ['run', 'weak-teacher', '--config', str(tmp_path/'run.toml'), '--out', str(tmp_path/'out'), *words])
+    def w2s(*words): return CliRunner().invoke(app, ['run', 'preferences', '--config', str(tmp_path/'run.toml'), '--out', str(tmp_path/'out'), *words])
     wrong = w2s('--vary', 'strat')
     assert isinstance(wrong.exception, ConfigError) and 'did you mean "start"' in str(wrong.exception) and not (tmp_path/'out').exists()
     done = w2s('--vary', 'start')

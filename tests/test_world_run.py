@@ -1,4 +1,4 @@
-"`w2s run weak-teacher` on the embedded world and its ladder: without arguments, without a network, killed while it samples, and with wrong names"
+"`w2s run preferences` on the embedded world and its ladder: without arguments, without a network, killed while it samples, and with wrong names"
 import dataclasses
 import json
 import os
@@ -89,10 +89,10 @@ def test_ladder_has_read_of_this_world():
 # Wrong names
 
 @pytest.mark.parametrize('words, said', [
-    (['run', 'weak-teacher', '--weak', 'picoo'], ['did you mean "pico"', 'pico, nano, micro, base']),
-    (['run', 'weak-teacher', '--strong', 'bas'], ['did you mean "base"']),
-    (['run', 'weak-teacher', '--data', 'world:one'], ['a number, as in world:3']),
-    (['run', 'weak-teacher', '--data', 'nowhere.jsonl', '--samples', '2'], ['only data "world" has a gold reward']),
+    (['run', 'preferences', '--weak', 'picoo'], ['did you mean "pico"', 'pico, nano, micro, base']),
+    (['run', 'preferences', '--strong', 'bas'], ['did you mean "base"']),
+    (['run', 'preferences', '--data', 'world:one'], ['a number, as in world:3']),
+    (['run', 'preferences', '--data', 'nowhere.jsonl', '--samples', '2'], ['only data "world" has a gold reward']),
     (['zoo', 'build', '--size', 'bas', '--out', 'x'], ['did you mean "base"']),
 ])
 def test_wrong_names(words, said, tmp_path):
@@ -110,7 +110,7 @@ def small(tmp_path_factory):
     "A whole run, small, with the smallest models"
     home = tmp_path_factory.mktemp('world')
     start = time.time()
-    done = w2s('run', 'weak-teacher', '--weak', 'pico', '--strong', 'pico', '--rows', 40, '--test-rows', 20, '--seeds', 1, at=home)
+    done = w2s('run', 'preferences', '--weak', 'pico', '--strong', 'pico', '--n-labelled', 20, '--n-unlabelled', 20, '--n-test', 20, '--seeds', 1, at=home)
     assert done.returncode == 0, done.stderr[-3000:]
     return home/'runs'/'weak-teacher', done.stdout, time.time() - start
 
@@ -143,7 +143,7 @@ def test_small_run_adds_up(small):
 
 def test_second_start_finds_all(small):
     "The same command again finds every stage done"
-    again = w2s('run', 'weak-teacher', '--config', small[0]/'config.toml', '--out', small[0], at=small[0])
+    again = w2s('run', 'preferences', '--config', small[0]/'config.toml', '--out', small[0], at=small[0])
     assert again.returncode == 0 and again.stdout.count(': found') == 22, again.stderr[-2000:]
 
 
@@ -152,9 +152,9 @@ def test_second_start_finds_all(small):
 @pytest.fixture
 def writers(tmp_path):
     "A study of two sizes, a model, and test rows"
-    config = fill_settings(dict(weak='pico', strong='pico', test_rows=20, rows=8))
+    config = fill_settings(dict(weak='pico', strong='pico', n_test=20, n_labelled=4, n_unlabelled=4))
     model = know_model('strong', config.strong, config)
-    test = load_preferences(config.data, [model.reader], config.test_rows).test
+    test = load_preferences(config.data, [model.reader], config.n_test).test
     return lambda where, **more: (Study(dataclasses.replace(config, **more), Run(tmp_path/where, lambda line: None), True), model, None, 'base', test, 0)
 
 
@@ -193,6 +193,6 @@ def test_samples_do_not_depend_on_batches(writers, monkeypatch):
 
 def test_plan_counts_responses():
     "--dry-run knows of the responses"
-    p = plan(fill_settings(dict(weak='pico', strong='pico', rows=8, test_rows=4, seeds=1)))
+    p = plan(fill_settings(dict(weak='pico', strong='pico', n_labelled=4, n_unlabelled=4, n_test=4, seeds=1)))
     assert 'write' in set(p.stages.kind) and p.minutes > 0
     assert json.dumps(p.report)

@@ -130,7 +130,8 @@ def transfer_config(
     "Settings of a run: the file, then the flags, then what fits for all others; raises `ConfigError`"
     name = next(n for n, (tasks, _) in TASKS.items() if task in tasks)
     flag, words = CHOSEN.get(name, ('', {}))
-    return make_settings(Transfer, settings_table(COMMANDS[name], flags, file, {flag: w for w, t in words.items() if t == task}))
+    chosen = next((w for w, t in words.items() if t == task), None)
+    return make_settings(Transfer, settings_table(COMMANDS[name], flags, file, {flag: chosen} if chosen else {}))
 
 # %% ../../nbs/api/cli/40_demonstrations.ipynb #21f6e9db
 def count_toxicity(

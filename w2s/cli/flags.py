@@ -188,7 +188,7 @@ def command_function(
     "A function with a parameter for each option, for typer"
     options = {o.parameter: (typer_option(o), None) for o in options_of(command.settings)}
     old, last, extra = _old_options(command.settings), _last_options(out), {k: (v, None) for k, v in command.extra.items()}
-    whole = {**{k: (v, None) for k, v in old.items() if k not in options}, **extra, **options, **last}
+    whole = {**{k: (v, None) for k, v in old.items() if k not in options}, **options, **extra, **last}
     def function(**typed: Any) -> None:
         settings = option_settings(command.settings, {k: v for k, v in typed.items() if k in options})
         settings |= {k: v for k, v in typed.items() if k in old and v is not None}

@@ -19,7 +19,7 @@ from ..errors import ConfigError, unknown
 from .config import number
 from .preference_settings import weak_names
 from .settings import Settings, all_or_count, check_least, check_names_once, make_settings, setting
-from ..models.places import LoadSettings, LoraSettings
+from ..models.places import LoraSettings
 from ..models.zoo import LADDER
 from ..train.settings import LABEL_LOSSES, TrainSettings, loss_options
 

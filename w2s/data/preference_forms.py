@@ -18,7 +18,6 @@ from typing import Any
 # %% ../../nbs/api/data/110_preference_forms.ipynb #492aaa04
 from .columns import HISTORY, SYSTEM, is_missing
 from .messages import open_messages, plain_messages
-from .names import PARTS
 from .prompts import TWO_SYSTEMS, UNREADABLE, PromptColumns, beside_columns, find_columns, prompt_columns
 from ..errors import DataError
 

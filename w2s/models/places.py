@@ -41,15 +41,15 @@ def revisions(
 @dataclass(frozen=True)
 class LoadSettings:
     "How a base model is loaded"
-    quantize: str = 'nf4'            # 'nf4': 4-bit with double quantization (QLoRA); 'none': weights in `dtype`
-    dtype: str = 'auto'              # type of the arithmetic, and of what is not quantized; 'auto': bfloat16 where the processor or GPU has instructions for it, else float16 on a GPU and float32 on a CPU
-    revision: str | None = None      # commit, branch or refs/pr/N on the hub; of one model as in 'weak=refs/pr/6,strong=main'; None: its main branch
+    quantize: str = 'nf4'            # nf4: 4-bit with double quantization (QLoRA); none: weights in the type that dtype names
+    dtype: str = 'auto'              # bfloat16, float16 or float32: type of the arithmetic, and of what is not quantized; auto: bfloat16 where the processor or GPU has instructions for it, else float16 on a GPU and float32 on a CPU
+    revision: str | None = None      # of models on the hub: a branch, a commit or refs/pr/N; of one of them as in weak=refs/pr/6,strong=main; none: main, or safetensors that the converter of the hub has proposed
     trust_remote_code: bool = False  # run the Python code that comes with a model
-    allow_pickle: bool = False       # read weights in pickle form (.bin), which can run any code
-    nf4_share: float = 0.8           # least share of the body's weights that 'nf4' must put in 4 bits, or the model is refused; 0: any
-    chat_template: str | None = None # of rows of messages: 'plain', 'chatml' or a file; None: the model's own, plain paragraphs where it has none
-    device: str = 'auto'             # 'cpu', 'cuda', 'cuda:1', 'mps' or 'xpu'; 'auto': the first GPU if there is one
-    compute: str = 'auto'            # 'autocast': adapters, kept in 32 bits, compute in `dtype`; 'plain': in 32 bits; 'auto': autocast on a GPU where `dtype` has 16 bits
+    allow_pickle: bool = False       # read weights in pickle form (.bin) where there are no others; that can run any code on your machine
+    nf4_share: float = 0.8           # least share of the body's weights that nf4 must put in 4 bits, or the model is refused; 0: any
+    chat_template: str | None = None # of rows of chat messages: plain (paragraphs, Human: and Assistant:), chatml, or a file with a template in Jinja; none: the model's own, plain where it has none
+    device: str = 'auto'             # cpu, cuda, cuda:1, mps or xpu; auto: the first GPU if there is one
+    compute: str = 'auto'            # autocast: adapters, kept in 32 bits, compute in the type of dtype; plain: in 32 bits; auto: autocast on a GPU where dtype has 16 bits
 
     def __post_init__(self):
         if self.quantize not in ('nf4', 'none'): raise ConfigError(unknown(self.quantize, ['nf4', 'none'], 'value of quantize'))
@@ -63,10 +63,10 @@ class LoadSettings:
 @dataclass(frozen=True)
 class LoraSettings:
     "The trainable adapter"
-    rank: int = 8                  # Tao & Li, Table 7
+    rank: int = 8                  # of the adapter: a larger one can learn more; 8: Tao & Li, Table 7
     alpha: int = 16                # the update is scaled by alpha / rank
     dropout: float = 0.0           # on the adapter's input, in training only
-    targets: tuple[str, ...] = ()  # names of linear layers, such as ('q_proj', 'v_proj'); empty: all of the body, without experts in 4 bits, routers and output head
+    targets: tuple[str, ...] = ()  # names of linear layers, such as q_proj,v_proj; none: all of the body, without experts in 4 bits, routers and output head
 
     def __post_init__(self):
         if self.rank < 1: raise ConfigError(f'lora rank is {self.rank}; it must be at least 1')

@@ -21,16 +21,16 @@ OPTIMIZERS = ('adamw', 'paged_adamw_8bit')
 @dataclass(frozen=True)
 class TrainSettings:
     "How an adapter is trained"
-    epochs: int = 1                      # passes over the rows; Tao & Li: 1
-    batch_size: int = 16                 # rows a step; Tao & Li: 32 for SFT, 16 for DPO
-    learning_rate: float = 5e-5          # at its highest; Tao & Li: 5e-5 for DPO on HH
-    schedule: str = 'cosine'             # 'cosine', 'linear' or 'constant' after the warm-up; not stated in the paper
+    epochs: int = 1                      # passes over the examples; Tao & Li: 1
+    batch_size: int = 16                 # examples per step; Tao & Li: 32 for SFT, 16 for DPO
+    learning_rate: float = 5e-5          # learning rate at its highest; Tao & Li: 5e-5 for DPO on HH
+    schedule: str = 'cosine'             # of the learning rate after the warm-up: cosine, linear or constant; not stated in the paper
     warmup: float = 0.1                  # share of steps with a rising learning rate; not stated
     weight_decay: float = 0.0            # of AdamW; not stated
     max_grad_norm: float = 1.0           # longer gradients are shortened to it; not stated
-    optimizer: str = 'adamw'             # 'adamw', or 'paged_adamw_8bit' on a CUDA GPU: its state is paged only for tensors of 100,000 numbers or more, which adapters of low rank hardly have
+    optimizer: str = 'adamw'             # adamw, or paged_adamw_8bit on a CUDA GPU: its state is paged only for tensors of 100,000 numbers or more, which adapters of low rank hardly have
     token_budget: int = 8192             # padded tokens at once: memory and speed, not the result; halved where memory runs out
-    gradient_checkpointing: bool | str = 'auto' # compute activations again in the backward pass: less memory, a third slower; 'auto': where a GPU has no room otherwise
+    gradient_checkpointing: bool | str = 'auto' # compute activations again in the backward pass: less memory, a third slower; auto: where a GPU has no room otherwise
     checkpoint_every: int = 50           # steps between checkpoints: what a kill can lose
 
     def __post_init__(self):
@@ -48,13 +48,13 @@ class TrainSettings:
 @dataclass(frozen=True)
 class GenerateSettings:
     "How responses are sampled"
-    max_tokens: int = 256          # tokens of a response at most (Tao & Li)
-    temperature: float = 0.7       # logits are divided by it (Tao & Li); 0: always the likeliest token
+    max_tokens: int = 256          # tokens of a response at most (Tao & Li: 256)
+    temperature: float = 0.7       # of sampling: logits are divided by it (Tao & Li: 0.7); 0: always the likeliest token
     top_p: float = 1.0             # sample among the likeliest tokens that hold this probability together; 1: among all
     top_k: int = 0                 # sample among so many likeliest tokens, before top_p is applied; 0: among all
     no_repeat_ngram: int = 0       # no n-gram of so many tokens comes twice, those of the prompt included, as in transformers; 0: they may
     samples: int = 1               # responses to each prompt
-    stop: tuple[str, ...] = ()     # a response ends before any of these texts, such as a line break
+    stop: tuple[str, ...] = ()     # a response ends before this text, such as a line break
     token_budget: int = 8192       # tokens of prompts and responses at once: a matter of memory and speed
 
     def __post_init__(self):
