@@ -135,12 +135,13 @@ def test_models_of_all_values_have_the_same_rows(given, home, tmp_path, monkeypa
         rows.insert(3 + k, dict(prompt=f'what falls in {split}?', chosen='it is ☃', rejected='it is ☂'))
         (tmp_path/'data'/f'{split}.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows), encoding='utf-8')
     values = [given['strong'], letters(tmp_path/'letters', ['it is a'])]
-    monkeypatch.setattr(vary, '_finish', lambda opened: opened.data)
-    seen = run_varied(given | dict(data=str(tmp_path/'data'), rows=None, n_test=None), setting, values, tmp_path/'run', quiet=True).results
+    monkeypatch.setattr(vary, '_finish', lambda opened: opened.make.args[0].data)
+    monkeypatch.setattr(vary, '_say_other_rows', lambda *results: None)
+    seen = run_varied(given | dict(data=str(tmp_path/'data'), n_labelled=None, n_unlabelled=None, n_test=None), setting, values, tmp_path/'run', quiet=True).results
     easy, hard = (seen[v] for v in values)
     assert len(easy.test) == 20 and list(easy.test['id']) == list(hard.test['id'])
     for seed in (0, 1):
-        for a, b in zip(halves(easy.train, None, .5, seed), halves(hard.train, None, .5, seed), strict=True):
+        for a, b in zip(halves(easy.train, None, None, seed), halves(hard.train, None, None, seed), strict=True):
             assert len(a) == 20 and list(a['id']) == list(b['id']) and not any('falls' in p for p in a['prompt'])
     alone, strong = know_models(WeakTeacher(str(tmp_path/'data'), given['weak'], given['strong']))
     assert len(load_preferences(str(tmp_path/'data'), [m.reader for m in (*alone, strong)]).test) == 21 # by themselves, they read it
@@ -149,14 +150,16 @@ def test_models_of_all_values_have_the_same_rows(given, home, tmp_path, monkeypa
 @pytest.mark.parametrize('source', ['world', 'file'])
 def test_shares_have_the_same_test_rows(source, given, tmp_path, monkeypatch):
     "Other halves, the same test rows; the number of rows in both halves together does not change"
-    monkeypatch.setattr(vary, '_finish', lambda opened: opened.data)
+    monkeypatch.setattr(vary, '_finish', lambda opened: opened.make.args[0].data)
+    monkeypatch.setattr(vary, '_say_other_rows', lambda *results: None)
     for name in ('WORLD_TRAIN', 'WORLD_TEST'): monkeypatch.setattr(preference_data, name, 40) # they are made in no time
-    settings = dict(n_labelled=20, n_unlabelled=20, n_test=20) if source == 'world' else given | dict(rows=24)
+    settings = dict(n_labelled=20, n_unlabelled=20, n_test=20) if source == 'world' else given
     seen = run_varied(settings, 'share', ['1/4', '.4', '1/2'], tmp_path, quiet=True).results
     assert len({tuple(d.test['id']) for d in seen.values()}) == 1
     for at, share in (('1/4', .25), ('.4', .4), ('1/2', .5)):
-        labelled, unlabelled = halves(seen[at].train, settings['rows'], share, 0)
-        assert (len(labelled), len(unlabelled)) == (round(share*settings['rows']), round((1 - share)*settings['rows']))
+        both = settings['n_labelled'] + settings['n_unlabelled']
+        labelled, unlabelled = halves(seen[at].train, round(share*both), both - round(share*both), 0)
+        assert (len(labelled), len(unlabelled)) == (round(share*both), both - round(share*both))
 
 
 # Settings

@@ -72,7 +72,7 @@ def test_written_settings_are_the_run(given, tmp_path):
 @pytest.mark.parametrize('given', [{'weak': 'facebook/opt-125m'}, {'strong': './mine'}])
 def test_other_models_have_the_papers_settings(given):
     "One model of the ladder is not enough for its learning rates"
-    c, paper = fill_settings(given), WeakTeacher()
+    c, paper = fill_settings(given), WeakTeacher('pairs.jsonl', 'weak', 'strong')
     assert (c.beta, c.sft, c.dpo, c.load, c.lora, c.seeds) == (paper.beta, paper.sft, paper.dpo, paper.load, paper.lora, paper.seeds)
 
 
@@ -112,7 +112,7 @@ def small(tmp_path_factory):
     start = time.time()
     done = w2s('run', 'preferences', '--weak', 'pico', '--strong', 'pico', '--n-labelled', 20, '--n-unlabelled', 20, '--n-test', 20, '--seeds', 1, at=home)
     assert done.returncode == 0, done.stderr[-3000:]
-    return home/'runs'/'weak-teacher', done.stdout, time.time() - start
+    return home/'runs'/'preferences', done.stdout, time.time() - start
 
 
 def test_small_run(small):
@@ -180,7 +180,7 @@ def test_settings_of_responses_act(writers, tmp_path):
     for n, more in enumerate((dict(samples=1), dict(temperature=.5), dict(response_tokens=5)), 2):
         sample_stage(*writers('c', **more))
         assert len(list((tmp_path/'c'/'stages').iterdir())) == n
-    for same in (dict(beta=.2), dict(seeds=1), dict(rows=9)): sample_stage(*writers('c', **same))
+    for same in (dict(beta=.2), dict(seeds=1), dict(n_labelled=9)): sample_stage(*writers('c', **same))
     assert len(list((tmp_path/'c'/'stages').iterdir())) == 4
 
 

@@ -22,7 +22,8 @@ from ..errors import DataError, ModelError
 from ..evaluate.responses import Scorer, reward_scores
 from ..evaluate.reward_models import BF16, load_reward_model
 from .config import settings_hash
-from .preference_data import ladder_world, world_seed
+from .preference_data import ladder_world
+from .settings import world_seed
 from .preference_stages import Model, Study, asked_inputs, close_base, model_inputs, open_base
 from .response_ends import Written
 from .stages import CHECKPOINTS, run_stage

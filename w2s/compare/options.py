@@ -106,7 +106,9 @@ class Option:
     read: Any = None           # how a text becomes its value; None: by its type
 
     @property
-    def parameter(self) -> str: return self.flag.replace('-', '_')
+    def parameter(self) -> str:
+        "Its name in Python"
+        return self.flag.replace('-', '_')
 
 def _switch(kind: Any, usual: Any) -> bool: return kind is bool and usual is False # --strict: nothing to say of a default
 

@@ -19,7 +19,8 @@ from scipy.special import expit, logit
 from ..data.rows import to_pairs
 from ..data.splits import group_split
 from ..errors import DataError
-from .preference_data import PreferenceData, halves, world_seed
+from .preference_data import PreferenceData, halves
+from .settings import world_seed
 from .preference_stages import Model, Study, dpo_stage, encoded, model_inputs, open_base, pair_rewards, sft_stage, train_stage
 from .sources import source_hash
 from .stages import run_stage

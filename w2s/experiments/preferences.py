@@ -305,7 +305,7 @@ def open_preferences(
 
 def run(
     config: WeakTeacher | None = None,      # what to compare; None: models of the ladder on rows of the world
-    out: str | Path = 'runs/weak-teacher',  # folder of stages and results; used again by later runs
+    out: str | Path = 'runs/preferences',  # folder of stages and results; used again by later runs
     quiet: bool = False,                    # no progress bars and no lines
     keep: bool = False,                     # use finished stages that other versions of the packages made
 ) -> Result:

@@ -250,7 +250,7 @@ def run_varied(
     given: Mapping[str, Any],              # settings that all share, as of a file
     setting: str,                          # a key of `VARIATIONS`, a setting or a flag
     values: Sequence[str] = (),            # of it; empty: those of `VARIATIONS`
-    out: str | Path = 'runs/weak-teacher', # folder of stages; those of other runs in it are used again
+    out: str | Path = 'runs/preferences', # folder of stages; those of other runs in it are used again
     quiet: bool = False,                   # no progress bars and no lines
     keep: bool = False,                    # use finished stages that other versions of the packages made
     cls: Any = WeakTeacher,                # the settings of the experiment
@@ -264,9 +264,11 @@ def run_varied(
         ready = open_together(configs, study) if cls is WeakTeacher else {at: OPEN[cls](study(c)) for at, c in configs.items()}
         note_models(stages, [m for o in ready.values() for m in o.models])
         if not quiet: print(*dict.fromkeys(line for o in ready.values() for line in first_lines(o)), sep='\n')
-        out_of = {at: o.result(o.make()) for at, o in ready.items()}
+        out_of = {at: _finish(o) for at, o in ready.items()}
     _say_other_rows(setting, out_of)
     return Varied(Path(out), setting, out_of)
+
+def _finish(o: Opened) -> Any: return o.result(o.make()) # all stages, then all tables
 
 def _say_other_rows(setting: str, results: Mapping[str, Any]) -> None:
     "Say so if two values were tested on different examples"

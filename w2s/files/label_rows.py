@@ -21,10 +21,9 @@ from sklearn.linear_model import LogisticRegression
 from ..data.choice import rows_wanted
 from ..data.columns import ColumnsRead, check_leave_out
 from ..data.hygiene import DataReport, clean_text, file_rows
-from ..data.preference_forms import PARTS
 from ..data.readers import FileRead, Refused, preference_rows, says_choice
 from ..data.rows import as_dataset, row_features
-from ..data.names import named_pairs
+from ..data.names import PARTS, named_pairs
 from ..data.sources import one_table
 from ..data.splits import group_split, sample_rows
 from ..data.tables import RawTable
