@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'CLEAN_OPTIONS', 'WORLD_TASKS', 'READOUTS', 'PAPER_STEPS', 'LADDER_STEPS', 'Method', 'parse_method',
-           'world_task', 'spaced', 'Classify', 'check_classify', 'class_models', 'fill_classify']
+           'world_task', 'class_models', 'spaced', 'Classify', 'check_classify', 'fill_classify']
 
 # %% ../../nbs/api/compare/150_label_settings.ipynb #6e7ba177
 import math
@@ -87,6 +87,14 @@ READOUTS = ('head', 'words', 'probe')
 
 # %% ../../nbs/api/compare/150_label_settings.ipynb #86c64b07
 PAPER_STEPS: dict[str, Any] = dict(epochs=2, batch_size=32, learning_rate=2e-4) # Burns et al.: 2 epochs of 32; their learning rate is that of training all weights
+
+# %% ../../nbs/api/compare/150_label_settings.ipynb #3af4211f
+def class_models(
+    given: Mapping[str, Any], # settings, filled in
+) -> list[str]:               # names, each once
+    "Every model that a run needs"
+    names = [n for k in ('weak', 'strong', 'via') for n in given.get(k, ())]
+    return list(dict.fromkeys(m for n in names for m in weak_names(n)))
 
 # %% ../../nbs/api/compare/150_label_settings.ipynb #a4dff7c0
 LADDER_STEPS: dict[str, Any] = dict(epochs=3, batch_size=16, learning_rate=1e-3)
@@ -187,14 +195,6 @@ def _check_snapshots(c: Classify) -> None:
     if c.snapshots < 0 or c.snapshots == 1: raise ConfigError(f'snapshots is {c.snapshots}; want 0 (none), or 2 and more')
     if not 0 <= c.validate < 1: raise ConfigError(f'validate is {c.validate}; it is a share of the student\'s rows, in [0, 1)')
     if c.validate and not c.snapshots: raise ConfigError('validate keeps rows back to choose a snapshot by, and there are none; set snapshots, too')
-
-# %% ../../nbs/api/compare/150_label_settings.ipynb #3af4211f
-def class_models(
-    given: Mapping[str, Any], # settings, filled in
-) -> list[str]:               # names, each once
-    "Every model that a run needs"
-    names = [n for k in ('weak', 'strong', 'via') for n in given.get(k, ())]
-    return list(dict.fromkeys(m for n in names for m in weak_names(n)))
 
 # %% ../../nbs/api/compare/150_label_settings.ipynb #43aa4431
 def fill_classify(
