@@ -863,7 +863,7 @@ def stage_keys(config, root, monkeypatch):
         m.setattr(arms, 'response_rows', nothing)
         m.setattr(arms, 'gold_judge', lambda config, root: 'nobody' if config.samples else None)
         m.setattr(supervisors, 'fit_temperature', lambda margins, prob_a: 1 + abs(margins).mean())
-        weak_teacher.run_study(study, weak, strong, data)
+        weak_teacher.make_arms(weak_teacher.Preferences(study, weak, strong, data))
     return recorder.stages
 
 

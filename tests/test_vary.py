@@ -135,7 +135,7 @@ def test_models_of_all_values_have_the_same_rows(given, home, tmp_path, monkeypa
         rows.insert(3 + k, dict(prompt=f'what falls in {split}?', chosen='it is ☃', rejected='it is ☂'))
         (tmp_path/'data'/f'{split}.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows), encoding='utf-8')
     values = [given['strong'], letters(tmp_path/'letters', ['it is a'])]
-    monkeypatch.setattr(vary, 'run_study', lambda study, weak, strong, data: data)
+    monkeypatch.setattr(vary, '_finish', lambda opened: opened.data)
     seen = run_varied(given | dict(data=str(tmp_path/'data'), rows=None, test_rows=None), setting, values, tmp_path/'run', quiet=True).results
     easy, hard = (seen[v] for v in values)
     assert len(easy.test) == 20 and list(easy.test['id']) == list(hard.test['id'])
@@ -149,7 +149,7 @@ def test_models_of_all_values_have_the_same_rows(given, home, tmp_path, monkeypa
 @pytest.mark.parametrize('source', ['world', 'file'])
 def test_shares_have_the_same_test_rows(source, given, tmp_path, monkeypatch):
     "Other halves, the same test rows; the number of rows in both halves together does not change"
-    monkeypatch.setattr(vary, 'run_study', lambda study, weak, strong, data: data)
+    monkeypatch.setattr(vary, '_finish', lambda opened: opened.data)
     for name in ('WORLD_TRAIN', 'WORLD_TEST'): monkeypatch.setattr(preference_data, name, 40) # they are made in no time
     settings = dict(rows=40, test_rows=20) if source == 'world' else given | dict(rows=24)
     seen = run_varied(settings, 'share', ['1/4', '.4', '1/2'], tmp_path, quiet=True).results

@@ -216,6 +216,7 @@ def dry_toxicity(
 ) -> str:        # settings as TOML, where prompts come from, and the number of trainings
     "What a run would do; nothing is written. Raises `DataError`, `ModelError` or `ConfigError`"
     from w2s.compare.config import to_toml
+    from w2s.compare.preference_stages import model_lines
     from w2s.experiments.toxicity import toxicity_models
     from w2s.compare.toxicity_arms import judge_of
     from w2s.compare.toxicity_data import file_rows, origin_of, prompts_of
@@ -224,7 +225,7 @@ def dry_toxicity(
     if found:
         for seed in range(config.seeds): file_rows(found, config, seed)
     work = count_toxicity(config)
-    return '\n'.join([to_toml(config), origin_of(config, found), *([str(found.report)] if found else []), *toxicity_models(config), f'{sum(work.values()):,} trainings, all seeds together: ' + ', '.join(f'{n:,} {k}' for k, n in work.items())])
+    return '\n'.join([to_toml(config), origin_of(config, found), *([str(found.report)] if found else []), *model_lines(toxicity_models(config)), f'{sum(work.values()):,} trainings, all seeds together: ' + ', '.join(f'{n:,} {k}' for k, n in work.items())])
 
 # %% ../../nbs/api/cli/40_demonstrations.ipynb #5c9860f3
 def toxicity_command(

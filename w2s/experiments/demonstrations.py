@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['Made', 'weak_arms', 'make_seed', 'label_items', 'answer_table', 'lesson_table', 'cut_answers', 'compared',
            'recovered', 'example_table', 'TransferResult', 'recovered_text', 'shown_table', 'answering', 'origin_of',
-           'run', 'asking', 'result_of']
+           'DemonstrationsMade', 'Demonstrations', 'working', 'report_of', 'open_demonstrations', 'run', 'asking',
+           'make_arms', 'task_name', 'result_of']
 
 # %% ../../nbs/api/experiments/50_demonstrations.ipynb #d5c8d15b
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -25,9 +27,9 @@ from ..evaluate.power import power_table
 from ..evaluate.several import adjust_table
 from ..compare.config import to_table
 from ..compare.lab import together
-from ..compare.preference_stages import Model, Study, know_model, model_lines, note_models
+from ..compare.preference_stages import Model, Study, know_model, model_lines
 from ..compare.response_ends import count_cut
-from ..compare.stages import claim
+from ..compare.comparison import Opened, run_experiment
 from ..compare.demonstration_files import Table, rating_ranges, read_asked, table_rows
 from ..compare.demonstration_settings import TRANSFERS, Transfer, fill_transfer, transfer_models
 from ..compare.demonstration_stages import Arm, Learned, Site, Weak, arm_items, arm_scores, in_context_arm, lesson_of, schooled, student_arm, take_tests, weak_model
@@ -223,6 +225,48 @@ def origin_of(
     return 'Questions of the embedded world.' if table is None else f'{len(table.questions):,} questions of {Path(config.data).name}.'
 
 # %% ../../nbs/api/experiments/50_demonstrations.ipynb #fbf66f07
+@dataclass(frozen=True)
+class DemonstrationsMade:
+    "All arms of all seeds, and what they scored"
+    form: Form              # how models were asked
+    seeds: list[Made]       # one a seed
+    items: pd.DataFrame     # a score a test question, arm, seed and metric
+    failures: list[str]     # what could not be scored
+
+@dataclass(frozen=True)
+class Demonstrations:
+    "Weak-to-strong by demonstrations, ready to start"
+    study: Study                        # the experiment, its folder locked
+    by_name: Mapping[str, Model | None] # its models; None: answers are in a file
+    judge: Model | None                 # that rates answers; None: nobody needs to
+    table: Table | None                 # questions of one's own; None: the world
+
+
+def working(
+    d: Demonstrations, # models known, questions read
+) -> list[Model]:
+    "The models that work in a comparison, its judge among them"
+    return [m for m in (*d.by_name.values(), d.judge) if m]
+
+def report_of(
+    d: Demonstrations, # models known, questions read
+) -> DataReport:       # empty for the world
+    "What was found in the questions"
+    return d.table.report if d.table else DataReport()
+
+def open_demonstrations(
+    study: Study, # the experiment
+) -> Opened:
+    "Know the models and read the questions; raises `DataError`, `ModelError` and `ConfigError`"
+    c: Transfer = study.config
+    models: dict[str, Model | None] = {n: know_model(short_name(n), str(model_folder(n)), c, writes=True) for n in transfer_models(to_table(c))}
+    judge = know_model('judge', str(model_folder(c.judge)), c, trained=False, writes=True) if c.judge else None
+    table = None if c.data == 'world' else read_asked(c)
+    if table is not None:
+        for seed in range(c.seeds): table_rows(study, table, judge, seed) # what cannot be parted is refused before any work
+    d = Demonstrations(study, {**dict.fromkeys(c.weak), **models}, judge, table)
+    return Opened(study, working(d), origin_of(c, table), report_of(d), partial(make_arms, d), partial(result_of, d))
+
 def run(
     config: Transfer | None = None,     # what to compare; None: a persona in the embedded world
     out: str | Path = 'runs/transfer',  # folder of stages and results; used again by later runs
@@ -230,17 +274,7 @@ def run(
     keep: bool = False,                 # use finished stages that other versions of the packages made
 ) -> TransferResult:
     "Run a whole comparison by demonstrations; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
-    c = config or fill_transfer({})
-    with claim(out, to_table(c), (lambda line: None) if quiet else print, keep, quiet) as stages:
-        names = transfer_models(to_table(c))
-        models: dict[str, Model | None] = {n: know_model(short_name(n), str(model_folder(n)), c, writes=True) for n in names}
-        judge = know_model('judge', str(model_folder(c.judge)), c, trained=False, writes=True) if c.judge else None
-        note_models(stages, [m for m in (*models.values(), judge) if m])
-        table = None if c.data == 'world' else read_asked(c)
-        if not quiet: print(*model_lines(m for m in (*models.values(), judge) if m), origin_of(c, table), *([table.report] if table else []), sep='\n')
-        if table is not None:
-            for seed in range(c.seeds): table_rows(Study(c, stages, quiet), table, judge, seed) # what cannot be parted is refused before any work
-        return result_of(Study(c, stages, quiet), {**dict.fromkeys(c.weak), **models}, judge, table)
+    return run_experiment(open_demonstrations, config or fill_transfer({}), out, quiet, keep)
 
 # %% ../../nbs/api/experiments/50_demonstrations.ipynb #fb4e515e
 def asking(
@@ -253,26 +287,34 @@ def asking(
     return form
 
 # %% ../../nbs/api/experiments/50_demonstrations.ipynb #4fccf9b3
-def result_of(
-    study: Study,                        # the experiment, its folder locked
-    models: Mapping[str, Model | None],  # by name
-    judge: Model | None,                 # that rates answers; None: nobody needs to
-    table: Table | None,                 # questions of one's own; None: the world
-) -> TransferResult:
-    "All seeds, then all tables"
-    c: Transfer = study.config
-    strong = models[c.strong]
+def make_arms(
+    d: Demonstrations, # open
+) -> DemonstrationsMade:
+    "All arms of all seeds, trained, asked and scored"
+    c, strong, seeds = d.study.config, d.by_name[d.study.config.strong], []
     if strong is None: raise DataError('the strong model has to answer; it cannot be a file')
     form = asking(c, strong)
-    made = []
     for seed in range(c.seeds):
-        rows = world_rows(c.task, seed, (c.gold_rows, c.rows, c.test_rows), c.trial) if table is None else table_rows(study, table, judge, seed)
-        made.append(make_seed(Site(study, form, answering(c, form), rows, seed, strong), models))
-    task, arms = c.task if table is None else Path(c.data).name, [a for m in made for a in m.arms]
-    items, failures = arm_items(arms, [arm_scores(a, m.site.rows.tests) for m in made for a in m.arms], task)
-    measures, ranges = TRANSFERS[c.task], rating_ranges(c.task) if judge else RANGES
-    intervals, labels = (interval_table(t, ranges=ranges) for t in (items, label_items(made, task)))
-    adapters = {'-'.join(filter(None, (a.role, a.method.replace(' ', '-'), a.weak, f'seed{a.seed}'))): a.adapter for a in arms if a.adapter}
-    return TransferResult(study.run.root, c, origin_of(c, table), form, items, summarise(items), intervals, labels, compared(items, list(dict.fromkeys([measures.content, measures.style])), ranges),
-                          recovered(items, measures.content, ranges), example_table(intervals, c.examples), answer_table(made), lesson_table(made), failures, adapters, table.problems if table else 0,
-                          cut_answers(made, c.max_tokens), model_lines(m for m in (*models.values(), judge) if m), DataReport() if table is None else table.report)
+        rows = world_rows(c.task, seed, (c.gold_rows, c.rows, c.test_rows), c.trial) if d.table is None else table_rows(d.study, d.table, d.judge, seed)
+        seeds.append(make_seed(Site(d.study, form, answering(c, form), rows, seed, strong), d.by_name))
+    items, failures = arm_items([a for m in seeds for a in m.arms], [arm_scores(a, m.site.rows.tests) for m in seeds for a in m.arms], task_name(d))
+    return DemonstrationsMade(form, seeds, items, failures)
+
+def task_name(
+    d: Demonstrations, # open
+) -> str:              # as it stands in tables
+    "A task of the world, or the name of a table"
+    return d.study.config.task if d.table is None else Path(d.study.config.data).name
+
+def result_of(
+    d: Demonstrations,        # open
+    made: DemonstrationsMade, # of `make_arms`
+) -> TransferResult:
+    "All tables"
+    c, items, measures = d.study.config, made.items, TRANSFERS[d.study.config.task]
+    ranges = rating_ranges(c.task) if d.judge else RANGES
+    intervals, labels = (interval_table(t, ranges=ranges) for t in (items, label_items(made.seeds, task_name(d))))
+    adapters = {'-'.join(filter(None, (a.role, a.method.replace(' ', '-'), a.weak, f'seed{a.seed}'))): a.adapter for m in made.seeds for a in m.arms if a.adapter}
+    return TransferResult(d.study.run.root, c, origin_of(c, d.table), made.form, items, summarise(items), intervals, labels, compared(items, list(dict.fromkeys([measures.content, measures.style])), ranges),
+                          recovered(items, measures.content, ranges), example_table(intervals, c.examples), answer_table(made.seeds), lesson_table(made.seeds), made.failures, adapters,
+                          d.table.problems if d.table else 0, cut_answers(made.seeds, c.max_tokens), model_lines(working(d)), report_of(d))

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PGR_METRICS', 'SHOWN', 'teaches', 'check_pairs', 'Made', 'make_arms', 'chain', 'look_at', 'arm_items',
            'prediction_table', 'label_quality', 'recovered_table', 'compared', 'ClassResult', 'shown_table',
-           'pgr_lines', 'run', 'result_of', 'data_name']
+           'pgr_lines', 'Labels', 'open_labels', 'run', 'result_of', 'data_name']
 
 # %% ../../nbs/api/experiments/40_labels.ipynb #626e4b19
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -35,8 +36,8 @@ from ..compare.label_settings import Classify, class_models, fill_classify, pars
 from ..compare.label_stages import relabel
 from ..compare.config import to_table
 from ..compare.lab import stage_name
-from ..compare.preference_stages import Model, Study, know_model, model_lines, note_models
-from ..compare.stages import claim
+from ..compare.preference_stages import Model, Study, know_model, model_lines
+from ..compare.comparison import Opened, run_experiment
 from ..compare.preference_settings import short_name, weak_names
 from ..models.zoo import LADDER
 
@@ -240,6 +241,24 @@ def pgr_lines(
     return t[['method', 'weak', 'strong', 'metric']].assign(gap=[with_limits(r.gap, r.gap_low, r.gap_high) for r in t.itertuples()], PGR=[pgr_text(r) for r in t.itertuples()])
 
 # %% ../../nbs/api/experiments/40_labels.ipynb #7bcf564f
+@dataclass(frozen=True)
+class Labels:
+    "Weak-to-strong by labels, ready to start"
+    study: Study              # the experiment, its folder locked
+    by_name: dict[str, Model] # its models
+    data: ClassData           # rows
+
+
+def open_labels(
+    study: Study, # the experiment
+) -> Opened:
+    "Know the models and read the rows; raises `DataError`, `ModelError` and `ConfigError`"
+    c: Classify = study.config
+    models = {n: know_model(short_name(n), n, c, c.readout != 'probe') for n in class_models(to_table(c))}
+    labels = Labels(study, models, load_labels(c, [m.reader for m in models.values()]))
+    return Opened(study, list(models.values()), labels.data.origin, labels.data.report, partial(make_arms, study, models, labels.data), partial(result_of, labels))
+
+# %% ../../nbs/api/experiments/40_labels.ipynb #8afa7804
 def run(
     config: Classify | None = None,  # what to compare; None: safety in the embedded world, `pico` teaches `base`
     out: str | Path = 'runs/classify', # folder of stages and results; used again by later runs
@@ -249,28 +268,21 @@ def run(
     "Run a whole comparison by labels; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     config = config or fill_classify({})
     check_pairs(config)
-    with claim(out, to_table(config), (lambda line: None) if quiet else print, keep, quiet) as stages:
-        models = {n: know_model(short_name(n), n, config, config.readout != 'probe') for n in class_models(to_table(config))}
-        note_models(stages, list(models.values()))
-        data = load_labels(config, [m.reader for m in models.values()])
-        if not quiet: print(*model_lines(models.values()), data.origin, data.report, sep='\n')
-        return result_of(Study(config, stages, quiet), models, data)
+    return run_experiment(open_labels, config, out, quiet, keep)
 
-# %% ../../nbs/api/experiments/40_labels.ipynb #8afa7804
 def result_of(
-    study: Study,             # the experiment, its folder locked
-    models: dict[str, Model], # by name
-    data: ClassData,          # rows
+    labels: Labels, # open
+    made: Made,     # of `make_arms`
 ) -> ClassResult:
-    "All arms, then all tables"
-    made, task = make_arms(study, models, data), data_name(study.config.data)
+    "All tables"
+    c, data, task = labels.study.config, labels.data, data_name(labels.study.config.data)
     said = {(x.name, seed): x.test for (_, seed), x in made.labellers.items()}
     items = pd.concat([arm_items(a, task, data.test, said[a.weak, a.seed] if a.role == 'student' else None) for a in made.arms], ignore_index=True)
     adapters = {stage_name(a.role, a.method, a.weak, a.strong, f'seed{a.seed}'): a.who.folder for a in made.arms if a.who and a.who.folder}
     for (_, seed), x in made.labellers.items():
         adapters |= {stage_name('floor', short_name(m.model.name), f'seed{seed}'): m.folder for m in x.members if m.folder}
-    return ClassResult(study.run.root, study.config, data.report, data.origin, data.classes, label_quality(made), prediction_table(made.arms, data.test),
-                       made.curves, made.stops, items, summarise(items), interval_table(items), compared(items), recovered_table(items), adapters, data.test, model_lines(models.values()))
+    return ClassResult(labels.study.run.root, c, data.report, data.origin, data.classes, label_quality(made), prediction_table(made.arms, data.test),
+                       made.curves, made.stops, items, summarise(items), interval_table(items), compared(items), recovered_table(items), adapters, data.test, model_lines(labels.by_name.values()))
 
 def data_name(
     source: str, # of the rows

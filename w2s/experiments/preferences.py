@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['PGR_METRICS', 'SHOWN', 'DETAILS', 'DIGITS', 'label_table', 'weak_label_table', 'history_table', 'question_pairs',
            'recovered', 'Result', 'recovered_text', 'summary_table', 'fallen', 'gold_words', 'label_words', 'caption',
-           'count_stages', 'counted', 'know_models', 'writers', 'rows_for', 'run', 'run_study', 'row_groups',
-           'arm_intervals', 'compare', 'WeakTeacher']
+           'count_stages', 'counted', 'know_models', 'writers', 'rows_for', 'PreferencesMade', 'Preferences', 'opened',
+           'open_preferences', 'run', 'make_arms', 'result_of', 'row_groups', 'arm_intervals', 'compare', 'WeakTeacher']
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #12bf4516
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -27,11 +28,10 @@ from ..evaluate.pgr import pgr_paragraph, pgr_table
 from ..evaluate.power import power_table
 from ..compare.gold import check_gold
 from ..compare.preference_arms import REFERENCE, Arm, evaluate_arm, evaluate_choice, floor_arm, gold_items, judge_responses, train_students, write_responses
-from ..compare.config import to_table
 from ..compare.preference_data import PreferenceData, check_halves, load_preferences
-from ..compare.preference_stages import Model, Study, know_model, model_lines, note_models
+from ..compare.preference_stages import Model, Study, know_model, model_lines
+from ..compare.comparison import Opened, run_experiment
 from ..compare.response_ends import check_cut, check_responses, cut_words
-from ..compare.stages import claim
 from ..compare.supervisors import SeedRows, supervise
 from ..compare.preference_settings import WeakTeacher, fill_settings, sampling, short_name, weak_names
 from ..feedback.preferences import given_labels
@@ -269,6 +269,40 @@ def rows_for(
     return data
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #0ba05079
+@dataclass(frozen=True)
+class PreferencesMade:
+    "All arms of a comparison by preference labels, trained and tested"
+    seeds: list[SeedRows]   # rows and weak labels, one a seed
+    arms: list[Arm]         # floors first
+    items: pd.DataFrame     # of `arm_items`, of all arms
+    responses: pd.DataFrame # of `judge_responses`; empty without
+
+@dataclass(frozen=True)
+class Preferences:
+    "Weak-to-strong by preference labels, ready to start"
+    study: Study           # the experiment, its folder locked
+    weak: list[Model]      # supervisors
+    strong: Model          # student
+    data: PreferenceData   # rows that all models can read
+
+# %% ../../nbs/api/experiments/10_preferences.ipynb #a9f8d460
+def opened(
+    p: Preferences,  # models known, rows read
+    *lines: str,     # what is said before the start
+) -> Opened:
+    "A comparison by preference labels that can start"
+    return Opened(p.study, [*p.weak, p.strong], p.data.origin, p.data.report, partial(make_arms, p), partial(result_of, p), lines)
+
+def open_preferences(
+    study: Study, # the experiment
+) -> Opened:
+    "Know the models and read the rows; raises `DataError`, `ModelError` and `ConfigError`"
+    c = study.config
+    weak, strong = know_models(c)
+    check_gold(c)
+    data = rows_for(c, [*weak, strong])
+    return opened(Preferences(study, weak, strong, data), check_responses(c, writers(c, weak, strong), data))
+
 def run(
     config: WeakTeacher | None = None,      # what to compare; None: models of the ladder on rows of the world
     out: str | Path = 'runs/weak-teacher',  # folder of stages and results; used again by later runs
@@ -277,37 +311,33 @@ def run(
 ) -> Result:
     "Run the whole comparison; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     config = config or fill_settings({})
-    with claim(out, to_table(config), (lambda line: None) if quiet else counted(count_stages(config)), keep, quiet) as stages:
-        weak, strong = know_models(config)
-        check_gold(config)
-        note_models(stages, [*weak, strong])
-        data = rows_for(config, [*weak, strong])
-        lengths = check_responses(config, writers(config, weak, strong), data)
-        if not quiet: print(*filter(None, (*model_lines([*weak, strong]), data.origin, str(data.report), lengths)), sep='\n')
-        return run_study(Study(config, stages, quiet), weak, strong, data)
+    return run_experiment(open_preferences, config, out, quiet, keep, counted(count_stages(config)))
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #c8868868
-def run_study(
-    study: Study,          # the experiment, its folder locked
-    weak: Sequence[Model], # supervisors
-    strong: Model,         # student
-    data: PreferenceData,  # rows that all models can read
-) -> Result:
-    "All stages, then all tables"
-    c, test = study.config, data.test
-    seeds = supervise(study, weak, data)
+def make_arms(
+    p: Preferences, # open
+) -> PreferencesMade:
+    "Train, test and judge all arms of all seeds"
+    study, test = p.study, p.data.test
+    seeds = supervise(study, p.weak, p.data)
     floors = [a for a in map(floor_arm, seeds) if a]
     items = [evaluate_arm(study, a, test) for a in floors] or [evaluate_choice(study, s, test) for s in seeds]
     written = write_responses(study, floors, test) # while the weak model is in memory
-    arms = [arm for s in seeds for arm in train_students(study, strong, s)]
+    arms = [arm for s in seeds for arm in train_students(study, p.strong, s)]
     items += [evaluate_arm(study, a, test) for a in arms]
     responses = judge_responses(study, [*written, *write_responses(study, arms, test)], test)
-    check_cut(responses, sampling(c).max_tokens)
-    table = pd.concat([*items, *gold_items(c, responses)], ignore_index=True)
-    units = by_group(table, row_groups(test))
-    adapters = {f'{a.role}-seed{a.seed}': a.policy for a in [*floors, *arms] if a.policy and a.role != 'base'}
-    return Result(study.run.root, c, data.report, label_table(seeds), weak_label_table(seeds), history_table([*floors, *arms]), data.origin, responses,
-                  table, summarise(table), arm_intervals(units), compare(c, units), recovered(c, units), adapters, test, model_lines([*weak, strong]))
+    check_cut(responses, sampling(study.config).max_tokens)
+    return PreferencesMade(seeds, [*floors, *arms], pd.concat([*items, *gold_items(study.config, responses)], ignore_index=True), responses)
+
+def result_of(
+    p: Preferences,        # open
+    made: PreferencesMade, # of `make_arms`
+) -> Result:
+    "All tables"
+    c, units = p.study.config, by_group(made.items, row_groups(p.data.test))
+    adapters = {f'{a.role}-seed{a.seed}': a.policy for a in made.arms if a.policy and a.role != 'base'}
+    return Result(p.study.run.root, c, p.data.report, label_table(made.seeds), weak_label_table(made.seeds), history_table(made.arms), p.data.origin, made.responses,
+                  made.items, summarise(made.items), arm_intervals(units), compare(c, units), recovered(c, units), adapters, p.data.test, model_lines([*p.weak, p.strong]))
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #9b55a33b
 def row_groups(

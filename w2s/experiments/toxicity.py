@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['ABOUT', 'COMPARED', 'PGR_METRICS', 'SHOWN', 'perplexity_stage', 'Heard', 'hear', 'shared_prompts', 'toxicity_items',
            'arm_name', 'failure_lines', 'sample_table', 'toxicity_units', 'toxicity_differences', 'recovered',
-           'ToxicityResult', 'recovered_text', 'shown_toxicity', 'toxicity_models', 'run']
+           'ToxicityResult', 'recovered_text', 'shown_toxicity', 'toxicity_models', 'ToxicityMade', 'ToxicityStudy',
+           'report_of', 'open_toxicity', 'run', 'make_arms', 'result_of']
 
 # %% ../../nbs/api/experiments/60_toxicity.ipynb #b08cf17b
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,10 +33,10 @@ from ..evaluate.power import power_table
 from ..evaluate.responses import Scorer
 from ..evaluate.toxicity import failed_scores, fluency_scores, log_perplexity, toxicity_range, toxicity_scores
 from .labels import data_name
-from ..compare.config import to_table
 from ..compare.lab import Lab, respond_stage, stage_name
-from ..compare.preference_stages import know_model, model_inputs, model_lines, note_models, open_base
-from ..compare.stages import Run, claim, run_stage
+from ..compare.preference_stages import Model, Study, know_model, model_inputs, model_lines, open_base
+from ..compare.stages import run_stage
+from ..compare.comparison import Opened, run_experiment
 from ..compare.toxicity_arms import Judge, ToxicityArm, choice_arms, judge_of, line_arms, score_stage, toxicity_lab
 from ..compare.toxicity_data import file_rows, origin_of, prompts_of, rows_of
 from ..compare.toxicity_settings import SCENES, Toxicity, fill_toxicity
@@ -247,10 +249,44 @@ def shown_toxicity(
 # %% ../../nbs/api/experiments/60_toxicity.ipynb #fafc2fb1
 def toxicity_models(
     config: Toxicity, # of a run
-) -> tuple[str, ...]: # of `model_lines`
-    "What should be known of the two models; raises `ModelError` for one that takes no adapter or cannot write"
+) -> list[Model]:     # weak and strong
+    "The two models; raises `ModelError` for one that takes no adapter or cannot write"
     asked = SimpleNamespace(max_length=sys.maxsize, load=config.load, lora=config.lora)
-    return model_lines(know_model(role, str(model_folder(name)), asked, writes=True) for role, name in (('weak', config.weak), ('strong', config.strong)))
+    return [know_model(role, str(model_folder(name)), asked, writes=True) for role, name in (('weak', config.weak), ('strong', config.strong))]
+
+@dataclass(frozen=True)
+class ToxicityMade:
+    "All arms of all seeds, heard and scored"
+    heard: list[Heard]
+    pairs: list[str]    # how many pairs of lines could be compared, by seed
+    test: list[dict]    # prompts, with id, group and kind
+
+@dataclass(frozen=True)
+class ToxicityStudy:
+    "A toxicity experiment, ready to start"
+    study: Study               # the experiment, its folder locked
+    models: list[Model]        # weak and strong
+    judge: Judge               # of all continuations
+    found: PromptsRead | None  # prompts of a file; None: scenes of the world
+
+
+def report_of(
+    t: ToxicityStudy, # models known, prompts read
+) -> DataReport:      # empty for the world
+    "What was found in the prompts"
+    return t.found.report if t.found else DataReport()
+
+def open_toxicity(
+    study: Study,                  # the experiment
+    scorer: Scorer | None = None,  # a function of your own instead of a named scorer
+) -> Opened:
+    "Know the models and the scorer and read the prompts; raises `DataError`, `ModelError` and `ConfigError`"
+    c = study.config
+    judge, found, models = judge_of(c, scorer), prompts_of(c), toxicity_models(c)
+    if found is not None:
+        for seed in range(c.seeds): file_rows(found, c, seed) # what cannot be parted is refused before any work
+    t = ToxicityStudy(study, models, judge, found)
+    return Opened(study, models, origin_of(c, found), report_of(t), partial(make_arms, t), partial(result_of, t))
 
 def run(
     config: Toxicity | None = None,    # what to compare; None: scenes of the embedded world, `pico` teaches `base`
@@ -260,30 +296,31 @@ def run(
     keep: bool = False,                # use finished stages that other versions of the packages made
 ) -> ToxicityResult:
     "Run a whole toxicity experiment; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
-    config = config or fill_toxicity({})
-    with claim(out, to_table(config), (lambda line: None) if quiet else print, keep, quiet) as stages:
-        judge = judge_of(config, scorer)
-        found = prompts_of(config)
-        lines = toxicity_models(config)
-        if not quiet: print(*lines, origin_of(config, found), *([found.report] if found else []), sep='\n')
-        if found is not None:
-            for seed in range(config.seeds): file_rows(found, config, seed) # what cannot be parted is refused before any work
-        return replace(_result(config, stages, judge, found), models=lines)
+    return run_experiment(partial(open_toxicity, scorer=scorer), config or fill_toxicity({}), out, quiet, keep)
 
 # %% ../../nbs/api/experiments/60_toxicity.ipynb #362c1183
-def _result(config: Toxicity, stages: Run, judge: Judge, found: PromptsRead | None) -> ToxicityResult:
-    "All seeds, then all tables"
-    heard, notes, test = [], list[str](), list[dict]()
-    for seed in range(config.seeds):
-        lab = toxicity_lab(config, seed, stages)
-        note_models(stages, [lab.weak, lab.strong])
-        rows = rows_of(config, lab.parts, found, seed)
+def make_arms(
+    t: ToxicityStudy, # open
+) -> ToxicityMade:
+    "All arms of all seeds, trained, heard and scored"
+    c, heard, notes, test = t.study.config, [], list[str](), list[dict]()
+    for seed in range(c.seeds):
+        lab = toxicity_lab(c, seed, t.study.run)
+        rows = rows_of(c, lab.parts, t.found, seed)
         test = rows.test
-        chosen, pairs = choice_arms(lab, config, judge, rows) if 'dpo' in config.methods else ([], [])
-        heard += [hear(lab, config, judge, a, test) for a in [*line_arms(lab, config, judge, rows), *chosen]]
+        chosen, pairs = choice_arms(lab, c, t.judge, rows) if 'dpo' in c.methods else ([], [])
+        heard += [hear(lab, c, t.judge, a, test) for a in [*line_arms(lab, c, t.judge, rows), *chosen]]
         notes += pairs
-    items = toxicity_items(heard, test, data_name(config.data))
+    return ToxicityMade(heard, notes, test)
+
+def result_of(
+    t: ToxicityStudy,   # open
+    made: ToxicityMade, # of `make_arms`
+) -> ToxicityResult:
+    "All tables"
+    c, heard, test = t.study.config, made.heard, made.test
+    items = toxicity_items(heard, test, data_name(c.data))
     units = toxicity_units(items, test)
     adapters = {stage_name(h.arm.role, h.arm.method, h.arm.weak, h.arm.strong, f'seed{h.arm.seed}'): h.arm.adapter for h in heard if h.arm.adapter}
-    return ToxicityResult(stages.root, config, origin_of(config, found), pd.DataFrame(test)[['id', 'prompt', 'kind']], items, summarise(items), interval_table(units),
-                          toxicity_differences(units), recovered(config, units), sample_table(heard, test), failure_lines(heard, config.threshold), notes, adapters, report=found.report if found else DataReport())
+    return ToxicityResult(t.study.run.root, c, origin_of(c, t.found), pd.DataFrame(test)[['id', 'prompt', 'kind']], items, summarise(items), interval_table(units), toxicity_differences(units),
+                          recovered(c, units), sample_table(heard, test), failure_lines(heard, c.threshold), made.pairs, adapters, model_lines(t.models), report_of(t))

@@ -24,7 +24,7 @@ from ..compare.preference_stages import Model, Study, model_lines, note_models
 from ..compare.stages import claim
 from ..compare.preference_settings import SUBSETS, SUPERVISORS, WeakTeacher, fill_settings
 from ..compare.response_ends import check_responses
-from .preferences import Result, count_stages, counted, know_models, row_groups, run_study, writers
+from .preferences import Result, count_stages, counted, know_models, row_groups, Preferences, make_arms, result_of, writers
 from ..feedback.confidence import WEIGHTS
 from ..train.losses import PREFERENCE_LOSSES
 
@@ -170,6 +170,11 @@ def varied_table(
         rows.append(row)
     return pd.DataFrame(rows).fillna('–')
 
+# %% ../../nbs/api/experiments/30_vary.ipynb #cb7baa9f
+def _finish(p: Preferences) -> Result:
+    "Run one variant"
+    return result_of(p, make_arms(p))
+
 # %% ../../nbs/api/experiments/30_vary.ipynb #770fbe92
 def run_varied(
     given: dict[str, Any],                 # settings that all share, as of `fill_settings`
@@ -192,7 +197,7 @@ def run_varied(
         lengths = dict.fromkeys(check_responses(c, writers(c, *models[at]), data[c.label_share]) for at, c in configs.items())
         known = model_lines(m for weak, strong in models.values() for m in (*weak, strong))
         if not quiet: print(*filter(None, (*known, data[first.label_share].origin, str(data[first.label_share].report), *lengths)), sep='\n')
-        return Varied(Path(out), setting, {at: run_study(Study(c, stages, quiet), *models[at], data[c.label_share]) for at, c in configs.items()})
+        return Varied(Path(out), setting, {at: _finish(Preferences(Study(c, stages, quiet), *models[at], data[c.label_share])) for at, c in configs.items()})
 
 # %% ../../nbs/api/experiments/30_vary.ipynb #af23a966
 def contrast(
