@@ -79,7 +79,7 @@ def weak_teacher(
     split: Annotated[str | None, Flag(help='which file of a folder or split of a data set is which, as in train=train_prefs,test=test_prefs (default: by their names)')] = None,
     weak: Annotated[str | None, Flag(help='weak supervisor: pico, nano, micro or base (they come with w2s), a folder, or a name on the hub; several joined by + are an ensemble (default: pico)')] = None,
     strong: Annotated[str | None, Flag(help='strong student: likewise (default: base)')] = None,
-    supervisor: Annotated[str | None, Flag(help='dpo: implicit reward; reward: a Bradley-Terry reward model; judge: asked in both orders, untrained (default: dpo)')] = None,
+    supervisor: Annotated[str | None, Flag(help='dpo: implicit reward; reward: a Bradley-Terry reward model; judge: asked in both orders, untrained; length: the longer response, no model (default: dpo)')] = None,
     vary: Annotated[str | None, Flag(help='run the comparison at several values of one setting: supervisor, student, share, beta, labels, use, loss or start')] = None,
     values: Annotated[str | None, Flag(help='these values of it, with commas between them (default: those of the papers, for models of the ladder)')] = None,
     rows: Annotated[int | None, Flag(help='training rows, both halves together (default: all; world: 800)')] = None,
@@ -99,7 +99,7 @@ def weak_teacher(
     allow_pickle: Annotated[bool | None, Flag('--allow-pickle', help='read weights in pickle form (.bin) where there are no others; that can run any code on your machine')] = None,
     chat_template: Annotated[str | None, Flag(help="of rows of chat messages: plain (paragraphs, Human: and Assistant:), chatml, or a file with a template in Jinja (default: the model's own; plain where it has none)")] = None,
     beta: Annotated[float | None, Flag(help='strength of the pull towards the reference (default: 0.1; ladder: 1.0)')] = None,
-    loss: Annotated[str | None, Flag(help='of the students: dpo, cdpo, rdpo or ipo (default: dpo)')] = None,
+    loss: Annotated[str | None, Flag(help='of the students: dpo, cdpo, rdpo, ipo, simpo or orpo, with options in brackets, as in simpo(gamma=1) (default: dpo)')] = None,
     smoothing: Annotated[float | None, Flag(help='of cdpo and rdpo (default: 0.1)')] = None,
     start: Annotated[str | None, Flag(help="where the students' preference training starts: sft or base (default: sft)")] = None,
     subset: Annotated[str | None, Flag(help="weak labels that are used: all, match, mismatch (with the human ones), random, 'random match', 'random mismatch' (default: all)")] = None,
@@ -114,6 +114,7 @@ def weak_teacher(
     gradient_checkpointing: Annotated[bool | None, Flag('--gradient-checkpointing/--no-gradient-checkpointing', help='less memory, a third slower (default: auto, where a GPU has no room otherwise)')] = None,
     config: Annotated[Path | None, Flag(help='TOML file with any settings; flags win over it')] = None,
     out: Annotated[Path, Flag(parser=out_path, metavar='PATH', help='folder of stages and results; finished stages in it are used again')] = Path('runs/weak-teacher'),
+    imports: Annotated[list[str] | None, Flag('--import', help='file or module with methods of your own, run before anything else; several times for several')] = None,
     strict: Annotated[bool | None, Flag('--strict', help='stop if the data report finds anything')] = None,
     keep_stages: Keep = False, # use finished stages of other versions
     dry_run: Annotated[bool, Flag('--dry-run', help='print the plan and stop')] = False,
@@ -127,7 +128,7 @@ def weak_teacher(
     use = {'subset': subset, 'targets': targets, 'weights': weights, 'keep': keep, 'calibrate': calibrate}
     flags = {'data': data, 'column': column, 'leave_out': leave_out, 'split': split, 'weak': weak, 'strong': strong, 'supervisor': supervisor, 'rows': rows, 'test_rows': test_rows, 'label_share': label_share,
              'seeds': seeds, 'samples': samples, 'temperature': temperature, 'response_tokens': response_tokens, 'gold': gold, 'gold_quantize': gold_quantize, 'beta': beta, 'loss': loss,
-             'smoothing': smoothing, 'start': start, 'strict': strict, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device, 'load.revision': revision, 'load.allow_pickle': allow_pickle, 'load.chat_template': chat_template, 'sft.learning_rate': sft_lr,
+             'smoothing': smoothing, 'start': start, 'strict': strict, 'imports': imports or None, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device, 'load.revision': revision, 'load.allow_pickle': allow_pickle, 'load.chat_template': chat_template, 'sft.learning_rate': sft_lr,
              'dpo.learning_rate': dpo_lr, **{f'labels.{k}': v for k, v in use.items()}, **{f'{stage}.{k}': v for stage in ('sft', 'dpo') for k, v in both.items()}}
     if values is not None and vary is None: raise ConfigError('--values are of what is varied; name it by --vary')
     if vary is None: _weak_teacher(given(flags), config, out, dry_run, keep_stages)
@@ -145,9 +146,10 @@ def weak_teacher_config(
 # %% ../../nbs/api/cli/60_app.ipynb #3891dca9
 def _weak_teacher(flags: dict[str, Any], file: Path | None, out: Path, dry_run: bool, keep: bool) -> None:
     "Run, write and print"
+    from w2s.compare.extensions import JUDGES
     from w2s.compare.preference_settings import weak_names
     config = weak_teacher_config(flags, file)
-    check_places([*weak_names(config.weak), config.strong, config.gold], [config.data], None if dry_run else out, config.load.allow_pickle)
+    check_places([*weak_names(config.weak), config.strong, '' if config.gold.partition('(')[0] in JUDGES else config.gold], [config.data], None if dry_run else out, config.load.allow_pickle)
     if dry_run:
         from w2s.experiments.plan import plan
         typer.echo(repr(plan(config)))

@@ -78,7 +78,8 @@ def count_trainings(
 ) -> dict[str, int]:     # kind of model -> trainings, all seeds together
     "What a run is going to train"
     c = config
-    alone = 'own answers' in c.methods
+    from w2s.compare.demonstration_stages import reads_weak
+    alone = sum(not reads_weak(m) for m in c.methods)
     one = {'weak models': len(c.weak)*(c.demonstrator == 'tuned'), 'models in between': 2*len(c.weak)*('bootstrap' in c.methods),
            'students': len(c.weak)*(len(c.methods) - alone) + alone, 'ceilings': int(gold)}
     return {k: n*c.seeds for k, n in one.items() if n} | ({'schools': 1} if school else {})
@@ -158,6 +159,7 @@ def transfer_command(
     lr: Annotated[float | None, Flag(help='learning rate of weak models, students and ceilings (default: 2e-4; models that come with w2s: 1e-3)')] = None,
     epochs: Annotated[int | None, Flag(help='their passes over their rows (default: 3; models that come with w2s: 4)')] = None,
     batch_size: Annotated[int | None, Flag(help='rows of a step (default: 16)')] = None,
+    imports: Annotated[list[str] | None, Flag('--import', help='file or module with methods of your own, run before anything else; several times for several')] = None,
     config: Annotated[Path | None, Flag(help='TOML file with any settings; flags win over it')] = None,
     out: Annotated[Path | None, Flag(parser=out_path, metavar='PATH', help='folder of stages and results; finished stages in it are used again (default: runs/ and the name of the command)')] = None,
     keep_stages: Keep = False, # use finished stages of other versions
@@ -166,7 +168,7 @@ def transfer_command(
     "Weak-to-strong by demonstrations: weak answers, refined ones, a student of each, the ceiling and the un-tuned model"
     steps = {'learning_rate': lr, 'epochs': epochs, 'batch_size': batch_size}
     methods = None if method is None else method.replace('own-answers', 'own answers')
-    flags = {'data': data, 'column': column, 'question': question, 'answer': answer, 'leave_out': leave_out, 'split': split, 'weak': weak, 'strong': strong, 'via': via, 'demonstrator': demonstrator, 'answers': answers,
+    flags = {'imports': imports or None, 'data': data, 'column': column, 'question': question, 'answer': answer, 'leave_out': leave_out, 'split': split, 'weak': weak, 'strong': strong, 'via': via, 'demonstrator': demonstrator, 'answers': answers,
              'instruction': instruction, 'concept': concept, 'methods': methods, 'examples': examples, 'choice': choice, 'batch': batch, 'ablation': numbers(ablation, 'ablation'),
              'samples': samples, 'temperature': temperature, 'auxiliary': auxiliary, 'gold_rows': gold_rows, 'rows': rows, 'test_rows': test_rows, 'seeds': seeds,
              'max_tokens': max_tokens, 'max_length': max_length, 'judge': judge, 'repeats': repeats, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device, 'load.revision': revision, 'load.allow_pickle': allow_pickle, 'load.chat_template': chat_template,

@@ -152,7 +152,7 @@ def classify_command(
     strong: Annotated[str | None, Flag(help='strong students, likewise; every supervisor teaches every student, but within the ladder none that is smaller (default: base)')] = None,
     chain: Annotated[str | None, Flag(help='weak model, those between, strong model, as in pico,nano,base: instead of --weak, --via and --strong')] = None,
     via: Annotated[str | None, Flag(help='models in between: each learns from the labels of the one before and labels anew (default: none)')] = None,
-    method: Annotated[str | None, Flag(help='how students learn, with commas between them: xent, confidence, product, entropy, window, kl, reverse_kl, hard, weighted, relabel or filter, with options in brackets, as in confidence(highest=0.5) (default: xent,confidence)')] = None,
+    method: Annotated[str | None, Flag(help='how students learn, with commas between them: xent, confidence, product, entropy, window, kl, reverse_kl, focal, balanced, hard, weighted, relabel or filter, with options in brackets, as in confidence(highest=0.5) (default: xent,confidence)')] = None,
     readout: Annotated[str | None, Flag(help='head: trained, on the last token; words: the likelier label word; probe: linear, on frozen states (default: head; world: words)')] = None,
     head_start: Annotated[str | None, Flag(help="words: a head begins at the label words' rows of the output head, at random where there are none; or random (default: words)")] = None,
     rounds: Annotated[int | None, Flag(help='from the second on, students learn from labels of their own kind (default: 1)')] = None,
@@ -179,6 +179,7 @@ def classify_command(
     no_baseline: Annotated[bool, Flag('--no-baseline', help='leave out the bags of words')] = False,
     config: Annotated[Path | None, Flag(help='TOML file with any settings; flags win over it')] = None,
     out: Annotated[Path | None, Flag(parser=out_path, metavar='PATH', help='folder of stages and results; finished stages in it are used again (default: runs/ and the name of the command)')] = None,
+    imports: Annotated[list[str] | None, Flag('--import', help='file or module with methods of your own, run before anything else; several times for several')] = None,
     strict: Annotated[bool | None, Flag('--strict', help='stop if the data report finds anything')] = None,
     keep_stages: Keep = False, # use finished stages of other versions
     dry_run: Annotated[bool, Flag('--dry-run', help='print settings, data report and number of trainings, and stop')] = False,
@@ -189,7 +190,7 @@ def classify_command(
     flags = {'data': data, 'column': column, 'threshold': threshold, 'text': text, 'label': label, 'group': group, 'leave_out': leave_out, 'split': split, 'classes': classes, 'words': spaced(words), **models, 'methods': method,
              'readout': readout, 'head_start': head_start, 'rounds': rounds, 'rows': rows, 'label_share': label_share, 'test_rows': test_rows, 'seeds': seeds, 'max_length': max_length,
              'snapshots': snapshots, 'validate': validate, 'contradictions': contradictions, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device, 'load.revision': revision, 'load.allow_pickle': allow_pickle, 'load.chat_template': chat_template,
-             'baseline': False if no_baseline else None, 'strict': strict, **{f'{who}.{k}': v for who in ('supervisor', 'student') for k, v in steps.items()}}
+             'baseline': False if no_baseline else None, 'strict': strict, 'imports': imports or None, **{f'{who}.{k}': v for who in ('supervisor', 'student') for k, v in steps.items()}}
     command = str(context.info_name)
     run_classify(classify_config(command, given(flags), config), out or Path('runs')/command, dry_run, keep_stages)
 

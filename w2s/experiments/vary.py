@@ -18,15 +18,16 @@ from ..errors import ConfigError, unknown
 from ..evaluate.clusters import by_group
 from ..evaluate.intervals import Estimate, difference, with_limits
 from ..evaluate.several import adjust_table
+from ..compare.extensions import LABELLERS, has_model
 from ..compare.config import merged, number, to_table
 from ..compare.preference_data import check_halves, load_preferences
 from ..compare.preference_stages import Model, Study, model_lines, note_models
 from ..compare.stages import claim
-from ..compare.preference_settings import SUBSETS, SUPERVISORS, WeakTeacher, fill_settings
+from ..compare.preference_settings import SUBSETS, WeakTeacher, fill_settings
 from ..compare.response_ends import check_responses
 from .preferences import Result, count_stages, counted, know_models, row_groups, Preferences, make_arms, result_of, writers
 from ..feedback.confidence import WEIGHTS
-from ..train.losses import PREFERENCE_LOSSES
+from ..train.settings import check_preference_loss
 
 # %% ../../nbs/api/experiments/30_vary.ipynb #3e850a03
 def supervisor_settings(
@@ -34,7 +35,8 @@ def supervisor_settings(
 ) -> dict[str, Any]:
     "A model, several joined by '+', and the kind of supervisor behind a space"
     model, space, kind = value.strip().rpartition(' ')
-    return {'weak': model, 'supervisor': kind} if space and kind in SUPERVISORS else {'weak': value.strip(), 'supervisor': 'dpo'}
+    if not space and value.partition('(')[0].strip() in LABELLERS and not has_model(value.strip()): return {'weak': '', 'supervisor': value.strip()}
+    return {'weak': model, 'supervisor': kind} if space and kind in LABELLERS else {'weak': value.strip(), 'supervisor': 'dpo'}
 
 # %% ../../nbs/api/experiments/30_vary.ipynb #143fc8ac
 USES: dict[str, dict[str, Any]] = { # how labels are used -> settings of `LabelUse`
@@ -56,7 +58,7 @@ def loss_settings(
 ) -> dict[str, Any]:
     "A preference loss, and weights behind a space; raises `ConfigError`"
     loss, _, weights = value.partition(' ')
-    if loss not in PREFERENCE_LOSSES: raise ConfigError(unknown(loss, PREFERENCE_LOSSES, 'preference loss'))
+    check_preference_loss(loss)
     return {'loss': loss, 'labels': {'weights': weights or 'none'}}
 
 # %% ../../nbs/api/experiments/30_vary.ipynb #75748d41

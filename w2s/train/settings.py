@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'PREFERENCE_LOSSES', 'REFERENCE', 'LABEL_LOSSES', 'TrainSettings', 'GenerateSettings',
-           'loss', 'LossChoice', 'choose_loss', 'check_preference_loss', 'label_loss', 'loss_options']
+           'loss', 'LossChoice', 'choose_loss', 'smoothing_losses', 'check_preference_loss', 'label_loss',
+           'loss_options']
 
 # %% ../../nbs/api/train/010_settings.ipynb #a2b80ef0
 from collections.abc import Callable, Mapping
@@ -104,10 +105,13 @@ def choose_loss(
 ) -> LossChoice:
     "The preference loss that is meant; raises `ConfigError`"
     name, found, options = PREFERENCE_LOSSES.choose(text)
-    smooths = [n for n, e in PREFERENCE_LOSSES.items() if 'smoothing' in e.takes and (e.own or e.flags['smoothing'])]
-    if smoothing is not None and name not in smooths: raise ConfigError(f'smoothing belongs to the losses {" and ".join(smooths)}; {name} has no use for it')
+    if smoothing and 'smoothing' not in found.takes: raise ConfigError(f'smoothing is {smoothing}, and the loss {name} takes none; leave it out')
     eps = found.flags['smoothing'] if smoothing is None else smoothing
     return LossChoice(write_call(name, options).replace(' ', ''), found, {**found.options, **options}, eps)
+
+def smoothing_losses() -> list[str]: # names
+    "The losses that have an ε to set"
+    return [n for n, e in PREFERENCE_LOSSES.items() if 'smoothing' in e.takes and (e.own or e.flags['smoothing'])]
 
 def check_preference_loss(
     text: str, # as in the settings
