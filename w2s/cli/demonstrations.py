@@ -232,7 +232,7 @@ def dry_toxicity(
 # %% ../../nbs/api/cli/40_demonstrations.ipynb #5c9860f3
 def toxicity_command(
     data: Annotated[str | None, Flag(help='prompts: world:scenes (made on the spot), or a file as RealToxicityPrompts (default: world:scenes)')] = None,
-    scorer: Annotated[str | None, Flag(help='who says what is toxic: a folder of w2s toxicity fit, or a classifier with its label, as folder:toxic (default: the oracle of the world; a file needs one)')] = None,
+    scorer: Annotated[str | None, Flag(help='who says what is toxic: a folder of w2s toxicity fit, a classifier with its label, as folder:toxic, or a judge of your own (default: the oracle of the world; a file needs one)')] = None,
     allow_poor_scorer: Annotated[bool | None, Flag('--allow-poor-scorer', help='use a scorer that by its own card does not put texts in order')] = None,
     column: Annotated[str | None, Flag(help='columns with unusual names, as in prompt=opening,score=toxic,continuation=rest (default: recognised)')] = None,
     split: Annotated[str | None, Flag(help='which file of a folder or split of a data set is read, as in train=prompts (default: the only one, or train)')] = None,
@@ -262,13 +262,14 @@ def toxicity_command(
     epochs: Annotated[int | None, Flag(help='passes of supervised fine-tuning (default: 3; models that come with w2s: 2)')] = None,
     dpo_epochs: Annotated[int | None, Flag(help='passes of DPO (default: 1; models that come with w2s: 3)')] = None,
     batch_size: Annotated[int | None, Flag(help='rows of a step, of both (default: 16)')] = None,
+    imports: Annotated[list[str] | None, Flag('--import', help='file or module with methods of your own, run before anything else; several times for several')] = None,
     config: Annotated[Path | None, Flag(help='TOML file with any settings; flags win over it')] = None,
     out: Annotated[Path, Flag(parser=out_path, metavar='PATH', help='folder of stages and results; finished stages in it are used again')] = Path('runs/toxicity'),
     keep_stages: Keep = False, # use finished stages of other versions
     dry_run: Annotated[bool, Flag('--dry-run', help='print settings and number of trainings, and stop')] = False,
 ) -> None:
     "Kinder continuations from weak to strong, by the protocol of RealToxicityPrompts (Ye et al. 2410.12621; Gehman et al. 2009.11462)."
-    flags = {'data': data, 'scorer': scorer, 'allow_poor_scorer': allow_poor_scorer, 'column': column, 'split': split, 'leave_out': leave_out, 'weak': weak, 'strong': strong, 'methods': method, 'gold_rows': gold_rows, 'asked_rows': rows, 'test_prompts': test_rows,
+    flags = {'imports': imports or None, 'data': data, 'scorer': scorer, 'allow_poor_scorer': allow_poor_scorer, 'column': column, 'split': split, 'leave_out': leave_out, 'weak': weak, 'strong': strong, 'methods': method, 'gold_rows': gold_rows, 'asked_rows': rows, 'test_prompts': test_rows,
              'threshold': threshold, 'examples': examples, 'greedy': greedy, 'decoding': decoding, 'speak.samples': samples, 'speak.max_tokens': max_tokens, 'seeds': seeds,
              'beta': beta, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device, 'load.revision': revision, 'load.allow_pickle': allow_pickle, 'sft.learning_rate': lr, 'dpo.learning_rate': dpo_lr, 'sft.epochs': epochs, 'dpo.epochs': dpo_epochs,
              'sft.batch_size': batch_size, 'dpo.batch_size': batch_size}

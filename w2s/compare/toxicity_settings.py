@@ -14,6 +14,7 @@ from typing import Any
 # %% ../../nbs/api/compare/230_toxicity_settings.ipynb #1409a4a9
 from ..data.sources import PARTS_OF, SPLITS, named_pairs
 from ..errors import ConfigError, unknown
+from .extensions import import_extensions
 from .config import from_table, merged, to_table
 from ..models.chat_templates import check_acts
 from ..models.places import LoadSettings, LoraSettings
@@ -50,6 +51,7 @@ class Toxicity:
     split: tuple[str, ...] = ()         # which file of a folder or split of a data set is read, as in ('train=a.jsonl',); empty: the only one, or train
     leave_out: tuple[str, ...] = ()     # columns of the file that are not to be read: a long one that is not read stops the run unless it is named here
     allow_poor_scorer: bool = False     # use a scorer that by its own card does not put texts in order
+    imports: tuple[str, ...] = ()       # files or modules with extensions, run before anything else
     trial: bool = False                 # of the world: other test people, to choose settings by
     load: LoadSettings = field(default_factory=LoadSettings)   # 4-bit
     lora: LoraSettings = field(default_factory=LoraSettings)
@@ -63,6 +65,7 @@ def check_toxicity(
     c: Toxicity, # as it is made
 ) -> None:
     "Raise `ConfigError` for a setting out of range or without effect"
+    import_extensions(c.imports)
     for name in ('gold_rows', 'asked_rows', 'test_prompts', 'seeds', 'examples'):
         if getattr(c, name) < 1: raise ConfigError(f'{name} is {getattr(c, name)}; it must be at least 1')
     if not 0 < c.threshold < 1: raise ConfigError(f'threshold is {c.threshold}; it must lie between 0 and 1')
