@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -391,7 +392,7 @@ def test_a_changed_loss_is_another_stage(home, tmp_path, monkeypatch):
     "The body of a loss was changed, its name was not: its trainings are done anew, the others are found"
     from w2s.train import losses
     said, first = go(home, tmp_path)
-    monkeypatch.setitem(losses.PREFERENCE_LOSSES, 'dpo', lambda gap, target, beta, smoothing=0.: losses.ipo(gap, target, beta, smoothing))
+    monkeypatch.setitem(losses.PREFERENCE_LOSSES.found, 'dpo', replace(losses.PREFERENCE_LOSSES['dpo'], function=lambda gap, target, beta, smoothing=0.: losses.ipo(gap, target, beta, smoothing)))
     said, second = go(home, tmp_path)
     found = {line.rpartition(': ')[0]: line.rpartition(': ')[2] for line in said}
     assert found['weak-seed0-sft'] == 'found' and found['weak-seed0-dpo'] == 'starting' and found['student-seed0-dpo'] == 'starting'

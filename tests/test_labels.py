@@ -23,7 +23,7 @@ from w2s.train.label_losses import class_counts, confidence, confidence_weight, 
 from w2s.train.label_variants import (
     class_prices, forward_kl, margins, product, product_target, reverse_kl, sharpened, warm_up, window_target)
 from w2s.train.labels import (
-    LABEL_LOSSES, OPTION_RANGES, batch_opinion, class_logps, class_probs, encode_labels, encode_words, label_objective, label_targets, weak_labels)
+    LABEL_LOSSES, batch_opinion, class_logps, class_probs, encode_labels, encode_words, label_objective, label_targets, weak_labels)
 from w2s.train.logprobs import response_logps, score
 from w2s.train.loop import TrainSettings, for_step, step_gradient, train
 from w2s.train.tokens import EncodedRow
@@ -390,17 +390,18 @@ def test_options_out_of_range_are_refused(rows, loss, bad):
 
 @pytest.mark.parametrize('loss', LABEL_LOSSES)
 def test_options_of_another_loss_are_refused_and_the_own_ones_are_named(rows, loss):
-    for name in OPTION_RANGES:
-        if name in LABEL_LOSSES[loss]: label_objective(rows, targets(len(rows)), loss=loss, options={name: .5})
+    own = LABEL_LOSSES[loss].options
+    for name in {n for e in LABEL_LOSSES.values() for n in e.options}:
+        if name in own: label_objective(rows, targets(len(rows)), loss=loss, options={name: .5})
         else:
-            with pytest.raises(ConfigError, match='its options are ' + ', '.join(LABEL_LOSSES[loss]) if LABEL_LOSSES[loss] else 'it has no options'):
+            with pytest.raises(ConfigError, match='its options are ' + ', '.join(own) if own else 'it has no options'):
                 label_objective(rows, targets(len(rows)), loss=loss, options={name: .5})
-    with pytest.raises(ConfigError, match='known'): label_objective(rows, targets(len(rows)), loss='focal')
+    with pytest.raises(ConfigError, match='known'): label_objective(rows, targets(len(rows)), loss='zzz')
 
 
 @pytest.mark.parametrize('loss, options', [(k, {n: v}) for k, n, v in (
     ('confidence', 'warmup', 1.), ('confidence', 'highest', .3), ('product', 'alpha', .5), ('product', 'beta', .2), ('product', 'warmup', 1.),
-    ('entropy', 'strength', 1.), ('window', 'radius', .1))])
+    ('entropy', 'strength', 1.), ('window', 'radius', .1), ('focal', 'gamma', 0.))])
 def test_every_option_acts(base, rows, loss, options):
     weak, batch = targets(len(rows)), list(range(24))
     a, b = (step(base, label_objective(rows, weak, loss=loss, options=o), batch)[1] for o in (None, options))
@@ -642,3 +643,59 @@ def test_cleaned_labels_train(base, rows, noisy):
     out = clean_by_probe(hidden[:len(rows)], weak[:len(rows)], share=.3)
     dropped = np.flatnonzero(out.weights == 0)
     assert len(dropped) and step(base, label_objective(rows, out.targets, out.weights), dropped.tolist())[1].abs().max() == 0
+
+
+# ---- focal loss and balanced weak labels
+
+def focal_by_hand(z, weak, gamma):
+    "Eq. 5 of 1708.02002 in 64 bits, for a distribution instead of one class"
+    out = []
+    for row, w in zip(z, weak, strict=True):
+        f = np.exp(row - row.max())/np.exp(row - row.max()).sum()
+        out.append(-sum(t*(1 - x)**gamma*math.log(x) for t, x in zip(w, f, strict=True)))
+    return out
+
+
+@pytest.mark.parametrize('gamma', [0., 1., 2., 3.5])
+@pytest.mark.parametrize('classes', [2, 4])
+def test_focal_loss_is_its_equation(gamma, classes):
+    z, weak = np.random.default_rng(0).normal(0, 2, (40, classes)), np.random.default_rng(1).dirichlet(np.ones(classes), 40)
+    found = LABEL_LOSSES['focal'].fill({'logits': torch.tensor(z), 'target': torch.tensor(weak)}, {'gamma': gamma})
+    assert np.allclose(found, focal_by_hand(z, weak, gamma), rtol=1e-4)
+
+
+@pytest.mark.parametrize('logit', [-60., -20., 0., 20., 60.])
+@pytest.mark.parametrize('label', [0., .3, 1.])
+def test_focal_loss_is_finite_at_the_ends(logit, label):
+    x = torch.tensor([[0., logit]], requires_grad=True)
+    value = LABEL_LOSSES['focal'].fill({'logits': x, 'target': torch.tensor([[1 - label, label]])}, {})
+    value.sum().backward()
+    assert torch.isfinite(value).all() and torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize('shift', [-3., 0., 2.])
+def test_balanced_labels_are_log_odds_without_their_mean(shift):
+    "For two classes: the sigmoid of the log-odds minus their mean over the batch; a shift of all of them changes nothing"
+    signal = np.random.default_rng(0).normal(0, 1.5, 32)
+    def weak(z): return torch.tensor(np.stack([1/(1 + np.exp(z)), 1/(1 + np.exp(-z))], 1))
+    z = torch.tensor(np.random.default_rng(1).normal(0, 1, (32, 2)))
+    def loss(target): return LABEL_LOSSES['balanced'].fill({'logits': z[:5], 'target': target[:5], 'batch_target': target})
+    p = 1/(1 + np.exp(-(signal - signal.mean())))
+    logps = torch.log_softmax(z[:5], -1).numpy()
+    want = -((1 - p[:5])*logps[:, 0] + p[:5]*logps[:, 1])
+    assert np.allclose(loss(weak(signal + shift)), want, rtol=1e-4)
+
+
+def test_hard_labels_can_be_balanced():
+    "A batch in which all weak labels are one hard class says nothing any more, and is finite"
+    target = torch.tensor([[0., 1.]]*6)
+    value = LABEL_LOSSES['balanced'].fill({'logits': torch.zeros(6, 2), 'target': target, 'batch_target': target})
+    assert torch.allclose(value, torch.full((6,), math.log(2)))
+
+
+@pytest.mark.parametrize('loss', ['balanced', 'confidence', 'window'])
+def test_the_whole_batch_is_that_of_the_step(base, rows, loss):
+    "What a loss sees of the batch does not depend on the micro-batch"
+    weak, batch = targets(len(rows)), list(range(24))
+    found = [step(base, label_objective(rows, weak, loss=loss), batch, budget)[1] for budget in (10**6, 200)]
+    assert (found[0] - found[1]).abs().max() < 1e-5

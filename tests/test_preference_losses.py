@@ -18,7 +18,7 @@ from w2s.train.loop import TrainSettings, preference_objective, step_gradient, t
 from w2s.train.rewards import reward_objective
 from w2s.train.tokens import encode_rows
 
-LOSSES = sorted(losses.PREFERENCE_LOSSES)
+LOSSES = ['cdpo', 'dpo', 'ipo', 'rdpo'] # of the gap of log-ratios alone; the others are at the end
 BETA, RANK = .1, LoraSettings(rank=2)
 
 
@@ -155,7 +155,7 @@ def test_pitfall_02_every_loss_has_its_gradient_everywhere(loss, dtype):
     "By hand: β(σ(βg) - t) with the loss's own target t; 2(g - (2p - 1)/2β) for IPO"
     for m in (-60., -20., -8., 8., 20., 60.):
         for p in (0., .3, 1.):
-            x, eps = torch.tensor([m], dtype=dtype, requires_grad=True), losses.SMOOTHING[loss]
+            x, eps = torch.tensor([m], dtype=dtype, requires_grad=True), losses.PREFERENCE_LOSSES[loss].flags['smoothing']
             value = losses.PREFERENCE_LOSSES[loss](x, torch.tensor([p]), 1., eps)
             value.sum().backward()
             t = {'dpo': p, 'cdpo': p + eps*(1 - 2*p), 'rdpo': (p - eps)/(1 - 2*eps), 'ipo': None}[loss]
@@ -221,3 +221,85 @@ def test_bradley_terry_is_trls():
     assert torch.allclose(losses.bradley_terry(rewards, torch.ones(3)), want)
     p = torch.tensor([.3, .8, .5])
     assert torch.allclose(losses.bradley_terry(rewards, p), p*want + (1 - p)*losses.bradley_terry(rewards.flip(1), torch.ones(3)), atol=1e-5)
+
+
+# --- without a reference
+
+@pytest.fixture(scope='module')
+def logps(four, rows): return torch.tensor(score(four.model, rows, quiet=True), dtype=torch.float32), torch.tensor([[len(s.response) for s in r.sequences] for r in rows], dtype=torch.float32)
+
+
+def simpo_by_hand(chosen, rejected, n, m, p, beta, gamma):
+    "Eq. 6 of 2405.14734 in 64 bits, a row at a time; a soft target mixes the pair with its reverse"
+    def one(a, b): return math.log1p(math.exp(-(beta*a - beta*b - gamma)))
+    return [w*one(a/x, b/y) + (1 - w)*one(b/y, a/x) for a, b, x, y, w in zip(chosen, rejected, n, m, p, strict=True)]
+
+
+def orpo_by_hand(chosen, rejected, n, m, p, lam):
+    "Eqs. 6 and 7 of 2403.07691 in 64 bits, from probabilities"
+    def odds(logp): return math.exp(logp)/(1 - math.exp(logp))
+    def one(a, b): return -a - lam*math.log(1/(1 + odds(b)/odds(a)))
+    return [w*one(a/x, b/y) + (1 - w)*one(b/y, a/x) for a, b, x, y, w in zip(chosen, rejected, n, m, p, strict=True)]
+
+
+@pytest.mark.parametrize('loss, by_hand', [('simpo', lambda *x: simpo_by_hand(*x, .5)), ('simpo(gamma=1.5)', lambda *x: simpo_by_hand(*x, 1.5)), ('orpo', orpo_by_hand)])
+@pytest.mark.parametrize('beta', [.1, 2.])
+def test_a_loss_without_a_reference_is_its_equation(rows, logps, loss, by_hand, beta):
+    "By way of the training objective, which is given no reference at all"
+    (policy, tokens), p = logps, [1., .8, .5, 0.]
+    goal = preference_objective(rows, None, p, beta=beta, loss=loss)
+    found = goal.loss(policy, torch.arange(4))
+    want = by_hand(*policy.double().T.tolist(), *tokens.T.tolist(), p, beta)
+    assert found.tolist() == pytest.approx(want, rel=1e-5)
+    mean = policy/tokens
+    assert goal.value(policy, torch.arange(4)).tolist() == pytest.approx((beta*(mean[:, 0] - mean[:, 1])).tolist(), rel=1e-5)
+
+
+def test_simpo_and_orpo_are_those_of_trl(logps):
+    "TRL's own functions, on the same log-probs per token"
+    pytest.importorskip('trl', reason='TRL is a peer for tests; it is installed for Python 3.11 and later')
+    from types import SimpleNamespace
+
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+    (policy, tokens), on = logps, SimpleNamespace(accelerator=SimpleNamespace(device='cpu'))
+    chosen, rejected = (policy/tokens).unbind(1)
+    peer = SimpleNamespace(loss_type='simpo', beta=2., simpo_gamma=.7, label_smoothing=0., alpha=0., **vars(on))
+    assert torch.allclose(losses.simpo(chosen - rejected, torch.ones(4), 2., .7), CPOTrainer.cpo_loss(peer, chosen, rejected)[0], atol=1e-6)
+    ratio = ORPOTrainer.odds_ratio_loss(SimpleNamespace(beta=.2, **vars(on)), chosen, rejected)[0]
+    assert torch.allclose(losses.orpo(chosen, rejected, torch.ones(4), .2), -chosen - ratio, atol=1e-6)
+
+
+@pytest.mark.parametrize('loss', ['simpo', 'orpo'])
+def test_a_pair_that_is_turned_round_has_the_same_loss(loss):
+    "Swap the responses and the target"
+    a, b, p = torch.tensor([-.3, -2.]), torch.tensor([-.9, -.1]), torch.tensor([.8, .1])
+    given = [dict(gap=x - y, chosen=x, rejected=y, target=t, beta=.7) for x, y, t in ((a, b, p), (b, a, 1 - p))]
+    first, second = (losses.PREFERENCE_LOSSES[loss].fill(g) for g in given)
+    assert torch.allclose(first, second)
+
+
+@pytest.mark.parametrize('loss', ['simpo', 'orpo'])
+def test_every_loss_without_a_reference_has_its_gradient_everywhere(loss):
+    "Also where a response is nearly certain, or nearly impossible"
+    for at in (-60., -1., -1e-3, -1e-8, 0.):
+        for p in (0., .3, 1.):
+            x = torch.tensor([[at, -2.]], requires_grad=True)
+            given = losses.loss_inputs({'mean': True}, x, None, torch.ones(1, 2))
+            value = losses.PREFERENCE_LOSSES[loss].fill({**given, 'target': torch.tensor([p]), 'beta': 1.})
+            value.sum().backward()
+            assert torch.isfinite(value).all() and torch.isfinite(x.grad).all() and x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize('loss', ['simpo', 'orpo'])
+def test_a_loss_without_a_reference_learns(four, rows, loss, tmp_path):
+    model = add_adapter(four, RANK, seed=0)
+    history = train(model, preference_objective(rows, None, beta=1., loss=loss), TrainSettings(epochs=8, batch_size=4, learning_rate=3e-3, warmup=0.), tmp_path/'run', quiet=True)
+    model.unload()
+    assert history.loss.iloc[-1] < history.loss.iloc[0]
+    if loss == 'simpo': assert history.value.iloc[-1] > history.value.iloc[0]
+
+
+def test_micro_batches_do_not_change_a_loss_per_token(four, rows):
+    found = [gradient(four, rows, None, 'simpo', budget=b) for b in (4096, 60)]
+    assert abs(found[0][0] - found[1][0]) < 1e-4 and far(found[0][1], found[1][1]) < 1e-4

@@ -21,6 +21,7 @@ from .labels import add_commands
 from .refine import add_refine_command
 from .toxicity import toxicity_app
 from .demonstrations import add_transfer_commands
+from ..compare.extensions import JUDGES
 from ..compare.preference_settings import WeakTeacher, weak_names
 from ..compare.settings import make_settings
 from ..errors import ConfigError, unknown
@@ -98,7 +99,7 @@ def dry_preferences(
 PREFERENCES = Command(WeakTeacher, """Weak supervisor, students of weak and of human labels, ceiling and baselines, by preferences (Tao & Li 2409.08813).
 
 Without arguments: models of the ladder that comes with w2s, on rows of its embedded world; no network is needed, and it takes some minutes. Other defaults hold for rows of the world, and where all models are of the ladder; they stand behind each flag.""",
-                      lambda c: (*weak_names(c.weak), c.strong, c.gold), dry_preferences, run_preferences)
+                      lambda c: (*weak_names(c.weak), c.strong, '' if c.gold.partition('(')[0] in JUDGES else c.gold), dry_preferences, run_preferences)
 add_command(run_app, 'preferences', PREFERENCES)
 add_command(run_app, 'weak-teacher', PREFERENCES, hidden=True) # the old name
 

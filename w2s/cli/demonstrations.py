@@ -51,7 +51,8 @@ def count_trainings(
 ) -> dict[str, int]:     # kind of model -> trainings, all seeds together
     "What a run is going to train"
     c = config
-    alone = 'own answers' in c.methods
+    from w2s.compare.demonstration_stages import reads_weak
+    alone = sum(not reads_weak(m) for m in c.methods)
     one = {'weak models': len(c.weak)*(c.demonstrator == 'tuned'), 'models in between': 2*len(c.weak)*('bootstrap' in c.methods),
            'students': len(c.weak)*(len(c.methods) - alone) + alone, 'ceilings': int(gold)}
     return {k: n*c.seeds for k, n in one.items() if n} | ({'schools': 1} if school else {})

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_origin
 
 import typer
 
@@ -85,6 +85,7 @@ def typer_option(
         kind = bool
         names = [f'--{o.flag}/--no-{o.flag}'] if len(kinds) > 1 or o.help.endswith('(default: yes)') else names
     elif kinds in ((int,), (float,)) and o.read is None: kind = kinds[0]
+    elif any(get_origin(k) is tuple for k in kinds): kind = list[str] # it may be given several times
     text = o.help.replace('[', r'\[')
     return Annotated[kind | None, typer.Option(*names, help=text, rich_help_panel=panel or o.panel, hidden=o.hidden, show_default=False)]
 
@@ -190,7 +191,7 @@ def command_function(
     old, last, extra = _old_options(command.settings), _last_options(out), {k: (v, None) for k, v in command.extra.items()}
     whole = {**{k: (v, None) for k, v in old.items() if k not in options}, **options, **extra, **last}
     def function(**typed: Any) -> None:
-        settings = option_settings(command.settings, {k: v for k, v in typed.items() if k in options})
+        settings = option_settings(command.settings, {k: (','.join(v) or None) if isinstance(v, list) else v for k, v in typed.items() if k in options})
         settings |= {k: v for k, v in typed.items() if k in old and v is not None}
         start_command(command, settings, Asked(typed['config'], typed['out'], typed['dry_run'], typed['keep_stages'], typed['vary'], typed['values'], {k: typed[k] for k in extra}))
     parameters = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v, annotation=kind) for k, (kind, v) in whole.items()]

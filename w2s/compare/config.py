@@ -138,11 +138,6 @@ def settings_hash(
     return hashlib.sha256(json.dumps(settings, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:12]
 
 # %% ../../nbs/api/compare/010_config.ipynb #bcf43dd8
-def number(
-    value: str,   # of a command line
-    setting: str, # that it is for
-) -> float:
-    "A number, also written as a fraction; raises `ConfigError`"
-    top, slash, bottom = value.partition('/')
-    try: return float(top)/float(bottom) if slash else float(value)
-    except (ValueError, ZeroDivisionError) as e: raise ConfigError(f'{setting} {value!r} is not a number; write it as .25 or 1/4') from e
+from ..io.registry import number
+
+_all_ = ['number'] # a reader of this module should find it here

@@ -30,8 +30,8 @@ from ..feedback.preferences import label_pairs
 from ..models.adapters import adapter_hash, load_adapter
 from ..models.load import Base
 from ..train.generate import GenerateSettings
-from ..train.labels import class_probs, encode_labels, label_objective, label_targets, loss_functions, weak_labels
-from ..train.losses import PREFERENCE_LOSSES
+from ..train.labels import class_probs, encode_labels, label_objective, label_targets, weak_labels
+from ..train.settings import LABEL_LOSSES, PREFERENCE_LOSSES
 from ..train.loop import Objective, preference_objective
 from ..train.reference import stored_logps, tokens_hash
 from ..train.tokens import encode_rows
@@ -143,7 +143,7 @@ def learn_labels(
     "Learn soft labels, once"
     tokens = encode_labels(model.reader.tokenizer, rows, YES_NO, model.reader.limit).rows
     targets = label_targets(rows, tokens)
-    inputs = {'objective': loss, 'source': source_hash(*loss_functions(loss)), 'rows': tokens_hash(tokens), 'target': targets.tolist()}
+    inputs = {'objective': loss, 'source': source_hash(LABEL_LOSSES[loss].function), 'rows': tokens_hash(tokens), 'target': targets.tolist()}
     return train_stage(lab.study, model, name, lab.config.label, None, inputs, lambda base: label_objective(tokens, targets, loss=loss), lab.seed)
 
 # %% ../../nbs/api/compare/250_effects.ipynb #690388c0
@@ -249,7 +249,7 @@ def prefer(
         reference = stored_logps(lab.study.run.root/'store', base, None, tokens, label=name, quiet=True)
         return preference_objective(tokens, reference, beta=c.beta)
 
-    return train_stage(lab.study, model, name, c.dpo, None, {'objective': 'dpo', 'source': source_hash(PREFERENCE_LOSSES['dpo']), 'rows': tokens_hash(tokens), 'beta': c.beta}, objective, lab.seed)
+    return train_stage(lab.study, model, name, c.dpo, None, {'objective': 'dpo', 'source': source_hash(PREFERENCE_LOSSES['dpo'].function), 'rows': tokens_hash(tokens), 'beta': c.beta}, objective, lab.seed)
 
 # %% ../../nbs/api/compare/250_effects.ipynb #804b29ad
 def judge_pairs(

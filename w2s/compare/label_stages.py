@@ -31,11 +31,12 @@ from ..models.adapters import LoraSettings, adapter_hash, load_adapter
 from ..models.class_heads import add_class_adapter, load_class_adapter, word_ids
 from ..models.load import Base
 from ..train.class_head import class_logits, head_probs
-from ..train.labels import class_probs, label_objective, loss_functions
+from ..train.labels import class_probs, label_objective
 from ..train.logprobs import response_logps
 from ..train.loop import Objective, TrainSettings
 from ..train.probe import fit_probe, last_hidden, load_probe, probe_probs, save_probe
 from ..train.reference import tokens_hash
+from ..train.settings import LABEL_LOSSES
 from ..train.tokens import EncodedRow
 
 # %% ../../nbs/api/compare/170_label_stages.ipynb #185fb72d
@@ -152,7 +153,7 @@ def learn_stage(
     tokens, known = read_rows(model.reader, rows, words)
     how = method or Method('gold')
     options = how.options if not how.clean else {}
-    inputs: dict[str, Any] = {'objective': how.loss, 'source': source_hash(*loss_functions(how.loss)), 'options': dict(options), 'readout': c.readout, 'rows': known, 'target': targets.tolist(), 'weights': weights.tolist()}
+    inputs: dict[str, Any] = {'objective': how.loss, 'source': source_hash(LABEL_LOSSES[how.loss].function), 'options': dict(options), 'readout': c.readout, 'rows': known, 'target': targets.tolist(), 'weights': weights.tolist()}
     if start: inputs['start'] = list(start)
     make = {} if c.readout == 'words' else {'make': _head_maker(targets.shape[1], start)}
     folder = train_stage(study, model, name, settings, None, inputs, lambda base: class_objective(tokens, targets, weights, c.readout, how.loss, options), seed,

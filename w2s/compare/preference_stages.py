@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Model', 'model_load', 'know_model', 'model_inputs', 'asked_inputs', 'note_models', 'model_lines', 'close_base',
            'open_base', 'Study', 'snapshot_steps', 'check_snapshots', 'check_checkpointing', 'train_stage', 'encoded',
-           'sft_inputs', 'sft_stage', 'dpo_stage', 'pair_rewards']
+           'sft_inputs', 'sft_stage', 'dpo_stage', 'pair_rewards', 'own_rewards']
 
 # %% ../../nbs/api/compare/070_preference_stages.ipynb #9c95065f
 import json
@@ -42,6 +42,7 @@ from ..train.logprobs import check_model
 from ..train.loop import Objective, TrainSettings, material, plan_steps, preference_objective, sft_objective, train
 from ..train.reference import stored_logps, tokens_hash
 from ..train.sandbox import frozen_date
+from ..train.settings import choose_loss
 from ..train.templates import check_template, template_uses_date
 from ..train.tokens import EncodedRow, encode_rows
 
@@ -273,20 +274,20 @@ def dpo_stage(
     rows: Dataset,            # of kind "preferences"; their weights count
     start: Path | None,       # adapter to start from, and the frozen reference; None: the base
     seed: int,                # of the order
-    loss: str = 'dpo',        # or another of `PREFERENCE_LOSSES`
-    smoothing: float | None = None, # of cdpo and rdpo
+    loss: str = 'dpo',        # or another of `PREFERENCE_LOSSES`, with options as in 'simpo(gamma=1)'
+    smoothing: float | None = None, # of a loss that takes it
     soft: bool = False,       # is the target the labeller's probability? else it is 1
 ) -> Path:                    # folder of the adapter
-    "DPO, or another preference loss, against the frozen start (Tao & Li, Eqs. 4 and 6)"
-    c, tokens, weights = study.config, encoded(model, rows), list(rows['weight'])
-    target = list(rows['prob']) if soft else [1.]*len(tokens)
-    eps = losses.SMOOTHING[loss] if smoothing is None else smoothing
+    "DPO, or another preference loss, against the frozen start (Tao & Li, Eqs. 4 and 6); a loss without a reference has none computed"
+    c, tokens, weights, chosen = study.config, encoded(model, rows), list(rows['weight']), choose_loss(loss, smoothing)
+    target, flags = list(rows['prob']) if soft else [1.]*len(tokens), chosen.extension.flags
     def objective(base: Base) -> Objective:
-        reference = stored_logps(study.run.root/'store', base, start, tokens, c.dpo.token_budget, label=f'{name} reference', quiet=study.quiet)
-        return preference_objective(tokens, reference, target, weights, c.beta, loss, eps)
+        reference = stored_logps(study.run.root/'store', base, start, tokens, c.dpo.token_budget, label=f'{name} reference', quiet=study.quiet) if flags['reference'] else None
+        return preference_objective(tokens, reference, target, weights, c.beta, loss, smoothing)
 
-    inputs = {'objective': loss, 'source': source_hash(losses.PREFERENCE_LOSSES[loss]), 'rows': tokens_hash(tokens), 'weights': weights, 'target': target, 'beta': c.beta, 'smoothing': eps}
-    return train_stage(study, model, f'{name}-{loss}', c.dpo, start, inputs, objective, seed)
+    inputs: dict[str, Any] = {'objective': chosen.extension.name, 'source': source_hash(chosen.extension.function), 'rows': tokens_hash(tokens), 'weights': weights, 'target': target, 'beta': c.beta, 'smoothing': chosen.smoothing}
+    inputs |= {k: v for k, v in (('options', chosen.options), ('mean', flags['mean']), ('alone', not flags['reference'])) if v}
+    return train_stage(study, model, f'{name}-{chosen.name}', c.dpo, start, inputs, objective, seed)
 
 # %% ../../nbs/api/compare/070_preference_stages.ipynb #f199800f
 def pair_rewards(
@@ -301,3 +302,18 @@ def pair_rewards(
     base, store, budget = open_base(model), study.run.root/'store', study.config.dpo.token_budget
     ours, theirs = (stored_logps(store, base, a, tokens, budget, label=label, quiet=study.quiet) for a in (policy, reference))
     return implicit_reward(ours, theirs, study.config.beta), ours
+
+# %% ../../nbs/api/compare/070_preference_stages.ipynb #06cee790
+def own_rewards(
+    study: Study,                 # the experiment
+    model: Model,                 # the judge
+    policy: Path | None,          # its adapter; None: the base
+    tokens: Sequence[EncodedRow], # pairs
+    mean: bool,                   # log-probs per token
+    label: str,                   # of the progress bar
+) -> tuple[np.ndarray, np.ndarray]: # rewards and log-probs of the policy, each (rows, 2)
+    "Rewards of a policy that has no reference: beta times its log-probs (SimPO 2405.14734, Eq. 4)"
+    base, store, budget = open_base(model), study.run.root/'store', study.config.dpo.token_budget
+    logps = stored_logps(store, base, policy, tokens, budget, label=label, quiet=study.quiet)
+    count = np.array([[len(s.response) for s in r.sequences] for r in tokens])
+    return study.config.beta*(logps/count if mean else logps), logps

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import ConfigError
 from .config import settings_hash
+from .extensions import run_hash
 from ..io.disk import check_writable, placed, remove_tree, sync_folder, sync_tree, write_atomic
 from ..io.manifests import INCOMPLETE, MANIFEST, find_damage, read_manifest, say_incomplete, seal_folder
 from ..io.provenance import describe_making, other_versions
@@ -187,9 +188,9 @@ def claim(
     held, run = lock(root), Run(root, say, keep)
     try:
         freeze_day(root)
-        if (line := _announce(root, settings_hash(settings))) and not quiet: print(line)
+        if (line := _announce(root, run_hash(settings))) and not quiet: print(line)
         yield run
-        write_atomic(root/RUN, json.dumps({'settings': settings_hash(settings), 'stages': sorted(set(run.used))}))
+        write_atomic(root/RUN, json.dumps({'settings': run_hash(settings), 'stages': sorted(set(run.used))}))
         say_incomplete(root, 'All stages of this run are finished, and its results are not written yet. Give the same command again (in Python: write_result).')
     except BaseException as e:
         if not run.used: give_back(root, top, before)

@@ -19,6 +19,7 @@ from datasets.exceptions import DatasetsError
 # %% ../../nbs/api/data/090_sources.ipynb #bb7cfe52
 from .files import ZIPS, form_of
 from .rows import as_dataset
+from .tasks import TASKS, is_task, task_tables
 from .tables import TEXT_FORMS, RawTable, open_table
 from .names import SPLITS
 from ..errors import DataError
@@ -123,8 +124,9 @@ def _hub_tables(source: str, splits: Mapping[str, str] | None, kind: str, spare:
         found = load_from_disk(name) if _saved(Path(name)) else load_dataset(name, config)
     except (DatasetsError, OSError, ValueError, LookupError, TypeError) as e:
         why = f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else "no message"}'
+        near = get_close_matches(source.partition('(')[0], list(TASKS), n=1)
         raise DataError(f'{source}: neither a file, nor a folder with rows, nor a data set that could be loaded ({why}). '
-                        'Without the network only data sets that were loaded before are there') from e
+                        'Without the network only data sets that were loaded before are there' + (f'; did you mean the task "{near[0]}"?' if near else '')) from e
     if isinstance(found, Dataset): return {'all': (source, RawTable(found))}
     named, left = _named(found, splits, source, kind, spare)
     return {ours: (f'{source} [{theirs}]', RawTable(found[theirs], beside=left if i == 0 else ())) for i, (ours, theirs) in enumerate(named.items())}
@@ -150,14 +152,22 @@ def source_kind(
     try: return 'file' if path.is_file() else 'folder' if path.is_dir() else ''
     except OSError as e: raise DataError(f'{source[:80]}…: cannot be opened ({e.strerror or e})') from e
 
+def _of_task(source: str, splits: Mapping[str, str] | None, most: int) -> dict[str, tuple[str, RawTable]]:
+    "Tables of a task, by our splits"
+    tables = task_tables(source, most)
+    if splits and list(tables) == ['all']: raise DataError(f'task {source} returns one table; --split chooses splits of a task that returns several')
+    named = _named(tables, splits, f'task {source}')[0] if list(tables) != ['all'] else {'all': 'all'}
+    return {ours: tables[theirs] for ours, theirs in named.items()}
+
 def source_tables(
-    source: str,                              # a file, a folder, or the name of a data set ("name" or "name:config")
+    source: str,                              # a task, a file, a folder, or the name of a data set ("name" or "name:config")
     splits: Mapping[str, str] | None = None,  # our split -> file or split name of the source; None: by their names
     kind: str = '',                           # of the rows that are wanted: a key of `PREFER`, or another
     spare: bool = False,                      # may files that name no split be left beside those that do?
     most: int = 0,                            # rows that are wanted of a large file, chosen at random; 0: all
 ) -> dict[str, tuple[str, RawTable]]:         # split -> name for messages, and what the file holds; a file is the one split "all"
     "The tables of a source; raises `DataError`"
+    if is_task(source): return _of_task(source, splits, most)
     path, what = Path(source), source_kind(source)
     if what == 'file':
         if splits: raise DataError(f'{source} is one file; --split chooses files of a folder, or splits of a data set')
@@ -185,6 +195,7 @@ def check_source(
     source: str, # as the user gave it
 ) -> None:
     "Raise `DataError` for what looks like a file or folder and is none; nothing is read"
+    if is_task(source): return
     path = Path(source).expanduser()
     if source_kind(source) or path.exists(): return
     ending = path.suffix.lower() in (*TEXT_FORMS, *ZIPS, '.parquet', '.zip', '.txt')

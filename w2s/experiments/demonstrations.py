@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Made', 'weak_arms', 'make_seed', 'label_items', 'answer_table', 'lesson_table', 'cut_answers', 'compared',
            'recovered', 'example_table', 'TransferResult', 'recovered_text', 'shown_table', 'answering', 'origin_of',
-           'DemonstrationsMade', 'Demonstrations', 'working', 'report_of', 'open_demonstrations', 'run', 'asking',
-           'make_arms', 'task_name', 'result_of']
+           'DemonstrationsMade', 'Demonstrations', 'working', 'report_of', 'open_demonstrations', 'run', 'seed_rows',
+           'try_extensions', 'asking', 'make_arms', 'task_name', 'result_of']
 
 # %% ../../nbs/api/experiments/50_demonstrations.ipynb #d5c8d15b
 from collections.abc import Mapping, Sequence
@@ -30,10 +30,11 @@ from ..compare.lab import together
 from ..compare.preference_stages import Model, Study, know_model, model_lines
 from ..compare.response_ends import count_cut
 from ..compare.comparison import Opened, run_experiment
+from ..compare.extensions import METHODS, METRICS, method_answers, own_metrics
 from ..compare.demonstration_files import Table, rating_ranges, read_asked, table_rows
 from ..compare.demonstration_settings import TRANSFERS, Transfer, fill_transfer, transfer_models
-from ..compare.demonstration_stages import Arm, Learned, Site, Weak, arm_items, arm_scores, in_context_arm, lesson_of, schooled, student_arm, take_tests, weak_model
-from ..compare.demonstration_tasks import world_rows
+from ..compare.demonstration_stages import Arm, Learned, Site, Weak, arm_items, arm_scores, exam_rows, in_context_arm, lesson_of, method_inputs, reads_weak, schooled, student_arm, take_tests, weak_model
+from ..compare.demonstration_tasks import TaskRows, world_rows
 from ..compare.preference_settings import short_name
 from ..feedback.demonstrators import demonstrated
 from ..feedback.forms import Form, WORLD, form_for, stops
@@ -68,7 +69,7 @@ def make_seed(
     c, site = site.config, schooled(site)
     weak = [weak_model(site, name, models[name]) for name in c.weak]
     arms = [a for w in weak for a in weak_arms(site, w)] + [take_tests(site, 'base', 'untuned', '', site.start)]
-    lessons = [lesson_of(site, m, w, models[c.via] if c.via else None) for m in c.methods for w in (weak[:1] if m == 'own answers' else weak)]
+    lessons = [lesson_of(site, m, w, models[c.via] if c.via else None) for m in c.methods for w in (weak if reads_weak(m) else weak[:1])]
     arms += [student_arm(site, x) for x in lessons]
     gold = site.rows.asked.gold
     if gold is not None: arms.append(student_arm(site, Learned('gold answers', '', gold, demonstrated(site.form, site.rows.asked.questions, gold, 'gold')), 'ceiling'))
@@ -265,7 +266,7 @@ def open_demonstrations(
     if table is not None:
         for seed in range(c.seeds): table_rows(study, table, judge, seed) # what cannot be parted is refused before any work
     d = Demonstrations(study, {**dict.fromkeys(c.weak), **models}, judge, table)
-    return Opened(study, working(d), origin_of(c, table), report_of(d), partial(make_arms, d), partial(result_of, d))
+    return Opened(study, working(d), origin_of(c, table), report_of(d), partial(make_arms, d), partial(result_of, d), (try_extensions(d),))
 
 def run(
     config: Transfer | None = None,     # what to compare; None: a persona in the embedded world
@@ -275,6 +276,31 @@ def run(
 ) -> TransferResult:
     "Run a whole comparison by demonstrations; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     return run_experiment(open_demonstrations, config or fill_transfer({}), out, quiet, keep)
+
+# %% ../../nbs/api/experiments/50_demonstrations.ipynb #11634032
+def seed_rows(
+    d: Demonstrations, # models known, questions read
+    seed: int,         # of the run
+) -> TaskRows:
+    "The questions of one seed"
+    c: Transfer = d.study.config
+    return world_rows(c.task, seed, (c.n_labelled, c.n_unlabelled, c.n_test), c.trial) if d.table is None else table_rows(d.study, d.table, d.judge, seed)
+
+def try_extensions(
+    d: Demonstrations, # models known, questions read
+) -> str:              # a sentence about metrics that will not be computed, or nothing
+    "Try the user's metrics and methods on stand-in answers before anything is trained; raises `ConfigError`"
+    c, strong = d.study.config, d.by_name[d.study.config.strong]
+    own = [m for m in c.methods if METHODS.choose(m)[1].own]
+    if not (own or METRICS.own) or strong is None: return ''
+    rows, fit = seed_rows(d, 0), set[str]()
+    for e in rows.tests: fit |= own_metrics(exam_rows(e), e.gold or e.questions).keys()
+    for m in own:
+        _, found, options = METHODS.choose(m)
+        stand_in = method_inputs(asking(c, strong), rows.asked, rows.asked.gold or rows.asked.questions, lambda prompts: [['An answer.']]*len(prompts), 0)
+        method_answers(found, options, stand_in, 'before the run, on stand-in answers')
+    idle = [m for m in METRICS.own if m not in fit]
+    return f'Not computed: {", ".join(idle)}; a metric of probabilities belongs to labels.' if idle else ''
 
 # %% ../../nbs/api/experiments/50_demonstrations.ipynb #fb4e515e
 def asking(
@@ -295,8 +321,7 @@ def make_arms(
     if strong is None: raise DataError('the strong model has to answer; it cannot be a file')
     form = asking(c, strong)
     for seed in range(c.seeds):
-        rows = world_rows(c.task, seed, (c.n_labelled, c.n_unlabelled, c.n_test), c.trial) if d.table is None else table_rows(d.study, d.table, d.judge, seed)
-        seeds.append(make_seed(Site(d.study, form, answering(c, form), rows, seed, strong), d.by_name))
+        seeds.append(make_seed(Site(d.study, form, answering(c, form), seed_rows(d, seed), seed, strong), d.by_name))
     items, failures = arm_items([a for m in seeds for a in m.arms], [arm_scores(a, m.site.rows.tests) for m in seeds for a in m.arms], task_name(d))
     return DemonstrationsMade(form, seeds, items, failures)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PGR_METRICS', 'SHOWN', 'teaches', 'check_pairs', 'Made', 'make_arms', 'chain', 'look_at', 'arm_items',
            'prediction_table', 'label_quality', 'recovered_table', 'compared', 'ClassResult', 'shown_table',
-           'pgr_lines', 'Labels', 'open_labels', 'run', 'result_of', 'data_name']
+           'pgr_lines', 'Labels', 'open_labels', 'try_metrics', 'run', 'result_of', 'data_name']
 
 # %% ../../nbs/api/experiments/40_labels.ipynb #626e4b19
 from collections.abc import Sequence
@@ -29,6 +29,7 @@ from ..evaluate.metrics import metric_rows, summarise
 from ..evaluate.pgr import pgr_paragraph, pgr_table
 from ..evaluate.power import power_table
 from ..evaluate.several import adjust_table
+from ..compare.extensions import METRICS, own_metrics
 from ..compare.label_arms import (ClassArm, Labeller, Part, baseline_arms, curve_table, frame_arms, look, part_rows, stop_early,
                                         student_arms, supervise)
 from ..compare.label_data import ClassData, load_labels
@@ -131,7 +132,7 @@ def arm_items(
     weak: np.ndarray | None,    # (test rows, classes): what its supervisor says; None: it has none
 ) -> pd.DataFrame:              # columns `ITEM_COLUMNS`
     "Scores of one arm; an id is a group of test rows"
-    scores = label_scores(arm.probs, test['label'][:])
+    scores = label_scores(arm.probs, test['label'][:]) | own_metrics(test.to_list() if METRICS.own else [], probs=arm.probs)
     if weak is not None: scores |= agreement_scores(arm.probs, weak, test['label'][:])
     groups, by_group = clustered(scores, test['group'][:])
     return metric_rows(groups, by_group, arm.role, arm.method, arm.weak, arm.strong, arm.seed, task)
@@ -224,9 +225,10 @@ class ClassResult:
 # %% ../../nbs/api/experiments/40_labels.ipynb #3f85d4e4
 def shown_table(
     result: ClassResult,              # of `run`
-    metrics: Sequence[str] = SHOWN,   # columns
+    metrics: Sequence[str] = SHOWN,   # columns; those of the user come behind
 ) -> pd.DataFrame:                    # role, method, weak, strong, and value [low, high] of each metric
     "The table that a person looks at"
+    metrics = [*metrics, *METRICS.own]
     t = result.intervals[result.intervals.metric.isin(metrics)]
     text = [with_limits(r.value, r.low, r.high) for r in t.itertuples()]
     wide = t.assign(text=text).pivot_table(index=['role', 'method', 'weak', 'strong'], columns='metric', values='text', aggfunc='first', sort=False)
@@ -257,7 +259,17 @@ def open_labels(
     check_pairs(c)
     models = {n: know_model(short_name(n), n, c, c.readout != 'probe') for n in class_models(to_table(c))}
     labels = Labels(study, models, load_labels(c, [m.reader for m in models.values()]))
-    return Opened(study, list(models.values()), labels.data.origin, labels.data.report, partial(make_arms, study, models, labels.data), partial(result_of, labels))
+    return Opened(study, list(models.values()), labels.data.origin, labels.data.report, partial(make_arms, study, models, labels.data), partial(result_of, labels), (try_metrics(labels.data),))
+
+# %% ../../nbs/api/experiments/40_labels.ipynb #60a0e7e3
+def try_metrics(
+    data: ClassData, # rows
+) -> str:            # a sentence about metrics that will not be computed, or nothing
+    "Try the user's metrics on equal probabilities before anything is trained; raises `ConfigError`"
+    classes = len(data.classes)
+    fit = own_metrics(data.test.to_list(), probs=np.full((len(data.test), classes), 1/classes)) if METRICS.own else {}
+    idle = [m for m in METRICS.own if m not in fit]
+    return f'Not computed: {", ".join(idle)}; a metric of answers belongs to preferences and demonstrations.' if idle else ''
 
 # %% ../../nbs/api/experiments/40_labels.ipynb #8afa7804
 def run(

@@ -6,7 +6,8 @@
 __all__ = ['PGR_METRICS', 'SHOWN', 'DETAILS', 'DIGITS', 'label_table', 'weak_label_table', 'history_table', 'question_pairs',
            'recovered', 'Result', 'recovered_text', 'summary_table', 'fallen', 'gold_words', 'label_words', 'caption',
            'count_stages', 'counted', 'know_models', 'writers', 'rows_for', 'PreferencesMade', 'Preferences', 'opened',
-           'open_preferences', 'run', 'make_arms', 'result_of', 'row_groups', 'arm_intervals', 'compare', 'WeakTeacher']
+           'open_preferences', 'run', 'try_extensions', 'make_arms', 'result_of', 'row_groups', 'arm_intervals',
+           'compare', 'WeakTeacher']
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #12bf4516
 from collections.abc import Callable, Sequence
@@ -26,14 +27,15 @@ from ..evaluate.intervals import estimate, interval_table, interval_words, with_
 from ..evaluate.metrics import agreement, summarise
 from ..evaluate.pgr import pgr_paragraph, pgr_table
 from ..evaluate.power import power_table
-from ..compare.gold import check_gold
-from ..compare.preference_arms import REFERENCE, Arm, evaluate_arm, evaluate_choice, floor_arm, gold_items, judge_responses, train_students, write_responses
+from ..compare.extensions import METRICS, judge_scores, own_metrics
+from ..compare.gold import check_gold, is_judge
+from ..compare.preference_arms import REFERENCE, Arm, evaluate_arm, evaluate_choice, floor_arm, gold_items, judge_responses, metric_items, train_students, write_responses
 from ..compare.preference_data import PreferenceData, check_halves, load_preferences
 from ..compare.preference_stages import Model, Study, know_model, model_lines
 from ..compare.comparison import Opened, run_experiment
 from ..compare.response_ends import check_cut, check_responses, cut_words
 from ..compare.supervisors import SeedRows, supervise
-from ..compare.preference_settings import WeakTeacher, fill_settings, sampling, short_name, weak_names
+from ..compare.preference_settings import WeakTeacher, fill_settings, sampling, supervisor_name, weak_names
 from ..feedback.preferences import given_labels
 from ..world.service import GOLD
 
@@ -102,7 +104,7 @@ def recovered(
         if not (who['floor'] and who['ceiling']): continue
         students = [(role, m) for role in ('student', 'human') for m in who[role]]
         table = pgr_table(of, [(('floor', who['floor'][0]), s, ('ceiling', who['ceiling'][0])) for s in students], metric)
-        out.append(table.assign(weak=short_name(config.weak), strong=Path(config.strong).name, method=[f'{role} ({m})' for role, m in students]))
+        out.append(table.assign(weak=supervisor_name(config), strong=Path(config.strong).name, method=[f'{role} ({m})' for role, m in students]))
     first = ['weak', 'strong', 'method']
     return pd.concat([t[[*first, *(c for c in t if c not in first)]] for t in out], ignore_index=True) if out else pd.DataFrame(columns=first)
 
@@ -149,7 +151,7 @@ DIGITS = {'margin': 4, 'logp_chosen': 1, 'logp_rejected': 1}                    
 # %% ../../nbs/api/experiments/10_preferences.ipynb #482efb35
 def summary_table(
     result: Result,                                # of a run
-    metrics: Sequence[str] = (*SHOWN, *DETAILS),   # which; those that the run has are shown
+    metrics: Sequence[str] = (*SHOWN, *DETAILS),   # which; those that the run has are shown, and those of the user
 ) -> pd.DataFrame:                                 # role, method, model, and value [low, high] for each metric
     "The table that a person looks at"
     t = result.intervals
@@ -157,7 +159,7 @@ def summary_table(
     texts = [with_limits(value, low, high, DIGITS.get(m, 3)) for m, value, low, high in t[['metric', 'value', 'low', 'high']].itertuples(index=False)]
     flat = t.assign(model=names, cell=texts)
     wide = flat.pivot_table(index=['role', 'method', 'model'], columns='metric', values='cell', aggfunc='first', sort=False).reset_index()
-    return wide[['role', 'method', 'model', *(m for m in metrics if m in wide)]].fillna('–').rename_axis(columns=None)
+    return wide[['role', 'method', 'model', *(m for m in (*metrics, *(METRICS.own if 'accuracy' in metrics else ())) if m in wide)]].fillna('–').rename_axis(columns=None)
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #5a79babf
 def _tables(result: Result) -> list[pd.DataFrame]:
@@ -185,7 +187,7 @@ def gold_words(
     if not config.samples: return ''
     how = sampling(config)
     points = (f'{GOLD["right"]:g} if its fact is right, {GOLD["silent"]:g} if it names none, {GOLD["polite"]:+g} for each polite and {GOLD["rude"]:+g} for each rude '
-              f'opening or closing, {GOLD["spare"]:g} for each spare word') if not config.gold else f'by the reward model {Path(config.gold).name}'
+              f'opening or closing, {GOLD["spare"]:g} for each spare word') if not config.gold else f'by the {"judge" if is_judge(config.gold) else "reward model"} {Path(config.gold).name}'
     return (f' Gold reward: of {config.samples} response{"s" if config.samples > 1 else ""} to each test prompt, sampled at temperature {how.temperature:g}: {points}. '
             f'{cut_words(responses, how.max_tokens)} Win rate: how often it is higher than that of {REFERENCE[0]} ({REFERENCE[1]}) on the same prompt; ties count half.')
 
@@ -219,8 +221,8 @@ def count_stages(
     config: WeakTeacher, # what is to be run
 ) -> int:
     "Stages of the whole run"
-    c, weak = config, len(weak_names(config.weak))
-    trainings = weak*{'dpo': 2, 'reward': 1, 'judge': 0}[c.supervisor]
+    c, weak = config, len(weak_names(config.weak)) or 1
+    trainings = weak*{'dpo': 2, 'reward': 1}.get(c.supervisor, 0)
     policy = c.supervisor == 'dpo' and weak == 1 # the floor can answer
     asked = weak*(1 + bool(c.labels.calibrate)) + (1 if policy else weak)
     sft = c.start == 'sft'
@@ -301,7 +303,7 @@ def open_preferences(
     weak, strong = know_models(c)
     check_gold(c)
     data = rows_for(c, [*weak, strong])
-    return opened(Preferences(study, weak, strong, data), check_responses(c, writers(c, weak, strong), data))
+    return opened(Preferences(study, weak, strong, data), check_responses(c, writers(c, weak, strong), data), try_extensions(c, data.test))
 
 def run(
     config: WeakTeacher | None = None,      # what to compare; None: models of the ladder on rows of the world
@@ -312,6 +314,18 @@ def run(
     "Run the whole comparison; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     config = config or fill_settings({})
     return run_experiment(open_preferences, config, out, quiet, keep, counted(count_stages(config)))
+
+# %% ../../nbs/api/experiments/10_preferences.ipynb #8e7a13d5
+def try_extensions(
+    config: WeakTeacher, # of the experiment
+    test: Dataset,       # test rows
+) -> str:                # a sentence about metrics that will not be computed, or nothing
+    "Try the user's metrics and judge on the chosen test responses before anything is trained; raises `ConfigError`"
+    if config.samples and is_judge(config.gold): judge_scores(config.gold, test['prompt'][:], test['chosen'][:])
+    fit = own_metrics(test.to_list(), test['chosen'][:]) if config.samples else {}
+    idle = [m for m in METRICS.own if m not in fit]
+    if not idle: return ''
+    return f'Not computed: {", ".join(idle)}; ' + ('a metric of probabilities belongs to labels.' if config.samples else 'a metric of answers needs responses, see --samples.')
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #c8868868
 def make_arms(
@@ -327,7 +341,7 @@ def make_arms(
     items += [evaluate_arm(study, a, test) for a in arms]
     responses = judge_responses(study, [*written, *write_responses(study, arms, test)], test)
     check_cut(responses, sampling(study.config).max_tokens)
-    return PreferencesMade(seeds, [*floors, *arms], pd.concat([*items, *gold_items(study.config, responses)], ignore_index=True), responses)
+    return PreferencesMade(seeds, [*floors, *arms], pd.concat([*items, *gold_items(study.config, responses), *metric_items(study.config, responses, test)], ignore_index=True), responses)
 
 def result_of(
     p: Preferences,        # open

@@ -21,6 +21,7 @@ from ..errors import ConfigError, W2SWarning, unknown
 from ..evaluate.clusters import by_group
 from ..evaluate.intervals import Estimate, difference, with_limits
 from ..evaluate.several import adjust_table
+from ..compare.extensions import LABELLERS, has_model
 from ..compare.config import merged, number, to_table
 from ..compare.comparison import Opened, first_lines
 from ..compare.demonstration_settings import Transfer
@@ -29,7 +30,7 @@ from ..compare.options import find_option, options_of, parse_text, set_path
 from ..compare.preference_data import check_halves, load_preferences
 from ..compare.preference_stages import Model, Study, note_models
 from ..compare.stages import claim
-from ..compare.preference_settings import SUBSETS, SUPERVISORS, WeakTeacher
+from ..compare.preference_settings import SUBSETS, WeakTeacher
 from ..compare.settings import Settings, make_settings, new_settings, part_rows
 from ..compare.toxicity_settings import Toxicity
 from ..compare.response_ends import check_responses
@@ -38,7 +39,7 @@ from .labels import open_labels
 from .preferences import Preferences, Result, count_stages, counted, know_models, opened, row_groups, writers
 from .toxicity import open_toxicity
 from ..feedback.confidence import WEIGHTS
-from ..train.losses import PREFERENCE_LOSSES
+from ..train.settings import check_preference_loss
 
 # %% ../../nbs/api/experiments/70_vary.ipynb #3e850a03
 def supervisor_settings(
@@ -46,7 +47,8 @@ def supervisor_settings(
 ) -> dict[str, Any]:
     "A model, several joined by '+', and the kind of supervisor behind a space"
     model, space, kind = value.strip().rpartition(' ')
-    return {'weak': model, 'supervisor': kind} if space and kind in SUPERVISORS else {'weak': value.strip(), 'supervisor': 'dpo'}
+    if not space and value.partition('(')[0].strip() in LABELLERS and not has_model(value.strip()): return {'weak': '', 'supervisor': value.strip()}
+    return {'weak': model, 'supervisor': kind} if space and kind in LABELLERS else {'weak': value.strip(), 'supervisor': 'dpo'}
 
 # %% ../../nbs/api/experiments/70_vary.ipynb #143fc8ac
 USES: dict[str, dict[str, Any]] = { # how labels are used -> settings of `LabelUse`
@@ -68,7 +70,7 @@ def loss_settings(
 ) -> dict[str, Any]:
     "A preference loss, and weights behind a space; raises `ConfigError`"
     loss, _, weights = value.partition(' ')
-    if loss not in PREFERENCE_LOSSES: raise ConfigError(unknown(loss, PREFERENCE_LOSSES, 'preference loss'))
+    check_preference_loss(loss)
     return {'loss': loss, 'labels': {'weights': weights or 'none'}}
 
 # %% ../../nbs/api/experiments/70_vary.ipynb #75748d41

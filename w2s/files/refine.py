@@ -31,7 +31,7 @@ from ..compare.config import from_table, merged, to_table, to_toml
 from ..compare.preference_stages import Model, Study, know_model, model_lines, model_load, note_models
 from ..compare.response_ends import count_cut
 from ..compare.stages import claim
-from ..compare.demonstration_settings import REFINERS
+from ..compare.extensions import METHODS
 from ..compare.demonstration_stages import Learned, Site, Weak, lesson_of
 from ..compare.demonstration_tasks import Exam, TaskRows
 from ..compare.preference_settings import short_name
@@ -46,7 +46,7 @@ from ..io.manifests import check_out_file, publish_file
 from ..io.provenance import describe_making
 
 # %% ../../nbs/api/files/30_refine.ipynb #7a225ed0
-REFINE_METHODS = (*REFINERS, 'own-answers') # the last one looks at no weak answer: to compare with
+REFINE_METHODS = (*(n for n, m in METHODS.items() if m.flags['refines']), 'own-answers') # the last one looks at no weak answer: to compare with
 OF_METHODS: dict[str, tuple[str, ...]] = { # setting -> methods in which it does something
     'examples': ('in-context', 'resampled'), 'choice': ('in-context', 'resampled'), 'batch': ('infer-and-respond',),
     'samples': ('resampled',), 'temperature': ('resampled',), 'seed': ('in-context', 'resampled')}

@@ -23,7 +23,8 @@ from ..evaluate.power import DIFFERENCES_TOLD, report_differences, verdict_text
 from ..compare.config import to_toml
 from ..files.refine import form_text
 from ..experiments.demonstrations import TransferResult, recovered_text, shown_table
-from ..compare.demonstration_settings import METHODS, TRANSFERS, Measures
+from ..compare.demonstration_settings import TRANSFERS, Measures
+from ..compare.extensions import METHODS
 from ..compare.preference_settings import short_name
 from ..io.console import bullet_list, code_block, escape_list, escape_markdown
 from .folder import markdown_table, write_folder
@@ -131,7 +132,8 @@ def lessons_text(
     t = result.labels
     cells = t.assign(text=[f'{r.value:.3f}' if pd.isna(r.low) else with_limits(r.value, r.low, r.high) for r in t.itertuples()])
     wide = cells.pivot_table(index=['method', 'weak'], columns='metric', values='text', aggfunc='first', sort=False).reset_index().rename_axis(columns=None)
-    told = [f'- {m}: {METHODS[m]}' for m in dict.fromkeys(t['method']) if m in METHODS]
+    known = {m: METHODS[m.partition('(')[0]] for m in dict.fromkeys(t['method']) if m.partition('(')[0] in METHODS}
+    told = [f'- {m}: {escape_list(e.words or "a method of your own") if e.own else e.words}' for m, e in known.items()]
     named = result.lessons[result.lessons['concept'] != '']
     said = [f'Concepts that were named, {named["concept"].nunique()} in all, as: ' + '; '.join(f'"{c}"' for c in named['concept'].unique()[:5]) + '.'] if len(named) else []
     return '\n\n'.join([markdown_table(wide.fillna('–')), '\n'.join(told), *map(escape_markdown, said)])

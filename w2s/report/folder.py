@@ -20,7 +20,8 @@ import torch
 from matplotlib.figure import Figure
 
 from ..data.hygiene import DataReport
-from ..compare.config import settings_hash, to_table, to_toml
+from ..compare.config import to_table, to_toml
+from ..compare.extensions import run_hash, save_extensions
 from ..compare.stages import lock, read_run
 from ..io import console
 from ..io.console import shorten_home
@@ -78,13 +79,14 @@ def fill_folder(
     report: DataReport | None = None,             # what was done to the rows
     prefix: str = '',                             # in front of versions.json
 ) -> None:
-    "Write tables, figures, texts, settings, versions and adapters"
+    "Write tables, figures, texts, settings, versions, adapters, and the functions of the user"
     for name, table in tables.items():
         if not table.empty: write_parquet(table, folder/f'{name}.parquet')
     for name, draw in figures.items(): save_figure(draw(), folder, name)
     settings = {} if config is None else {'config.toml': to_toml(config)}
     for name, text in {**settings, f'{prefix}versions.json': json.dumps(versions(), indent=1), **texts}.items():
         (folder/name).write_bytes(text_bytes(shorten_home(text)))
+    if config is not None: save_extensions(folder, to_table(config))
     if report: report.save(folder)
     for name, source in adapters.items(): export_adapter(source, folder/'adapters'/name)
 
@@ -100,7 +102,7 @@ def write_folder(
     prefix: str = '',                             # names a set that shares the folder with others: 'beta-'
 ) -> Path:                                        # the manifest
     "Put the results of a run into its folder, as a set; raises `ConfigError` where a file of the user would be lost"
-    made = describe_making(**{'settings': settings_hash(to_table(config)) if config is not None else '', **{k: v for k, v in read_run(folder).items() if k == 'stages'}})
+    made = describe_making(**{'settings': run_hash(to_table(config)) if config is not None else '', **{k: v for k, v in read_run(folder).items() if k == 'stages'}})
     held = lock(folder)
     try: return publish(folder, lambda part: fill_folder(part, config, tables, figures, texts, adapters or {}, report, prefix), made, folder/f'{prefix}{MANIFEST}')
     finally: held.release()

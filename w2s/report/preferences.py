@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..compare.config import to_toml
 from ..experiments.vary import Varied, varied_table
-from ..compare.preference_settings import short_name
+from ..compare.preference_settings import supervisor_name
 from ..compare.preference_arms import REFERENCE
 from ..experiments.preferences import DETAILS, SHOWN, Result, caption, question_pairs, recovered_text, row_groups, summary_table
 from ..compare.win_rates import win_table
@@ -67,7 +67,7 @@ def report_text(
     both = not result.responses.empty
     names = 'accuracy and gold reward' if both else 'accuracy'
     parts = [
-        f'# {escape_markdown(short_name(result.config.weak))} teaches {escape_markdown(Path(result.config.strong).name)}', escape_list(recovered_text(result)), markdown_table(summary_table(result, SHOWN if both else (*SHOWN, *DETAILS))),
+        f'# {escape_markdown(supervisor_name(result.config))} teaches {escape_markdown(Path(result.config.strong).name)}', escape_list(recovered_text(result)), markdown_table(summary_table(result, SHOWN if both else (*SHOWN, *DETAILS))),
         escape_markdown(caption(result)), f'![{names} of every role](figure.png)', f'## Paired differences of {names}',
         markdown_table(report_differences(result.differences)), DIFFERENCES_TOLD]
     if both: parts += ['## Wins, ties and losses', wins_text(result), '## What they write', responses_text(result), '## More numbers', markdown_table(summary_table(result, DETAILS))]

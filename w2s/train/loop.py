@@ -23,8 +23,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, DataError, TrainError, W2SWarning, unknown
+from ..errors import ConfigError, DataError, TrainError, W2SWarning
 from ..io.console import progress_bar
+from ..io.registry import call_own
 from ..io.signals import Stopped, hold_signals
 from ..models.load import set_mode
 from . import losses
@@ -34,7 +35,7 @@ from .checkpoints import checkpoints, load_last, save_checkpoint, trainable
 from .room import NoRoomLeft, Room, fitting, is_out_of_memory, whole_step
 from .logprobs import response_logps
 from .step_memory import StepChoice, choose_step, compute_twice, computes_twice
-from .settings import OPTIMIZERS, SCHEDULES, TrainSettings
+from .settings import OPTIMIZERS, SCHEDULES, TrainSettings, choose_loss
 from .tokens import Encoded, EncodedRow
 
 # %% ../../nbs/api/train/170_loop.ipynb #c8240d39
@@ -77,6 +78,7 @@ class Objective:
     sizes: list[int]                            # of each row: 1, or its response tokens
     prepare: Callable[[Any, Sequence[int], float, int], 'Objective'] | None = None # see `for_step`
     forward: Callable[[Any, Block], Tensor] = response_logps # (model, block) -> (sequences,) or (sequences, outputs): log-probs, or other numbers
+    name: str = 'the loss'                      # of the loss, for error messages
 
 # %% ../../nbs/api/train/170_loop.ipynb #b9697d12
 def row_weights(
@@ -113,24 +115,26 @@ def sft_objective(
 # %% ../../nbs/api/train/170_loop.ipynb #b9749832
 def preference_objective(
     rows: Sequence[EncodedRow],              # (chosen, rejected)
-    reference: Any,                          # (rows, 2): log-probs under the frozen reference, from `stored_logps`
+    reference: Any,                          # (rows, 2): log-probs under the frozen reference, from `stored_logps`; None: for a loss without a reference
     target: Sequence[float] | None = None,   # P(chosen ≻ rejected) of each row; None: 1
     weights: Sequence[float] | None = None,  # one a row, such as a confidence; None: 1
     beta: float = 0.1,                       # Tao & Li: 0.1 on HH, 0.5 on TL;DR; CW-PO: 0.5
-    loss: str = 'dpo',                       # a name in `PREFERENCE_LOSSES`
+    loss: str = 'dpo',                       # a name in `PREFERENCE_LOSSES`, with options as in 'simpo(gamma=1)'
     smoothing: float | None = None,          # ε of cdpo and rdpo; None: 0.1 for these, none for the others
 ) -> Objective:
     "A preference loss with soft targets and weights; loss a row over the whole optimizer batch"
-    if loss not in losses.PREFERENCE_LOSSES: raise ConfigError(unknown(loss, losses.PREFERENCE_LOSSES, 'preference loss'))
-    ref = torch.as_tensor(reference, dtype=torch.float32)
-    p, of_gap = row_targets(target, len(rows)), losses.PREFERENCE_LOSSES[loss]
-    eps = losses.SMOOTHING[loss] if smoothing is None else smoothing
-    if ref.shape != (len(rows), 2): raise DataError(f'{len(rows)} rows, but reference of shape {tuple(ref.shape)}')
-    of_gap(torch.zeros(0), torch.zeros(0), beta, eps) # a setting that cannot act stops here, not at the first step
-    def gap(logps: Tensor, i: Tensor) -> Tensor: return losses.log_ratio_gap(logps, ref[i].to(logps.device))
-    def value(logps: Tensor, i: Tensor) -> Tensor: return beta*gap(logps, i)
-    def of_row(logps: Tensor, i: Tensor) -> Tensor: return of_gap(gap(logps, i), p[i].to(logps.device), beta, eps)
-    return Objective([r.id for r in rows], [r.sequences for r in rows], value, of_row, row_weights(weights, len(rows)), [1]*len(rows))
+    chosen = choose_loss(loss, smoothing)
+    found, p = chosen.extension, row_targets(target, len(rows))
+    ref = torch.as_tensor(reference, dtype=torch.float32) if found.flags['reference'] else None
+    if ref is not None and ref.shape != (len(rows), 2): raise DataError(f'{len(rows)} rows, but reference of shape {tuple(ref.shape)}')
+    tokens = torch.tensor([[len(s.response) for s in r.sequences] for r in rows], dtype=torch.float32)
+    def inputs(logps: Tensor, i: Tensor) -> dict[str, Tensor]: return losses.loss_inputs(found.flags, logps, None if ref is None else ref[i].to(logps.device), tokens[i].to(logps.device))
+    def value(logps: Tensor, i: Tensor) -> Tensor: return beta*inputs(logps, i)['gap']
+    def of_row(logps: Tensor, i: Tensor) -> Tensor:
+        given = {**inputs(logps, i), 'target': p[i].to(logps.device), 'beta': beta, 'smoothing': chosen.smoothing}
+        return losses.check_losses(found, call_own(found, lambda: found.fill(given, chosen.options)), len(i))
+    of_row(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long)) # a setting that cannot act stops here, not at the first step
+    return Objective([r.id for r in rows], [r.sequences for r in rows], value, of_row, row_weights(weights, len(rows)), [1]*len(rows), name=found.title if found.own else 'the loss')
 
 # %% ../../nbs/api/train/170_loop.ipynb #fbea8c09
 SCALE = 2.**14 # the loss in float16: gradients of hidden states up to 4 still fit, and those from 4e-12 on count
@@ -167,7 +171,7 @@ def add_block(
         out = objective.forward(model, block([s for i in part for s in objective.sequences[i]]))
         logps = out.reshape(len(part), k * out[0].numel()) # a row's sequences one after the other, each with its outputs
         loss = losses.weighted_sum(objective.loss(logps, index), objective.weights[index]) / size
-        if not torch.isfinite(loss): raise TrainError(f'the loss is {loss.item()} in rows {", ".join(objective.ids[i] for i in part[:8])}')
+        if not torch.isfinite(loss): raise TrainError(f'{objective.name} is {loss.item()} in rows {", ".join(objective.ids[i] for i in part[:8])}')
         grads = torch.autograd.grad(loss*scale if scale != 1 else loss, weights, allow_unused=True)
     numbers = loss.item(), objective.value(logps.detach(), index).sum().item()
     parts = [(p, g if scale == 1 else g/scale) for p, g in zip(weights, grads, strict=True) if g is not None]
