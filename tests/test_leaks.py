@@ -116,7 +116,7 @@ def test_no_thing_of_a_label_test_is_in_a_training_text(task, seed, trial):
 @pytest.mark.parametrize('source', ['world', 'world:1', 'world:100'])
 def test_nobody_of_a_preference_test_is_in_a_training_row(source, seed):
     data = load_preferences(source, [], 200)
-    labelled, unlabelled = halves(data.train, 800, .5, seed)
+    labelled, unlabelled = halves(data.train, 400, 400, seed)
     def texts(rows): return [str(p) + c + r for p, c, r in zip(rows['prompt'], rows['chosen'], rows['rejected'], strict=True)]
     test = named(texts(data.test))
     assert test and not named(texts(labelled)) & test and not named(texts(unlabelled)) & test and not named(texts(labelled)) & named(texts(unlabelled))

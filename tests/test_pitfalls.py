@@ -1152,7 +1152,7 @@ def test_pitfall_18_no_group_is_in_two_halves_of_one_file(world, tmp_path):
     reader = Reader('weak', load_tokenizer(world.weak), 256)
     data = load_preferences(str(tmp_path/'all.jsonl'), [reader])
     for seed in range(5):
-        a, b = halves(data.train, 60, .5, seed)
+        a, b = halves(data.train, 30, 30, seed)
         groups = [set(x['group']) for x in (a, b, data.test)]
         assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2]) and all(groups)
 
