@@ -551,7 +551,7 @@ def rows_of(path, n, unsafe):
     return path
 
 
-REFUSED = {'too many rows': (80, 40, ('--n-labelled', 2500, '--n-unlabelled', 2500), '--n-labelled is 2500, but'), 'one row': (80, 40, ('--rows', 1), 'rows is 1; it must be at least 2'), 'two rows': (80, 40, ('--rows', 2), 'two classes are needed'),
+REFUSED = {'too many rows': (80, 40, ('--n-labelled', 2500, '--n-unlabelled', 2500), '--n-labelled is 2500, but'), 'one row': (80, 40, ('--rows', 1), 'rows is 1; it must be at least 2'), 'two rows': (80, 40, ('--n-labelled', 1, '--n-unlabelled', 1), 'two classes are needed'),
            'two of a class': (80, 2, (), 'two classes are needed'), 'one of a class': (80, 1, (), 'two classes are needed'), 'one class': (80, 0, (), 'two classes are needed'), 'a share that is too small': (30, 15, ('--n-labelled', .01), 'too few'),
            'nothing to choose by': (12, 6, ('--validate', .01, '--snapshots', 2), 'too few'), 'too few to clean': (8, 4, ('--method', 'filter'), 'folds')}
 
