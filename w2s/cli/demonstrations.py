@@ -8,6 +8,7 @@ __all__ = ['COMMANDS', 'CHOSEN', 'Flag', 'task_of', 'implied', 'numbers', 'trans
            'run_toxicity', 'add_transfer_commands']
 
 # %% ../../nbs/api/cli/40_demonstrations.ipynb #7ee053bf
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -167,7 +168,7 @@ def transfer_command(
 ) -> None:
     "Weak-to-strong by demonstrations: weak answers, refined ones, a student of each, the ceiling and the un-tuned model"
     steps = {'learning_rate': lr, 'epochs': epochs, 'batch_size': batch_size}
-    methods = None if method is None else method.replace('own-answers', 'own answers')
+    methods = None if method is None else re.sub(r'(?<![\w-])own-answers(?![\w-])', 'own answers', method)
     flags = {'imports': imports or None, 'data': data, 'column': column, 'question': question, 'answer': answer, 'leave_out': leave_out, 'split': split, 'weak': weak, 'strong': strong, 'via': via, 'demonstrator': demonstrator, 'answers': answers,
              'instruction': instruction, 'concept': concept, 'methods': methods, 'examples': examples, 'choice': choice, 'batch': batch, 'ablation': numbers(ablation, 'ablation'),
              'samples': samples, 'temperature': temperature, 'auxiliary': auxiliary, 'gold_rows': gold_rows, 'rows': rows, 'test_rows': test_rows, 'seeds': seeds,
