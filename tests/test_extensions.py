@@ -414,3 +414,30 @@ def test_two_files_of_the_same_name_are_refused(tmp_path):
         (tmp_path/folder).mkdir()
         (tmp_path/folder/'mine.py').write_text(f'x = "{folder}"\n')
     with pytest.raises(ConfigError, match='two files mine.py'): imported_inputs({'imports': [str(tmp_path/f/'mine.py') for f in 'ab']})
+
+
+def test_the_functions_of_a_run_are_those_of_its_own_file(tmp_path):
+    "Two files register the same name: each run has that of the file that it names, in any order"
+    for name, sign in (('one', ''), ('two', '-')):
+        (tmp_path/f'{name}.py').write_text(f"from w2s.compare.extensions import labeller\n@labeller('mine')\ndef mine(response_a): return [[{sign}1, 0]]*len(response_a)\n")
+    for name, wanted in (('one', 1), ('two', -1), ('one', 1), ('one', 1)):
+        fill_settings(dict(supervisor='mine', imports=[str(tmp_path/f'{name}.py')]))
+        assert labeller_rewards('mine', PAIRS, 0)[0, 0] == wanted
+
+
+@pytest.mark.parametrize('name', ['torch.py', 'json.py', 'w2s.py', 'my-own.py', 'pytest.py'])
+def test_a_file_with_the_name_of_another_module_does_not_take_its_place(tmp_path, name):
+    import sys
+    (tmp_path/name).write_text("import torch\nfrom w2s.compare.extensions import loss\nloss('mine')(lambda gap: torch.relu(-gap))\n")
+    there = {m: sys.modules.get(m) for m in ('torch', 'json', 'w2s', 'pytest')}
+    import_extensions([str(tmp_path/name)])
+    assert 'mine' in PREFERENCE_LOSSES and all(sys.modules.get(m) is x for m, x in there.items())
+
+
+def test_a_module_of_a_package_with_relative_imports(tmp_path, monkeypatch):
+    (tmp_path/'own_package_of_test').mkdir()
+    for name, text in {'__init__': '', 'parts': 'def weight(): return 2.\n', 'methods': "from .parts import weight\nfrom w2s.compare.extensions import labeller\n@labeller('packed')\ndef packed(response_a): return [[weight(), 0]]*len(response_a)\n"}.items():
+        (tmp_path/'own_package_of_test'/f'{name}.py').write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    import_extensions(['own_package_of_test.methods'])
+    assert labeller_rewards('packed', PAIRS, 0)[0].tolist() == [2, 0]

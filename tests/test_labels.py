@@ -15,13 +15,13 @@ from w2s.feedback.cleaning import PROBES, clean_by_probe, row_folds
 from w2s.models.adapters import LoraSettings, add_adapter
 from w2s.models.load import LoadSettings, load_base
 from w2s.models.tiny import pretrain, tiny_model
-from w2s.train import labels as labels_module
+from w2s.train import label_losses, label_variants
 from w2s.train import loop
 from w2s.train.batches import block
 from w2s.train.checkpoints import trainable
 from w2s.train.label_losses import class_counts, confidence, confidence_weight, harden, soft_xent
 from w2s.train.label_variants import (
-    class_prices, forward_kl, margins, product, product_target, reverse_kl, sharpened, warm_up, window_target)
+    balanced, class_prices, focal, forward_kl, margins, product, product_target, reverse_kl, sharpened, warm_up, window_target)
 from w2s.train.labels import (
     LABEL_LOSSES, batch_opinion, class_logps, class_probs, encode_labels, encode_words, label_objective, label_targets, weak_labels)
 from w2s.train.logprobs import response_logps, score
@@ -136,6 +136,7 @@ PLAIN = {  # of two classes: the loss and what it is for z, the log-odds of clas
     'xent': soft_xent, 'kl': forward_kl, 'reverse_kl': reverse_kl, 'entropy': sharpened, 'product': product,
     'confidence': lambda x, y: confidence(x, y, harden(x, class_counts(y)), .75),
     'window': lambda x, y: soft_xent(x, window_target(x, y, harden(x, class_counts(y)), 2.)),
+    'focal': focal, 'balanced': lambda x, y: balanced(x, y, y),
 }
 
 
@@ -149,6 +150,8 @@ def slope(loss, z, w):
     if loss == 'reverse_kl': return f*(1 - f)*(z - (max(w, least)/max(1 - w, least)).ln())
     if loss == 'product': return f - (f*w)/(f*w + (1 - f)*(1 - w))
     if loss == 'confidence': return f - Decimal('.25')*w - Decimal('.75')*own
+    if loss == 'focal': return w*(2*f*(1 - f)**2*f.ln() - (1 - f)**3) + (1 - w)*(f**3 - 2*f**2*(1 - f)*(1 - f).ln())
+    if loss == 'balanced': return f - Decimal('.5') # of one row: nothing is left of its label
     return f - w  # window: one row lies at its own threshold
 
 
@@ -163,7 +166,7 @@ def test_pitfall_02_every_loss_is_finite_and_pushes_the_right_way(loss, dtype):
         assert torch.isfinite(out).all() and torch.isfinite(x.grad).all()
         assert abs(got - want) < (1e-6 if dtype == torch.float32 else 5e-3)
         if abs(want) > .01 or loss == 'reverse_kl': assert got*want > 0
-        if (z > 0, w) in ((True, 0.), (False, 1.)):  # sure, and wrong about a hard label
+        if (z > 0, w) in ((True, 0.), (False, 1.)) and loss != 'balanced':  # sure, and wrong about a hard label
             assert got*z > 0 and (loss == 'reverse_kl' or abs(got) > .9)
             assert loss != 'reverse_kl' or got == pytest.approx(want, rel=1e-2)
 
@@ -176,7 +179,7 @@ def test_pitfall_02_logits_of_both_signs_with_a_hard_label():
             out = of(x, torch.tensor([[1 - w, w]]))
             out.sum().backward()
             assert torch.isfinite(out).all() and torch.isfinite(x.grad).all()
-            if (z > 0) == (w == 0) and loss != 'reverse_kl': assert abs(x.grad[0, 1].item()) > .9
+            if (z > 0) == (w == 0) and loss not in ('reverse_kl', 'balanced'): assert abs(x.grad[0, 1].item()) > .9
 
 
 @pytest.mark.parametrize('classes', [2, 5])
@@ -345,14 +348,14 @@ def test_pitfall_04_the_warm_up_is_a_straight_line(warmup):
 
 def test_pitfall_04_training_follows_the_line(base, rows, tmp_path, monkeypatch):
     "Twenty steps, warm-up over a fifth: 0, 1/4, 2/4, 3/4 of the highest weight, then all of it"
-    seen, real = {}, labels_module.confidence
+    seen, real = {}, label_losses.confidence
     def watched(logps, target, hard, alpha): seen[step_number[0]] = alpha; return real(logps, target, hard, alpha)
     step_number, take = [0], loop.take_step
     def take_step(*a):
         out = take(*a)
         step_number[0] += 1
         return out
-    monkeypatch.setattr(labels_module, 'confidence', watched)
+    monkeypatch.setattr(label_losses, 'confidence', watched)
     monkeypatch.setattr(loop, 'take_step', take_step)
     model = add_adapter(base, LoraSettings(rank=2))
     train(model, label_objective(rows[:20], targets(20), loss='confidence', options={'highest': .6}), TrainSettings(epochs=5, batch_size=5), tmp_path, quiet=True)
@@ -362,9 +365,9 @@ def test_pitfall_04_training_follows_the_line(base, rows, tmp_path, monkeypatch)
 
 def test_pitfall_04_the_product_follows_the_line(base, rows, tmp_path, monkeypatch):
     "Its power of the own opinion rises from 0 as the weight of the confidence loss does"
-    seen, real = [], labels_module.product
+    seen, real = [], label_variants.product
     def watched(logits, target, alpha, beta): seen.append((alpha, beta)); return real(logits, target, alpha, beta)
-    monkeypatch.setattr(labels_module, 'product', watched)
+    monkeypatch.setattr(label_variants, 'product', watched)
     model = add_adapter(base, LoraSettings(rank=2))
     goal = label_objective(rows[:20], targets(20), loss='product', options={'alpha': .7, 'beta': .6})
     train(model, goal, TrainSettings(epochs=5, batch_size=5), tmp_path, quiet=True)

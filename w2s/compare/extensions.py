@@ -4,24 +4,26 @@
 
 # %% auto #0
 __all__ = ['LABELLERS', 'METHODS', 'METRICS', 'JUDGES', 'KINDS', 'IMPORTED', 'has_model', 'labeller', 'method', 'metric', 'judge',
-           'labeller_rewards', 'own_metrics', 'judge_scores', 'method_answers', 'find_import', 'import_file',
-           'file_hash', 'import_extensions', 'imported_files', 'used_extensions', 'imported_inputs', 'run_hash',
-           'save_extensions', 'TASKS', 'LABEL_LOSSES', 'PREFERENCE_LOSSES', 'task', 'label_loss', 'loss']
+           'labeller_rewards', 'own_metrics', 'judge_scores', 'method_answers', 'find_import', 'module_name',
+           'import_file', 'file_hash', 'import_extensions', 'imported_files', 'used_extensions', 'imported_inputs',
+           'run_hash', 'save_extensions', 'TASKS', 'LABEL_LOSSES', 'PREFERENCE_LOSSES', 'task', 'label_loss', 'loss']
 
 # %% ../../nbs/api/compare/025_extensions.ipynb #78c1accf
+import importlib
 import inspect
 import json
 import linecache
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
+from importlib.machinery import SourceFileLoader
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import Dataset
 
 from .sources import function_text, source_hash
 from ..data.tasks import TASKS, task
@@ -30,6 +32,8 @@ from .config import settings_hash
 from ..io.disk import write_atomic
 from ..io.registry import Extension, Registry, call_own, check_numbers, check_texts, named_in
 from ..train.settings import LABEL_LOSSES, PREFERENCE_LOSSES, label_loss, loss
+
+if TYPE_CHECKING: from datasets import Dataset
 
 # %% ../../nbs/api/compare/025_extensions.ipynb #cb5790e3
 _all_ = ['TASKS', 'LABEL_LOSSES', 'PREFERENCE_LOSSES', 'task', 'label_loss', 'loss'] # a reader of this module should find all seven here
@@ -85,7 +89,7 @@ KINDS = {'loss': PREFERENCE_LOSSES, 'label_loss': LABEL_LOSSES, 'labeller': LABE
 # %% ../../nbs/api/compare/025_extensions.ipynb #0f2a5b1d
 def labeller_rewards(
     text: str,     # name of a labeller, with options in brackets or without
-    pairs: Dataset, # of kind "pairs"
+    pairs: 'Dataset', # of kind "pairs"
     seed: int,     # of the run
 ) -> np.ndarray:   # (pairs, 2): rewards of response a and response b
     "What a labeller says of some pairs; raises `ConfigError`"
@@ -126,7 +130,7 @@ def method_answers(
     return check_texts(found, call_own(found, lambda: found.fill(given, options), where), len(given['questions']))
 
 # %% ../../nbs/api/compare/025_extensions.ipynb #a2131dc1
-IMPORTED: dict[str, bytes] = {} # file -> what was in it when it was run
+IMPORTED: dict[str, tuple[bytes, list[Extension]]] = {} # file -> what was in it when it was run, and what it registered
 
 def find_import(
     name: str, # a file, or the name of a module
@@ -149,24 +153,49 @@ def _wrong_place(error: BaseException, path: Path) -> str:
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     return f', line {lines[-1]}' if lines else ''
 
-def import_file(
-    path: Path, # of Python
-    name: str,  # that the module gets
-) -> None:
-    "Run a file of extensions; raises `ConfigError` with file and line for any error in it"
-    linecache.checkcache(str(path))
-    spec = spec_from_file_location(name, path)
-    assert spec and spec.loader
-    module = module_from_spec(spec)
-    before, sys.modules[name] = sys.modules.get(name), module
-    sys.path.insert(0, str(path.parent)) # helpers beside it
-    try: exec(compile(path.read_bytes(), str(path), 'exec'), module.__dict__)
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    "Turn any error in a file into a `ConfigError` with file and line"
+    try: yield
     except (Exception, SystemExit) as e:
-        if before is None: del sys.modules[name]
         said = str(e).splitlines()[0] if str(e) else 'no message'
         what = said if isinstance(e, ConfigError) else f'{type(e).__name__}: {e.msg if isinstance(e, SyntaxError) else said}'
         raise ConfigError(f'{path.name}{_wrong_place(e, path)}: {what}') from e
-    finally: sys.path.remove(str(path.parent))
+
+def module_name(
+    path: Path, # of a file of Python
+) -> str:       # its own, unless another module has that name
+    "What a file is called as a module"
+    taken = path.stem in (*sys.stdlib_module_names, 'w2s') or not path.stem.isidentifier()
+    if not taken and path.stem in sys.modules: taken = getattr(sys.modules[path.stem], '__file__', None) != str(path)
+    elif not taken and (spec := find_spec(path.stem)): taken = spec.origin != str(path)
+    return f'imported_{file_hash(str(path).encode())}' if taken else path.stem
+
+def import_file(
+    path: Path,     # of Python
+    name: str = '', # of the module, where it was named as one; '': it was named as a file
+) -> None:
+    "Run a file of extensions; raises `ConfigError` with file and line for any error in it"
+    linecache.checkcache(str(path))
+    with _told(path):
+        if name: return _run_module(name)
+        title = module_name(path)
+        spec = spec_from_file_location(title, path, loader=SourceFileLoader(title, str(path)))
+        assert spec
+        module = module_from_spec(spec)
+        before, sys.modules[title] = sys.modules.get(title), module
+        sys.path.insert(0, str(path.parent)) # helpers beside it
+        try: exec(compile(path.read_bytes(), str(path), 'exec'), module.__dict__)
+        except BaseException:
+            if before is None: sys.modules.pop(title, None)
+            else: sys.modules[title] = before
+            raise
+        finally: sys.path.remove(str(path.parent))
+
+def _run_module(name: str) -> None:
+    "Import a module, or run it again"
+    if name in sys.modules: importlib.reload(sys.modules[name])
+    else: importlib.import_module(name)
 
 # %% ../../nbs/api/compare/025_extensions.ipynb #fb90e588
 def file_hash(
@@ -175,16 +204,21 @@ def file_hash(
     "What a file is known by"
     return sha256(data).hexdigest()[:16]
 
+def _registered() -> list[Extension]:
+    "All functions of the user"
+    return [e for r in KINDS.values() for e in r.own.values()]
+
 def import_extensions(
     names: Iterable[str], # files or modules
 ) -> None:
-    "Run files of extensions, each once while it does not change; raises `ConfigError`"
+    "Run files of extensions, each once while neither it nor what it registered has changed; raises `ConfigError`"
     for name in names:
         path = find_import(name)
-        if IMPORTED.get(str(path)) == (data := path.read_bytes()): continue
-        plain = path.stem.isidentifier() and path.stem not in sys.stdlib_module_names and path.stem != 'w2s'
-        import_file(path, path.stem if plain else f'imported_{file_hash(data)}')
-        IMPORTED[str(path)] = data
+        data, before = path.read_bytes(), _registered()
+        known, made = IMPORTED.get(str(path), (None, []))
+        if known == data and all(any(e is x for x in before) for e in made): continue
+        import_file(path, '' if name.endswith('.py') or '/' in name else name)
+        IMPORTED[str(path)] = (data, [e for e in _registered() if not any(e is x for x in before)])
 
 def imported_files(
     names: Iterable[str],    # files or modules
@@ -193,7 +227,7 @@ def imported_files(
     import_extensions(names)
     paths = [find_import(n) for n in names]
     if twice := [p.name for p in paths if sum(q.name == p.name for q in set(paths)) > 1]: raise ConfigError(f'--import names two files {twice[0]}; rename one, so that both can be kept with the run')
-    return {p.name: IMPORTED[str(p)] for p in paths}
+    return {p.name: IMPORTED[str(p)][0] for p in paths}
 
 # %% ../../nbs/api/compare/025_extensions.ipynb #6de2ece8
 def _words(value: Any) -> Iterable[str]:

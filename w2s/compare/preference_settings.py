@@ -142,7 +142,7 @@ def _check_supervisor(c: WeakTeacher) -> None:
     "A kind of supervisor that is there; one without a model has no name of a model"
     LABELLERS.check(c.supervisor, 'kind of supervisor')
     if has_model(c.supervisor): return
-    if c.weak not in ('', WeakTeacher.weak): raise ConfigError(f'weak is {c.weak}, and the supervisor {c.supervisor} has no model; leave out --weak')
+    if c.weak not in ('', WeakTeacher.usual('weak')): raise ConfigError(f'weak is {c.weak}, and the supervisor {c.supervisor} has no model; leave out --weak')
     object.__setattr__(c, 'weak', '')
 
 def supervisor_name(
