@@ -21,6 +21,7 @@ from w2s.compare.sources import source_hash
 from w2s.data.rows import make_rows
 from w2s.errors import ConfigError, DataError
 from w2s.experiments import demonstrations, labels, preferences
+from w2s.train.losses import PREFERENCE_LOSSES
 
 PREFERENCES = dict(weak='pico', strong='pico', n_labelled=12, n_unlabelled=12, n_test=8, seeds=1, samples=1, others=[], sft=dict(epochs=1), dpo=dict(epochs=1))
 LABELS = dict(weak='pico', strong='pico', n_labelled=4, n_unlabelled=40, n_test=12, seeds=1, baseline=False, supervisor=dict(epochs=1), student=dict(epochs=1))
