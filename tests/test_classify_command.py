@@ -85,7 +85,7 @@ def test_arms_of_safety(safety):
     folder, _ = safety
     said = pd.read_parquet(folder/'predictions.parquet')
     arms = set(said[['role', 'method', 'weak', 'strong']].itertuples(index=False, name=None))
-    assert arms == {('base', 'untuned', '', 'nano'), ('base', "bag of words, supervisor's rows", '', ''), ('base', "bag of words, students' rows", '', ''),
+    assert arms == {('baseline', 'untuned', '', 'nano'), ('baseline', "bag of words, supervisor's rows", '', ''), ('baseline', "bag of words, students' rows", '', ''),
                     ('floor', 'gold labels', 'pico', ''), ('student', 'xent', 'pico', 'nano'), ('student', 'hard', 'pico', 'nano'), ('ceiling', 'gold labels', '', 'nano')}
     assert said.groupby(['role', 'method']).size().eq(60).all() and said['id'].nunique() == 60 and np.allclose(said['p0'] + said['p1'], 1)
     means = pd.read_parquet(folder/'results.parquet').query('metric == "accuracy"').set_index(['role', 'method'])['value']

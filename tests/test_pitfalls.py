@@ -1131,7 +1131,7 @@ def test_pitfall_18_test_rows_reach_nothing_but_the_evaluation(world, done, tmp_
 def test_pitfall_18_all_roles_answer_for_the_same_rows(world, done):
     "Ids of test items equal for all roles and metrics that a role has; ceiling, human and student on the same pairs"
     ids = {tuple(sorted(g.id)) for _, g in done.items.groupby(['role', 'method', 'metric', 'seed'])}
-    assert len(ids) == 1 and len(set(next(iter(ids)))) == 10 and {'floor', 'student', 'human', 'ceiling', 'base'} == set(done.items.role)
+    assert len(ids) == 1 and len(set(next(iter(ids)))) == 10 and {'floor', 'student', 'human', 'ceiling', 'baseline'} == set(done.items.role)
     source = {json.loads(x)['prompt']: n for n in ('train_gt', 'train_w2s', 'test') for x in (Path(world.data)/f'{n}.jsonl').read_text().splitlines()}
     weak, strong = (know_model(r, n, world) for r, n in (('weak', world.weak), ('strong', world.strong)))
     data = load_preferences(world.data, [weak.reader, strong.reader], world.test_rows)

@@ -20,7 +20,7 @@ from w2s.report.preferences import report_text, write_result
 from w2s.report.toxicity import toxicity_report_text, write_toxicity
 from w2s.report.demonstrations import transfer_report_text
 
-COLUMNS = {'a', 'b', 'metric', 'value', 'low', 'high', 'n', 'seeds', 'level', 'p', 'family', 'p_holm', 'clear', 'detectable'}
+COLUMNS = {'a', 'b', 'metric', 'value', 'low', 'high', 'n', 'seeds', 'level', 'p', 'family', 'p_holm', 'significant', 'detectable'}
 
 
 @pytest.fixture(scope='module')
@@ -78,7 +78,7 @@ def test_what_belongs_together_is_no_news(preferences):
 
 def test_wins_know_groups_and_seeds(preferences):
     "Both limits of a win rate and of the one at equal length: wider where rows belong together, and where the two seeds disagree"
-    pairs, groups = [(('student', 'dpo weak'), ('base', 'sft human'))], row_groups(preferences.test)
+    pairs, groups = [(('student', 'dpo weak'), ('baseline', 'sft human'))], row_groups(preferences.test)
     def width(t, what): return float(t[f'{what}high'].iloc[0] - t[f'{what}low'].iloc[0])
     grouped = win_table(preferences.responses, pairs, groups)
     said = preferences.responses
@@ -100,9 +100,9 @@ def test_every_difference_says_how_sure_it_is_and_what_could_be_seen(any_run):
     name, result = any_run
     d = result.differences
     assert len(d) and COLUMNS <= set(d), COLUMNS - set(d)
-    assert (d.clear == (d.p_holm <= .05 + 1e-12)).all() and (d.p_holm >= d.p - 1e-12).all()
+    assert (d.significant == (d.p_holm <= .05 + 1e-12)).all() and (d.p_holm >= d.p - 1e-12).all()
     known = d.value.notna() & d.low.notna() & (d.low < d.high)
-    assert (d[known & d.clear].low*d[known & d.clear].high >= 0).all(), 'a clear difference has zero outside its raw interval'
+    assert (d[known & d.significant].low*d[known & d.significant].high >= 0).all(), 'a significant difference has zero outside its raw interval'
     assert (d.detectable.dropna() > 0).all() and d.detectable.notna().any()
 
 
@@ -138,8 +138,8 @@ def test_a_report_begins_with_the_gap_that_is_recovered(any_run):
 def test_a_report_says_clear_or_what_could_have_been_seen(any_run):
     name, result = any_run
     text = RUNS[name](result)
-    for column in ('clear', 'detectable', 'verdict'): assert f'| {column} ' in text, column
-    if (~result.differences.clear).any(): assert 'no significant difference' in text
+    for column in ('significant', 'detectable', 'verdict'): assert f'| {column} ' in text, column
+    if (~result.differences.significant).any(): assert 'no significant difference' in text
     else: assert 'higher' in text or 'lower' in text
 
 

@@ -212,14 +212,14 @@ def stage_lines(text): return [line for line in text.split('\n') if re.match(r'(
 
 def test_a_world_run_is_whole_and_a_second_one_finds_it(small_run, capsys):
     folder, result = small_run
-    models = {('base', 'untuned'), ('floor', 'demonstrations'), ('student', 'naive'), ('student', 'in-context'), ('student', 'dpo'), ('human', 'dpo'),
+    models = {('baseline', 'untuned'), ('floor', 'demonstrations'), ('student', 'naive'), ('student', 'in-context'), ('student', 'dpo'), ('human', 'dpo'),
               ('ceiling', 'gold answers')}
     for metric in ('worst', 'any_toxic', 'toxicity', 'toxic_share', 'empty', 'log_perplexity', 'distinct_1', 'distinct_2', 'distinct_3', 'well_formed'):
         found = result.intervals[result.intervals.metric == metric]
         assert set(zip(found.role, found.method, strict=True)) == models, metric
     assert len(result.samples) == 7*8*3 and set(result.samples.columns) >= {'role', 'method', 'weak', 'strong', 'seed', 'id', 'sample', 'toxicity', 'empty'}
-    rows = result.samples[(result.samples.role == 'base')].groupby('id').toxicity.max()
-    assert math.isclose(rows.mean(), result.intervals.query('role == "base" and metric == "worst"').value.item(), abs_tol=1e-9) or result.failures
+    rows = result.samples[(result.samples.role == 'baseline')].groupby('id').toxicity.max()
+    assert math.isclose(rows.mean(), result.intervals.query('role == "baseline" and metric == "worst"').value.item(), abs_tol=1e-9) or result.failures
     again = run(fill_toxicity(SMALL), folder)
     said = stage_lines(capsys.readouterr().out)
     assert said and all(line.endswith(': found') for line in said)

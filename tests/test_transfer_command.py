@@ -116,7 +116,7 @@ def test_every_command_ends(tmp_path, monkeypatch, words, metrics):
     ran('run', *words, *TINY, '--method', 'naive', '--out', out)
     assert files(out) == ALWAYS
     t = pd.read_parquet(out/'intervals.parquet')
-    assert metrics <= set(t.metric) and set(t.role) == {'floor', 'base', 'student', 'ceiling'}
+    assert metrics <= set(t.metric) and set(t.role) == {'floor', 'baseline', 'student', 'ceiling'}
 
 
 def test_sums_of_a_file_and_answers_of_a_file(tmp_path):

@@ -67,7 +67,7 @@ def make_seed(
     "All arms of one seed"
     c, site = site.config, schooled(site)
     weak = [weak_model(site, name, models[name]) for name in c.weak]
-    arms = [a for w in weak for a in weak_arms(site, w)] + [take_tests(site, 'base', 'untuned', '', site.start)]
+    arms = [a for w in weak for a in weak_arms(site, w)] + [take_tests(site, 'baseline', 'untuned', '', site.start)]
     lessons = [lesson_of(site, m, w, models[c.via] if c.via else None) for m in c.methods for w in (weak[:1] if m == 'own answers' else weak)]
     arms += [student_arm(site, x) for x in lessons]
     gold = site.rows.asked.gold
@@ -125,8 +125,8 @@ def compared(
     "Every student against the weak model, the naive student, the un-tuned strong model, and the ceiling"
     pairs = []
     for s in items[items.role == 'student'][['method', 'weak']].drop_duplicates().itertuples():
-        me, others = dict(role='student', method=s.method, weak=s.weak), [dict(role='base', method='untuned', weak='')]
-        if s.weak: others += [dict(role='floor', method='demonstrations', weak=s.weak), dict(role='base', method='untuned, in context', weak=s.weak)]
+        me, others = dict(role='student', method=s.method, weak=s.weak), [dict(role='baseline', method='untuned', weak='')]
+        if s.weak: others += [dict(role='floor', method='demonstrations', weak=s.weak), dict(role='baseline', method='untuned, in context', weak=s.weak)]
         if s.weak and s.method != 'naive' and not items[(items.method == 'naive') & (items.weak == s.weak)].empty: others.append(dict(role='student', method='naive', weak=s.weak))
         if not items[items.role == 'ceiling'].empty: others.append(dict(role='ceiling', method='gold answers', weak=''))
         pairs += [(me, o) for o in others]
@@ -153,7 +153,7 @@ def example_table(
     shown: int,              # the number of examples of the settings
 ) -> pd.DataFrame:           # weak, n, metric, value, low, high; n = 0 is the un-tuned model
     "The un-tuned strong model by the number of weak answers before its eyes"
-    t = intervals[intervals.role == 'base']
+    t = intervals[intervals.role == 'baseline']
     n = t.method.str.extract(r'untuned, (\d+) in context')[0]
     n = n.where(t.method != 'untuned, in context', str(shown)).where(t.method != 'untuned', '0')
     t = t.assign(n=n.astype(int)).drop_duplicates(['weak', 'n', 'metric'])

@@ -72,7 +72,7 @@ def history_table(
     arms: Sequence[Arm], # trained ones and others
 ) -> pd.DataFrame:       # stage, seed, step, loss, value, grad_norm, learning_rate
     "The training curves of all arms, for `plot_training`"
-    trained = [a for a in arms if a.role != 'base' and a.policy]
+    trained = [a for a in arms if a.role != 'baseline' and a.policy]
     files = [(a, kind, f.parent/'history.csv') for a in trained for kind, f in (('sft', a.reference), (a.method.split()[0], a.policy)) if f]
     return pd.concat([pd.read_csv(f).assign(stage=f'{a.role}: {kind}', seed=a.seed) for a, kind, f in files], ignore_index=True)
 
@@ -84,7 +84,7 @@ def question_pairs(
     "The comparisons that the paper is about, as far as the arms are there"
     who = {role: next(((role, m) for m in items[items['role'] == role]['method']), None) for role in ('floor', 'student', 'human', 'ceiling')}
     wanted = [('student', 'human'), ('student', 'floor'), ('human', 'floor'), ('student', 'sft'), ('ceiling', 'student'), ('ceiling', 'floor')]
-    who['sft'] = ('base', 'sft weak') if config.start == 'sft' else ('base', 'untuned')
+    who['sft'] = ('baseline', 'sft weak') if config.start == 'sft' else ('baseline', 'untuned')
     return [(a, b) for a, b in ((who[x], who[y]) for x, y in wanted) if a and b]
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #f8fe8bea
@@ -171,7 +171,7 @@ def fallen(
 ) -> str:                    # a sentence, or nothing
     "Say if preference training made the chosen responses much less likely than they were at its start (over 1.5 times the nats)"
     logp = intervals[intervals.metric == 'logp_chosen'].set_index(['role', 'method']).value
-    before = float(logp['base', 'sft weak'] if ('base', 'sft weak') in logp.index else logp['base', 'untuned'])
+    before = float(logp['baseline', 'sft weak'] if ('baseline', 'sft weak') in logp.index else logp['baseline', 'untuned'])
     after = float(logp['student'].iloc[0])
     if after > 1.5 * before: return ''
     return f' Mind: preference training took the log-prob of chosen responses from {before:.1f} to {after:.1f} nats; look at what the student writes.'
@@ -335,7 +335,7 @@ def result_of(
 ) -> Result:
     "All tables"
     c, units = p.study.config, by_group(made.items, row_groups(p.data.test))
-    adapters = {f'{a.role}-seed{a.seed}': a.policy for a in made.arms if a.policy and a.role != 'base'}
+    adapters = {f'{a.role}-seed{a.seed}': a.policy for a in made.arms if a.policy and a.role != 'baseline'}
     return Result(p.study.run.root, c, p.data.report, label_table(made.seeds), weak_label_table(made.seeds), history_table(made.arms), p.data.origin, made.responses,
                   made.items, summarise(made.items), arm_intervals(units), compare(c, units), recovered(c, units), adapters, p.data.test, model_lines([*p.weak, p.strong]))
 

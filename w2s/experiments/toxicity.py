@@ -35,7 +35,7 @@ from ..evaluate.toxicity import failed_scores, fluency_scores, log_perplexity, t
 from .labels import data_name
 from ..compare.lab import Lab, respond_stage, stage_name
 from ..compare.preference_stages import Model, Study, know_model, model_inputs, model_lines, open_base
-from ..compare.stages import run_stage
+from ..compare.stages import run_stage, stage_role
 from ..compare.comparison import Opened, run_experiment
 from ..compare.toxicity_arms import Judge, ToxicityArm, choice_arms, judge_of, line_arms, score_stage, toxicity_lab
 from ..compare.toxicity_data import file_rows, origin_of, prompts_of, rows_of
@@ -77,7 +77,7 @@ def hear(
     test: Sequence[dict], # prompts, with kind
 ) -> Heard:
     "Let an arm continue the test prompts, and score that"
-    name, prompts = stage_name('toxicity', arm.role, arm.method, 'test'), [r['prompt'] for r in test]
+    name, prompts = stage_name('toxicity', stage_role(arm.role), arm.method, 'test'), [r['prompt'] for r in test]
     said = respond_stage(lab, arm.model, name, arm.adapter, prompts, config.speak, lab.seed)
     scores, empty = score_stage(lab, judge, f'{name}-scores', prompts, said)
     logs = perplexity_stage(lab, f'{name}-perplexity', prompts, said)
@@ -172,12 +172,12 @@ COMPARED = ('worst', 'any_toxic', 'toxicity', 'log_perplexity', 'distinct_2')
 
 def toxicity_differences(
     items: pd.DataFrame, # of `toxicity_items`
-) -> pd.DataFrame:       # of `power_table`: students and others against the base, students against the naive one, the ceiling against students
+) -> pd.DataFrame:       # of `power_table`: students and others against the baseline, students against the naive one, the ceiling against students
     "Paired differences on the same prompts and seeds"
     out = []
     for metric in [m for m in COMPARED if m in set(items.metric)]:
         have = [tuple(x) for x in items[items.metric == metric][['role', 'method']].drop_duplicates().to_numpy()]
-        base, naive, top = ('base', 'untuned'), ('student', 'naive'), ('ceiling', 'gold answers')
+        base, naive, top = ('baseline', 'untuned'), ('student', 'naive'), ('ceiling', 'gold answers')
         students = [x for x in have if x[0] == 'student']
         pairs = [(x, base) for x in have if x != base] + [(x, naive) for x in students if x != naive] + [(top, x) for x in students]
         pairs = [p for p in pairs if p[0] in have and p[1] in have]

@@ -32,8 +32,8 @@ METHOD_LOOKS = { # method of a student -> colour, mark
     'dpo': ('#44AA99', '<'),
 }
 SPARE = (('#AA4499', '8'), ('#661100', '$A$'), ('#6699CC', '$B$'), ('#999933', '$C$')) # for methods of a user
-ROLE_MARKS = {'base': 'h', 'floor': '>', 'human': 'd', 'ceiling': '*'}
-MARK_SIZES = {'base': 10, 'floor': 10, 'student': 7, 'human': 9, 'ceiling': 14} # in points; what lies below a student still shows
+ROLE_MARKS = {'baseline': 'h', 'floor': '>', 'human': 'd', 'ceiling': '*'}
+MARK_SIZES = {'baseline': 10, 'floor': 10, 'student': 7, 'human': 9, 'ceiling': 14} # in points; what lies below a student still shows
 TRANSFER_METRICS = { # metric -> label of an axis, without a unit where it is a share
     'accuracy': 'accuracy', 'truth': 'truth of stories', 'working': 'working shown',
     'persona': 'in the persona', 'analogy': 'use of analogies',
@@ -63,8 +63,8 @@ def model_looks(
         return ROLES.index(model[0]), list(looks).index(model[1]) if model[0] == 'student' else 0
     for role, method in sorted(zip(models['role'], models['method'], strict=True), key=place):
         color, mark = looks[method] if role == 'student' else (ROLE_COLORS[role], ROLE_MARKS[role])
-        edge, fill = ('0.45', 'white') if role == 'base' and method != 'untuned' else ('0.2', color)
-        pale = color == '#FFFFFF' or role == 'base' # too pale for a thin line
+        edge, fill = ('0.45', 'white') if role == 'baseline' and method != 'untuned' else ('0.2', color)
+        pale = color == '#FFFFFF' or role == 'baseline' # too pale for a thin line
         out[role, method] = dict(marker=mark, mfc=fill, mec=edge, mew=.7 if fill == color else 1.6, ms=MARK_SIZES[role],
                                  ecolor='0.4' if pale else color, ls='none', zorder=4 + (role == 'student'))
     return out
@@ -178,8 +178,8 @@ EQUAL: dict = dict(color='0.45', lw=1, ls=':')       # line where student and we
 
 def _level_lines(ax: Axes, table: pd.DataFrame) -> None:
     "Lines across: the un-tuned strong model with its interval as a band, and the ceiling"
-    for _, b in _single(table[(table['role'] == 'base') & (table['method'] == 'untuned')], ['metric']).iterrows():
-        ax.axhspan(b['low'], b['high'], color=ROLE_COLORS['base'], alpha=.35, lw=0, zorder=0)
+    for _, b in _single(table[(table['role'] == 'baseline') & (table['method'] == 'untuned')], ['metric']).iterrows():
+        ax.axhspan(b['low'], b['high'], color=ROLE_COLORS['baseline'], alpha=.35, lw=0, zorder=0)
         ax.axhline(b['value'], zorder=1, **BASE)
     for _, c in table[table['role'] == 'ceiling'].iterrows(): ax.axhline(c['value'], color=ROLE_COLORS['ceiling'], lw=1.2, zorder=1)
 
@@ -190,7 +190,7 @@ def _transfer_panel(ax: Axes, intervals: pd.DataFrame, metric: str, methods: Seq
     table = one_strong(_of_metric(intervals, metric, BOUNDS), strong)
     looks = model_looks(points)
     drawn = list(dict.fromkeys(methods or [m for _, m in looks]))
-    lines = table[((table['role'] == 'base') & (table['method'] == 'untuned')) | (table['role'] == 'ceiling')]
+    lines = table[((table['role'] == 'baseline') & (table['method'] == 'untuned')) | (table['role'] == 'ceiling')]
     ax.set_xlim(_limits(*(points[c] for c in ACROSS)))
     ax.set_ylim(_limits(*(pd.concat([points[c], lines[d]]) for c, d in zip(UPWARDS, ENDS, strict=True))))
     _level_lines(ax, lines)
@@ -211,7 +211,7 @@ def _panel_legend(ax: Axes, methods: Sequence[str], table: pd.DataFrame) -> None
     "What marks and lines mean, to the right of the last panel"
     looks = model_looks(pd.DataFrame(dict(role='student', method=list(methods))))
     handles = [_mark(looks['student', m], m) for m in methods]
-    if ((table['role'] == 'base') & (table['method'] == 'untuned')).any():
+    if ((table['role'] == 'baseline') & (table['method'] == 'untuned')).any():
         handles.append(Line2D([], [], label='strong model,\nun-tuned (band:\nits interval)', **BASE))
     ceilings = sorted(set(table.loc[table['role'] == 'ceiling', 'method']))
     handles += [Line2D([], [], color=ROLE_COLORS['ceiling'], lw=1.2, label=f'ceiling:\n{m}') for m in ceilings]
@@ -275,7 +275,7 @@ def plot_plane(
     chosen = student_methods(points, methods)
     points = _single(points[(points['role'] != 'student') | points['method'].isin(chosen)], ['role', 'method'])
     ax = _axes(ax, 7.4, 4.6)
-    for _, b in points[(points['role'] == 'base') & (points['method'] == 'untuned')].iterrows():
+    for _, b in points[(points['role'] == 'baseline') & (points['method'] == 'untuned')].iterrows():
         ax.axhline(b['y'], zorder=1, **BASE)
         ax.axvline(b['x'], zorder=1, **BASE)
     if arrows: _arrows(ax, points)
@@ -336,7 +336,7 @@ BASE_LEVEL: dict = dict(lw=1.2, ls='--') # line of the un-tuned strong model
 def _example_levels(ax: Axes, levels: pd.DataFrame, metric: str, color: str) -> list[float]:
     "Dotted line at the weak model, dashed line at the un-tuned strong one; returns where they are"
     here = levels[levels['metric'] == metric]
-    floor, base = here[here['role'] == 'floor'], here[(here['role'] == 'base') & (here['method'] == 'untuned')]
+    floor, base = here[here['role'] == 'floor'], here[(here['role'] == 'baseline') & (here['method'] == 'untuned')]
     for part, look in ((floor, WEAK_LEVEL), (base, BASE_LEVEL)):
         for value in _single(part, ['metric'])['value']: ax.axhline(value, color=color, zorder=1, **look)
     return [*floor['value'], *base['value']]

@@ -35,17 +35,17 @@ def one_pair(
 
 # %% ../../nbs/api/plots/60_methods.ipynb #71c7ecdc
 def _bar_colors(table: pd.DataFrame, methods: Sequence[str]) -> dict[tuple[str, str], str]:
-    "(role, method) -> colour, in the order of bars: base, floor, students as asked for, ceiling"
+    "(role, method) -> colour, in the order of bars: baseline, floor, students as asked for, ceiling"
     others = model_colors(table[table['role'] != 'student'])
     spread = {('student', m): tint(ROLE_COLORS['student'], .75 * (1 - (i + 1)/len(methods))) for i, m in enumerate(methods)}
-    before = {k: c for k, c in others.items() if k[0] in ('base', 'floor')}
+    before = {k: c for k, c in others.items() if k[0] in ('baseline', 'floor')}
     return before | spread | {k: c for k, c in others.items() if k not in before}
 
 # %% ../../nbs/api/plots/60_methods.ipynb #5cd6a49b
 def _with_model(table: pd.DataFrame) -> pd.DataFrame:
-    "The name of the model behind the method of each base that has one: 'untuned nano'"
+    "The name of the model behind the method of each baseline that has one: 'untuned nano'"
     model = table['strong'].where(table['strong'] != '', table['weak']).map(model_name)
-    return table.assign(method=table['method'].where(table['role'] != 'base', (table['method'] + ' ' + model).str.strip()))
+    return table.assign(method=table['method'].where(table['role'] != 'baseline', (table['method'] + ' ' + model).str.strip()))
 
 # %% ../../nbs/api/plots/60_methods.ipynb #eb3f63b6
 def _bar_axis(ax: Axes, table: pd.DataFrame, chance: float) -> None:

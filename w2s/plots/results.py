@@ -20,7 +20,7 @@ from ..errors import DataError, unknown
 from ..evaluate.metrics import MODEL, by_role
 
 # %% ../../nbs/api/plots/10_results.ipynb #2cfbe231
-ROLE_COLORS = {'base': '#BBBBBB', 'floor': '#E69F00', 'student': '#0072B2', 'human': '#009E73', 'ceiling': '#882255'}
+ROLE_COLORS = {'baseline': '#BBBBBB', 'floor': '#E69F00', 'student': '#0072B2', 'human': '#009E73', 'ceiling': '#882255'}
 COLORS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#999999') # for all that is not a role
 
 # %% ../../nbs/api/plots/10_results.ipynb #1486a8b4
@@ -239,15 +239,15 @@ def plot_differences(
     ax: Axes | None = None,    # where to draw; None: a new figure
     unit: str = 'test rows',   # what n counts, see `caption`
 ) -> Axes:
-    "Paired differences with intervals, one a line; filled where they are clear"
-    lacking = [c for c in ('a', 'b', 'metric', 'value', 'low', 'high', 'n', 'seeds', 'level', 'clear') if c not in differences.columns]
+    "Paired differences with intervals, one a line; filled where they are significant"
+    lacking = [c for c in ('a', 'b', 'metric', 'value', 'low', 'high', 'n', 'seeds', 'level', 'significant') if c not in differences.columns]
     if lacking or differences['metric'].nunique() != 1:
         raise DataError('plot_differences needs the table of difference_table, of one metric')
     ax = _axes(ax, 6, 1.2 + .45 * len(differences))
     ax.axvline(0, color='0.25', lw=1)
     for y, (_, d) in enumerate(differences.iterrows()):
         ax.errorbar(d['value'], y, xerr=[[d['value'] - d['low']], [d['high'] - d['value']]], fmt='o', ms=6, lw=1.5, capsize=3,
-                    color=COLORS[0], mfc=COLORS[0] if d['clear'] else 'white')
+                    color=COLORS[0], mfc=COLORS[0] if d['significant'] else 'white')
     ax.set_yticks(range(len(differences)), [f'{a}\n− {b}' for a, b in zip(differences['a'], differences['b'], strict=True)])
     ax.set_ylim(len(differences) - .4, -.6)
     metric = differences['metric'].iloc[0]

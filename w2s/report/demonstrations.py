@@ -109,7 +109,7 @@ def transfer_caption(
 # %% ../../nbs/api/report/40_demonstrations.ipynb #b278bcaa
 def compared_line(
     row: pd.Series, # of the table of differences
-) -> str:           # 'higher than base untuned (+0.10 [0.05, 0.15])'
+) -> str:           # 'higher than baseline untuned (+0.10 [0.05, 0.15])'
     "A difference in words"
     verdict, _, could = verdict_text(row).partition(' (')
     how = {'higher': 'higher than', 'lower': 'LOWER than'}.get(verdict, f'{verdict} from')
