@@ -17,7 +17,7 @@ from w2s.compare.preference_data import load_preferences
 from w2s.compare.preference_stages import Study, know_model
 from w2s.compare.response_ends import check_cut, check_lengths, check_responses, chosen_tokens, cut_words
 from w2s.compare.stages import Run
-from w2s.experiments.demonstrations import cut_answers
+from w2s.compare.demonstration_tables import cut_answers
 from w2s.compare.preference_settings import WeakTeacher, fill_settings, sampling
 from w2s.models.load import LoadSettings
 from w2s.models.tiny import tiny_model
@@ -167,7 +167,7 @@ def test_a_run_counts_what_was_cut(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(gold, 'respond', answers(.2))
     done = weak_teacher.run(c, tmp_path/'b', quiet=True)
     n = int(done.responses.cut.sum())
-    assert 0 < n < len(done.responses)/2 and f'{n} of {len(done.responses)} responses' in weak_teacher.caption(done)
+    assert 0 < n < len(done.responses)/2 and f'{n} of {len(done.responses)} responses' in done.caption
     kept = [json.loads(f.read_text()) for f in (tmp_path/'b').rglob('texts.json')]
     assert sum(cut for rows in kept for row in rows for _, cut in row) == n
 

@@ -131,7 +131,7 @@ def test_only_what_depends_on_a_setting_is_made_again(tmp_path):
     run(fill_transfer({**LITTLE, 'methods': 'naive,in-context', 'examples': 2}), tmp_path, quiet=True)
     new = {f.name.rpartition('-')[0] for f in set((tmp_path/'stages').iterdir()) - stages}
     assert new == {'in-context-pico', 'student-in-context-pico', 'test-student-in-context-pico', 'test-base-untuned-in-context-pico'}
-    assert set(again.answers.role) == {'baseline', 'floor', 'student', 'ceiling'} and len(again.lessons) == 2*8
+    assert set(again.answers.role) == {'baseline', 'floor', 'student', 'ceiling'} and len(again.training_rows) == 2*8
 
 
 # The strong model

@@ -122,7 +122,7 @@ def test_small_run(small):
     assert 'Rows made from the embedded world' in printed and '[22/22]' in printed and 'gold_reward' in printed and 'win_rate' in printed
     assert {'report.md', 'figure.png', 'figure.svg', 'results.parquet', 'responses.parquet', 'config.toml', 'versions.json', 'adapters'} <= {p.name for p in folder.iterdir()}
     report = (folder/'report.md').read_text(encoding='utf-8')
-    for words in ('## What they write', 'Paired differences of accuracy and gold reward', 'Win rate:', 'Rows made from the embedded world', 'quantize = "nf4"'): assert words in report
+    for words in ('## Responses', '## Differences', 'Win rate:', 'Rows made from the embedded world', 'quantize = "nf4"'): assert words in report
     assert read_toml(folder/'config.toml')['seeds'] == 1
 
 

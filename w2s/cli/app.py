@@ -153,9 +153,9 @@ def _weak_teacher(flags: dict[str, Any], file: Path | None, out: Path, dry_run: 
         typer.echo(repr(plan(config)))
         return
     from w2s.experiments.preferences import run
-    from w2s.report.preferences import write_result
+    from w2s.report.write import write
     result = run(config, out, keep=keep)
-    write_result(result)
+    write(result)
     also = '' if result.responses.empty else 'responses.parquet, '
     typer.echo(f'\n{result}\n\nwritten to {out}: report.md, figure.png, results.parquet, {also}adapters/ …')
 

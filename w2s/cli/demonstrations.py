@@ -187,10 +187,10 @@ def run_transfer(
         typer.echo(dry_text(config))
         return
     from w2s.experiments.demonstrations import run
-    from w2s.report.demonstrations import write_transfer
+    from w2s.report.write import write
     result = run(config, out, keep=keep)
-    write_transfer(result)
-    typer.echo(f'\n{result}\n\nwritten to {out}: report.md, figure.png, results.parquet, answers.parquet, lessons.jsonl, adapters/ …')
+    write(result)
+    typer.echo(f'\n{result}\n\nwritten to {out}: report.md, figure.png, results.parquet, answers.parquet, training_rows.parquet, adapters/ …')
 
 # %% ../../nbs/api/cli/40_demonstrations.ipynb #44c9bf30
 def toxicity_config(
@@ -285,9 +285,9 @@ def run_toxicity(
         typer.echo(dry_toxicity(config))
         return
     from w2s.experiments.toxicity import run
-    from w2s.report.toxicity import write_toxicity
+    from w2s.report.write import write
     result = run(config, out, keep=keep)
-    write_toxicity(result)
+    write(result)
     typer.echo(f'\n{result}\n\nwritten to {out}: report.md, figure.png, fluency.png, results.parquet, samples.parquet, adapters/ …')
 
 # %% ../../nbs/api/cli/40_demonstrations.ipynb #b6f5e325

@@ -205,10 +205,10 @@ def run_classify(
     if dry_run:
         typer.echo(dry_text(config))
         return
-    from w2s.report.labels import write_class_result
+    from w2s.report.write import write
     from w2s.experiments.labels import run
     result = run(config, out, keep=keep)
-    write_class_result(result)
+    write(result)
     typer.echo(f'\n{result}\n\nwritten to {out}: report.md, figure.png, results.parquet, predictions.parquet, adapters/ …')
 
 # %% ../../nbs/api/cli/20_labels.ipynb #e805c2bc

@@ -8,7 +8,7 @@ __all__ = ['USES', 'VARIATIONS', 'supervisor_settings', 'use_settings', 'loss_se
 
 # %% ../../nbs/api/experiments/30_vary.ipynb #09b6017e
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,16 @@ from ..evaluate.clusters import by_group
 from ..evaluate.intervals import Estimate, difference, with_limits
 from ..evaluate.several import adjust_table
 from ..compare.config import merged, number, to_table
-from ..compare.preference_data import check_halves, load_preferences
+from ..compare.preference_data import PreferenceData, check_halves, load_preferences
 from ..compare.preference_stages import Model, Study, model_lines, note_models
-from ..compare.stages import claim
+from ..compare.stages import Run, claim
 from ..compare.preference_settings import SUBSETS, SUPERVISORS, WeakTeacher, fill_settings
 from ..compare.response_ends import check_responses
-from .preferences import Result, count_stages, counted, know_models, row_groups, Preferences, make_arms, result_of, writers
+from .preferences import count_stages, counted, know_models, Preferences, make_arms, result_of, writers
 from ..feedback.confidence import WEIGHTS
 from ..train.losses import PREFERENCE_LOSSES
+from ..compare.preference_tables import row_groups
+from ..compare.result import Result
 
 # %% ../../nbs/api/experiments/30_vary.ipynb #3e850a03
 def supervisor_settings(
@@ -171,9 +173,11 @@ def varied_table(
     return pd.DataFrame(rows).fillna('–')
 
 # %% ../../nbs/api/experiments/30_vary.ipynb #cb7baa9f
-def _finish(p: Preferences) -> Result:
-    "Run one variant"
-    return result_of(p, make_arms(p))
+def _finish(stages: Run, config: WeakTeacher, quiet: bool, weak: list[Model], strong: Model, data: PreferenceData) -> Result:
+    "Run one variant; the stages that it used are its own, and those of the whole"
+    p = Preferences(Study(config, replace(stages, used=[]), quiet), weak, strong, data)
+    try: return result_of(p, make_arms(p))
+    finally: stages.used.extend(p.study.run.used)
 
 # %% ../../nbs/api/experiments/30_vary.ipynb #770fbe92
 def run_varied(
@@ -197,7 +201,7 @@ def run_varied(
         lengths = dict.fromkeys(check_responses(c, writers(c, *models[at]), data[c.label_share]) for at, c in configs.items())
         known = model_lines(m for weak, strong in models.values() for m in (*weak, strong))
         if not quiet: print(*filter(None, (*known, data[first.label_share].origin, str(data[first.label_share].report), *lengths)), sep='\n')
-        return Varied(Path(out), setting, {at: _finish(Preferences(Study(c, stages, quiet), *models[at], data[c.label_share])) for at, c in configs.items()})
+        return Varied(Path(out), setting, {at: _finish(stages, c, quiet, *models[at], data[c.label_share]) for at, c in configs.items()})
 
 # %% ../../nbs/api/experiments/30_vary.ipynb #af23a966
 def contrast(
