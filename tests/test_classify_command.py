@@ -86,12 +86,12 @@ def test_arms_of_safety(safety):
     said = pd.read_parquet(folder/'predictions.parquet')
     arms = set(said[['role', 'method', 'weak', 'strong']].itertuples(index=False, name=None))
     assert arms == {('baseline', 'untuned', '', 'nano'), ('baseline', "bag of words, supervisor's rows", '', ''), ('baseline', "bag of words, students' rows", '', ''),
-                    ('floor', 'gold labels', 'pico', ''), ('student', 'xent', 'pico', 'nano'), ('student', 'hard', 'pico', 'nano'), ('ceiling', 'gold labels', '', 'nano')}
+                    ('floor', 'ground truth', 'pico', ''), ('student', 'xent', 'pico', 'nano'), ('student', 'hard', 'pico', 'nano'), ('ceiling', 'ground truth', '', 'nano')}
     assert said.groupby(['role', 'method']).size().eq(60).all() and said['id'].nunique() == 60 and np.allclose(said['p0'] + said['p1'], 1)
     means = pd.read_parquet(folder/'results.parquet').query('metric == "accuracy"').set_index(['role', 'method'])['value']
     right = said.assign(right=(said['p1'] > said['p0']).astype(int) == said['label']).groupby(['role', 'method'])['right'].mean()
     assert np.allclose(means.sort_index(), right.sort_index()) # the table is of the predictions beside it
-    assert {f.name for f in (folder/'adapters').iterdir()} == {'floor-gold-labels-pico-seed0', 'student-xent-pico-nano-seed0', 'student-hard-pico-nano-seed0', 'ceiling-gold-labels-nano-seed0'}
+    assert {f.name for f in (folder/'adapters').iterdir()} == {'floor-ground-truth-pico-seed0', 'student-xent-pico-nano-seed0', 'student-hard-pico-nano-seed0', 'ceiling-ground-truth-nano-seed0'}
 
 
 def test_settings_are_read_back(safety):
@@ -147,7 +147,7 @@ def test_probe_on_own_columns(home):
     ran('classify', '--data', home/'own.csv', *words, '--weak', 'pico', '--strong', 'nano', '--readout', 'probe', '--rows', '100', '--test-rows', '60', '--seeds', '1', '--out', out)
     assert files(out) == ALWAYS - {'training.png', 'training.svg'} and all(part in (out/'report.md').read_text(encoding='utf-8') for part in ('Classes: fine, bad.', 'own.csv: text: said; label: verdict; group: who'))
     said = pd.read_parquet(out/'predictions.parquet')
-    assert {f.name for f in (out/'adapters'/'floor-gold-labels-pico-seed0').iterdir()} >= {'probe.npz'} and trained(out) == 3
+    assert {f.name for f in (out/'adapters'/'floor-ground-truth-pico-seed0').iterdir()} >= {'probe.npz'} and trained(out) == 3
     test = said[said['role'] == 'floor']
     with open(home/'own.csv', newline='') as f: verdicts = [r['verdict'] for r in csv.DictReader(f)]
     assert abs((test['label'] == 0).mean() - np.mean([v == 'fine' for v in verdicts])) < .25 # class 0 is the first that was named

@@ -142,7 +142,7 @@ def frame_arms(
         out.append(ClassArm('baseline', 'untuned', '', strong, part.seed, as_it_came))
     stage = f'ceiling-{strong}-seed{part.seed}'
     who = learn_stage(study, model, words, stage, part.rows, np.array(part.rows['probs'][:]), part.seed, study.config.student)
-    return [*out, ClassArm('ceiling', 'gold labels', '', strong, part.seed, ask_stage(study, who, f'{stage}-test', part.test), who, 'xent')]
+    return [*out, ClassArm('ceiling', 'ground truth', '', strong, part.seed, ask_stage(study, who, f'{stage}-test', part.test), who, 'xent')]
 
 # %% ../../nbs/api/compare/180_label_arms.ipynb #51e55c0b
 def baseline_arms(

@@ -93,5 +93,5 @@ def list_classifiers(
 ) -> list[Arm]:
     "Every classifier of a comparison with its training"
     def trained(who: Any, loss: str) -> dict[str, Path]: return {loss: who.folder} if who and who.folder else {}
-    floors = [Arm('floor', 'gold labels', short_name(m.model.name), '', seed, trained(m, 'xent')) for (_, seed), x in labellers.items() for m in x.members]
+    floors = [Arm('floor', 'ground truth', short_name(m.model.name), '', seed, trained(m, 'xent')) for (_, seed), x in labellers.items() for m in x.members]
     return floors + [Arm(a.role, a.method, a.weak, a.strong, a.seed, trained(a.who, a.loss or 'xent')) for a in arms if a.role != 'floor']

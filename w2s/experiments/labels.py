@@ -100,7 +100,7 @@ def make_arms(
     c: Classify = study.config
     parts = [part_rows(c, data, s) for s in range(c.seeds)]
     labellers = {(w, p.seed): supervise(study, w, models, data.words, p) for w in c.weak for p in parts}
-    arms = [ClassArm('floor', 'gold labels', short_name(w), '', s, x.test) for (w, s), x in labellers.items()]
+    arms = [ClassArm('floor', 'ground truth', short_name(w), '', s, x.test) for (w, s), x in labellers.items()]
     if c.baseline: arms += [a for p in parts for a in baseline_arms(p)]
     between = chain(study, models, data, parts, labellers)
     curves: list[pd.DataFrame] = []

@@ -147,7 +147,7 @@ def line_legend(
     return [Line2D([], [], label=name, **look) for name, look in [*looks, *more]]
 
 # %% ../../nbs/api/plots/50_labels.ipynb #fe4c4106
-CEILING = ('ceiling: gold labels', dict(color='black', lw=1.8, marker='o', ms=4))
+CEILING = ('ceiling: ground truth', dict(color='black', lw=1.8, marker='o', ms=4))
 FLOOR = ('the supervisor itself', dict(color='0.35', lw=1.2, ls=':', marker='o', mfc='white', ms=6))
 WORDS = ('bag of words, the better one', dict(color='0.55', lw=1.2, ls='-.'))
 
