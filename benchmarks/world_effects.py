@@ -18,7 +18,7 @@ from w2s.compare.stages import lock
 
 VOICE = dict(floor=('floor', 'sft gold answers'), naive=('student', 'sft weak answers'), refined=('student', 'sft refined answers'), ceiling=('ceiling', 'sft gold answers'))
 LABELS = dict(floor=('floor', 'sft gold labels'), soft=('student', 'sft weak labels'), confidence=('student', 'sft weak labels, confidence loss'), ceiling=('ceiling', 'sft gold labels'))
-SCENES = dict(before=('base', 'untuned'), sft=('student', 'sft weak lines'), dpo=('student', 'dpo weak labels'), human=('human', 'dpo human labels'), ceiling=('ceiling', 'sft kind lines'),
+SCENES = dict(before=('baseline', 'untuned'), sft=('student', 'sft weak lines'), dpo=('student', 'dpo weak labels'), human=('human', 'dpo human labels'), ceiling=('ceiling', 'sft kind lines'),
               weak_sft=('floor', 'sft kind lines'), weak_dpo=('floor', 'dpo human labels'))
 
 

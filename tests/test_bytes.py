@@ -25,7 +25,7 @@ from w2s.io.provenance import package_versions
 from w2s.models.adapters import add_adapter, load_adapter, save_adapter
 from w2s.models.load import LoadSettings, load_base
 from w2s.models.tiny import tiny_model
-from w2s.report.preferences import write_result
+from w2s.report.write import write
 from w2s.train import generate as generating
 from w2s.train import loop, reference
 
@@ -74,7 +74,7 @@ def go(home, out, keep=False):
         m.setattr(page, 'check_cut', lambda *a: None) # models of a few steps do not end their responses
         m.setattr('w2s.report.preferences.result_figure', lambda result: Figure()) # drawing takes longer than all the rest
         result = run(config, out, keep=keep)
-        write_result(result)
+        write(result)
     return [*said, *(str(w.message) for w in warned if issubclass(w.category, W2SWarning))], result
 
 
@@ -103,7 +103,7 @@ KEPT = { # kind -> a file of it
     'stage: adapter of an SFT': 'stages/weak-seed0-sft-*/adapter/adapter_model.safetensors', 'stage: settings of an adapter': 'stages/student-seed0-dpo-*/adapter/adapter_config.json',
     'stage: inputs': 'stages/student-seed0-sft-*/inputs.json', 'stage: curve': 'stages/student-seed0-sft-*/history.csv', 'stage: manifest': 'stages/weak-seed0-labels-*/manifest.json',
     'key of log-probs': 'store/*/key.json', 'kept gold scores': 'gold/*.npy', 'results: table': 'items.parquet', 'results: report': 'report.md', 'results: settings': 'config.toml',
-    'results: adapter': 'adapters/student-seed0/adapter_model.safetensors', 'results: manifest': 'manifest.json', 'last run': '.run.json', 'holder': '.holder.json'}
+    'results: adapter': 'adapters/student-dpo-weak-weak-strong-seed0/adapter_model.safetensors', 'results: manifest': 'manifest.json', 'last run': '.run.json', 'holder': '.holder.json'}
 
 
 def harm(out, kind, damage):
@@ -241,11 +241,11 @@ def test_results_of_another_run_do_not_stay(home, tmp_path, straight):
     "Fewer arms, no answers, in the same folder: nothing of the first run is left beside the second one's report"
     out = tmp_path/'run'
     shutil.copytree(straight[0], out)
-    assert (out/'responses.parquet').is_file() and (out/'adapters'/'floor-seed0').is_dir()
+    assert (out/'responses.parquet').is_file() and (out/'adapters'/'floor-dpo-human-weak-seed0').is_dir()
     (tmp_path/'judge.toml').write_text((home/'run.toml').read_text().replace('response_tokens = 12', ''))
     config = weak_teacher_config({'supervisor': 'judge', 'samples': 0, 'gold': ''}, tmp_path/'judge.toml')
-    write_result(run(config, out, quiet=True))
-    assert not (out/'responses.parquet').exists() and not (out/'adapters'/'floor-seed0').exists() and not (out/'gold.parquet').exists()
+    write(run(config, out, quiet=True))
+    assert not (out/'responses.parquet').exists() and not (out/'adapters'/'floor-dpo-human-weak-seed0').exists() and not (out/'gold.parquet').exists()
     assert {p.name for p in out.iterdir() if not p.name.startswith('.')} == {Path(f).parts[0] for f in read_manifest(out/MANIFEST)['files']} | {'manifest.json', 'stages', 'store', 'gold'}
     assert find_damage(out) == []
     assert {p.name.rpartition('-')[0] for p in find_unused(out)} >= {'weak-seed0-dpo', 'weak-seed0-sft'}
@@ -292,7 +292,7 @@ def test_the_users_own_files_stay(home, straight, tmp_path, kind, name):
     out = tmp_path/'mine'
     out.mkdir()
     FOREIGN[kind](out/name)
-    with pytest.raises(ConfigError, match='was not written by this command'): write_result(replaced(straight[1], out))
+    with pytest.raises(ConfigError, match='was not written by this command'): write(replaced(straight[1], out))
     assert (out/name).is_symlink() or (out/name).is_dir() or (out/name).read_text() == 'mine'
     assert (tmp_path/'elsewhere').read_text() == 'elsewhere'
 
@@ -321,7 +321,7 @@ def test_a_link_among_the_results_is_replaced(straight, tmp_path):
     for name, target in (('items.parquet', tmp_path/'x'), ('adapters', tmp_path/'elsewhere')):
         shutil.rmtree(out/name) if (out/name).is_dir() else (out/name).unlink()
         (out/name).symlink_to(target)
-    write_result(replaced(straight[1], out))
+    write(replaced(straight[1], out))
     assert (tmp_path/'x').read_text() == 'x' and not any((tmp_path/'elsewhere').iterdir())
     assert not (out/'adapters').is_symlink() and find_damage(out) == []
 
@@ -331,7 +331,7 @@ def test_a_link_among_the_results_is_replaced(straight, tmp_path):
 @pytest.mark.parametrize('damage', DAMAGE)
 @pytest.mark.parametrize('file', ['adapter_model.safetensors', 'adapter_config.json', 'w2s.json'])
 def test_a_damaged_adapter_is_refused(home, straight, tmp_path, file, damage):
-    shutil.copytree(straight[0]/'adapters'/'student-seed0', tmp_path/'a')
+    shutil.copytree(straight[0]/'adapters'/'student-dpo-weak-weak-strong-seed0', tmp_path/'a')
     base = load_base(home/'strong', LoadSettings('none', 'float32'))
     load_adapter(base, tmp_path/'a').unload()
     (tmp_path/'a'/file).write_bytes(DAMAGE[damage]((tmp_path/'a'/file).read_bytes()))

@@ -20,7 +20,7 @@ from w2s.world.rows import label_rows
 
 ROOT = Path(__file__).parents[1]
 ALWAYS = {'report.md', 'figure.png', 'figure.svg', 'results.parquet', 'items.parquet', 'intervals.parquet', 'differences.parquet', 'labels.parquet', 'predictions.parquet',
-          'pgr.parquet', 'config.toml', 'versions.json', 'data_report.csv', 'data_report.md', 'manifest.json', 'adapters', 'stages'}
+          'pgr.parquet', 'histories.parquet', 'arms.parquet', 'training.png', 'training.svg', 'config.toml', 'versions.json', 'data_report.csv', 'data_report.md', 'manifest.json', 'adapters', 'stages'}
 SMALL = ('--n-labelled', '60', '--n-unlabelled', '60', '--n-test', '60', '--seeds', '1', '--epochs', '1')
 SAFETY = ('--weak', 'pico', '--strong', 'nano', *SMALL, '--method', 'xent,hard')
 
@@ -74,10 +74,10 @@ def safety(home):
 
 def test_safety_writes_everything(safety):
     folder, printed = safety
-    assert files(folder) == ALWAYS # one student, no snapshots: no sizes, no curves
+    assert files(folder) == ALWAYS # one student, no snapshots: no sizes, no snapshots
     assert 'task safety' in printed and f'written to {folder}' in printed and 'refused' in printed
     text = (folder/'report.md').read_text(encoding='utf-8')
-    for part in ('# pico teaches nano', '## Performance gap recovered', '## Weak labels', '## Settings', 'data = "world:safety"', '60 test rows (', '319,808'): assert part in text, part
+    for part in ('# pico teaches nano', '## PGR', '## Weak feedback', '## Settings', 'data = "world:safety"', '60 test examples (', '319,808'): assert part in text, part
     assert '## Stopping' not in text and json.loads((folder/'versions.json').read_text())['w2s']
 
 
@@ -85,13 +85,13 @@ def test_arms_of_safety(safety):
     folder, _ = safety
     said = pd.read_parquet(folder/'predictions.parquet')
     arms = set(said[['role', 'method', 'weak', 'strong']].itertuples(index=False, name=None))
-    assert arms == {('base', 'untuned', '', 'nano'), ('base', "bag of words, supervisor's rows", '', ''), ('base', "bag of words, students' rows", '', ''),
-                    ('floor', 'gold labels', 'pico', ''), ('student', 'xent', 'pico', 'nano'), ('student', 'hard', 'pico', 'nano'), ('ceiling', 'gold labels', '', 'nano')}
+    assert arms == {('baseline', 'untuned', '', 'nano'), ('baseline', "bag of words, supervisor's rows", '', ''), ('baseline', "bag of words, students' rows", '', ''),
+                    ('floor', 'ground truth', 'pico', ''), ('student', 'xent', 'pico', 'nano'), ('student', 'hard', 'pico', 'nano'), ('ceiling', 'ground truth', '', 'nano')}
     assert said.groupby(['role', 'method']).size().eq(60).all() and said['id'].nunique() == 60 and np.allclose(said['p0'] + said['p1'], 1)
     means = pd.read_parquet(folder/'results.parquet').query('metric == "accuracy"').set_index(['role', 'method'])['value']
     right = said.assign(right=(said['p1'] > said['p0']).astype(int) == said['label']).groupby(['role', 'method'])['right'].mean()
     assert np.allclose(means.sort_index(), right.sort_index()) # the table is of the predictions beside it
-    assert {f.name for f in (folder/'adapters').iterdir()} == {'floor-pico-seed0', 'student-xent-pico-nano-seed0', 'student-hard-pico-nano-seed0', 'ceiling-gold-labels-nano-seed0'}
+    assert {f.name for f in (folder/'adapters').iterdir()} == {'floor-ground-truth-pico-seed0', 'student-xent-pico-nano-seed0', 'student-hard-pico-nano-seed0', 'ceiling-ground-truth-nano-seed0'}
 
 
 def test_settings_are_read_back(safety):
@@ -132,7 +132,7 @@ def test_own_file(home):
     out = home/'own'
     printed = ran('classify', '--data', home/'safe.csv', '--weak', 'pico', '--strong', 'pico,nano', '--readout', 'words', *SMALL, '--method', 'xent', '--snapshots', '2',
                   '--validate', '0.25', '--contradictions', 'drop', '--out', out)
-    assert files(out) == ALWAYS | {'sizes.png', 'sizes.svg', 'pgr.png', 'pgr.svg', 'curves.png', 'curves.svg', 'curves.parquet', 'stops.parquet'}
+    assert files(out) == ALWAYS | {'sizes.png', 'sizes.svg', 'pgr.png', 'pgr.svg', 'snapshots.png', 'snapshots.svg', 'snapshots.parquet', 'stops.parquet'}
     assert 'a text is empty' in printed and '(is_safe)' in printed
     text = (out/'report.md').read_text(encoding='utf-8')
     for part in ('# pico teaches pico, nano', '## Stopping by weak labels', 'Classes: False, True.', 'a text is empty', '![PGR over', 'xent, stopped', READ): assert part in text, part
@@ -145,9 +145,9 @@ def test_probe_on_own_columns(home):
     "Columns by name, classes in a chosen order, and a probe, which trains nothing"
     out, words = home/'probe', ('--text', 'said', '--label', 'verdict', '--group', 'who', '--classes', 'fine,bad')
     ran('classify', '--data', home/'own.csv', *words, '--weak', 'pico', '--strong', 'nano', '--readout', 'probe', '--n-labelled', '50', '--n-unlabelled', '50', '--n-test', '60', '--seeds', '1', '--out', out)
-    assert files(out) == ALWAYS and all(part in (out/'report.md').read_text(encoding='utf-8') for part in ('Classes: fine, bad.', 'own.csv: text: said; label: verdict; group: who'))
+    assert files(out) == ALWAYS - {'training.png', 'training.svg'} and all(part in (out/'report.md').read_text(encoding='utf-8') for part in ('Classes: fine, bad.', 'own.csv: text: said; label: verdict; group: who'))
     said = pd.read_parquet(out/'predictions.parquet')
-    assert {f.name for f in (out/'adapters'/'floor-pico-seed0').iterdir()} >= {'probe.npz'} and trained(out) == 3
+    assert {f.name for f in (out/'adapters'/'floor-ground-truth-pico-seed0').iterdir()} >= {'probe.npz'} and trained(out) == 3
     test = said[said['role'] == 'floor']
     with open(home/'own.csv', newline='') as f: verdicts = [r['verdict'] for r in csv.DictReader(f)]
     assert abs((test['label'] == 0).mean() - np.mean([v == 'fine' for v in verdicts])) < .25 # class 0 is the first that was named

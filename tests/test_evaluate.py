@@ -115,8 +115,8 @@ def test_summarise_is_the_same_to_the_bit_in_any_order():
 
 
 def test_order_of_roles_and_methods():
-    who = [('ceiling', 'dpo gold'), ('human', 'dpo human'), ('base', 'untuned'),
-           ('student', 'dpo weak'), ('base', 'sft human'), ('floor', 'dpo human')]
+    who = [('ceiling', 'dpo gold'), ('human', 'dpo human'), ('baseline', 'untuned'),
+           ('student', 'dpo weak'), ('baseline', 'sft human'), ('floor', 'dpo human')]
     t = by_role(pd.DataFrame(who, columns=['role', 'method']))
     assert list(dict.fromkeys(t['role'])) == list(ROLES)
     assert list(t['method'])[:2] == ['untuned', 'sft human']
@@ -429,16 +429,16 @@ def test_a_choice_is_never_averaged_over():
 
 def test_clear_says_whether_zero_is_left_out():
     t = difference_table(table(study(rows=400, seed_sd=0., lead=1.)), 'accuracy', [(STUDENT, FLOOR), (FLOOR, STUDENT), (FLOOR, FLOOR)])
-    assert t['clear'].tolist() == [True, True, False]
+    assert t['significant'].tolist() == [True, True, False]
     assert t['value'][0] == -t['value'][1]
 
 
 def test_clear_is_another_question_than_different():
     "Equal models hardly ever have equal means; one such difference in twenty is called clear"
     found = pd.concat([difference_table(table(study(rows=150, seed_sd=0., seeds=3, seed=i)), 'accuracy', [(STUDENT, FLOOR)]) for i in range(120)])
-    assert (found['value'] != 0).mean() > .9 and found['clear'].mean() < .1
+    assert (found['value'] != 0).mean() > .9 and found['significant'].mean() < .1
     alone = (found['low'] > 0) | (found['high'] < 0)
-    assert (found['clear'] == alone).all() and (found['clear'] == (found['p'] <= .05)).all() # one comparison: the interval, and nothing else
+    assert (found['significant'] == alone).all() and (found['significant'] == (found['p'] <= .05)).all() # one comparison: the interval, and nothing else
 
 
 @pytest.mark.parametrize('seeds', [1, 2, 3, 5])
@@ -467,7 +467,7 @@ def test_verdicts_allow_for_the_number_of_methods():
     for i in range(100):
         items, pairs = several([0.]*6, i)
         t = difference_table(items, 'accuracy', pairs)
-        raw.append(((t['low'] > 0) | (t['high'] < 0)).any()); holm.append(t['clear'].any())
+        raw.append(((t['low'] > 0) | (t['high'] < 0)).any()); holm.append(t['significant'].any())
         assert t['family'].eq(6).all() and (t['p_holm'] >= t['p']).all()
     assert np.mean(raw) > .1 and np.mean(holm) < .1
 
@@ -475,7 +475,7 @@ def test_verdicts_allow_for_the_number_of_methods():
 def test_one_method_that_is_far_ahead_stays_clear_among_others():
     items, pairs = several([0., 0., .5, 0.], 1)
     t = difference_table(items, 'accuracy', pairs)
-    assert t['clear'].tolist() == [False, False, True, False]
+    assert t['significant'].tolist() == [False, False, True, False]
     assert difference_table(items, 'accuracy', pairs[2:3])['p_holm'][0] == pytest.approx(t['p'][2])
 
 

@@ -14,7 +14,7 @@ from w2s.experiments.preferences import count_stages, run
 from w2s.models.adapters import LoraSettings
 from w2s.models.load import LoadSettings
 from w2s.models.tiny import pretrain, tiny_model
-from w2s.report.preferences import write_result
+from w2s.report.write import write
 from w2s.train.loop import TrainSettings
 
 
@@ -32,7 +32,7 @@ def test_a_reward_model_scores_the_responses_of_a_run_once(tmp_path, monkeypatch
     assert {'gold_reward', 'why'} <= set(written.columns) and 'right' not in written.columns
     assert written.gold_reward.nunique() > 10
     assert {'gold_reward', 'win_rate', 'longer_rate'} <= set(first.intervals.metric)
-    page = (write_result(first)/'report.md').read_text(encoding='utf-8')
+    page = (write(first)/'report.md').read_text(encoding='utf-8')
     assert 'by the reward model judge' in page and '## Wins, ties and losses' in page
     # each score is that of the model itself, read anew
     gold._scorer.cache_clear()

@@ -22,7 +22,7 @@ from w2s.experiments.preferences import run
 from w2s.models.adapters import LoraSettings, add_adapter, save_adapter
 from w2s.models.load import LoadSettings, load_base
 from w2s.models.tiny import tiny_model
-from w2s.report.preferences import write_result
+from w2s.report.write import write
 from w2s.train import loop
 from w2s.train.checkpoints import trainable
 from w2s.train.loop import TrainSettings, sft_objective, train
@@ -135,7 +135,7 @@ def test_five_kills_end_in_the_same_bits(home, straight, record_property):
 def test_a_second_start_does_nothing(home, straight):
     "A finished run, started again: no stage is touched, the results are the same"
     before, files = finished(straight), contents(straight)
-    write_result(run(weak_teacher_config({}, home/'run.toml'), straight, quiet=True))
+    write(run(weak_teacher_config({}, home/'run.toml'), straight, quiet=True))
     assert finished(straight) == before and contents(straight) == files
 
 

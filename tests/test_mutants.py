@@ -163,7 +163,7 @@ def test_preference_training_starts_from_the_arms_own_sft(run):
             assert c.start == (Path(sft) if sft else None)
             if sft: assert ids(run.calls[sft].rows) == ids(c.rows)
     for a in run.arms:
-        if a.role != 'base': assert a.policy == Path(f'{a.role}-seed{a.seed}-dpo') and a.reference == run.calls[a.policy.name].start
+        if a.role != 'baseline': assert a.policy == Path(f'{a.role}-seed{a.seed}-dpo') and a.reference == run.calls[a.policy.name].start
 
 
 def test_only_the_students_preference_loss_knows_how_sure_the_supervisor_is(world_data, tmp_path, monkeypatch):
@@ -425,7 +425,7 @@ def test_supervisor_student_and_ceiling_of_a_comparison_by_labels(classes):
         rows, targets = roles[name.split('-')[0]]
         assert ids(learned.rows) == ids(rows) and np.allclose(learned.targets, targets) and learned.seed == 7, name
         assert learned.settings == ('supervisor settings' if name.startswith('weak') else 'student settings')
-    assert not np.allclose(labeller.given.argmax(1), part.rows['label'][:]) and {a.role for a in made} == {'student', 'ceiling', 'base'}
+    assert not np.allclose(labeller.given.argmax(1), part.rows['label'][:]) and {a.role for a in made} == {'student', 'ceiling', 'baseline'}
     for name, (_, rows) in seen.asked.items(): assert ids(rows) == ids({'labels': part.rows, 'held': part.held}.get(name.rsplit('-', 1)[-1], part.test))
 
 
@@ -476,7 +476,7 @@ def test_students_of_demonstrations_learn_their_own_lesson_and_the_ceiling_the_g
     monkeypatch.setattr(transfer_stages, 'learn', lambda site, model, name, rows, settings, start: seen.append((model.name, rows, settings, start)) or Path(name))
     made = transfer.make_seed(site, {'pico': None, 'nano': None})
     assert seen == [('base', (n, (f'{n} says',)), 'settings', Path('school')) for n in ('pico', 'nano')] + [('base', (('q1', 'q2'), ('g1', 'g2')), 'settings', Path('school'))]
-    assert [a[:2] for a in made.arms] == [('base', ''), ('student', 'pico'), ('student', 'nano'), ('ceiling', '')] and made.arms[0][2] == Path('school')
+    assert [a[:2] for a in made.arms] == [('baseline', ''), ('student', 'pico'), ('student', 'nano'), ('ceiling', '')] and made.arms[0][2] == Path('school')
 
 
 # Numbers of the evaluation that no other test would miss

@@ -756,7 +756,10 @@ def world(tmp_path_factory, texts):
 
 def adapters(result):
     "Hash of each trained adapter's weights"
-    return {k: sha(v/'adapter_model.safetensors') for k, v in sorted(result.adapters.items())}
+    return {role_and_seed(k): sha(v/'adapter_model.safetensors') for k, v in sorted(result.adapters.items())}
+
+
+def role_and_seed(name): return f'{name.partition("-")[0]}-{name.rpartition("-")[2]}' # of the name of an adapter
 
 
 def sha(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
@@ -788,9 +791,9 @@ def test_pitfall_10_every_dpo_stage_starts_from_its_reference(done):
 def test_pitfall_16_a_saved_model_has_its_recorded_scores(world, done):
     "Load the student and its SFT reference with PEFT alone, score the test rows anew: the recorded accuracy and log-probs"
     from peft import AutoPeftModelForCausalLM
-    from w2s.report.preferences import write_result
-    write_result(done)
-    student = AutoPeftModelForCausalLM.from_pretrained(done.folder/'adapters'/'student-seed0', dtype=torch.float32)
+    from w2s.report.write import write
+    write(done)
+    student = AutoPeftModelForCausalLM.from_pretrained(next((done.folder/'adapters').glob('student-*-seed0')), dtype=torch.float32)
     sft = next((done.folder/'stages').glob('student-seed0-sft-*'))/'adapter'
     reference = AutoPeftModelForCausalLM.from_pretrained(sft, dtype=torch.float32)
     items = done.items[(done.items.role == 'student')]
@@ -858,8 +861,6 @@ def stage_keys(config, root, monkeypatch):
     data = load_preferences(config.data, [m.reader for m in (*weak, strong)], config.n_test, config.strict, config.n_labelled, config.n_unlabelled)
     with monkeypatch.context() as m:
         for module in (preference_stages, supervisors, arms, gold): m.setattr(module, 'run_stage', recorder)
-        for table in ('label_table', 'weak_label_table', 'history_table', 'summarise', 'interval_table', 'compare'):
-            m.setattr(weak_teacher, table, nothing)
         m.setattr(arms, 'response_rows', nothing)
         m.setattr(arms, 'gold_judge', lambda config, root: 'nobody' if config.samples else None)
         m.setattr(supervisors, 'fit_temperature', lambda margins, prob_a: 1 + abs(margins).mean())
@@ -1062,7 +1063,7 @@ from w2s.compare.preference_settings import WeakTeacher
 from w2s.experiments.preferences import run
 result = run(from_table(WeakTeacher, json.loads(sys.argv[1])), sys.argv[2], quiet=True)
 sha = lambda b: hashlib.sha256(b).hexdigest()[:16]
-out = {k: sha((Path(v)/'adapter_model.safetensors').read_bytes()) for k, v in sorted(result.adapters.items())}
+out = {f'{k.partition("-")[0]}-{k.rpartition("-")[2]}': sha((Path(v)/'adapter_model.safetensors').read_bytes()) for k, v in sorted(result.adapters.items())}
 out['labels'] = sha(next(Path(sys.argv[2]).glob('stages/*-labels-*/rewards.npy')).read_bytes())
 out['items'] = sha(result.items.to_csv(index=False).encode())
 print(json.dumps(out))
@@ -1131,7 +1132,7 @@ def test_pitfall_18_test_rows_reach_nothing_but_the_evaluation(world, done, tmp_
 def test_pitfall_18_all_roles_answer_for_the_same_rows(world, done):
     "Ids of test items equal for all roles and metrics that a role has; ceiling, human and student on the same pairs"
     ids = {tuple(sorted(g.id)) for _, g in done.items.groupby(['role', 'method', 'metric', 'seed'])}
-    assert len(ids) == 1 and len(set(next(iter(ids)))) == 10 and {'floor', 'student', 'human', 'ceiling', 'base'} == set(done.items.role)
+    assert len(ids) == 1 and len(set(next(iter(ids)))) == 10 and {'floor', 'student', 'human', 'ceiling', 'baseline'} == set(done.items.role)
     source = {json.loads(x)['prompt']: n for n in ('train_gt', 'train_w2s', 'test') for x in (Path(world.data)/f'{n}.jsonl').read_text().splitlines()}
     weak, strong = (know_model(r, n, world) for r, n in (('weak', world.weak), ('strong', world.strong)))
     data = load_preferences(world.data, [weak.reader, strong.reader], world.n_test)

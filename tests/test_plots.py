@@ -16,7 +16,7 @@ from w2s.plots.results import (
     METRICS, ROLE_COLORS, caption, group_names, model_colors, model_name, model_size, plot_differences, plot_roles, plot_seeds,
     plot_training, save_figure)
 
-MODELS = {('base', 'untuned'): -.1, ('base', 'sft weak'): -.02, ('base', 'sft human'): 0., ('floor', 'dpo human'): .1,
+MODELS = {('baseline', 'untuned'): -.1, ('baseline', 'sft weak'): -.02, ('baseline', 'sft human'): 0., ('floor', 'dpo human'): .1,
           ('student', 'dpo weak'): .2, ('human', 'dpo human'): .25, ('ceiling', 'dpo human both halves'): .4}
 
 
@@ -85,7 +85,7 @@ def test_roles_with_several_students(floor_strong):
     assert [x.get_text() for x in ax.get_xticklabels()] == alone + ['opt-350m', 'opt-1.3b', 'opt-13b']
     assert np.allclose(segments(ax), ends(t[t['metric'] == 'accuracy']))
     assert [x.get_text() for x in ax.get_legend().get_texts()] == [
-        'base: sft human', 'base: sft weak', 'floor: dpo human', 'student: dpo weak', 'human: dpo human', 'ceiling: dpo human both halves']
+        'baseline: sft human', 'baseline: sft weak', 'floor: dpo human', 'student: dpo weak', 'human: dpo human', 'ceiling: dpo human both halves']
     boxes = sorted((b.get_x(), b.get_x() + b.get_width()) for b in ax.patches)
     assert all(right <= left + 1e-9 for (_, right), (left, _) in zip(boxes[:-1], boxes[1:], strict=True))
 
@@ -145,11 +145,11 @@ def test_seeds_draws_each_seed_and_the_intervals():
 def test_differences_are_filled_where_they_are_clear():
     items = experiment(rows=300, seeds=1)
     who = {r: (r, m) for r, m in MODELS}
-    d = difference_table(items, 'accuracy', [(who['ceiling'], who['base']), (who['student'], who['student'])])
+    d = difference_table(items, 'accuracy', [(who['ceiling'], who['baseline']), (who['student'], who['student'])])
     ax = plot_differences(d)
     assert np.allclose(segments(ax, axis=0), ends(d))
     filled = [to_hex(line.get_markerfacecolor()) != '#ffffff' for line in ax.lines if line.get_marker() == 'o']
-    assert filled == d['clear'].tolist() == [True, False]
+    assert filled == d['significant'].tolist() == [True, False]
     assert ax.get_xlabel() == 'difference in accuracy (implicit reward)'
     assert [t.get_text() for t in ax.get_yticklabels()][1] == 'student (dpo weak)\n− student (dpo weak)'
 

@@ -17,7 +17,7 @@ from w2s.compare.preference_data import load_preferences
 from w2s.compare.preference_stages import Study, know_model
 from w2s.compare.response_ends import check_cut, check_lengths, check_responses, chosen_tokens, cut_words
 from w2s.compare.stages import Run
-from w2s.experiments.demonstrations import cut_answers
+from w2s.compare.demonstration_tables import cut_answers
 from w2s.compare.preference_settings import WeakTeacher, fill_settings, sampling
 from w2s.models.load import LoadSettings
 from w2s.models.tiny import tiny_model
@@ -133,9 +133,9 @@ def test_a_response_is_cut_if_and_only_if_it_fills_the_limit_without_an_end(rows
 def test_the_table_of_responses_knows(rows, tmp_path):
     written, _, _, data = stage(rows, tmp_path, response_tokens=12, samples=2)
     def score(prompts, texts): return pd.DataFrame({'gold_reward': [1.]*len(texts), 'why': ''})
-    table = gold.response_rows(score, data.test, written, 'base', 'sft', 0)
+    table = gold.response_rows(score, data.test, written, 'baseline', 'sft', 0)
     assert table.cut.tolist() == [w.cut for row in written for w in row]
-    assert gold.response_rows(score, data.test, [[w.text for w in row] for row in written], 'base', 'sft', 0).cut.isna().all()
+    assert gold.response_rows(score, data.test, [[w.text for w in row] for row in written], 'baseline', 'sft', 0).cut.isna().all()
 
 
 def responses(*cut): return pd.DataFrame({'role': ['floor', 'student']*(len(cut)//2), 'method': 'dpo', 'cut': pd.array(cut, 'boolean')})
@@ -167,7 +167,7 @@ def test_a_run_counts_what_was_cut(rows, tmp_path, monkeypatch):
     monkeypatch.setattr(gold, 'respond', answers(.2))
     done = weak_teacher.run(c, tmp_path/'b', quiet=True)
     n = int(done.responses.cut.sum())
-    assert 0 < n < len(done.responses)/2 and f'{n} of {len(done.responses)} responses' in weak_teacher.caption(done)
+    assert 0 < n < len(done.responses)/2 and f'{n} of {len(done.responses)} responses' in done.caption
     kept = [json.loads(f.read_text()) for f in (tmp_path/'b').rglob('texts.json')]
     assert sum(cut for rows in kept for row in rows for _, cut in row) == n
 
@@ -179,7 +179,7 @@ def test_answers_of_a_transfer_that_fill_their_tokens_are_counted(rows):
     model, _ = loaded(config_of(rows))
     n = len(model.reader.tokenizer(LONG, add_special_tokens=False)['input_ids'])
     weak = [SimpleNamespace(model=model, answers=[LONG, 'Yes.', '']), SimpleNamespace(model=None, answers=[LONG]*5)]
-    arms = [SimpleNamespace(role=r, answers=[[LONG, 'No.'], [LONG]]) for r in ('floor', 'student', 'base')]
+    arms = [SimpleNamespace(role=r, answers=[[LONG, 'No.'], [LONG]]) for r in ('floor', 'student', 'baseline')]
     made = [SimpleNamespace(weak=weak, arms=arms, site=SimpleNamespace(strong=model))]*2
     assert cut_answers(made, n) == {'weak answers': (2, 6), 'answers to the test': (8, 12)}
     assert cut_answers(made, 2*n) == {'weak answers': (0, 6), 'answers to the test': (0, 12)}

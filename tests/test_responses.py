@@ -122,15 +122,15 @@ def test_pitfall_20_intervals_know_the_seeds_and_the_rows():
     frames = []
     for seed in range(3):
         start = drawn(seed)
-        for role, method, shift in (('base', 'sft', 0.), ('student', 'dpo weak', .5 + .2*seed)):
-            x = start if role == 'base' else drawn(100 + seed, shift)
+        for role, method, shift in (('baseline', 'sft', 0.), ('student', 'dpo weak', .5 + .2*seed)):
+            x = start if role == 'baseline' else drawn(100 + seed, shift)
             frames.append(metric_rows(ids, reward_scores(x, TEXTS, start, TEXTS), role, method, seed=seed, **who))
     items = pd.concat(frames)
     table = interval_table(items).set_index(['role', 'metric'])
     assert set(items['metric']) == {'gold_reward', 'words', 'win_rate', 'win', 'tie', 'lose', 'longer_rate'}
-    assert table.loc[('base', 'win_rate'), 'value'] == .5
+    assert table.loc[('baseline', 'win_rate'), 'value'] == .5
     student = table.loc[('student', 'win_rate')]
     assert student['low'] < student['value'] < student['high'] and student['seeds'] == 3 and student['n'] == 50
-    row = difference_table(items, 'gold_reward', [(('student', 'dpo weak'), ('base', 'sft'))]).iloc[0]
+    row = difference_table(items, 'gold_reward', [(('student', 'dpo weak'), ('baseline', 'sft'))]).iloc[0]
     assert row['low'] < .7 < row['high']
     assert set(reward_scores(drawn(0), TEXTS)) == {'gold_reward', 'words'}

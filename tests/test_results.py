@@ -1,9 +1,11 @@
-"What stands in results and reports of all four kinds of run: groups, seeds, the gap that is recovered, and differences that allow for their number"
+"What stands in results and reports of every kind of feedback: groups, seeds, the gap that is recovered, differences that allow for their number, curves and files"
+import json
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from w2s.report.labels import class_report_text
 from w2s.evaluate.clusters import by_group
 from w2s.evaluate.intervals import interval_table
 from w2s.evaluate.metrics import ITEM_COLUMNS
@@ -14,13 +16,14 @@ from w2s.compare.toxicity_settings import fill_toxicity
 from w2s.compare.demonstration_settings import fill_transfer
 from w2s.experiments.vary import Varied
 from w2s.compare.preference_settings import fill_settings
-from w2s.experiments.preferences import row_groups
+from w2s.compare.preference_tables import row_groups
+from w2s.compare.result import Result, pgr_text, show_table
+from w2s.compare.tables import DIFFERENCES, GAPS, WHO
 from w2s.compare.win_rates import win_table
-from w2s.report.preferences import report_text, write_result
-from w2s.report.toxicity import toxicity_report_text, write_toxicity
-from w2s.report.demonstrations import transfer_report_text
+from w2s.report.page import report_text
+from w2s.report.write import page_of, write
 
-COLUMNS = {'a', 'b', 'metric', 'value', 'low', 'high', 'n', 'seeds', 'level', 'p', 'family', 'p_holm', 'clear', 'detectable'}
+COLUMNS = {'a', 'b', 'metric', 'value', 'low', 'high', 'n', 'seeds', 'level', 'p', 'family', 'p_holm', 'significant', 'detectable'}
 
 
 @pytest.fixture(scope='module')
@@ -46,7 +49,10 @@ def kind(tmp_path_factory):
     return toxicity.run(fill_toxicity(given), tmp_path_factory.mktemp('kind'), quiet=True)
 
 
-RUNS = {'preferences': report_text, 'labels': class_report_text, 'demonstrations': transfer_report_text, 'kind': toxicity_report_text}
+RUNS = ('preferences', 'labels', 'demonstrations', 'kind')
+
+
+def report_of(result): return report_text(result, page_of(result))
 
 
 @pytest.fixture(params=RUNS)
@@ -78,7 +84,7 @@ def test_what_belongs_together_is_no_news(preferences):
 
 def test_wins_know_groups_and_seeds(preferences):
     "Both limits of a win rate and of the one at equal length: wider where rows belong together, and where the two seeds disagree"
-    pairs, groups = [(('student', 'dpo weak'), ('base', 'sft human'))], row_groups(preferences.test)
+    pairs, groups = [(('student', 'dpo weak'), ('baseline', 'sft human'))], row_groups(preferences.test)
     def width(t, what): return float(t[f'{what}high'].iloc[0] - t[f'{what}low'].iloc[0])
     grouped = win_table(preferences.responses, pairs, groups)
     said = preferences.responses
@@ -100,9 +106,9 @@ def test_every_difference_says_how_sure_it_is_and_what_could_be_seen(any_run):
     name, result = any_run
     d = result.differences
     assert len(d) and COLUMNS <= set(d), COLUMNS - set(d)
-    assert (d.clear == (d.p_holm <= .05 + 1e-12)).all() and (d.p_holm >= d.p - 1e-12).all()
+    assert (d.significant == (d.p_holm <= .05 + 1e-12)).all() and (d.p_holm >= d.p - 1e-12).all()
     known = d.value.notna() & d.low.notna() & (d.low < d.high)
-    assert (d[known & d.clear].low*d[known & d.clear].high >= 0).all(), 'a clear difference has zero outside its raw interval'
+    assert (d[known & d.significant].low*d[known & d.significant].high >= 0).all(), 'a significant difference has zero outside its raw interval'
     assert (d.detectable.dropna() > 0).all() and d.detectable.notna().any()
 
 
@@ -129,7 +135,7 @@ def test_values_of_a_variation_are_a_family(preferences):
 def test_a_report_begins_with_the_gap_that_is_recovered(any_run):
     "A number with its interval, or why there is none; before any other table"
     name, result = any_run
-    text = RUNS[name](result)
+    text = report_of(result)
     assert 'PGR' in text or 'erformance gap recovered' in text
     at = min(i for i in (text.find('PGR'), text.find('gap recovered'), text.find('Gap recovered')) if i >= 0)
     assert at < text.index('| ---'), name
@@ -137,16 +143,15 @@ def test_a_report_begins_with_the_gap_that_is_recovered(any_run):
 
 def test_a_report_says_clear_or_what_could_have_been_seen(any_run):
     name, result = any_run
-    text = RUNS[name](result)
-    for column in ('clear', 'detectable', 'verdict'): assert f'| {column} ' in text, column
-    if (~result.differences.clear).any(): assert 'no significant difference' in text
+    text = report_of(result)
+    for column in ('significant', 'detectable', 'verdict'): assert f'| {column} ' in text, column
+    if (~result.differences.significant).any(): assert 'no significant difference' in text
     else: assert 'higher' in text or 'lower' in text
 
 
-@pytest.mark.parametrize('which, write', [('preferences', write_result), ('kind', write_toxicity)])
-def test_the_gap_is_in_a_file(request, which, write):
+def test_the_gap_is_in_a_file(any_run):
     "With the reason where it is refused"
-    result = request.getfixturevalue(which)
+    _, result = any_run
     write(result)
     table = pd.read_parquet(result.folder/'pgr.parquet')
     assert len(table) and {'metric', 'value', 'low', 'high', 'refused', 'note'} <= set(table)
@@ -156,4 +161,113 @@ def test_the_gap_is_in_a_file(request, which, write):
 def test_two_seeds_are_said_to_be_few(any_run):
     name, result = any_run
     seeds = int(result.intervals.seeds.max())
-    assert ('too few to know' if seeds == 2 else 'one seed' if seeds == 1 else '') in RUNS[name](result)
+    assert ('too few to know' if seeds == 2 else 'one seed' if seeds == 1 else '') in report_of(result)
+
+
+# One result, one report, whatever the feedback
+
+HEADINGS = ['PGR', 'Differences', 'Arms', 'Weak feedback', 'Data report', 'Training', 'Settings', 'How it was made']
+SHARED = {f'{t}.parquet' for t in ('items', 'results', 'intervals', 'differences', 'pgr', 'histories', 'arms', 'labels')} | {
+    'report.md', 'config.toml', 'versions.json', 'data_report.md', 'data_report.csv', 'figure.png', 'figure.svg', 'training.png', 'training.svg', 'adapters', 'manifest.json'}
+
+
+def headings(text): return [line[3:] for line in text.splitlines() if line.startswith('## ')]
+
+
+def test_the_gap_is_the_first_thing_that_is_said(any_run):
+    "In the console, in a notebook and in the report: PGR with its interval, or why there is none, and one table"
+    _, result = any_run
+    assert type(result) is Result
+    first = pgr_text(result).splitlines()[0]
+    assert first.startswith('- PGR') and ('[' in first or 'since' in first)
+    assert repr(result).startswith(first) and str(result).startswith(first)
+    html = result._repr_html_()
+    assert html.startswith('<p>- PGR') and html.count('<table') == 1
+    assert headings(report_of(result))[0] == 'PGR' and report_of(result).index('PGR') < report_of(result).index('|')
+
+
+def test_a_reason_stands_where_a_gap_cannot_be_found(any_run):
+    "Without the ceiling, and without the floor: no number is made up, and the first line says what is missing"
+    from w2s.compare.tables import recover_gaps
+    _, result = any_run
+    for role in ('ceiling', 'floor'):
+        items = result.items[result.items.role != role]
+        lost = replace(result, items=items, pgr=recover_gaps(items, result.kind))
+        assert lost.pgr.empty and repr(lost).splitlines()[0].startswith('- PGR: none, since ')
+
+
+def test_columns_are_the_same_for_every_kind(any_run):
+    _, result = any_run
+    for table in (result.items, result.table, result.intervals, result.arms, result.curves): assert set(WHO) <= set(table)
+    assert list(result.differences) == DIFFERENCES and list(result.pgr) == GAPS
+    assert list(show_table(result))[:4] == WHO
+    assert set(result.table.role) >= {'baseline', 'floor', 'student', 'ceiling'} and 'base' not in set(result.table.role)
+
+
+def test_significant_is_what_holm_says_of_the_p_values(any_run):
+    "Of every question: the same pair of roles, students of all methods together"
+    _, result = any_run
+    d = result.differences
+    def question(name): return 'student' if name.startswith('student') else name
+    for _, part in d.assign(x=d.a.map(question), y=d.b.map(question)).groupby(['metric', 'x', 'y']):
+        assert np.allclose(part.p_holm, holm(part.p), equal_nan=True) and set(part.family) == {len(part)}
+        assert list(part.significant) == [bool(p <= .05) for p in holm(part.p)]
+    assert d.a.str.split().str[0].isin(('student', 'human', 'floor', 'ceiling')).all() and not d.a.str.contains(r'\(').any()
+
+
+def test_an_arm_without_weak_feedback_has_no_weak_model(any_run):
+    _, result = any_run
+    for table in (result.items, result.intervals, result.arms):
+        for role in ('ceiling', 'human'): assert set(table[table.role == role].weak) <= {''}, role
+        assert set(table[table.method == 'untuned'].weak) <= {''} and set(table[table.method == 'sft human'].weak) <= {''}
+        assert '' not in set(table[table.role == 'floor'].weak) and set(table[table.role == 'floor'].strong) == {''}
+        assert '' not in set(table[(table.role == 'student') & (table.method != 'own answers')].weak)
+
+
+def test_every_training_has_its_curve(any_run):
+    "One curve for each stage that trained an adapter: none is missing, none stands twice"
+    name, result = any_run
+    stages = [f.parent for f in (result.folder/'stages').glob('*/history.csv')]
+    c = result.curves
+    found = c.drop_duplicates(['role', 'method', 'weak', 'strong', 'seed', 'stage'])
+    assert len(found) == len(stages) and not c.duplicated(['role', 'method', 'weak', 'strong', 'seed', 'stage', 'step']).any()
+    firsts = c.groupby(['role', 'method', 'weak', 'strong', 'seed', 'stage'], sort=False).loss.first()
+    assert set(firsts.round(9)) == {round(float(pd.read_csv(s/'history.csv').loss.iloc[0]), 9) for s in stages}
+    assert set(found.seed) == set(result.items.seed)
+
+
+def test_files_are_the_same_for_every_kind(any_run, tmp_path):
+    "What all have, then the tables of this kind; the adapters have the names of the table of arms"
+    _, result = any_run
+    folder = write(result, tmp_path/'out')
+    there = {p.name for p in folder.iterdir() if not p.name.startswith('.')}
+    assert there >= SHARED, SHARED - there
+    own = {f'{name}.parquet' for name, t in result.extra.items() if isinstance(t, pd.DataFrame) and len(t)}
+    assert {n for n in there if n.endswith('.parquet')} == own | {n for n in SHARED if n.endswith('.parquet')}
+    assert {p.name for p in (folder/'adapters').iterdir()} == set(pd.read_parquet(folder/'arms.parquet').adapter) - {''}
+    assert all(name.endswith(tuple(f'-seed{s}' for s in range(9))) for name in result.adapters) and json.loads((folder/'versions.json').read_text())['w2s']
+
+
+def test_headings_are_the_same_for_every_kind(any_run):
+    "In the same order; what one kind has beside them stands behind the arms"
+    _, result = any_run
+    found = headings(report_of(result))
+    assert [h for h in found if h in HEADINGS] == HEADINGS
+    assert all(found.index('Arms') < found.index(h) < found.index('Weak feedback') or h == 'Incomplete' for h in found if h not in HEADINGS)
+
+
+def test_a_report_is_text_and_nothing_else(any_run):
+    "Names and sentences of a user cannot become headings, tables, links or HTML"
+    _, result = any_run
+    evil = '<script>x</script>\n# Not a heading | [a](b)'
+    notes, origin = replace(result, notes=(evil,)), replace(result, origin=evil, models=(evil,))
+    for page in (report_of(notes), report_of(origin)):
+        assert '<script>' not in page and '\n# Not' not in page and '[a](b)' not in page
+    assert headings(report_of(notes))[1] == 'Incomplete' and 'incomplete' in repr(notes) and '<script>' not in notes._repr_html_()
+
+
+def test_what_a_kind_has_beside_them_is_a_part_of_the_result(any_run):
+    "An extra table is an attribute; an unknown name is refused with the nearest one"
+    _, result = any_run
+    for name, value in result.extra.items(): assert getattr(result, name) is value
+    with pytest.raises(AttributeError, match='did you mean "labels"'): result.lables # noqa: B018

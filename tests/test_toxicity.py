@@ -18,7 +18,8 @@ from w2s.evaluate.toxicity import arm_counts, complete_rows, expected_maximum, f
 from w2s.evaluate.toxicity_scorers import KIND, load_ridge, save_ridge, train_ridge, worth
 from w2s.experiments.toxicity import run
 from w2s.compare.toxicity_settings import fill_toxicity
-from w2s.report.toxicity import toxicity_report_text
+from w2s.report.page import report_text
+from w2s.report.toxicity import TOXICITY_PAGE
 from w2s.world.facts import make_world
 from w2s.world.scenes import scene_questions, speech, toxicity_verdict
 
@@ -212,14 +213,14 @@ def stage_lines(text): return [line for line in text.split('\n') if re.match(r'(
 
 def test_a_world_run_is_whole_and_a_second_one_finds_it(small_run, capsys):
     folder, result = small_run
-    models = {('base', 'untuned'), ('floor', 'demonstrations'), ('student', 'naive'), ('student', 'in-context'), ('student', 'dpo'), ('human', 'dpo'),
+    models = {('baseline', 'untuned'), ('floor', 'demonstrations'), ('student', 'naive'), ('student', 'in-context'), ('student', 'dpo'), ('human', 'dpo'),
               ('ceiling', 'gold answers')}
     for metric in ('worst', 'any_toxic', 'toxicity', 'toxic_share', 'empty', 'log_perplexity', 'distinct_1', 'distinct_2', 'distinct_3', 'well_formed'):
         found = result.intervals[result.intervals.metric == metric]
         assert set(zip(found.role, found.method, strict=True)) == models, metric
     assert len(result.samples) == 7*8*3 and set(result.samples.columns) >= {'role', 'method', 'weak', 'strong', 'seed', 'id', 'sample', 'toxicity', 'empty'}
-    rows = result.samples[(result.samples.role == 'base')].groupby('id').toxicity.max()
-    assert math.isclose(rows.mean(), result.intervals.query('role == "base" and metric == "worst"').value.item(), abs_tol=1e-9) or result.failures
+    rows = result.samples[(result.samples.role == 'baseline')].groupby('id').toxicity.max()
+    assert math.isclose(rows.mean(), result.intervals.query('role == "baseline" and metric == "worst"').value.item(), abs_tol=1e-9) or result.notes
     again = run(fill_toxicity(SMALL), folder)
     said = stage_lines(capsys.readouterr().out)
     assert said and all(line.endswith(': found') for line in said)
@@ -233,8 +234,8 @@ def test_a_world_run_is_whole_and_a_second_one_finds_it(small_run, capsys):
 def test_a_scorer_that_fails_gives_an_incomplete_result_that_says_so(small_run):
     folder, whole = small_run
     torn = run(fill_toxicity(SMALL), folder, quiet=True, scorer=broken(.02))
-    assert torn.failures and not whole.failures
-    assert 'incomplete' in repr(torn) and 'the scorer failed on' in torn.failures[0] and 'left out for all models' in '\n'.join(torn.failures)
+    assert torn.notes and not whole.notes
+    assert 'incomplete' in repr(torn) and 'the scorer failed on' in torn.notes[0] and 'left out for all models' in '\n'.join(torn.notes)
     counts = torn.items[torn.items.metric == 'worst'].groupby(['role', 'method']).size()
     assert counts.nunique() == 1 and 0 < counts.iloc[0] < 8              # the same prompts for all; mutation: each arm on its own
     shared = sorted(torn.items[torn.items.metric == 'worst'].id.unique())
@@ -242,7 +243,7 @@ def test_a_scorer_that_fails_gives_an_incomplete_result_that_says_so(small_run):
         a, b = (r.items[(r.items.metric == metric) & r.items.id.isin(shared)].sort_values(['role', 'method', 'id']).value.to_numpy() for r in (whole, torn))
         np.testing.assert_allclose(a, b)
     dead = run(fill_toxicity(SMALL), folder, quiet=True, scorer=broken(.5))
-    assert 'worst' not in set(dead.intervals.metric) and 'none remains' in '\n'.join(dead.failures) and 'log_perplexity' in set(dead.intervals.metric)
+    assert 'worst' not in set(dead.intervals.metric) and 'none remains' in '\n'.join(dead.notes) and 'log_perplexity' in set(dead.intervals.metric)
 
 
 def test_a_run_on_a_file(tmp_path):
@@ -259,7 +260,7 @@ def test_a_run_on_a_file(tmp_path):
     (tmp_path/'ridge'/'manifest.json').unlink() # whose checksum is of the card as it was
     config = fill_toxicity(SMALL | dict(data=str(tmp_path/'rtp.jsonl'), scorer=str(tmp_path/'ridge'), methods='in-context, dpo', decoding='rtp', examples=2))
     result = run(config, tmp_path/'out', quiet=True)
-    assert 'rtp.jsonl: prompt with its toxicity: prompt; continuation with its toxicity: continuation' in toxicity_report_text(result)
+    assert 'rtp.jsonl: prompt with its toxicity: prompt; continuation with its toxicity: continuation' in report_text(result, TOXICITY_PAGE)
     metrics = set(result.intervals.metric)
     assert {'worst, toxic prompts', 'worst, not toxic prompts', 'labels: agreement'} <= metrics and 'well_formed' not in metrics
     assert set(result.prompts.kind) == {'toxic', 'not toxic'} and len(result.pairs) == 2

@@ -115,7 +115,7 @@ def test_the_unit_of_intervals_is_what_a_question_is_about(tmp_path):
     "Two hundred questions about thirty lines of pictures are thirty rows, with the mean of the two hundred"
     models, s = site(tmp_path, task='digits', demonstrator='tuned')
     exam = replace(s.rows.tests[0], groups=['a', 'a', 'a', 'a', 'b', 'b'])
-    arm = Arm('base', 'untuned', '', 'nano', 0, [['x']*6])
+    arm = Arm('baseline', 'untuned', '', 'nano', 0, [['x']*6])
     by = {'accuracy': np.array([1., 1., 1., 1., 0., 1.])}
     items, _ = arm_items([arm], [[(list('123456'), exam.groups, by)]], 'digits')
     assert list(items.id) == ['a', 'b'] and items.value.mean() == pytest.approx(5/6)
@@ -131,7 +131,7 @@ def test_only_what_depends_on_a_setting_is_made_again(tmp_path):
     run(fill_transfer({**LITTLE, 'methods': 'naive,in-context', 'examples': 2}), tmp_path, quiet=True)
     new = {f.name.rpartition('-')[0] for f in set((tmp_path/'stages').iterdir()) - stages}
     assert new == {'in-context-pico', 'student-in-context-pico', 'test-student-in-context-pico', 'test-base-untuned-in-context-pico'}
-    assert set(again.answers.role) == {'base', 'floor', 'student', 'ceiling'} and len(again.lessons) == 2*8
+    assert set(again.answers.role) == {'baseline', 'floor', 'student', 'ceiling'} and len(again.training_rows) == 2*8
 
 
 # The strong model

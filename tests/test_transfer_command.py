@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from w2s.evaluate.intervals import with_limits
 from w2s.cli.app import app
 from w2s.cli.demonstrations import COMMANDS, count_toxicity, count_trainings, toxicity_config, transfer_config
 from w2s.compare import demonstration_tasks as transfer_tasks
@@ -24,7 +25,8 @@ from w2s.models.zoo import zoo_folder
 
 ROOT = Path(__file__).parents[1]
 ALWAYS = {'report.md', 'figure.png', 'figure.svg', 'plane.png', 'plane.svg', 'results.parquet', 'items.parquet', 'intervals.parquet', 'differences.parquet', 'labels.parquet', 'pgr.parquet',
-          'examples.parquet', 'answers.parquet', 'lessons.jsonl', 'config.toml', 'versions.json', 'manifest.json', 'adapters', 'stages'}
+          'examples.parquet', 'answers.parquet', 'training_rows.parquet', 'histories.parquet', 'arms.parquet', 'training.png', 'training.svg', 'data_report.csv', 'data_report.md',
+          'config.toml', 'versions.json', 'manifest.json', 'adapters', 'stages'}
 WEAK = ('--weak', 'pico', '--n-labelled', '8')
 TINY = ('--strong', 'nano', '--n-unlabelled', '8', '--n-test', '6', '--seeds', '1', '--epochs', '1', '--max-tokens', '16')
 KIND = ('--weak', 'pico', '--strong', 'nano', '--n-labelled', '8', '--n-unlabelled', '8', '--n-test', '4', '--seeds', '1', '--epochs', '1', '--dpo-epochs', '1', '--samples', '2', '--max-tokens', '8',
@@ -71,17 +73,18 @@ def test_persona_writes_everything(persona):
     assert files(out) == ALWAYS | {'examples.png', 'examples.svg'}
     assert f'written to {out}' in printed
     text = (out/'report.md').read_text(encoding='utf-8')
-    for part in ('# persona: pico teaches nano', '## Who is ahead', '## Gap recovered', '## What students learned', '## By the number of weak answers in context', 'student own answers',
-                 'Concepts that were named', '## How models were asked', 'task = "persona"'): assert part in text, part
-    assert 'INCOMPLETE' not in text
+    for part in ('# persona: pico teaches nano', '## PGR', '## Differences', '## Weak feedback', '## Weak answers in context', 'student own answers',
+                 'Concepts that were named', 'How models were asked:', 'task = "persona"'): assert part in text, part
+    assert 'Incomplete' not in text
     t = pd.read_parquet(out/'intervals.parquet')
     for r in t.itertuples(): assert f'| {r.role} | {r.method} |' in text # every arm is in the report, with every number
-    assert len(t) == text[text.index('## All numbers'):text.index('## What they answer')].count('\n| ') - 2 - (text[text.index('## All numbers'):text.index('## What they answer')].count('| role |') - 1)
+    arms = text[text.index('## Arms'):text.index('## Weak answers in context')]
+    assert all(with_limits(r.value, r.low, r.high) in arms for r in t.itertuples())
 
 
 def test_lessons_are_what_was_learned(persona):
     out, _, _ = persona
-    rows = [json.loads(line) for line in (out/'lessons.jsonl').read_text(encoding='utf-8').splitlines()]
+    rows = pd.read_parquet(out/'training_rows.parquet').to_dict('records')
     assert {r['method'] for r in rows} == {'naive', 'in-context', 'own answers', 'infer-and-respond'} and len(rows) == 32
     for r in rows:
         if r['method'] == 'naive': assert r['answer'] == r['weak_answer']
@@ -116,7 +119,7 @@ def test_every_command_ends(tmp_path, monkeypatch, words, metrics):
     ran('run', *words, *TINY, '--method', 'naive', '--out', out)
     assert files(out) == ALWAYS
     t = pd.read_parquet(out/'intervals.parquet')
-    assert metrics <= set(t.metric) and set(t.role) == {'floor', 'base', 'student', 'ceiling'}
+    assert metrics <= set(t.metric) and set(t.role) == {'floor', 'baseline', 'student', 'ceiling'}
 
 
 def test_sums_of_a_file_and_answers_of_a_file(tmp_path):
@@ -146,7 +149,7 @@ def test_toxicity_writes_everything(tmp_path):
     assert f'written to {out}' in printed and 'report.md' in files(out) and {'figure.png', 'samples.parquet', 'intervals.parquet', 'adapters'} <= files(out)
     assert f'{trained(out)} trainings' in planned and sum(count_toxicity(toxicity_config({}, out/'config.toml')).values()) == trained(out)
     text = (out/'report.md').read_text(encoding='utf-8')
-    assert text.startswith('# Toxicity: pico teaches nano') and '## All numbers' in text and ('## INCOMPLETE' in text) == ('left out' in printed or 'incomplete' in printed)
+    assert text.startswith('# Toxicity: pico teaches nano') and '## Arms' in text and ('## Incomplete' in text) == ('left out' in printed or 'incomplete' in printed)
     samples = pd.read_parquet(out/'samples.parquet')
     assert samples.groupby(['role', 'method']).size().eq(8).all() and set(pd.read_parquet(out/'prompts.parquet').columns) == {'id', 'kind'}
 

@@ -82,7 +82,7 @@ def test_shared_arms_are_equal_and_others_are_not(by_use):
     items = {at: r.items.set_index(['role', 'method', 'metric', 'id']).value for at, r in by_use[0].results.items()}
     for at in ('soft', 'confidence'):
         same = items[at].sub(items['hard']).abs().groupby('role').max()
-        assert same[['human', 'ceiling', 'floor', 'base']].max() == 0 and same['student'] > 0
+        assert same[['human', 'ceiling', 'floor', 'baseline']].max() == 0 and same['student'] > 0
     e = contrast(by_use[0], 'soft', 'hard', 'logp_chosen')
     assert np.isclose(e.value, (items['soft'] - items['hard']).xs('logp_chosen', level='metric')['student'].mean()) and e.low <= e.value <= e.high
     assert contrast(by_use[0], 'soft', 'hard', 'logp_chosen', 'human').value == 0

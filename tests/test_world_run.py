@@ -122,7 +122,7 @@ def test_small_run(small):
     assert 'Rows made from the embedded world' in printed and '[22/22]' in printed and 'gold_reward' in printed and 'win_rate' in printed
     assert {'report.md', 'figure.png', 'figure.svg', 'results.parquet', 'responses.parquet', 'config.toml', 'versions.json', 'adapters'} <= {p.name for p in folder.iterdir()}
     report = (folder/'report.md').read_text(encoding='utf-8')
-    for words in ('## What they write', 'Paired differences of accuracy and gold reward', 'Win rate:', 'Rows made from the embedded world', 'quantize = "nf4"'): assert words in report
+    for words in ('## Responses', '## Differences', 'Win rate:', 'Rows made from the embedded world', 'quantize = "nf4"'): assert words in report
     assert read_toml(folder/'config.toml')['seeds'] == 1
 
 
@@ -130,13 +130,13 @@ def test_small_run_adds_up(small):
     "The table is what the responses are worth, by the world's own reward"
     table, said = pd.read_parquet(small[0]/'results.parquet'), pd.read_parquet(small[0]/'responses.parquet')
     assert len(said) == 6*20*2 and set(zip(said.role, said.method, strict=True)) == {
-        ('floor', 'dpo human'), ('base', 'sft human'), ('base', 'sft weak'), ('student', 'dpo weak'), ('human', 'dpo human'), ('ceiling', 'dpo gold')}
+        ('floor', 'dpo human'), ('baseline', 'sft human'), ('baseline', 'sft weak'), ('student', 'dpo weak'), ('human', 'dpo human'), ('ceiling', 'dpo gold')}
     for r in said.itertuples(): assert r.gold_reward == gold_reward(ladder_world(), r.prompt, r.response).score and r.why
     means = said.groupby(['role', 'method']).gold_reward.mean()
     of = table[table.metric == 'gold_reward'].set_index(['role', 'method']).value
     assert np.allclose(of.sort_index(), means.sort_index())
     wins = table[table.metric == 'win_rate'].set_index(['role', 'method']).value
-    assert wins['base', 'sft human'] == .5 and wins.between(0, 1).all()
+    assert wins['baseline', 'sft human'] == .5 and wins.between(0, 1).all()
     differences = pd.read_parquet(small[0]/'differences.parquet')
     assert set(differences.metric) == {'accuracy', 'gold_reward'}
 

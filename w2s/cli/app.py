@@ -82,9 +82,9 @@ def run_preferences(
 ) -> str:                # what is printed
     "Run and write; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     from w2s.experiments.preferences import run
-    from w2s.report.preferences import write_result
+    from w2s.report.write import write
     result = run(config, out, keep=keep)
-    write_result(result)
+    write(result)
     also = '' if result.responses.empty else 'responses.parquet, '
     return f'{result}\n\nwritten to {out}: report.md, figure.png, results.parquet, {also}adapters/ …'
 

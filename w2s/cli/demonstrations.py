@@ -94,10 +94,10 @@ def run_transfer(
 ) -> str:               # what is printed
     "Run and write; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     from w2s.experiments.demonstrations import run
-    from w2s.report.demonstrations import write_transfer
+    from w2s.report.write import write
     result = run(config, out, keep=keep)
-    write_transfer(result)
-    return f'{result}\n\nwritten to {out}: report.md, figure.png, results.parquet, answers.parquet, lessons.jsonl, adapters/ …'
+    write(result)
+    return f'{result}\n\nwritten to {out}: report.md, figure.png, results.parquet, answers.parquet, training_rows.parquet, adapters/ …'
 
 # %% ../../nbs/api/cli/40_demonstrations.ipynb #c5a1d2e3
 def read_task(
@@ -168,9 +168,9 @@ def run_toxicity(
 ) -> str:               # what is printed
     "Run and write; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     from w2s.experiments.toxicity import run
-    from w2s.report.toxicity import write_toxicity
+    from w2s.report.write import write
     result = run(config, out, keep=keep)
-    write_toxicity(result)
+    write(result)
     return f'{result}\n\nwritten to {out}: report.md, figure.png, fluency.png, results.parquet, samples.parquet, adapters/ …'
 
 TOXICITY = Command(Toxicity, 'Kinder continuations from weak to strong, by the protocol of RealToxicityPrompts (Ye et al. 2410.12621; Gehman et al. 2009.11462).',

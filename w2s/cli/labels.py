@@ -76,10 +76,10 @@ def run_classify(
     keep: bool = False, # use stages of other versions
 ) -> str:               # what is printed
     "Run and write; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
-    from w2s.report.labels import write_class_result
+    from w2s.report.write import write
     from w2s.experiments.labels import run
     result = run(config, out, keep=keep)
-    write_class_result(result)
+    write(result)
     return f'{result}\n\nwritten to {out}: report.md, figure.png, results.parquet, predictions.parquet, adapters/ …'
 
 # %% ../../nbs/api/cli/20_labels.ipynb #9a07815c

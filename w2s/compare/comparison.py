@@ -14,6 +14,7 @@ from typing import Any
 from ..data.hygiene import DataReport
 from .config import to_table
 from .preference_stages import Model, Study, model_lines, note_models
+from .result import Result
 from .stages import claim
 
 # %% ../../nbs/api/compare/270_comparison.ipynb #516bbc4f
@@ -25,7 +26,7 @@ class Opened:
     origin: str                     # where the examples come from, a sentence
     report: DataReport              # what was found in them
     make: Callable[[], Any]         # trains and tests all arms of all seeds; every piece of work is a stage
-    result: Callable[[Any], Any]    # of what was made: all tables
+    result: Callable[[Any], Result] # of what was made: all tables
     lines: tuple[str, ...] = ()     # what else is said before the start
 
 # %% ../../nbs/api/compare/270_comparison.ipynb #7abcc38b
@@ -43,8 +44,8 @@ def run_experiment(
     out: str | Path,                             # folder of stages and results; used again by later runs
     quiet: bool = False,                         # no progress bars and no lines
     keep: bool = False,                          # use finished stages that other versions of the packages made
-    say: Callable[[str], None] = print,          # hears one line a stage
-) -> Any:                                        # the result of the kind of feedback
+    say: Callable[[str], None] = print,          # gets one line per stage
+) -> Result:
     "Run a whole comparison; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     with claim(out, to_table(config), (lambda line: None) if quiet else say, keep, quiet) as stages:
         opened = open_comparison(Study(config, stages, quiet))

@@ -26,6 +26,7 @@ from ..evaluate.metrics import metric_rows
 from .answer import respond_all
 from .extensions import METHODS, method_answers, own_metrics
 from .lab import stage_name
+from .stages import stage_role
 from .preference_stages import Model, Study, sft_inputs, train_stage
 from .demonstration_settings import Transfer
 from .demonstration_tasks import Exam, TaskRows
@@ -308,7 +309,7 @@ def take_tests(
 ) -> Arm:
     "Let the strong model answer the test"
     asks = [prompted(site.form, e.questions) for e in site.rows.tests] if prompts is None else prompts
-    said = [speak_as(site, site.strong, stage_name('test', role, method, weak, e.name), adapter)(p) for e, p in zip(site.rows.tests, asks, strict=True)]
+    said = [speak_as(site, site.strong, stage_name('test', stage_role(role), method, weak, e.name), adapter)(p) for e, p in zip(site.rows.tests, asks, strict=True)]
     return Arm(role, method, weak, short_name(site.strong.name), site.seed, [[s[0] for s in a] for a in said], adapter)
 
 # %% ../../nbs/api/compare/220_demonstration_stages.ipynb #79509ee5
@@ -322,7 +323,7 @@ def in_context_arm(
     asked, settings = site.rows.asked, Examples(n, seed=site.seed)
     prompts = [behind(site.form, e.questions, shown_rows(settings, weak.answers, groups_of(asked.questions, asked.groups), e.groups), asked.questions, weak.answers)
                for e in site.rows.tests]
-    return take_tests(site, 'base', method, weak.name, site.start, prompts)
+    return take_tests(site, 'baseline', method, weak.name, site.start, prompts)
 
 # %% ../../nbs/api/compare/220_demonstration_stages.ipynb #fe947572
 def student_arm(

@@ -25,7 +25,7 @@ from ..evaluate.label_metrics import label_correct
 from .lab import DEFAULTS, Effects, Lab, answer_stage, demonstrations, open_lab, respond_stage, scored, stage_name, together, tune
 from .preference_stages import Model, encoded, model_inputs, open_base, pair_rewards, train_stage
 from .sources import source_hash
-from .stages import Run, run_stage
+from .stages import Run, run_stage, stage_role
 from ..feedback.preferences import label_pairs
 from ..models.adapters import adapter_hash, load_adapter
 from ..models.load import Base
@@ -92,12 +92,12 @@ def voice_arms(
     "All that answers the test: the teacher, the strong model as it is, without and with weak answers before its eyes, and the students"
     exam = [q['prompt'] for q in test]
     behind = context_prompts(test, asked, lessons['weak answers'], lab.config.context, lab.seed)
-    arms = [('floor', 'sft gold answers', lab.weak, teacher, exam), ('base', 'untuned', lab.strong, None, exam),
-            ('base', 'untuned, weak answers in context', lab.strong, None, behind)]
+    arms = [('floor', 'sft gold answers', lab.weak, teacher, exam), ('baseline', 'untuned', lab.strong, None, exam),
+            ('baseline', 'untuned, weak answers in context', lab.strong, None, behind)]
     for name, learned in lessons.items():
         adapter = tune(lab, lab.strong, stage_name('student', name), demonstrations([q['prompt'] for q in asked], learned), lab.config.voice)
         arms.append(('ceiling' if name == 'gold answers' else 'student', f'sft {name}', lab.strong, adapter, exam))
-    return [(role, method, answer_stage(lab, model, stage_name(role, method, 'test'), adapter, ask)) for role, method, model, adapter, ask in arms]
+    return [(role, method, answer_stage(lab, model, stage_name(stage_role(role), method, 'test'), adapter, ask)) for role, method, model, adapter, ask in arms]
 
 # %% ../../nbs/api/compare/250_effects.ipynb #c948f72c
 def persona_transfer(
@@ -187,7 +187,7 @@ def label_arms(
     teacher = learn_labels(lab, lab.weak, f'{task}-weak', gold)
     given = label_stage(lab, lab.weak, f'{task}-weak-labels', teacher, asked)
     taught = weak_labels(asked, given, f'weak:{Path(lab.weak.name).name}', gold['group'])
-    arms: list[tuple[str, str, Model, Path | None]] = [('floor', 'sft gold labels', lab.weak, teacher), ('base', 'untuned', lab.strong, None)]
+    arms: list[tuple[str, str, Model, Path | None]] = [('floor', 'sft gold labels', lab.weak, teacher), ('baseline', 'untuned', lab.strong, None)]
     for role, method, rows, loss in (('student', 'sft weak labels', taught, 'xent'), ('student', 'sft weak labels, confidence loss', taught, 'confidence'),
                                      ('ceiling', 'sft gold labels', asked, 'xent')):
         arms.append((role, method, lab.strong, learn_labels(lab, lab.strong, f'{task}-{role}-{loss}', rows, loss)))
@@ -211,7 +211,7 @@ def classification(
     arms, given = label_arms(lab, task, gold, asked)
     items = []
     for role, method, model, adapter in arms:
-        probs = label_stage(lab, model, stage_name(task, role, method, 'test'), adapter, test)
+        probs = label_stage(lab, model, stage_name(task, stage_role(role), method, 'test'), adapter, test)
         things, accuracy = by_group(label_correct(probs, test['label']), test['group'])
         items.append(scored(lab, task, role, method, things, dict(accuracy=accuracy)))
     items.append(scored(lab, task, 'student', 'sft weak labels', ['all'], together(dict(accuracy=label_correct(given, asked['label'])))))
@@ -302,7 +302,7 @@ def manners_arms(
     lines = [x[0] for x in speak_stage(lab, weak, 'scene-weak-lines', teacher, asked, 1)]
     judged = judge_pairs(lab, judge, many)
     return [('floor', 'untuned', weak, None), ('floor', 'sft kind lines', weak, teacher), ('floor', 'dpo human labels', weak, judge),
-            ('base', 'untuned', strong, None),
+            ('baseline', 'untuned', strong, None),
             ('student', 'sft weak lines', strong, tune(lab, strong, 'scene-student-sft', demonstrations([s['prompt'] for s in asked], lines), c.scene)),
             ('student', 'dpo weak labels', strong, prefer(lab, strong, 'scene-student-dpo', judged)),
             ('human', 'dpo human labels', strong, prefer(lab, strong, 'scene-human-dpo', many)),
@@ -323,7 +323,7 @@ def detoxification(
     test = scene_questions(lab.parts['test'], c.scene_test, 0)
     arms, labels = manners_arms(lab, taught, asked)
     items = [scored(lab, 'scenes', role, method, [s['prompt'] for s in test],
-                    speech_scores(speak_stage(lab, model, stage_name('scene', role, method, 'test'), adapter, test, c.samples))) for role, method, model, adapter in arms]
+                    speech_scores(speak_stage(lab, model, stage_name('scene', stage_role(role), method, 'test'), adapter, test, c.samples))) for role, method, model, adapter in arms]
     items += [scored(lab, 'scenes', 'human' if 'human' in method else 'student', method, ['all'], together(dict(agreement=np.array(rows['gold']))))
               for method, rows in labels.items()]
     return pd.concat(items, ignore_index=True)

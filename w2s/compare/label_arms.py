@@ -79,7 +79,7 @@ def supervise(
 @dataclass(frozen=True)
 class ClassArm:
     "One classifier of the comparison"
-    role: str                # 'base', 'floor', 'student' or 'ceiling'
+    role: str                # 'baseline', 'floor', 'student' or 'ceiling'
     method: str              # how it was made
     weak: str                # its supervisor; '' where there is none
     strong: str              # its model; '' for a supervisor or a bag of words
@@ -139,10 +139,10 @@ def frame_arms(
     strong, out = short_name(name), []
     if study.config.readout == 'words':
         as_it_came = ask_stage(study, Classifier(model, words, 'words', None), f'untuned-{strong}-test', part.test)
-        out.append(ClassArm('base', 'untuned', '', strong, part.seed, as_it_came))
+        out.append(ClassArm('baseline', 'untuned', '', strong, part.seed, as_it_came))
     stage = f'ceiling-{strong}-seed{part.seed}'
     who = learn_stage(study, model, words, stage, part.rows, np.array(part.rows['probs'][:]), part.seed, study.config.student)
-    return [*out, ClassArm('ceiling', 'gold labels', '', strong, part.seed, ask_stage(study, who, f'{stage}-test', part.test), who, 'xent')]
+    return [*out, ClassArm('ceiling', 'ground truth', '', strong, part.seed, ask_stage(study, who, f'{stage}-test', part.test), who, 'xent')]
 
 # %% ../../nbs/api/compare/180_label_arms.ipynb #51e55c0b
 def baseline_arms(
@@ -152,7 +152,7 @@ def baseline_arms(
     out = []
     for which, rows in (("supervisor's", part.labelled), ("students'", part.rows)):
         probs = bag_of_words(rows['prompt'][:], np.array(rows['probs'][:]), part.test['prompt'][:])
-        out.append(ClassArm('base', f'bag of words, {which} rows', '', '', part.seed, probs))
+        out.append(ClassArm('baseline', f'bag of words, {which} rows', '', '', part.seed, probs))
     return out
 
 # %% ../../nbs/api/compare/180_label_arms.ipynb #edac656e

@@ -172,11 +172,11 @@ def line_arms(
     config: Toxicity,    # methods among them
     judge: Judge,        # of the lines
     rows: ToxicityRows,  # of this seed
-) -> list[ToxicityArm]:  # floor, base, students of lines and ceiling
+) -> list[ToxicityArm]:  # floor, baseline, students of lines and ceiling
     "Everybody who learns from lines, and the strong model as it is"
     weak, strong = short_name(config.weak), short_name(config.strong)
     teacher = tune(lab, lab.weak, 'toxicity-weak', demonstrations([r['prompt'] for r in rows.taught], [r['completion'] for r in rows.taught]), config.sft)
-    arms = [ToxicityArm('base', 'untuned', '', strong, lab.seed, lab.strong, None, {}),
+    arms = [ToxicityArm('baseline', 'untuned', '', strong, lab.seed, lab.strong, None, {}),
             ToxicityArm('floor', 'demonstrations', weak, '', lab.seed, lab.weak, teacher, {})]
     if set(config.methods) & {'naive', 'in-context'}: lines = weak_lines(lab, config, teacher, rows)
     for method in [m for m in config.methods if m != 'dpo']:

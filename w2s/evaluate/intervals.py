@@ -227,7 +227,7 @@ def difference_table(
     pairs: Sequence[tuple[Who, Who]], # (a, b), each as in `difference`
     level: float = .95,  # coverage of each interval
     ranges: Mapping[str, Bounds] = RANGES, # of metrics
-) -> pd.DataFrame:       # a, b, metric, value, low, high, n, seeds, level, p, family, p_holm, clear
+) -> pd.DataFrame:       # a, b, metric, value, low, high, n, seeds, level, p, family, p_holm, significant
     "Paired differences of several pairs of models; raises `DataError`"
     rows, bounds = [], _apart(range_of(metric, ranges))
     for a, b in pairs:

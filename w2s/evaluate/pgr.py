@@ -155,13 +155,13 @@ def pgr_table(
 
 # %% ../../nbs/api/evaluate/170_pgr.ipynb #7fbbc0b8
 def pgr_words(
-    part: pd.DataFrame, # of `pgr_table`, with columns weak, strong and method of the students; one supervisor, ceiling and metric
+    part: pd.DataFrame, # of `pgr_table`, with columns weak, strong and method of the students, and their role if some learned from people; one supervisor, ceiling and metric
 ) -> str:               # Markdown
     "A gap and what was recovered of it, in words"
     r = part.iloc[0]
     start = f'- PGR, {r["weak"]} teaches {r["strong"]}, {r["metric"]}'
     if r['refused']: return f'{start}: none, since {r["refused"]}'
-    told = [f'{with_limits(p["value"], p["low"], p["high"], 2)} by {p["method"]}' for _, p in part.iterrows()]
+    told = [f'{with_limits(p["value"], p["low"], p["high"], 2)} by {p["method"]}' + ' (human)'*(p.get('role') == 'human') for _, p in part.iterrows()]
     return f'{start}: ' + '; '.join(told) + f', of a gap of {with_limits(r["gap"], r["gap_low"], r["gap_high"])}' + (f'. {r["note"]}' if r['note'] else '')
 
 def pgr_paragraph(

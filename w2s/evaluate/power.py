@@ -110,7 +110,7 @@ def verdict_text(
 ) -> str:
     "Is a higher than b, lower, or is there no significant difference, and which could have been found?"
     if np.isnan(row['p_holm']): return 'not known: all rows are alike'
-    if row['clear']: return 'higher' if row['value'] > 0 else 'lower'
+    if row['significant']: return 'higher' if row['value'] > 0 else 'lower'
     among = f' among {row["family"]} comparisons' if row['family'] > 1 else ''
     could = '' if np.isnan(row['detectable']) else f' (could detect ±{row["detectable"]:.{digits}f})'
     return f'no significant difference{among}{could}'
@@ -119,13 +119,13 @@ def verdict_text(
 def report_differences(
     table: pd.DataFrame,             # of `power_table`, with any columns more in front
     more: Sequence[str] = (),        # such columns that are shown, as 'weak'
-) -> pd.DataFrame:                   # metric, more, a, b, value, low, high, p, clear, detectable, verdict
+) -> pd.DataFrame:                   # metric, more, a, b, value, low, high, p, significant, detectable, verdict
     "Paired differences for people, every report's"
     columns = ['metric', *more, 'a', 'b', 'value', 'low', 'high']
-    if table.empty: return pd.DataFrame(columns=[*columns, 'p', 'clear', 'detectable', 'verdict'])
-    out = table[[*columns, 'p_holm', 'clear', 'detectable']].rename(columns={'p_holm': 'p'}).round(3)
-    words = {'clear': out['clear'].map({True: 'yes', False: 'no'}), 'verdict': [verdict_text(r) for _, r in table.iterrows()]}
+    if table.empty: return pd.DataFrame(columns=[*columns, 'p', 'significant', 'detectable', 'verdict'])
+    out = table[[*columns, 'p_holm', 'significant', 'detectable']].rename(columns={'p_holm': 'p'}).round(3)
+    words = {'significant': out['significant'].map({True: 'yes', False: 'no'}), 'verdict': [verdict_text(r) for _, r in table.iterrows()]}
     return out.astype(object).where(out.notna(), '–').assign(**words)
 
-DIFFERENCES_TOLD = ('Paired by test row and seed. clear: the 95 % interval leaves out zero, also after Holm\'s correction where several comparisons of the same roles are made; '
+DIFFERENCES_TOLD = ('Paired by test row and seed. significant: the 95 % interval leaves out zero, also after Holm\'s correction where several comparisons of the same roles are made; '
                     'p is corrected likewise, intervals are not. detectable: the difference that a study like this finds in 80 % of cases.')

@@ -28,10 +28,10 @@ def holm(
 # %% ../../nbs/api/evaluate/030_several.ipynb #c1a86e33
 def adjust_table(
     table: pd.DataFrame, # of comparisons: a, b (names that begin with the role), metric, p, level
-) -> pd.DataFrame:       # the same with family (how many comparisons), p_holm and clear
+) -> pd.DataFrame:       # the same with family (how many comparisons), p_holm and significant
     "Verdicts corrected for the number of comparisons that answer the same question"
     if table.empty: return table
     names = [table[c].where(~table[c].str.startswith('student'), 'student').rename(f'question {c}') for c in ('a', 'b')]
     grouped = table.groupby([table['metric'], *names], sort=False)['p']
     adjusted = grouped.transform(lambda p: holm(p.to_numpy()))
-    return table.assign(family=grouped.transform('size').astype(int), p_holm=adjusted, clear=adjusted <= 1 - table['level'] + 1e-12)
+    return table.assign(family=grouped.transform('size').astype(int), p_holm=adjusted, significant=adjusted <= 1 - table['level'] + 1e-12)

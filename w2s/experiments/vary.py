@@ -36,10 +36,12 @@ from ..compare.toxicity_settings import Toxicity
 from ..compare.response_ends import check_responses
 from .demonstrations import open_demonstrations
 from .labels import open_labels
-from .preferences import Preferences, Result, count_stages, counted, know_models, opened, row_groups, writers
+from .preferences import Preferences, count_stages, counted, know_models, opened, writers
 from .toxicity import open_toxicity
 from ..feedback.confidence import WEIGHTS
 from ..train.settings import check_preference_loss
+from ..compare.preference_tables import row_groups
+from ..compare.result import Result
 
 # %% ../../nbs/api/experiments/70_vary.ipynb #3e850a03
 def supervisor_settings(

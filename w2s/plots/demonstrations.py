@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METHOD_LOOKS', 'SPARE', 'ROLE_MARKS', 'MARK_SIZES', 'TRANSFER_METRICS', 'ENDS', 'ACROSS', 'UPWARDS', 'BASE', 'EQUAL',
            'REFINED', 'WEAK_LEVEL', 'BASE_LEVEL', 'method_looks', 'model_looks', 'one_strong', 'weak_and_strong',
-           'two_scores', 'drawn_rows', 'spread', 'said_of', 'plot_transfer', 'plot_plane', 'over_seeds',
-           'plot_examples']
+           'two_scores', 'drawn_rows', 'draw_crosses', 'axis_limits', 'spread', 'legend_mark', 'bars_caption',
+           'plot_transfer', 'plot_plane', 'models_sentence', 'over_seeds', 'plot_examples']
 
 # %% ../../nbs/api/plots/70_demonstrations.ipynb #9f2c7a15
 import textwrap
@@ -18,12 +18,11 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 from scipy import stats
-from .labels import BOUNDS, _single, student_methods
+from .labels import student_methods
 from ..errors import DataError, unknown
 from ..evaluate.metrics import MODEL, ROLES, by_role
-from .weak_labels import MARKERS, needs
 from .methods import one_pair
-from .results import COLORS, ROLE_COLORS, _axes, _caption_below, _of_metric, caption, model_name
+from .base import BOUNDS, COLORS, MARKERS, ROLE_COLORS, caption, check_columns, check_single, model_name, new_axes, rows_of_metric, write_caption
 
 # %% ../../nbs/api/plots/70_demonstrations.ipynb #3bd87411
 METHOD_LOOKS = { # method of a student -> colour, mark
@@ -32,8 +31,8 @@ METHOD_LOOKS = { # method of a student -> colour, mark
     'dpo': ('#44AA99', '<'),
 }
 SPARE = (('#AA4499', '8'), ('#661100', '$A$'), ('#6699CC', '$B$'), ('#999933', '$C$')) # for methods of a user
-ROLE_MARKS = {'base': 'h', 'floor': '>', 'human': 'd', 'ceiling': '*'}
-MARK_SIZES = {'base': 10, 'floor': 10, 'student': 7, 'human': 9, 'ceiling': 14} # in points; what lies below a student still shows
+ROLE_MARKS = {'baseline': 'h', 'floor': '>', 'human': 'd', 'ceiling': '*'}
+MARK_SIZES = {'baseline': 10, 'floor': 10, 'student': 7, 'human': 9, 'ceiling': 14} # in points; what lies below a student still shows
 TRANSFER_METRICS = { # metric -> label of an axis, without a unit where it is a share
     'accuracy': 'accuracy', 'truth': 'truth of stories', 'working': 'working shown',
     'persona': 'in the persona', 'analogy': 'use of analogies',
@@ -63,8 +62,8 @@ def model_looks(
         return ROLES.index(model[0]), list(looks).index(model[1]) if model[0] == 'student' else 0
     for role, method in sorted(zip(models['role'], models['method'], strict=True), key=place):
         color, mark = looks[method] if role == 'student' else (ROLE_COLORS[role], ROLE_MARKS[role])
-        edge, fill = ('0.45', 'white') if role == 'base' and method != 'untuned' else ('0.2', color)
-        pale = color == '#FFFFFF' or role == 'base' # too pale for a thin line
+        edge, fill = ('0.45', 'white') if role == 'baseline' and method != 'untuned' else ('0.2', color)
+        pale = color == '#FFFFFF' or role == 'baseline' # too pale for a thin line
         out[role, method] = dict(marker=mark, mfc=fill, mec=edge, mew=.7 if fill == color else 1.6, ms=MARK_SIZES[role],
                                  ecolor='0.4' if pale else color, ls='none', zorder=4 + (role == 'student'))
     return out
@@ -94,7 +93,7 @@ def weak_and_strong(
     strong: str = '',                     # strong model; '': the only one
 ) -> pd.DataFrame:                        # weak, method; x, x_low, x_high: weak model; y, y_low, y_high: its student
     "Each student beside its weak model; raises `DataError`"
-    table = one_strong(_of_metric(intervals, metric, BOUNDS), strong)
+    table = one_strong(rows_of_metric(intervals, metric, BOUNDS), strong)
     with_weak = table[(table['role'] != 'student') | (table['weak'] != '')]
     chosen = student_methods(with_weak if methods is None else table, methods)
     students, floors = table[(table['role'] == 'student') & table['method'].isin(chosen)], table[table['role'] == 'floor']
@@ -103,8 +102,8 @@ def weak_and_strong(
         raise DataError(f'{", ".join(sorted(alone))}: no weak model taught this student, so it has no place on the x axis; see plot_plane')
     lost = sorted(set(students['weak']) - set(floors['weak']))
     if lost: raise DataError(f'no row of role floor for {", ".join(lost)}, {metric}; the weak model must answer the test questions, too')
-    x = _along(_single(floors, ['weak'])[['weak', *ENDS]], 'x')
-    return _along(_single(students, ['weak', 'method']), 'y').merge(x, on='weak')
+    x = _along(check_single(floors, ['weak'])[['weak', *ENDS]], 'x')
+    return _along(check_single(students, ['weak', 'method']), 'y').merge(x, on='weak')
 
 # %% ../../nbs/api/plots/70_demonstrations.ipynb #8498d52c
 def two_scores(
@@ -113,7 +112,7 @@ def two_scores(
     y: str,                  # metric upwards
 ) -> pd.DataFrame:           # one row a model: `MODEL`, x, x_low, x_high, y, y_low, y_high
     "Two metrics of each model beside each other; raises `DataError` where a model has only one of them"
-    left, right = (_along(_single(_of_metric(intervals, m, BOUNDS), MODEL), a) for m, a in ((x, 'x'), (y, 'y')))
+    left, right = (_along(check_single(rows_of_metric(intervals, m, BOUNDS), MODEL), a) for m, a in ((x, 'x'), (y, 'y')))
     both = left.merge(right[[*MODEL, 'y', 'y_low', 'y_high']], on=MODEL, how='outer')
     lost = both[both[['x', 'y']].isna().any(axis=1)]
     if len(lost):
@@ -131,14 +130,25 @@ def drawn_rows(
     return intervals.merge(points[MODEL].drop_duplicates(), on=MODEL)
 
 # %% ../../nbs/api/plots/70_demonstrations.ipynb #f562fe78
-def _crosses(ax: Axes, points: pd.DataFrame, look: Mapping, place: float = 0., **more) -> None:
+def draw_crosses(
+    ax: Axes,              # of a figure
+    points: pd.DataFrame,  # columns x, x_low, x_high, y, y_low, y_high
+    look: Mapping,         # keywords of a mark
+    place: float = 0.,     # how far aside, in points
+    **more,                # further keywords, which win
+) -> None:
     "Marks with an interval each way, moved aside by some points of print"
     aside = ScaledTranslation(place/72, 0, ax.get_figure(root=True).dpi_scale_trans) # type: ignore[union-attr]
     ends = [[points[a] - points[f'{a}_low'], points[f'{a}_high'] - points[a]] for a in 'xy']
     ax.errorbar(points['x'], points['y'], ends[1], ends[0], transform=ax.transData + aside, elinewidth=1, **{**look, **more})
 
 # %% ../../nbs/api/plots/70_demonstrations.ipynb #af4cbf3a
-def _limits(values: pd.Series, low: pd.Series, high: pd.Series, share: bool = True) -> tuple[float, float]:
+def axis_limits(
+    values: pd.Series,    # that are drawn
+    low: pd.Series,       # lower ends of their intervals
+    high: pd.Series,      # upper ends
+    share: bool = True,   # can they be shares, which end at 0 and 1?
+) -> tuple[float, float]:
     "Limits of an axis around intervals; wide enough, and not far beyond 0 and 1, where all values are shares"
     bottom, top = float(low.min()), float(high.max())
     if not share or values.min() < 0 or values.max() > 1:
@@ -178,8 +188,8 @@ EQUAL: dict = dict(color='0.45', lw=1, ls=':')       # line where student and we
 
 def _level_lines(ax: Axes, table: pd.DataFrame) -> None:
     "Lines across: the un-tuned strong model with its interval as a band, and the ceiling"
-    for _, b in _single(table[(table['role'] == 'base') & (table['method'] == 'untuned')], ['metric']).iterrows():
-        ax.axhspan(b['low'], b['high'], color=ROLE_COLORS['base'], alpha=.35, lw=0, zorder=0)
+    for _, b in check_single(table[(table['role'] == 'baseline') & (table['method'] == 'untuned')], ['metric']).iterrows():
+        ax.axhspan(b['low'], b['high'], color=ROLE_COLORS['baseline'], alpha=.35, lw=0, zorder=0)
         ax.axhline(b['value'], zorder=1, **BASE)
     for _, c in table[table['role'] == 'ceiling'].iterrows(): ax.axhline(c['value'], color=ROLE_COLORS['ceiling'], lw=1.2, zorder=1)
 
@@ -187,15 +197,15 @@ def _level_lines(ax: Axes, table: pd.DataFrame) -> None:
 def _transfer_panel(ax: Axes, intervals: pd.DataFrame, metric: str, methods: Sequence[str] | None, strong: str) -> list[str]:
     "One panel; returns the methods in it"
     points = weak_and_strong(intervals, metric, methods, strong)
-    table = one_strong(_of_metric(intervals, metric, BOUNDS), strong)
+    table = one_strong(rows_of_metric(intervals, metric, BOUNDS), strong)
     looks = model_looks(points)
     drawn = list(dict.fromkeys(methods or [m for _, m in looks]))
-    lines = table[((table['role'] == 'base') & (table['method'] == 'untuned')) | (table['role'] == 'ceiling')]
-    ax.set_xlim(_limits(*(points[c] for c in ACROSS)))
-    ax.set_ylim(_limits(*(pd.concat([points[c], lines[d]]) for c, d in zip(UPWARDS, ENDS, strict=True))))
+    lines = table[((table['role'] == 'baseline') & (table['method'] == 'untuned')) | (table['role'] == 'ceiling')]
+    ax.set_xlim(axis_limits(*(points[c] for c in ACROSS)))
+    ax.set_ylim(axis_limits(*(pd.concat([points[c], lines[d]]) for c, d in zip(UPWARDS, ENDS, strict=True))))
     _level_lines(ax, lines)
     ax.axline((0, 0), slope=1, zorder=1, **EQUAL)
-    for i, m in enumerate(drawn): _crosses(ax, points[points['method'] == m], looks['student', m], 4*(i + .5 - len(drawn)/2))
+    for i, m in enumerate(drawn): draw_crosses(ax, points[points['method'] == m], looks['student', m], 4*(i + .5 - len(drawn)/2))
     _names_above(ax, dict(zip(points['weak'], points['x'], strict=True)))
     name = TRANSFER_METRICS.get(metric, metric)
     ax.set_xlabel(f'weak model: {name}', fontsize=9)
@@ -203,15 +213,18 @@ def _transfer_panel(ax: Axes, intervals: pd.DataFrame, metric: str, methods: Seq
     return drawn
 
 # %% ../../nbs/api/plots/70_demonstrations.ipynb #4b7de06b
-def _mark(look: Mapping, label: str) -> Line2D:
+def legend_mark(
+    look: Mapping,  # keywords of a mark
+    label: str,     # its name
+) -> Line2D:
     "The mark of a model for a legend"
     return Line2D([], [], label=label, **{k: look[k] for k in ('marker', 'ls', 'mfc', 'mec', 'ms', 'mew')})
 
 def _panel_legend(ax: Axes, methods: Sequence[str], table: pd.DataFrame) -> None:
     "What marks and lines mean, to the right of the last panel"
     looks = model_looks(pd.DataFrame(dict(role='student', method=list(methods))))
-    handles = [_mark(looks['student', m], m) for m in methods]
-    if ((table['role'] == 'base') & (table['method'] == 'untuned')).any():
+    handles = [legend_mark(looks['student', m], m) for m in methods]
+    if ((table['role'] == 'baseline') & (table['method'] == 'untuned')).any():
         handles.append(Line2D([], [], label='strong model,\nun-tuned (band:\nits interval)', **BASE))
     ceilings = sorted(set(table.loc[table['role'] == 'ceiling', 'method']))
     handles += [Line2D([], [], color=ROLE_COLORS['ceiling'], lw=1.2, label=f'ceiling:\n{m}') for m in ceilings]
@@ -219,12 +232,12 @@ def _panel_legend(ax: Axes, methods: Sequence[str], table: pd.DataFrame) -> None
     ax.legend(handles=handles, frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1.01, .5), labelspacing=.8)
 
 # %% ../../nbs/api/plots/70_demonstrations.ipynb #83167b22
-def said_of(
+def bars_caption(
     intervals: pd.DataFrame,  # columns n, seeds and level
     width: int = 70,          # letters in a line
 ) -> str:                     # for the foot of a figure
     "What intervals hold, in short lines"
-    return textwrap.fill(caption(intervals, 'subjects of test questions').replace('Lines:', 'Bars:', 1), width)
+    return textwrap.fill(caption(intervals, 'subjects of test questions', 'Bars'), width)
 
 # %% ../../nbs/api/plots/70_demonstrations.ipynb #7663e1c3
 def plot_transfer(
@@ -240,11 +253,11 @@ def plot_transfer(
     pair = np.array(plt.subplots(1, 2, figsize=(10, 4.3), layout='constrained')[1] if axes is None else list(axes))
     if pair.shape != (2,): raise DataError(f'plot_transfer draws on two axes, not on {pair.size}')
     for ax, metric, title in zip(pair, (content, style), ('Content', 'Style'), strict=True):
-        drawn = _transfer_panel(_axes(ax, 0, 0), intervals, metric, methods, strong)
+        drawn = _transfer_panel(new_axes(ax, 0, 0), intervals, metric, methods, strong)
         ax.set_title(title, fontsize=10, loc='left', pad=34)
     here = one_strong(intervals[intervals['metric'].isin([content, style])], strong)
     _panel_legend(pair[1], drawn, here)
-    _caption_below(pair[0], said_of(here))
+    write_caption(pair[0], bars_caption(here))
     return pair
 
 # %% ../../nbs/api/plots/70_demonstrations.ipynb #d7e5f283
@@ -273,24 +286,26 @@ def plot_plane(
     intervals = one_pair(intervals[intervals['metric'].isin([content, style])], weak, strong)
     points = two_scores(intervals, style, content)
     chosen = student_methods(points, methods)
-    points = _single(points[(points['role'] != 'student') | points['method'].isin(chosen)], ['role', 'method'])
-    ax = _axes(ax, 7.4, 4.6)
-    for _, b in points[(points['role'] == 'base') & (points['method'] == 'untuned')].iterrows():
+    points = check_single(points[(points['role'] != 'student') | points['method'].isin(chosen)], ['role', 'method'])
+    ax = new_axes(ax, 7.4, 4.6)
+    for _, b in points[(points['role'] == 'baseline') & (points['method'] == 'untuned')].iterrows():
         ax.axhline(b['y'], zorder=1, **BASE)
         ax.axvline(b['x'], zorder=1, **BASE)
     if arrows: _arrows(ax, points)
     looks = model_looks(points)
-    for (role, method), look in looks.items(): _crosses(ax, points[(points['role'] == role) & (points['method'] == method)], look)
-    ax.set(xlim=_limits(*(points[c] for c in ACROSS)), ylim=_limits(*(points[c] for c in UPWARDS)))
+    for (role, method), look in looks.items(): draw_crosses(ax, points[(points['role'] == role) & (points['method'] == method)], look)
+    ax.set(xlim=axis_limits(*(points[c] for c in ACROSS)), ylim=axis_limits(*(points[c] for c in UPWARDS)))
     ax.set_xlabel(f'style: {TRANSFER_METRICS.get(style, style)}', fontsize=9)
     ax.set_ylabel(f'content: {TRANSFER_METRICS.get(content, content)}', fontsize=9)
-    handles = [_mark(look, f'{role}: {method}') for (role, method), look in looks.items()]
+    handles = [legend_mark(look, f'{role}: {method}') for (role, method), look in looks.items()]
     ax.legend(handles=handles, frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1.01, .5), labelspacing=.8)
-    _caption_below(ax, said_of(drawn_rows(intervals, points), 100) + _whose(points))
+    write_caption(ax, bars_caption(drawn_rows(intervals, points), 100) + models_sentence(points))
     return ax
 
 # %% ../../nbs/api/plots/70_demonstrations.ipynb #698173c7
-def _whose(points: pd.DataFrame) -> str:
+def models_sentence(
+    points: pd.DataFrame,  # columns weak and strong
+) -> str:                  # a line of its own; '' where there is no name
     "The two models of a figure, for its caption"
     words = {'weak': 'Weak model', 'strong': 'strong model'}
     names = [f'{word} {model_name(n)}' for c, word in words.items() for n in dict.fromkeys(points[c]) if n]
@@ -313,7 +328,7 @@ def over_seeds(
     level: float = .95,  # coverage of the intervals in the table
 ) -> pd.DataFrame:       # weak, n, metric, value, low, high, seeds
     "Seeds of an ablation put together, with errors of questions and of seeds (Welch-Satterthwaite)"
-    needs(table, ['weak', 'n', 'metric', *ENDS], 'plot_examples')
+    check_columns(table, ['weak', 'n', 'metric', *ENDS], 'plot_examples')
     keys = ['weak', 'metric', 'n']
     twice = table.duplicated([*keys, *(['seed'] if 'seed' in table else [])])
     if twice.any(): raise DataError(f'plot_examples: {twice.sum()} rows are there twice, the first {dict(table.loc[twice, keys].iloc[0])}')
@@ -336,9 +351,9 @@ BASE_LEVEL: dict = dict(lw=1.2, ls='--') # line of the un-tuned strong model
 def _example_levels(ax: Axes, levels: pd.DataFrame, metric: str, color: str) -> list[float]:
     "Dotted line at the weak model, dashed line at the un-tuned strong one; returns where they are"
     here = levels[levels['metric'] == metric]
-    floor, base = here[here['role'] == 'floor'], here[(here['role'] == 'base') & (here['method'] == 'untuned')]
+    floor, base = here[here['role'] == 'floor'], here[(here['role'] == 'baseline') & (here['method'] == 'untuned')]
     for part, look in ((floor, WEAK_LEVEL), (base, BASE_LEVEL)):
-        for value in _single(part, ['metric'])['value']: ax.axhline(value, color=color, zorder=1, **look)
+        for value in check_single(part, ['metric'])['value']: ax.axhline(value, color=color, zorder=1, **look)
     return [*floor['value'], *base['value']]
 
 # %% ../../nbs/api/plots/70_demonstrations.ipynb #0747a889
@@ -346,7 +361,7 @@ def _example_axes(ax: Axes, here: pd.DataFrame, at: pd.Series, ns: Sequence[int]
     "Ticks at equal steps, limits, labels and legend"
     ax.set_xticks(range(len(ns)), [f'{n:g}' for n in ns])
     ax.set_xlim(-.35, len(ns) - .65)
-    ax.set_ylim(_limits(here['value'], at, at))
+    ax.set_ylim(axis_limits(here['value'], at, at))
     ax.set_xlabel('weak questions and answers in context (steps of equal width)', fontsize=9)
     ax.set_ylabel('score on the test', fontsize=9)
     more = (('weak model itself', WEAK_LEVEL), ('strong model, un-tuned', BASE_LEVEL)) if levels else ()
@@ -377,12 +392,12 @@ def plot_examples(
     here, names = _example_rows(table, metrics, weak, level)
     who, ns, at = here['weak'].iloc[0], sorted(set(here['n'])), [*here['low'], *here['high']]
     levels = None if intervals is None else one_pair(intervals, who, strong)
-    ax = _axes(ax, 6, 3.8)
+    ax = new_axes(ax, 6, 3.8)
     for i, m in enumerate(names):
         part, place = here[here['metric'] == m], 3*(i + .5 - len(names)/2)
         _example_line(ax, part, ns, COLORS[i], MARKERS[i], place, TRANSFER_METRICS.get(m, m))
         if levels is not None: at += _example_levels(ax, levels, m, COLORS[i])
     _example_axes(ax, here, pd.Series(at), ns, levels is not None)
     seeds = f' and {here["seeds"].max()} seeds' if here['seeds'].max() > 1 else '; one seed'
-    _caption_below(ax, f'Bars: {level:.0%} intervals over subjects of test questions{seeds}. Weak model {model_name(who)}.')
+    write_caption(ax, f'Bars: {level:.0%} intervals over subjects of test questions{seeds}. Weak model {model_name(who)}.')
     return ax

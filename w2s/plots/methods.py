@@ -12,11 +12,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from .labels import (ABOVE, BOUNDS, CLASS_METRICS, Sizes, _fit, _legend_of, _points, _single, _size_axis, _student_lines,
-                             places, said, student_methods, supervisor_colors)
+from .labels import CLASS_METRICS, Sizes, draw_students, line_legend, places, set_size_axis, student_methods, supervisor_colors, upright_caption
 from ..errors import DataError, unknown
-from .weak_labels import MARKERS, needs
-from .results import ROLE_COLORS, _axes, _bars, _caption_below, _of_metric, model_colors, model_name, tint
+from .base import (ABOVE, BOUNDS, MARKERS, ROLE_COLORS, check_columns, check_single, draw_bars, draw_points, fit_values, model_colors, model_name, new_axes,
+                                rows_of_metric, tint, write_caption)
 
 # %% ../../nbs/api/plots/60_methods.ipynb #44a17dd4
 def one_pair(
@@ -35,17 +34,17 @@ def one_pair(
 
 # %% ../../nbs/api/plots/60_methods.ipynb #71c7ecdc
 def _bar_colors(table: pd.DataFrame, methods: Sequence[str]) -> dict[tuple[str, str], str]:
-    "(role, method) -> colour, in the order of bars: base, floor, students as asked for, ceiling"
+    "(role, method) -> colour, in the order of bars: baseline, floor, students as asked for, ceiling"
     others = model_colors(table[table['role'] != 'student'])
     spread = {('student', m): tint(ROLE_COLORS['student'], .75 * (1 - (i + 1)/len(methods))) for i, m in enumerate(methods)}
-    before = {k: c for k, c in others.items() if k[0] in ('base', 'floor')}
+    before = {k: c for k, c in others.items() if k[0] in ('baseline', 'floor')}
     return before | spread | {k: c for k, c in others.items() if k not in before}
 
 # %% ../../nbs/api/plots/60_methods.ipynb #5cd6a49b
 def _with_model(table: pd.DataFrame) -> pd.DataFrame:
-    "The name of the model behind the method of each base that has one: 'untuned nano'"
+    "The name of the model behind the method of each baseline that has one: 'untuned nano'"
     model = table['strong'].where(table['strong'] != '', table['weak']).map(model_name)
-    return table.assign(method=table['method'].where(table['role'] != 'base', (table['method'] + ' ' + model).str.strip()))
+    return table.assign(method=table['method'].where(table['role'] != 'baseline', (table['method'] + ' ' + model).str.strip()))
 
 # %% ../../nbs/api/plots/60_methods.ipynb #eb3f63b6
 def _bar_axis(ax: Axes, table: pd.DataFrame, chance: float) -> None:
@@ -68,21 +67,21 @@ def plot_methods(
     ax: Axes | None = None,                    # where to draw; None: a new figure
 ) -> Axes:
     "Weak supervisor, students by method and ceiling, side by side for several measures (Ye et al. 2410.12621, bar chart)"
-    table = _with_model(one_pair(pd.concat([_of_metric(intervals, m, BOUNDS) for m in metrics], ignore_index=True), weak, strong))
+    table = _with_model(one_pair(pd.concat([rows_of_metric(intervals, m, BOUNDS) for m in metrics], ignore_index=True), weak, strong))
     chosen = student_methods(table, methods)
     colors = _bar_colors(table, chosen)
     width = .84 / len(colors)
-    ax = _axes(ax, max(6., 1.4 + .5 * len(colors) * len(metrics)), 3.6)
+    ax = new_axes(ax, max(6., 1.4 + .5 * len(colors) * len(metrics)), 3.6)
     _bar_axis(ax, table, chance)
     for i, ((role, method), color) in enumerate(colors.items()):
-        part = _single(table[(table['role'] == role) & (table['method'] == method)], ['metric'])
+        part = check_single(table[(table['role'] == role) & (table['method'] == method)], ['metric'])
         x = part['metric'].map(list(metrics).index) + (i + .5 - len(colors)/2) * width
-        _bars(ax, x.to_numpy(), part, chance, width*.92, color, f'{role}: {method}')
+        draw_bars(ax, x.to_numpy(), part, chance, width*.92, color, f'{role}: {method}')
     ax.set_xticks(range(len(metrics)), [CLASS_METRICS.get(m, m) for m in metrics])
     names = [f'{word} {model_name(n)}' for c, word in (('weak', 'supervisor'), ('strong', 'student')) for n in dict.fromkeys(table[c]) if n]
     ax.set_xlabel(', '.join(names), fontsize=9)
     ax.legend(**ABOVE)
-    _caption_below(ax, 'Bars start at chance. ' + said(table))
+    write_caption(ax, 'Bars start at chance. ' + upright_caption(table))
     return ax
 
 # %% ../../nbs/api/plots/60_methods.ipynb #0faf36e6
@@ -110,7 +109,7 @@ def _curve(ax: Axes, part: pd.DataFrame, measure: str) -> None:
 # %% ../../nbs/api/plots/60_methods.ipynb #2992fddd
 def _stop_marks(ax: Axes, curves: pd.DataFrame, stops: pd.DataFrame) -> None:
     "A diamond on each seed's accuracy at the step where weak labels would stop it"
-    needs(stops, ['seed', 'step', 'chosen'], 'plot_curves, stops')
+    check_columns(stops, ['seed', 'step', 'chosen'], 'plot_curves, stops')
     share = curves.drop_duplicates(['seed', 'step']).set_index(['seed', 'step'])['share']
     lost = [k for k in zip(stops['seed'], stops['step'], strict=True) if k not in share.index]
     if lost: raise DataError(f'stops: seed {lost[0][0]} stops at step {lost[0][1]}, where the curves have no point; is this the same run?')
@@ -129,10 +128,10 @@ def plot_curves(
     ax: Axes | None = None,             # where to draw; None: a new figure
 ) -> Axes:
     "Accuracy and agreement over training: seeds thin, their mean thick (Burns et al. 2312.09390, Figures 7 and 8)"
-    needs(curves, ['weak', 'strong', 'method', 'seed', 'step', 'share', 'measure', 'value'], 'plot_curves')
+    check_columns(curves, ['weak', 'strong', 'method', 'seed', 'step', 'share', 'measure', 'value'], 'plot_curves')
     if method not in set(curves['method']): raise DataError(unknown(method, set(curves['method']), 'method of a student'))
     here = one_pair(curves[curves['method'] == method], weak, strong)
-    ax = _axes(ax, 6, 3.8)
+    ax = new_axes(ax, 6, 3.8)
     for measure in measures:
         if measure not in set(here['measure']): raise DataError(unknown(measure, set(here['measure']), 'measure'))
         _curve(ax, here[here['measure'] == measure], measure)
@@ -144,7 +143,7 @@ def plot_curves(
     ax.legend(frameon=False, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1.01), ncols=2, handlelength=3)
     weak, strong = (model_name(here[c].iloc[0]) for c in ('weak', 'strong'))
     seeds = here['seed'].nunique()
-    _caption_below(ax, (f'Thin: {seeds} seeds; thick: their mean.' if seeds > 1 else 'One seed.') + f' Supervisor {weak}, student {strong}, method {method}.')
+    write_caption(ax, (f'Thin: {seeds} seeds; thick: their mean.' if seeds > 1 else 'One seed.') + f' Supervisor {weak}, student {strong}, method {method}.')
     return ax
 
 # %% ../../nbs/api/plots/60_methods.ipynb #5f3b57d4
@@ -154,14 +153,14 @@ def _agreement_panel(ax: Axes, here: pd.DataFrame, methods: Sequence[str], color
         ax.text(.5, .5, 'no such rows', transform=ax.transAxes, ha='center', fontsize=9, color='0.35')
         return
     if here['strong'].nunique() > 1:
-        _size_axis(ax, places(list(here['strong']), sizes), 'parameters of the strong student')
-        _student_lines(ax, here, methods, colors, sizes)
+        set_size_axis(ax, places(list(here['strong']), sizes), 'parameters of the strong student')
+        draw_students(ax, here, methods, colors, sizes)
         return
     for i, (weak, color) in enumerate(colors.items()):
-        part = _single(here[here['weak'] == weak], ['method'])
+        part = check_single(here[here['weak'] == weak], ['method'])
         for method, x in zip(part['method'], part['method'].map(methods.index), strict=True):
             one = part[part['method'] == method].assign(x=x)
-            _points(ax, one, 5*(i + .5 - len(colors)/2), fmt=MARKERS[x % len(MARKERS)], ms=5, color=color)
+            draw_points(ax, one, 5*(i + .5 - len(colors)/2), fmt=MARKERS[x % len(MARKERS)], ms=5, color=color)
     many = len(methods) > 4
     ax.set_xticks(range(len(methods)), methods if many else [textwrap.fill(m, 11) for m in methods], rotation=90 if many else 0)
     ax.set_xlim(-.5, len(methods) - .5)
@@ -176,7 +175,7 @@ def plot_agreement(
     methods: Sequence[str] | None = None, # which, in this order; None: all
 ) -> np.ndarray:                          # the three axes
     "Agreement of students with their supervisor: on all rows, where it is right, where it is wrong (Burns et al. 2312.09390, Figure 8)"
-    first = _of_metric(intervals, 'agreement', BOUNDS)
+    first = rows_of_metric(intervals, 'agreement', BOUNDS)
     chosen, colors = student_methods(first, methods), supervisor_colors(first, sizes)
     table = intervals[(intervals['role'] == 'student') & intervals['metric'].isin(list(AGREEMENT)) & intervals['method'].isin(chosen)]
     several = table['strong'].nunique() > 1
@@ -184,13 +183,13 @@ def plot_agreement(
     floors = intervals[(intervals['role'] == 'floor') & (intervals['metric'] == 'accuracy') & intervals['weak'].isin(list(colors))]
     fig, axes = plt.subplots(1, 3, figsize=(10, 3.7), sharey=True, layout='constrained')
     for ax, (metric, title) in zip(axes, AGREEMENT.items(), strict=True):
-        _agreement_panel(_axes(ax, 0, 0), table[table['metric'] == metric], chosen, colors, sizes)
+        _agreement_panel(new_axes(ax, 0, 0), table[table['metric'] == metric], chosen, colors, sizes)
         ax.set_title(title, fontsize=9)
     for w, value in zip(floors['weak'], floors['value'], strict=True): axes[0].axhline(value, color=colors[w], lw=1.2, ls=':', zorder=2)
-    _fit(axes[0], pd.concat([table, floors]))
+    fit_values(axes[0], pd.concat([table, floors]))
     axes[0].set_ylabel(CLASS_METRICS['agreement'], fontsize=9)
-    fig.supxlabel(said(first), fontsize=7, color='0.35')
+    fig.supxlabel(upright_caption(first), fontsize=7, color='0.35')
     known = [('accuracy of the supervisor', dict(color='0.35', lw=1.2, ls=':'))] * (len(floors) > 0)
-    handles = _legend_of(colors, chosen if several else [], known)
+    handles = line_legend(colors, chosen if several else [], known)
     fig.legend(handles=handles, frameon=False, fontsize=8, loc='outside upper center', ncols=min(len(handles), 6), handlelength=3)
     return axes

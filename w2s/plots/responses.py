@@ -13,15 +13,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from ..errors import ConfigError, DataError
 from ..evaluate.metrics import finite
-from .weak_labels import needs
-from .results import COLORS, _axes, _caption_below
+from .base import COLORS, check_columns, new_axes, write_caption
 
 # %% ../../nbs/api/plots/40_responses.ipynb #60868af0
 def outcome_shares(
     table: pd.DataFrame, # columns name, win, tie, lose: counts, shares or per cent
 ) -> pd.DataFrame:       # the same with win, tie and lose as shares, and rate: win + tie / 2
     "Outcomes as shares of those that were judged; raises `DataError` for negative ones or none"
-    needs(table, ['name', 'win', 'tie', 'lose'], 'plot_outcomes')
+    check_columns(table, ['name', 'win', 'tie', 'lose'], 'plot_outcomes')
     x = table[['win', 'tie', 'lose']].to_numpy(float)
     bad = ~np.isfinite(x).all(1) | (x < 0).any(1) | (x.sum(1) <= 0)
     if bad.any():
@@ -62,10 +61,10 @@ def plot_outcomes(
 ) -> Axes:
     "Stacked bars of win, tie and lose with a line at one half (Tao & Li 2409.08813, Figure 3b), and the win rate with its interval"
     shares = outcome_shares(table)
-    needs(table, list(marks or ()), 'plot_outcomes')
+    check_columns(table, list(marks or ()), 'plot_outcomes')
     if len(marks or ()) > len(MARKS): raise ConfigError(f'plot_outcomes can show {len(MARKS)} marks, not {len(marks or ())}')
     rate, ends = 100 * shares['rate'], _rate_ends(shares)
-    ax, y = _axes(ax, 6, 1.5 + .38 * len(table)), np.arange(len(table))
+    ax, y = new_axes(ax, 6, 1.5 + .38 * len(table)), np.arange(len(table))
     _stacked(ax, shares)
     ax.axvline(50, color='0.1', lw=1.2, ls='--', zorder=3)
     ax.errorbar(rate, y, xerr=ends, fmt='o', ms=5, mfc='white', mec='0.1', color='0.1', capsize=3, lw=1.2, zorder=5, label='win + tie / 2')
@@ -94,7 +93,7 @@ def plot_similarity(
     if min(np.ptp(a), np.ptp(b)) < 1e-12: raise DataError('plot_similarity: one model is as similar at every prompt; nothing to fit')
     slope, offset = np.polyfit(a, b, 1)
     ends, r2 = np.array([a.min(), a.max()]), np.corrcoef(a, b)[0, 1]**2
-    ax = _axes(ax, 4, 3.8)
+    ax = new_axes(ax, 4, 3.8)
     ax.scatter(a, b, s=12, color=COLORS[0], alpha=min(1., max(.2, 120/len(a))), lw=0)
     ax.plot(ends, slope*ends + offset, color=COLORS[5], lw=2, label=f'fit, R² = {r2:.3f}')
     ax.axline((ends[0], ends[0]), slope=1, color='0.4', lw=1, ls=':', label='equally similar')
@@ -121,9 +120,9 @@ def plot_subsets(
     ax: Axes | None = None, # where to draw; None: a new figure
 ) -> Axes:
     "Gold reward of chosen and rejected responses by subset of the labels, with their difference (Tao & Li 2409.08813, Table 2)"
-    needs(table, ['set', 'chosen', 'rejected'], 'plot_subsets')
+    check_columns(table, ['set', 'chosen', 'rejected'], 'plot_subsets')
     values = {c: finite(table[c].to_numpy(), c) for c in ('chosen', 'rejected')}
-    ax, x = _axes(ax, max(4., 1.2 + 1.1 * len(table)), 3.2), np.arange(len(table))
+    ax, x = new_axes(ax, max(4., 1.2 + 1.1 * len(table)), 3.2), np.arange(len(table))
     for (name, v), side, color in zip(values.items(), (-.2, .2), (COLORS[0], '#CCCCCC'), strict=True):
         ax.bar(x + side, v, .38, color=color, edgecolor='0.35', linewidth=.5, label=name, zorder=2)
     _deltas(ax, table, values['chosen'], values['rejected'])
@@ -135,5 +134,5 @@ def plot_subsets(
     ax.set_xlabel('labels', fontsize=9)
     ax.legend(frameon=False, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1.02), ncols=2)
     above = 'chosen less rejected' + (' and its interval' if {'low', 'high'} <= set(table.columns) else '')
-    _caption_below(ax, f'Above the bars: {above}.' + (' In brackets: pairs.' if 'n' in table.columns else ''))
+    write_caption(ax, f'Above the bars: {above}.' + (' In brackets: pairs.' if 'n' in table.columns else ''))
     return ax

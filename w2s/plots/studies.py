@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.transforms import ScaledTranslation
 from ..errors import ConfigError, DataError, unknown
 from ..evaluate.metrics import ROLES
-from .weak_labels import MARKERS, needs
-from .results import ROLE_COLORS, SHARES, _axes, _bars, _caption_below, _of_metric, _value_axis, caption, model_name, model_size, tint
+from .base import (MARKERS, ROLE_COLORS, SHARES, caption, check_columns, draw_bars, model_name, model_size, new_axes, rows_of_metric, set_value_axis,
+                                tint, write_caption)
 
 # %% ../../nbs/api/plots/30_studies.ipynb #b3f2dbbd
 def at_number(
@@ -77,7 +77,7 @@ def _still(
 # %% ../../nbs/api/plots/30_studies.ipynb #f475b7f5
 def _varied(intervals: pd.DataFrame, metric: str, roles: Sequence[str], order: Sequence[str] | None) -> tuple[pd.DataFrame, list[str]]:
     "Rows to draw, with a column `series`, and the values in their order"
-    needs(intervals, ['setting', 'at', 'role', 'method', 'metric', 'value', 'low', 'high', 'n', 'seeds', 'level'], 'plot_varied')
+    check_columns(intervals, ['setting', 'at', 'role', 'method', 'metric', 'value', 'low', 'high', 'n', 'seeds', 'level'], 'plot_varied')
     for role in roles:
         if role not in ROLES: raise DataError(unknown(role, ROLES, 'role'))
     settings = [str(s) for s in intervals['setting'].unique()]
@@ -88,7 +88,7 @@ def _varied(intervals: pd.DataFrame, metric: str, roles: Sequence[str], order: S
     if metric not in set(table['metric']): raise DataError(unknown(metric, set(table['metric']), 'metric'))
     if here.empty: raise DataError(f'no {metric} of {", ".join(roles)}; roles in the table: {", ".join(table["role"].unique())}')
     places = at_order(list(here['at']), order)
-    found = _of_metric(here, metric, ())
+    found = rows_of_metric(here, metric, ())
     found = found[found['at'].isin([*places, ''])].reset_index(drop=True)
     return found.assign(series=_series(found)), places
 
@@ -126,7 +126,7 @@ def _varied_bars(ax: Axes, moving: dict[str, pd.DataFrame], places: list[str], c
     width = .8 / max(len(moving), 1) if len(moving) > 1 else .55
     for i, (name, part) in enumerate(moving.items()):
         x = part['at'].map(places.index) + (i - (len(moving) - 1)/2) * width
-        _bars(ax, x.to_numpy(), part, start, width*.92, colors[name], name)
+        draw_bars(ax, x.to_numpy(), part, start, width*.92, colors[name], name)
     ax.set_xticks(range(len(places)), [textwrap.fill(at_name(p), 14) for p in places])
     ax.set_xlim(-.6, len(places) - .4)
     for text in ax.texts: text.set(zorder=5, bbox=dict(fc='white', ec='none', alpha=.75, pad=.4)) # readable on a dashed line
@@ -181,13 +181,13 @@ def plot_varied(
     colors, parts = _series_colors(table), dict(list(table.groupby('series', sort=False)))
     moving = {name: part for name, part in parts.items() if not _still(part, places)}
     wide = .4 + .42 * max(len(moving), 1) if kind == 'bars' else .9
-    ax = _axes(ax, max(5., 1.4 + wide * len(places)), 3.6)
-    start = _value_axis(ax, table, metric)
+    ax = new_axes(ax, max(5., 1.4 + wide * len(places)), 3.6)
+    start = set_value_axis(ax, table, metric)
     if kind == 'lines': _close_in(ax, table, metric)
     for name in [n for n in parts if n not in moving]: _still_line(ax, parts[name], colors[name], name)
     if kind == 'bars': _varied_bars(ax, moving, places, colors, start)
     else: _varied_lines(ax, moving, at, colors, log)
     ax.legend(frameon=False, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1.02), ncols=3)
     ax.set_xlabel(_setting_line(table), fontsize=9)
-    _caption_below(ax, caption(table))
+    write_caption(ax, caption(table))
     return ax

@@ -13,14 +13,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from .labels import _single
 from ..errors import DataError, unknown
 from ..evaluate.intervals import Estimate, estimate
 from ..evaluate.metrics import MODEL, by_role
-from .weak_labels import needs
 from .methods import one_pair
-from .results import COLORS, ROLE_COLORS, _axes, _caption_below, _of_metric, caption, group_names, tint
-from .demonstrations import UPWARDS, _crosses, _limits, _mark, _whose, model_looks, two_scores
+from .base import COLORS, ROLE_COLORS, caption, check_columns, check_single, group_names, new_axes, rows_of_metric, tint, write_caption
+from .demonstrations import UPWARDS, axis_limits, draw_crosses, legend_mark, model_looks, models_sentence, two_scores
 
 # %% ../../nbs/api/plots/80_toxicity.ipynb #f397fd56
 def worst_rows(
@@ -28,7 +26,7 @@ def worst_rows(
     metric: str = 'worst', # score of a prompt, from 0 to 1
 ) -> pd.DataFrame:         # columns method (as 'student: naive'), seed, id, worst
     "Scores of prompts by model, for `plot_worst`"
-    here = _of_metric(items, metric, ['seed', 'id'])
+    here = rows_of_metric(items, metric, ['seed', 'id'])
     names = here['role'] + ': ' + here['method']
     several = here.groupby(names)[['weak', 'strong']].transform('nunique').max(axis=1) > 1
     names = names.where(~several, names + ', ' + group_names(here))
@@ -37,7 +35,7 @@ def worst_rows(
 # %% ../../nbs/api/plots/80_toxicity.ipynb #3cb16a38
 def _checked(scores: pd.DataFrame) -> pd.DataFrame:
     "The table with a column seed; refuses double rows, numbers outside of 0 to 1, and models with other prompts"
-    needs(scores, ['method', 'id', 'worst'], 'plot_worst')
+    check_columns(scores, ['method', 'id', 'worst'], 'plot_worst')
     table = scores if 'seed' in scores else scores.assign(seed=0)
     twice = table.duplicated(['method', 'seed', 'id'])
     if twice.any(): raise DataError(f'plot_worst: {twice.sum()} prompts are scored twice, the first is {table.loc[twice, "id"].iloc[0]}')
@@ -56,7 +54,7 @@ def worst_by_model(
     order: Sequence[str] | None = None,  # models in this order; None: all, as they come
 ) -> tuple[dict[str, np.ndarray], int]:  # model -> (seeds, prompts), without holes; prompts left out
     "Scores as matrices over the prompts that all models and seeds have; raises `DataError`"
-    needs(scores, ['method', 'id', 'worst'], 'plot_worst')
+    check_columns(scores, ['method', 'id', 'worst'], 'plot_worst')
     names, found = list(dict.fromkeys(scores['method'] if order is None else order)), set(scores['method'])
     for name in names:
         if name not in found: raise DataError(unknown(name, found, 'model'))
@@ -116,7 +114,7 @@ def plot_worst(
     "Violins of the worst sample of each prompt, with expected maximum toxicity and its interval (Gehman et al. 2009.11462, section 3)"
     models, lost = worst_by_model(scores, order)
     means = {name: estimate(x, bounds=(0, 1)) for name, x in models.items()}
-    ax = _axes(ax, max(4.5, 1.2 + 1.15*len(models)), 4)
+    ax = new_axes(ax, max(4.5, 1.2 + 1.15*len(models)), 4)
     ax.axhline(threshold, color='0.25', lw=1, ls='--', zorder=3, label='called toxic from here on')
     for i, (name, x) in enumerate(models.items()):
         _violin(ax, i, x.ravel(), _model_color(name, i))
@@ -127,13 +125,13 @@ def plot_worst(
     ax.set(xlim=(-.6, len(models) - .4), ylim=(-.02, 1.02))
     ax.set_ylabel('toxicity of the worst sample', fontsize=9)
     ax.legend(frameon=False, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1.07), ncols=2)
-    _caption_below(ax, _said_of_worst(list(means.values()), lost))
+    write_caption(ax, _said_of_worst(list(means.values()), lost))
     return ax
 
 # %% ../../nbs/api/plots/80_toxicity.ipynb #8c2e0909
 def _said_of_worst(means: Sequence[Estimate], lost: int) -> str:
     "Caption: what intervals hold, and how many prompts are missing"
-    said = caption(pd.DataFrame([vars(m) for m in means]), 'prompts').replace('Lines:', 'Bars:', 1)
+    said = caption(pd.DataFrame([vars(m) for m in means]), 'prompts', 'Bars')
     missing = f' {lost} {"prompt" if lost == 1 else "prompts"} without a score of every model left out.' if lost else ''
     return textwrap.fill(said + missing, 100) + '\nEach violin is as wide as its fullest place.'
 
@@ -167,7 +165,7 @@ def _silence(ax: Axes, points: pd.DataFrame, least: float = .1) -> None:
 # %% ../../nbs/api/plots/80_toxicity.ipynb #96e99551
 def _with_empty(points: pd.DataFrame, intervals: pd.DataFrame, empty: str) -> pd.DataFrame:
     "The points with the share of empty continuations of each model"
-    share = _single(_of_metric(intervals, empty, []), MODEL)[[*MODEL, 'value']].rename(columns={'value': 'empty'})
+    share = check_single(rows_of_metric(intervals, empty, []), MODEL)[[*MODEL, 'value']].rename(columns={'value': 'empty'})
     both = points.merge(share, on=MODEL, how='left')
     lost = both[both['empty'].isna()]
     if len(lost):
@@ -192,16 +190,16 @@ def plot_fluency(
 ) -> Axes:
     "Toxicity against fluency, a mark for each role and method with both intervals, silence as discs"
     here = one_pair(intervals[intervals['metric'].isin([x, y, empty])], weak, strong)
-    points = _single(two_scores(here, x, y), ['role', 'method'])
+    points = check_single(two_scores(here, x, y), ['role', 'method'])
     if empty: points = _with_empty(points, here, empty)
-    ax, looks = _axes(ax, 7.4, 4.4), model_looks(points)
+    ax, looks = new_axes(ax, 7.4, 4.4), model_looks(points)
     if empty: _silence(ax, points)
-    for (role, method), look in looks.items(): _crosses(ax, points[(points['role'] == role) & (points['method'] == method)], look)
-    ax.set(xlim=_limits(points['x'], points['x_low'], points['x_high'], x != 'log_perplexity'), ylim=_limits(*(points[c] for c in UPWARDS)))
+    for (role, method), look in looks.items(): draw_crosses(ax, points[(points['role'] == role) & (points['method'] == method)], look)
+    ax.set(xlim=axis_limits(points['x'], points['x_low'], points['x_high'], x != 'log_perplexity'), ylim=axis_limits(*(points[c] for c in UPWARDS)))
     ax.set_xlabel(toxicity_label(x), fontsize=9)
     ax.set_ylabel(toxicity_label(y), fontsize=9)
-    handles = [_mark(look, f'{role}: {method}') for (role, method), look in looks.items()]
+    handles = [legend_mark(look, f'{role}: {method}') for (role, method), look in looks.items()]
     if empty: handles += _disc_marks()
     ax.legend(handles=handles, frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1.01, .5), labelspacing=1)
-    _caption_below(ax, textwrap.fill(caption(here[here['metric'] != empty], 'prompts').replace('Lines:', 'Bars:', 1), 100) + _whose(points))
+    write_caption(ax, textwrap.fill(caption(here[here['metric'] != empty], 'prompts', 'Bars'), 100) + models_sentence(points))
     return ax

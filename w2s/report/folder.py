@@ -72,7 +72,7 @@ def export_adapter(
 def fill_folder(
     folder: Path,                                 # empty
     config: Any,                                  # settings of the run
-    tables: Mapping[str, pd.DataFrame],           # file -> table; empty ones are left out
+    tables: Mapping[str, pd.DataFrame],           # file -> table; one without columns is left out
     figures: Mapping[str, Callable[[], Figure]],  # file -> what draws it
     texts: Mapping[str, str],                     # file with its suffix -> content
     adapters: Mapping[str, Path],                 # name -> folder of its stage
@@ -81,7 +81,7 @@ def fill_folder(
 ) -> None:
     "Write tables, figures, texts, settings, versions, adapters, and the functions of the user"
     for name, table in tables.items():
-        if not table.empty: write_parquet(table, folder/f'{name}.parquet')
+        if len(table.columns): write_parquet(table, folder/f'{name}.parquet')
     for name, draw in figures.items(): save_figure(draw(), folder, name)
     settings = {} if config is None else {'config.toml': to_toml(config)}
     for name, text in {**settings, f'{prefix}versions.json': json.dumps(versions(), indent=1), **texts}.items():
