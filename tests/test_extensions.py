@@ -303,6 +303,25 @@ def test_a_wrong_task_is_refused_with_its_name(tmp_path, wrong, said):
     assert said in str(e.value) and 'task "bad"' in str(e.value)
 
 
+# Without a reference
+
+@pytest.mark.parametrize('name', ['simpo(gamma=1)', 'mine'])
+def test_a_loss_without_a_reference_has_none_computed_and_is_tested_by_its_own_reward(tmp_path, monkeypatch, name):
+    from w2s.compare import preference_stages
+    asked, real = [], preference_stages.stored_logps
+    def watched(store, base, adapter, rows, budget, **how):
+        asked.append((how['label'], adapter))
+        return real(store, base, adapter, rows, budget, **how)
+    monkeypatch.setattr(preference_stages, 'stored_logps', watched)
+    loss('mine', reference=False, mean=True)(lambda chosen, rejected, chosen_tokens: torch.relu(1 - chosen + rejected) + 0*chosen_tokens)
+    result = preferences.run(fill_settings(dict(PREFERENCES, loss=name, samples=0, others=['ceiling'])), tmp_path/'run', quiet=True)
+    assert [label for label, _ in asked if label.endswith('reference')] == ['weak-seed0 reference']
+    on_test = [label for label, _ in asked if label == 'student on test rows']
+    assert len(on_test) == 1, 'one pass over the test rows: that of the policy'
+    t = result.items[result.items.role == 'student'].pivot_table(index='id', columns='metric', values='value')
+    assert ((t.margin > 0) == (t.accuracy == 1)).all() and not np.allclose(t.margin, t.logp_chosen - t.logp_rejected)
+
+
 # What is known of them
 
 def stage_of(tmp_path, kind):
