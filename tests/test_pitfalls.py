@@ -886,7 +886,7 @@ RESPONSES = {k for k in EVERY if k.endswith('-responses')}
 TESTED = {k for k in EVERY if k.endswith('-test')} | RESPONSES
 SOFT = {'labels': LabelUse(targets='soft')}
 CHANGES = { # field: (another value, the stages that are not found any more[, what else is set before and after])
-    'WeakTeacher.n_labelled': (12, TRAINED), 'WeakTeacher.n_unlabelled': (12, TRAINED), 'WeakTeacher.n_test': (7, TESTED), 'WeakTeacher.seeds': (2, set()),
+    'WeakTeacher.n_labelled': (12, {'weak-seed0-sft', 'weak-seed0-labels', *FLOOR, *TAUGHT}), 'WeakTeacher.n_unlabelled': (12, TRAINED - {'weak-seed0-sft', *FLOOR}), 'WeakTeacher.n_test': (7, TESTED), 'WeakTeacher.seeds': (2, set()),
     'WeakTeacher.max_length': (30, EVERY), 'WeakTeacher.beta': (.2, EVERY - BEFORE | {'base-sft-human-seed0-test'}), 'WeakTeacher.strict': (False, set()),
     'WeakTeacher.supervisor': ('reward', {'weak-seed0-sft', 'weak-seed0-labels', *FLOOR, *TAUGHT}),
     'WeakTeacher.loss': ('ipo', STUDENT | HUMAN | CEILING), 'WeakTeacher.smoothing': (.2, STUDENT | HUMAN | CEILING, {'loss': 'cdpo'}),
