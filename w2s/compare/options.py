@@ -65,7 +65,7 @@ def parse_text(
     if int in options and text.lstrip('-').isdecimal(): return int(text)
     if float in options: return number(text, where)
     if str in options: return text
-    raise ConfigError(f'{where} {text!r} is not ' + ('a whole number' if int in options else 'true or false' if bool in options else 'a value; it is a group of settings, name one of them'))
+    raise ConfigError(f'{where}: "{text}" is not ' + ('a whole number' if int in options else 'true or false' if bool in options else 'a value; it is a group of settings, name one of them'))
 
 # %% ../../nbs/api/compare/027_options.ipynb #128e9b1e
 CASES = { # name of a case -> how the help names it, where that is not the name
