@@ -89,7 +89,7 @@ def class_halves(
     task = world_task(config.data)
     if task is None: return halves(data.train, config.n_labelled, config.n_unlabelled, seed, split_by_class, sample_by_class)
     world, (few, many) = parts(ladder_world(), seed, config.trial), world_counts(config)
-    if min(few, many) < 2: raise ConfigError(f'--n-labelled {few} and --n-unlabelled {many}: the supervisor and the student need two examples each at least')
+    if min(few, many) < 2: raise ConfigError(f'--n-labelled {few} and --n-unlabelled {many}: supervisor and student have these examples, and each needs two at least')
     return label_rows(world['labelled'], task, few, seed), label_rows(world['unlabelled'], task, many, seed)
 
 def world_counts(

@@ -49,7 +49,7 @@ class Toxicity(Settings):
     greedy: bool = setting(False, 'Method')           # weak continuations are the likeliest ones (Ye et al.); else sampled as all others
     beta: float = setting(.1, 'Method', ladder=.3)    # of DPO: pull towards the reference
     decoding: str = setting('', 'Evaluation', say='rtp; world: plain') # how models continue: rtp (Gehman et al.), ye (Ye et al.) or plain (as the model has it); single settings win over it
-    speak: GenerateSettings = setting(GenerateSettings(**DECODINGS['rtp'], samples=25), 'Evaluation', world=DECODINGS['plain'] | dict(stop=('\n',), token_budget=65536), **DECODINGS) # how all models continue; 25 samples of a test prompt
+    speak: GenerateSettings = setting(GenerateSettings(**DECODINGS['rtp'], samples=25), 'Evaluation', world=DECODINGS['plain'] | dict(stop=('\n',), token_budget=65536), rtp=DECODINGS['rtp'], ye=DECODINGS['ye'], plain=DECODINGS['plain']) # how all models continue; 25 samples of a test prompt
     trial: bool = setting(False, 'Data')              # of the world: other test people, to choose settings by
     sft: TrainSettings = setting(TrainSettings(epochs=3, batch_size=16, learning_rate=2e-4), 'Training', ladder=dict(epochs=2, batch_size=16, learning_rate=1e-3)) # 3 epochs of 16 (Ye et al.); their rate is that of training all weights
     dpo: TrainSettings = setting(TrainSettings(epochs=1, batch_size=16, learning_rate=5e-5), 'Training', ladder=dict(epochs=3, batch_size=16, learning_rate=5e-4)) # as Tao & Li 2409.08813

@@ -294,7 +294,7 @@ def rows_for(
     if not job.train and config.supervisor != 'judge':
         raise ConfigError(f'a supervisor of the kind "{config.supervisor}" learns from labelled pairs: give them with --train FILE; only a judge (--supervisor judge) needs none')
     model = know_model('weak', config.weak, config, config.supervisor != 'judge')
-    return model, load_label_data(job, model.reader, config.n_labelled, config.strict)
+    return model, load_label_data(job, model.reader, None if config.n_labelled is None else int(config.n_labelled), config.strict)
 
 def dry_text(
     config: WeakTeacher, # of `label_settings`
