@@ -19,9 +19,9 @@ from ..evaluate.clusters import by_group
 from ..evaluate.intervals import Estimate, difference, with_limits
 from ..evaluate.several import adjust_table
 from ..compare.config import merged, number, to_table
-from ..compare.preference_data import PreferenceData, check_halves, load_preferences
+from ..compare.preference_data import check_halves, load_preferences
 from ..compare.preference_stages import Model, Study, model_lines, note_models
-from ..compare.stages import Run, claim
+from ..compare.stages import claim
 from ..compare.preference_settings import SUBSETS, SUPERVISORS, WeakTeacher, fill_settings
 from ..compare.response_ends import check_responses
 from .preferences import count_stages, counted, know_models, Preferences, make_arms, result_of, writers
@@ -173,11 +173,12 @@ def varied_table(
     return pd.DataFrame(rows).fillna('–')
 
 # %% ../../nbs/api/experiments/30_vary.ipynb #cb7baa9f
-def _finish(stages: Run, config: WeakTeacher, quiet: bool, weak: list[Model], strong: Model, data: PreferenceData) -> Result:
+def _finish(p: Preferences) -> Result:
     "Run one variant; the stages that it used are its own, and those of the whole"
-    p = Preferences(Study(config, replace(stages, used=[]), quiet), weak, strong, data)
-    try: return result_of(p, make_arms(p))
-    finally: stages.used.extend(p.study.run.used)
+    own = replace(p.study.run, used=[])
+    one = replace(p, study=replace(p.study, run=own))
+    try: return result_of(one, make_arms(one))
+    finally: p.study.run.used.extend(own.used)
 
 # %% ../../nbs/api/experiments/30_vary.ipynb #770fbe92
 def run_varied(
@@ -201,7 +202,7 @@ def run_varied(
         lengths = dict.fromkeys(check_responses(c, writers(c, *models[at]), data[c.label_share]) for at, c in configs.items())
         known = model_lines(m for weak, strong in models.values() for m in (*weak, strong))
         if not quiet: print(*filter(None, (*known, data[first.label_share].origin, str(data[first.label_share].report), *lengths)), sep='\n')
-        return Varied(Path(out), setting, {at: _finish(stages, c, quiet, *models[at], data[c.label_share]) for at, c in configs.items()})
+        return Varied(Path(out), setting, {at: _finish(Preferences(Study(c, stages, quiet), *models[at], data[c.label_share])) for at, c in configs.items()})
 
 # %% ../../nbs/api/experiments/30_vary.ipynb #af23a966
 def contrast(
