@@ -124,9 +124,9 @@ def _plain(f: Any, kind: Any, comment: str) -> Option:
     cases = {case: value_words(v) for case, v in m['cases'].items()}
     return Option(m['flag'] or f.name.replace('_', '-'), (f.name,), kind, m['panel'], comment + default_words(usual, cases), read=m['read'])
 
-def _groups(cls: type) -> dict[str, Any]:
+def _groups(cls: Any) -> dict[str, Any]:
     "Fields that are groups of settings"
-    return {f.name: f for f in fields(cls) if is_dataclass(f.metadata.get('usual'))} # type: ignore[arg-type]
+    return {f.name: f for f in fields(cls) if is_dataclass(f.metadata.get('usual'))}
 
 def _part(f: Any, part: Any, kind: Any, flag: str, comment: str, hidden: bool = False) -> Option:
     "The option of one field of a group"
@@ -136,7 +136,7 @@ def _part(f: Any, part: Any, kind: Any, flag: str, comment: str, hidden: bool = 
 
 def _part_options(f: Any) -> list[Option]:
     "A group that is there once: load, lora, labels …"
-    group = type(f.metadata['usual'])
+    group: Any = type(f.metadata['usual'])
     before = f'{f.name}-' if group.__name__ in PREFIXED else ''
     return [_part(f, p, field_kinds(group)[p.name], before + p.name.replace('_', '-'), field_comments(group).get(p.name, '')) for p in fields(group)]
 
@@ -148,7 +148,8 @@ def _each(words: Mapping[str, str]) -> str:
 def _stage_options(stages: Mapping[str, Any]) -> list[Option]:
     "Trainings: an option for all of them, and one for each"
     first = next(iter(stages.values()))
-    group, out = type(first.metadata['usual']), []
+    group: Any = type(first.metadata['usual'])
+    out: list[Option] = []
     for p in fields(group):
         kind, name, comment = field_kinds(group)[p.name], SHORT.get(p.name, p.name.replace('_', '-')), field_comments(group).get(p.name, '')
         usual = {n: value_words(getattr(f.metadata['usual'], p.name)) for n, f in stages.items()}
@@ -160,14 +161,14 @@ def _stage_options(stages: Mapping[str, Any]) -> list[Option]:
 
 @lru_cache(maxsize=None)
 def options_of(
-    cls: type, # of settings
+    cls: Any, # a class of settings
 ) -> tuple[Option, ...]:
     "Every option of an experiment, in the order of the help; raises `ConfigError` if two have one name"
     kinds, comments, groups = field_kinds(cls), field_comments(cls), _groups(cls)
     stages = {n: f for n, f in groups.items() if type(f.metadata['usual']).__name__ == 'TrainSettings'}
     out = _stage_options(stages) if stages else []
     taken = {o.flag for o in out}
-    for f in fields(cls): # type: ignore[arg-type]
+    for f in fields(cls):
         new = [_plain(f, kinds[f.name], comments.get(f.name, ''))] if f.name not in groups else _part_options(f) if f.name not in stages else []
         out += [o if o.flag not in taken else Option(f'{f.name}-{o.flag}', *list(vars(o).values())[1:]) for o in new]
     if twice := [o.flag for o in out if sum(x.flag == o.flag for x in out) > 1]: raise ConfigError(f'--{twice[0]} would be two settings of {cls.__name__}; give one of them another flag')
@@ -185,7 +186,7 @@ def set_path(
     table[last] = value
 
 def option_settings(
-    cls: type,                  # of settings
+    cls: Any,                   # a class of settings
     flags: Mapping[str, Any],   # parameter of a command -> value; None: not given
 ) -> dict[str, Any]:            # settings by name, tables inside
     "What was given by flags; one for a single training holds against one for all"
@@ -198,7 +199,7 @@ def option_settings(
     return out
 
 def find_option(
-    cls: type, # of settings
+    cls: Any,  # a class of settings
     name: str, # of a setting, 'sft.learning_rate', or of its flag, 'sft-lr'
 ) -> Option:
     "The option behind a name; raises `ConfigError`"

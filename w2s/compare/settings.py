@@ -63,11 +63,11 @@ def fill_fields(
     settings: Any, # an instance of a class of settings
 ) -> None:
     "Fill in what was not given, with what fits; raises `ConfigError`"
-    known = {f.name: f for f in fields(settings)}
+    known, cls = {f.name: f for f in fields(settings)}, settings.__class__
     given = settings.read_given({n: v for n in known if (v := getattr(settings, n)) is not FITS})
     fit = {n: f.metadata['usual'] for n, f in known.items()}
     def put(names: Sequence[str]) -> None:
-        for n in names: object.__setattr__(settings, n, _own(known[n], given, fit[n], field_kinds(type(settings))[n]))
+        for n in names: object.__setattr__(settings, n, _own(known[n], given, fit[n], field_kinds(cls)[n]))
     plain = [n for n, usual in fit.items() if not is_dataclass(usual)]
     put(plain)
     for case in settings.cases(given):
@@ -240,9 +240,9 @@ def part_rows(
     if rows is not None and rows < 2: raise ConfigError(f'rows is {rows}; it must be at least 2, one for the supervisor and one for the student')
     if share is not None and not 0 < share < 1: raise ConfigError(f'label_share is {share}; it must lie between 0 and 1')
     few, many = usual.n_labelled, usual.n_unlabelled
-    known = isinstance(few, int) and isinstance(many, int)
-    if share is None: share = few/(few + many) if known else .5
-    if rows is None: rows = few + many if known else None
+    both = (few, many) if isinstance(few, int) and isinstance(many, int) else None
+    if share is None: share = both[0]/sum(both) if both else .5
+    if rows is None and both: rows = sum(both)
     if rows is None: return dict(n_labelled=None if share == .5 else share, n_unlabelled=None)
     labelled = min(max(1, round(rows*share)), rows - 1)
     return dict(n_labelled=labelled, n_unlabelled=rows - labelled)

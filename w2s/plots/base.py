@@ -11,6 +11,7 @@ __all__ = ['ROLE_COLORS', 'COLORS', 'METRICS', 'SHARES', 'BOUNDS', 'MARKERS', 'A
 import re
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -216,7 +217,7 @@ def draw_points(
     ax: Axes,            # of a figure
     part: pd.DataFrame,  # columns x, value, low and high
     place: float,        # how far aside, in points
-    **look,              # keywords of `errorbar`
+    **look: Any,         # keywords of `errorbar`
 ) -> None:
     "A line over column x with its intervals, moved aside by some points"
     aside = ScaledTranslation(place/72, 0, ax.get_figure(root=True).dpi_scale_trans) # type: ignore[union-attr]

@@ -11,6 +11,7 @@ __all__ = ['METHOD_LOOKS', 'SPARE', 'ROLE_MARKS', 'MARK_SIZES', 'TRANSFER_METRIC
 # %% ../../nbs/api/plots/70_demonstrations.ipynb #9f2c7a15
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -135,7 +136,7 @@ def draw_crosses(
     points: pd.DataFrame,  # columns x, x_low, x_high, y, y_low, y_high
     look: Mapping,         # keywords of a mark
     place: float = 0.,     # how far aside, in points
-    **more,                # further keywords, which win
+    **more: Any,           # further keywords, which win
 ) -> None:
     "Marks with an interval each way, moved aside by some points of print"
     aside = ScaledTranslation(place/72, 0, ax.get_figure(root=True).dpi_scale_trans) # type: ignore[union-attr]
