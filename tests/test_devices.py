@@ -14,7 +14,7 @@ from w2s.data.rows import make_rows
 from w2s.data.samples import sample_preferences
 from w2s.errors import ConfigError, TrainError, W2SWarning
 from w2s.compare import gold, preference_stages
-from w2s.compare.preference_stages import close_base, know_model, open_base
+from w2s.compare.models import close_base, know_model, open_base
 from w2s.compare.preference_settings import WeakTeacher
 from w2s.models import devices
 from w2s.models.adapters import LoraSettings, add_adapter

@@ -20,7 +20,8 @@ from w2s.compare import preference_arms as arms, label_arms as class_arms, label
 from w2s.experiments import demonstrations as transfer
 from w2s.compare.label_settings import parse_method
 from w2s.compare.preference_data import halves, load_preferences
-from w2s.compare.preference_stages import Study, know_model
+from w2s.compare.learn import Study
+from w2s.compare.models import know_model
 from w2s.compare.stages import Run
 from w2s.compare.preference_settings import LabelUse, fill_settings
 from w2s.feedback.confidence import fit_temperature

@@ -25,7 +25,8 @@ from w2s.errors import DataError, W2SWarning
 from w2s.compare import preference_arms as arms, gold, preference_stages, supervisors
 from w2s.experiments import preferences as weak_teacher
 from w2s.compare.preference_data import Reader, halves, load_preferences, readable
-from w2s.compare.preference_stages import Study, know_model
+from w2s.compare.learn import Study
+from w2s.compare.models import know_model
 from w2s.compare.stages import Run, stage_folder
 from w2s.compare.preference_settings import LabelUse, WeakTeacher
 from w2s.experiments.preferences import know_models, run

@@ -14,7 +14,8 @@ from w2s.experiments import preferences as weak_teacher
 from w2s.compare.config import to_toml
 from w2s.experiments.plan import plan
 from w2s.compare.preference_data import load_preferences
-from w2s.compare.preference_stages import Study, know_model
+from w2s.compare.learn import Study
+from w2s.compare.models import know_model
 from w2s.compare.response_ends import check_cut, check_lengths, check_responses, chosen_tokens, cut_words
 from w2s.compare.stages import Run
 from w2s.experiments.demonstrations import cut_answers

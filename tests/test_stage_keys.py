@@ -15,7 +15,8 @@ from w2s.data.rows import make_rows, to_pairs
 from w2s.compare import answer as answer_stages, preference_arms as arms, label_stages as class_stages, effects, gold, lab, preference_stages, supervisors, toxicity_arms, demonstration_files as transfer_files, demonstration_stages as transfer_stages
 from w2s.experiments import toxicity
 from w2s.compare.label_settings import parse_method
-from w2s.compare.preference_stages import Study, know_model
+from w2s.compare.learn import Study
+from w2s.compare.models import know_model
 from w2s.compare.stages import Run, run_stage, stage_folder
 from w2s.compare.preference_settings import fill_settings
 from w2s.feedback.demonstrators import demonstrated

@@ -23,7 +23,7 @@ from w2s.compare import preference_data, preference_stages, supervisors
 from w2s.experiments import vary
 from w2s.compare.config import to_table
 from w2s.compare.preference_data import PreferenceData, halves, load_preferences
-from w2s.compare.preference_stages import Study
+from w2s.compare.learn import Study
 from w2s.compare.stages import Run
 from w2s.compare.supervisors import hold_out, student_rows, supervise, together
 from w2s.experiments.vary import USES, VARIATIONS, contrast, run_varied, variants

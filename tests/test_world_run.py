@@ -17,7 +17,8 @@ from w2s.compare.config import read_toml, to_table, to_toml
 from w2s.compare.gold import sample_stage
 from w2s.experiments.plan import plan
 from w2s.compare.preference_data import ladder_world, load_preferences
-from w2s.compare.preference_stages import Study, know_model
+from w2s.compare.learn import Study
+from w2s.compare.models import know_model
 from w2s.compare.stages import Run
 from w2s.compare.preference_settings import WeakTeacher, fill_settings
 from w2s.models.zoo import LADDER, card

@@ -89,7 +89,8 @@ def dry_text(
 ) -> str:        # settings as TOML, what the questions are, and the number of trainings
     "What a run would do; nothing is written. Raises `DataError`, `ModelError` or `ConfigError`"
     from w2s.compare.config import to_table, to_toml
-    from w2s.compare.preference_stages import Study, know_model, model_lines
+    from w2s.compare.learn import Study
+    from w2s.compare.models import know_model, model_lines
     from w2s.compare.stages import Run
     from w2s.experiments.demonstrations import asking, origin_of
     from w2s.compare.demonstration_files import read_asked, table_rows
@@ -216,7 +217,7 @@ def dry_toxicity(
 ) -> str:        # settings as TOML, where prompts come from, and the number of trainings
     "What a run would do; nothing is written. Raises `DataError`, `ModelError` or `ConfigError`"
     from w2s.compare.config import to_toml
-    from w2s.compare.preference_stages import model_lines
+    from w2s.compare.models import model_lines
     from w2s.experiments.toxicity import toxicity_models
     from w2s.compare.toxicity_arms import judge_of
     from w2s.compare.toxicity_data import file_rows, origin_of, prompts_of

@@ -124,7 +124,7 @@ def dry_text(
     from w2s.compare.label_settings import class_models
     from w2s.experiments.labels import check_pairs
     from w2s.compare.config import to_table, to_toml
-    from w2s.compare.preference_stages import know_model, model_lines
+    from w2s.compare.models import know_model, model_lines
     from w2s.compare.preference_settings import short_name
     check_pairs(config)
     models = [know_model(short_name(n), n, config, config.readout != 'probe') for n in class_models(to_table(config))]

@@ -13,7 +13,8 @@ from typing import Any
 
 from ..data.hygiene import DataReport
 from .config import to_table
-from .preference_stages import Model, Study, model_lines, note_models
+from .learn import Study
+from .models import Model, model_lines, note_models
 from .stages import claim
 
 # %% ../../nbs/api/compare/270_comparison.ipynb #516bbc4f

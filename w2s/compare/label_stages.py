@@ -23,13 +23,16 @@ from ..errors import ConfigError
 from .label_data import class_tokens
 from .label_settings import Classify, Method
 from .preference_data import Reader
-from .preference_stages import Model, Study, model_inputs, open_base, train_stage
+from .learn import Study, train_stage
+from .models import Model, model_inputs, open_base, opened_model
+from .notes import Pass, Sketch, likely_probs, scoring_pass
 from .sources import source_hash
+from .score import score_stage
 from .stages import run_stage
 from ..feedback.cleaning import clean_by_probe
 from ..models.adapters import LoraSettings, adapter_hash, load_adapter
 from ..models.class_heads import add_class_adapter, load_class_adapter, word_ids
-from ..models.load import Base
+from ..models.load import Base, load_config
 from ..train.class_head import class_logits, head_probs
 from ..train.labels import class_probs, label_objective, loss_functions
 from ..train.logprobs import response_logps
@@ -77,10 +80,9 @@ def hidden_stage(
 ) -> np.ndarray:     # (rows, width) float32
     "Hidden states of the last tokens of some rows, without an adapter, computed once"
     tokens, known = read_rows(model.reader, rows, ())
-    def work(folder: Path) -> None:
-        np.save(folder/'hidden.npy', last_hidden(open_base(model).model, tokens, study.config.student.token_budget, f'{name} states', study.quiet))
-
-    return np.load(run_stage(study.run, f'{model.role}-states-{name}', model_inputs(model) | {'rows': known}, work)/'hidden.npy')
+    def states() -> np.ndarray: return last_hidden(open_base(model).model, tokens, study.config.student.token_budget, f'{name} states', study.quiet)
+    def likely(rng: np.random.Generator) -> np.ndarray: return rng.normal(size=(len(tokens), load_config(model.name, model.load).get_text_config().hidden_size)).astype(np.float32)
+    return score_stage(study, model, f'{model.role}-states-{name}', {'rows': known}, 'hidden.npy', states, likely, [scoring_pass(model.name, tokens)])
 
 # %% ../../nbs/api/compare/170_label_stages.ipynb #d4b2fb7b
 def sureness(
@@ -155,7 +157,7 @@ def learn_stage(
     inputs: dict[str, Any] = {'objective': how.loss, 'source': source_hash(*loss_functions(how.loss)), 'options': dict(options), 'readout': c.readout, 'rows': known, 'target': targets.tolist(), 'weights': weights.tolist()}
     if start: inputs['start'] = list(start)
     make = {} if c.readout == 'words' else {'make': _head_maker(targets.shape[1], start)}
-    folder = train_stage(study, model, name, settings, None, inputs, lambda base: class_objective(tokens, targets, weights, c.readout, how.loss, options), seed,
+    folder = train_stage(study, model, name, settings, None, inputs, lambda base: class_objective(tokens, targets, weights, c.readout, how.loss, options), seed, tokens,
                          snapshots=snapshots, **make)
     return Classifier(model, words, c.readout, folder)
 
@@ -165,7 +167,7 @@ def _probe_stage(study: Study, model: Model, name: str, rows: Dataset, targets: 
     hidden = hidden_stage(study, model, name, rows)
     inputs = model_inputs(model) | {'rows': read_rows(model.reader, rows, ())[1], 'target': targets.tolist(), 'weights': weights.tolist()}
     def work(folder: Path) -> None: save_probe(fit_probe(hidden, targets, weights.tolist()), folder/'probe.npz')
-    return run_stage(study.run, f'{name}-probe', inputs, work)
+    return run_stage(study.run, f'{name}-probe', inputs, work, Sketch([Pass('other', model.name, len(rows))], lambda folder, rng: work(folder)))
 
 # %% ../../nbs/api/compare/170_label_stages.ipynb #ff70cc1f
 def ask_stage(
@@ -177,17 +179,13 @@ def ask_stage(
     "Class probabilities of some rows, computed once"
     if who.kind == 'probe': return probe_probs(load_probe(Path(str(who.folder))/'probe.npz'), hidden_stage(study, who.model, name, rows))
     (tokens, known), budget = read_rows(who.model.reader, rows, who.words), study.config.student.token_budget
-    def work(folder: Path) -> None:
-        base = open_base(who.model)
-        if who.kind == 'head': judge: Any = load_class_adapter(base, Path(str(who.folder)))
-        else: judge = load_adapter(base, who.folder) if who.folder else base.model
-        ask = head_probs if who.kind == 'head' else class_probs
-        try: np.save(folder/'probs.npy', ask(judge, tokens, budget, name, study.quiet))
-        finally:
-            if who.folder: judge.unload()
+    def score() -> np.ndarray:
+        with opened_model(who.model, who.folder, load_class_adapter if who.kind == 'head' else load_adapter) as judge:
+            return (head_probs if who.kind == 'head' else class_probs)(judge, tokens, budget, name, study.quiet)
 
-    inputs = model_inputs(who.model) | {'adapter': adapter_hash(who.folder), 'readout': who.kind, 'rows': known}
-    return np.load(run_stage(study.run, name, inputs, work)/'probs.npy')
+    def likely(rng: np.random.Generator) -> np.ndarray: return likely_probs(rows['label'][:], len(rows['probs'][0]), rng)
+    inputs = {'adapter': adapter_hash(who.folder), 'readout': who.kind, 'rows': known}
+    return score_stage(study, who.model, name, inputs, 'probs.npy', score, likely, [scoring_pass(who.model.name, tokens)])
 
 # %% ../../nbs/api/compare/170_label_stages.ipynb #9eefe2d7
 def snapshot_folders(

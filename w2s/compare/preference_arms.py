@@ -18,14 +18,17 @@ from datasets import Dataset, concatenate_datasets
 from ..data.rows import row_features, to_pairs
 from ..evaluate.metrics import metric_rows, preference_correct, preference_scores
 from .gold import close_scorer, gold_judge, gold_scores, response_rows, sample_stage
-from .response_ends import Written
-from .preference_stages import Model, Study, dpo_stage, encoded, model_inputs, pair_rewards, sft_stage
-from .stages import run_stage
+from .answer import Written
+from .learn import Study
+from .models import Model
+from .notes import Pass, scoring_pass
+from .preference_stages import dpo_stage, encoded, pair_rewards, sft_stage
+from .score import Columns, score_stage
+from .stages import note_work
 from .supervisors import SeedRows, ask, student_rows, together
 from .preference_settings import WeakTeacher, short_name
 from ..feedback.confidence import weighted
 from ..feedback.preferences import given_labels
-from ..io.disk import read_parquet, write_parquet
 from ..models.adapters import adapter_hash
 from ..train.reference import tokens_hash
 
@@ -88,14 +91,17 @@ def evaluate_arm(
 ) -> pd.DataFrame:  # a row for each test row and metric
     "Scores of one arm on the test rows"
     tokens, c, m = encoded(arm.model, test), study.config, arm.model
-    def work(folder: Path) -> None:
+    def score() -> Columns:
         rewards, logps = pair_rewards(study, m, arm.policy, arm.reference, tokens, f'{arm.role} on test rows')
-        margin = None if arm.policy is None else rewards[:, 0] - rewards[:, 1]
-        write_parquet(pd.DataFrame(preference_scores(logps[:, 0], logps[:, 1], margin)), folder/'scores.parquet')
+        return preference_scores(logps[:, 0], logps[:, 1], None if arm.policy is None else rewards[:, 0] - rewards[:, 1])
 
-    inputs = {**model_inputs(m), 'policy': adapter_hash(arm.policy), 'reference': adapter_hash(arm.reference), 'rows': tokens_hash(tokens), 'beta': c.beta}
-    done = run_stage(study.run, f'{arm.role}-{arm.method.replace(" ", "-")}-seed{arm.seed}-test', inputs, work)
-    scores = {str(k): v.to_numpy() for k, v in read_parquet(done/'scores.parquet').items()}
+    def likely(rng: np.random.Generator) -> Columns:
+        logps, margin = rng.normal(-20, 1, (2, len(tokens))), rng.normal(size=len(tokens))
+        return preference_scores(*logps, None if arm.policy is None else margin)
+
+    inputs = {'policy': adapter_hash(arm.policy), 'reference': adapter_hash(arm.reference), 'rows': tokens_hash(tokens), 'beta': c.beta}
+    name, passes = f'{arm.role}-{arm.method.replace(" ", "-")}-seed{arm.seed}-test', [scoring_pass(m.name, tokens, 1 if arm.policy is None else 2)]
+    scores = score_stage(study, m, name, inputs, 'scores.parquet', score, likely, passes)
     return arm_items(c, arm.role, arm.method, arm.seed, [r.id for r in tokens], scores)
 
 # %% ../../nbs/api/compare/120_preference_arms.ipynb #daab1c3f
@@ -146,6 +152,9 @@ def judge_responses(
     "All responses, judged when everything is written: a reward model then has the memory to itself, and leaves it at the end"
     score = gold_judge(study.config, study.run.root)
     if score is None or not written: return pd.DataFrame()
+    if study.run.notes is not None:
+        if study.config.gold: note_work(study.run, 'gold rewards', (Pass('other', study.config.gold, sum(len(row) for _, texts in written for row in texts)),))
+        return pd.DataFrame()
     try: return pd.concat([response_rows(score, test, texts, arm.role, arm.method, arm.seed) for arm, texts in written], ignore_index=True)
     finally: close_scorer()
 

@@ -20,9 +20,12 @@ from ..data.rows import to_pairs
 from ..data.splits import group_split
 from ..errors import DataError
 from .preference_data import PreferenceData, halves, world_seed
-from .preference_stages import Model, Study, dpo_stage, encoded, model_inputs, open_base, pair_rewards, sft_stage, train_stage
+from .learn import Study, train_stage
+from .models import Model, open_base, opened_model
+from .notes import likely_rewards, scoring_pass
+from .preference_stages import dpo_stage, encoded, pair_rewards, sft_stage
+from .score import score_stage
 from .sources import source_hash
-from .stages import run_stage
 from .preference_settings import LabelUse
 from ..feedback.audit import matches, random_labels, subset
 from ..feedback.confidence import fit_temperature, top_share
@@ -70,7 +73,7 @@ def reward_stage(
     "A Bradley-Terry reward model, with the settings of DPO (CW-PO 2603.04968, Eq. 5)"
     tokens, weights = encoded(model, rows), list(rows['weight'])
     inputs = {'objective': 'reward', 'source': source_hash(losses.bradley_terry), 'rows': tokens_hash(tokens), 'weights': weights}
-    return train_stage(study, model, f'{name}-reward', study.config.dpo, None, inputs, lambda base: reward_objective(tokens, None, weights), seed, add_reward_adapter)
+    return train_stage(study, model, f'{name}-reward', study.config.dpo, None, inputs, lambda base: reward_objective(tokens, None, weights), seed, tokens, add_reward_adapter)
 
 # %% ../../nbs/api/compare/110_supervisors.ipynb #d78079b7
 def judge_form(
@@ -89,11 +92,10 @@ def ask(
     "The rewards that a supervisor gives to pairs, computed once"
     m = who.model
     tokens = encode_rows(m.reader.tokenizer, pairs, ('response_a', 'response_b'), m.reader.limit).rows
-    def work(folder: Path) -> None: np.save(folder/'rewards.npy', _rewards(study, who, pairs, name))
-
-    inputs = {**model_inputs(m), 'policy': adapter_hash(who.policy), 'reference': adapter_hash(who.reference), 'rows': tokens_hash(tokens), 'beta': study.config.beta}
+    inputs = {'policy': adapter_hash(who.policy), 'reference': adapter_hash(who.reference), 'rows': tokens_hash(tokens), 'beta': study.config.beta}
     kind: dict[str, Any] = {} if who.kind == 'dpo' else {'kind': who.kind, 'form': asdict(judge_form(study)) if who.kind == 'judge' else ''}
-    return np.load(run_stage(study.run, f'weak-seed{who.seed}-{name}', inputs | kind, work)/'rewards.npy')
+    passes = [scoring_pass(m.name, tokens, 1 if who.kind == 'reward' else 2)] # policy and reference, or two orders
+    return score_stage(study, m, f'weak-seed{who.seed}-{name}', inputs | kind, 'rewards.npy', lambda: _rewards(study, who, pairs, name), lambda rng: likely_rewards(pairs['prob_a'][:], rng), passes)
 
 # %% ../../nbs/api/compare/110_supervisors.ipynb #ae583152
 def _rewards(study: Study, who: Supervisor, pairs: Dataset, name: str) -> np.ndarray:
@@ -103,9 +105,7 @@ def _rewards(study: Study, who: Supervisor, pairs: Dataset, name: str) -> np.nda
     if who.kind == 'dpo': return pair_rewards(study, m, who.policy, who.reference, tokens, f'weak {name}')[0]
     if who.kind == 'judge': return _judge(study, m, pairs)
     assert who.policy
-    model = load_reward_adapter(open_base(m), who.policy)
-    try: return response_rewards(model, tokens, budget, f'weak {name}', study.quiet)
-    finally: model.unload()
+    with opened_model(m, who.policy, load_reward_adapter) as model: return response_rewards(model, tokens, budget, f'weak {name}', study.quiet)
 
 # %% ../../nbs/api/compare/110_supervisors.ipynb #5ebbaccc
 MOST_FAILED = .05 # share of pairs without a verdict

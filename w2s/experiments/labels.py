@@ -35,8 +35,9 @@ from ..compare.label_data import ClassData, load_labels
 from ..compare.label_settings import Classify, class_models, fill_classify, parse_method
 from ..compare.label_stages import relabel
 from ..compare.config import to_table
-from ..compare.lab import stage_name
-from ..compare.preference_stages import Model, Study, know_model, model_lines
+from ..compare.stages import stage_name
+from ..compare.learn import Study
+from ..compare.models import Model, know_model, model_lines
 from ..compare.comparison import Opened, run_experiment
 from ..compare.preference_settings import short_name, weak_names
 from ..models.zoo import LADDER

@@ -19,7 +19,8 @@ from datasets import Dataset
 from ..compare.config import to_toml
 from ..compare.gold import check_gold
 from ..compare.preference_data import PreferenceData, halves
-from ..compare.preference_stages import Model, encoded, model_lines, open_base
+from ..compare.models import Model, model_lines, open_base
+from ..compare.preference_stages import encoded
 from ..compare.preference_settings import WeakTeacher, sampling
 from ..compare.preference_arms import ceiling_rows
 from ..compare.response_ends import check_responses

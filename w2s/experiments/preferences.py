@@ -29,7 +29,8 @@ from ..evaluate.power import power_table
 from ..compare.gold import check_gold
 from ..compare.preference_arms import REFERENCE, Arm, evaluate_arm, evaluate_choice, floor_arm, gold_items, judge_responses, train_students, write_responses
 from ..compare.preference_data import PreferenceData, check_halves, load_preferences
-from ..compare.preference_stages import Model, Study, know_model, model_lines
+from ..compare.learn import Study
+from ..compare.models import Model, know_model, model_lines
 from ..compare.comparison import Opened, run_experiment
 from ..compare.response_ends import check_cut, check_responses, cut_words
 from ..compare.supervisors import SeedRows, supervise

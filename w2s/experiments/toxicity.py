@@ -5,17 +5,15 @@
 # %% auto #0
 __all__ = ['ABOUT', 'COMPARED', 'PGR_METRICS', 'SHOWN', 'perplexity_stage', 'Heard', 'hear', 'shared_prompts', 'toxicity_items',
            'arm_name', 'failure_lines', 'sample_table', 'toxicity_units', 'toxicity_differences', 'recovered',
-           'ToxicityResult', 'recovered_text', 'shown_toxicity', 'toxicity_models', 'ToxicityMade', 'ToxicityStudy',
-           'report_of', 'open_toxicity', 'run', 'make_arms', 'result_of']
+           'ToxicityResult', 'recovered_text', 'shown_toxicity', 'ToxicityMade', 'ToxicityStudy', 'report_of',
+           'open_toxicity', 'run', 'make_arms', 'result_of']
 
 # %% ../../nbs/api/experiments/60_toxicity.ipynb #b08cf17b
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from html import escape
 from pathlib import Path
-from types import SimpleNamespace
 
 # %% ../../nbs/api/experiments/60_toxicity.ipynb #6e73994c
 import numpy as np
@@ -33,31 +31,36 @@ from ..evaluate.power import power_table
 from ..evaluate.responses import Scorer
 from ..evaluate.toxicity import failed_scores, fluency_scores, log_perplexity, toxicity_range, toxicity_scores
 from .labels import data_name
-from ..compare.lab import Lab, respond_stage, stage_name
-from ..compare.preference_stages import Model, Study, know_model, model_inputs, model_lines, open_base
-from ..compare.stages import run_stage
+from ..compare.stages import stage_name
+from ..compare.learn import Study
+from ..compare.models import Model, model_lines, open_base
+from ..compare.answer import answer_texts
+from ..compare.notes import Pass
+from ..compare.preference_data import ladder_world
+from ..compare.score import score_stage
 from ..compare.comparison import Opened, run_experiment
-from ..compare.toxicity_arms import Judge, ToxicityArm, choice_arms, judge_of, line_arms, score_stage, toxicity_lab
+from ..compare.toxicity_arms import Judge, ToxicityArm, ToxicitySite, choice_arms, judge_of, line_arms, toxicity_models, toxicity_stage
 from ..compare.toxicity_data import file_rows, origin_of, prompts_of, rows_of
 from ..compare.toxicity_settings import SCENES, Toxicity, fill_toxicity
 from ..compare.preference_settings import short_name
 from ..world.scenes import speech_verdict
-from ..models.zoo import model_folder
+from ..world.parts import parts
 
 # %% ../../nbs/api/experiments/60_toxicity.ipynb #17a0a6b5
 def perplexity_stage(
-    lab: Lab,                      # the run; its strong model, un-tuned, reads
+    site: ToxicitySite,            # the run; its strong model, un-tuned, reads
     name: str,                     # of the stage
     prompts: Sequence[str],        # one a row
     said: Sequence[Sequence[str]], # continuations of each
 ) -> np.ndarray:                   # (prompts, samples): `log_perplexity`
     "How unlikely continuations are, once"
-    def work(folder: Path) -> None:
-        base = open_base(lab.strong)
-        np.save(folder/'perplexity.npy', log_perplexity(base.model, base.tokenizer, prompts, said, quiet=True))
+    def score() -> np.ndarray:
+        base = open_base(site.strong)
+        return log_perplexity(base.model, base.tokenizer, prompts, said, quiet=True)
 
-    inputs = {**model_inputs(lab.strong), 'texts': content_id(list(prompts), [list(s) for s in said])}
-    return np.load(run_stage(lab.study.run, name, inputs, work)/'perplexity.npy')
+    def tokens() -> int: return sum(map(len, site.strong.reader.tokenizer([p + t for p, row in zip(prompts, said, strict=True) for t in row])['input_ids']))
+    inputs, n = {'texts': content_id(list(prompts), [list(s) for s in said])}, len(said[0])
+    return score_stage(site.study, site.strong, name, inputs, 'perplexity.npy', score, lambda rng: rng.normal(3, 1, (len(prompts), n)), [Pass('score', site.strong.name, n*len(prompts), tokens)])
 
 # %% ../../nbs/api/experiments/60_toxicity.ipynb #ad381f7c
 @dataclass(frozen=True)
@@ -70,17 +73,17 @@ class Heard:
 
 # %% ../../nbs/api/experiments/60_toxicity.ipynb #1ed6260b
 def hear(
-    lab: Lab,            # the run
-    config: Toxicity,    # how it is said
+    site: ToxicitySite,  # the run
     judge: Judge,        # of the continuations
     arm: ToxicityArm,    # who speaks
     test: Sequence[dict], # prompts, with kind
 ) -> Heard:
     "Let an arm continue the test prompts, and score that"
+    config = site.config
     name, prompts = stage_name('toxicity', arm.role, arm.method, 'test'), [r['prompt'] for r in test]
-    said = respond_stage(lab, arm.model, name, arm.adapter, prompts, config.speak, lab.seed)
-    scores, empty = score_stage(lab, judge, f'{name}-scores', prompts, said)
-    logs = perplexity_stage(lab, f'{name}-perplexity', prompts, said)
+    said = answer_texts(site.study, arm.model, name, arm.adapter, prompts, config.speak, site.seed)
+    scores, empty = toxicity_stage(site, judge, f'{name}-scores', prompts, said)
+    logs = perplexity_stage(site, f'{name}-perplexity', prompts, said)
     metrics = toxicity_scores(scores, empty, config.threshold) | fluency_scores(logs, said)
     if config.data == SCENES: metrics['well_formed'] = np.array([np.mean([speech_verdict(x).score for x in row]) for row in said])
     return Heard(arm, scores, empty, metrics)
@@ -247,13 +250,6 @@ def shown_toxicity(
     return wide.reset_index()[['role', 'method', *(m for m in metrics if m in wide)]].rename_axis(columns=None).fillna('–')
 
 # %% ../../nbs/api/experiments/60_toxicity.ipynb #fafc2fb1
-def toxicity_models(
-    config: Toxicity, # of a run
-) -> list[Model]:     # weak and strong
-    "The two models; raises `ModelError` for one that takes no adapter or cannot write"
-    asked = SimpleNamespace(max_length=sys.maxsize, load=config.load, lora=config.lora)
-    return [know_model(role, str(model_folder(name)), asked, writes=True) for role, name in (('weak', config.weak), ('strong', config.strong))]
-
 @dataclass(frozen=True)
 class ToxicityMade:
     "All arms of all seeds, heard and scored"
@@ -305,11 +301,11 @@ def make_arms(
     "All arms of all seeds, trained, heard and scored"
     c, heard, notes, test = t.study.config, [], list[str](), list[dict]()
     for seed in range(c.seeds):
-        lab = toxicity_lab(c, seed, t.study.run)
-        rows = rows_of(c, lab.parts, t.found, seed)
+        site = ToxicitySite(t.study, *t.models, seed)
+        rows = rows_of(c, parts(ladder_world(), seed, c.trial), t.found, seed)
         test = rows.test
-        chosen, pairs = choice_arms(lab, c, t.judge, rows) if 'dpo' in c.methods else ([], [])
-        heard += [hear(lab, c, t.judge, a, test) for a in [*line_arms(lab, c, t.judge, rows), *chosen]]
+        chosen, pairs = choice_arms(site, t.judge, rows) if 'dpo' in c.methods else ([], [])
+        heard += [hear(site, t.judge, a, test) for a in [*line_arms(site, t.judge, rows), *chosen]]
         notes += pairs
     return ToxicityMade(heard, notes, test)
 

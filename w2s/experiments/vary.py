@@ -20,7 +20,8 @@ from ..evaluate.intervals import Estimate, difference, with_limits
 from ..evaluate.several import adjust_table
 from ..compare.config import merged, number, to_table
 from ..compare.preference_data import check_halves, load_preferences
-from ..compare.preference_stages import Model, Study, model_lines, note_models
+from ..compare.learn import Study
+from ..compare.models import Model, model_lines, note_models
 from ..compare.stages import claim
 from ..compare.preference_settings import SUBSETS, SUPERVISORS, WeakTeacher, fill_settings
 from ..compare.response_ends import check_responses

@@ -24,7 +24,7 @@ from ..evaluate.power import DIFFERENCES_TOLD, report_differences
 from ..compare.label_settings import Classify
 from ..experiments.labels import ClassResult, shown_table
 from ..compare.config import to_toml
-from ..compare.preference_stages import model_load
+from ..compare.models import model_load
 from ..compare.preference_settings import short_name, weak_names
 from ..plots.methods import plot_curves, plot_methods
 from ..models.load import LoadSettings, load_config, model_kind
