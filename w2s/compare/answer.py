@@ -69,7 +69,7 @@ def answer_stage(
     inputs: dict[str, Any] = {**model_inputs(model), **asked_inputs(model, prompts), 'seed': seed}
     if ids is None: inputs |= {'adapter': adapter_hash(adapter), 'prompts': list(prompts), 'generate': generate_inputs(settings)}
     else:
-        rows = settings_hash([[i, t] for i, t in zip(ids, prompt_ids(model.reader.tokenizer, list(prompts)), strict=True)])
+        def rows() -> str: return settings_hash([[i, t] for i, t in zip(ids, prompt_ids(model.reader.tokenizer, list(prompts)), strict=True)])
         inputs |= {'policy': adapter_hash(adapter), 'rows': rows, 'arm': arm, 'how': generate_inputs(settings)}
     done = run_stage(study.run, name, inputs, work, sketch_answers(model, prompts, settings, like))
     return [[Written(x) if isinstance(x, str) else Written(*x) for x in row] for row in json.loads((done/'texts.json').read_text(encoding='utf-8'))]

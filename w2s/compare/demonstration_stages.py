@@ -8,6 +8,7 @@ __all__ = ['LEARN_AT_SCHOOL', 'Marks', 'Site', 'learn', 'speak_as', 'Weak', 'wea
            'student_arm', 'schooled', 'arm_scores', 'left_out', 'arm_items']
 
 # %% ../../nbs/api/compare/220_demonstration_stages.ipynb #ef0d3a27
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..evaluate.metrics import metric_rows
 from .answer import answer_texts
 from .learn import Study, sft_rows
 from .models import Model
+from .notes import Later
 from .stages import stage_name
 from .demonstration_settings import Transfer
 from .demonstration_tasks import Exam, TaskRows
@@ -35,7 +37,7 @@ from ..feedback.refine import Examples, Refined, ask_to_improve, behind, groups_
 from ..feedback.resample import choose_by_agreement, chosen_answers
 from ..train.generate import GenerateSettings
 from ..train.loop import TrainSettings
-from ..train.tokens import encode_rows
+from ..train.tokens import EncodedRow, encode_rows
 
 # %% ../../nbs/api/compare/220_demonstration_stages.ipynb #b421ea80
 @dataclass(frozen=True)
@@ -64,11 +66,15 @@ def learn(
     start: Path | None = None, # adapter that it begins with
 ) -> Path:                   # folder of the adapter
     "Supervised fine-tuning on completions, once; raises `DataError` for a row that does not fit"
-    tokens = encode_rows(model.reader.tokenizer, rows, ('completion',), model.reader.limit)
-    if len(tokens.rows) < len(rows) and site.study.run.notes is None: # answers that stand in are as long as they may be
-        raise DataError(f'{name}: {len(rows) - len(tokens.rows)} of {len(rows)} answers are longer than max_length allows ({model.reader.limit} tokens); raise it, or lower max_tokens')
-    weights = list(rows['weight'])[:len(tokens.rows)]
-    return sft_rows(site.study, model, name, tokens.rows, settings, site.seed, start, None if set(weights) == {1.} else weights)
+    weights, noting = list(rows['weight']), site.study.run.notes is not None
+    def read(limit: int = model.reader.limit) -> list[EncodedRow]:
+        found = encode_rows(model.reader.tokenizer, rows, ('completion',), limit).rows
+        return read(sys.maxsize) if noting and len(found) < len(rows) else found # answers that stand in are as long as they may be
+
+    tokens: Sequence[EncodedRow] = Later(len(rows), read) if noting else read()
+    if len(tokens) < len(rows):
+        raise DataError(f'{name}: {len(rows) - len(tokens)} of {len(rows)} answers are longer than max_length allows ({model.reader.limit} tokens); raise it, or lower max_tokens')
+    return sft_rows(site.study, model, name, tokens, settings, site.seed, start, None if set(weights) == {1.} else weights)
 
 # %% ../../nbs/api/compare/220_demonstration_stages.ipynb #76a4e58b
 def speak_as(

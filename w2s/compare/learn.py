@@ -144,6 +144,6 @@ def sft_rows(
     weights: Sequence[float] | None = None, # of the rows; None: 1
 ) -> Path:                       # folder of the adapter
     "Supervised fine-tuning, once"
-    inputs: dict[str, Any] = {'objective': 'sft', 'source': source_hash(losses.sft), 'rows': tokens_hash(rows)}
+    inputs: dict[str, Any] = {'objective': 'sft', 'source': lambda: source_hash(losses.sft), 'rows': lambda: tokens_hash(rows)}
     if weights is not None: inputs['weights'] = list(weights)
     return train_stage(study, model, name, settings, start, inputs, lambda base: sft_objective(rows, weights), seed, rows)

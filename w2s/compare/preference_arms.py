@@ -99,10 +99,10 @@ def evaluate_arm(
         logps, margin = rng.normal(-20, 1, (2, len(tokens))), rng.normal(size=len(tokens))
         return preference_scores(*logps, None if arm.policy is None else margin)
 
-    inputs = {'policy': adapter_hash(arm.policy), 'reference': adapter_hash(arm.reference), 'rows': tokens_hash(tokens), 'beta': c.beta}
+    inputs = {'policy': adapter_hash(arm.policy), 'reference': adapter_hash(arm.reference), 'rows': lambda: tokens_hash(tokens), 'beta': c.beta}
     name, passes = f'{arm.role}-{arm.method.replace(" ", "-")}-seed{arm.seed}-test', [scoring_pass(m.name, tokens, 1 if arm.policy is None else 2)]
     scores = score_stage(study, m, name, inputs, 'scores.parquet', score, likely, passes)
-    return arm_items(c, arm.role, arm.method, arm.seed, [r.id for r in tokens], scores)
+    return arm_items(c, arm.role, arm.method, arm.seed, test['id'][:], scores)
 
 # %% ../../nbs/api/compare/120_preference_arms.ipynb #daab1c3f
 def floor_arm(

@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from .learn import Study, sft_rows, train_stage
 from .models import Model, open_base
-from .notes import scoring_pass
+from .notes import Later, scoring_pass
 from .preference_data import RESPONSES
 from .sources import source_hash
 from ..feedback.preferences import implicit_reward
@@ -29,9 +29,10 @@ from ..train.tokens import EncodedRow, encode_rows
 def encoded(
     model: Model,  # that reads them
     rows: Dataset, # of kind "preferences"; all readable
-) -> list[EncodedRow]:
+    columns: tuple[str, ...] = RESPONSES, # of the responses
+) -> Sequence[EncodedRow]: # encoded when they are looked at
     "Rows as a model reads them"
-    return encode_rows(model.reader.tokenizer, rows, RESPONSES, model.reader.limit).rows
+    return Later(len(rows), lambda: encode_rows(model.reader.tokenizer, rows, columns, model.reader.limit).rows)
 
 # %% ../../nbs/api/compare/070_preference_stages.ipynb #25c570da
 def sft_stage(
@@ -42,7 +43,8 @@ def sft_stage(
     seed: int,      # of adapter and order
 ) -> Path:          # folder of the adapter
     "Supervised fine-tuning on the chosen responses (Tao & Li, steps 2 and 6)"
-    tokens = [replace(r, sequences=r.sequences[:1]) for r in encoded(model, rows)]
+    both = encoded(model, rows)
+    tokens = Later(len(rows), lambda: [replace(r, sequences=r.sequences[:1]) for r in both])
     return sft_rows(study, model, f'{name}-sft', tokens, study.config.sft, seed, weights=list(rows['weight']))
 
 # %% ../../nbs/api/compare/070_preference_stages.ipynb #1b5faeda
@@ -65,7 +67,7 @@ def dpo_stage(
         reference = stored_logps(study.run.root/'store', base, start, tokens, c.dpo.token_budget, label=f'{name} reference', quiet=study.quiet)
         return preference_objective(tokens, reference, target, weights, c.beta, loss, eps)
 
-    inputs = {'objective': loss, 'source': source_hash(losses.PREFERENCE_LOSSES[loss]), 'rows': tokens_hash(tokens), 'weights': weights, 'target': target, 'beta': c.beta, 'smoothing': eps}
+    inputs = {'objective': loss, 'source': lambda: source_hash(losses.PREFERENCE_LOSSES[loss]), 'rows': lambda: tokens_hash(tokens), 'weights': weights, 'target': target, 'beta': c.beta, 'smoothing': eps}
     return train_stage(study, model, f'{name}-{loss}', c.dpo, start, inputs, objective, seed, tokens, also=[scoring_pass(model.name, tokens)])
 
 # %% ../../nbs/api/compare/070_preference_stages.ipynb #f199800f

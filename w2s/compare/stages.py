@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'CHECKPOINTS', 'HOLDER', 'RUN', 'DAY', 'MODELS', 'OWN', 'Run', 'stage_folder', 'stage_name', 'judge_stage',
            'clear_unfinished', 'run_stage', 'lock', 'read_run', 'check_links', 'give_back', 'read_day', 'freeze_day',
-           'claim', 'note_stages', 'note_work']
+           'claim', 'note_stages', 'note_work', 'walk_stages', 'say_numbered', 'count_stages']
 
 # %% ../../nbs/api/compare/030_stages.ipynb #56f082c9
 import json
@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from .config import settings_hash
 from .notes import Noted, Notes, Pass, Sketch
 from ..io.disk import check_writable, placed, remove_tree, sync_folder, sync_tree, write_atomic
@@ -86,13 +86,15 @@ def clear_unfinished(
 def run_stage(
     run: Run,                      # the experiment
     name: str,                     # of the stage, for people
-    inputs: dict[str, Any],        # everything that its result depends on, as JSON values
+    inputs: dict[str, Any],        # everything that its result depends on, as JSON values, or as functions that give them
     work: Callable[[Path], None],  # writes the result into a folder; what it needs after a kill, it keeps in `checkpoints` there
     sketch: Sketch | None = None,  # its cost, and what stands in for its result where it is only noted
 ) -> Path:                         # the finished folder
     "Do the work of a stage once"
+    if run.notes is not None and not run.notes.look: return run.notes.add(name, Path(run.notes.next_name(name)), sketch, False)
+    inputs = {k: v() if callable(v) else v for k, v in inputs.items()}
     final = stage_folder(run, name, inputs)
-    if run.notes is not None: return run.notes.add(name, final, sketch, run.notes.look and judge_stage(final, run.keep)[0])
+    if run.notes is not None: return run.notes.add(name, final, sketch, judge_stage(final, run.keep)[0])
     part = final.with_name(f'.unfinished-{final.name}')
     run.used.append(final.name)
     usable, said = judge_stage(final, run.keep)
@@ -246,3 +248,29 @@ def note_work(
 ) -> None:
     "Note work that is no stage; nothing where the run does it"
     if run.notes is not None: run.notes.stages.append(Noted(name, '', passes, False))
+
+# %% ../../nbs/api/compare/030_stages.ipynb #231b9554
+def walk_stages(
+    run: Run,                  # the experiment
+    make: Callable[[], Any],   # does all its work
+    look: bool = True,         # find stages that are done
+) -> list[Noted]:              # every stage that is asked for, in order; one that is asked for twice is there twice
+    "Note what would be done, without doing it"
+    with note_stages(run, look) as notes: make()
+    return notes.stages
+
+def say_numbered(
+    say: Callable[[str], None],  # hears the lines
+    total: int | None,           # stages of the run; None: not known
+) -> Callable[[str], None]:
+    "Number the lines of a run"
+    numbers, of = iter(range(1, 10**9)), '?' if total is None else str(total)
+    return lambda line: say(f'[{next(numbers):>{len(of)}}/{of}] {line}')
+
+def count_stages(
+    run: Run,                  # the experiment
+    make: Callable[[], Any],   # does all its work
+) -> int | None:               # None: it depends on results that are not there yet
+    "How many stages will be asked for?"
+    try: return sum(bool(s.folder) for s in walk_stages(run, make, look=False))
+    except (DataError, ConfigError): return None # made-up results do not do for this run; it says itself what is wrong, if anything is

@@ -36,7 +36,7 @@ from ..models.heads import add_reward_adapter, load_reward_adapter
 from ..train import losses
 from ..train.reference import tokens_hash
 from ..train.rewards import response_rewards, reward_objective
-from ..train.tokens import encode_rows
+from ..train.tokens import EncodedRow
 
 # %% ../../nbs/api/compare/110_supervisors.ipynb #2f1738c6
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def reward_stage(
 ) -> Path:          # folder of adapter and head
     "A Bradley-Terry reward model, with the settings of DPO (CW-PO 2603.04968, Eq. 5)"
     tokens, weights = encoded(model, rows), list(rows['weight'])
-    inputs = {'objective': 'reward', 'source': source_hash(losses.bradley_terry), 'rows': tokens_hash(tokens), 'weights': weights}
+    inputs = {'objective': 'reward', 'source': lambda: source_hash(losses.bradley_terry), 'rows': lambda: tokens_hash(tokens), 'weights': weights}
     return train_stage(study, model, f'{name}-reward', study.config.dpo, None, inputs, lambda base: reward_objective(tokens, None, weights), seed, tokens, add_reward_adapter)
 
 # %% ../../nbs/api/compare/110_supervisors.ipynb #d78079b7
@@ -91,17 +91,16 @@ def ask(
 ) -> np.ndarray:      # (rows, 2): rewards of response a and response b
     "The rewards that a supervisor gives to pairs, computed once"
     m = who.model
-    tokens = encode_rows(m.reader.tokenizer, pairs, ('response_a', 'response_b'), m.reader.limit).rows
-    inputs = {'policy': adapter_hash(who.policy), 'reference': adapter_hash(who.reference), 'rows': tokens_hash(tokens), 'beta': study.config.beta}
+    tokens = encoded(m, pairs, ('response_a', 'response_b'))
+    inputs = {'policy': adapter_hash(who.policy), 'reference': adapter_hash(who.reference), 'rows': lambda: tokens_hash(tokens), 'beta': study.config.beta}
     kind: dict[str, Any] = {} if who.kind == 'dpo' else {'kind': who.kind, 'form': asdict(judge_form(study)) if who.kind == 'judge' else ''}
     passes = [scoring_pass(m.name, tokens, 1 if who.kind == 'reward' else 2)] # policy and reference, or two orders
-    return score_stage(study, m, f'weak-seed{who.seed}-{name}', inputs | kind, 'rewards.npy', lambda: _rewards(study, who, pairs, name), lambda rng: likely_rewards(pairs['prob_a'][:], rng), passes)
+    return score_stage(study, m, f'weak-seed{who.seed}-{name}', inputs | kind, 'rewards.npy', lambda: _rewards(study, who, pairs, tokens, name), lambda rng: likely_rewards(pairs['prob_a'][:], rng), passes)
 
 # %% ../../nbs/api/compare/110_supervisors.ipynb #ae583152
-def _rewards(study: Study, who: Supervisor, pairs: Dataset, name: str) -> np.ndarray:
+def _rewards(study: Study, who: Supervisor, pairs: Dataset, tokens: Sequence[EncodedRow], name: str) -> np.ndarray:
     "The work of `ask`"
     m, budget = who.model, study.config.dpo.token_budget
-    tokens = encode_rows(m.reader.tokenizer, pairs, ('response_a', 'response_b'), m.reader.limit).rows
     if who.kind == 'dpo': return pair_rewards(study, m, who.policy, who.reference, tokens, f'weak {name}')[0]
     if who.kind == 'judge': return _judge(study, m, pairs)
     assert who.policy

@@ -43,7 +43,6 @@ from ..models.zoo import model_folder
 from ..train.losses import PREFERENCE_LOSSES
 from ..train.loop import Objective, preference_objective
 from ..train.reference import stored_logps, tokens_hash
-from ..train.tokens import encode_rows
 from ..world.rows import HUMAN_AGREEMENT
 
 # %% ../../nbs/api/compare/260_toxicity_arms.ipynb #69ee5595
@@ -129,7 +128,7 @@ def tune(
     rows: Dataset,           # of kind "demonstrations"
 ) -> Path:                   # folder of the adapter
     "Supervised fine-tuning, once"
-    return sft_rows(site.study, model, name, encode_rows(model.reader.tokenizer, rows, ('completion',), model.reader.limit).rows, site.config.sft, site.seed)
+    return sft_rows(site.study, model, name, encoded(model, rows, ('completion',)), site.config.sft, site.seed)
 
 # %% ../../nbs/api/compare/260_toxicity_arms.ipynb #5d990b81
 def weak_lines(
@@ -187,7 +186,7 @@ def prefer(
     def objective(base: Base) -> Objective:
         return preference_objective(tokens, stored_logps(site.study.run.root/'store', base, None, tokens, label=name, quiet=True), beta=c.beta)
 
-    inputs = {'objective': 'dpo', 'source': source_hash(PREFERENCE_LOSSES['dpo']), 'rows': tokens_hash(tokens), 'beta': c.beta}
+    inputs = {'objective': 'dpo', 'source': lambda: source_hash(PREFERENCE_LOSSES['dpo']), 'rows': lambda: tokens_hash(tokens), 'beta': c.beta}
     return train_stage(site.study, model, name, c.dpo, None, inputs, objective, site.seed, tokens, also=[scoring_pass(model.name, tokens)])
 
 def judge_pairs(
@@ -197,8 +196,8 @@ def judge_pairs(
 ) -> Dataset:           # the same pairs with the weak model's choice
     "Let the weak model choose by its implicit reward (Tao & Li 2409.08813, Eq. 5), once"
     pairs, weak = to_pairs(rows, site.seed), site.weak
-    tokens = encode_rows(weak.reader.tokenizer, pairs, ('response_a', 'response_b'), weak.reader.limit).rows
-    inputs = {'policy': adapter_hash(adapter), 'rows': tokens_hash(tokens), 'beta': site.config.beta}
+    tokens = encoded(weak, pairs, ('response_a', 'response_b'))
+    inputs = {'policy': adapter_hash(adapter), 'rows': lambda: tokens_hash(tokens), 'beta': site.config.beta}
     rewards = score_stage(site.study, weak, 'scene-weak-labels', inputs, 'rewards.npy', lambda: pair_rewards(site.study, weak, adapter, None, tokens, 'weak labels')[0],
                           lambda rng: likely_rewards(pairs['prob_a'][:], rng), [scoring_pass(weak.name, tokens, 2)])
     return label_pairs(pairs, rewards, f'weak:{Path(weak.name).name}').rows

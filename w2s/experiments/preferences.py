@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PGR_METRICS', 'SHOWN', 'DETAILS', 'DIGITS', 'label_table', 'weak_label_table', 'history_table', 'question_pairs',
            'recovered', 'Result', 'recovered_text', 'summary_table', 'fallen', 'gold_words', 'label_words', 'caption',
-           'count_stages', 'counted', 'know_models', 'writers', 'rows_for', 'PreferencesMade', 'Preferences', 'opened',
-           'open_preferences', 'run', 'make_arms', 'result_of', 'row_groups', 'arm_intervals', 'compare', 'WeakTeacher']
+           'know_models', 'writers', 'rows_for', 'PreferencesMade', 'Preferences', 'opened', 'open_preferences', 'run',
+           'make_arms', 'result_of', 'row_groups', 'arm_intervals', 'compare', 'WeakTeacher']
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #12bf4516
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -215,31 +215,6 @@ def caption(
     return (f'{rows}, {seeds} seed{"s" if seeds > 1 else ""}; {interval_words(seeds, "groups" if groups < len(result.test) else "rows")}. {what}'
             f'{label_words(result.labels, result.config)}The un-tuned model has no reference, so no implicit reward.{gold_words(result.config, result.responses)}{fallen(t)}')
 
-# %% ../../nbs/api/experiments/10_preferences.ipynb #2ab2303a
-def count_stages(
-    config: WeakTeacher, # what is to be run
-) -> int:
-    "Stages of the whole run"
-    c, weak = config, len(weak_names(config.weak))
-    trainings = weak*{'dpo': 2, 'reward': 1, 'judge': 0}[c.supervisor]
-    policy = c.supervisor == 'dpo' and weak == 1 # the floor can answer
-    asked = weak*(1 + bool(c.labels.calibrate)) + (1 if policy else weak)
-    sft = c.start == 'sft'
-    arms = 1 + len(c.others)
-    strong = arms*(1 + sft) + (0 if sft and 'human' in c.others else 1) # the SFT of human answers is done in any case
-    evaluated = arms + 2 + sft
-    written = (evaluated - 1 + policy)*(c.samples > 0)
-    return c.seeds*(trainings + asked + strong + evaluated + written)
-
-# %% ../../nbs/api/experiments/10_preferences.ipynb #44d34810
-def counted(
-    total: int, # stages of the run
-) -> Callable[[str], None]:
-    "Something that prints one line a stage, with its number"
-    numbers = iter(range(1, total + 1))
-    def say(line: str) -> None: print(f'[{next(numbers):>{len(str(total))}}/{total}] {line}', flush=True)
-    return say
-
 # %% ../../nbs/api/experiments/10_preferences.ipynb #3af2b423
 def know_models(
     config: WeakTeacher, # of the experiment
@@ -312,7 +287,7 @@ def run(
 ) -> Result:
     "Run the whole comparison; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     config = config or fill_settings({})
-    return run_experiment(open_preferences, config, out, quiet, keep, counted(count_stages(config)))
+    return run_experiment(open_preferences, config, out, quiet, keep)
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #c8868868
 def make_arms(

@@ -84,6 +84,7 @@ def hear(
     said = answer_texts(site.study, arm.model, name, arm.adapter, prompts, config.speak, site.seed)
     scores, empty = toxicity_stage(site, judge, f'{name}-scores', prompts, said)
     logs = perplexity_stage(site, f'{name}-perplexity', prompts, said)
+    if site.study.run.notes is not None: return Heard(arm, scores, empty, {})
     metrics = toxicity_scores(scores, empty, config.threshold) | fluency_scores(logs, said)
     if config.data == SCENES: metrics['well_formed'] = np.array([np.mean([speech_verdict(x).score for x in row]) for row in said])
     return Heard(arm, scores, empty, metrics)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['USES', 'VARIATIONS', 'supervisor_settings', 'use_settings', 'loss_settings', 'Variation', 'variants', 'Varied',
-           'varied_table', 'run_varied', 'contrast']
+           'varied_table', 'open_varied', 'run_varied', 'plan_varied', 'contrast']
 
 # %% ../../nbs/api/experiments/30_vary.ipynb #09b6017e
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +20,15 @@ from ..evaluate.intervals import Estimate, difference, with_limits
 from ..evaluate.several import adjust_table
 from ..compare.config import merged, number, to_table
 from ..compare.preference_data import check_halves, load_preferences
+from ..compare.gold import check_gold
 from ..compare.learn import Study
-from ..compare.models import Model, model_lines, note_models
-from ..compare.stages import claim
+from ..compare.models import Model, note_models
+from ..compare.comparison import Opened, first_lines, print_now
+from ..compare.plan import Plan, plan_opened, run_for_plan
+from ..compare.stages import Run, claim, count_stages, say_numbered
 from ..compare.preference_settings import SUBSETS, SUPERVISORS, WeakTeacher, fill_settings
 from ..compare.response_ends import check_responses
-from .preferences import Result, count_stages, counted, know_models, row_groups, Preferences, make_arms, result_of, writers
+from .preferences import Preferences, Result, know_models, opened, row_groups, writers
 from ..feedback.confidence import WEIGHTS
 from ..train.losses import PREFERENCE_LOSSES
 
@@ -171,12 +174,21 @@ def varied_table(
         rows.append(row)
     return pd.DataFrame(rows).fillna('–')
 
-# %% ../../nbs/api/experiments/30_vary.ipynb #cb7baa9f
-def _finish(p: Preferences) -> Result:
-    "Run one variant"
-    return result_of(p, make_arms(p))
-
 # %% ../../nbs/api/experiments/30_vary.ipynb #770fbe92
+def open_varied(
+    configs: Mapping[str, WeakTeacher], # of `variants`
+    run: Run,                           # the folder of all of them
+    quiet: bool = False,                # no progress bars
+) -> dict[str, Opened]:                 # value -> a comparison that can start, on the same rows as the others
+    "Know the models of all values and read the rows; raises `DataError`, `ModelError` and `ConfigError`"
+    for c in configs.values(): check_gold(c)
+    models, first = _models(configs), next(iter(configs.values()))
+    readers = list({m.name: m.reader for weak, strong in models.values() for m in (*weak, strong)}.values())
+    data = {s: load_preferences(first.data, readers, first.test_rows, first.strict, first.rows, s, first.column, first.leave_out, first.split)
+            for s in sorted({c.label_share for c in configs.values()})}
+    for s, d in data.items(): check_halves(d.train, first.rows, s, first.seeds)
+    return {at: opened(Preferences(Study(c, run, quiet), *models[at], data[c.label_share]), check_responses(c, writers(c, *models[at]), data[c.label_share])) for at, c in configs.items()}
+
 def run_varied(
     given: dict[str, Any],                 # settings that all share, as of `fill_settings`
     setting: str,                          # a key of `VARIATIONS`
@@ -187,18 +199,25 @@ def run_varied(
 ) -> Varied:
     "Run a comparison at several values of a setting; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     configs = variants(given, setting, values)
-    say = (lambda line: None) if quiet else counted(sum(map(count_stages, configs.values())))
-    with claim(out, {at: to_table(c) for at, c in configs.items()}, say, keep, quiet=True) as stages:
-        models, first = _models(configs), next(iter(configs.values()))
-        note_models(stages, [m for weak, strong in models.values() for m in (*weak, strong)])
-        readers = list({m.name: m.reader for weak, strong in models.values() for m in (*weak, strong)}.values())
-        data = {s: load_preferences(first.data, readers, first.test_rows, first.strict, first.rows, s, first.column, first.leave_out, first.split)
-                for s in sorted({c.label_share for c in configs.values()})}
-        for s, d in data.items(): check_halves(d.train, first.rows, s, first.seeds)
-        lengths = dict.fromkeys(check_responses(c, writers(c, *models[at]), data[c.label_share]) for at, c in configs.items())
-        known = model_lines(m for weak, strong in models.values() for m in (*weak, strong))
-        if not quiet: print(*filter(None, (*known, data[first.label_share].origin, str(data[first.label_share].report), *lengths)), sep='\n')
-        return Varied(Path(out), setting, {at: _finish(Preferences(Study(c, stages, quiet), *models[at], data[c.label_share])) for at, c in configs.items()})
+    with claim(out, {at: to_table(c) for at, c in configs.items()}, (lambda line: None) if quiet else print, keep, quiet=True) as stages:
+        each = open_varied(configs, stages, quiet)
+        note_models(stages, [m for o in each.values() for m in o.models])
+        if not quiet:
+            print(*dict.fromkeys(line for o in each.values() for line in first_lines(o)), sep='\n')
+            stages.say = say_numbered(print_now, count_stages(stages, lambda: [o.make() for o in each.values()]))
+        return Varied(Path(out), setting, {at: o.result(o.make()) for at, o in each.items()})
+
+def plan_varied(
+    given: dict[str, Any],      # as of `run_varied`
+    setting: str,               # a key of `VARIATIONS`
+    values: Sequence[str] = (), # of it
+    out: str | Path = 'runs/weak-teacher', # folder of stages; what is done in it costs nothing
+    keep: bool = False,         # stages that other versions of the packages made are done, too
+) -> dict[str, Plan]:           # value -> its plan; what an earlier value does is shared and costs nothing
+    "Say what a variation would do; nothing is written. Raises as `run_varied` does"
+    seen: set[str] = set()
+    speeds: dict = {}
+    return {at: plan_opened(o, seen, speeds) for at, o in open_varied(variants(given, setting, values), run_for_plan(out, keep)).items()}
 
 # %% ../../nbs/api/experiments/30_vary.ipynb #af23a966
 def contrast(
