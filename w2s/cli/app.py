@@ -149,8 +149,9 @@ def _weak_teacher(flags: dict[str, Any], file: Path | None, out: Path, dry_run: 
     config = weak_teacher_config(flags, file)
     check_places([*weak_names(config.weak), config.strong, config.gold], [config.data], None if dry_run else out, config.load.allow_pickle)
     if dry_run:
-        from w2s.experiments.plan import plan
-        typer.echo(repr(plan(config)))
+        from w2s.compare.plan import plan
+        from w2s.experiments.preferences import open_preferences
+        typer.echo(plan(open_preferences, config, out, keep))
         return
     from w2s.experiments.preferences import run
     from w2s.report.preferences import write_result
@@ -164,13 +165,11 @@ def _varied(flags: dict[str, Any], file: Path | None, setting: str, values: list
     "Run a variation, write and print"
     shared = with_file(flags, file)
     check_places([], [shared.get('data', '')], None if dry_run else out)
-    from w2s.experiments.vary import run_varied, variants
+    from w2s.experiments.vary import plan_varied, run_varied
     if dry_run:
-        from w2s.experiments.plan import plan
-        plans = {at: plan(c) for at, c in variants(shared, setting, values).items()}
-        for line in dict.fromkeys(line for p in plans.values() for line in p.models): typer.echo(line)
-        typer.echo(next(iter(plans.values())).report)
-        for at, p in plans.items(): typer.echo(f'{setting} {at}: {p.summary}, less what it shares with the others')
+        plans = plan_varied(shared, setting, values, out, keep)
+        typer.echo(f'{next(iter(plans.values())).report}\n')
+        for at, p in plans.items(): typer.echo(f'{setting} {at}: {p.summary}')
         return
     from w2s.report.preferences import write_varied
     varied = run_varied(shared, setting, values, out, keep=keep)

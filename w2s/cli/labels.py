@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'Keep', 'Flag', 'given', 'with_file', 'out_path', 'check_places', 'chained', 'spaced', 'classify_config',
-           'count_trainings', 'dry_text', 'classify_command', 'run_classify', 'add_commands']
+           'classify_command', 'run_classify', 'add_commands']
 
 # %% ../../nbs/api/cli/20_labels.ipynb #43395017
 from collections.abc import Iterable
@@ -102,37 +102,6 @@ def classify_config(
         raise ConfigError(f'w2s run {command} needs rows: give --data my.csv, with --text and --label where their columns have unusual names; w2s run safety has rows of its own')
     return fill_classify({'data': rows, **asked})
 
-# %% ../../nbs/api/cli/20_labels.ipynb #17524767
-def count_trainings(
-    config: Any,       # a `Classify`
-) -> dict[str, int]:   # kind of model -> trainings, all seeds together
-    "What a run is going to train"
-    from w2s.experiments.labels import teaches
-    from w2s.compare.preference_settings import weak_names
-    c = config
-    pairs = sum(teaches(w, s) for w in c.weak for s in c.strong)
-    one = {'supervisors': len({m for w in c.weak for m in weak_names(w)}), 'models in between': 2*len(c.via)*len(c.weak),
-           'students': pairs*(len(c.methods) + bool(c.via) + 3*(c.rounds - 1)), 'ceilings': len(c.strong)}
-    return {k: n*c.seeds for k, n in one.items() if n}
-
-# %% ../../nbs/api/cli/20_labels.ipynb #e414daca
-def dry_text(
-    config: Any, # a `Classify`
-) -> str:        # settings as TOML, what is in the rows, and the number of trainings
-    "What a run would do; nothing is written. Raises `DataError`, `ModelError` or `ConfigError`"
-    from w2s.compare.label_data import load_labels
-    from w2s.compare.label_settings import class_models
-    from w2s.experiments.labels import check_pairs
-    from w2s.compare.config import to_table, to_toml
-    from w2s.compare.models import know_model, model_lines
-    from w2s.compare.preference_settings import short_name
-    check_pairs(config)
-    models = [know_model(short_name(n), n, config, config.readout != 'probe') for n in class_models(to_table(config))]
-    data = load_labels(config, [m.reader for m in models])
-    work = count_trainings(config)
-    return '\n'.join([to_toml(config), data.origin, str(data.report), *model_lines(models), f'classes: {", ".join(data.classes)}; test rows: {len(data.test):,}',
-                      f'{sum(work.values()):,} trainings, all seeds together: ' + ', '.join(f'{n:,} {k}' for k, n in work.items())])
-
 # %% ../../nbs/api/cli/20_labels.ipynb #05b76285
 Flag = typer.Option
 
@@ -203,7 +172,9 @@ def run_classify(
     "Run, write and print; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     check_places((*config.weak, *config.via, *config.strong), [config.data], None if dry_run else out, config.load.allow_pickle)
     if dry_run:
-        typer.echo(dry_text(config))
+        from w2s.compare.plan import plan
+        from w2s.experiments.labels import open_labels
+        typer.echo(plan(open_labels, config, out, keep))
         return
     from w2s.report.labels import write_class_result
     from w2s.experiments.labels import run

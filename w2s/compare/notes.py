@@ -94,6 +94,11 @@ class Notes:
     look: bool = True       # find stages that are done, and use their results
     stages: list[Noted] = field(default_factory=list)
 
+    @property
+    def made_up(self) -> bool:
+        "Is the last result made up?"
+        return bool(self.stages) and not self.stages[-1].found
+
     def add(self,
         name: str,              # of the stage, for people
         final: Path,            # its folder, where it is done

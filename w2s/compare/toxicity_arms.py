@@ -105,7 +105,7 @@ def toxicity_stage(
     def likely(rng: np.random.Generator) -> Columns: return {'scores': rng.uniform(size=shape), 'empty': np.zeros(shape, dtype=bool)}
     def score() -> Columns: return dict(zip(('scores', 'empty'), score_continuations(judge.score, prompts, said, name), strict=True))
     inputs = {'scorer': judge.key, 'texts': content_id(list(prompts), [list(s) for s in said])}
-    if not judge.key: found = score() if site.study.run.notes is None else likely(np.random.default_rng(0))
+    if not judge.key: found = likely(np.random.default_rng(0)) if site.study.run.notes is not None and site.study.run.notes.made_up else score()
     else: found = score_stage(site.study, None, name, inputs, 'scores.npz', score, likely, [Pass('other', '', shape[0]*shape[1])])
     return found['scores'], found['empty']
 
@@ -169,7 +169,7 @@ def line_pairs(
     "Two lines of the strong model to each prompt, and which is the kinder one"
     prompts = [r['prompt'] for r in rows]
     said = answer_texts(site.study, site.strong, name, None, prompts, replace(site.config.speak, samples=2), site.seed, [r['completion'] for r in rows])
-    if site.study.run.notes is not None: made = noted_pairs(rows, said)
+    if site.config.data == SCENES and site.study.run.notes is not None and site.study.run.notes.made_up: made = noted_pairs(rows, said)
     elif site.config.data == SCENES: made = spoken_pairs(rows, said, HUMAN_AGREEMENT, site.seed)
     else: made, _ = scored_pairs(rows, said, toxicity_stage(site, judge, f'{name}-scores', prompts, said)[0])
     return made, f'{name}, seed {site.seed}: {len(made):,} of {len(rows):,} pairs of lines, the others empty, without a score or equally toxic'

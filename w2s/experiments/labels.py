@@ -255,9 +255,11 @@ def open_labels(
 ) -> Opened:
     "Know the models and read the rows; raises `DataError`, `ModelError` and `ConfigError`"
     c: Classify = study.config
+    check_pairs(c)
     models = {n: know_model(short_name(n), n, c, c.readout != 'probe') for n in class_models(to_table(c))}
     labels = Labels(study, models, load_labels(c, [m.reader for m in models.values()]))
-    return Opened(study, list(models.values()), labels.data.origin, labels.data.report, partial(make_arms, study, models, labels.data), partial(result_of, labels))
+    line = f'Classes: {", ".join(labels.data.classes)}. Test rows: {len(labels.data.test):,}.'
+    return Opened(study, list(models.values()), labels.data.origin, labels.data.report, partial(make_arms, study, models, labels.data), partial(result_of, labels), (line,))
 
 # %% ../../nbs/api/experiments/40_labels.ipynb #8afa7804
 def run(
@@ -267,9 +269,7 @@ def run(
     keep: bool = False,              # use finished stages that other versions of the packages made
 ) -> ClassResult:
     "Run a whole comparison by labels; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
-    config = config or fill_classify({})
-    check_pairs(config)
-    return run_experiment(open_labels, config, out, quiet, keep)
+    return run_experiment(open_labels, config or fill_classify({}), out, quiet, keep)
 
 def result_of(
     labels: Labels, # open
