@@ -14,7 +14,7 @@ from w2s.compare.models import know_model
 from w2s.compare.stages import Run
 from w2s.compare.toxicity_data import rows_of
 from w2s.compare.toxicity_settings import fill_toxicity
-from w2s.compare.lab import parts
+from w2s.world.parts import parts
 from w2s.experiments.demonstrations import make_seed
 from w2s.compare.demonstration_settings import METHODS, fill_transfer
 from w2s.compare.demonstration_stages import Site
