@@ -16,6 +16,7 @@ from w2s.cli.app import weak_teacher_config
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.errors import ConfigError, ModelError, W2SWarning
 from w2s.experiments import preferences as page
+from w2s.compare.comparison import run_experiment
 from w2s.compare.stages import Run, claim, run_stage
 from w2s.compare.upkeep import find_unused, verify_folder
 from w2s.experiments.preferences import run
@@ -69,7 +70,7 @@ def go(home, out, keep=False):
     said, config = [], weak_teacher_config({}, home/'run.toml')
     with warnings.catch_warnings(record=True) as warned, pytest.MonkeyPatch.context() as m:
         warnings.simplefilter('always', W2SWarning)
-        m.setattr(page, 'counted', lambda total: said.append)
+        m.setattr(page, 'run_experiment', lambda open_it, config, out, quiet, keep: run_experiment(open_it, config, out, quiet, keep, said.append))
         m.setattr('builtins.print', lambda *a, **k: None)
         m.setattr(page, 'check_cut', lambda *a: None) # models of a few steps do not end their responses
         m.setattr('w2s.report.preferences.result_figure', lambda result: Figure()) # drawing takes longer than all the rest

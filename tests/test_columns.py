@@ -571,7 +571,7 @@ def test_rare_classes_are_in_every_part(tmp_path, unsafe, seeds):
     from w2s.compare.label_arms import part_rows
     from w2s.compare.label_data import load_labels
     from w2s.compare.label_settings import fill_classify
-    from w2s.compare.preference_stages import know_model
+    from w2s.compare.models import know_model
     config = fill_classify(dict(data=str(rows_of(tmp_path/'x.csv', 80, unsafe)), seeds=seeds, weak='pico', strong='pico'))
     data = load_labels(config, [know_model('pico', 'pico', config).reader])
     for seed in range(seeds):

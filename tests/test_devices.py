@@ -13,8 +13,8 @@ from transformers import LlamaConfig, OPTConfig, Qwen2Config
 from w2s.data.rows import make_rows
 from w2s.data.samples import sample_preferences
 from w2s.errors import ConfigError, TrainError, W2SWarning
-from w2s.compare import gold, preference_stages
-from w2s.compare.preference_stages import close_base, know_model, open_base
+from w2s.compare import gold, models as models_page
+from w2s.compare.models import close_base, know_model, open_base
 from w2s.compare.preference_settings import WeakTeacher
 from w2s.models import devices
 from w2s.models.adapters import LoraSettings, add_adapter
@@ -85,14 +85,14 @@ def test_one_base_at_a_time(folders, monkeypatch):
     "The base before is gone when the next one is loaded, and when a reward model is"
     config, alive, seen = WeakTeacher(load=LoadSettings('none', 'float32')), [], []
     models = [know_model(r, str(f), config) for r, f in zip(('weak', 'strong'), folders, strict=True)]
-    real = preference_stages.load_base
+    real = models_page.load_base
     def load(name, settings):
         gc.collect()
         seen.append(sum(r() is not None for r in alive))
         out = real(name, settings)
         alive.append(weakref.ref(out.model))
         return out
-    monkeypatch.setattr(preference_stages, 'load_base', load)
+    monkeypatch.setattr(models_page, 'load_base', load)
     close_base()
     for m in (*models, *models): open_base(m)
     assert open_base(models[1]) is open_base(models[1])

@@ -10,7 +10,8 @@ from families import ALIKE, COMMANDS, EYE, FAMILIES, MINE, MOE, TOKENIZERS, S, l
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from w2s.errors import ModelError
-from w2s.compare.preference_stages import check_checkpointing, know_model, model_inputs
+from w2s.compare.learn import check_checkpointing
+from w2s.compare.models import know_model, model_inputs
 from w2s.compare.preference_settings import WeakTeacher
 from w2s.models import load
 from w2s.models.adapter_files import PURE_MAMBA, adapter_line, linear_layers

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from w2s.cli.app import app
 from w2s.errors import ConfigError, ModelError, W2SWarning
-from w2s.compare.preference_stages import know_model
+from w2s.compare.models import know_model
 from w2s.io import file_hashes
 from w2s.models import hub
 from w2s.models.adapters import add_adapter, save_adapter

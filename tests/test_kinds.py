@@ -173,7 +173,7 @@ def test_words_in_braces_are_words(): assert not any(map(looks_like_messages, ('
 
 @pytest.mark.parametrize('few, many', [(1, 1), (2, 1), (1, 39)])
 def test_too_few_rows_of_the_world_are_refused(few, many):
-    from w2s.compare.preference_stages import know_model
+    from w2s.compare.models import know_model
     c = fill_classify(dict(data='world:safety', weak='pico', strong='pico', n_labelled=few, n_unlabelled=many, seeds=1))
     from w2s.compare.label_data import class_halves
     with pytest.raises(ConfigError, match='each needs two at least'): class_halves(c, load_labels(c, [know_model('pico', 'pico', c).reader]), 0)

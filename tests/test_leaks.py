@@ -9,11 +9,12 @@ from w2s.compare import demonstration_stages as transfer_stages
 from w2s.compare.label_data import class_halves, load_labels
 from w2s.compare.label_settings import WORLD_TASKS, fill_classify
 from w2s.compare.preference_data import halves, ladder_world, load_preferences
-from w2s.compare.preference_stages import Study, know_model
+from w2s.compare.learn import Study
+from w2s.compare.models import know_model
 from w2s.compare.stages import Run
 from w2s.compare.toxicity_data import rows_of
 from w2s.compare.toxicity_settings import fill_toxicity
-from w2s.compare.lab import parts
+from w2s.world.parts import parts
 from w2s.experiments.demonstrations import make_seed
 from w2s.compare.demonstration_settings import METHODS, fill_transfer
 from w2s.compare.demonstration_stages import Site

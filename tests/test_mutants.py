@@ -16,11 +16,12 @@ from w2s.data.rows import make_rows, to_pairs
 from w2s.data.samples import sample_preferences
 from w2s.evaluate.power import forecast
 from w2s.evaluate.toxicity import toxicity_scores
-from w2s.compare import preference_arms as arms, label_arms as class_arms, label_stages as class_stages, preference_stages, supervisors, demonstration_stages as transfer_stages
+from w2s.compare import learn, preference_arms as arms, label_arms as class_arms, label_stages as class_stages, preference_stages, supervisors, demonstration_stages as transfer_stages
 from w2s.experiments import demonstrations as transfer
 from w2s.compare.label_settings import parse_method
 from w2s.compare.preference_data import halves, load_preferences
-from w2s.compare.preference_stages import Study, know_model
+from w2s.compare.learn import Study
+from w2s.compare.models import know_model
 from w2s.compare.stages import Run
 from w2s.compare.preference_settings import LabelUse, fill_settings
 from w2s.feedback.confidence import fit_temperature
@@ -206,11 +207,11 @@ def captured(small, tmp_path, monkeypatch, start=Path('sft'), soft=False, weight
     def stored(store, base, adapter, rows, *a, **k):
         seen.scored.append(adapter)
         return np.arange(2.*len(rows)).reshape(-1, 2)*(1 if adapter else -1)
-    def training(study, model, name, settings, start, inputs, objective, seed, *a):
+    def training(study, model, name, settings, start, inputs, objective, seed, *a, **k):
         seen.trained.append(SimpleNamespace(name=name, start=start, goal=objective(None), seed=seed, settings=settings))
         return Path(name)
     monkeypatch.setattr(preference_stages, 'stored_logps', stored)
-    monkeypatch.setattr(preference_stages, 'train_stage', training)
+    for page in (preference_stages, learn): monkeypatch.setattr(page, 'train_stage', training)
     monkeypatch.setattr(preference_stages, 'encoded', lambda model, rows: small.rows)
     n = len(small.data)
     columns = {'weight': np.ones(n) if weights is None else weights, 'prob': np.linspace(.5, .99, n)}
@@ -356,14 +357,14 @@ def test_a_stage_hands_its_seed_to_adapter_and_order(small, tmp_path, monkeypatc
     config = fill_settings(dict(weak='pico', strong='pico'))
     study, model, seen = Study(config, Run(tmp_path, lambda line: None), True), know_model('strong', 'pico', config), []
     adapted = SimpleNamespace(unload=lambda: None)
-    monkeypatch.setattr(preference_stages, 'open_base', lambda m: small.base)
-    monkeypatch.setattr(preference_stages, 'save_adapter', lambda adapted, base, folder: folder.mkdir(parents=True))
-    monkeypatch.setattr(preference_stages, 'load_adapter', lambda base, start, trainable: seen.append(('start', start, trainable)) or adapted)
-    monkeypatch.setattr(preference_stages, 'adapter_hash', str)
-    monkeypatch.setattr(preference_stages, 'train', lambda model, goal, settings, folder, seed, *a, **k: seen.append(('train', seed)) or pd.DataFrame())
+    monkeypatch.setattr(learn, 'open_base', lambda m: small.base)
+    monkeypatch.setattr(learn, 'save_adapter', lambda adapted, base, folder: folder.mkdir(parents=True))
+    monkeypatch.setattr(learn, 'load_adapter', lambda base, start, trainable: seen.append(('start', start, trainable)) or adapted)
+    monkeypatch.setattr(learn, 'adapter_hash', str)
+    monkeypatch.setattr(learn, 'train', lambda model, goal, settings, folder, seed, *a, **k: seen.append(('train', seed)) or pd.DataFrame())
     goal = sft_objective(small.rows)
     for seed, start in ((3, None), (4, Path('sft'))):
-        preference_stages.train_stage(study, model, f'x{seed}', config.sft, start, {}, lambda base: goal, seed, make=lambda base, lora, seed: seen.append(('fresh', seed)) or adapted)
+        learn.train_stage(study, model, f'x{seed}', config.sft, start, {}, lambda base: goal, seed, small.rows, make=lambda base, lora, seed: seen.append(('fresh', seed)) or adapted)
     assert seen == [('fresh', 3), ('train', 3), ('start', Path('sft'), True), ('train', 4)]
 
 

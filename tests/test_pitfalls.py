@@ -22,10 +22,11 @@ from transformers import PreTrainedTokenizerFast
 from w2s.data.rows import make_rows, to_pairs
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.errors import DataError, W2SWarning
-from w2s.compare import preference_arms as arms, gold, preference_stages, supervisors
+from w2s.compare import answer as answer_page, learn, preference_arms as arms, preference_stages, score as score_page, supervisors
 from w2s.experiments import preferences as weak_teacher
 from w2s.compare.preference_data import Reader, halves, load_preferences, readable
-from w2s.compare.preference_stages import Study, know_model
+from w2s.compare.learn import Study
+from w2s.compare.models import know_model
 from w2s.compare.stages import Run, stage_folder
 from w2s.compare.preference_settings import LabelUse, WeakTeacher
 from w2s.experiments.preferences import know_models, run
@@ -831,7 +832,8 @@ class Recorder:
     "Stands in for `run_stage`: gives every stage made-up outputs that are a function of its inputs, at no cost"
     def __init__(self): self.stages = {}
 
-    def __call__(self, run, name, inputs, work):
+    def __call__(self, run, name, inputs, work, sketch=None):
+        inputs = {k: v() if callable(v) else v for k, v in inputs.items()}
         folder = stage_folder(run, name, inputs)
         self.stages[name] = folder.name
         (folder/'adapter').mkdir(parents=True, exist_ok=True)
@@ -843,7 +845,7 @@ class Recorder:
             rng = np.random.default_rng(hash_of(inputs))
             with pytest.MonkeyPatch.context() as m:
                 m.setattr(arms, 'pair_rewards', lambda study, model, policy, reference, tokens, label: rng.normal(size=(2, len(tokens), 2)))
-                m.setattr(supervisors, '_rewards', lambda study, who, pairs, name: rng.normal(size=(len(pairs), 2)))
+                m.setattr(supervisors, '_rewards', lambda study, who, pairs, tokens, name: rng.normal(size=(len(pairs), 2)))
                 work(folder)
         return folder
 
@@ -860,7 +862,7 @@ def stage_keys(config, root, monkeypatch):
     weak, strong = know_models(config)
     data = load_preferences(config.data, [m.reader for m in (*weak, strong)], config.n_test, config.strict, config.n_labelled, config.n_unlabelled)
     with monkeypatch.context() as m:
-        for module in (preference_stages, supervisors, arms, gold): m.setattr(module, 'run_stage', recorder)
+        for module in (learn, score_page, answer_page): m.setattr(module, 'run_stage', recorder)
         m.setattr(arms, 'response_rows', nothing)
         m.setattr(arms, 'gold_judge', lambda config, root: 'nobody' if config.samples else None)
         m.setattr(supervisors, 'fit_temperature', lambda margins, prob_a: 1 + abs(margins).mean())
@@ -995,7 +997,7 @@ def test_pitfall_17_how_a_judge_is_asked_is_in_the_key(asked, tmp_path, monkeypa
     for source in ('world', asked.data):
         recorder, study = Recorder(), Study(replace(asked, data=source, supervisor='judge'), Run(tmp_path, lambda line: None), True)
         with monkeypatch.context() as m:
-            m.setattr(supervisors, 'run_stage', recorder)
+            m.setattr(score_page, 'run_stage', recorder)
             supervisors.ask(study, supervisors.Supervisor(weak, 'judge', None, None, 0), pairs, 'labels')
         keys += recorder.stages.values()
     assert keys[0] != keys[1]
@@ -1040,7 +1042,7 @@ def test_pitfall_17_seeds_are_in_the_keys(asked, tmp_path, monkeypatch):
 def test_pitfall_17_the_seed_itself_is_in_the_key(world, tmp_path, monkeypatch):
     "The same rows in the same order, trained with another seed: another adapter, another key"
     recorder, model = Recorder(), know_model('weak', world.weak, world)
-    monkeypatch.setattr(preference_stages, 'run_stage', recorder)
+    monkeypatch.setattr(learn, 'run_stage', recorder)
     rows = load_preferences(world.data, [model.reader], world.n_test).train['train_gt']
     study = Study(world, Run(tmp_path, lambda line: None), True)
     keys = {preference_stages.sft_stage(study, model, 'same', rows, seed).parent.name for seed in (0, 1, 0)}

@@ -12,9 +12,11 @@ from w2s.errors import ConfigError
 from w2s.compare import gold
 from w2s.experiments import preferences as weak_teacher
 from w2s.compare.config import to_toml
-from w2s.experiments.plan import plan
+from w2s.compare.plan import plan
+from w2s.experiments.preferences import open_preferences
 from w2s.compare.preference_data import load_preferences
-from w2s.compare.preference_stages import Study, know_model
+from w2s.compare.learn import Study
+from w2s.compare.models import know_model
 from w2s.compare.response_ends import check_cut, check_lengths, check_responses, chosen_tokens, cut_words
 from w2s.compare.stages import Run
 from w2s.compare.demonstration_tables import cut_answers
@@ -86,7 +88,7 @@ def test_lengths_are_those_of_the_chosen_responses(rows):
 def test_a_limit_that_cannot_be_right_is_refused_before_the_first_training(rows, tmp_path, tokens, more):
     "Most training responses are longer; or no prompt leaves room for so many"
     c = config_of(rows, response_tokens=tokens, **more)
-    for do in (lambda: weak_teacher.run(c, tmp_path/'run', quiet=True), lambda: plan(c)):
+    for do in (lambda: weak_teacher.run(c, tmp_path/'run', quiet=True), lambda: plan(open_preferences, c, tmp_path/'run')):
         with pytest.raises(ConfigError, match='raise response_tokens' if tokens == 4 else 'leave no room for a response of 500 tokens'): do()
     assert not (tmp_path/'run').exists()
 

@@ -12,10 +12,11 @@ import pytest
 
 import w2s.compare
 from w2s.data.rows import make_rows, to_pairs
-from w2s.compare import answer as answer_stages, preference_arms as arms, label_stages as class_stages, effects, gold, lab, preference_stages, supervisors, toxicity_arms, demonstration_files as transfer_files, demonstration_stages as transfer_stages
+from w2s.compare import answer as answer_stages, learn, models, score, preference_arms as arms, label_stages as class_stages, gold, preference_stages, supervisors, toxicity_arms, demonstration_files as transfer_files, demonstration_stages as transfer_stages
 from w2s.experiments import toxicity
 from w2s.compare.label_settings import parse_method
-from w2s.compare.preference_stages import Study, know_model
+from w2s.compare.learn import Study
+from w2s.compare.models import know_model
 from w2s.compare.stages import Run, run_stage, stage_folder
 from w2s.compare.preference_settings import fill_settings
 from w2s.feedback.demonstrators import demonstrated
@@ -24,7 +25,7 @@ from w2s.train.generate import GenerateSettings
 from w2s.train.loop import TrainSettings
 from w2s.train.sandbox import frozen_date
 
-MODULES = [answer_stages, arms, class_stages, effects, gold, lab, preference_stages, supervisors, toxicity, toxicity_arms, transfer_files, transfer_stages]
+MODULES = [answer_stages, learn, models, score, arms, class_stages, gold, preference_stages, supervisors, toxicity, toxicity_arms, transfer_files, transfer_stages]
 
 
 class Asked(Exception):
@@ -35,8 +36,8 @@ class Asked(Exception):
 def inputs_of(monkeypatch):
     "What a call asks `run_stage` for"
     seen = []
-    def stand_in(run, name, inputs, work):
-        seen.append(inputs)
+    def stand_in(run, name, inputs, work, sketch):
+        seen.append({k: v() if callable(v) else v for k, v in inputs.items()})
         raise Asked
     for module in MODULES:
         if hasattr(module, 'run_stage'): monkeypatch.setattr(module, 'run_stage', stand_in)
@@ -73,7 +74,7 @@ def given(tmp_path_factory):
 
 def study(n, config=None): return Study(config or n.config, Run(n.root, lambda line: None), True)
 def settings(n, **more): return SimpleNamespace(**(n.classify | more))
-def lab_of(n): return SimpleNamespace(study=study(n), config=SimpleNamespace(label=n.config.sft, dpo=n.config.dpo, beta=n.config.beta), seed=n.seed, weak=n.model, strong=n.model)
+def toxicity_of(n): return toxicity_arms.ToxicitySite(study(n), n.model, n.model, n.seed)
 def site_of(n): return SimpleNamespace(study=study(n), seed=n.seed, config=n.config)
 
 
@@ -124,7 +125,7 @@ CASES = { # stage: (call, input -> what is changed, inputs that are always the s
                                                    alone=change(loss=lambda s: 'ipo'), mean=change(loss=lambda s: 'ipo'), target=change(soft=lambda s: True, rows=doubtful)), {'smoothing'}),
     'reward': (lambda n: supervisors.reward_stage(study(n), n.model, 'x', n.rows, n.seed),
                TRAINED | ROWS | WEIGHTS | dict(train=of_config(dpo=other_rate)), {'objective', 'start'}),
-    'snapshots': (lambda n: preference_stages.train_stage(study(n), n.model, 'x', n.settings, n.start, {'a': n.said}, None, n.seed, snapshots=n.snapshots + 1),
+    'snapshots': (lambda n: learn.train_stage(study(n), n.model, 'x', n.settings, n.start, {'a': n.said}, None, n.seed, [], snapshots=n.snapshots + 1),
                   TRAINED | dict(train=change(settings=other_rate), start=change(start=lambda s: None), snapshots=change(snapshots=lambda s: 2), a=change(said=lambda s: 'more')), set()),
     'asked': (lambda n: supervisors.ask(study(n), supervisors.Supervisor(n.model, n.kind, n.adapter, n.reference, n.seed), to_pairs(n.rows), 'labels'),
               MODEL | ROWS | POLICY | BETA, set()),
@@ -138,7 +139,7 @@ CASES = { # stage: (call, input -> what is changed, inputs that are always the s
     'responses': (lambda n: gold.sample_stage(study(n), n.model, n.adapter, n.name, n.rows, n.seed),
                   MODEL | dict(policy=POLICY['policy'], rows=change(rows=lambda r: preferences(5)), arm=change(name=lambda x: 'y'), seed=change(seed=lambda s: 1),
                                how=of_config(temperature=lambda t: .3)), set()),
-    'answers': (lambda n: answer_stages.respond_all(study(n), n.model, n.name, n.adapter, n.prompts, n.how, n.seed),
+    'answers': (lambda n: answer_stages.answer_texts(study(n), n.model, n.name, n.adapter, n.prompts, n.how, n.seed),
                 MODEL | dict(adapter=POLICY['policy'], prompts=change(prompts=lambda p: ['one', 'three']), generate=change(how=lambda h: replace(h, max_tokens=9)), seed=change(seed=lambda s: 1)), set()),
     'states': (lambda n: class_stages.hidden_stage(study(n, settings(n)), n.model, 'x', n.labels), MODEL | LABELS, set()),
     'classifier by words': (lambda n: classifier(n, 'words'), CLASSIFIER, {'start', 'readout'}),
@@ -147,15 +148,11 @@ CASES = { # stage: (call, input -> what is changed, inputs that are always the s
                          MODEL | LABELS | dict(adapter=POLICY['policy'], readout=change(kind=lambda k: 'words')), set()),
     'demonstrations': (lambda n: transfer_stages.learn(site_of(n), n.model, 'x', demos(n), n.settings, n.start),
                        TRAINED | ROWS | dict(train=change(settings=other_rate), start=change(start=lambda s: None)), {'objective'}),
-    'lab: tune': (lambda n: lab.tune(lab_of(n), n.model, 'x', demos(n), n.settings), TRAINED | ROWS | dict(train=change(settings=other_rate)), {'objective', 'start'}),
-    'lab: labels': (lambda n: effects.learn_labels(lab_of(n), n.model, 'x', n.labels, n.loss.replace('dpo', 'xent')),
-                    TRAINED | LABELS | dict(train=of_config(sft=other_rate), objective=change(loss=lambda x: 'confidence'),
-                                            target=change(labels=lambda r: r.remove_columns('probs').add_column('probs', [[.5, .5]]*len(r)))), {'start'}),
-    'lab: asked': (lambda n: effects.label_stage(lab_of(n), n.model, 'x', n.adapter, n.labels), MODEL | LABELS | dict(adapter=POLICY['policy']), set()),
-    'lab: prefer': (lambda n: effects.prefer(lab_of(n), n.model, 'x', n.rows), TRAINED | ROWS | BETA | dict(train=of_config(dpo=other_rate)), {'objective', 'start'}),
-    'lab: judge': (lambda n: effects.judge_pairs(lab_of(n), n.adapter, n.rows), MODEL | ROWS | BETA | dict(policy=POLICY['policy']), set()),
-    'perplexity': (lambda n: toxicity.perplexity_stage(lab_of(n), 'x', n.prompts, n.said), MODEL | SAID, set()),
-    'scores': (lambda n: toxicity_arms.score_stage(lab_of(n), toxicity_arms.Judge(None, n.key), 'x', n.prompts, n.said), SAID | dict(scorer=change(key=lambda k: 'another')), set()),
+    'toxicity: tune': (lambda n: toxicity_arms.tune(toxicity_of(n), n.model, 'x', demos(n)), TRAINED | ROWS | dict(train=of_config(sft=other_rate)), {'objective', 'start'}),
+    'toxicity: prefer': (lambda n: toxicity_arms.prefer(toxicity_of(n), n.model, 'x', n.rows), TRAINED | ROWS | BETA | dict(train=of_config(dpo=other_rate)), {'objective', 'start'}),
+    'toxicity: judge': (lambda n: toxicity_arms.judge_pairs(toxicity_of(n), n.adapter, n.rows), MODEL | ROWS | BETA | dict(policy=POLICY['policy']), set()),
+    'perplexity': (lambda n: toxicity.perplexity_stage(toxicity_of(n), 'x', n.prompts, n.said), MODEL | SAID, set()),
+    'scores': (lambda n: toxicity_arms.toxicity_stage(toxicity_of(n), toxicity_arms.Judge(None, n.key), 'x', n.prompts, n.said), SAID | dict(scorer=change(key=lambda k: 'another')), set()),
     'ratings': (judged, MODEL | dict(repeats=change(repeats=lambda r: 5), concept=change(concept=lambda c: 'a poet'),
                              rubrics=change(task=lambda t: 'gender'), questions=change(prompts=lambda p: ['one', 'three']), answers=change(said=lambda s: [['c'], ['b']])), {'chat'}),
 }
@@ -187,11 +184,11 @@ def test_the_same_again_is_the_same_stage(inputs_of, given, stage):
 @pytest.mark.parametrize('name', PROBE)
 def test_a_probe_knows_its_states_and_targets(monkeypatch, given, name):
     seen = []
-    def stand_in(run, name, inputs, work):
-        if name.endswith('-probe'): seen.append(inputs)
+    def stand_in(run, name, inputs, work, sketch):
+        if name.endswith('-probe'): seen.append({k: v() if callable(v) else v for k, v in inputs.items()})
         return Path('x')
-    monkeypatch.setattr(class_stages, 'run_stage', stand_in)
-    monkeypatch.setattr(class_stages.np, 'load', lambda path: None)
+    for module in (class_stages, score): monkeypatch.setattr(module, 'run_stage', stand_in)
+    monkeypatch.setattr(score, 'read_scores', lambda path: None)
     for g in (given, PROBE[name](given)): classifier(SimpleNamespace(**g), 'probe')
     assert seen[0][name] != seen[1][name] and set(seen[0]) - {'device'} == PROBE.keys()
 
@@ -208,7 +205,7 @@ def test_a_stage_knows_where_its_model_computes(inputs_of, given, stage, monkeyp
     assert inputs_of(CASES[stage][0], of_load(dtype='bfloat16', compute='auto', device='cpu')(given)).keys() == plain.keys()
 
 
-@pytest.mark.parametrize('stage', ['sft', 'dpo', 'reward', 'classifier by words', 'classifier by a head', 'demonstrations', 'lab: tune', 'lab: labels', 'lab: prefer'])
+@pytest.mark.parametrize('stage', ['sft', 'dpo', 'reward', 'classifier by words', 'classifier by a head', 'demonstrations', 'toxicity: tune', 'toxicity: prefer'])
 def test_a_stage_knows_the_source_of_its_loss(inputs_of, given, stage, monkeypatch):
     "A loss whose body was changed is another loss"
     plain = inputs_of(CASES[stage][0], given)
@@ -221,7 +218,7 @@ def test_a_stage_knows_the_source_of_its_loss(inputs_of, given, stage, monkeypat
 def test_a_stage_knows_the_date_that_its_template_asks_for(inputs_of, given, stage, monkeypatch):
     "And only then"
     assert 'date' not in inputs_of(CASES[stage][0], given)
-    monkeypatch.setattr(preference_stages, 'template_uses_date', lambda tokenizer: True)
+    monkeypatch.setattr(models, 'template_uses_date', lambda tokenizer: True)
     assert inputs_of(CASES[stage][0], given)['date'] == frozen_date().isoformat()
 
 
@@ -230,13 +227,24 @@ def test_every_stage_is_looked_at_here():
     found = set()
     for path in sorted(Path(w2s.compare.__path__[0]).parent.glob('*/*.py')):
         for f in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
-            if isinstance(f, ast.FunctionDef) and any(isinstance(c, ast.Call) and getattr(c.func, 'id', '') in ('run_stage', 'train_stage') for c in ast.walk(f)):
+            if isinstance(f, ast.FunctionDef) and any(isinstance(c, ast.Call) and getattr(c.func, 'id', '') in STAGES for c in ast.walk(f)):
                 found.add(f'{path.stem}.{f.name}')
     assert found - {'demonstration_files.score'} == {
-        'preference_stages.train_stage', 'preference_stages.sft_stage', 'preference_stages.dpo_stage', 'supervisors.reward_stage', 'supervisors.ask', 'preference_arms.evaluate_arm',
-        'gold.sample_stage', 'answer.respond_all', 'label_stages.hidden_stage', 'label_stages.learn_stage', 'label_stages._probe_stage', 'label_stages.ask_stage',
-        'demonstration_stages.learn', 'lab.tune', 'effects.learn_labels', 'effects.label_stage', 'effects.prefer', 'effects.judge_pairs', 'toxicity.perplexity_stage',
-        'toxicity_arms.score_stage', 'demonstration_files.judged_score'}
+        'learn.train_stage', 'learn.sft_rows', 'answer.answer_stage', 'answer.answer_texts', 'score.score_stage', # the one way to train, to answer, to score
+        'preference_stages.sft_stage', 'preference_stages.dpo_stage', 'supervisors.reward_stage', 'supervisors.ask', 'preference_arms.evaluate_arm',
+        'gold.sample_stage', 'label_stages.hidden_stage', 'label_stages.learn_stage', 'label_stages._probe_stage', 'label_stages.ask_stage',
+        'demonstration_stages.learn', 'toxicity_arms.tune', 'toxicity_arms.prefer', 'toxicity_arms.judge_pairs', 'toxicity.perplexity_stage',
+        'toxicity_arms.toxicity_stage', 'demonstration_files.judged_score'}
+
+
+STAGES = ('run_stage', 'train_stage', 'sft_rows', 'answer_stage', 'score_stage')
+
+
+def test_every_stage_says_what_it_costs():
+    "A stage without a sketch would be a stage without time in every plan"
+    for path in sorted(Path(w2s.compare.__path__[0]).parent.glob('*/*.py')):
+        for c in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if isinstance(c, ast.Call) and getattr(c.func, 'id', '') == 'run_stage': assert len(c.args) == 5, f'{path.name}, line {c.lineno}'
 
 
 @pytest.mark.parametrize('changed', ['name', 'inputs'])

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from w2s.compare.preference_stages import Study, know_model
+from w2s.compare.learn import Study
+from w2s.compare.models import know_model
 from w2s.compare.stages import Run
 from w2s.experiments.demonstrations import make_seed, run
 from w2s.compare.demonstration_settings import fill_transfer

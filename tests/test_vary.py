@@ -19,16 +19,16 @@ from w2s.data.rows import make_rows, to_pairs
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.errors import ConfigError, DataError
 from w2s.evaluate.metrics import agreement
-from w2s.compare import preference_data, preference_stages, supervisors
+from w2s.compare import learn, preference_data, supervisors
 from w2s.experiments import vary
 from w2s.compare.config import to_table
 from w2s.compare.preference_data import PreferenceData, halves, load_preferences
-from w2s.compare.preference_stages import Study
+from w2s.compare.learn import Study
 from w2s.compare.stages import Run
 from w2s.compare.supervisors import hold_out, student_rows, supervise, together
 from w2s.experiments.vary import USES, VARIATIONS, contrast, run_varied, variants
 from w2s.compare.preference_settings import SUBSETS, LabelUse, WeakTeacher
-from w2s.experiments.preferences import count_stages, know_models, run
+from w2s.experiments.preferences import know_models, run
 from w2s.feedback.audit import matches
 from w2s.feedback.preferences import given_labels, label_pairs
 from w2s.models.tiny import tiny_model
@@ -69,11 +69,12 @@ def stages(folder): return [p.name.rsplit('-', 1)[0] for p in (folder/'stages').
 def test_variations_share_stages(by_use):
     "Only what the use of labels reaches is done once for each value"
     varied, said = by_use
-    done, total = stages(varied.folder), sum(count_stages(r.config) for r in varied.results.values())
+    done = stages(varied.folder)
     own = {'student-seed0-dpo', 'student-dpo-weak-seed0-test'}
     assert {k: done.count(k) for k in done} == {k: 3 if k in own else 1 for k in done} and len(done) == 16 + 2*len(own)
     lines = [line for line in said.splitlines() if line.startswith('[')]
-    assert len(lines) == total == 3*16 and lines[-1].startswith(f'[{total}/{total}]') # no more and no fewer than were announced
+    total = len(lines)
+    assert total == 3*16 and lines[-1].startswith(f'[{total}/{total}]') # no more and no fewer than were announced
     assert sum(line.endswith(': found') for line in lines) == total - len(done)
 
 
@@ -97,12 +98,12 @@ def test_a_value_is_the_run_of_its_settings(by_use, tmp_path):
 
 def test_killed_in_the_middle(by_use, given, tmp_path, monkeypatch):
     "An exception in the second value's training: the next start trains what was not finished, and ends in the same numbers"
-    real, trained, touched = preference_stages.train, [], {}
+    real, trained, touched = learn.train, [], {}
     def train(model, goal, settings, folder, seed, name, quiet, **more):
         trained.append(name)
         if trained.count('student-seed0-dpo') == 2 and not touched: raise KeyboardInterrupt
         return real(model, goal, settings, folder, seed, name, quiet, **more)
-    monkeypatch.setattr(preference_stages, 'train', train)
+    monkeypatch.setattr(learn, 'train', train)
     def start(): return run_varied(given, 'use', ['hard', 'soft', 'confidence'], tmp_path/'run', quiet=True)
     with pytest.raises(KeyboardInterrupt): start()
     files = [p for f in (tmp_path/'run'/'stages').iterdir() if not f.name.startswith('.') for p in f.rglob('*')]
@@ -181,7 +182,7 @@ def test_every_value_makes_settings_for_the_ladder(setting):
     tables = [flat(to_table(c)) for c in configs.values()]
     assert {k for t in tables for k in t if t[k] != tables[0].get(k)} == VARIED[setting]
     for c in configs.values():
-        assert c.data == 'world' and {c.strong, *c.weak.split('+')} <= set(LADDER) and c.seeds == 3 and c.samples == 2 and count_stages(c) > 0
+        assert c.data == 'world' and {c.strong, *c.weak.split('+')} <= set(LADDER) and c.seeds == 3 and c.samples == 2
         assert c.others == VARIATIONS[setting].others
 
 

@@ -15,9 +15,11 @@ from w2s.cli.app import weak_teacher_config
 from w2s.errors import ConfigError
 from w2s.compare.config import read_toml, to_table, to_toml
 from w2s.compare.gold import sample_stage
-from w2s.experiments.plan import plan
+from w2s.compare.plan import plan
+from w2s.experiments.preferences import open_preferences
 from w2s.compare.preference_data import ladder_world, load_preferences
-from w2s.compare.preference_stages import Study, know_model
+from w2s.compare.learn import Study
+from w2s.compare.models import know_model
 from w2s.compare.stages import Run
 from w2s.compare.preference_settings import WeakTeacher, fill_settings
 from w2s.models.zoo import LADDER, card
@@ -193,6 +195,6 @@ def test_samples_do_not_depend_on_batches(writers, monkeypatch):
 
 def test_plan_counts_responses():
     "--dry-run knows of the responses"
-    p = plan(fill_settings(dict(weak='pico', strong='pico', n_labelled=4, n_unlabelled=4, n_test=4, seeds=1)))
+    p = plan(open_preferences, fill_settings(dict(weak='pico', strong='pico', n_labelled=4, n_unlabelled=4, n_test=4, seeds=1)), 'runs/none')
     assert 'write' in set(p.stages.kind) and p.minutes > 0
     assert json.dumps(p.report)

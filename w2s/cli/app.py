@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'run_app', 'Flag', 'PREFERENCES', 'zoo_app', 'version_command', 'help_command', 'env_command',
-           'run_preferences', 'dry_preferences', 'weak_teacher_config', 'run_before', 'label_command', 'zoo',
-           'zoo_list', 'cards_table', 'zoo_build', 'verify_command', 'clean_command', 'main']
+           'run_preferences', 'weak_teacher_config', 'run_before', 'label_command', 'zoo', 'zoo_list', 'cards_table',
+           'zoo_build', 'verify_command', 'clean_command', 'main']
 
 # %% ../../nbs/api/cli/60_app.ipynb #51de213a
 from dataclasses import replace
@@ -88,18 +88,11 @@ def run_preferences(
     also = '' if result.responses.empty else 'responses.parquet, '
     return f'{result}\n\nwritten to {out}: report.md, figure.png, results.parquet, {also}adapters/ …'
 
-def dry_preferences(
-    config: WeakTeacher, # what to compare
-) -> str:                # the plan
-    "What a run would do; raises `DataError`, `ModelError` or `ConfigError`"
-    from w2s.experiments.plan import plan
-    return repr(plan(config))
-
 # %% ../../nbs/api/cli/60_app.ipynb #d6494859
 PREFERENCES = Command(WeakTeacher, """Weak supervisor, students of weak and of human labels, ceiling and baselines, by preferences (Tao & Li 2409.08813).
 
 Without arguments: models of the ladder that comes with w2s, on rows of its embedded world; no network is needed, and it takes some minutes. Other defaults hold for rows of the world, and where all models are of the ladder; they stand behind each flag.""",
-                      lambda c: (*weak_names(c.weak), c.strong, '' if c.gold.partition('(')[0] in JUDGES else c.gold), dry_preferences, run_preferences)
+                      lambda c: (*weak_names(c.weak), c.strong, '' if c.gold.partition('(')[0] in JUDGES else c.gold), 'w2s.experiments.preferences:open_preferences', run_preferences)
 add_command(run_app, 'preferences', PREFERENCES)
 add_command(run_app, 'weak-teacher', PREFERENCES, hidden=True) # the old name
 

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Keep', 'Quantize', 'Nf4Share', 'Dtype', 'Device', 'Revision', 'AllowPickle', 'ChatTemplate', 'out_path',
-           'check_places', 'given', 'with_file', 'typer_option', 'Command', 'Asked', 'settings_table', 'start_command',
-           'vary_command', 'command_function', 'add_command']
+           'check_places', 'given', 'with_file', 'typer_option', 'Command', 'Asked', 'plan_command', 'settings_table',
+           'start_command', 'vary_command', 'command_function', 'add_command']
 
 # %% ../../nbs/api/cli/15_flags.ipynb #cdbff410
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, get_origin
 
@@ -104,7 +105,7 @@ class Command:
     settings: Any                            # its class
     told: str                                # what its help says first
     models: Callable[[Any], Iterable[str]]   # names of the models of its settings, to look for them first
-    dry: Callable[[Any], str]                # settings -> what would be done
+    opens: str                               # what opens it, as 'w2s.experiments.labels:open_labels'; imported when it is needed
     run: Callable[[Any, Path, bool], str]    # settings, folder, keep stages of other versions -> what is printed at the end
     preset: Mapping[str, Any] = field(default_factory=dict)  # settings that the command has, where others are not given
     extra: Mapping[str, Any] = field(default_factory=dict)   # parameters that are no settings -> annotation
@@ -122,6 +123,17 @@ class Asked:
     vary: str | None        # setting that is varied
     values: str | None      # its values
     extra: Mapping[str, Any] # of the command alone
+
+# %% ../../nbs/api/cli/15_flags.ipynb #0dc4a39a
+def plan_command(
+    command: Command, # an experiment
+    config: Any,      # its settings
+    asked: Asked,     # folder, and whether stages of other versions are kept
+) -> str:
+    "What a run would do, how long it takes and how much memory it needs; raises `DataError`, `ModelError` or `ConfigError`"
+    from w2s.compare.plan import plan
+    module, _, name = command.opens.partition(':')
+    return repr(plan(getattr(import_module(module), name), config, asked.out, asked.keep))
 
 # %% ../../nbs/api/cli/15_flags.ipynb #7822b2cb
 def settings_table(
@@ -146,7 +158,7 @@ def start_command(
     if asked.vary is not None: return vary_command(command, table, asked)
     config = make_settings(command.settings, table)
     check_places(command.models(config), [config.data, *command.sources(config)], None if asked.dry_run else asked.out, config.load.allow_pickle)
-    typer.echo(command.dry(config) if asked.dry_run else f'\n{command.run(config, asked.out, asked.keep)}')
+    typer.echo(plan_command(command, config, asked) if asked.dry_run else f'\n{command.run(config, asked.out, asked.keep)}')
 
 # %% ../../nbs/api/cli/15_flags.ipynb #d797424c
 def vary_command(
@@ -159,7 +171,10 @@ def vary_command(
     configs = variants(table, str(asked.vary), split_names(asked.values or ''), command.settings)
     for c in configs.values(): check_places(command.models(c), [c.data, *command.sources(c)], None if asked.dry_run else asked.out, c.load.allow_pickle)
     if asked.dry_run:
-        for at, c in configs.items(): typer.echo(f'# {asked.vary} {at}, less what it shares with the others\n\n{command.dry(c)}\n')
+        from w2s.experiments.vary import plan_varied
+        plans = plan_varied(table, str(asked.vary), split_names(asked.values or ''), asked.out, asked.keep, command.settings)
+        typer.echo(next(iter(plans.values())).report)
+        for at, p in plans.items(): typer.echo(f'{asked.vary} {at}: {p.summary}')
         return
     from w2s.experiments.vary import run_varied
     from w2s.report.varied import write_varied

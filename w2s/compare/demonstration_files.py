@@ -10,7 +10,6 @@ __all__ = ['NOT_NUMBERS', 'RATINGS', 'Table', 'read_questions', 'read_asked', 'r
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -28,8 +27,10 @@ from ..errors import DataError
 from ..evaluate.maths import maths_scores, working_scores
 from ..evaluate.metrics import Bounds
 from ..evaluate.ratings import ANALOGY, BIOGRAPHY, PERSONA, RATED, STORY, Rubric, ask_model, as_scores, rate_by
-from .preference_stages import Model, Study, model_inputs, open_base
-from .stages import run_stage
+from .learn import Study
+from .models import Model, open_base
+from .notes import Pass
+from .score import Columns, score_stage
 from .demonstration_settings import Transfer
 from .demonstration_tasks import Exam, Score, TaskRows, bare
 
@@ -159,17 +160,19 @@ def judged_score(
     c: Transfer = study.config
     chat = bool(judge.reader.tokenizer.chat_template)
     how = replace(RATED, samples=c.repeats)
-    def score(answers: Sequence[str]) -> dict[str, np.ndarray]:
-        def work(folder: Path) -> None:
-            base, out = open_base(judge), dict[str, np.ndarray]()
-            for rubric, metrics in RATINGS[c.task]:
-                concept = (c.concept or c.instruction) if '{concept}' in rubric.text else ''
-                out |= as_scores(rate_by(ask_model(base, how, quiet=study.quiet), replace(rubric, chat=chat), list(questions), list(answers), concept=concept), metrics)
-            np.savez(folder/'ratings.npz', **out) # type: ignore[arg-type]
+    rubrics, concept = RATINGS[c.task], c.concept or c.instruction
+    def score(answers: Sequence[str]) -> Columns:
+        def rate() -> Columns:
+            base, out = open_base(judge), Columns()
+            for rubric, metrics in rubrics:
+                about = concept if '{concept}' in rubric.text else ''
+                out |= as_scores(rate_by(ask_model(base, how, quiet=study.quiet), replace(rubric, chat=chat), list(questions), list(answers), concept=about), metrics)
+            return out
 
-        inputs = {**model_inputs(judge), 'chat': chat, 'repeats': c.repeats, 'concept': c.concept or c.instruction,
-                  'rubrics': [r.text for r, _ in RATINGS[c.task]], 'questions': list(questions), 'answers': list(answers)}
-        with np.load(run_stage(study.run, 'ratings', inputs, work)/'ratings.npz') as found: return {k: found[k] for k in found}
+        def likely(rng: np.random.Generator) -> Columns: return {m: rng.uniform(r.lowest, r.highest, len(answers)) for r, metrics in rubrics for m in metrics.values()}
+        def tokens() -> int: return len(rubrics)*c.repeats*sum(len(judge.reader.tokenizer(f'{r.text}{q}{a}')['input_ids']) for r, _ in rubrics[:1] for q, a in zip(questions, answers, strict=True))
+        inputs = {'chat': chat, 'repeats': c.repeats, 'concept': concept, 'rubrics': [r.text for r, _ in rubrics], 'questions': list(questions), 'answers': list(answers)}
+        return score_stage(study, judge, 'ratings', inputs, 'ratings.npz', rate, likely, [Pass('write', judge.name, len(rubrics)*c.repeats*len(answers), tokens, questions, how)])
     return score
 
 # %% ../../nbs/api/compare/210_demonstration_files.ipynb #1c0091ba

@@ -9,6 +9,7 @@ __all__ = ['LEARN_AT_SCHOOL', 'Marks', 'Site', 'learn', 'speak_as', 'Weak', 'wea
            'student_arm', 'schooled', 'exam_rows', 'arm_scores', 'left_out', 'arm_items']
 
 # %% ../../nbs/api/compare/220_demonstration_stages.ipynb #ef0d3a27
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +24,12 @@ from ..data.rows import make_rows
 from ..errors import ConfigError, DataError
 from ..evaluate.clusters import clustered
 from ..evaluate.metrics import metric_rows
-from .answer import respond_all
+from .answer import answer_texts
 from .extensions import METHODS, method_answers, own_metrics
-from .lab import stage_name
-from .stages import stage_role
-from .preference_stages import Model, Study, sft_inputs, train_stage
+from .learn import Study, sft_rows
+from .models import Model
+from .notes import Later
+from .stages import stage_name, stage_role
 from .demonstration_settings import Transfer
 from .demonstration_tasks import Exam, TaskRows
 from .preference_settings import short_name
@@ -36,9 +38,8 @@ from ..feedback.forms import Form, asked
 from ..feedback.refine import Examples, Refined, ask_to_improve, behind, groups_of, in_context_refine, infer_and_respond, own_answers, shown_rows
 from ..feedback.resample import choose_by_agreement, chosen_answers
 from ..train.generate import GenerateSettings
-from ..train.loop import TrainSettings, sft_objective
-from ..train.reference import tokens_hash
-from ..train.tokens import encode_rows
+from ..train.loop import TrainSettings
+from ..train.tokens import EncodedRow, encode_rows
 
 # %% ../../nbs/api/compare/220_demonstration_stages.ipynb #b421ea80
 @dataclass(frozen=True)
@@ -67,12 +68,15 @@ def learn(
     start: Path | None = None, # adapter that it begins with
 ) -> Path:                   # folder of the adapter
     "Supervised fine-tuning on completions, once; raises `DataError` for a row that does not fit"
-    tokens = encode_rows(model.reader.tokenizer, rows, ('completion',), model.reader.limit)
-    if len(tokens.rows) < len(rows): raise DataError(f'{name}: {len(rows) - len(tokens.rows)} of {len(rows)} answers are longer than max_length allows ({model.reader.limit} tokens); raise it, or lower max_tokens')
-    weights = list(rows['weight'])
-    inputs = sft_inputs(tokens_hash(tokens.rows))
-    if set(weights) != {1.}: inputs['weights'] = weights
-    return train_stage(site.study, model, name, settings, start, inputs, lambda base: sft_objective(tokens.rows, weights), site.seed)
+    weights, noting = list(rows['weight']), site.study.run.notes is not None
+    def read(limit: int = model.reader.limit) -> list[EncodedRow]:
+        found = encode_rows(model.reader.tokenizer, rows, ('completion',), limit).rows
+        return read(sys.maxsize) if noting and len(found) < len(rows) else found # answers that stand in are as long as they may be
+
+    tokens: Sequence[EncodedRow] = Later(len(rows), read) if noting else read()
+    if len(tokens) < len(rows):
+        raise DataError(f'{name}: {len(rows) - len(tokens)} of {len(rows)} answers are longer than max_length allows ({model.reader.limit} tokens); raise it, or lower max_tokens')
+    return sft_rows(site.study, model, name, tokens, settings, site.seed, start, None if set(weights) == {1.} else weights)
 
 # %% ../../nbs/api/compare/220_demonstration_stages.ipynb #76a4e58b
 def speak_as(
@@ -81,10 +85,14 @@ def speak_as(
     name: str,                # of the stages
     adapter: Path | None,     # of the model; None: un-tuned
     settings: GenerateSettings | None = None, # None: those of the site
+    like: Sequence[str] | None = None, # good answers to its prompts, for a plan
 ) -> Callable[[Sequence[Any]], list[list[str]]]: # a `Speak`
     "A model that answers prompts, each list of them once"
     how = site.settings if settings is None else settings
-    return lambda prompts: respond_all(site.study, model, name, adapter, prompts, how, site.seed if how.temperature else 0)
+    def speak(prompts: Sequence[Any]) -> list[list[str]]:
+        known = like if like and len(like) == len(prompts) else None
+        return answer_texts(site.study, model, name, adapter, prompts, how, site.seed if how.temperature else 0, known)
+    return speak
 
 # %% ../../nbs/api/compare/220_demonstration_stages.ipynb #4891f188
 @dataclass(frozen=True)
@@ -123,7 +131,7 @@ def weak_model(
     if c.demonstrator == 'tuned':
         if rows.taught.gold is None: raise DataError(f'{c.data} has no good answers to tune {short} on; name their column with --answer, or prompt it (--demonstrator prompted)')
         adapter = learn(site, model, stage_name('weak', short), demonstrated(site.form, rows.taught.questions, rows.taught.gold, 'gold').rows, c.demonstrate)
-    said = [speak_as(site, model, stage_name('weak answers', short, e.name), adapter)(weak_prompts(site, e)) for e in (rows.asked, *rows.tests)]
+    said = [speak_as(site, model, stage_name('weak answers', short, e.name), adapter, like=e.gold)(weak_prompts(site, e)) for e in (rows.asked, *rows.tests)]
     flat = [[s[0] for s in answers] for answers in said]
     return Weak(short, model, adapter, flat[0], flat[1:])
 
@@ -140,7 +148,7 @@ class Learned:
 # %% ../../nbs/api/compare/220_demonstration_stages.ipynb #2c59c2e4
 def _speak(site: Site, weak: Weak | None, what: str, how: GenerateSettings | None = None) -> Speak:
     "The strong model before training, about the answers of a weak one or about none"
-    return speak_as(site, site.strong, stage_name(what, weak.name if weak else ''), site.start, how)
+    return speak_as(site, site.strong, stage_name(what, weak.name if weak else ''), site.start, how, site.rows.asked.gold)
 
 def _in_context(site: Site, weak: Weak, what: str, how: GenerateSettings | None = None) -> Refined:
     "Its answers behind weak answers to other questions"
@@ -164,7 +172,7 @@ def between(
         rows = demonstrated(site.form, [asked.questions[i] for i in half], [weak.answers[i] for i in half], weak.name).rows
         name = stage_name('between', weak.name, short_name(model.name), 'first' if half is halves[0] else 'second')
         adapter = learn(site, model, name, rows, site.config.demonstrate)
-        said = speak_as(site, model, stage_name(name, 'answers'), adapter)(prompted(site.form, [asked.questions[i] for i in other]))
+        said = speak_as(site, model, stage_name(name, 'answers'), adapter, like=asked.gold and [asked.gold[i] for i in other])(prompted(site.form, [asked.questions[i] for i in other]))
         for i, s in zip(other, said, strict=True): out[i] = s[0]
     return out
 
@@ -309,7 +317,7 @@ def take_tests(
 ) -> Arm:
     "Let the strong model answer the test"
     asks = [prompted(site.form, e.questions) for e in site.rows.tests] if prompts is None else prompts
-    said = [speak_as(site, site.strong, stage_name('test', stage_role(role), method, weak, e.name), adapter)(p) for e, p in zip(site.rows.tests, asks, strict=True)]
+    said = [speak_as(site, site.strong, stage_name('test', stage_role(role), method, weak, e.name), adapter, like=e.gold)(p) for e, p in zip(site.rows.tests, asks, strict=True)]
     return Arm(role, method, weak, short_name(site.strong.name), site.seed, [[s[0] for s in a] for a in said], adapter)
 
 # %% ../../nbs/api/compare/220_demonstration_stages.ipynb #79509ee5

@@ -21,7 +21,7 @@ import numpy as np
 # %% ../../nbs/api/compare/200_demonstration_tasks.ipynb #91f312c3
 from ..errors import ConfigError, DataError, unknown
 from ..evaluate.knowledge import VOICES
-from .lab import parts
+from ..world.parts import parts
 from ..world.analogy import analogy_verdict, explain, explanation_questions, explanation_verdict
 from ..world.digits import digit_questions, digit_verdict, region_verdict, technique_verdict
 from ..world.facts import ATTRIBUTES, KINDS_OF_THINGS, World, fact_verdict, make_world

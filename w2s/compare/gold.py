@@ -7,7 +7,6 @@ __all__ = ['JUDGED', 'Judge', 'gold_world', 'judge', 'close_scorer', 'gold_load'
            'check_gold', 'gold_judge', 'sample_stage', 'response_rows', 'gold_scores']
 
 # %% ../../nbs/api/compare/090_gold.ipynb #adfc8ce1
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -22,22 +21,19 @@ from ..errors import DataError, ModelError
 from ..evaluate.responses import Scorer, reward_scores
 from ..evaluate.reward_models import BF16, load_reward_model
 from .config import settings_hash
+from .answer import Written, answer_stage
 from .extensions import JUDGES, judge_scores
+from .learn import Study
+from .models import Model, close_base
 from .preference_data import ladder_world
 from .settings import world_seed
-from .preference_stages import Model, Study, asked_inputs, close_base, model_inputs, open_base
-from .response_ends import Written
-from .stages import CHECKPOINTS, run_stage
 from .preference_settings import WeakTeacher, sampling
-from ..models.adapters import adapter_hash, load_adapter
-from ..io.disk import write_atomic
 from ..io.provenance import package_versions
 from ..models.devices import device_inputs, find_device, has_bfloat16, release_memory
 from ..models.identity import identity
 from ..models.folders import check_config, check_weights
 from ..models.load import LoadSettings, load_config, load_tokenizer, local_folder
 from ..models.places import load_for
-from ..train.generate import generate_inputs, prompt_ids, respond
 from ..train.reference import read_part, write_part
 from ..world.facts import World, fact_verdict, parse_question
 from ..world.service import gold_reward, politeness_verdict, rudeness_verdict
@@ -165,20 +161,7 @@ def sample_stage(
     seed: int,            # of the samples
 ) -> list[list[Written]]: # the samples of each row
     "Responses to every prompt, sampled once; after a kill it goes on where it was"
-    how, ids, prompts = sampling(study.config), list(rows['id']), list(rows['prompt'])
-    def work(folder: Path) -> None:
-        base = open_base(model)
-        writer: Any = load_adapter(base, policy) if policy else base.model
-        try: made = respond(writer, base.tokenizer, prompts, how, seed, f'{name} writes', study.quiet, ids, name, folder/CHECKPOINTS/'texts.jsonl')
-        finally:
-            if policy: writer.unload()
-        write_atomic(folder/'texts.json', json.dumps([[Written(r.text, not r.ended) for r in row] for row in made]))
-
-    tokens = prompt_ids(model.reader.tokenizer, prompts)
-    inputs = {**model_inputs(model), **asked_inputs(model, prompts), 'policy': adapter_hash(policy), 'rows': settings_hash([[i, t] for i, t in zip(ids, tokens, strict=True)]), 'arm': name,
-              'seed': seed, 'how': generate_inputs(how)}
-    done = run_stage(study.run, f'{name}-seed{seed}-responses', inputs, work)
-    return [[Written(*made) for made in row] for row in json.loads((done/'texts.json').read_text(encoding='utf-8'))]
+    return answer_stage(study, model, f'{name}-seed{seed}-responses', policy, list(rows['prompt']), sampling(study.config), seed, list(rows['id']), name, list(rows['chosen']))
 
 # %% ../../nbs/api/compare/090_gold.ipynb #58c0ef22
 def response_rows(

@@ -21,8 +21,9 @@ from ..evaluate.label_metrics import agreement_scores, label_correct
 from .label_data import ClassData, class_halves, keep_back
 from .label_settings import Classify, Method, parse_method
 from .label_stages import Classifier, ask_stage, hardened, learn_stage, lesson, relabel, snapshot_folders
-from .lab import stage_name
-from .preference_stages import Model, Study
+from .stages import stage_name
+from .learn import Study
+from .models import Model
 from .preference_settings import short_name, weak_names
 from ..train.labels import weak_labels
 

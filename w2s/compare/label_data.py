@@ -25,7 +25,7 @@ from ..data.names import SPLITS, named_pairs
 from ..data.splits import group_split
 from ..errors import ConfigError, DataError
 from .label_settings import Classify, parse_method, world_task
-from .lab import parts
+from ..world.parts import parts
 from .preference_data import Reader, halves, ladder_world, readable, rows_and_share, set_test_aside
 from ..feedback.cleaning import FOLDS
 from ..train.class_head import encode_texts

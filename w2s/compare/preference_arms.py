@@ -11,6 +11,7 @@ __all__ = ['LEARNED', 'REFERENCE', 'Arm', 'train_arm', 'ceiling_rows', 'arm_mode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,14 +21,17 @@ from ..data.rows import row_features, to_pairs
 from ..evaluate.metrics import metric_rows, preference_correct, preference_scores
 from .extensions import LABELLERS, own_metrics
 from .gold import close_scorer, gold_judge, gold_scores, response_rows, sample_stage
-from .response_ends import Written
-from .preference_stages import Model, Study, dpo_stage, encoded, model_inputs, own_rewards, pair_rewards, sft_stage
-from .stages import run_stage, stage_role
+from .answer import Written
+from .learn import Study
+from .models import Model
+from .notes import Pass, scoring_pass
+from .preference_stages import dpo_stage, encoded, own_rewards, pair_rewards, sft_stage
+from .score import Columns, score_stage
+from .stages import note_work, stage_role
 from .supervisors import SeedRows, ask, student_rows, together
 from .preference_settings import WeakTeacher, supervisor_name
 from ..feedback.confidence import weighted
 from ..feedback.preferences import given_labels
-from ..io.disk import read_parquet, write_parquet
 from ..models.adapters import adapter_hash
 from ..train.reference import tokens_hash
 from ..train.settings import choose_loss
@@ -110,17 +114,20 @@ def evaluate_arm(
 ) -> pd.DataFrame:  # a row for each test row and metric
     "Scores of one arm on the test rows"
     tokens, c, m, how = encoded(arm.model, test), study.config, arm.model, alone(study.config, arm)
-    def work(folder: Path) -> None:
+    def score() -> Columns:
         label = f'{arm.role} on test rows'
         rewards, logps = own_rewards(study, m, arm.policy, tokens, how == 'per token', label) if how else pair_rewards(study, m, arm.policy, arm.reference, tokens, label)
-        margin = None if arm.policy is None else rewards[:, 0] - rewards[:, 1]
-        write_parquet(pd.DataFrame(preference_scores(logps[:, 0], logps[:, 1], margin)), folder/'scores.parquet')
+        return preference_scores(logps[:, 0], logps[:, 1], None if arm.policy is None else rewards[:, 0] - rewards[:, 1])
 
-    against: dict[str, str | None] = {'alone': how} if how else {'reference': adapter_hash(arm.reference)}
-    inputs = {**model_inputs(m), 'policy': adapter_hash(arm.policy), **against, 'rows': tokens_hash(tokens), 'beta': c.beta}
-    done = run_stage(study.run, f'{stage_role(arm.role)}-{arm.method.replace(" ", "-")}-seed{arm.seed}-test', inputs, work)
-    scores = {str(k): v.to_numpy() for k, v in read_parquet(done/'scores.parquet').items()}
-    return arm_items(c, arm.role, arm.method, arm.seed, [r.id for r in tokens], scores)
+    def likely(rng: np.random.Generator) -> Columns:
+        logps, margin = rng.normal(-20, 1, (2, len(tokens))), rng.normal(size=len(tokens))
+        return preference_scores(*logps, None if arm.policy is None else margin)
+
+    against: dict[str, Any] = {'alone': how} if how else {'reference': adapter_hash(arm.reference)}
+    inputs = {'policy': adapter_hash(arm.policy), **against, 'rows': lambda: tokens_hash(tokens), 'beta': c.beta}
+    name, passes = f'{stage_role(arm.role)}-{arm.method.replace(" ", "-")}-seed{arm.seed}-test', [scoring_pass(m.name, tokens, 1 if arm.policy is None or how else 2)]
+    scores = score_stage(study, m, name, inputs, 'scores.parquet', score, likely, passes)
+    return arm_items(c, arm.role, arm.method, arm.seed, test['id'][:], scores)
 
 # %% ../../nbs/api/compare/120_preference_arms.ipynb #daab1c3f
 def floor_arm(
@@ -174,6 +181,9 @@ def judge_responses(
     "All responses, judged when everything is written: a reward model then has the memory to itself, and leaves it at the end"
     score = gold_judge(study.config, study.run.root)
     if score is None or not written: return pd.DataFrame()
+    if study.run.notes is not None:
+        if study.config.gold: note_work(study.run, 'gold rewards', (Pass('other', study.config.gold, sum(len(row) for _, texts in written for row in texts)),))
+        return pd.DataFrame()
     try: return pd.concat([response_rows(score, test, texts, arm.role, arm.method, arm.seed) for arm, texts in written], ignore_index=True)
     finally: close_scorer()
 

@@ -22,9 +22,12 @@ from ..errors import DataError
 from .extensions import LABELLERS, has_model, labeller_rewards
 from .preference_data import PreferenceData, halves
 from .settings import world_seed
-from .preference_stages import Model, Study, dpo_stage, encoded, model_inputs, open_base, pair_rewards, sft_stage, train_stage
+from .learn import Study, train_stage
+from .models import Model, open_base, opened_model
+from .notes import likely_rewards, scoring_pass
+from .preference_stages import dpo_stage, encoded, pair_rewards, sft_stage
+from .score import score_stage
 from .sources import source_hash
-from .stages import run_stage
 from .preference_settings import LabelUse
 from ..feedback.audit import matches, random_labels, subset
 from ..feedback.confidence import fit_temperature, top_share
@@ -35,7 +38,7 @@ from ..models.heads import add_reward_adapter, load_reward_adapter
 from ..train import losses
 from ..train.reference import tokens_hash
 from ..train.rewards import response_rewards, reward_objective
-from ..train.tokens import EncodedRow, encode_rows
+from ..train.tokens import EncodedRow
 
 # %% ../../nbs/api/compare/110_supervisors.ipynb #2f1738c6
 @dataclass(frozen=True)
@@ -71,8 +74,8 @@ def reward_stage(
 ) -> Path:          # folder of adapter and head
     "A Bradley-Terry reward model, with the settings of DPO (CW-PO 2603.04968, Eq. 5)"
     tokens, weights = encoded(model, rows), list(rows['weight'])
-    inputs = {'objective': 'reward', 'source': source_hash(losses.bradley_terry), 'rows': tokens_hash(tokens), 'weights': weights}
-    return train_stage(study, model, f'{name}-reward', study.config.dpo, None, inputs, lambda base: reward_objective(tokens, None, weights), seed, add_reward_adapter)
+    inputs = {'objective': 'reward', 'source': lambda: source_hash(losses.bradley_terry), 'rows': lambda: tokens_hash(tokens), 'weights': weights}
+    return train_stage(study, model, f'{name}-reward', study.config.dpo, None, inputs, lambda base: reward_objective(tokens, None, weights), seed, tokens, add_reward_adapter)
 
 # %% ../../nbs/api/compare/110_supervisors.ipynb #d78079b7
 def judge_form(
@@ -90,26 +93,27 @@ def ask(
 ) -> np.ndarray:      # (rows, 2): rewards of response a and response b
     "The rewards that a supervisor gives to pairs, computed once"
     _, found, options = LABELLERS.choose(who.kind, 'kind of supervisor')
-    def work(folder: Path) -> None:
-        given = labeller_rewards(who.kind, pairs, who.seed) if who.model is None else found.fill({'study': study, 'who': who, 'pairs': pairs, 'name': name}, options)
-        np.save(folder/'rewards.npy', given)
+    m = who.model
+    def give() -> np.ndarray:
+        return labeller_rewards(who.kind, pairs, who.seed) if m is None else found.fill({'study': study, 'who': who, 'pairs': pairs, 'name': name}, options)
 
-    inputs = _asked_of_model(study, who, who.model, pairs) if who.model else \
-        {'kind': who.kind, 'source': source_hash(found.function), 'options': {**found.options, **options}, 'seed': who.seed, 'pairs': [pairs[c][:] for c in ('prompt', 'response_a', 'response_b')]}
-    return np.load(run_stage(study.run, f'weak-seed{who.seed}-{name}', inputs, work)/'rewards.npy')
+    inputs = _asked_of_model(study, who, m, pairs) if m else \
+        {'kind': who.kind, 'source': lambda: source_hash(found.function), 'options': {**found.options, **options}, 'seed': who.seed, 'pairs': [pairs[c][:] for c in ('prompt', 'response_a', 'response_b')]}
+    passes = [scoring_pass(m.name, pair_tokens(m, pairs), 1 if who.kind == 'reward' else 2)] if m else [] # policy and reference, or two orders
+    return score_stage(study, m, f'weak-seed{who.seed}-{name}', inputs, 'rewards.npy', give, lambda rng: likely_rewards(pairs['prob_a'][:], rng), passes)
 
 # %% ../../nbs/api/compare/110_supervisors.ipynb #ae583152
 def _asked_of_model(study: Study, who: Supervisor, model: Model, pairs: Dataset) -> dict[str, Any]:
-    "What the rewards of a model depend on"
-    inputs = {**model_inputs(model), 'policy': adapter_hash(who.policy), 'reference': adapter_hash(who.reference), 'rows': tokens_hash(pair_tokens(model, pairs)), 'beta': study.config.beta}
+    "What the rewards of a model depend on beside it"
+    inputs = {'policy': adapter_hash(who.policy), 'reference': adapter_hash(who.reference), 'rows': lambda: tokens_hash(pair_tokens(model, pairs)), 'beta': study.config.beta}
     return inputs if who.kind == 'dpo' else inputs | {'kind': who.kind, 'form': asdict(judge_form(study)) if LABELLERS[who.kind].flags['form'] else ''}
 
 def pair_tokens(
     model: Model,   # that reads them
     pairs: Dataset, # of kind "pairs"
-) -> list[EncodedRow]:
+) -> Sequence[EncodedRow]: # encoded when they are looked at
     "Pairs as a model reads them"
-    return encode_rows(model.reader.tokenizer, pairs, ('response_a', 'response_b'), model.reader.limit).rows
+    return encoded(model, pairs, ('response_a', 'response_b'))
 
 # %% ../../nbs/api/compare/110_supervisors.ipynb #05d68d07
 def _train_dpo(study: Study, model: Model, name: str, rows: Dataset, seed: int) -> tuple[Path, Path]:
@@ -142,9 +146,8 @@ def model_rewards(
 ) -> np.ndarray:      # (rows, 2)
     "The scores of a reward model (CW-PO 2603.04968, Eq. 5)"
     assert who.model and who.policy
-    model = load_reward_adapter(open_base(who.model), who.policy)
-    try: return response_rewards(model, pair_tokens(who.model, pairs), study.config.dpo.token_budget, f'weak {name}', study.quiet)
-    finally: model.unload()
+    with opened_model(who.model, who.policy, load_reward_adapter) as model:
+        return response_rewards(model, pair_tokens(who.model, pairs), study.config.dpo.token_budget, f'weak {name}', study.quiet)
 
 # %% ../../nbs/api/compare/110_supervisors.ipynb #5ebbaccc
 MOST_FAILED = .05 # share of pairs without a verdict

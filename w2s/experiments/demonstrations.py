@@ -19,8 +19,10 @@ from ..data.hygiene import DataReport
 from ..errors import DataError
 from ..evaluate.intervals import interval_table
 from ..evaluate.metrics import RANGES
-from ..compare.comparison import Opened, run_experiment
 from ..compare.config import to_table
+from ..compare.learn import Study
+from ..compare.models import Model, know_model, model_lines
+from ..compare.comparison import Opened, run_experiment
 from ..compare.extensions import METHODS, METRICS, method_answers, own_metrics
 from ..compare.demonstration_files import Table, rating_ranges, read_asked, table_rows
 from ..compare.demonstration_settings import Transfer, fill_transfer, transfer_models
@@ -28,7 +30,6 @@ from ..compare.demonstration_stages import Arm, Learned, Site, Weak, arm_items, 
 from ..compare.demonstration_tables import Made, answer_table, cut_answers, demonstration_kind, example_table, label_items, list_answered, training_table
 from ..compare.demonstration_tasks import TaskRows, world_rows
 from ..compare.preference_settings import short_name
-from ..compare.preference_stages import Model, Study, know_model, model_lines
 from ..compare.result import Result, make_result
 from ..feedback.demonstrators import demonstrated
 from ..feedback.forms import Form, WORLD, form_for, stops

@@ -20,7 +20,6 @@ import pandas as pd
 from ..errors import ConfigError
 from ..compare.comparison import Opened, run_experiment
 from ..compare.config import to_table
-from ..compare.lab import stage_name
 from ..compare.extensions import METRICS, own_metrics
 from ..compare.label_arms import (ClassArm, Labeller, Part, baseline_arms, curve_table, frame_arms, look, part_rows, stop_early,
                                         student_arms, supervise)
@@ -28,8 +27,10 @@ from ..compare.label_data import ClassData, load_labels
 from ..compare.label_settings import Classify, class_models, fill_classify, parse_method
 from ..compare.label_stages import relabel
 from ..compare.label_tables import LABELS, arm_items, label_quality, list_classifiers, prediction_table
+from ..compare.stages import stage_name
+from ..compare.learn import Study
+from ..compare.models import Model, know_model, model_lines
 from ..compare.preference_settings import short_name, weak_names
-from ..compare.preference_stages import Model, Study, know_model, model_lines
 from ..compare.result import Result, make_result
 from ..models.zoo import LADDER
 
@@ -132,7 +133,8 @@ def open_labels(
     check_pairs(c)
     models = {n: know_model(short_name(n), n, c, c.readout != 'probe') for n in class_models(to_table(c))}
     labels = Labels(study, models, load_labels(c, [m.reader for m in models.values()]))
-    return Opened(study, list(models.values()), labels.data.origin, labels.data.report, partial(make_arms, study, models, labels.data), partial(result_of, labels), (try_metrics(labels.data),))
+    line = f'Classes: {", ".join(labels.data.classes)}. Test rows: {len(labels.data.test):,}.'
+    return Opened(study, list(models.values()), labels.data.origin, labels.data.report, partial(make_arms, study, models, labels.data), partial(result_of, labels), (line, try_metrics(labels.data)))
 
 def run(
     config: Classify | None = None,  # what to compare; None: safety in the embedded world, `pico` teaches `base`
@@ -142,7 +144,6 @@ def run(
 ) -> Result:
     "Run a whole comparison by labels; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     config = config or fill_classify({})
-    check_pairs(config)
     return run_experiment(open_labels, config, out, quiet, keep)
 
 # %% ../../nbs/api/experiments/40_labels.ipynb #60a0e7e3

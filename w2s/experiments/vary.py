@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['USES', 'VARIATIONS', 'FOLLOWS', 'OPEN', 'supervisor_settings', 'use_settings', 'loss_settings', 'Variation',
            'any_setting', 'variants', 'Varied', 'varied_table', 'lead_metrics', 'by_value', 'open_together',
-           'run_varied', 'contrast']
+           'open_varied', 'run_varied', 'plan_varied', 'contrast']
 
 # %% ../../nbs/api/experiments/70_vary.ipynb #09b6017e
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +22,23 @@ from ..evaluate.intervals import Estimate, difference, with_limits
 from ..evaluate.several import adjust_table
 from ..compare.extensions import LABELLERS, has_model
 from ..compare.config import merged, number, to_table
-from ..compare.comparison import Opened, first_lines
 from ..compare.demonstration_settings import Transfer
 from ..compare.label_settings import Classify
 from ..compare.options import find_option, options_of, parse_text, set_path
 from ..compare.preference_data import check_halves, load_preferences
-from ..compare.preference_stages import Model, Study, note_models
-from ..compare.stages import claim
+from ..compare.gold import check_gold
+from ..compare.learn import Study
+from ..compare.models import Model, note_models
+from ..compare.comparison import Opened, first_lines, print_now
+from ..compare.plan import Plan, plan_opened, run_for_plan
+from ..compare.stages import Run, claim, count_stages, say_numbered
 from ..compare.preference_settings import SUBSETS, WeakTeacher
 from ..compare.settings import Settings, make_settings, new_settings, part_rows
 from ..compare.toxicity_settings import Toxicity
 from ..compare.response_ends import check_responses
 from .demonstrations import open_demonstrations
 from .labels import open_labels
-from .preferences import Preferences, count_stages, counted, know_models, opened, writers
+from .preferences import Preferences, know_models, opened, writers
 from .toxicity import open_toxicity
 from ..feedback.confidence import WEIGHTS
 from ..train.settings import check_preference_loss
@@ -242,6 +244,7 @@ def open_together(
     study: Callable[[Any], Study],      # settings -> the experiment in its folder
 ) -> dict[str, Opened]:
     "Comparisons by preferences, on rows that the models of all values can read; raises `DataError`, `ModelError` and `ConfigError`"
+    for c in configs.values(): check_gold(c)
     models, first = _models(configs), next(iter(configs.values()))
     readers = list({m.name: m.reader for weak, strong in models.values() for m in (*weak, strong)}.values())
     counts = {(c.n_labelled, c.n_unlabelled, c.n_test): c for c in configs.values()}
@@ -249,6 +252,16 @@ def open_together(
     for k, d in data.items(): check_halves(d.train, k[0], k[1], first.seeds)
     parts = {at: Preferences(study(c), *models[at], data[c.n_labelled, c.n_unlabelled, c.n_test]) for at, c in configs.items()}
     return {at: opened(p, check_responses(p.study.config, writers(p.study.config, p.weak, p.strong), p.data)) for at, p in parts.items()}
+
+def open_varied(
+    configs: Mapping[str, Any], # of `variants`
+    run: Run,                   # the folder of all of them
+    quiet: bool = False,        # no progress bars
+) -> dict[str, Opened]:         # value -> a comparison that can start
+    "Know the models of all values and read the rows; raises `DataError`, `ModelError` and `ConfigError`"
+    def study(c: Any) -> Study: return Study(c, run, quiet)
+    first = next(iter(configs.values()))
+    return open_together(configs, study) if isinstance(first, WeakTeacher) else {at: OPEN[type(c)](study(c)) for at, c in configs.items()}
 
 def run_varied(
     given: Mapping[str, Any],              # settings that all share, as of a file
@@ -261,18 +274,28 @@ def run_varied(
 ) -> Varied:
     "Run a comparison at several values of a setting; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     configs = variants(given, setting, values, cls)
-    total = sum(map(count_stages, configs.values())) if cls is WeakTeacher else 0
-    say = (lambda line: None) if quiet else counted(total) if total else partial(print, flush=True)
-    with claim(out, {at: to_table(c) for at, c in configs.items()}, say, keep, quiet=True) as stages:
-        def study(c: Any) -> Study: return Study(c, stages, quiet)
-        ready = open_together(configs, study) if cls is WeakTeacher else {at: OPEN[cls](study(c)) for at, c in configs.items()}
+    with claim(out, {at: to_table(c) for at, c in configs.items()}, (lambda line: None) if quiet else print_now, keep, quiet=True) as stages:
+        ready = open_varied(configs, stages, quiet)
         note_models(stages, [m for o in ready.values() for m in o.models])
-        if not quiet: print(*dict.fromkeys(line for o in ready.values() for line in first_lines(o)), sep='\n')
-        out_of = {at: _finish(o) for at, o in ready.items()}
+        if not quiet:
+            print(*dict.fromkeys(line for o in ready.values() for line in first_lines(o)), sep='\n')
+            stages.say = say_numbered(print_now, count_stages(stages, lambda: [o.make() for o in ready.values()]))
+        out_of = {at: o.result(o.make()) for at, o in ready.items()} # all stages, then all tables
     _say_other_rows(setting, out_of)
     return Varied(Path(out), setting, out_of)
 
-def _finish(o: Opened) -> Any: return o.result(o.make()) # all stages, then all tables
+def plan_varied(
+    given: dict[str, Any],      # settings that all share, as of `run_varied`
+    setting: str,               # that is varied
+    values: Sequence[str] = (), # of it
+    out: str | Path = 'runs/preferences', # folder of stages; what is done in it costs nothing
+    keep: bool = False,         # stages that other versions of the packages made are done, too
+    cls: Any = WeakTeacher,     # the experiment's class of settings
+) -> dict[str, Plan]:           # value -> its plan; what an earlier value does is shared and costs nothing
+    "Say what a variation would do; nothing is written. Raises as `run_varied` does"
+    seen: set[str] = set()
+    speeds: dict = {}
+    return {at: plan_opened(o, seen, speeds) for at, o in open_varied(variants(given, setting, values, cls), run_for_plan(out, keep)).items()}
 
 def _say_other_rows(setting: str, results: Mapping[str, Any]) -> None:
     "Say so if two values were tested on different examples"

@@ -31,7 +31,8 @@ from ..evaluate.intervals import estimate
 from ..evaluate.metrics import agreement
 from ..compare.config import merged, to_table
 from .label_rows import LabelData, LabelJob, length_lead, load_label_data, word_margins
-from ..compare.preference_stages import Model, Study, know_model, model_lines, note_models
+from ..compare.learn import Study
+from ..compare.models import Model, know_model, model_lines, note_models
 from ..compare.stages import claim
 from ..compare.supervisors import ask, train_supervisor
 from ..compare.preference_settings import WeakTeacher, fill_settings

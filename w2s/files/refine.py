@@ -10,13 +10,11 @@ __all__ = ['REFINE_METHODS', 'OF_METHODS', 'SHIPPED_REFINE', 'PACKAGES', 'Refine
 
 # %% ../../nbs/api/files/30_refine.ipynb #f1718fa1
 import json
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import tomli_w
@@ -28,7 +26,8 @@ from ..data.questions import answers_to, open_tables, questions_from
 from ..data.names import SPLITS, column_names, named_pairs, spread_columns
 from ..errors import ConfigError, DataError, unknown
 from ..compare.config import from_table, merged, to_table, to_toml
-from ..compare.preference_stages import Model, Study, know_model, model_lines, model_load, note_models
+from ..compare.learn import Study
+from ..compare.models import Model, know_model, model_lines, model_load, note_models
 from ..compare.response_ends import count_cut
 from ..compare.stages import claim
 from ..compare.extensions import METHODS
@@ -172,7 +171,7 @@ def refiner(
 ) -> Model:         # not yet loaded
     "The model that answers anew; raises `ModelError` or `ConfigError`"
     strong = str(model_folder(job.strong))
-    return know_model(short_name(job.strong), strong, SimpleNamespace(max_length=sys.maxsize, load=job.load, strong=strong), writes=True)
+    return know_model(short_name(job.strong), strong, job, writes=True)
 
 def dry_refine(
     job: RefineJob, # what is asked for

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from ..plots.labels import plot_pgr, plot_sizes
 from ..compare.label_settings import Classify
 from ..compare.result import Result
-from ..compare.preference_stages import model_load
+from ..compare.models import model_load
 from ..compare.preference_settings import short_name, weak_names
 from ..plots.methods import plot_curves, plot_methods
 from ..models.load import LoadSettings, load_config, model_kind
