@@ -17,10 +17,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
 from importlib.machinery import SourceFileLoader
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -107,7 +109,7 @@ def own_metrics(
     "The metrics of the user that this kind of feedback has numbers for; raises `ConfigError`"
     given: dict[str, Any] = {'rows': [dict(r) for r in rows], **({} if answers is None else {'answers': list(answers)}), **({} if probs is None else {'probs': np.array(probs)})}
     fit = {k: e for k, e in METRICS.own.items() if set(e.takes) <= given.keys() and set(e.takes) & {'answers', 'probs'}}
-    return {k: check_numbers(e, call_own(e, lambda e=e: e.fill(given)), (len(rows),), 'one for each test example') for k, e in fit.items()}
+    return {k: check_numbers(e, call_own(e, partial(e.fill, given)), (len(rows),), 'one for each test example') for k, e in fit.items()}
 
 # %% ../../nbs/api/compare/025_extensions.ipynb #5604fda5
 def judge_scores(
@@ -273,4 +275,4 @@ def save_extensions(
 def _source(extension: Extension) -> str:
     "The source of a function, with its decorator where that is known"
     try: return inspect.getsource(extension.function.__code__)
-    except (OSError, TypeError, AttributeError): return function_text(extension.function) if hasattr(extension.function, '__code__') else repr(extension.function)
+    except (OSError, TypeError, AttributeError): return function_text(extension.function) if isinstance(extension.function, FunctionType) else repr(extension.function)

@@ -135,7 +135,7 @@ def floor_arm(
 ) -> Arm | None:    # None: the supervisor has no policy of its own
     "The supervisor as an arm"
     first, *more = rows.supervisors
-    if more or first.kind != 'dpo': return None
+    if more or first.kind != 'dpo' or first.model is None: return None
     return Arm('floor', 'dpo human', first.model, first.policy, first.reference, rows.seed)
 
 # %% ../../nbs/api/compare/120_preference_arms.ipynb #09bb8c7d
