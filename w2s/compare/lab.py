@@ -98,10 +98,11 @@ def open_lab(
     seed: int,                  # of parting, rows, adapters and order
     stages: Run,                # where they live
     settings: Effects,          # of all effects
+    max_length: int = 512,      # tokens of an example
 ) -> Lab:
     "Know both models and part the world; raises `ModelError`"
     c = settings
-    config = WeakTeacher('world', str(model_folder(weak)), str(model_folder(strong)), beta=c.beta, load=c.load, lora=c.lora)
+    config = WeakTeacher('world', str(model_folder(weak)), str(model_folder(strong)), beta=c.beta, load=c.load, lora=c.lora, max_length=max_length)
     world, study = make_world(), Study(config, stages, True)
     return Lab(world, c, study, know_model('weak', config.weak, config), know_model('strong', config.strong, config), seed, parts(world, seed, c.trial))
 

@@ -41,7 +41,7 @@ def toxicity_lab(
 ) -> Lab:
     "What the stages of one seed share; raises `ModelError`"
     c = config
-    return open_lab(c.weak, c.strong, seed, stages, Effects(beta=c.beta, load=c.load, lora=c.lora, scene=c.sft, dpo=c.dpo, trial=c.trial))
+    return open_lab(c.weak, c.strong, seed, stages, Effects(beta=c.beta, load=c.load, lora=c.lora, scene=c.sft, dpo=c.dpo, trial=c.trial), c.max_length)
 
 # %% ../../nbs/api/compare/260_toxicity_arms.ipynb #ddf488bc
 @dataclass(frozen=True)
