@@ -10,7 +10,7 @@ __all__ = ['Keep', 'Quantize', 'Nf4Share', 'Dtype', 'Device', 'Revision', 'Allow
 # %% ../../nbs/api/cli/15_flags.ipynb #cdbff410
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, get_origin
@@ -187,6 +187,11 @@ def _old_options(cls: Any) -> dict[str, Any]:
     names = {**dict.fromkeys(cls.old, int), **({'rows': int, 'label_share': float} if cls.halves else {})}
     return {n: Annotated[kind | None, typer.Option(f'--{n.replace("_", "-")}', hidden=True, help='an old name')] for n, kind in names.items()}
 
+def _own_data(o: Option, command: Command) -> Option:
+    "The data of a command stand in its help, also where it has none"
+    if o.flag != 'data' or not (command.preset or command.needs): return o
+    return replace(o, help=f'{o.help.rpartition(" (default:")[0]} (default: {command.preset.get("data", "none, they must be given")})')
+
 def _last_options(out: str) -> dict[str, tuple[Any, Any]]:
     "Parameters that all commands have: annotation and default"
     def of(kind: Any, *names: str, default: Any = None, **more: Any) -> tuple[Any, Any]: return Annotated[kind, typer.Option(*names, rich_help_panel='Output', **more)], default
@@ -202,7 +207,7 @@ def command_function(
     out: str,         # folder where none is named
 ) -> Callable[..., None]:
     "A function with a parameter for each option, for typer"
-    options = {o.parameter: (typer_option(o), None) for o in options_of(command.settings)}
+    options = {o.parameter: (typer_option(_own_data(o, command)), None) for o in options_of(command.settings)}
     old, last, extra = _old_options(command.settings), _last_options(out), {k: (v, None) for k, v in command.extra.items()}
     whole = {**{k: (v, None) for k, v in old.items() if k not in options}, **options, **extra, **last}
     def function(**typed: Any) -> None:
@@ -222,6 +227,7 @@ def add_command(
 ) -> None:
     "Register an experiment"
     first, _, rest = command.told.partition('\n\n')
+    if command.needs and not command.preset: rest = 'Defaults for rows of the embedded world and for models that come with w2s stand behind each flag.'
     rest = rest or 'Without arguments: the embedded world and models that come with w2s. Other defaults hold there; they stand behind each flag.'
     program.command(name, help=f'{first}\n\n{rest}\n\nA flag of one training, as --{_one_stage(command.settings)}, is there for every setting that sets all of them.', hidden=hidden)(command_function(command, f'runs/{name}'))
 
