@@ -75,7 +75,7 @@ def safety(home):
 def test_safety_writes_everything(safety):
     folder, printed = safety
     assert files(folder) == ALWAYS # one student, no snapshots: no sizes, no snapshots
-    assert 'task safety' in printed and f'written to {folder}' in printed and 'refused' in printed
+    assert 'task safety' in printed and f'written to {folder}' in printed and 'PGR, pico teaches nano, accuracy: none, since' in printed
     text = (folder/'report.md').read_text(encoding='utf-8')
     for part in ('# pico teaches nano', '## PGR', '## Weak feedback', '## Settings', 'data = "world:safety"', '60 test examples (', '319,808'): assert part in text, part
     assert '## Stopping' not in text and json.loads((folder/'versions.json').read_text())['w2s']

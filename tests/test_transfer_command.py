@@ -148,7 +148,7 @@ def test_toxicity_writes_everything(tmp_path):
     assert f'written to {out}' in printed and 'report.md' in files(out) and {'figure.png', 'samples.parquet', 'intervals.parquet', 'adapters'} <= files(out)
     assert f'{trained(out)} trainings' in planned
     text = (out/'report.md').read_text(encoding='utf-8')
-    assert text.startswith('# Toxicity: pico teaches nano') and '## Arms' in text and ('## Incomplete' in text) == ('left out' in printed or 'incomplete' in printed)
+    assert text.startswith('# Toxicity: pico teaches nano') and '## Arms' in text and ('## Incomplete' in text) == ('incomplete:' in printed)
     samples = pd.read_parquet(out/'samples.parquet')
     assert samples.groupby(['role', 'method']).size().eq(8).all() and set(pd.read_parquet(out/'prompts.parquet').columns) == {'id', 'kind'}
 
