@@ -17,6 +17,7 @@ from w2s.compare.extensions import (
 from w2s.compare.label_settings import fill_classify
 from w2s.compare.demonstration_settings import fill_transfer
 from w2s.compare.preference_settings import fill_settings
+from w2s.compare.result import show_table
 from w2s.compare.sources import source_hash
 from w2s.data.rows import make_rows
 from w2s.errors import ConfigError, DataError
@@ -100,7 +101,7 @@ def test_a_preference_comparison_with_loss_labeller_judge_and_metric(tmp_path, w
     assert ('student', 'hinge(margin=2) weak', 'vowels') in arms and ('floor', 'vowels untrained', 'vowels') in arms
     scored = result.items[result.items.metric.isin(['letters', 'gold_reward'])].pivot_table(index=['role', 'method', 'id'], columns='metric', values='value').dropna()
     assert len(scored) >= 24 and np.allclose(scored.gold_reward, -(scored.letters - 10).clip(lower=0))
-    assert 'letters' in preferences.summary_table(result, preferences.SHOWN) and 'sure' not in set(result.items.metric)
+    assert 'letters' in show_table(result) and 'sure' not in set(result.items.metric)
     vowels = lambda t: sum(c in 'aeiou' for c in t)
     assert all(vowels(r.chosen) >= vowels(r.rejected) for r in result.weak_labels.itertuples())
 
@@ -114,7 +115,7 @@ def test_a_label_comparison_with_loss_task_and_metric(tmp_path, way):
     assert set(students.method) == {'xent', 'squared(power=1)', 'focal', 'balanced'} and set(result.classes) == {'even', 'odd'}
     p = result.predictions[(result.predictions.role == 'student') & (result.predictions.method == 'focal')]
     assert np.isclose(students[(students.method == 'focal') & (students.metric == 'sure')].value.mean(), p[['p0', 'p1']].max(axis=1).mean())
-    assert 'sure' in labels.shown_table(result) and 'letters' not in set(result.items.metric)
+    assert 'sure' in show_table(result) and 'letters' not in set(result.items.metric)
 
 
 @pytest.mark.parametrize('way', WAYS)
@@ -329,7 +330,8 @@ def stage_of(tmp_path, kind):
     from w2s.compare import preference_stages, supervisors
     from w2s.compare.label_settings import parse_method
     from w2s.compare.label_stages import learn_stage
-    from w2s.compare.preference_stages import Study, know_model
+    from w2s.compare.learn import Study
+    from w2s.compare.models import know_model
     from w2s.compare.stages import Run
     seen = []
     class Stop(Exception): pass

@@ -69,7 +69,7 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch
     (tmp_path/'file').write_text('mine')
     (tmp_path/'folder.parquet').mkdir()
     for name in ('rows.jsonl', 't.jsonl'): (tmp_path/name).write_text('')
-    monkeypatch.setattr('w2s.compare.preference_stages.know_model', None)
+    monkeypatch.setattr('w2s.compare.models.know_model', None)
     place = {'a file': 'file', 'below a file': 'file/run', 'a name too long': 'x'*300, 'a folder for a file': 'folder.parquet'}[what]
     words = ('label', '--model', 'pico', '--rows', tmp_path/'rows.jsonl', '--train', tmp_path/'t.jsonl') if what == 'a folder for a file' else SMALL
     status, said = w2s(*words, '--out', tmp_path/place)
@@ -108,9 +108,9 @@ def test_no_exception_is_a_traceback(monkeypatch, error):
 
 def test_the_place_of_a_fault_is_named_and_the_traceback_can_be_had(monkeypatch):
     def breaks(*a, **k): raise KeyError('hinge')
-    monkeypatch.setattr('w2s.compare.preference_settings.to_table', breaks)
+    monkeypatch.setattr('w2s.compare.settings.check_shared', breaks)
     status, said = w2s(*SMALL)
-    assert status == 70 and 'w2s/compare/preference_settings.py, line ' in sentence(said)
+    assert status == 70 and 'w2s/compare/settings.py, line ' in sentence(said)
     monkeypatch.setenv('W2S_TRACEBACK', '1')
     assert 'Traceback' in w2s(*SMALL)[1]
 

@@ -15,8 +15,7 @@ from w2s.evaluate.maths import mark_answer
 from w2s.compare.label_data import load_labels
 from w2s.compare.label_settings import fill_classify
 from w2s.organism.ladder import build_model, check_model_folder
-from w2s.compare.preference_stages import MODELS
-from w2s.compare.stages import HOLDER, RUN, claim, lock, read_run
+from w2s.compare.stages import HOLDER, MODELS, RUN, claim, lock, read_run
 from w2s.compare.toxicity_settings import fill_toxicity
 from w2s.io.console import bullet_list, markdown_table, shorten_home
 from w2s.io.disk import error_number

@@ -16,7 +16,7 @@ from w2s.compare.plan import plan
 from w2s.experiments.preferences import open_preferences
 from w2s.compare.preference_data import load_preferences
 from w2s.compare.learn import Study
-from w2s.compare.models import know_model
+from w2s.compare.models import know_model, open_base
 from w2s.compare.response_ends import check_cut, check_lengths, check_responses, chosen_tokens, cut_words
 from w2s.compare.stages import Run
 from w2s.compare.demonstration_tables import cut_answers
@@ -125,7 +125,7 @@ def stage(rows, where, **more):
 
 def test_a_response_is_cut_if_and_only_if_it_fills_the_limit_without_an_end(rows, tmp_path):
     written, c, model, data = stage(rows, tmp_path, response_tokens=12, samples=3)
-    base = gold.open_base(model)
+    base = open_base(model)
     longer = generate(base.model, base.tokenizer, list(data.test['prompt']), sampling(config_of(rows, response_tokens=24, samples=3)), 0, quiet=True, ids=list(data.test['id']), arm='base')
     flat = [(w, text) for row, others in zip(written, longer, strict=True) for w, text in zip(row, others, strict=True)]
     assert {w.cut for w, _ in flat} <= {True, False} and any(w.cut for w, _ in flat)

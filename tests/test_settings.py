@@ -165,7 +165,7 @@ def test_a_flag_of_one_stage_wins_over_that_of_all(cls):
 def test_flags_reach_the_settings(words, path, value, monkeypatch):
     "From what is typed to the settings that would be run"
     seen = []
-    monkeypatch.setattr('w2s.experiments.plan.plan', lambda c: seen.append(c))
+    monkeypatch.setattr('w2s.compare.plan.plan', lambda opens, config, out, keep: seen.append(config))
     data = ('--data', __file__) if path == 'leave_out' else ()
     assert w2s('preferences', *data, *words, '--dry-run').exit_code == 0
     found = seen[0]

@@ -27,10 +27,10 @@ from w2s.train import loop
 
 FAST = dict(load=dict(quantize='none', dtype='float32'), lora=dict(rank=2))
 STEP = dict(epochs=1, batch_size=8, learning_rate=1e-3)
-PREFERENCES = FAST | dict(weak='pico', strong='pico', rows=40, test_rows=6, seeds=1, samples=1, sft=STEP, dpo=STEP)
-LABELS = FAST | dict(weak='pico', strong='nano', rows=40, test_rows=10, seeds=1, supervisor=STEP, student=STEP)
-DEMONSTRATIONS = FAST | dict(weak='pico', strong='nano', gold_rows=8, rows=12, test_rows=6, seeds=1, max_tokens=12, examples=2, demonstrate=STEP, student=STEP)
-TOXICITY = FAST | dict(weak='pico', strong='nano', gold_rows=16, asked_rows=16, test_prompts=4, seeds=1, examples=2, sft=STEP, dpo=STEP, speak=dict(samples=2, max_tokens=8))
+PREFERENCES = FAST | dict(weak='pico', strong='pico', n_labelled=20, n_unlabelled=20, n_test=6, seeds=1, samples=1, sft=STEP, dpo=STEP)
+LABELS = FAST | dict(weak='pico', strong='nano', n_labelled=20, n_unlabelled=20, n_test=10, seeds=1, supervisor=STEP, student=STEP)
+DEMONSTRATIONS = FAST | dict(weak='pico', strong='nano', n_labelled=8, n_unlabelled=12, n_test=6, seeds=1, max_tokens=12, examples=2, demonstrate=STEP, student=STEP)
+TOXICITY = FAST | dict(weak='pico', strong='nano', n_labelled=16, n_unlabelled=16, n_test=4, seeds=1, examples=2, sft=STEP, dpo=STEP, speak=dict(samples=2, max_tokens=8))
 
 
 def own_sums(folder):
