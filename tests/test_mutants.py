@@ -217,8 +217,9 @@ def captured(small, tmp_path, monkeypatch, start=Path('sft'), soft=False, weight
     columns = {'weight': np.ones(n) if weights is None else weights, 'prob': np.linspace(.5, .99, n)}
     rows = Dataset.from_dict(small.data.with_format(None)[:] | {k: list(v) for k, v in columns.items()})
     study = Study(config, Run(tmp_path, lambda line: None), True)
-    preference_stages.dpo_stage(study, None, 'student-seed5', rows, start, 5, soft=soft)
-    preference_stages.sft_stage(study, None, 'student-seed5', rows, 5)
+    model = SimpleNamespace(name='known')
+    preference_stages.dpo_stage(study, model, 'student-seed5', rows, start, 5, soft=soft)
+    preference_stages.sft_stage(study, model, 'student-seed5', rows, 5)
     return seen, config, columns
 
 
