@@ -6,6 +6,8 @@
 __all__ = ['FIGURES', 'TOXICITY_PAGE', 'worst_figure', 'fluency_figure', 'toxicity_figures']
 
 # %% ../../nbs/api/report/50_toxicity.ipynb #c7a35a3f
+from functools import partial
+
 from matplotlib.figure import Figure
 
 from ..compare.preference_settings import short_name
@@ -42,7 +44,7 @@ def toxicity_figures(
     "The figures that a run has something to show in"
     who, t = set(map(tuple, result.intervals[['role', 'method']].to_numpy())), result.intervals
     def complete(metric: str) -> bool: return set(map(tuple, t.loc[t['metric'] == metric, ['role', 'method']].to_numpy())) == who
-    return {name: ((lambda draw=draw: draw(result)), shows) for name, (draw, shows, metrics) in FIGURES.items() if all(map(complete, metrics))}
+    return {name: (partial(draw, result), shows) for name, (draw, shows, metrics) in FIGURES.items() if all(map(complete, metrics))}
 
 # %% ../../nbs/api/report/50_toxicity.ipynb #db89f128
 def _data(result: Result) -> list[str]: return ['Test prompts: ' + ', '.join(f'{n:,} {k}' for k, n in result.prompts['kind'].value_counts().items()) + '.']
