@@ -193,7 +193,7 @@ def prefer(
     def objective(base: Base) -> Objective:
         return preference_objective(tokens, stored_logps(site.study.run.root/'store', base, None, tokens, label=name, quiet=True), beta=c.beta)
 
-    inputs = {'objective': 'dpo', 'source': lambda: source_hash(PREFERENCE_LOSSES['dpo']), 'rows': lambda: tokens_hash(tokens), 'beta': c.beta}
+    inputs = {'objective': 'dpo', 'source': lambda: source_hash(PREFERENCE_LOSSES['dpo'].function), 'rows': lambda: tokens_hash(tokens), 'beta': c.beta}
     return train_stage(site.study, model, name, c.dpo, None, inputs, objective, site.seed, tokens, also=[scoring_pass(model.name, tokens)])
 
 def judge_pairs(

@@ -236,6 +236,14 @@ def by_value(
     wide = t.assign(cell=cells).pivot_table(index=keys, columns='metric', values='cell', aggfunc='first', sort=False).reset_index()
     return wide[[*keys, *metrics]].rename(columns={'at': varied.setting}).rename_axis(columns=None).fillna('–')
 
+# %% ../../nbs/api/experiments/70_vary.ipynb #e5315c2a
+def _finish(o: Opened, run: Run) -> Result:
+    "All stages of one value, then all its tables; it has the curves of its own stages"
+    before = list(run.used)
+    run.used.clear()
+    try: return o.result(o.make())
+    finally: run.used[:0] = before
+
 # %% ../../nbs/api/experiments/70_vary.ipynb #770fbe92
 OPEN: dict[Any, Callable[[Study], Opened]] = {Classify: open_labels, Transfer: open_demonstrations, Toxicity: open_toxicity} # settings -> what opens the experiment
 
@@ -280,7 +288,7 @@ def run_varied(
         if not quiet:
             print(*dict.fromkeys(line for o in ready.values() for line in first_lines(o)), sep='\n')
             stages.say = say_numbered(print_now, count_stages(stages, lambda: [o.make() for o in ready.values()]))
-        out_of = {at: o.result(o.make()) for at, o in ready.items()} # all stages, then all tables
+        out_of = {at: _finish(o, stages) for at, o in ready.items()}
     _say_other_rows(setting, out_of)
     return Varied(Path(out), setting, out_of)
 

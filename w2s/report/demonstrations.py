@@ -7,6 +7,8 @@ __all__ = ['FIGURES', 'DEMONSTRATIONS_PAGE', 'weak_names_of', 'transfer_figure',
            'demonstration_figures', 'trained_text', 'answers_text']
 
 # %% ../../nbs/api/report/40_demonstrations.ipynb #9934e576
+from functools import partial
+
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -75,7 +77,7 @@ def demonstration_figures(
     "The figures that a run has something to show in"
     taught = not result.intervals[(result.intervals['role'] == 'student') & (result.intervals['weak'] != '')].empty
     there = ['figure']*taught + ['plane'] + ['examples']*bool(result.config.ablation)
-    return {name: ((lambda draw=FIGURES[name][0]: draw(result)), FIGURES[name][1]) for name in there}
+    return {name: (partial(FIGURES[name][0], result), FIGURES[name][1]) for name in there}
 
 # %% ../../nbs/api/report/40_demonstrations.ipynb #f520efad
 def trained_text(

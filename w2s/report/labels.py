@@ -9,6 +9,7 @@ __all__ = ['BARS', 'SHOWN_CURVES', 'FIGURES', 'LABELS_PAGE', 'parameters', 'mode
 
 # %% ../../nbs/api/report/30_labels.ipynb #99433e79
 from collections.abc import Sequence
+from functools import partial
 
 import pandas as pd
 import torch
@@ -123,7 +124,7 @@ def label_figures(
     "The figures that a run has something to show in"
     several = len({s for _, s in taught_pairs(result)}) > 1
     there = ['figure'] + ['sizes', 'pgr']*several + ['snapshots']*(not result.snapshots.empty)
-    return {name: ((lambda draw=FIGURES[name][0]: draw(result)), FIGURES[name][1]) for name in there}
+    return {name: (partial(FIGURES[name][0], result), FIGURES[name][1]) for name in there}
 
 # %% ../../nbs/api/report/30_labels.ipynb #31c293cc
 def over_seeds(

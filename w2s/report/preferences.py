@@ -58,7 +58,7 @@ def wins_text(
     "Wins, ties and losses of the comparisons that the run is about, and of each arm against the reference of its win rate"
     written = set(map(tuple, result.responses[['role', 'method']].drop_duplicates().to_numpy()))
     compared = question_pairs(result.config.start, models_in(result.items, 'gold_reward'))
-    asked = [tuple((m['role'], m['method']) for m in pair) for pair in compared]
+    asked = [((a['role'], a['method']), (b['role'], b['method'])) for a, b in compared]
     pairs = [p for p in [*asked, *((a, REFERENCE) for a, _ in asked[:1])] if set(p) <= written]
     return markdown_table(win_table(result.responses, list(dict.fromkeys(pairs)), row_groups(result.test)).round(3).astype(object).where(lambda t: t.notna(), '–'))
 
