@@ -70,7 +70,7 @@ def go(home, out, keep=False):
     said, config = [], weak_teacher_config({}, home/'run.toml')
     with warnings.catch_warnings(record=True) as warned, pytest.MonkeyPatch.context() as m:
         warnings.simplefilter('always', W2SWarning)
-        m.setattr(page, 'run_experiment', lambda open_it, config, out, quiet, keep: run_experiment(open_it, config, out, quiet, keep, said.append))
+        m.setattr(page, 'run_experiment', lambda open_it, config, out, quiet, keep: run_experiment(open_it, config, out, quiet, keep, lambda line: said.append(line.partition('] ')[2] or line)))
         m.setattr('builtins.print', lambda *a, **k: None)
         m.setattr(page, 'check_cut', lambda *a: None) # models of a few steps do not end their responses
         m.setattr('w2s.report.preferences.result_figure', lambda result: Figure()) # drawing takes longer than all the rest

@@ -191,13 +191,10 @@ def test_the_plan_says_how_messages_are_written(typed, command, choice):
     assert said[choice] in ' '.join(out.output.split())
 
 
-@pytest.mark.parametrize('command', ['text', 'world', 'label text', 'refine, ours', 'persona'])
+@pytest.mark.parametrize('command', ['text', 'world', 'label text', 'refine, ours', 'persona', 'toxicity'])
 def test_a_template_that_would_do_nothing_is_refused(typed, command):
     out = typed(command, '--chat-template', 'chatml')
     assert isinstance(out.exception, ConfigError) and '--chat-template chatml would do nothing' in str(out.exception), out.output
-
-
-def test_a_command_without_chat_rows_has_no_such_flag(typed): assert typed('toxicity', '--chat-template', 'chatml').exit_code == 2
 
 
 def test_refine_asks_in_the_chosen_template(typed, models, tmp_path):

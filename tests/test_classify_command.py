@@ -202,10 +202,10 @@ def test_plan_writes_nothing(home, tmp_path, command):
     rows = ('--data', str(home/'safe.csv')) if command == 'classify' else ()
     printed = ran(command, *rows, '--seeds', '3', '--lr', '0.01', '--dry-run', '--out', tmp_path/'none')
     assert not list(tmp_path.iterdir()) and 'rows left of rows read' in printed
-    (tmp_path/'again.toml').write_text(printed[:printed.index('Rows ')])
+    (tmp_path/'again.toml').write_text(printed.partition('\n\npico')[0])
     again = classify_config(command, {}, tmp_path/'again.toml')
     assert (again.student.learning_rate, again.supervisor.learning_rate, again.seeds) == (.01, .01, 3)
-    assert printed.rstrip().endswith('12 trainings, all seeds together: 3 supervisors, 6 students, 3 ceilings')
+    assert '12 trainings, all seeds together' in printed.splitlines()[-1]
 
 
 # Killed

@@ -86,7 +86,7 @@ class Transfer(Settings):
     samples: int = setting(5, 'Method')               # of resampled: answers to each question, of which one is kept
     temperature: float = setting(.7, 'Method')        # of these samples; all other answers are the likeliest ones (the paper: temperature 0)
     auxiliary: float = setting(.5, 'Method')          # of the method auxiliary: weight of the own answers, of the weak ones 1 minus it
-    max_tokens: int = setting(256, 'Evaluation', world=48) # tokens of an answer; the paper: 2000
+    max_tokens: int = setting(256, 'Evaluation', world=48, own=64) # tokens of an answer; the paper: 2000
     judge: str = setting('', 'Evaluation')            # model that rates answers to questions of your own, where no oracle knows the truth: a folder or a name on the hub; maths needs none
     concept: str = setting('', 'Evaluation', say='the instruction') # of persona, with a judge: the style that is wanted, in words
     repeats: int = setting(10, 'Evaluation')          # ratings of each answer by the judge; the paper: 10 (20 in maths)
@@ -114,7 +114,9 @@ class Transfer(Settings):
         if self.answers: yield 'file'
         elif self.instruction: yield 'prompted'
         elif self.data == 'world' and self.task in PLANTED and not {'weak', 'demonstrator'} & given.keys(): yield self.task
-        if all(n in (*LADDER, SCHOLAR) for n in transfer_models(vars(self))): yield 'ladder'
+        ladder = all(n in (*LADDER, SCHOLAR) for n in transfer_models(vars(self)))
+        if ladder: yield 'ladder'
+        if ladder and self.data != 'world': yield 'own' # they read 256 tokens in all
 
     def check(self) -> None:
         "Raise `ConfigError` for a setting out of range or without effect"

@@ -25,8 +25,6 @@ from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .sources import function_text, source_hash
 from ..data.tasks import TASKS, task
 from ..errors import ConfigError, unknown
@@ -35,7 +33,9 @@ from ..io.disk import write_atomic
 from ..io.registry import Extension, Registry, call_own, check_numbers, check_texts, named_in
 from ..train.settings import LABEL_LOSSES, PREFERENCE_LOSSES, label_loss, loss
 
-if TYPE_CHECKING: from datasets import Dataset
+if TYPE_CHECKING:
+    import numpy as np
+    from datasets import Dataset
 
 # %% ../../nbs/api/compare/025_extensions.ipynb #cb5790e3
 _all_ = ['TASKS', 'LABEL_LOSSES', 'PREFERENCE_LOSSES', 'task', 'label_loss', 'loss'] # a reader of this module should find all seven here
@@ -93,7 +93,7 @@ def labeller_rewards(
     text: str,     # name of a labeller, with options in brackets or without
     pairs: 'Dataset', # of kind "pairs"
     seed: int,     # of the run
-) -> np.ndarray:   # (pairs, 2): rewards of response a and response b
+) -> 'np.ndarray':   # (pairs, 2): rewards of response a and response b
     "What a labeller says of some pairs; raises `ConfigError`"
     _, found, options = LABELLERS.choose(text, 'kind of supervisor')
     given = {'prompts': pairs['prompt'][:], 'response_a': pairs['response_a'][:], 'response_b': pairs['response_b'][:], 'seed': seed}
@@ -104,10 +104,10 @@ def labeller_rewards(
 def own_metrics(
     rows: Sequence[Mapping[str, Any]],      # test examples
     answers: Sequence[str] | None = None,   # what a model wrote, one text for each; None: it wrote nothing
-    probs: np.ndarray | None = None,        # (examples, classes); None: it gave none
-) -> dict[str, np.ndarray]:                 # metric -> one number for each example
+    probs: 'np.ndarray | None' = None,        # (examples, classes); None: it gave none
+) -> 'dict[str, np.ndarray]':               # metric -> one number for each example
     "The metrics of the user that this kind of feedback has numbers for; raises `ConfigError`"
-    given: dict[str, Any] = {'rows': [dict(r) for r in rows], **({} if answers is None else {'answers': list(answers)}), **({} if probs is None else {'probs': np.array(probs)})}
+    given: dict[str, Any] = {'rows': [dict(r) for r in rows], **({} if answers is None else {'answers': list(answers)}), **({} if probs is None else {'probs': probs.copy()})}
     fit = {k: e for k, e in METRICS.own.items() if set(e.takes) <= given.keys() and set(e.takes) & {'answers', 'probs'}}
     return {k: check_numbers(e, call_own(e, partial(e.fill, given)), (len(rows),), 'one for each test example') for k, e in fit.items()}
 
@@ -116,7 +116,7 @@ def judge_scores(
     text: str,                 # name of a judge, with options in brackets or without
     prompts: Sequence[Any],    # texts or chat messages, one for each response
     responses: Sequence[str],  # texts
-) -> np.ndarray:               # (responses,)
+) -> 'np.ndarray':             # (responses,)
     "What a judge says of some responses; raises `ConfigError`"
     _, found, options = JUDGES.choose(text)
     out = call_own(found, lambda: found.fill({'prompts': list(prompts), 'responses': list(responses)}, options))

@@ -118,7 +118,7 @@ class Classify(Settings):
     words: tuple[str, ...] = setting((), 'Method', say='those of the data', read=spaced) # label words, one a class, that readout words compares and a head begins with; on the command line each is put behind a space
     contradictions: str = setting('keep', 'Data')     # texts with two different labels: keep (and count), drop or refuse
     via: tuple[str, ...] = setting((), 'Models')      # models in between: each learns from the labels of the one before, and labels anew
-    methods: tuple[str, ...] = setting(('xent', 'confidence'), 'Method', flag='method', probe=('xent',)) # how students learn: xent, confidence, product, entropy, window, kl, reverse_kl, hard, weighted, relabel or filter, with options in brackets, as in confidence(highest=0.5); the first one is also that of via and rounds
+    methods: tuple[str, ...] = setting(('xent', 'confidence'), 'Method', flag='method', probe=('xent',)) # how students learn: xent, confidence, product, entropy, window, kl, reverse_kl, focal, balanced, hard, weighted, relabel or filter, with options in brackets, as in confidence(highest=0.5); the first one is also that of via and rounds
     readout: str = setting('head', 'Method', world='words') # head: trained, on the last token; words: the likelier label word; probe: linear, on frozen states
     head_start: str = setting('words', 'Method')      # words: a head begins at the label words' rows of the output head (Burns et al.: 0 and 1), at random where there are none; or random
     rounds: int = setting(1, 'Method')                # from the second on, students learn from labels of their own kind (strong-to-strong)

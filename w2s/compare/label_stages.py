@@ -165,7 +165,7 @@ def learn_stage(
     options = how.options if not how.clean else {}
     inputs: dict[str, Any] = {'objective': how.loss, 'source': lambda: source_hash(LABEL_LOSSES[how.loss].function), 'options': dict(options), 'readout': c.readout, 'rows': known, 'target': targets.tolist(), 'weights': weights.tolist()}
     if start: inputs['start'] = list(start)
-    make = {} if c.readout == 'words' else {'make': _head_maker(targets.shape[1], start)}
+    make: dict[str, Any] = {} if c.readout == 'words' else {'make': _head_maker(targets.shape[1], start)}
     folder = train_stage(study, model, name, settings, None, inputs, lambda base: class_objective(tokens, targets, weights, c.readout, how.loss, options), seed, tokens,
                          snapshots=snapshots, **make)
     return Classifier(model, words, c.readout, folder)

@@ -163,7 +163,7 @@ def opened_model(
 ) -> Iterator[Any]:                   # the base with or without its adapter, as PyTorch module
     "A model, ready to answer or to score"
     base = open_base(model)
-    worn = load(base, adapter) if adapter else base.model
+    worn: Any = load(base, adapter) if adapter else base.model
     try: yield worn
     finally:
         if adapter: worn.unload()

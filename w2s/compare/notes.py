@@ -59,12 +59,14 @@ class Later(Sequence[EncodedRow]):
     def __init__(self,
         n: int,                                       # how many there are, if all of them can be read
         encode: Callable[[], Sequence[EncodedRow]],   # makes them
-    ): self._n, self._encode, self._rows = n, encode, None # type: ignore[assignment]
+    ):
+        self._n, self._encode = n, encode
+        self._rows: list[EncodedRow] | None = None
 
     @property
     def rows(self) -> list[EncodedRow]:
         "All of them"
-        if self._rows is None: self._rows: list[EncodedRow] | None = list(self._encode())
+        if self._rows is None: self._rows = list(self._encode())
         return self._rows
 
     def __len__(self) -> int: return self._n if self._rows is None else len(self._rows)

@@ -120,8 +120,8 @@ def evaluate_arm(
         return preference_scores(logps[:, 0], logps[:, 1], None if arm.policy is None else rewards[:, 0] - rewards[:, 1])
 
     def likely(rng: np.random.Generator) -> Columns:
-        logps, margin = rng.normal(-20, 1, (2, len(tokens))), rng.normal(size=len(tokens))
-        return preference_scores(*logps, None if arm.policy is None else margin)
+        (chosen, rejected), margin = rng.normal(-20, 1, (2, len(tokens))), rng.normal(size=len(tokens))
+        return preference_scores(chosen, rejected, None if arm.policy is None else margin)
 
     against: dict[str, Any] = {'alone': how} if how else {'reference': adapter_hash(arm.reference)}
     inputs = {'policy': adapter_hash(arm.policy), **against, 'rows': lambda: tokens_hash(tokens), 'beta': c.beta}

@@ -117,7 +117,7 @@ def make_arms(
     "All arms of all seeds, trained, tested and scored"
     c, scored, notes, test = t.study.config, [], list[str](), list[dict]()
     for seed in range(c.seeds):
-        site = ToxicitySite(t.study, *t.models, seed)
+        site = ToxicitySite(t.study, t.models[0], t.models[1], seed)
         rows = rows_of(c, parts(ladder_world(), seed, c.trial), t.found, seed)
         test = rows.test
         chosen, pairs = choice_arms(site, t.judge, rows) if 'dpo' in c.methods else ([], [])

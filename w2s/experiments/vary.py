@@ -193,7 +193,7 @@ class Varied:
         return pd.concat([getattr(r, name).assign(setting=self.setting, at=at) for at, r in self.results.items()], ignore_index=True)
 
     def _tables(self) -> list[pd.DataFrame]:
-        if not all(isinstance(r, Result) for r in self.results.values()): return [by_value(self)]
+        if not all(r.kind.name == 'preferences' for r in self.results.values()): return [by_value(self)]
         return [varied_table(self, [m]) for m in ('accuracy', 'gold_reward') if m in set(self.intervals['metric'])]
 
     def _repr_html_(self) -> str: return ''.join(t.to_html(index=False) for t in self._tables())

@@ -80,7 +80,7 @@ def write_varied(
     varied: Varied, # of `run_varied`; its folder is written to
 ) -> Path:          # the page of text
     "Write tables, figure, settings and versions of a variation into its folder; raises `ConfigError` where a file of the user would be lost"
-    if all(isinstance(r, Result) for r in varied.results.values()): return preferences.write_varied(varied)
+    if all(r.kind.name == 'preferences' for r in varied.results.values()): return preferences.write_varied(varied)
     name = file_name(varied)
     items = pd.concat([r.items.assign(setting=varied.setting, at=at) for at, r in varied.results.items()], ignore_index=True)
     tables = {f'{name}-{part}': t for part, t in {'intervals': varied.intervals, 'pgr': varied.pgr, 'items': items}.items()}

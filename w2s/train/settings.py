@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'OPTIMIZERS', 'PREFERENCE_LOSSES', 'REFERENCE', 'LABEL_LOSSES', 'TrainSettings', 'GenerateSettings',
-           'loss', 'loss_options', 'LossChoice', 'choose_loss', 'smoothing_losses', 'check_preference_loss',
-           'label_loss']
+           'loss', 'LossChoice', 'choose_loss', 'smoothing_losses', 'check_preference_loss', 'label_loss',
+           'loss_options']
 
 # %% ../../nbs/api/train/010_settings.ipynb #a2b80ef0
 from collections.abc import Callable, Mapping
@@ -90,16 +90,6 @@ def loss(
     "Decorator of a preference loss; raises `ConfigError` for a name or a parameter that cannot be"
     return PREFERENCE_LOSSES.register(name, reference=reference, mean=mean, smoothing=smoothing, ranges=ranges or {})
 
-# %% ../../nbs/api/train/010_settings.ipynb #2ee95a12
-def loss_options(
-    loss: str,                                  # a name in `LABEL_LOSSES`
-    options: Mapping[str, float] | None = None, # those that differ from the default
-) -> dict[str, float]:                          # all options of this loss
-    "The options of a loss on labels, checked; raises `ConfigError`"
-    if loss not in LABEL_LOSSES: raise ConfigError(unknown(loss, LABEL_LOSSES, 'loss on labels'))
-    check_options(LABEL_LOSSES[loss], options or {})
-    return {**LABEL_LOSSES[loss].options, **{k: float(x) for k, x in (options or {}).items()}}
-
 # %% ../../nbs/api/train/010_settings.ipynb #c989d3c6
 @dataclass(frozen=True)
 class LossChoice:
@@ -146,3 +136,13 @@ def label_loss(
 ) -> Callable[[Callable], Callable]:
     "Decorator of a loss on labels; raises `ConfigError` for a name or a parameter that cannot be"
     return LABEL_LOSSES.register(name, ranges=ranges or {})
+
+# %% ../../nbs/api/train/010_settings.ipynb #2ee95a12
+def loss_options(
+    loss: str,                                  # a name in `LABEL_LOSSES`
+    options: Mapping[str, float] | None = None, # those that differ from the default
+) -> dict[str, float]:                          # all options of this loss
+    "The options of a loss on labels, checked; raises `ConfigError`"
+    if loss not in LABEL_LOSSES: raise ConfigError(unknown(loss, LABEL_LOSSES, 'loss on labels'))
+    check_options(LABEL_LOSSES[loss], options or {})
+    return {**LABEL_LOSSES[loss].options, **{k: float(x) for k, x in (options or {}).items()}}
