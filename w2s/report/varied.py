@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from ..compare.config import to_toml
 from ..compare.preference_settings import short_name
 from ..evaluate.pgr import pgr_paragraph
-from ..experiments.preferences import Result
 from ..experiments.vary import Varied, by_value, lead_metrics
 from ..io.console import code_block, escape_list, escape_markdown
 from ..plots.studies import plot_varied
