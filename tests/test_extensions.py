@@ -122,7 +122,7 @@ def test_a_label_comparison_with_loss_task_and_metric(tmp_path, way):
 def test_a_comparison_by_demonstrations_with_method_and_metric(tmp_path, way):
     given = WAYS[way](tmp_path) or {}
     result = demonstrations.run(fill_transfer({**DEMONSTRATIONS, 'methods': ['naive', 'shout'], **given}), tmp_path/'run', quiet=True)
-    lessons = result.lessons[result.lessons.method == 'shout']
+    lessons = result.training_rows[result.training_rows.method == 'shout']
     assert len(lessons) == 8 and all(a.startswith(w.strip()) and a.endswith('!') for a, w in zip(lessons.answer, lessons.weak_answer, strict=True))
     said = result.answers[(result.answers.role == 'student') & (result.answers.method == 'shout')].answer.str.len()
     assert np.isclose(result.intervals[(result.intervals.metric == 'letters') & (result.intervals.method == 'shout')].value.iloc[0], said.mean(), rtol=.3)
@@ -327,7 +327,7 @@ def test_a_loss_without_a_reference_has_none_computed_and_is_tested_by_its_own_r
 
 def stage_of(tmp_path, kind):
     "The folder names of the stages that an extension has a part in, without running them"
-    from w2s.compare import preference_stages, supervisors
+    from w2s.compare import learn, preference_stages, score, supervisors
     from w2s.compare.label_settings import parse_method
     from w2s.compare.label_stages import learn_stage
     from w2s.compare.learn import Study
@@ -335,12 +335,12 @@ def stage_of(tmp_path, kind):
     from w2s.compare.stages import Run
     seen = []
     class Stop(Exception): pass
-    def stop(run, name, inputs, work):
-        seen.append(json.dumps([name, inputs], sort_keys=True))
+    def stop(run, name, inputs, work, sketch=None):
+        seen.append(json.dumps([name, {k: v() if callable(v) else v for k, v in inputs.items()}], sort_keys=True))
         raise Stop
     study, rows = Study(fill_settings(dict(PREFERENCES)), Run(tmp_path, lambda line: None), True), make_rows([dict(prompt='Q:', chosen=f' a{i}', rejected=' b') for i in range(4)], 'preferences')
     with pytest.MonkeyPatch.context() as m:
-        for module in (preference_stages, supervisors): m.setattr(module, 'run_stage', stop)
+        for module in (learn, score): m.setattr(module, 'run_stage', stop)
         with pytest.raises(Stop):
             if kind == 'loss': preference_stages.dpo_stage(study, know_model('strong', 'pico', study.config), 'x', rows, None, 0, 'mine')
             elif kind == 'labeller': supervisors.ask(study, supervisors.Supervisor(None, 'mine', None, None, 0), PAIRS, 'labels')
