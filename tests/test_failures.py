@@ -99,7 +99,7 @@ def test_files_beside_the_labels_are_not_written_over(tmp_path, name):
                                    OSError(errno.EMFILE, 'Too many open files'), FileNotFoundError(errno.ENOENT, 'No such file or directory', 'x.json'), AssertionError(), OverflowError('too large')], ids=repr)
 def test_no_exception_is_a_traceback(monkeypatch, error):
     def breaks(*a, **k): raise error
-    monkeypatch.setattr('w2s.cli.app.weak_teacher_config', breaks)
+    monkeypatch.setattr('w2s.cli.flags.make_settings', breaks)
     status, said = w2s(*SMALL)
     line = sentence(said)
     assert status in (1, 70) and len(line) < 500
