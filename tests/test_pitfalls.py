@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from w2s.data.rows import make_rows, to_pairs
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.errors import DataError, W2SWarning
+from w2s.compare.extensions import LABELLERS
 from w2s.compare import answer as answer_page, learn, preference_arms as arms, preference_stages, score as score_page, supervisors
 from w2s.experiments import preferences as weak_teacher
 from w2s.compare.preference_data import Reader, halves, load_preferences, readable
@@ -845,7 +846,7 @@ class Recorder:
             rng = np.random.default_rng(hash_of(inputs))
             with pytest.MonkeyPatch.context() as m:
                 m.setattr(arms, 'pair_rewards', lambda study, model, policy, reference, tokens, label: rng.normal(size=(2, len(tokens), 2)))
-                m.setattr(supervisors, '_rewards', lambda study, who, pairs, tokens, name: rng.normal(size=(len(pairs), 2)))
+                for kind in ('dpo', 'reward', 'judge'): m.setitem(LABELLERS.found, kind, replace(LABELLERS[kind], function=lambda pairs, **others: rng.normal(size=(len(pairs), 2))))
                 work(folder)
         return folder
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import reward_folder
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.errors import ConfigError
-from w2s.compare import gold
+from w2s.compare import answer, gold
 from w2s.experiments import preferences as weak_teacher
 from w2s.compare.config import to_toml
 from w2s.compare.plan import plan
@@ -164,9 +164,9 @@ def test_a_run_counts_what_was_cut(rows, tmp_path, monkeypatch):
         def respond(model, tok, prompts, how, *a): return [[Response(' Yes', 2, (7*i + k) % 10 >= 10*share) for k in range(how.samples)] for i in range(len(prompts))]
         return respond
     with monkeypatch.context() as m:
-        m.setattr(gold, 'respond', answers(.8))
+        m.setattr(answer, 'respond', answers(.8))
         with pytest.raises(ConfigError, match='what was trained is kept'): weak_teacher.run(c, tmp_path/'a', quiet=True)
-    monkeypatch.setattr(gold, 'respond', answers(.2))
+    monkeypatch.setattr(answer, 'respond', answers(.2))
     done = weak_teacher.run(c, tmp_path/'b', quiet=True)
     n = int(done.responses.cut.sum())
     assert 0 < n < len(done.responses)/2 and f'{n} of {len(done.responses)} responses' in done.caption
