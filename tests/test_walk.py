@@ -141,7 +141,7 @@ def test_what_is_noted_is_done(case, samples, tmp_path, monkeypatch):
     if kind == 'preferences' and given.get('samples') == 0: given = given | dict(data=samples) # rows of the world are slow to make
     monkeypatch.setattr(demonstration_files, 'ask_model', lambda base, how, quiet: lambda prompts: [['[[7]] [[4]]']*how.samples for _ in prompts]) # a tiny judge says nothing that could be read
     fill, open_it, usual = OPEN[kind]
-    config, out = fill({k: v for k, v in (usual | given).items() if not (k == 'gold_rows' and 'answers' in given)}), tmp_path/'run'
+    config, out = fill({k: v for k, v in (usual | given).items() if not (k == 'n_labelled' and 'answers' in given)}), tmp_path/'run'
     if case == 'prompts of a file, by a function': open_it, config = partial(open_toxicity, scorer=lambda prompts, texts: [len(t) % 10/10 for t in texts]), replace(config, scorer='')
     with no_weights():
         opened = open_it(Study(config, run_for_plan(out), True))

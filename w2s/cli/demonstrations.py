@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'CHOSEN', 'COMMANDS', 'TOXICITY', 'task_of', 'run_transfer', 'read_task', 'demonstration_command',
-           'transfer_config', 'run_toxicity', 'toxicity_config', 'add_transfer_commands']
+           'transfer_config', 'read_scorer', 'run_toxicity', 'toxicity_config', 'add_transfer_commands']
 
 # %% ../../nbs/api/cli/40_demonstrations.ipynb #7ee053bf
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ import typer
 from .flags import Command, add_command, settings_table
 from ..compare.demonstration_settings import Transfer
 from ..compare.settings import make_settings
-from ..compare.toxicity_settings import Toxicity
+from ..compare.toxicity_settings import Toxicity, check_scorer
 from ..errors import ConfigError, unknown
 
 # %% ../../nbs/api/cli/40_demonstrations.ipynb #1c8823b2
@@ -90,6 +90,15 @@ def transfer_config(
     chosen = next((w for w, t in words.items() if t == task), None)
     return make_settings(Transfer, settings_table(COMMANDS[name], flags, file, {flag: chosen} if chosen else {}))
 
+# %% ../../nbs/api/cli/40_demonstrations.ipynb #6448e904
+def read_scorer(
+    table: dict[str, Any],    # settings by name
+    extra: Mapping[str, Any], # parameters that are no settings; there are none
+) -> dict[str, Any]:
+    "Raise `ConfigError` for prompts of a file without a scorer; a function cannot be given here"
+    check_scorer(table)
+    return table
+
 # %% ../../nbs/api/cli/40_demonstrations.ipynb #329395a3
 def run_toxicity(
     config: Toxicity,   # what to compare
@@ -104,7 +113,7 @@ def run_toxicity(
     return f'{result}\n\nwritten to {out}: report.md, figure.png, fluency.png, results.parquet, samples.parquet, adapters/ …'
 
 TOXICITY = Command(Toxicity, 'Kinder continuations from weak to strong, by the protocol of RealToxicityPrompts (Ye et al. 2410.12621; Gehman et al. 2009.11462).',
-                   lambda c: (c.weak, c.strong), 'w2s.experiments.toxicity:open_toxicity', run_toxicity)
+                   lambda c: (c.weak, c.strong), 'w2s.experiments.toxicity:open_toxicity', run_toxicity, read=read_scorer)
 
 # %% ../../nbs/api/cli/40_demonstrations.ipynb #44c9bf30
 def toxicity_config(

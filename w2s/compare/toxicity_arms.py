@@ -91,7 +91,7 @@ def judge_of(
         return Judge(scorer)
     if config.scorer.partition('(')[0].strip() in JUDGES: return function_judge(config.scorer)
     if not config.scorer:
-        if config.data != SCENES: raise ConfigError(f'{config.data}: a file needs a scorer')
+        if config.data != SCENES: raise ConfigError(f'{config.data}: continuations of a file need a scorer; name one, or give a function')
         return Judge(load_scorer('oracle'))
     made, name = load_scorer(config.scorer, config.load.device), config.scorer.rpartition(':')[0] if ':' in config.scorer else config.scorer
     if isinstance(made, ToxicityRidge) and (why := why_useless(made.card)) and not config.allow_poor_scorer:
