@@ -391,7 +391,7 @@ def test_soft_labels_and_weights_reach_the_loss_of_a_classifier(small):
         assert np.allclose(goal.loss(logits, torch.arange(len(rows))), -(torch.tensor(targets)*logits.log_softmax(-1)).sum(-1), atol=1e-5)
         assert np.allclose(goal.weights, weights) and goal.forward is forward
     assert label_objective(rows, targets).weights.tolist() == [1.]*len(rows)
-    first = label_objective(rows, targets, weights, 'confidence').prepare(None, range(len(rows)), 0., 512) # before the student's own opinion counts
+    first = label_objective(rows, targets, weights, 'confidence').prepare(small.base.model, range(len(rows)), 0., 512) # before the student's own opinion counts
     assert np.allclose(first.loss(logits, torch.arange(len(rows))), -(torch.tensor(targets)*logits.log_softmax(-1)).sum(-1), atol=1e-5) and np.allclose(first.weights, weights)
 
 

@@ -846,9 +846,11 @@ class Recorder:
             rng = np.random.default_rng(hash_of(inputs))
             with pytest.MonkeyPatch.context() as m:
                 m.setattr(arms, 'pair_rewards', lambda study, model, policy, reference, tokens, label: rng.normal(size=(2, len(tokens), 2)))
-                for kind in ('dpo', 'reward', 'judge'): m.setitem(LABELLERS.found, kind, replace(LABELLERS[kind], function=lambda pairs, **others: rng.normal(size=(len(pairs), 2))))
+                self.rng = rng
                 work(folder)
         return folder
+
+    def rewards(self, pairs, **others): return self.rng.normal(size=(len(pairs), 2)) # of any supervisor
 
 
 def hash_of(inputs): return int(hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:8], 16)
@@ -864,6 +866,7 @@ def stage_keys(config, root, monkeypatch):
     data = load_preferences(config.data, [m.reader for m in (*weak, strong)], config.n_test, config.strict, config.n_labelled, config.n_unlabelled)
     with monkeypatch.context() as m:
         for module in (learn, score_page, answer_page): m.setattr(module, 'run_stage', recorder)
+        for kind in ('dpo', 'reward', 'judge'): m.setitem(LABELLERS.found, kind, replace(LABELLERS[kind], function=recorder.rewards))
         m.setattr(arms, 'response_rows', nothing)
         m.setattr(arms, 'gold_judge', lambda config, root: 'nobody' if config.samples else None)
         m.setattr(supervisors, 'fit_temperature', lambda margins, prob_a: 1 + abs(margins).mean())
@@ -915,7 +918,7 @@ MORE = [ # other values, where one does not tell the whole
     *(('LabelUse.subset', which, TAUGHT) for which in ('mismatch', 'random', 'random match', 'random mismatch')),
     ('LabelUse.targets', 'soft', STUDENT, {'labels': LabelUse(weights='confidence')}), ('LabelUse.targets', 'soft', STUDENT, {'loss': 'ipo'}),
 ]
-PATHS = {'WeakTeacher.data', 'WeakTeacher.weak', 'WeakTeacher.strong'} # by content, below
+PATHS = {'WeakTeacher.data', 'WeakTeacher.weak', 'WeakTeacher.strong', 'WeakTeacher.imports'} # by content, below
 REFUSED = {'LoadSettings.revision', 'LoadSettings.chat_template'} # for folders, and for rows that are texts; what they change: test_hub, test_chat_rows
 READING = {'WeakTeacher.column', 'WeakTeacher.leave_out', 'WeakTeacher.split'} # of a file; what is read counts, by content
 TABLES = {'WeakTeacher.load', 'WeakTeacher.lora', 'WeakTeacher.sft', 'WeakTeacher.dpo', 'WeakTeacher.labels'}
