@@ -79,7 +79,7 @@ def test_no_name_of_the_test_reaches_a_training_or_an_example(task, tmp_path, mo
     def learn(site, model, name, data, settings, start=None):
         learned[name] = [t for r in data.to_list() for t in (str(r['prompt']), r['completion'])]
         return tmp_path
-    def speak_as(site, model, name, adapter, settings=None):
+    def speak_as(site, model, name, adapter, settings=None, like=None):
         def speak(prompts):
             asked.setdefault(name, []).extend(map(str, prompts))
             return [[f' It is {str(p).split()[-2]} {i}.']*(settings.samples if settings else 1) for i, p in enumerate(prompts)]

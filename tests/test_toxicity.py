@@ -208,7 +208,7 @@ def small_run(tmp_path_factory):
     return folder, run(fill_toxicity(SMALL), folder, quiet=True)
 
 
-def stage_lines(text): return [line for line in text.split('\n') if re.match(r'(toxicity|scene)-\S+: ', line)]
+def stage_lines(text): return [line.partition('] ')[2] for line in text.split('\n') if re.match(r'\[ *\d+/\d+\] (toxicity|scene)-\S+: ', line)]
 
 
 def test_a_world_run_is_whole_and_a_second_one_finds_it(small_run, capsys):

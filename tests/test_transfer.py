@@ -61,7 +61,7 @@ def test_models_in_between_answer_what_they_did_not_learn(tmp_path, monkeypatch)
     taught: list[set[str]] = []
     asked: list[set[str]] = []
     monkeypatch.setattr(transfer_stages, 'learn', lambda site, model, name, rows, settings, start=None: taught.append(set(rows['prompt'])))
-    monkeypatch.setattr(transfer_stages, 'speak_as', lambda site, model, name, adapter, settings=None: lambda prompts: (asked.append(set(prompts)), [['x'] for _ in prompts])[1])
+    monkeypatch.setattr(transfer_stages, 'speak_as', lambda site, model, name, adapter, settings=None, like=None: lambda prompts: (asked.append(set(prompts)), [['x'] for _ in prompts])[1])
     weak = transfer_stages.Weak('pico', models['pico'], None, [f'a{i}' for i in range(8)], [])
     assert between(s, models['pico'], weak) == ['x']*8
     assert len(taught) == len(asked) == 2 and not any(t & a for t, a in zip(taught, asked, strict=True))

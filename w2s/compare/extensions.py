@@ -23,7 +23,7 @@ from importlib.machinery import SourceFileLoader
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .sources import function_text, source_hash
 from ..data.tasks import TASKS, task
@@ -32,10 +32,6 @@ from .config import settings_hash
 from ..io.disk import write_atomic
 from ..io.registry import Extension, Registry, call_own, check_numbers, check_texts, named_in
 from ..train.settings import LABEL_LOSSES, PREFERENCE_LOSSES, label_loss, loss
-
-if TYPE_CHECKING:
-    import numpy as np
-    from datasets import Dataset
 
 # %% ../../nbs/api/compare/025_extensions.ipynb #cb5790e3
 _all_ = ['TASKS', 'LABEL_LOSSES', 'PREFERENCE_LOSSES', 'task', 'label_loss', 'loss'] # a reader of this module should find all seven here
@@ -91,9 +87,9 @@ KINDS = {'loss': PREFERENCE_LOSSES, 'label_loss': LABEL_LOSSES, 'labeller': LABE
 # %% ../../nbs/api/compare/025_extensions.ipynb #0f2a5b1d
 def labeller_rewards(
     text: str,     # name of a labeller, with options in brackets or without
-    pairs: 'Dataset', # of kind "pairs"
+    pairs: Any,    # examples of kind "pairs", a Dataset
     seed: int,     # of the run
-) -> 'np.ndarray':   # (pairs, 2): rewards of response a and response b
+) -> Any:          # array (pairs, 2): rewards of response a and response b
     "What a labeller says of some pairs; raises `ConfigError`"
     _, found, options = LABELLERS.choose(text, 'kind of supervisor')
     given = {'prompts': pairs['prompt'][:], 'response_a': pairs['response_a'][:], 'response_b': pairs['response_b'][:], 'seed': seed}
@@ -104,8 +100,8 @@ def labeller_rewards(
 def own_metrics(
     rows: Sequence[Mapping[str, Any]],      # test examples
     answers: Sequence[str] | None = None,   # what a model wrote, one text for each; None: it wrote nothing
-    probs: 'np.ndarray | None' = None,        # (examples, classes); None: it gave none
-) -> 'dict[str, np.ndarray]':               # metric -> one number for each example
+    probs: Any = None,                          # (examples, classes); None: it gave none
+) -> dict[str, Any]:               # metric -> one number for each example
     "The metrics of the user that this kind of feedback has numbers for; raises `ConfigError`"
     given: dict[str, Any] = {'rows': [dict(r) for r in rows], **({} if answers is None else {'answers': list(answers)}), **({} if probs is None else {'probs': probs.copy()})}
     fit = {k: e for k, e in METRICS.own.items() if set(e.takes) <= given.keys() and set(e.takes) & {'answers', 'probs'}}
@@ -116,7 +112,7 @@ def judge_scores(
     text: str,                 # name of a judge, with options in brackets or without
     prompts: Sequence[Any],    # texts or chat messages, one for each response
     responses: Sequence[str],  # texts
-) -> 'np.ndarray':             # (responses,)
+) -> Any:                       # array (responses,)
     "What a judge says of some responses; raises `ConfigError`"
     _, found, options = JUDGES.choose(text)
     out = call_own(found, lambda: found.fill({'prompts': list(prompts), 'responses': list(responses)}, options))

@@ -10,12 +10,10 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import DataError
 from ..io.registry import Extension, Registry, call_own
-
-if TYPE_CHECKING: from w2s.data.tables import RawTable
 
 # %% ../../nbs/api/data/085_tasks.ipynb #d3d67aef
 TASKS = Registry('task', 'TASKS', {}, reserved=('world',)) # the embedded world has that name
@@ -48,7 +46,7 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, 'item') else value.isoformat() if hasattr(value, 'isoformat') else str(value)
 
 # %% ../../nbs/api/data/085_tasks.ipynb #efab0373
-def _table(found: Extension, given: Any, most: int) -> 'RawTable':
+def _table(found: Extension, given: Any, most: int) -> Any:
     "One table of a task"
     from w2s.data.tables import open_table # it needs pandas, and a list of names does not
     if isinstance(given, Path) or (isinstance(given, str) and Path(given).is_file()): return open_table(given, most)
@@ -61,7 +59,7 @@ def _table(found: Extension, given: Any, most: int) -> 'RawTable':
 def task_tables(
     source: str,  # name of a task, with options in brackets or without
     most: int = 0, # rows that are wanted of a large file; 0: all
-) -> dict[str, tuple[str, 'RawTable']]: # split -> name for messages, and the rows; without splits the one split "all"
+) -> dict[str, tuple[str, Any]]: # split -> name for messages, and the rows; without splits the one split "all"
     "The rows that a task returns; raises `ConfigError` and `DataError`"
     name, found, options = TASKS.choose(source)
     given = call_own(found, lambda: found.fill({}, options))
