@@ -101,6 +101,7 @@ def _rows_left(report: DataReport) -> dict[str, int]:
 # %% ../../nbs/api/data/160_hygiene.ipynb #0f6efd11
 def _closing(report: DataReport) -> str:
     "One line: rows left and rows read"
+    if not report.rows_in and not len(report.table): return 'no rows were read from a file'
     nothing = '' if len(report.found) else f'{len(report.table)} checks found nothing; '
     return f'{nothing}rows left of rows read: ' + ', '.join(f'{k} {n:,} of {report.rows_in[k]:,}' for k, n in report.rows_left.items())
 
