@@ -23,7 +23,19 @@ def slowest_first(path: Path) -> tuple:
 NOTEBOOKS = sorted((path.resolve() for path in nbglob(as_path=True)), key=slowest_first)
 
 
+@pytest.fixture
+def registries():
+    "A page that defines a method of w2s registers it again, from the page: the tests that follow in this process want that of the package"
+    from w2s.compare.extensions import IMPORTED, KINDS
+    before = {kind: dict(registry.items()) for kind, registry in KINDS.items()} # reading them all imports their modules
+    yield
+    IMPORTED.clear()
+    for kind, found in before.items():
+        KINDS[kind].found.clear()
+        KINDS[kind].found.update(found)
+
+
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.relative_to(CFG.nbs_path.resolve()).as_posix())
-def test_notebook(path, capfd):
+def test_notebook(path, capfd, registries):
     passed, _ = run_nb(path, skip_flags=CFG.tst_flags.split(), basepath=CFG.config_path)
     assert passed, capfd.readouterr().err[-3000:]
