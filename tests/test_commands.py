@@ -1,0 +1,124 @@
+"Every command can do everything: plan, settings from a file, functions of one's own, a kill and a second start, a variation; and its report says the same things in the same places"
+import re
+
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from w2s.cli.app import app
+from w2s.cli.guard import GuardedGroup
+from w2s.compare import stages
+from w2s.compare.extensions import IMPORTED, KINDS
+
+MINE = '''
+import torch
+from w2s.compare.extensions import loss, metric
+
+@metric('own-words')
+def count_words(answers):
+    "Words of an answer"
+    return [len(a.split()) for a in answers]
+
+@metric('own-confidence')
+def read_confidence(probs):
+    "Highest probability of a class"
+    return probs.max(1)
+
+@loss('own-hinge')
+def hinge(gap):
+    "One minus the gap, at least zero"
+    return torch.relu(1 - gap)
+'''
+PAIR, SMALL = '--weak pico --strong nano --seeds 1 --epochs 1', '--weak pico --strong scholar --seeds 1 --n-labelled 16 --n-unlabelled 16 --n-test 8 --epochs 1 --method naive'
+CLASSES = f'{PAIR} --n-labelled 8 --n-unlabelled 24 --n-test 20'
+COMMANDS = { # command: its words, a metric or loss of one's own that must be seen, a setting to vary and its values
+    'preferences': (f'{PAIR} --n-labelled 16 --n-unlabelled 16 --n-test 12 --samples 1 --loss own-hinge', 'own-words', 'beta', '.5,1'),
+    'safety': (CLASSES, 'own-confidence', 'n_unlabelled', '16,24'),
+    'legal': (CLASSES, 'own-confidence', 'n_labelled', '8,12'),
+    'classify': (f'--data world:storage {CLASSES}', 'own-confidence', 'readout', 'words,probe'),
+    'persona': (SMALL, 'own-words', 'n_labelled', '12,16'),
+    'explanation': (SMALL, 'own-words', 'demonstrator', 'tuned,prompted'),
+    'gender': (SMALL, 'own-words', 'n_unlabelled', '12,16'),
+    'maths': (SMALL, 'own-words', 'student.epochs', '1,2'),
+    'toxicity': (f'{PAIR} --n-labelled 16 --n-unlabelled 16 --n-test 4 --samples 2'.replace(' --epochs 1', ' --sft-epochs 1'), '', 'beta', '.1,1')}
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    "Commands end as they do in a terminal; nobody else sees the functions of this file"
+    monkeypatch.setenv('COLUMNS', '250')
+    monkeypatch.setattr(app.info, 'cls', GuardedGroup)
+    torch.set_num_threads(1)
+    yield
+    IMPORTED.clear()
+    for registry in KINDS.values():
+        for name in list(registry.own): registry.remove(name)
+
+
+def start(command, *words):
+    "The command in this process: its exit code, and what it printed"
+    done = CliRunner().invoke(app, ['run', command, *map(str, words)])
+    return done.exit_code, done.output + (f'\n{done.exception!r}' if done.exception else '')
+
+
+def items_of(out):
+    "One number for each arm, example, metric and seed, in one order"
+    items = pd.read_parquet(out/'items.parquet').drop(columns='seconds', errors='ignore')
+    keys = [c for c in items.columns if c != 'value']
+    return items.assign(**{k: items[k].astype(str) for k in keys}).sort_values(keys).reset_index(drop=True)
+
+
+def kill_after(monkeypatch, n):
+    "The process ends when so many stages are done"
+    real, left = stages._make_stage, [n]
+
+    def make(final, part, inputs, work):
+        if not left[0]: raise KeyboardInterrupt
+        left[0] -= 1
+        real(final, part, inputs, work)
+    monkeypatch.setattr(stages, '_make_stage', make)
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_a_command_can_do_everything(command, tmp_path, monkeypatch):
+    words, own, setting, values = COMMANDS[command]
+    (tmp_path/'mine.py').write_text(MINE, encoding='utf-8')
+    words = [*words.split(), '--import', tmp_path/'mine.py']
+
+    code, said = start(command, *words, '--dry-run', '--out', tmp_path/'run') # the plan
+    assert code == 0, said
+    planned = int(re.search(r'^(\d+) stages', said, re.M)[1])
+    assert not (tmp_path/'run').exists() and ' min ' in said and 'GiB' in said
+
+    code, said = start(command, *words, '--out', tmp_path/'run') # the run
+    assert code == 0, said
+    out = tmp_path/'run'
+    assert [tuple(map(int, n)) for n in re.findall(r'^\[ *(\d+)/(\d+)\]', said, re.M)] == [(i + 1, planned) for i in range(planned)]
+    report, first = (out/'report.md').read_text(encoding='utf-8'), next(line for line in said.splitlines() if line.startswith('- '))
+    assert first.startswith('- PGR') and first in report # the gap recovered, or why there is none, leads
+    assert report.index(first) < report.index('|') # and no table stands before it
+    items = items_of(out)
+    if own: assert own in set(items.metric) and own in report
+    assert 'mine.py' in ''.join(p.name for p in out.rglob('*.py')) # the functions of one's own are kept with the run
+    assert (out/'data_report.md').read_text(encoding='utf-8').startswith('# Data report')
+    curves = pd.read_parquet(out/'histories.parquet')
+    assert len(curves) and curves.loss.notna().all() and (out/'training.png').exists()
+
+    with pytest.MonkeyPatch.context() as m: # killed half-way, and started again
+        kill_after(m, planned//2)
+        code, said = start(command, *words, '--out', tmp_path/'killed')
+        assert code != 0 and not (tmp_path/'killed'/'items.parquet').exists(), said
+    code, said = start(command, *words, '--out', tmp_path/'killed')
+    assert code == 0 and said.count(': found') == planned//2, said
+    pd.testing.assert_frame_equal(items_of(tmp_path/'killed'), items)
+
+    code, said = start(command, '--config', out/'config.toml', '--out', out) # the settings of a run are those of a file
+    assert code == 0 and said.count(': found') == planned and 'starting' not in said, said
+
+    code, said = start(command, '--config', out/'config.toml', '--vary', setting, '--values', values, '--out', out) # a variation, in the same folder
+    assert code == 0 and ': found' in said, said
+    name = setting.replace('.', '-')
+    for file in (f'{name}.md', f'{name}.png', f'{name}-items.parquet', f'{name}-intervals.parquet'): assert (out/file).exists(), file
+    page = (out/f'{name}.md').read_text(encoding='utf-8')
+    assert all(v in page for v in values.replace('.5', '0.5').replace('.1,', '0.1,').split(','))
