@@ -250,18 +250,5 @@ def test_a_wrong_variation_is_refused_before_anything_starts(cls, setting, value
     assert told in str(e.value) and '\n' not in str(e.value)
 
 
-@pytest.mark.parametrize('command, words', [('safety', '--vary n_labelled --values 8,16 --n-unlabelled 16 --n-test 12 --method xent'), ('persona', '--vary n_labelled --values 6,8 --n-unlabelled 8 --n-test 6 --method naive --strong nano'),
-                                            ('toxicity', '--vary dpo.epochs --values 1,2 --n-labelled 8 --n-unlabelled 10 --n-test 4 --method dpo --samples 2 --sft-epochs 1')])
-def test_a_small_variation_of_each_kind(command, words, tmp_path):
-    "One folder, shared stages, a table, a figure and a page"
-    strong = () if '--strong' in words else ('--strong', 'pico')
-    epochs = () if command == 'toxicity' else ('--epochs', 1)
-    done = w2s(command, '--weak', 'pico', *strong, '--seeds', 1, *epochs, *words.split(), '--out', tmp_path/'run')
-    assert done.exit_code == 0, done.exception
-    name = words.split()[1].replace('.', '-')
-    for file in (f'{name}.md', f'{name}.png', f'{name}-items.parquet', f'{name}-intervals.parquet'): assert (tmp_path/'run'/file).exists(), file
-    assert all(v in done.output for v in words.split()[3].split(','))
-
-
 @pytest.mark.parametrize('kind, text, value', [(int | None, '12', 12), (int | float | None, '1/4', .25), (bool, 'no', False), (tuple[int, ...], '1, 2', (1, 2)), (tuple[str, ...], 'a,b(c=1,d=2)', ('a', 'b(c=1,d=2)')), (str | None, 'none', 'none'), (float | None, 'none', None)])
 def test_texts_become_values_by_type(kind, text, value): assert parse_text(text, kind, 'x') == value
