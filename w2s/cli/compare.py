@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 
-from .guard import GuardedGroup
 from .flags import out_path
 from ..errors import ConfigError
 

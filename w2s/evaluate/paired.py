@@ -8,7 +8,7 @@ __all__ = ['check_contents', 'wide_scores', 'join_scores', 'cluster_of', 'paired
            'show_differences']
 
 # %% ../../nbs/api/evaluate/260_paired.ipynb #5f670e7d
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
