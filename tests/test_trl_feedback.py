@@ -67,7 +67,7 @@ def dpo_trainer(both, columns, **more):
     settings = trl.DPOConfig(str(both['home']/'dpo'), beta=BETA, **NO_NOISE, **more)
     data = both['pairs'].remove_columns([c for c in FEEDBACK if c not in columns])
     trainer = DPOTrainer(model=at_start(both), args=settings, train_dataset=data, processing_class=both['tokenizer'])
-    trainer.aux_loss_enabled = False
+    trainer.aux_loss_enabled = False # of routers, which are not what is compared
     take_policy(both)
     return trainer
 
@@ -126,7 +126,7 @@ def test_accumulation_gives_the_gradient_of_the_batch(both):
 def test_sft_with_weights_is_ours(both):
     rows = Dataset.from_dict(dict(prompt=list(both['data']['prompt']), completion=list(both['data']['chosen']), weight=WEIGHT))
     trainer = SFTTrainer(model=at_start(both), args=trl.SFTConfig(str(both['home']/'sft-trl'), completion_only_loss=True, shuffle_dataset=False, **NO_NOISE), train_dataset=rows, processing_class=both['tokenizer'])
-    trainer.aux_loss_enabled = False
+    trainer.aux_loss_enabled = False # of routers, which are not what is compared
     take_policy(both)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in INDEX])
     tokens = (batch['labels'] != -100).sum()
