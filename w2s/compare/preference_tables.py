@@ -8,6 +8,7 @@ __all__ = ['SHOWN', 'DETAILS', 'label_table', 'weak_label_table', 'question_pair
 
 # %% ../../nbs/api/compare/125_preference_tables.ipynb #099ce203
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,11 +21,11 @@ from ..evaluate.clusters import clustered
 from ..evaluate.intervals import estimate, interval_words
 from ..evaluate.metrics import agreement
 from .gold import is_judge
-from .preference_arms import REFERENCE, Arm as TrainedArm, arm_models, floor_method
-from .preference_settings import WeakTeacher, sampling, short_name
+from .arms import Arm, SeedRows
+from .preference_arms import REFERENCE
+from .preference_settings import WeakTeacher, sampling
 from .response_ends import cut_words
-from .result import Arm, Result
-from .supervisors import SeedRows
+from .result import Result
 from .tables import Kind, Model, pair_up
 from ..feedback.preferences import given_labels
 from ..world.service import GOLD
@@ -36,13 +37,13 @@ def label_table(
     "Agreement of the weak labels with the human ones on the unlabelled half, with an interval over its prompts; and of both with gold where that is known"
     out = []
     for s in seeds:
-        human = given_labels(to_pairs(s.unlabelled, s.seed)).prob_a
-        e = estimate(clustered({'agreement': agreement(s.weak.prob_a, human)}, s.unlabelled['group'][:])[1]['agreement'][None], bounds=(0., 1.))
-        row = dict(seed=s.seed, rows=len(human), agreement=e.value, low=e.low, high=e.high, ties=s.weak.ties, confidence=float(np.abs(2*s.weak.prob_a - 1).mean()))
+        weak, human = s.extra['weak'], given_labels(to_pairs(s.unlabelled, s.seed)).prob_a
+        e = estimate(clustered({'agreement': agreement(weak.prob_a, human)}, s.unlabelled['group'][:])[1]['agreement'][None], bounds=(0., 1.))
+        row = dict(seed=s.seed, rows=len(human), agreement=e.value, low=e.low, high=e.high, ties=weak.ties, confidence=float(np.abs(2*weak.prob_a - 1).mean()))
         if 'gold' in s.unlabelled.column_names:
             gold = given_labels(to_pairs(s.unlabelled, s.seed), 'gold_a', 'gold').prob_a
-            row |= dict(weak_with_gold=float(agreement(s.weak.prob_a, gold).mean()), human_with_gold=float(agreement(human, gold).mean()))
-        out.append(row | dict(temperature=s.temperature))
+            row |= dict(weak_with_gold=float(agreement(weak.prob_a, gold).mean()), human_with_gold=float(agreement(human, gold).mean()))
+        out.append(row | dict(temperature=s.extra['temperature']))
     return pd.DataFrame(out)
 
 # %% ../../nbs/api/compare/125_preference_tables.ipynb #de0b91cd
@@ -52,8 +53,9 @@ def weak_label_table(
     "Every weak label, and whether the human one agrees"
     out = []
     for s in seeds:
-        agrees = agreement(s.weak.prob_a, given_labels(to_pairs(s.unlabelled, s.seed)).prob_a)
-        out.append(pd.DataFrame(s.weak.rows.with_format(None)[:]).drop(columns=['group', 'source', 'weight']).assign(seed=s.seed, agrees=agrees))
+        weak = s.extra['weak']
+        agrees = agreement(weak.prob_a, given_labels(to_pairs(s.unlabelled, s.seed)).prob_a)
+        out.append(pd.DataFrame(weak.rows.with_format(None)[:]).drop(columns=['group', 'source', 'weight']).assign(seed=s.seed, agrees=agrees))
     return pd.concat(out, ignore_index=True)
 
 # %% ../../nbs/api/compare/125_preference_tables.ipynb #2262e2d2
@@ -69,16 +71,13 @@ def question_pairs(
 
 # %% ../../nbs/api/compare/125_preference_tables.ipynb #e7e38081
 def list_trained(
-    config: WeakTeacher,          # of the experiment
-    seeds: Sequence[SeedRows],    # after labelling
-    arms: Sequence[TrainedArm],   # of all seeds
-) -> list[Arm]:
+    seeds: Sequence[SeedRows], # after labelling
+    arms: Sequence[Arm],       # of all seeds
+) -> list[Arm]:                # supervisors first
     "Every model of a comparison with its trainings; an SFT that two of them share stands once"
-    def steps(last: str, first: Path | None, then: Path | None) -> dict[str, Path]: return {k: f for k, f in (('sft', first), (last, then)) if f}
-    floors = [Arm('floor', floor_method(x.kind), short_name(x.model.name) if x.model else x.kind, '', s.seed, steps(x.kind, x.reference, x.policy)) for s in seeds for x in s.supervisors]
     shared = {a.reference for a in arms if a.role != 'baseline'}
-    own = [(a, {'sft': a.policy} if a.policy and a.policy not in shared else {}) if a.role == 'baseline' else (a, steps(a.method.split()[0], a.reference, a.policy)) for a in arms if a.role != 'floor']
-    return [*floors, *(Arm(a.role, a.method, *arm_models(config, a.role, a.method), a.seed, trained) for a, trained in own)]
+    own = [replace(a, trained={}) if a.role == 'baseline' and a.adapter in shared else a for a in arms if a.role != 'floor']
+    return [*(x for s in seeds for x in s.extra['supervisors']), *own]
 
 # %% ../../nbs/api/compare/125_preference_tables.ipynb #363d39fd
 def fallen(

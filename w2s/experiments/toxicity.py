@@ -85,6 +85,7 @@ def score_arm(
 
 # %% ../../nbs/api/experiments/60_toxicity.ipynb #fafc2fb1
 #| export
+#| export
 
 # %% ../../nbs/api/experiments/60_toxicity.ipynb #0c748774
 @dataclass(frozen=True)

@@ -35,13 +35,13 @@ from ..compare.stages import Run, claim, count_stages, say_numbered
 from ..compare.preference_settings import SUBSETS, WeakTeacher
 from ..compare.settings import Settings, make_settings, new_settings, part_rows
 from ..compare.toxicity_settings import Toxicity
-from ..compare.response_ends import check_responses
 from .demonstrations import open_demonstrations
 from .labels import open_labels
-from .preferences import Preferences, know_models, opened, writers
+from .preferences import open_loaded
 from .toxicity import open_toxicity
 from ..feedback.confidence import WEIGHTS
 from ..train.settings import check_preference_loss
+from ..compare.preference_arms import know_models
 from ..compare.preference_tables import row_groups
 from ..compare.result import Result
 
@@ -258,8 +258,7 @@ def open_together(
     counts = {(c.n_labelled, c.n_unlabelled, c.n_test): c for c in configs.values()}
     data = {k: load_preferences(c.data, readers, c.n_test, c.strict, c.n_labelled, c.n_unlabelled, first.column, first.leave_out, first.split) for k, c in counts.items()}
     for k, d in data.items(): check_halves(d.train, k[0], k[1], first.seeds)
-    parts = {at: Preferences(study(c), *models[at], data[c.n_labelled, c.n_unlabelled, c.n_test]) for at, c in configs.items()}
-    return {at: opened(p, check_responses(p.study.config, writers(p.study.config, p.weak, p.strong), p.data)) for at, p in parts.items()}
+    return {at: open_loaded(study(c), *models[at], data[c.n_labelled, c.n_unlabelled, c.n_test]) for at, c in configs.items()}
 
 def open_varied(
     configs: Mapping[str, Any], # of `variants`
