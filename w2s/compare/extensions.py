@@ -44,7 +44,7 @@ LABELLERS = Registry('labeller', 'LABELLERS', {
 METHODS = Registry('method', 'METHODS', {
     'questions': 'texts, for the student', 'answers': "the weak model's answers to them", 'groups': 'whom or what each question is about',
     'speak': 'function from prompts to texts: the strong model before training answers', 'ask': 'function from a question to its prompt', 'seed': 'of the run'},
-    home=('w2s.compare.demonstration_stages',), inner=('site', 'weak', 'via'), flags={'refines': False})
+    home=('w2s.compare.demonstration_stages',), inner=('context', 'weak', 'via'), flags={'refines': False}, reserved=('dpo',))
 METRICS = Registry('metric', 'METRICS', {
     'rows': 'test examples as dictionaries', 'answers': 'texts, one for each example: what a model wrote (preferences, demonstrations)',
     'probs': '(examples, classes) probabilities (labels)'})

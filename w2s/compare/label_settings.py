@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['CHANGED_LABELS', 'CLEAN_OPTIONS', 'WORLD_TASKS', 'READOUTS', 'PAPER_STEPS', 'LADDER_STEPS', 'Method', 'label_methods',
-           'parse_method', 'world_task', 'class_models', 'spaced', 'Classify', 'check_classify', 'fill_classify']
+           'parse_method', 'world_task', 'label_models', 'data_name', 'spaced', 'Classify', 'check_classify',
+           'fill_classify']
 
 # %% ../../nbs/api/compare/150_label_settings.ipynb #6e7ba177
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 # %% ../../nbs/api/compare/150_label_settings.ipynb #33e1b015
@@ -82,12 +84,20 @@ READOUTS = ('head', 'words', 'probe')
 PAPER_STEPS: dict[str, Any] = dict(epochs=2, batch_size=32, learning_rate=2e-4) # Burns et al.: 2 epochs of 32; their learning rate is that of training all weights
 
 # %% ../../nbs/api/compare/150_label_settings.ipynb #3af4211f
-def class_models(
+def label_models(
     given: Mapping[str, Any], # settings, filled in
 ) -> list[str]:               # names, each once
     "Every model that a run needs"
     names = [n for k in ('weak', 'strong', 'via') for n in given.get(k, ())]
     return list(dict.fromkeys(m for n in names for m in weak_names(n)))
+
+# %% ../../nbs/api/compare/150_label_settings.ipynb #42c79f56
+def data_name(
+    source: str, # of the rows
+) -> str:        # 'safety' for 'world:safety', else the last part of a path
+    "A short name for data"
+    name, colon, task = source.partition(':')
+    return task if name == 'world' and colon else Path(source).name
 
 # %% ../../nbs/api/compare/150_label_settings.ipynb #a4dff7c0
 LADDER_STEPS: dict[str, Any] = dict(epochs=3, batch_size=16, learning_rate=1e-3)
@@ -146,7 +156,7 @@ class Classify(Settings):
     ) -> Iterator[str]:
         "Rows of the world and its task; models of the ladder; a probe, which takes no steps"
         if task := world_task(self.data): yield from ('world', task)
-        if all(n in LADDER for n in class_models(vars(self))): yield 'ladder'
+        if all(n in LADDER for n in label_models(vars(self))): yield 'ladder'
         if self.readout == 'probe': yield 'probe'
 
     def check(self) -> None:

@@ -18,7 +18,6 @@ from ..data.hygiene import DataReport
 from ..errors import unknown
 from ..evaluate.pgr import pgr_paragraph
 from .extensions import METRICS
-from .settings import Settings
 from .tables import Kind, pivot_intervals, why_no_gap
 
 # %% ../../nbs/api/compare/034_result.ipynb #ebe5b62d
