@@ -570,9 +570,9 @@ def test_classify_refuses_before_the_first_training(tmp_path, case, dry):
 def test_rare_classes_are_in_every_part(tmp_path, unsafe, seeds):
     from w2s.compare.label_arms import part_rows
     from w2s.compare.label_data import load_labels
-    from w2s.compare.label_settings import fill_classify
+    from w2s.compare.label_settings import fill_labels
     from w2s.compare.models import know_model
-    config = fill_classify(dict(data=str(rows_of(tmp_path/'x.csv', 80, unsafe)), seeds=seeds, weak='pico', strong='pico'))
+    config = fill_labels(dict(data=str(rows_of(tmp_path/'x.csv', 80, unsafe)), seeds=seeds, weak='pico', strong='pico'))
     data = load_labels(config, [know_model('pico', 'pico', config).reader])
     for seed in range(seeds):
         part = part_rows(config, data, seed)

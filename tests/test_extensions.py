@@ -14,8 +14,8 @@ from w2s.cli.app import app
 from w2s.cli.guard import GuardedGroup
 from w2s.compare.extensions import (
     IMPORTED, KINDS, import_extensions, imported_inputs, judge, judge_scores, label_loss, labeller, labeller_rewards, loss, method, method_answers, metric, own_metrics, run_hash, task)
-from w2s.compare.label_settings import fill_classify
-from w2s.compare.demonstration_settings import fill_transfer
+from w2s.compare.label_settings import fill_labels
+from w2s.compare.demonstration_settings import fill_demonstrations
 from w2s.compare.preference_settings import fill_settings
 from w2s.compare.result import show_table
 from w2s.compare.sources import source_hash
@@ -109,7 +109,7 @@ def test_a_preference_comparison_with_loss_labeller_judge_and_metric(tmp_path, w
 @pytest.mark.parametrize('way', WAYS)
 def test_a_label_comparison_with_loss_task_and_metric(tmp_path, way):
     given = WAYS[way](tmp_path) or {}
-    config = fill_classify({**LABELS, 'data': 'evens', 'methods': ['xent', 'squared(power=1)', 'focal', 'balanced'], **given})
+    config = fill_labels({**LABELS, 'data': 'evens', 'methods': ['xent', 'squared(power=1)', 'focal', 'balanced'], **given})
     result = labels.run(config, tmp_path/'run', quiet=True)
     students = result.items[result.items.role == 'student']
     assert set(students.method) == {'xent', 'squared(power=1)', 'focal', 'balanced'} and set(result.classes) == {'even', 'odd'}
@@ -121,7 +121,7 @@ def test_a_label_comparison_with_loss_task_and_metric(tmp_path, way):
 @pytest.mark.parametrize('way', WAYS)
 def test_a_comparison_by_demonstrations_with_method_and_metric(tmp_path, way):
     given = WAYS[way](tmp_path) or {}
-    result = demonstrations.run(fill_transfer({**DEMONSTRATIONS, 'methods': ['naive', 'shout'], **given}), tmp_path/'run', quiet=True)
+    result = demonstrations.run(fill_demonstrations({**DEMONSTRATIONS, 'methods': ['naive', 'shout'], **given}), tmp_path/'run', quiet=True)
     lessons = result.training_rows[result.training_rows.method == 'shout']
     assert len(lessons) == 8 and all(a.startswith(w.strip()) and a.endswith('!') for a, w in zip(lessons.answer, lessons.weak_answer, strict=True))
     said = result.answers[(result.answers.role == 'student') & (result.answers.method == 'shout')].answer.str.len()
@@ -214,8 +214,8 @@ def test_a_built_in_name_cannot_be_taken_and_ones_own_can(kind):
     with pytest.raises(ConfigError): KINDS[kind].remove(BUILT_IN[kind])
 
 
-ASKED = {'loss': lambda n: fill_settings(dict(PREFERENCES, loss=n)), 'label_loss': lambda n: fill_classify(dict(LABELS, methods=[n])), 'labeller': lambda n: fill_settings(dict(PREFERENCES, supervisor=n)),
-         'method': lambda n: fill_transfer(dict(DEMONSTRATIONS, methods=[n]))}
+ASKED = {'loss': lambda n: fill_settings(dict(PREFERENCES, loss=n)), 'label_loss': lambda n: fill_labels(dict(LABELS, methods=[n])), 'labeller': lambda n: fill_settings(dict(PREFERENCES, supervisor=n)),
+         'method': lambda n: fill_demonstrations(dict(DEMONSTRATIONS, methods=[n]))}
 
 
 @pytest.mark.parametrize('kind', ASKED)
@@ -278,15 +278,15 @@ def test_a_method_that_returns_anything_but_texts_is_refused_before_the_run(tmp_
     method('bad')(lambda questions: wrong if wrong is None or isinstance(wrong, (str, int, dict)) else wrong[:len(questions)])
     with pytest.raises(ConfigError) as e: method_answers(KINDS['method']['bad'], {}, {'questions': ['Q', 'R']})
     assert said in str(e.value) and 'method "bad"' in str(e.value)
-    with pytest.raises(ConfigError, match='method "bad"'): demonstrations.run(fill_transfer(dict(DEMONSTRATIONS, methods=['bad'])), tmp_path/'run', quiet=True)
+    with pytest.raises(ConfigError, match='method "bad"'): demonstrations.run(fill_demonstrations(dict(DEMONSTRATIONS, methods=['bad'])), tmp_path/'run', quiet=True)
     assert not (tmp_path/'run'/'stages').exists(), 'something was made before the method was tried'
 
 
 @pytest.mark.parametrize('run', ['preferences', 'labels', 'demonstrations'])
 def test_a_wrong_metric_is_refused_before_the_run(tmp_path, run):
     metric('bad')((lambda probs: probs) if run == 'labels' else (lambda answers: None))
-    start = {'preferences': lambda: preferences.run(fill_settings(PREFERENCES), tmp_path/'run', quiet=True), 'labels': lambda: labels.run(fill_classify(LABELS), tmp_path/'run', quiet=True),
-             'demonstrations': lambda: demonstrations.run(fill_transfer(DEMONSTRATIONS), tmp_path/'run', quiet=True)}
+    start = {'preferences': lambda: preferences.run(fill_settings(PREFERENCES), tmp_path/'run', quiet=True), 'labels': lambda: labels.run(fill_labels(LABELS), tmp_path/'run', quiet=True),
+             'demonstrations': lambda: demonstrations.run(fill_demonstrations(DEMONSTRATIONS), tmp_path/'run', quiet=True)}
     with pytest.raises(ConfigError, match='metric "bad"'): start[run]()
     assert not (tmp_path/'run'/'stages').exists()
 
@@ -300,7 +300,7 @@ def test_a_wrong_judge_is_refused_before_the_run(tmp_path):
 @pytest.mark.parametrize('wrong, said', [(None, 'returned nothing'), ([], 'no rows'), ('text', 'returned str'), ([3], 'returned 3 as row 1'), ({}, 'from split to rows')])
 def test_a_wrong_task_is_refused_with_its_name(tmp_path, wrong, said):
     task('bad')(lambda: wrong)
-    with pytest.raises(DataError) as e: labels.run(fill_classify(dict(LABELS, data='bad')), tmp_path/'run', quiet=True)
+    with pytest.raises(DataError) as e: labels.run(fill_labels(dict(LABELS, data='bad')), tmp_path/'run', quiet=True)
     assert said in str(e.value) and 'task "bad"' in str(e.value)
 
 
@@ -345,7 +345,7 @@ def stage_of(tmp_path, kind):
             if kind == 'loss': preference_stages.dpo_stage(study, know_model('strong', 'pico', study.config), 'x', rows, None, 0, 'mine')
             elif kind == 'labeller': supervisors.ask(study, supervisors.Supervisor(None, 'mine', None, None, 0), PAIRS, 'labels')
             else:
-                c = fill_classify(LABELS)
+                c = fill_labels(LABELS)
                 texts = make_rows([dict(prompt=f'Is {i} even?', label=i % 2) for i in range(4)], 'labels')
                 learn_stage(Study(c, study.run, True), know_model('strong', 'pico', c), (' no', ' yes'), 'x', texts, np.array([[.5, .5]]*4), 0, c.student, method=parse_method('mine'))
     return seen[0]

@@ -6,8 +6,8 @@ from functools import lru_cache
 import pytest
 
 from w2s.compare import demonstration_stages as transfer_stages
-from w2s.compare.label_data import class_halves, load_labels
-from w2s.compare.label_settings import WORLD_TASKS, fill_classify
+from w2s.compare.label_data import label_halves, load_labels
+from w2s.compare.label_settings import WORLD_TASKS, fill_labels
 from w2s.compare.preference_data import halves, ladder_world, load_preferences
 from w2s.compare.learn import Study
 from w2s.compare.models import know_model
@@ -16,7 +16,7 @@ from w2s.compare.toxicity_data import rows_of
 from w2s.compare.toxicity_settings import fill_toxicity
 from w2s.world.parts import parts
 from w2s.experiments.demonstrations import make_seed
-from w2s.compare.demonstration_settings import METHODS, fill_transfer
+from w2s.compare.demonstration_settings import METHODS, fill_demonstrations
 from w2s.compare.demonstration_stages import Site
 from w2s.compare.demonstration_tasks import WORLD_MAKERS, world_rows
 from w2s.feedback.forms import WORLD
@@ -73,19 +73,19 @@ def test_the_school_of_the_strong_model_is_in_no_test():
 def test_no_name_of_the_test_reaches_a_training_or_an_example(task, tmp_path, monkeypatch):
     "Everything that a run trains on and asks, written down: all methods, with models that answer with what they were asked"
     methods = [m for m in METHODS if m != 'bootstrap']
-    c = fill_transfer(dict(task=task, weak='pico', strong='nano', demonstrator='planted' if task in ('gender', 'digits') else 'tuned', methods=methods, ablation=(1, 2))
+    c = fill_demonstrations(dict(task=task, weak='pico', strong='nano', demonstrator='planted' if task in ('gender', 'digits') else 'tuned', methods=methods, ablation=(1, 2))
                       if task not in ('gender', 'digits') else dict(task=task, strong='nano', methods=methods, ablation=(1, 2)))
     rows, learned, asked = world_rows(task, 0, (24, 24, 20)), dict[str, list[str]](), dict[str, list[str]]()
     def learn(site, model, name, data, settings, start=None):
         learned[name] = [t for r in data.to_list() for t in (str(r['prompt']), r['completion'])]
         return tmp_path
-    def speak_as(site, model, name, adapter, settings=None, like=None):
+    def make_speaker(site, model, name, adapter, settings=None, like=None):
         def speak(prompts):
             asked.setdefault(name, []).extend(map(str, prompts))
             return [[f' It is {str(p).split()[-2]} {i}.']*(settings.samples if settings else 1) for i, p in enumerate(prompts)]
         return speak
     monkeypatch.setattr(transfer_stages, 'learn', learn)
-    monkeypatch.setattr(transfer_stages, 'speak_as', speak_as)
+    monkeypatch.setattr(transfer_stages, 'make_speaker', make_speaker)
     models = {n: know_model(n, str(model_folder(n)), c) for n in ('pico', 'nano')}
     site = Site(Study(c, Run(tmp_path, lambda line: None), True), WORLD, GenerateSettings(16, 0., stop=('\n',)), rows, 0, models['nano'])
     make_seed(site, {**dict.fromkeys(c.weak), **models})
@@ -103,9 +103,9 @@ def test_no_name_of_the_test_reaches_a_training_or_an_example(task, tmp_path, mo
 @pytest.mark.parametrize('seed', [0, 1, 4])
 @pytest.mark.parametrize('task', WORLD_TASKS)
 def test_no_thing_of_a_label_test_is_in_a_training_text(task, seed, trial):
-    c = replace(fill_classify(dict(data=f'world:{task}')), trial=trial)
+    c = replace(fill_labels(dict(data=f'world:{task}')), trial=trial)
     data = load_labels(c, [])
-    labelled, unlabelled = class_halves(c, data, seed)
+    labelled, unlabelled = label_halves(c, data, seed)
     test = set(data.test['group'][:])
     for half in (labelled, unlabelled):
         assert not set(half['group'][:]) & test and not named(half['prompt'][:]) & test

@@ -386,7 +386,7 @@ def test_soft_labels_and_weights_reach_the_loss_of_a_classifier(small):
     p, weights = rng.uniform(.05, .95, len(rows)), rng.uniform(.1, 2, len(rows))
     targets = np.stack([1 - p, p], 1)
     for kind, forward in (('words', response_logps), ('head', class_logits)):
-        goal = class_stages.class_objective(rows, targets, weights, kind, 'xent', {})
+        goal = class_stages.classifier_objective(rows, targets, weights, kind, 'xent', {})
         logits = torch.randn(len(rows), 2)
         assert np.allclose(goal.loss(logits, torch.arange(len(rows))), -(torch.tensor(targets)*logits.log_softmax(-1)).sum(-1), atol=1e-5)
         assert np.allclose(goal.weights, weights) and goal.forward is forward
@@ -451,7 +451,7 @@ def test_a_snapshot_is_chosen_by_weak_labels_of_held_rows(monkeypatch, turn):
     truth = np.array(test['label'][:], float)
     weak = np.array([1., 1, 0, 0, 1, 1, 0, 0])*.8 + .1
     steps = {10: (1 - weak, .5 + 0*truth), 20: (weak, np.where(np.arange(20) < 11, truth, 1 - truth)*.8 + .1), 30: (np.where(np.arange(8) < 3, weak, 1 - weak), truth*.8 + .1)}
-    arm = class_arms.ClassArm('student', 'xent', 'pico', 'micro', 0, two(truth), class_stages.Classifier(None, (), 'words', Path('x')))
+    arm = class_arms.Arm('student', 'xent', 'pico', 'micro', 0, two(truth), class_stages.Classifier(None, (), 'words', Path('x')))
     looks = class_arms.Looks(arm, list(steps), [two(h) for h, _ in steps.values()], [two(t) for _, t in steps.values()])
     labeller = class_arms.Labeller('pico', (), two(weak), two(weak), two(truth))
     monkeypatch.setattr(class_arms, 'snapshot_folders', lambda who: {s: Path(str(s)) for s in steps})
@@ -469,12 +469,12 @@ def test_students_of_demonstrations_learn_their_own_lesson_and_the_ceiling_the_g
     exam = SimpleNamespace(questions=['q1', 'q2'], gold=['g1', 'g2'], name='')
     site = SimpleNamespace(config=SimpleNamespace(weak=('pico', 'nano'), methods=('naive',), via='', examples=2, ablation=(), student='settings'), form=None, seed=0,
                            strong=SimpleNamespace(name='base'), start=Path('school'), rows=SimpleNamespace(asked=exam, tests=[SimpleNamespace(questions=['t1'], gold=['right'])]))
-    monkeypatch.setattr(transfer, 'schooled', lambda s: s)
-    monkeypatch.setattr(transfer, 'weak_model', lambda site, name, model: transfer_stages.Weak(name, None, None, [f'{name} says'], [['no']]))
+    monkeypatch.setattr(transfer, 'warm_up', lambda s: s)
+    monkeypatch.setattr(transfer, 'make_weak', lambda site, name, model: transfer_stages.Weak(name, None, None, [f'{name} says'], [['no']]))
     monkeypatch.setattr(transfer, 'weak_arms', lambda site, w: [])
     monkeypatch.setattr(transfer, 'demonstrated', lambda form, questions, answers, source: SimpleNamespace(rows=(tuple(questions), tuple(answers))))
-    monkeypatch.setattr(transfer, 'lesson_of', lambda site, m, w, via: transfer_stages.Learned(m, w.name, w.answers, SimpleNamespace(rows=(w.name, tuple(w.answers)))))
-    for module in (transfer, transfer_stages): monkeypatch.setattr(module, 'take_tests', lambda site, role, method, weak, adapter: (role, weak, adapter))
+    monkeypatch.setattr(transfer, 'make_training_rows', lambda site, m, w, via: transfer_stages.TrainingRows(m, w.name, w.answers, SimpleNamespace(rows=(w.name, tuple(w.answers)))))
+    for module in (transfer, transfer_stages): monkeypatch.setattr(module, 'answer_test', lambda site, role, method, weak, adapter: (role, weak, adapter))
     monkeypatch.setattr(transfer_stages, 'learn', lambda site, model, name, rows, settings, start: seen.append((model.name, rows, settings, start)) or Path(name))
     made = transfer.make_seed(site, {'pico': None, 'nano': None})
     assert seen == [('base', (n, (f'{n} says',)), 'settings', Path('school')) for n in ('pico', 'nano')] + [('base', (('q1', 'q2'), ('g1', 'g2')), 'settings', Path('school'))]

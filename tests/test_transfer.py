@@ -11,8 +11,8 @@ from w2s.compare.learn import Study
 from w2s.compare.models import know_model
 from w2s.compare.stages import Run
 from w2s.experiments.demonstrations import make_seed, run
-from w2s.compare.demonstration_settings import fill_transfer
-from w2s.compare.demonstration_stages import Arm, Site, Weak, arm_items, arm_scores, between, both_answers, learn, lesson_of, weak_model
+from w2s.compare.demonstration_settings import fill_demonstrations
+from w2s.compare.demonstration_stages import Arm, Site, Weak, arm_items, score_arm, between, join_answers, learn, make_training_rows, make_weak
 from w2s.compare.demonstration_tasks import WORLD_MAKERS, world_rows
 from w2s.feedback.forms import WORLD
 from w2s.feedback.refine import Examples, in_context_refine, shown_rows
@@ -25,7 +25,7 @@ LITTLE = dict(weak='pico', strong='nano', seeds=1, n_labelled=8, n_unlabelled=8,
 
 
 def site(folder: Path, **given) -> tuple[dict, Site]:
-    c = fill_transfer({**LITTLE, **given})
+    c = fill_demonstrations({**LITTLE, **given})
     models = {n: know_model(n, str(model_folder(n)), c) for n in ('pico', 'nano')}
     study = Study(c, Run(folder, lambda line: None), True)
     return models, Site(study, WORLD, GenerateSettings(16, 0., stop=('\n',)), world_rows(c.task, 0, (8, 8, 6)), 0, models['nano'])
@@ -61,7 +61,7 @@ def test_models_in_between_answer_what_they_did_not_learn(tmp_path, monkeypatch)
     taught: list[set[str]] = []
     asked: list[set[str]] = []
     monkeypatch.setattr(transfer_stages, 'learn', lambda site, model, name, rows, settings, start=None: taught.append(set(rows['prompt'])))
-    monkeypatch.setattr(transfer_stages, 'speak_as', lambda site, model, name, adapter, settings=None, like=None: lambda prompts: (asked.append(set(prompts)), [['x'] for _ in prompts])[1])
+    monkeypatch.setattr(transfer_stages, 'make_speaker', lambda site, model, name, adapter, settings=None, like=None: lambda prompts: (asked.append(set(prompts)), [['x'] for _ in prompts])[1])
     weak = transfer_stages.Weak('pico', models['pico'], None, [f'a{i}' for i in range(8)], [])
     assert between(s, models['pico'], weak) == ['x']*8
     assert len(taught) == len(asked) == 2 and not any(t & a for t, a in zip(taught, asked, strict=True))
@@ -72,7 +72,7 @@ def test_weights_of_both_answers_act(tmp_path):
     "The auxiliary method: other weights, other bits"
     models, s = site(tmp_path)
     weak = Weak('pico', models['pico'], None, [f'It is {i}.' for i in range(8)], [])
-    made = [learn(s, models['nano'], 'both', both_answers(s, weak, ['Arr, no!']*8, share).rows, s.config.student) for share in (.2, .8)]
+    made = [learn(s, models['nano'], 'both', join_answers(s, weak, ['Arr, no!']*8, share).rows, s.config.student) for share in (.2, .8)]
     assert adapter_hash(made[0]) != adapter_hash(made[1])
 
 
@@ -82,7 +82,7 @@ def test_students_do_not_depend_on_good_answers_of_their_questions(tmp_path):
     models, s = site(tmp_path)
     blind = replace(s, rows=replace(s.rows, asked=replace(s.rows.asked, gold=None, score=lambda answers: {'accuracy': np.zeros(len(answers))})))
     for method in ('naive', 'in-context', 'own answers'):
-        one, other = (lesson_of(x, method, weak_model(x, 'pico', models['pico'])) for x in (s, blind))
+        one, other = (make_training_rows(x, method, make_weak(x, 'pico', models['pico'])) for x in (s, blind))
         assert one.answers == other.answers and one.rows.rows.to_list() == other.rows.rows.to_list()
     assert [a.role for a in make_seed(blind, {**models}).arms].count('ceiling') == 0
 
@@ -103,7 +103,7 @@ def test_parts_share_nobody(task):
 def test_a_failing_judge_makes_the_result_incomplete(tmp_path):
     models, s = site(tmp_path)
     made = make_seed(s, models)
-    scores = [arm_scores(a, s.rows.tests) for a in made.arms]
+    scores = [score_arm(a, s.rows.tests) for a in made.arms]
     scores[2][0][2]['accuracy'][[1, 4]] = np.nan
     items, said = arm_items(made.arms, scores, 'persona')
     kept, groups = items[items.metric == 'accuracy'].groupby(['role', 'method', 'weak']).id.apply(set), s.rows.tests[0].groups
@@ -125,11 +125,11 @@ def test_the_unit_of_intervals_is_what_a_question_is_about(tmp_path):
 # Stages
 
 def test_only_what_depends_on_a_setting_is_made_again(tmp_path):
-    first = run(fill_transfer({**LITTLE, 'methods': 'naive,in-context'}), tmp_path, quiet=True)
+    first = run(fill_demonstrations({**LITTLE, 'methods': 'naive,in-context'}), tmp_path, quiet=True)
     stages = set((tmp_path/'stages').iterdir())
-    again = run(fill_transfer({**LITTLE, 'methods': 'naive,in-context'}), tmp_path, quiet=True)
+    again = run(fill_demonstrations({**LITTLE, 'methods': 'naive,in-context'}), tmp_path, quiet=True)
     assert set((tmp_path/'stages').iterdir()) == stages and again.items.equals(first.items)
-    run(fill_transfer({**LITTLE, 'methods': 'naive,in-context', 'examples': 2}), tmp_path, quiet=True)
+    run(fill_demonstrations({**LITTLE, 'methods': 'naive,in-context', 'examples': 2}), tmp_path, quiet=True)
     new = {f.name.rpartition('-')[0] for f in set((tmp_path/'stages').iterdir()) - stages}
     assert new == {'in-context-pico', 'student-in-context-pico', 'test-student-in-context-pico', 'test-base-untuned-in-context-pico'}
     assert set(again.answers.role) == {'baseline', 'floor', 'student', 'ceiling'} and len(again.training_rows) == 2*8

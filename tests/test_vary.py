@@ -22,7 +22,7 @@ from w2s.evaluate.metrics import agreement
 from w2s.compare import learn, preference_data, supervisors
 from w2s.experiments import vary
 from w2s.compare.config import to_table
-from w2s.compare.preference_data import PreferenceData, halves, load_preferences
+from w2s.compare.preference_data import LoadedData, halves, load_preferences
 from w2s.compare.learn import Study
 from w2s.compare.stages import Run
 from w2s.compare.supervisors import hold_out, student_rows, supervise, together
@@ -239,7 +239,7 @@ def supervised(pool, tmp_path, monkeypatch):
     monkeypatch.setattr(supervisors, 'ask', lambda study, who, pairs, name: rewards(who, pairs))
     def label(models, **use):
         study = Study(WeakTeacher('rows', labels=LabelUse(**use)), Run(tmp_path), True)
-        return supervise(study, [SimpleNamespace(name=n) for n in models], PreferenceData({'train': pool}, pool, None, ''))[0]
+        return supervise(study, [SimpleNamespace(name=n) for n in models], LoadedData({'train': pool}, pool, None, ''))[0]
     return label
 
 

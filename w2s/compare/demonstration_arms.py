@@ -18,7 +18,7 @@ import pandas as pd
 # %% ../../nbs/api/compare/222_demonstration_arms.ipynb #f19dbc26
 from .arms import Arm
 from .demonstration_files import QuestionTable, table_rows
-from .demonstration_settings import Transfer
+from .demonstration_settings import DemonstrationSettings
 from .demonstration_stages import Context, TrainingRows, make_speaker, make_training_rows, make_weak, pair_answers, reads_weak, train_sft
 from .demonstration_tasks import Questions, TaskRows, question_rows, world_rows
 from .extensions import own_metrics
@@ -40,7 +40,7 @@ from ..train.loop import TrainSettings
 
 # %% ../../nbs/api/compare/222_demonstration_arms.ipynb #81404674
 def choose_form(
-    config: Transfer, # of the experiment
+    config: DemonstrationSettings, # of the experiment
     strong: Model,    # known, not loaded
 ) -> Form:
     "In which words the models are asked; raises `ConfigError` for a chat template that would do nothing"
@@ -49,7 +49,7 @@ def choose_form(
     return form
 
 def answer_settings(
-    config: Transfer, # of the experiment
+    config: DemonstrationSettings, # of the experiment
     form: Form,       # how models are asked
 ) -> GenerateSettings:
     "How models answer: the most likely words"
@@ -57,7 +57,7 @@ def answer_settings(
 
 # %% ../../nbs/api/compare/222_demonstration_arms.ipynb #781e8915
 def seed_rows(
-    study: Study[Transfer],      # the experiment
+    study: Study[DemonstrationSettings],      # the experiment
     table: QuestionTable | None, # questions of your own; None: the world
     judge: Model | None,         # that rates answers; None: nobody needs to
     seed: int,                   # of the run

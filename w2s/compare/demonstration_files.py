@@ -31,7 +31,7 @@ from .learn import Study
 from .models import Model, open_base
 from .notes import Pass
 from .score import Columns, score_stage
-from .demonstration_settings import Transfer
+from .demonstration_settings import DemonstrationSettings
 from .demonstration_settings import scores_by_function
 from .demonstration_tasks import Questions, Score, TaskRows, bare, question_rows
 from .extensions import JUDGES, METRICS
@@ -72,7 +72,7 @@ def read_questions(
     return QuestionTable(questions, gold, None, test if test and len(test) < len(questions) else None, report)
 
 def read_asked(
-    c: Transfer, # of the experiment, with data of its own
+    c: DemonstrationSettings, # of the experiment, with data of its own
 ) -> QuestionTable:
     "Questions, good answers where the file has them, and weak answers where they are in a file; raises `DataError`"
     most = rows_wanted(c.n_unlabelled, c.n_test, c.n_labelled)
@@ -82,7 +82,7 @@ def read_asked(
     weak = questions_from(open_tables((), c.answers)[0], c.answers, c.question, answers='needed', empty=True, leave_out=c.leave_out, split='weak answers')
     return _strict(replace(table, weak=weak, report=merge_reports(table.report, weak.report)), c)
 
-def _strict(table: QuestionTable, c: Transfer) -> QuestionTable:
+def _strict(table: QuestionTable, c: DemonstrationSettings) -> QuestionTable:
     "The same table; raises `DataError` if nothing may be found and something was"
     table.report.refuse_if_strict(c.strict)
     return table
@@ -160,7 +160,7 @@ def score_by_judge(
     questions: Sequence[str],    # one a row
 ) -> Score:
     "Ratings of a local model, each list of answers rated once; NaN where none of its replies could be read"
-    c: Transfer = study.config
+    c: DemonstrationSettings = study.config
     chat = bool(judge.reader.tokenizer.chat_template)
     how = replace(RATED, samples=c.repeats)
     rubrics, concept = RATINGS[c.task], c.concept or c.instruction
@@ -202,7 +202,7 @@ def table_rows(
     seed: int,            # of the run
 ) -> TaskRows:
     "One seed of a task on questions of one's own; raises `DataError`"
-    c: Transfer = study.config
+    c: DemonstrationSettings = study.config
     few = 0 if table.gold is None or c.demonstrator == 'file' else c.n_labelled if c.demonstrator == 'tuned' else min(c.n_labelled, c.examples)
     def part(at: list[int]) -> Questions:
         questions = [table.questions[i] for i in at]

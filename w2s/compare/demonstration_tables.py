@@ -15,7 +15,7 @@ import pandas as pd
 from ..evaluate.intervals import interval_words
 from ..evaluate.metrics import RANGES, Bounds, metric_rows
 from .arms import Made
-from .demonstration_settings import Transfer, task_measures
+from .demonstration_settings import DemonstrationSettings, task_measures
 from .response_ends import count_cut
 from .result import Result
 from .tables import Kind, Model
@@ -112,7 +112,7 @@ def caption_demonstrations(
             f'Content: {content}; style: {style}. Floor: the weak model itself. Baseline: the strong model, untuned, with nothing or with weak answers in context.{ceiling}{cut}')
 
 def demonstration_kind(
-    config: Transfer,                      # of the experiment
+    config: DemonstrationSettings,                      # of the experiment
     ranges: Mapping[str, Bounds] = RANGES, # of metrics; a judge's ratings have those of its scale
 ) -> Kind:
     "What a comparison by demonstrations measures and compares"

@@ -20,7 +20,7 @@ from ..compare.comparison import Opened, make_result, run_experiment
 from ..compare.config import to_table
 from ..compare.demonstration_arms import answer_settings, arm_items, choose_form, make_seed, score_arm, seed_rows
 from ..compare.demonstration_files import QuestionTable, rating_ranges, read_asked, table_rows
-from ..compare.demonstration_settings import Transfer, fill_transfer, scores_by_function, transfer_models
+from ..compare.demonstration_settings import DemonstrationSettings, fill_demonstrations, scores_by_function, demonstration_models
 from ..compare.demonstration_stages import Context, method_inputs
 from ..compare.demonstration_tables import answer_table, cut_answers, demonstration_kind, example_table, label_items, training_table
 from ..compare.demonstration_tasks import TaskRows, question_rows
@@ -35,7 +35,7 @@ from ..models.zoo import model_folder
 Models = dict[str, Model | None] # by name; None: answers are in a file
 
 def try_extensions(
-    config: Transfer, # of the experiment
+    config: DemonstrationSettings, # of the experiment
     strong: Model,    # the strong model
     rows: TaskRows,   # of one seed
 ) -> str:             # a sentence about metrics that will not be computed, or nothing
@@ -52,7 +52,7 @@ def try_extensions(
 
 # %% ../../nbs/api/experiments/50_demonstrations.ipynb #4fccf9b3
 def make_arms(
-    study: Study[Transfer],      # the experiment
+    study: Study[DemonstrationSettings],      # the experiment
     models: Models,              # by name
     judge: Model | None,         # that rates answers; None: nobody needs to
     table: QuestionTable | None, # questions of your own; None: the world
@@ -67,7 +67,7 @@ def make_arms(
     return Made(arms, seeds, dict(items=items, notes=notes, form=form))
 
 def result_of(
-    study: Study[Transfer],      # the experiment
+    study: Study[DemonstrationSettings],      # the experiment
     models: list[Model],         # that work
     table: QuestionTable | None, # questions of your own; None: the world
     data: tuple[str, DataReport],# where the questions come from, and what was found in them
@@ -83,11 +83,11 @@ def result_of(
 
 # %% ../../nbs/api/experiments/50_demonstrations.ipynb #04569a4b
 def open_demonstrations(
-    study: Study[Transfer], # the experiment
+    study: Study[DemonstrationSettings], # the experiment
 ) -> Opened:
     "Know the models and read the questions; raises `DataError`, `ModelError` and `ConfigError`"
     c = study.config
-    known: dict[str, Model] = {n: know_model(short_name(n), str(model_folder(n)), c, writes=True) for n in transfer_models(to_table(c))}
+    known: dict[str, Model] = {n: know_model(short_name(n), str(model_folder(n)), c, writes=True) for n in demonstration_models(to_table(c))}
     judge = know_model('judge', str(model_folder(c.judge)), c, trained=False, writes=True) if c.judge and not scores_by_function(c.judge) else None
     table = None if c.data == 'world' else read_asked(c)
     if table is not None:
@@ -99,10 +99,10 @@ def open_demonstrations(
     return Opened(study, working, *data, partial(make_arms, study, models, judge, table), partial(result_of, study, working, table, data), (line,))
 
 def run(
-    config: Transfer | None = None,     # what to compare; None: a persona in the embedded world
+    config: DemonstrationSettings | None = None,     # what to compare; None: a persona in the embedded world
     out: str | Path = 'runs/transfer',  # folder of stages and results; used again by later runs
     quiet: bool = False,                # no progress bars and no lines
     keep: bool = False,                 # use finished stages that other versions of the packages made
 ) -> Result:
     "Run a whole comparison by demonstrations; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
-    return run_experiment(open_demonstrations, config or fill_transfer({}), out, quiet, keep)
+    return run_experiment(open_demonstrations, config or fill_demonstrations({}), out, quiet, keep)

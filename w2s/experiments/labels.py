@@ -20,7 +20,7 @@ from ..compare.config import to_table
 from ..compare.extensions import METRICS, name_idle, own_metrics
 from ..compare.label_arms import baseline_arms, check_pairs, follow_students, frame_arms, may_teach, part_rows, relabel_chain, student_arms, supervise
 from ..compare.label_data import load_labels
-from ..compare.label_settings import Classify, data_name, fill_classify, label_models
+from ..compare.label_settings import Classify, data_name, fill_labels, label_models
 from ..compare.label_tables import LABELS, arm_items, label_quality, list_classifiers, prediction_table
 from ..compare.learn import Study
 from ..compare.models import Model, know_model, model_lines
@@ -91,4 +91,4 @@ def run(
     keep: bool = False,              # use finished stages that other versions of the packages made
 ) -> Result:
     "Run a whole comparison by labels; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
-    return run_experiment(open_labels, config or fill_classify({}), out, quiet, keep)
+    return run_experiment(open_labels, config or fill_labels({}), out, quiet, keep)

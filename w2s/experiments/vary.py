@@ -22,7 +22,7 @@ from ..evaluate.intervals import Estimate, difference, with_limits
 from ..evaluate.several import adjust_table
 from ..compare.extensions import LABELLERS, has_model
 from ..compare.config import merged, number, to_table
-from ..compare.demonstration_settings import Transfer
+from ..compare.demonstration_settings import DemonstrationSettings
 from ..compare.label_settings import Classify
 from ..compare.options import find_option, options_of, parse_text, set_path
 from ..compare.preference_data import check_halves, load_preferences
@@ -245,7 +245,7 @@ def _finish(o: Opened, run: Run) -> Result:
     finally: run.used[:0] = before
 
 # %% ../../nbs/api/experiments/70_vary.ipynb #770fbe92
-OPEN: dict[Any, Callable[[Study], Opened]] = {Classify: open_labels, Transfer: open_demonstrations, Toxicity: open_toxicity} # settings -> what opens the experiment
+OPEN: dict[Any, Callable[[Study], Opened]] = {Classify: open_labels, DemonstrationSettings: open_demonstrations, Toxicity: open_toxicity} # settings -> what opens the experiment
 
 def open_together(
     configs: Mapping[str, WeakTeacher], # value -> settings
