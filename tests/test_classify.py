@@ -1,5 +1,7 @@
 """A comparison by labels does not see what it must not see (pitfall 18), and gives everybody the same rows."""
 import numpy as np
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
@@ -42,7 +44,7 @@ def test_gold_labels_of_the_test_rows_change_no_model_and_no_choice(result, tmp_
     real = classify.load_labels
     def wrong(config, readers):
         data = real(config, readers)
-        return class_data.LoadedData(data.train, turned(data.test), data.classes, data.words, data.report, data.origin)
+        return replace(data, test=turned(data.test))
     monkeypatch.setattr(classify, 'load_labels', wrong)
     other = classify.run(fill_labels(GIVEN), tmp_path, quiet=True)
     assert hashes(other) == hashes(result)
@@ -62,7 +64,7 @@ def test_nobody_labels_what_it_learned_from(result):
     config = fill_labels(GIVEN)
     for seed in range(3):
         part = class_arms.part_rows(config, class_data.world_labels(config), seed)
-        groups = [set(d['group']) for d in (part.labelled, part.rows, part.held, part.test)]
+        groups = [set(d['group']) for d in (part.labelled, part.unlabelled, part.extra['held'], part.test)]
         assert all(not a & b for i, a in enumerate(groups) for b in groups[i + 1:])
 
 

@@ -343,7 +343,7 @@ def stage_of(tmp_path, kind):
         for module in (learn, score): m.setattr(module, 'run_stage', stop)
         with pytest.raises(Stop):
             if kind == 'loss': preference_stages.dpo_stage(study, know_model('strong', 'pico', study.config), 'x', rows, None, 0, 'mine')
-            elif kind == 'labeller': supervisors.ask(study, supervisors.Supervisor(None, 'mine', None, None, 0), PAIRS, 'labels')
+            elif kind == 'labeller': supervisors.ask(study, supervisors.supervisor_arm(None, 'mine', 0), PAIRS, 'labels')
             else:
                 c = fill_labels(LABELS)
                 texts = make_rows([dict(prompt=f'Is {i} even?', label=i % 2) for i in range(4)], 'labels')

@@ -235,7 +235,7 @@ def supervised(pool, tmp_path, monkeypatch):
     def rewards(who, pairs):
         rng = np.random.default_rng([ord(who.model.name), who.seed])
         return rng.normal(size=(len(pairs), 2)) + np.array(pairs['prob_a'])[:, None]*[2, 0]
-    monkeypatch.setattr(supervisors, 'train_supervisor', lambda study, model, rows, seed: supervisors.Supervisor(model, 'dpo', None, None, seed))
+    monkeypatch.setattr(supervisors, 'train_supervisor', lambda study, model, rows, seed: supervisors.supervisor_arm(model, 'dpo', seed))
     monkeypatch.setattr(supervisors, 'ask', lambda study, who, pairs, name: rewards(who, pairs))
     def label(models, **use):
         study = Study(WeakTeacher('rows', labels=LabelUse(**use)), Run(tmp_path), True)
@@ -247,17 +247,17 @@ def test_labels_of_an_ensemble(supervised):
     "The students' labels are the mean of what the members say of the same pairs"
     one, two, three = (supervised(n) for n in 'abc')
     both = supervised('abc')
-    assert list(both.weak.rows['id']) == list(one.weak.rows['id']) and len(both.supervisors) == 3
-    assert np.allclose(both.weak.prob_a, np.mean([s.weak.prob_a for s in (one, two, three)], axis=0), atol=1e-12)
-    assert both.weak.rows['source'][0] == 'weak:a+b+c' and both.temperature == 1
+    assert list(both.extra['weak'].rows['id']) == list(one.extra['weak'].rows['id']) and len(both.extra['supervisors']) == 3
+    assert np.allclose(both.extra['weak'].prob_a, np.mean([s.extra['weak'].prob_a for s in (one, two, three)], axis=0), atol=1e-12)
+    assert both.extra['weak'].rows['source'][0] == 'weak:a+b+c' and both.extra['temperature'] == 1
 
 
 def test_a_temperature_belongs_to_what_was_asked(supervised):
     "Fitted on held-out labelled rows, of the ensemble and not of its members; choices stay, and what is held out is not learned from"
     plain, soft = supervised('ab'), supervised('ab', targets='soft', calibrate=.5)
-    assert soft.temperature != 1 and np.array_equal(soft.weak.prob_a > .5, plain.weak.prob_a > .5)
-    gap = [np.log(x/(1 - x)) for x in (plain.weak.prob_a, soft.weak.prob_a)]
-    assert np.allclose(gap[0]/soft.temperature, gap[1])
+    assert soft.extra['temperature'] != 1 and np.array_equal(soft.extra['weak'].prob_a > .5, plain.extra['weak'].prob_a > .5)
+    gap = [np.log(x/(1 - x)) for x in (plain.extra['weak'].prob_a, soft.extra['weak'].prob_a)]
+    assert np.allclose(gap[0]/soft.extra['temperature'], gap[1])
     learn, held = hold_out(soft.labelled, .5, 0)
     assert not set(learn['group']) & set(held['group']) and len(learn) + len(held) == len(soft.labelled)
     with pytest.raises(DataError, match='too few'): hold_out(soft.labelled, .1, 0)
