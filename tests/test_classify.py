@@ -1,7 +1,7 @@
 """A comparison by labels does not see what it must not see (pitfall 18), and gives everybody the same rows."""
-import numpy as np
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 

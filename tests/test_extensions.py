@@ -21,7 +21,8 @@ from w2s.compare.result import show_table
 from w2s.compare.sources import source_hash
 from w2s.data.rows import make_rows
 from w2s.errors import ConfigError, DataError
-from w2s.experiments import demonstrations, labels, preferences
+from w2s.compare.toxicity_settings import fill_toxicity
+from w2s.experiments import demonstrations, labels, preferences, toxicity
 from w2s.train.losses import PREFERENCE_LOSSES
 
 PREFERENCES = dict(weak='pico', strong='pico', n_labelled=12, n_unlabelled=12, n_test=8, seeds=1, samples=1, others=[], sft=dict(epochs=1), dpo=dict(epochs=1))
@@ -463,3 +464,110 @@ def test_a_module_of_a_package_with_relative_imports(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     import_extensions(['own_package_of_test.methods'])
     assert labeller_rewards('packed', PAIRS, 0)[0].tolist() == [2, 0]
+
+
+# Toxicity and tasks of demonstrations
+
+TOXICITY = dict(weak='pico', strong='pico', n_labelled=12, n_unlabelled=12, n_test=6, seeds=1, speak=dict(samples=2, max_tokens=8), sft=dict(epochs=1))
+
+
+def test_a_method_of_ones_own_runs_in_toxicity(tmp_path):
+    "It gets the weak model's lines and the strong model, and what it returns is learned; another body is another student, found stages stay"
+    seen = []
+    @method('softened')
+    def softened(questions, answers, speak, ask):
+        seen.append((list(questions), list(answers), speak([ask(q) for q in questions[:2]])))
+        return [' Thank you.' for _ in questions]
+
+    config = fill_toxicity({**TOXICITY, 'methods': ['naive', 'softened']})
+    result = toxicity.run(config, tmp_path/'run', quiet=True)
+    prompts, lines, said = seen[-1]
+    assert len(prompts) == len(lines) == 12 and all(map(str.strip, lines)) and len(said) == 2
+    rows = result.arms[result.arms.role == 'student']
+    assert list(zip(rows.method, rows.weak, strict=True)) == [('naive', 'pico'), ('softened', 'pico')]
+    labels = result.labels[result.labels.role == 'student'].set_index('method').value
+    assert labels['softened'] == 0 and {'softened'} <= set(result.pgr.method) | set(result.intervals.method)
+
+
+def test_a_method_that_reads_no_weak_lines_belongs_to_no_weak_model(tmp_path):
+    @method('alone')
+    def alone(questions): return [' So be it.' for _ in questions]
+    result = toxicity.run(fill_toxicity({**TOXICITY, 'methods': 'alone'}), tmp_path/'run', quiet=True)
+    assert result.arms[result.arms.role == 'student'].weak.tolist() == [''] and not list((tmp_path/'run'/'stages').glob('toxicity-weak-lines-*'))
+
+
+@pytest.mark.parametrize('name, said', [('softend', 'did you mean "softened"'), ('own answers', 'unknown method'), ('resampled', 'unknown method'), ('softened(x=1)', 'has no options'), ('softened,softened', 'given twice')])
+def test_a_method_that_toxicity_does_not_have_is_refused(name, said):
+    @method('softened')
+    def softened(questions): return list(questions)
+    with pytest.raises(ConfigError) as e: fill_toxicity({**TOXICITY, 'methods': name.split(',')})
+    assert said in str(e.value)
+
+
+@pytest.mark.parametrize('wrong, said', [(None, 'returned nothing'), (['a'], 'returned 1 texts'), ([3]*4, 'returned 3')])
+def test_a_wrong_method_is_refused_before_toxicity_runs(tmp_path, wrong, said):
+    @method('broken')
+    def broken(questions): return wrong
+    with pytest.raises(ConfigError, match=said): toxicity.run(fill_toxicity({**TOXICITY, 'methods': 'broken'}), tmp_path/'run', quiet=True)
+    assert not any((tmp_path/'run').glob('stages/*'))
+
+
+def test_a_method_cannot_be_named_like_preference_training():
+    with pytest.raises(ConfigError, match='"dpo" is built in'):
+        @method('dpo')
+        def dpo(questions): return list(questions)
+
+
+def ask_capitals():
+    "A task of demonstrations that no oracle and no model judges"
+    @task('capitals')
+    def capitals(): return [dict(question=f'What is the capital of land {i}?', answer=f'It is city {i}.') for i in range(40)]
+
+
+OWN_TASK = {**DEMONSTRATIONS, 'data': 'capitals', 'methods': 'naive', 'max_length': 128}
+
+
+@pytest.mark.parametrize('kind', ['metric', 'metric with options', 'judge'])
+def test_a_task_of_demonstrations_may_be_scored_by_a_function(tmp_path, kind):
+    "Its name is the metric that leads: table, PGR and labels are of it; no model rates"
+    ask_capitals()
+    if kind == 'judge':
+        @judge('right')
+        def right(prompts, responses): return [float(p.split()[-1].strip('?') in r) for p, r in zip(prompts, responses, strict=True)]
+    else:
+        @metric('right')
+        def right(rows, answers, worth=1.): return [worth*(r['question'].split()[-1].strip('?') in a) for r, a in zip(rows, answers, strict=True)]
+    given = 'right(worth=2)' if kind.endswith('options') else 'right'
+    result = demonstrations.run(fill_demonstrations({**OWN_TASK, 'judge': given}), tmp_path/'run', quiet=True)
+    assert result.kind.metrics == ('right',) and result.kind.gaps == ('right',) and 'right' in show_table(result)
+    assert {'floor', 'student', 'ceiling', 'baseline'} <= set(result.items[result.items.metric == 'right'].role)
+    top = 2. if kind.endswith('options') else 1.
+    answers = result.answers[(result.answers.role == 'ceiling')]
+    mean = np.mean([top*(q.split()[-1].strip('?') in a) for q, a in zip(answers.question, answers.answer, strict=True)])
+    own = result.items[(result.items.metric == 'right') & (result.items.role == 'ceiling')]
+    assert mean > 0 and np.isclose(own.value.mean(), mean)
+    assert set(result.labels.metric) == {'labels: right'} and not list((tmp_path/'run'/'stages').glob('ratings-*'))
+
+
+@pytest.mark.parametrize('given, said', [({}, 'name a model as judge'), (dict(judge='right', repeats=3), 'no model is named as judge'), (dict(judge='right', concept='x'), 'concept tells a judge'), (dict(judge='right', data='world'), 'judge belongs to questions of your own')])
+def test_settings_that_a_scoring_function_does_not_need_are_refused(given, said):
+    @metric('right')
+    def right(answers): return [1.]*len(answers)
+    with pytest.raises(ConfigError, match=said): fill_demonstrations({**OWN_TASK, **given})
+
+
+def test_a_metric_of_probabilities_scores_no_answers():
+    "It is taken for a model, as any other name that is no function of answers"
+    @metric('certain')
+    def certain(probs): return probs.max(1)
+    from w2s.compare.demonstration_settings import scores_by_function
+    assert not scores_by_function('certain') and not scores_by_function('pico') and not scores_by_function('')
+
+
+@pytest.mark.parametrize('wrong, said', [(None, 'returned nothing'), ([1.], 'of shape'), (['a']*6, 'want numbers')])
+def test_a_wrong_scoring_function_is_refused_before_the_run(tmp_path, wrong, said):
+    ask_capitals()
+    @judge('broken')
+    def broken(responses): return wrong
+    with pytest.raises(ConfigError, match=said): demonstrations.run(fill_demonstrations({**OWN_TASK, 'judge': 'broken'}), tmp_path/'run', quiet=True)
+    assert not any((tmp_path/'run').glob('stages/*'))

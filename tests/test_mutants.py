@@ -128,7 +128,7 @@ def test_a_temperature_is_fitted_to_rows_that_nobody_learned_from(world_data, tm
         held = run.calls[f'weak-seed{s.seed}-held-out'].rows
         assert ids(held) < ids(s.labelled) and not ids(held) & (ids(s.unlabelled) | ids(run.data.test)) and len(margins) == len(held)
         assert prob_a.tolist() == held['prob_a'][:] and ((margins > 0) == (prob_a > .5)).all()
-        assert s.temperature == fit_temperature(margins, prob_a) != 1
+        assert s.extra['temperature'] == fit_temperature(margins, prob_a) != 1
 
 
 def by_id(rows, column): return dict(zip(rows['id'][:], rows[column][:], strict=True))
@@ -144,7 +144,7 @@ def test_a_student_learns_the_supervisors_labels_and_nobody_elses(run):
         for c in taught:
             assert ids(c.rows) == ids(s.unlabelled)
             for i, x in by_id(c.rows, 'chosen').items(): assert x != human[i]
-            for i, p in by_id(c.rows, 'prob').items(): assert p == pytest.approx(expit(abs(margin[i])/s.temperature), abs=1e-6)
+            for i, p in by_id(c.rows, 'prob').items(): assert p == pytest.approx(expit(abs(margin[i])/s.extra['temperature']), abs=1e-6)
 
 
 def test_human_arm_and_ceiling_never_learn_weak_labels(run):
@@ -165,7 +165,7 @@ def test_preference_training_starts_from_the_arms_own_sft(run):
             assert c.start == (Path(sft) if sft else None)
             if sft: assert ids(run.calls[sft].rows) == ids(c.rows)
     for a in run.arms:
-        if a.role != 'baseline': assert a.policy == Path(f'{a.role}-seed{a.seed}-dpo') and a.reference == run.calls[a.policy.name].start
+        if a.role != 'baseline': assert a.adapter == Path(f'{a.role}-seed{a.seed}-dpo') and a.reference == run.calls[a.adapter.name].start
 
 
 def test_only_the_students_preference_loss_knows_how_sure_the_supervisor_is(world_data, tmp_path, monkeypatch):
@@ -378,7 +378,7 @@ def test_a_soft_label_stays_soft_and_a_sure_one_weighs_more():
     rows = range(3)
     for name, targets, weights in (('xent', probs, np.ones(3)), ('hard', np.array([[0, 1], [1, 0], [.5, .5]]), np.ones(3)), ('weighted', probs, [.4, .8, 0])):
         method = {'xent': parse_method('xent'), 'hard': replace(parse_method('xent'), targets='hard'), 'weighted': replace(parse_method('xent'), weights='confidence')}[name]
-        got = class_stages.lesson(None, None, '', rows, probs, method, 0)
+        got = class_stages.make_targets(None, None, '', rows, probs, method, 0)
         assert np.allclose(got[0], targets) and np.allclose(got[1], weights), name
 
 

@@ -195,7 +195,7 @@ def test_one_list_of_flags():
 def home(tmp_path_factory):
     "A table of questions about the world with answers in a voice, one of them empty"
     home = tmp_path_factory.mktemp('refine')
-    asked = transfer_tasks.world_rows('persona', 0, (5, 12, 4)).asked
+    asked = transfer_tasks.world_rows('persona', 0, (5, 12, 4)).unlabelled
     rows = [dict(question=q, answer='' if i == 4 else a.strip()) for i, (q, a) in enumerate(zip(asked.questions, asked.gold, strict=True))]
     (home/'weak.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     (home/'questions.jsonl').write_text(''.join(json.dumps(dict(prompt=r['question'])) + '\n' for r in rows[:6]))
@@ -310,7 +310,7 @@ def test_trl_reads_the_rows(home, tmp_path):
 
 def test_killed_refinement_goes_on(tmp_path):
     "`kill -9` while answers are made, started again: what was there is not made twice, and the file is that of a run without a kill"
-    questions = transfer_tasks.world_rows('persona', 0, (5, 400, 4)).asked.questions
+    questions = transfer_tasks.world_rows('persona', 0, (5, 400, 4)).unlabelled.questions
     (tmp_path/'q.jsonl').write_text(''.join(json.dumps(dict(question=q)) + '\n' for q in questions))
     words = ['refine', '--method', 'own-answers', '--questions', str(tmp_path/'q.jsonl'), '--strong', 'nano', '--max-tokens', '60']
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}

@@ -146,7 +146,11 @@ def score_arm(
     tests: Sequence[Questions],  # its parts
 ) -> Scores:
     "Scores of the answers of an arm, by the task's measures and the user's"
-    return [([f'{e.name} {i + 1}'.strip() for i in range(len(e.questions))], e.groups, e.score(a) | own_metrics(question_rows(e), a)) for e, a in zip(tests, arm.extra['answers'], strict=True)]
+    def scores(e: Questions, answers: Sequence[str]) -> dict[str, np.ndarray]:
+        known = e.score(answers)
+        return known | {k: v for k, v in own_metrics(question_rows(e), answers).items() if k not in known}
+
+    return [([f'{e.name} {i + 1}'.strip() for i in range(len(e.questions))], e.groups, scores(e, a)) for e, a in zip(tests, arm.extra['answers'], strict=True)]
 
 # %% ../../nbs/api/compare/222_demonstration_arms.ipynb #c6225fa5
 def find_unscored(
