@@ -25,7 +25,7 @@ from w2s.compare.config import to_table
 from w2s.compare.preference_data import LoadedData, halves, load_preferences
 from w2s.compare.learn import Study
 from w2s.compare.stages import Run
-from w2s.compare.supervisors import hold_out, student_rows, supervise, together
+from w2s.compare.supervisors import hold_out, student_rows, supervise, join_rewards
 from w2s.experiments.vary import USES, VARIATIONS, contrast, run_varied, variants
 from w2s.compare.preference_settings import SUBSETS, LabelUse, WeakTeacher
 from w2s.experiments.preferences import know_models, run
@@ -218,10 +218,10 @@ def test_an_ensemble_says_the_mean_probability():
     rng = np.random.default_rng(0)
     rewards = [rng.normal(size=(50, 2))*s for s in (.1, 1., 20.)]
     mean = np.mean([expit(r[:, 0] - r[:, 1]) for r in rewards], axis=0)
-    both = together(rewards)
-    assert np.allclose(expit(both[:, 0] - both[:, 1]), mean, atol=1e-12) and together(rewards[:1]) is rewards[0]
-    assert np.allclose(together(rewards[::-1]), both)
-    sure = together([np.array([[900., -900.], [0., 0.]])]*2)
+    both = join_rewards(rewards)
+    assert np.allclose(expit(both[:, 0] - both[:, 1]), mean, atol=1e-12) and join_rewards(rewards[:1]) is rewards[0]
+    assert np.allclose(join_rewards(rewards[::-1]), both)
+    sure = join_rewards([np.array([[900., -900.], [0., 0.]])]*2)
     assert np.isfinite(sure).all() and sure[0, 0] > sure[0, 1] and sure[1, 0] == sure[1, 1]
 
 

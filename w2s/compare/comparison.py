@@ -21,6 +21,7 @@ from .config import to_table
 from .learn import Study
 from .models import Model, model_lines, note_models
 from .result import Result
+from .settings import Settings
 from .stages import Run, claim, count_stages, say_numbered
 from .tables import Kind, compare_models, recover_gaps
 
@@ -47,7 +48,7 @@ def first_lines(
 # %% ../../nbs/api/compare/270_comparison.ipynb #6bde24ab
 def make_result(
     run: Run,                    # its folder and stages
-    config: Any,                 # its settings
+    config: Settings,            # every default filled in
     kind: Kind,                  # what is measured and compared
     data: tuple[str, DataReport],# where the examples come from, and what was found in them
     models: Sequence[str],       # a line each
@@ -71,7 +72,7 @@ def print_now(
 
 def run_experiment(
     open_comparison: Callable[[Study], Opened],  # knows the models, reads and checks the examples
-    config: Any,                                 # settings
+    config: Settings,                            # of the experiment
     out: str | Path,                             # folder of stages and results; used again by later runs
     quiet: bool = False,                         # no progress bars and no lines
     keep: bool = False,                          # use finished stages that other versions of the packages made

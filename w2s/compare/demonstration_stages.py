@@ -185,7 +185,7 @@ def answer_between(
     a, given = context.rows.unlabelled, weak.extra['given']
     out = ['']*len(given)
     halves = [list(range(start, len(out), 2)) for start in (0, 1)]
-    for which, half, other in (('first', *halves), ('second', *halves[::-1])):
+    for which, (half, other) in (('first', halves), ('second', halves[::-1])):
         rows = demonstrated(context.form, [a.questions[i] for i in half], [given[i] for i in half], weak.weak).rows
         name = stage_name('between', weak.weak, short_name(model.name), which)
         adapter = train_sft(context, model, name, rows, context.config.demonstrate)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHANGED_LABELS', 'CLEAN_OPTIONS', 'WORLD_TASKS', 'READOUTS', 'PAPER_STEPS', 'LADDER_STEPS', 'fill_classify', 'Method',
-           'label_methods', 'parse_method', 'world_task', 'label_models', 'data_name', 'spaced', 'Classify',
+           'label_methods', 'parse_method', 'world_task', 'label_models', 'data_name', 'space_words', 'Classify',
            'check_labels', 'fill_labels']
 
 # %% ../../nbs/api/compare/150_label_settings.ipynb #6e7ba177
@@ -102,7 +102,7 @@ def data_name(
 # %% ../../nbs/api/compare/150_label_settings.ipynb #a4dff7c0
 LADDER_STEPS: dict[str, Any] = dict(epochs=3, batch_size=16, learning_rate=1e-3)
 
-def spaced(
+def space_words(
     words: str, # 'no,yes'
 ) -> list[str]: # with a space in front
     "Label words as they follow a text"
@@ -125,7 +125,7 @@ class Classify(Settings):
     group: str = setting('', 'Data', say='recognised, or the text itself') # the same as column group=…: column of what must stay on one side of a split
     threshold: float | None = setting(None, 'Data', say='0.5 for data sets that are known for scores, else none') # the column of the class holds scores, and class 1 begins here
     classes: tuple[str, ...] = setting((), 'Data', say='as found, sorted') # names of the classes in their order
-    words: tuple[str, ...] = setting((), 'Method', say='those of the data', read=spaced) # label words, one a class, that readout words compares and a head begins with; on the command line each is put behind a space
+    words: tuple[str, ...] = setting((), 'Method', say='those of the data', read=space_words) # label words, one a class, that readout words compares and a head begins with; on the command line each is put behind a space
     contradictions: str = setting('keep', 'Data')     # texts with two different labels: keep (and count), drop or refuse
     via: tuple[str, ...] = setting((), 'Models')      # models in between: each learns from the labels of the one before, and labels anew
     methods: tuple[str, ...] = setting(('xent', 'confidence'), 'Method', flag='method', probe=('xent',)) # how students learn: xent, confidence, product, entropy, window, kl, reverse_kl, focal, balanced, hard, weighted, relabel or filter, with options in brackets, as in confidence(highest=0.5); the first one is also that of via and rounds

@@ -28,7 +28,7 @@ from .notes import Pass, scoring_pass
 from .preference_stages import dpo_stage, encoded, own_rewards, pair_rewards, sft_stage
 from .score import Columns, score_stage
 from .stages import note_work, stage_role
-from .supervisors import ask, floor_method, student_rows, together
+from .supervisors import ask, floor_method, student_rows, join_rewards
 from .preference_data import LoadedData, check_halves, load_preferences
 from .preference_settings import WeakTeacher, supervisor_name, weak_names
 from ..feedback.confidence import weighted
@@ -178,7 +178,7 @@ def evaluate_choice(
                'response_a': test['chosen'], 'response_b': test['rejected'], 'prob_a': [float('nan')]*len(test)}
     pairs = Dataset.from_dict({k: list(v) for k, v in columns.items()}, features=row_features('pairs', columns, isinstance(test['prompt'][0], list)))
     supervisors = rows.extra['supervisors']
-    rewards = together([ask(study, s, pairs, 'test') for s in supervisors])
+    rewards = join_rewards([ask(study, s, pairs, 'test') for s in supervisors])
     margin = rewards[:, 0] - rewards[:, 1]
     floor = make_arm(study.config, 'floor', floor_method(supervisors[0].extra['kind']), rows.seed, None)
     return arm_items(floor, list(test['id']), {'accuracy': preference_correct(margin), 'margin': margin})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_FAILED', 'floor_method', 'supervisor_arm', 'train_supervisor', 'reward_stage', 'judge_form', 'ask',
-           'pair_tokens', 'dpo_rewards', 'model_rewards', 'judge_rewards', 'together', 'hold_out', 'supervise',
+           'pair_tokens', 'dpo_rewards', 'model_rewards', 'judge_rewards', 'join_rewards', 'hold_out', 'supervise',
            'student_rows']
 
 # %% ../../nbs/api/compare/110_supervisors.ipynb #a19ec62e
@@ -176,7 +176,7 @@ def judge_rewards(
     return np.stack([half, -half], 1)
 
 # %% ../../nbs/api/compare/110_supervisors.ipynb #da3aa0a6
-def together(
+def join_rewards(
     rewards: Sequence[np.ndarray], # of each supervisor, (rows, 2)
 ) -> np.ndarray:                   # (rows, 2): rewards whose difference is the log-odds of the mean probability
     "Rewards of an ensemble; of one supervisor its own"
@@ -219,8 +219,8 @@ def supervise(
             if rest is not None: sure[s].append(ask(study, who[s][-1], to_pairs(rest, s), 'held-out'))
     source, out = f'weak:{"+".join(Path(m.name).name for m in models) or c.supervisor}', []
     for s, (labelled, unlabelled) in zip(seeds, parts, strict=True):
-        t = _temperature(together(sure[s]), held[s][1], s) if sure[s] else 1.
-        weak = label_pairs(pairs[s], together(given[s])/t, source)
+        t = _temperature(join_rewards(sure[s]), held[s][1], s) if sure[s] else 1.
+        weak = label_pairs(pairs[s], join_rewards(given[s])/t, source)
         out.append(SeedRows(s, labelled, unlabelled, data.test, dict(supervisors=who[s], weak=weak, temperature=t)))
     return out
 

@@ -55,6 +55,10 @@ def toxicity_models(
     "The two models; raises `ModelError` for one that takes no adapter or cannot write"
     return [know_model(role, str(model_folder(name)), config, writes=True) for role, name in (('weak', config.weak), ('strong', config.strong))]
 
+# %% ../../nbs/api/compare/260_toxicity_arms.ipynb #95a66ec7
+CONTINUE = Form(ask='{question}', show='{question} {answer}', between='\n', in_context='{shown}\n{question}', infer='{shown}\n', respond='{concept}\n{question}',
+                improve='{question} {answer}\n{question}') # texts, one a line, of which the last is unfinished
+
 # %% ../../nbs/api/compare/260_toxicity_arms.ipynb #bfe386b9
 def function_judge(
     name: str, # of one of the user's judges, with options in brackets or without
@@ -97,10 +101,6 @@ def toxicity_stage(
     if not key: found = likely(np.random.default_rng(0)) if notes is not None and notes.made_up else score()
     else: found = score_stage(context.study, None, name, inputs, 'scores.npz', score, likely, [Pass('other', '', shape[0]*shape[1])])
     return found['scores'], found['empty']
-
-# %% ../../nbs/api/compare/260_toxicity_arms.ipynb #95a66ec7
-CONTINUE = Form(ask='{question}', show='{question} {answer}', between='\n', in_context='{shown}\n{question}', infer='{shown}\n', respond='{concept}\n{question}',
-                improve='{question} {answer}\n{question}') # texts, one a line, of which the last is unfinished
 
 # %% ../../nbs/api/compare/260_toxicity_arms.ipynb #cc0224ee
 def demonstrate(
