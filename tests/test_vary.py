@@ -136,7 +136,7 @@ def test_models_of_all_values_have_the_same_rows(given, home, tmp_path, monkeypa
         rows.insert(3 + k, dict(prompt=f'what falls in {split}?', chosen='it is ☃', rejected='it is ☂'))
         (tmp_path/'data'/f'{split}.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows), encoding='utf-8')
     values = [given['strong'], letters(tmp_path/'letters', ['it is a'])]
-    monkeypatch.setattr(vary, '_finish', lambda opened, run: opened.make.args[0].data)
+    monkeypatch.setattr(vary, '_finish', lambda opened, run: opened.make.args[3])
     monkeypatch.setattr(vary, '_say_other_rows', lambda *results: None)
     seen = run_varied(given | dict(data=str(tmp_path/'data'), n_labelled=None, n_unlabelled=None, n_test=None), setting, values, tmp_path/'run', quiet=True).results
     easy, hard = (seen[v] for v in values)
@@ -151,7 +151,7 @@ def test_models_of_all_values_have_the_same_rows(given, home, tmp_path, monkeypa
 @pytest.mark.parametrize('source', ['world', 'file'])
 def test_shares_have_the_same_test_rows(source, given, tmp_path, monkeypatch):
     "Other halves, the same test rows; the number of rows in both halves together does not change"
-    monkeypatch.setattr(vary, '_finish', lambda opened, run: opened.make.args[0].data)
+    monkeypatch.setattr(vary, '_finish', lambda opened, run: opened.make.args[3])
     monkeypatch.setattr(vary, '_say_other_rows', lambda *results: None)
     for name in ('WORLD_TRAIN', 'WORLD_TEST'): monkeypatch.setattr(preference_data, name, 40) # they are made in no time
     settings = dict(n_labelled=20, n_unlabelled=20, n_test=20) if source == 'world' else given
