@@ -156,11 +156,11 @@ def give_labels(model, rows, out, how):
 
 def classify(readout):
     def run_it(model, rows, out, how):
-        from w2s.compare.label_settings import fill_classify
+        from w2s.compare.label_settings import fill_labels
         from w2s.experiments.labels import run
         quick = {k: v for k, v in dict(supervisor=FAST['sft'], student=FAST['sft']).items() if readout != 'probe'}
         words = {} if readout == 'probe' else dict(words=[' no', ' yes'])
-        result = run(fill_classify(dict(data=str(rows/'classes.jsonl'), weak=[str(model)], strong=[str(model)], readout=readout, load=LOADS[how], max_length=64, baseline=False, **quick, **words)), out, quiet=True)
+        result = run(fill_labels(dict(data=str(rows/'classes.jsonl'), weak=[str(model)], strong=[str(model)], readout=readout, load=LOADS[how], max_length=64, baseline=False, **quick, **words)), out, quiet=True)
         assert len(result.items) and result.items.select_dtypes('number').notna().all().all()
     return run_it
 

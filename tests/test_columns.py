@@ -570,15 +570,15 @@ def test_classify_refuses_before_the_first_training(tmp_path, case, dry):
 def test_rare_classes_are_in_every_part(tmp_path, unsafe, seeds):
     from w2s.compare.label_arms import part_rows
     from w2s.compare.label_data import load_labels
-    from w2s.compare.label_settings import fill_classify
+    from w2s.compare.label_settings import fill_labels
     from w2s.compare.models import know_model
-    config = fill_classify(dict(data=str(rows_of(tmp_path/'x.csv', 80, unsafe)), seeds=seeds, weak='pico', strong='pico'))
+    config = fill_labels(dict(data=str(rows_of(tmp_path/'x.csv', 80, unsafe)), seeds=seeds, weak='pico', strong='pico'))
     data = load_labels(config, [know_model('pico', 'pico', config).reader])
     for seed in range(seeds):
         part = part_rows(config, data, seed)
-        for rows in (part.labelled, part.rows, part.test): assert set(rows['label']) == {0, 1}
-        assert not set(part.labelled['group']) & set(part.rows['group']) | set(part.rows['group']) & set(part.test['group'])
-        assert abs(len(part.labelled) - len(part.rows)) <= 2
+        for rows in (part.labelled, part.unlabelled, part.test): assert set(rows['label']) == {0, 1}
+        assert not set(part.labelled['group']) & set(part.unlabelled['group']) | set(part.unlabelled['group']) & set(part.test['group'])
+        assert abs(len(part.labelled) - len(part.unlabelled)) <= 2
 
 
 @pytest.mark.parametrize('words, told', [(('weak-teacher', '--data', 'pairs.jsonl', '--n-unlabelled', 5000), '--n-unlabelled is 5000, but'), (('persona', '--data', 'questions.jsonl', '--judge', 'pico', '--concept', 'x', '--n-unlabelled', 5000), 'too few'),

@@ -14,14 +14,15 @@ from w2s.cli.app import app
 from w2s.cli.guard import GuardedGroup
 from w2s.compare.extensions import (
     IMPORTED, KINDS, import_extensions, imported_inputs, judge, judge_scores, label_loss, labeller, labeller_rewards, loss, method, method_answers, metric, own_metrics, run_hash, task)
-from w2s.compare.label_settings import fill_classify
-from w2s.compare.demonstration_settings import fill_transfer
+from w2s.compare.label_settings import fill_labels
+from w2s.compare.demonstration_settings import fill_demonstrations
 from w2s.compare.preference_settings import fill_settings
 from w2s.compare.result import show_table
 from w2s.compare.sources import source_hash
 from w2s.data.rows import make_rows
 from w2s.errors import ConfigError, DataError
-from w2s.experiments import demonstrations, labels, preferences
+from w2s.compare.toxicity_settings import fill_toxicity
+from w2s.experiments import demonstrations, labels, preferences, toxicity
 from w2s.train.losses import PREFERENCE_LOSSES
 
 PREFERENCES = dict(weak='pico', strong='pico', n_labelled=12, n_unlabelled=12, n_test=8, seeds=1, samples=1, others=[], sft=dict(epochs=1), dpo=dict(epochs=1))
@@ -109,7 +110,7 @@ def test_a_preference_comparison_with_loss_labeller_judge_and_metric(tmp_path, w
 @pytest.mark.parametrize('way', WAYS)
 def test_a_label_comparison_with_loss_task_and_metric(tmp_path, way):
     given = WAYS[way](tmp_path) or {}
-    config = fill_classify({**LABELS, 'data': 'evens', 'methods': ['xent', 'squared(power=1)', 'focal', 'balanced'], **given})
+    config = fill_labels({**LABELS, 'data': 'evens', 'methods': ['xent', 'squared(power=1)', 'focal', 'balanced'], **given})
     result = labels.run(config, tmp_path/'run', quiet=True)
     students = result.items[result.items.role == 'student']
     assert set(students.method) == {'xent', 'squared(power=1)', 'focal', 'balanced'} and set(result.classes) == {'even', 'odd'}
@@ -121,7 +122,7 @@ def test_a_label_comparison_with_loss_task_and_metric(tmp_path, way):
 @pytest.mark.parametrize('way', WAYS)
 def test_a_comparison_by_demonstrations_with_method_and_metric(tmp_path, way):
     given = WAYS[way](tmp_path) or {}
-    result = demonstrations.run(fill_transfer({**DEMONSTRATIONS, 'methods': ['naive', 'shout'], **given}), tmp_path/'run', quiet=True)
+    result = demonstrations.run(fill_demonstrations({**DEMONSTRATIONS, 'methods': ['naive', 'shout'], **given}), tmp_path/'run', quiet=True)
     lessons = result.training_rows[result.training_rows.method == 'shout']
     assert len(lessons) == 8 and all(a.startswith(w.strip()) and a.endswith('!') for a, w in zip(lessons.answer, lessons.weak_answer, strict=True))
     said = result.answers[(result.answers.role == 'student') & (result.answers.method == 'shout')].answer.str.len()
@@ -214,8 +215,8 @@ def test_a_built_in_name_cannot_be_taken_and_ones_own_can(kind):
     with pytest.raises(ConfigError): KINDS[kind].remove(BUILT_IN[kind])
 
 
-ASKED = {'loss': lambda n: fill_settings(dict(PREFERENCES, loss=n)), 'label_loss': lambda n: fill_classify(dict(LABELS, methods=[n])), 'labeller': lambda n: fill_settings(dict(PREFERENCES, supervisor=n)),
-         'method': lambda n: fill_transfer(dict(DEMONSTRATIONS, methods=[n]))}
+ASKED = {'loss': lambda n: fill_settings(dict(PREFERENCES, loss=n)), 'label_loss': lambda n: fill_labels(dict(LABELS, methods=[n])), 'labeller': lambda n: fill_settings(dict(PREFERENCES, supervisor=n)),
+         'method': lambda n: fill_demonstrations(dict(DEMONSTRATIONS, methods=[n]))}
 
 
 @pytest.mark.parametrize('kind', ASKED)
@@ -278,15 +279,15 @@ def test_a_method_that_returns_anything_but_texts_is_refused_before_the_run(tmp_
     method('bad')(lambda questions: wrong if wrong is None or isinstance(wrong, (str, int, dict)) else wrong[:len(questions)])
     with pytest.raises(ConfigError) as e: method_answers(KINDS['method']['bad'], {}, {'questions': ['Q', 'R']})
     assert said in str(e.value) and 'method "bad"' in str(e.value)
-    with pytest.raises(ConfigError, match='method "bad"'): demonstrations.run(fill_transfer(dict(DEMONSTRATIONS, methods=['bad'])), tmp_path/'run', quiet=True)
+    with pytest.raises(ConfigError, match='method "bad"'): demonstrations.run(fill_demonstrations(dict(DEMONSTRATIONS, methods=['bad'])), tmp_path/'run', quiet=True)
     assert not (tmp_path/'run'/'stages').exists(), 'something was made before the method was tried'
 
 
 @pytest.mark.parametrize('run', ['preferences', 'labels', 'demonstrations'])
 def test_a_wrong_metric_is_refused_before_the_run(tmp_path, run):
     metric('bad')((lambda probs: probs) if run == 'labels' else (lambda answers: None))
-    start = {'preferences': lambda: preferences.run(fill_settings(PREFERENCES), tmp_path/'run', quiet=True), 'labels': lambda: labels.run(fill_classify(LABELS), tmp_path/'run', quiet=True),
-             'demonstrations': lambda: demonstrations.run(fill_transfer(DEMONSTRATIONS), tmp_path/'run', quiet=True)}
+    start = {'preferences': lambda: preferences.run(fill_settings(PREFERENCES), tmp_path/'run', quiet=True), 'labels': lambda: labels.run(fill_labels(LABELS), tmp_path/'run', quiet=True),
+             'demonstrations': lambda: demonstrations.run(fill_demonstrations(DEMONSTRATIONS), tmp_path/'run', quiet=True)}
     with pytest.raises(ConfigError, match='metric "bad"'): start[run]()
     assert not (tmp_path/'run'/'stages').exists()
 
@@ -300,7 +301,7 @@ def test_a_wrong_judge_is_refused_before_the_run(tmp_path):
 @pytest.mark.parametrize('wrong, said', [(None, 'returned nothing'), ([], 'no rows'), ('text', 'returned str'), ([3], 'returned 3 as row 1'), ({}, 'from split to rows')])
 def test_a_wrong_task_is_refused_with_its_name(tmp_path, wrong, said):
     task('bad')(lambda: wrong)
-    with pytest.raises(DataError) as e: labels.run(fill_classify(dict(LABELS, data='bad')), tmp_path/'run', quiet=True)
+    with pytest.raises(DataError) as e: labels.run(fill_labels(dict(LABELS, data='bad')), tmp_path/'run', quiet=True)
     assert said in str(e.value) and 'task "bad"' in str(e.value)
 
 
@@ -343,9 +344,9 @@ def stage_of(tmp_path, kind):
         for module in (learn, score): m.setattr(module, 'run_stage', stop)
         with pytest.raises(Stop):
             if kind == 'loss': preference_stages.dpo_stage(study, know_model('strong', 'pico', study.config), 'x', rows, None, 0, 'mine')
-            elif kind == 'labeller': supervisors.ask(study, supervisors.Supervisor(None, 'mine', None, None, 0), PAIRS, 'labels')
+            elif kind == 'labeller': supervisors.ask(study, supervisors.supervisor_arm(None, 'mine', 0), PAIRS, 'labels')
             else:
-                c = fill_classify(LABELS)
+                c = fill_labels(LABELS)
                 texts = make_rows([dict(prompt=f'Is {i} even?', label=i % 2) for i in range(4)], 'labels')
                 learn_stage(Study(c, study.run, True), know_model('strong', 'pico', c), (' no', ' yes'), 'x', texts, np.array([[.5, .5]]*4), 0, c.student, method=parse_method('mine'))
     return seen[0]
@@ -463,3 +464,110 @@ def test_a_module_of_a_package_with_relative_imports(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     import_extensions(['own_package_of_test.methods'])
     assert labeller_rewards('packed', PAIRS, 0)[0].tolist() == [2, 0]
+
+
+# Toxicity and tasks of demonstrations
+
+TOXICITY = dict(weak='pico', strong='pico', n_labelled=12, n_unlabelled=12, n_test=6, seeds=1, speak=dict(samples=2, max_tokens=8), sft=dict(epochs=1))
+
+
+def test_a_method_of_ones_own_runs_in_toxicity(tmp_path):
+    "It gets the weak model's lines and the strong model, and what it returns is learned; another body is another student, found stages stay"
+    seen = []
+    @method('softened')
+    def softened(questions, answers, speak, ask):
+        seen.append((list(questions), list(answers), speak([ask(q) for q in questions[:2]])))
+        return [' Thank you.' for _ in questions]
+
+    config = fill_toxicity({**TOXICITY, 'methods': ['naive', 'softened']})
+    result = toxicity.run(config, tmp_path/'run', quiet=True)
+    prompts, lines, said = seen[-1]
+    assert len(prompts) == len(lines) == 12 and all(map(str.strip, lines)) and len(said) == 2
+    rows = result.arms[result.arms.role == 'student']
+    assert list(zip(rows.method, rows.weak, strict=True)) == [('naive', 'pico'), ('softened', 'pico')]
+    labels = result.labels[result.labels.role == 'student'].set_index('method').value
+    assert labels['softened'] == 0 and {'softened'} <= set(result.pgr.method) | set(result.intervals.method)
+
+
+def test_a_method_that_reads_no_weak_lines_belongs_to_no_weak_model(tmp_path):
+    @method('alone')
+    def alone(questions): return [' So be it.' for _ in questions]
+    result = toxicity.run(fill_toxicity({**TOXICITY, 'methods': 'alone'}), tmp_path/'run', quiet=True)
+    assert result.arms[result.arms.role == 'student'].weak.tolist() == [''] and not list((tmp_path/'run'/'stages').glob('toxicity-weak-lines-*'))
+
+
+@pytest.mark.parametrize('name, said', [('softend', 'did you mean "softened"'), ('own answers', 'unknown method'), ('resampled', 'unknown method'), ('softened(x=1)', 'has no options'), ('softened,softened', 'given twice')])
+def test_a_method_that_toxicity_does_not_have_is_refused(name, said):
+    @method('softened')
+    def softened(questions): return list(questions)
+    with pytest.raises(ConfigError) as e: fill_toxicity({**TOXICITY, 'methods': name.split(',')})
+    assert said in str(e.value)
+
+
+@pytest.mark.parametrize('wrong, said', [(None, 'returned nothing'), (['a'], 'returned 1 texts'), ([3]*4, 'returned 3')])
+def test_a_wrong_method_is_refused_before_toxicity_runs(tmp_path, wrong, said):
+    @method('broken')
+    def broken(questions): return wrong
+    with pytest.raises(ConfigError, match=said): toxicity.run(fill_toxicity({**TOXICITY, 'methods': 'broken'}), tmp_path/'run', quiet=True)
+    assert not any((tmp_path/'run').glob('stages/*'))
+
+
+def test_a_method_cannot_be_named_like_preference_training():
+    with pytest.raises(ConfigError, match='"dpo" is built in'):
+        @method('dpo')
+        def dpo(questions): return list(questions)
+
+
+def ask_capitals():
+    "A task of demonstrations that no oracle and no model judges"
+    @task('capitals')
+    def capitals(): return [dict(question=f'What is the capital of land {i}?', answer=f'It is city {i}.') for i in range(40)]
+
+
+OWN_TASK = {**DEMONSTRATIONS, 'data': 'capitals', 'methods': 'naive', 'max_length': 128}
+
+
+@pytest.mark.parametrize('kind', ['metric', 'metric with options', 'judge'])
+def test_a_task_of_demonstrations_may_be_scored_by_a_function(tmp_path, kind):
+    "Its name is the metric that leads: table, PGR and labels are of it; no model rates"
+    ask_capitals()
+    if kind == 'judge':
+        @judge('right')
+        def right(prompts, responses): return [float(p.split()[-1].strip('?') in r) for p, r in zip(prompts, responses, strict=True)]
+    else:
+        @metric('right')
+        def right(rows, answers, worth=1.): return [worth*(r['question'].split()[-1].strip('?') in a) for r, a in zip(rows, answers, strict=True)]
+    given = 'right(worth=2)' if kind.endswith('options') else 'right'
+    result = demonstrations.run(fill_demonstrations({**OWN_TASK, 'judge': given}), tmp_path/'run', quiet=True)
+    assert result.kind.metrics == ('right',) and result.kind.gaps == ('right',) and 'right' in show_table(result)
+    assert {'floor', 'student', 'ceiling', 'baseline'} <= set(result.items[result.items.metric == 'right'].role)
+    top = 2. if kind.endswith('options') else 1.
+    answers = result.answers[(result.answers.role == 'ceiling')]
+    mean = np.mean([top*(q.split()[-1].strip('?') in a) for q, a in zip(answers.question, answers.answer, strict=True)])
+    own = result.items[(result.items.metric == 'right') & (result.items.role == 'ceiling')]
+    assert mean > 0 and np.isclose(own.value.mean(), mean)
+    assert set(result.labels.metric) == {'labels: right'} and not list((tmp_path/'run'/'stages').glob('ratings-*'))
+
+
+@pytest.mark.parametrize('given, said', [({}, 'name a model as judge'), (dict(judge='right', repeats=3), 'no model is named as judge'), (dict(judge='right', concept='x'), 'concept tells a judge'), (dict(judge='right', data='world'), 'judge belongs to questions of your own')])
+def test_settings_that_a_scoring_function_does_not_need_are_refused(given, said):
+    @metric('right')
+    def right(answers): return [1.]*len(answers)
+    with pytest.raises(ConfigError, match=said): fill_demonstrations({**OWN_TASK, **given})
+
+
+def test_a_metric_of_probabilities_scores_no_answers():
+    "It is taken for a model, as any other name that is no function of answers"
+    @metric('certain')
+    def certain(probs): return probs.max(1)
+    from w2s.compare.demonstration_settings import scores_by_function
+    assert not scores_by_function('certain') and not scores_by_function('pico') and not scores_by_function('')
+
+
+@pytest.mark.parametrize('wrong, said', [(None, 'returned nothing'), ([1.], 'of shape'), (['a']*6, 'want numbers')])
+def test_a_wrong_scoring_function_is_refused_before_the_run(tmp_path, wrong, said):
+    ask_capitals()
+    @judge('broken')
+    def broken(responses): return wrong
+    with pytest.raises(ConfigError, match=said): demonstrations.run(fill_demonstrations({**OWN_TASK, 'judge': 'broken'}), tmp_path/'run', quiet=True)
+    assert not any((tmp_path/'run').glob('stages/*'))

@@ -290,3 +290,39 @@ def test_saved_outputs_are_clean():
     offenders = [f'{path.relative_to(ROOT)}, cell {i}: {fault}' for path in NOTEBOOKS for i, cell in enumerate(cells(path))
                  for output in cell.get('outputs', []) for fault in output_faults(output)]
     report(offenders, 'saved outputs are the same on every machine')
+
+
+# Size
+
+def nodes(*folders: str) -> Iterator[tuple[Path, ast.AST]]:
+    "Everything in the modules of some folders"
+    for path in MODULES:
+        if path.parent.name in folders: yield from ((path, node) for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))))
+
+
+def test_few_kinds_of_records():
+    "One `Arm`, one `SeedRows` and one `Made` for all kinds of feedback: a new dataclass needs a better reason than a fourth kind"
+    found = [f'{path.stem}.{n.name}' for path, n in nodes('compare', 'experiments') if isinstance(n, ast.ClassDef) and any('dataclass' in ast.unparse(d) for d in n.decorator_list)]
+    assert len(found) <= 32, f'{len(found)} dataclasses in compare and experiments: {", ".join(sorted(found))}'
+
+
+def test_no_module_of_a_comparison_is_long():
+    offenders = []
+    for path in [p for p in MODULES if p.parent.name in ('compare', 'experiments')]:
+        lines = [line for line in path.read_text(encoding='utf-8').splitlines() if line.strip() and not line.lstrip().startswith('#')]
+        if len(lines) > 290: offenders.append(f'{path.relative_to(ROOT)}: {len(lines)} lines of code')
+    report(offenders, 'no module of compare and experiments has more than 290 lines of code')
+
+
+def test_no_function_of_a_comparison_is_long():
+    "Its parameters, each with a comment, are counted"
+    offenders = [f'{path.relative_to(ROOT)}:{n.lineno} {n.name}: {n.end_lineno - n.lineno + 1} lines' for path, n in nodes('compare', 'experiments')
+                 if isinstance(n, ast.FunctionDef) and n.end_lineno - n.lineno + 1 > 40]
+    report(offenders, 'no function of compare and experiments has more than 40 lines')
+
+
+@pytest.mark.parametrize('name, most', [('preferences', 90), ('labels', 80), ('demonstrations', 95), ('toxicity', 80)])
+def test_the_page_of_an_experiment_is_short(name, most):
+    "What is engine belongs to compare"
+    lines = [line for line in (PACKAGE/'experiments'/f'{name}.py').read_text(encoding='utf-8').splitlines() if line.strip() and not line.lstrip().startswith('#')]
+    assert len(lines) <= most, f'experiments/{name}.py has {len(lines)} lines of code; {most} are allowed'

@@ -13,7 +13,7 @@ from w2s.data.readers import read_preferences
 from w2s.errors import ConfigError, DataError, ModelError
 from w2s.evaluate.maths import mark_answer
 from w2s.compare.label_data import load_labels
-from w2s.compare.label_settings import fill_classify
+from w2s.compare.label_settings import fill_labels
 from w2s.organism.ladder import build_model, check_model_folder
 from w2s.compare.stages import HOLDER, MODELS, RUN, claim, lock, read_run
 from w2s.compare.toxicity_settings import fill_toxicity
@@ -173,9 +173,9 @@ def test_words_in_braces_are_words(): assert not any(map(looks_like_messages, ('
 @pytest.mark.parametrize('few, many', [(1, 1), (2, 1), (1, 39)])
 def test_too_few_rows_of_the_world_are_refused(few, many):
     from w2s.compare.models import know_model
-    c = fill_classify(dict(data='world:safety', weak='pico', strong='pico', n_labelled=few, n_unlabelled=many, seeds=1))
-    from w2s.compare.label_data import class_halves
-    with pytest.raises(ConfigError, match='each needs two at least'): class_halves(c, load_labels(c, [know_model('pico', 'pico', c).reader]), 0)
+    c = fill_labels(dict(data='world:safety', weak='pico', strong='pico', n_labelled=few, n_unlabelled=many, seeds=1))
+    from w2s.compare.label_data import label_halves
+    with pytest.raises(ConfigError, match='each needs two at least'): label_halves(c, load_labels(c, [know_model('pico', 'pico', c).reader]), 0)
 
 
 @pytest.mark.parametrize('text', ['10^{3}', '4^2', '5!', '2 pi', '2pi', '3^2'])

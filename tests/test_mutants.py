@@ -17,7 +17,8 @@ from w2s.data.samples import sample_preferences
 from w2s.evaluate.power import forecast
 from w2s.evaluate.toxicity import toxicity_scores
 from w2s.compare import learn, preference_arms as arms, label_arms as class_arms, label_stages as class_stages, preference_stages, supervisors, demonstration_stages as transfer_stages
-from w2s.experiments import demonstrations as transfer
+from w2s.compare import demonstration_arms as transfer
+from w2s.compare.arms import Arm, SeedRows
 from w2s.compare.label_settings import parse_method
 from w2s.compare.preference_data import halves, load_preferences
 from w2s.compare.learn import Study
@@ -127,7 +128,7 @@ def test_a_temperature_is_fitted_to_rows_that_nobody_learned_from(world_data, tm
         held = run.calls[f'weak-seed{s.seed}-held-out'].rows
         assert ids(held) < ids(s.labelled) and not ids(held) & (ids(s.unlabelled) | ids(run.data.test)) and len(margins) == len(held)
         assert prob_a.tolist() == held['prob_a'][:] and ((margins > 0) == (prob_a > .5)).all()
-        assert s.temperature == fit_temperature(margins, prob_a) != 1
+        assert s.extra['temperature'] == fit_temperature(margins, prob_a) != 1
 
 
 def by_id(rows, column): return dict(zip(rows['id'][:], rows[column][:], strict=True))
@@ -143,7 +144,7 @@ def test_a_student_learns_the_supervisors_labels_and_nobody_elses(run):
         for c in taught:
             assert ids(c.rows) == ids(s.unlabelled)
             for i, x in by_id(c.rows, 'chosen').items(): assert x != human[i]
-            for i, p in by_id(c.rows, 'prob').items(): assert p == pytest.approx(expit(abs(margin[i])/s.temperature), abs=1e-6)
+            for i, p in by_id(c.rows, 'prob').items(): assert p == pytest.approx(expit(abs(margin[i])/s.extra['temperature']), abs=1e-6)
 
 
 def test_human_arm_and_ceiling_never_learn_weak_labels(run):
@@ -164,7 +165,7 @@ def test_preference_training_starts_from_the_arms_own_sft(run):
             assert c.start == (Path(sft) if sft else None)
             if sft: assert ids(run.calls[sft].rows) == ids(c.rows)
     for a in run.arms:
-        if a.role != 'baseline': assert a.policy == Path(f'{a.role}-seed{a.seed}-dpo') and a.reference == run.calls[a.policy.name].start
+        if a.role != 'baseline': assert a.adapter == Path(f'{a.role}-seed{a.seed}-dpo') and a.reference == run.calls[a.adapter.name].start
 
 
 def test_only_the_students_preference_loss_knows_how_sure_the_supervisor_is(world_data, tmp_path, monkeypatch):
@@ -267,9 +268,10 @@ def test_an_arm_is_evaluated_with_its_own_adapters(world_data, tmp_path, monkeyp
         return np.tile([3., -1.], (len(tokens), 1)), np.tile([-7.5, -8.], (len(tokens), 1))
     monkeypatch.setattr(arms, 'pair_rewards', rewards)
     monkeypatch.setattr(arms, 'adapter_hash', str)
-    arm = arms.Arm('student', 'dpo weak', model, *(Path(x) if x else None for x in ready), 0)
+    trained = {k: Path(x) for k, x in zip(('sft', 'dpo'), ready[::-1], strict=True) if x}
+    arm = Arm('student', 'dpo weak', 'pico', 'pico', 0, trained, model)
     items = arms.evaluate_arm(Study(config, Run(tmp_path, lambda line: None), True), arm, data.test)
-    assert asked == [(arm.policy, arm.reference)]
+    assert asked == [tuple(Path(x) if x else None for x in ready)]
     assert set(items['id']) == ids(data.test)
     if ready[0]: assert set(items[items.metric == 'margin'].value) == {wanted[0]}
     else: assert 'margin' not in set(items.metric)
@@ -376,7 +378,7 @@ def test_a_soft_label_stays_soft_and_a_sure_one_weighs_more():
     rows = range(3)
     for name, targets, weights in (('xent', probs, np.ones(3)), ('hard', np.array([[0, 1], [1, 0], [.5, .5]]), np.ones(3)), ('weighted', probs, [.4, .8, 0])):
         method = {'xent': parse_method('xent'), 'hard': replace(parse_method('xent'), targets='hard'), 'weighted': replace(parse_method('xent'), weights='confidence')}[name]
-        got = class_stages.lesson(None, None, '', rows, probs, method, 0)
+        got = class_stages.make_targets(None, None, '', rows, probs, method, 0)
         assert np.allclose(got[0], targets) and np.allclose(got[1], weights), name
 
 
@@ -386,7 +388,7 @@ def test_soft_labels_and_weights_reach_the_loss_of_a_classifier(small):
     p, weights = rng.uniform(.05, .95, len(rows)), rng.uniform(.1, 2, len(rows))
     targets = np.stack([1 - p, p], 1)
     for kind, forward in (('words', response_logps), ('head', class_logits)):
-        goal = class_stages.class_objective(rows, targets, weights, kind, 'xent', {})
+        goal = class_stages.classifier_objective(rows, targets, weights, kind, 'xent', {})
         logits = torch.randn(len(rows), 2)
         assert np.allclose(goal.loss(logits, torch.arange(len(rows))), -(torch.tensor(targets)*logits.log_softmax(-1)).sum(-1), atol=1e-5)
         assert np.allclose(goal.weights, weights) and goal.forward is forward
@@ -404,39 +406,39 @@ def classes(monkeypatch, tmp_path):
     seen = SimpleNamespace(learned={}, asked={})
     def learn(study, model, words, name, rows, targets, seed, settings, weights=None, method=None, snapshots=0):
         seen.learned[name] = SimpleNamespace(rows=rows, targets=np.asarray(targets), seed=seed, weights=weights, settings=settings)
-        return class_stages.Classifier(model, words, 'words', Path(name))
-    def ask(study, who, name, rows):
-        seen.asked[name] = (who.folder, rows)
+        return Path(name)
+    def ask(study, model, folder, words, name, rows):
+        seen.asked[name] = (folder, rows)
         return np.array(rows['probs'][:])[:, ::-1]*.6 + .2
     for module in (class_arms, class_stages): monkeypatch.setattr(module, 'learn_stage', learn)
     for module in (class_arms, class_stages): monkeypatch.setattr(module, 'ask_stage', ask)
     config = SimpleNamespace(supervisor='supervisor settings', student='student settings', methods=('xent',), via=(), rounds=1, snapshots=0, readout='words')
-    part = class_arms.Part(7, labels(30), labels(24, 100), labels(8, 200), labels(20, 300))
+    part = SeedRows(7, labels(30), labels(24, 100), labels(20, 300), dict(held=labels(8, 200), words=()))
     return seen, Study(config, Run(tmp_path, lambda line: None), True), part
 
 
 def test_supervisor_student_and_ceiling_of_a_comparison_by_labels(classes):
     "The one learns gold labels of the labelled rows, the other the supervisor's labels of its own rows, the last one gold labels of those; nobody the test or the held rows"
     seen, study, part = classes
-    model = SimpleNamespace(name='m')
-    labeller = class_arms.supervise(study, 'pico', {'pico': model}, (), part)
-    made = [*class_arms.student_arms(study, 'micro', model, (), part, labeller, None), *class_arms.frame_arms(study, 'micro', model, (), part)]
-    roles = {'weak': (part.labelled, np.array(part.labelled['probs'][:])), 'student': (part.rows, labeller.given), 'ceiling': (part.rows, np.array(part.rows['probs'][:]))}
+    weak, model = SimpleNamespace(name='pico'), SimpleNamespace(name='micro')
+    labeller = class_arms.supervise(study, 'pico', {'pico': weak}, part)
+    made, given = [*class_arms.student_arms(study, model, part, labeller, None), *class_arms.frame_arms(study, model, part)], labeller.extra['given']
+    roles = {'weak': (part.labelled, np.array(part.labelled['probs'][:])), 'student': (part.unlabelled, given), 'ceiling': (part.unlabelled, np.array(part.unlabelled['probs'][:]))}
     assert {n.split('-')[0] for n in seen.learned} == set(roles)
     for name, learned in seen.learned.items():
         rows, targets = roles[name.split('-')[0]]
         assert ids(learned.rows) == ids(rows) and np.allclose(learned.targets, targets) and learned.seed == 7, name
         assert learned.settings == ('supervisor settings' if name.startswith('weak') else 'student settings')
-    assert not np.allclose(labeller.given.argmax(1), part.rows['label'][:]) and {a.role for a in made} == {'student', 'ceiling', 'baseline'}
-    for name, (_, rows) in seen.asked.items(): assert ids(rows) == ids({'labels': part.rows, 'held': part.held}.get(name.rsplit('-', 1)[-1], part.test))
+    assert not np.allclose(given.argmax(1), part.unlabelled['label'][:]) and {a.role for a in made} == {'student', 'ceiling', 'baseline'}
+    for name, (_, rows) in seen.asked.items(): assert ids(rows) == ids({'labels': part.unlabelled, 'held': part.extra['held']}.get(name.rsplit('-', 1)[-1], part.test))
 
 
 def test_a_further_round_labels_only_what_it_has_not_learned(classes):
     seen, study, part = classes
-    given = np.array(part.rows['probs'][:])*.5 + .25
-    class_stages.relabel(study, None, (), 'r', part.rows, given, parse_method('xent'), 7)
+    given = np.array(part.unlabelled['probs'][:])*.5 + .25
+    class_stages.relabel(study, None, (), 'r', part.unlabelled, given, parse_method('xent'), 7)
     assert seen.learned.keys() == {'r-one', 'r-two'} and seen.asked.keys() == {'r-labels-one', 'r-labels-two'}
-    place = {i: n for n, i in enumerate(part.rows['id'][:])}
+    place = {i: n for n, i in enumerate(part.unlabelled['id'][:])}
     for folder, rows in seen.asked.values(): assert not ids(seen.learned[folder.name].rows) & ids(rows)
     for learned in seen.learned.values(): assert np.allclose(learned.targets, given[[place[i] for i in learned.rows['id'][:]]])
 
@@ -445,19 +447,18 @@ def two(p): return np.stack([1 - np.asarray(p), p], 1)
 
 
 @pytest.mark.parametrize('turn', [False, True])
-def test_a_snapshot_is_chosen_by_weak_labels_of_held_rows(monkeypatch, turn):
+def test_a_snapshot_is_chosen_by_weak_labels_of_held_rows(turn):
     "Whatever the truth of the test rows is: the second agrees best with the supervisor, the third is best on the test, or worst"
     held, test = labels(8), labels(20, 300)
     truth = np.array(test['label'][:], float)
     weak = np.array([1., 1, 0, 0, 1, 1, 0, 0])*.8 + .1
     steps = {10: (1 - weak, .5 + 0*truth), 20: (weak, np.where(np.arange(20) < 11, truth, 1 - truth)*.8 + .1), 30: (np.where(np.arange(8) < 3, weak, 1 - weak), truth*.8 + .1)}
-    arm = class_arms.ClassArm('student', 'xent', 'pico', 'micro', 0, two(truth), class_stages.Classifier(None, (), 'words', Path('x')))
-    looks = class_arms.Looks(arm, list(steps), [two(h) for h, _ in steps.values()], [two(t) for _, t in steps.values()])
-    labeller = class_arms.Labeller('pico', (), two(weak), two(weak), two(truth))
-    monkeypatch.setattr(class_arms, 'snapshot_folders', lambda who: {s: Path(str(s)) for s in steps})
+    found = dict(folders={s: Path(str(s)) for s in steps}, held={s: two(h) for s, (h, _) in steps.items()}, test={s: two(t) for s, (_, t) in steps.items()})
+    looked = Arm('student', 'xent', 'pico', 'micro', trained={'xent': Path('x')}, extra=found)
+    labeller = Arm('floor', 'ground truth', 'pico', extra=dict(given=two(weak), held=two(weak), probs=two(truth)))
     rows = test.remove_columns('label').add_column('label', [int(1 - t) if turn else int(t) for t in truth])
-    chosen, said = class_arms.stop_early(looks, labeller, rows)
-    assert said['step'] == 20 and chosen.who.folder == Path('20') and len(held) == 8
+    chosen, said = class_arms.stop_early(looked, labeller, rows)
+    assert said['step'] == 20 and chosen.adapter == Path('20') and len(held) == 8
     assert said['best'] == pytest.approx(1. if not turn else .5) and said['regret'] == pytest.approx(said['best'] - said['chosen'])
 
 
@@ -468,17 +469,17 @@ def test_students_of_demonstrations_learn_their_own_lesson_and_the_ceiling_the_g
     seen = []
     exam = SimpleNamespace(questions=['q1', 'q2'], gold=['g1', 'g2'], name='')
     site = SimpleNamespace(config=SimpleNamespace(weak=('pico', 'nano'), methods=('naive',), via='', examples=2, ablation=(), student='settings'), form=None, seed=0,
-                           strong=SimpleNamespace(name='base'), start=Path('school'), rows=SimpleNamespace(asked=exam, tests=[SimpleNamespace(questions=['t1'], gold=['right'])]))
-    monkeypatch.setattr(transfer, 'schooled', lambda s: s)
-    monkeypatch.setattr(transfer, 'weak_model', lambda site, name, model: transfer_stages.Weak(name, None, None, [f'{name} says'], [['no']]))
+                           strong=SimpleNamespace(name='base'), start=Path('school'), rows=SimpleNamespace(unlabelled=exam, test=[SimpleNamespace(questions=['t1'], gold=['right'])]))
+    monkeypatch.setattr(transfer, 'warm_up', lambda s: s)
+    monkeypatch.setattr(transfer, 'make_weak', lambda site, name, model: transfer_stages.weak_arm(site, name, [[f'{name} says'], ['no']]))
     monkeypatch.setattr(transfer, 'weak_arms', lambda site, w: [])
-    monkeypatch.setattr(transfer, 'demonstrated', lambda form, questions, answers, source: SimpleNamespace(rows=(tuple(questions), tuple(answers))))
-    monkeypatch.setattr(transfer, 'lesson_of', lambda site, m, w, via: transfer_stages.Learned(m, w.name, w.answers, SimpleNamespace(rows=(w.name, tuple(w.answers)))))
-    for module in (transfer, transfer_stages): monkeypatch.setattr(module, 'take_tests', lambda site, role, method, weak, adapter: (role, weak, adapter))
-    monkeypatch.setattr(transfer_stages, 'learn', lambda site, model, name, rows, settings, start: seen.append((model.name, rows, settings, start)) or Path(name))
+    monkeypatch.setattr(transfer_stages, 'demonstrated', lambda form, questions, answers, source: SimpleNamespace(rows=(tuple(questions), tuple(answers))))
+    monkeypatch.setattr(transfer, 'make_training_rows', lambda site, m, w, via: transfer_stages.TrainingRows(m, w.weak, w.extra['given'], SimpleNamespace(rows=(w.weak, tuple(w.extra['given'])))))
+    monkeypatch.setattr(transfer, 'answer_test', lambda site, role, method, weak, adapter, learned=None: (role, weak, adapter))
+    monkeypatch.setattr(transfer, 'train_sft', lambda site, model, name, rows, settings, start: seen.append((model.name, rows, settings, start)) or Path(name))
     made = transfer.make_seed(site, {'pico': None, 'nano': None})
     assert seen == [('base', (n, (f'{n} says',)), 'settings', Path('school')) for n in ('pico', 'nano')] + [('base', (('q1', 'q2'), ('g1', 'g2')), 'settings', Path('school'))]
-    assert [a[:2] for a in made.arms] == [('baseline', ''), ('student', 'pico'), ('student', 'nano'), ('ceiling', '')] and made.arms[0][2] == Path('school')
+    assert [a[:2] for a in made] == [('baseline', ''), ('student', 'pico'), ('student', 'nano'), ('ceiling', '')] and made[0][2] == Path('school')
 
 
 # Numbers of the evaluation that no other test would miss

@@ -870,7 +870,7 @@ def stage_keys(config, root, monkeypatch):
         m.setattr(arms, 'response_rows', nothing)
         m.setattr(arms, 'gold_judge', lambda config, root: 'nobody' if config.samples else None)
         m.setattr(supervisors, 'fit_temperature', lambda margins, prob_a: 1 + abs(margins).mean())
-        weak_teacher.make_arms(weak_teacher.Preferences(study, weak, strong, data))
+        weak_teacher.make_arms(study, weak, strong, data)
     return recorder.stages
 
 
@@ -1002,7 +1002,7 @@ def test_pitfall_17_how_a_judge_is_asked_is_in_the_key(asked, tmp_path, monkeypa
         recorder, study = Recorder(), Study(replace(asked, data=source, supervisor='judge'), Run(tmp_path, lambda line: None), True)
         with monkeypatch.context() as m:
             m.setattr(score_page, 'run_stage', recorder)
-            supervisors.ask(study, supervisors.Supervisor(weak, 'judge', None, None, 0), pairs, 'labels')
+            supervisors.ask(study, supervisors.supervisor_arm(weak, 'judge', 0), pairs, 'labels')
         keys += recorder.stages.values()
     assert keys[0] != keys[1]
 

@@ -12,9 +12,9 @@ from w2s.evaluate.intervals import interval_table
 from w2s.evaluate.metrics import ITEM_COLUMNS
 from w2s.evaluate.several import holm
 from w2s.experiments import labels as classify, toxicity, demonstrations as transfer, preferences as weak_teacher
-from w2s.compare.label_settings import fill_classify
+from w2s.compare.label_settings import fill_labels
 from w2s.compare.toxicity_settings import fill_toxicity
-from w2s.compare.demonstration_settings import fill_transfer
+from w2s.compare.demonstration_settings import fill_demonstrations
 from w2s.experiments.vary import Varied
 from w2s.compare.preference_settings import fill_settings
 from w2s.compare.preference_tables import row_groups
@@ -35,13 +35,13 @@ def preferences(tmp_path_factory):
 @pytest.fixture(scope='module')
 def labels(tmp_path_factory):
     given = dict(weak='pico', strong='nano', n_labelled=60, n_unlabelled=60, n_test=60, seeds=1, methods='xent,hard', student=dict(epochs=1), supervisor=dict(epochs=1))
-    return classify.run(fill_classify(given), tmp_path_factory.mktemp('labels'), quiet=True)
+    return classify.run(fill_labels(given), tmp_path_factory.mktemp('labels'), quiet=True)
 
 
 @pytest.fixture(scope='module')
 def demonstrations(tmp_path_factory):
     given = dict(weak='pico', strong='nano', seeds=2, n_labelled=8, n_unlabelled=8, n_test=12, demonstrate=dict(epochs=1), student=dict(epochs=1), max_tokens=16, examples=2)
-    return transfer.run(fill_transfer(given), tmp_path_factory.mktemp('persona'), quiet=True)
+    return transfer.run(fill_demonstrations(given), tmp_path_factory.mktemp('persona'), quiet=True)
 
 
 @pytest.fixture(scope='module')

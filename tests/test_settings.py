@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from w2s.cli import demonstrations, labels
 from w2s.cli.app import app, weak_teacher_config
 from w2s.compare.config import to_table, to_toml
-from w2s.compare.demonstration_settings import Transfer, fill_transfer
-from w2s.compare.label_settings import Classify, fill_classify
+from w2s.compare.demonstration_settings import DemonstrationSettings, fill_demonstrations
+from w2s.compare.label_settings import Classify, fill_labels
 from w2s.compare.options import field_comments, option_settings, options_of, parse_text
 from w2s.compare.preference_settings import LabelUse, WeakTeacher, fill_settings
 from w2s.compare.settings import FITS, Settings, make_settings
@@ -21,15 +21,15 @@ from w2s.errors import ConfigError, W2SWarning
 from w2s.experiments.vary import variants
 from w2s.train.settings import GenerateSettings, TrainSettings
 
-ALL = (WeakTeacher, Classify, Transfer, Toxicity)
-FILL = {WeakTeacher: fill_settings, Classify: fill_classify, Transfer: fill_transfer, Toxicity: fill_toxicity}
+ALL = (WeakTeacher, Classify, DemonstrationSettings, Toxicity)
+FILL = {WeakTeacher: fill_settings, Classify: fill_labels, DemonstrationSettings: fill_demonstrations, Toxicity: fill_toxicity}
 OWN = {WeakTeacher: dict(data='rows.jsonl', weak='W', strong='S'), Classify: dict(data='rows.csv', weak='W', strong='S'),
-       Transfer: dict(task='gsm8k', data='rows.jsonl', weak='W', strong='S'), Toxicity: dict(data='rows.jsonl', scorer='s', weak='W', strong='S')}
+       DemonstrationSettings: dict(task='gsm8k', data='rows.jsonl', weak='W', strong='S'), Toxicity: dict(data='rows.jsonl', scorer='s', weak='W', strong='S')}
 COMMANDS = {'preferences': lambda t: weak_teacher_config(t, None), 'safety': lambda t: labels.classify_config('safety', t, None), 'legal': lambda t: labels.classify_config('legal', t, None),
             'persona': lambda t: demonstrations.transfer_config('persona', t, None), 'gender': lambda t: demonstrations.transfer_config('gender', t, None),
             'digits': lambda t: demonstrations.transfer_config('digits', t, None), 'maths': lambda t: demonstrations.transfer_config('gsm8k', t, None), 'toxicity': lambda t: demonstrations.toxicity_config(t, None)}
-SAME = {'preferences': WeakTeacher(), 'safety': Classify(), 'legal': Classify('world:storage'), 'persona': Transfer(), 'gender': Transfer(task='gender'), 'digits': Transfer(task='digits'),
-        'maths': Transfer(task='gsm8k'), 'toxicity': Toxicity()}
+SAME = {'preferences': WeakTeacher(), 'safety': Classify(), 'legal': Classify('world:storage'), 'persona': DemonstrationSettings(), 'gender': DemonstrationSettings(task='gender'), 'digits': DemonstrationSettings(task='digits'),
+        'maths': DemonstrationSettings(task='gsm8k'), 'toxicity': Toxicity()}
 
 
 def w2s(*words): return CliRunner().invoke(app, ['run', *map(str, words)], env={'COLUMNS': '80', 'TERMINAL_WIDTH': '80'})
@@ -57,7 +57,7 @@ def test_everything_is_filled_in(cls):
 
 PAPER = {WeakTeacher: dict(seeds=1, max_length=512, beta=.1, n_test=500, n_labelled=None, n_unlabelled=None, samples=0, response_tokens=256, temperature=.7, sft=TrainSettings(batch_size=32, learning_rate=2e-4), dpo=TrainSettings()),
          Classify: dict(seeds=1, max_length=512, n_test=1000, n_labelled=None, readout='head', student=TrainSettings(2, 32, 2e-4), supervisor=TrainSettings(2, 32, 2e-4)),
-         Transfer: dict(seeds=1, max_length=1024, n_labelled=120, n_unlabelled=200, n_test=100, max_tokens=256, demonstrator='tuned', student=TrainSettings(3, 16, 2e-4)),
+         DemonstrationSettings: dict(seeds=1, max_length=1024, n_labelled=120, n_unlabelled=200, n_test=100, max_tokens=256, demonstrator='tuned', student=TrainSettings(3, 16, 2e-4)),
          Toxicity: dict(seeds=1, n_labelled=1000, n_unlabelled=1500, n_test=200, beta=.1, speak=GenerateSettings(20, 1., .9, samples=25), sft=TrainSettings(3, 16, 2e-4), dpo=TrainSettings(1, 16, 5e-5))}
 
 
@@ -86,7 +86,7 @@ def test_what_is_given_holds(cls):
     assert make_settings(cls, {stage: {'warmup': .3}}) == cls(**{stage: {'warmup': .3}})
 
 
-PLAIN = {WeakTeacher: ('others', 'human', ('human',)), Classify: ('strong', 'nano, base', ('nano', 'base')), Transfer: ('methods', 'naive,own-answers', ('naive', 'own answers')), Toxicity: ('methods', 'naive', ('naive',))}
+PLAIN = {WeakTeacher: ('others', 'human', ('human',)), Classify: ('strong', 'nano, base', ('nano', 'base')), DemonstrationSettings: ('methods', 'naive,own-answers', ('naive', 'own answers')), Toxicity: ('methods', 'naive', ('naive',))}
 
 
 @pytest.mark.parametrize('cls', ALL, ids=ids)
@@ -187,7 +187,7 @@ OLD = {'preferences': (('--rows', 40, '--label-share', .25, '--test-rows', 6), (
 @pytest.mark.parametrize('command', OLD)
 def test_old_flags_do_what_they_did_and_say_the_new_ones(command):
     words, (few, many, test) = OLD[command]
-    cls = {'persona': Transfer, 'toxicity': Toxicity, 'safety': Classify, 'legal': Classify}.get(command, WeakTeacher)
+    cls = {'persona': DemonstrationSettings, 'toxicity': Toxicity, 'safety': Classify, 'legal': Classify}.get(command, WeakTeacher)
     config = {**COMMANDS, 'weak-teacher': COMMANDS['preferences']}[command]
     table = {words[i][2:].replace('-', '_'): words[i + 1] for i in range(0, len(words), 2)}
     with pytest.warns(W2SWarning) as said: c = config(table)
@@ -196,7 +196,7 @@ def test_old_flags_do_what_they_did_and_say_the_new_ones(command):
     assert all('is now' in line or 'are now' in line for line in lines) and all(any(word in line for line in lines) for word in words[::2])
 
 
-@pytest.mark.parametrize('cls, old, new', [(WeakTeacher, 'rows', 'n_labelled'), (WeakTeacher, 'label_share', 'n_unlabelled'), (Classify, 'test_rows', 'n_test'), (Transfer, 'gold_rows', 'n_labelled'),
+@pytest.mark.parametrize('cls, old, new', [(WeakTeacher, 'rows', 'n_labelled'), (WeakTeacher, 'label_share', 'n_unlabelled'), (Classify, 'test_rows', 'n_test'), (DemonstrationSettings, 'gold_rows', 'n_labelled'),
                                            (Toxicity, 'asked_rows', 'n_unlabelled'), (Toxicity, 'test_prompts', 'n_test')])
 def test_an_old_and_a_new_name_together_are_refused(cls, old, new):
     with pytest.raises(ConfigError, match=f'(?s){old} is (?:the|an) old name.*{new}') as e: FILL[cls]({old: .5 if old == 'label_share' else 8, new: 8})
@@ -228,7 +228,7 @@ def test_new_names_are_silent():
 
 VARY = [(WeakTeacher, 'n_labelled', '50,100,200', (50, 100, 200)), (WeakTeacher, 'sft.learning_rate', '1e-3,2e-3', (1e-3, 2e-3)), (WeakTeacher, 'dpo.epochs', '1,2', (1, 2)), (WeakTeacher, 'sft-lr', '1e-3,2e-3', (1e-3, 2e-3)),
         (Classify, 'n_labelled', '50,100', (50, 100)), (Classify, 'readout', 'head,words', ('head', 'words')), (Classify, 'methods', 'xent,confidence', (('xent',), ('confidence',))), (Classify, 'load.quantize', 'none,nf4', ('none', 'nf4')),
-        (Transfer, 'n_unlabelled', '50,100', (50, 100)), (Transfer, 'examples', '2,4', (2, 4)), (Transfer, 'method', 'naive,own-answers', (('naive',), ('own answers',))), (Toxicity, 'speak.samples', '2,4', (2, 4)),
+        (DemonstrationSettings, 'n_unlabelled', '50,100', (50, 100)), (DemonstrationSettings, 'examples', '2,4', (2, 4)), (DemonstrationSettings, 'method', 'naive,own-answers', (('naive',), ('own answers',))), (Toxicity, 'speak.samples', '2,4', (2, 4)),
         (Toxicity, 'greedy', 'true,false', (True, False)), (Toxicity, 'beta', '.1,1/2', (.1, .5))]
 PATH = {'sft-lr': 'sft.learning_rate', 'method': 'methods'}
 

@@ -13,7 +13,8 @@ import pytest
 import w2s.compare
 from w2s.data.rows import make_rows, to_pairs
 from w2s.compare import answer as answer_stages, learn, models, score, preference_arms as arms, label_stages as class_stages, gold, preference_stages, supervisors, toxicity_arms, demonstration_files as transfer_files, demonstration_stages as transfer_stages
-from w2s.experiments import toxicity
+from w2s.compare import toxicity_scores
+from w2s.compare.arms import Arm
 from w2s.compare.label_settings import parse_method
 from w2s.compare.learn import Study
 from w2s.compare.models import know_model
@@ -25,7 +26,7 @@ from w2s.train.generate import GenerateSettings
 from w2s.train.loop import TrainSettings
 from w2s.train.sandbox import frozen_date
 
-MODULES = [answer_stages, learn, models, score, arms, class_stages, gold, preference_stages, supervisors, toxicity, toxicity_arms, transfer_files, transfer_stages]
+MODULES = [answer_stages, learn, models, score, arms, class_stages, gold, preference_stages, supervisors, toxicity_scores, toxicity_arms, transfer_files, transfer_stages]
 
 
 class Asked(Exception):
@@ -74,8 +75,8 @@ def given(tmp_path_factory):
 
 def study(n, config=None): return Study(config or n.config, Run(n.root, lambda line: None), True)
 def settings(n, **more): return SimpleNamespace(**(n.classify | more))
-def toxicity_of(n): return toxicity_arms.ToxicitySite(study(n), n.model, n.model, n.seed)
-def site_of(n): return SimpleNamespace(study=study(n), seed=n.seed, config=n.config)
+def context_of(n, judge=None): return transfer_stages.Context(study(n), SimpleNamespace(seed=n.seed), n.model, WORLD, n.how, weak=n.model, judge=judge)
+def adapters(n): return {'sft': n.reference, 'dpo': n.adapter}
 
 
 def change(**by):
@@ -111,7 +112,7 @@ def classifier(n, readout):
 
 def judged(n):
     c = SimpleNamespace(task=n.task, concept=n.concept, instruction='', repeats=n.repeats)
-    return transfer_files.judged_score(study(n, c), n.model, n.prompts)(n.said[0]*2)
+    return transfer_files.score_by_judge(study(n, c), n.model, n.prompts)(n.said[0]*2)
 
 
 CASES = { # stage: (call, input -> what is changed, inputs that are always the same in this stage)
@@ -127,15 +128,15 @@ CASES = { # stage: (call, input -> what is changed, inputs that are always the s
                TRAINED | ROWS | WEIGHTS | dict(train=of_config(dpo=other_rate)), {'objective', 'start'}),
     'snapshots': (lambda n: learn.train_stage(study(n), n.model, 'x', n.settings, n.start, {'a': n.said}, None, n.seed, [], snapshots=n.snapshots + 1),
                   TRAINED | dict(train=change(settings=other_rate), start=change(start=lambda s: None), snapshots=change(snapshots=lambda s: 2), a=change(said=lambda s: 'more')), set()),
-    'asked': (lambda n: supervisors.ask(study(n), supervisors.Supervisor(n.model, n.kind, n.adapter, n.reference, n.seed), to_pairs(n.rows), 'labels'),
+    'asked': (lambda n: supervisors.ask(study(n), supervisors.supervisor_arm(n.model, n.kind, n.seed, adapters(n)), to_pairs(n.rows), 'labels'),
               MODEL | ROWS | POLICY | BETA, set()),
-    'asked otherwise': (lambda n: supervisors.ask(study(n, replace(n.config, data=n.source)), supervisors.Supervisor(n.model, 'judge' if n.kind == 'dpo' else n.kind, n.adapter, n.reference, n.seed), to_pairs(n.rows), 'labels'),
+    'asked otherwise': (lambda n: supervisors.ask(study(n, replace(n.config, data=n.source)), supervisors.supervisor_arm(n.model, 'judge' if n.kind == 'dpo' else n.kind, n.seed, adapters(n)), to_pairs(n.rows), 'labels'),
                         MODEL | ROWS | POLICY | BETA | dict(kind=change(kind=lambda k: 'reward'), form=change(source=lambda s: './rows', config=lambda c: replace(c, samples=0, temperature=None, response_tokens=None))), set()),
-    'asked of a labeller': (lambda n: supervisors.ask(study(n), supervisors.Supervisor(None, n.kind.replace('dpo', 'length'), None, None, n.seed), to_pairs(n.rows), 'labels'),
+    'asked of a labeller': (lambda n: supervisors.ask(study(n), supervisors.supervisor_arm(None, n.kind.replace('dpo', 'length'), n.seed), to_pairs(n.rows), 'labels'),
                             dict(kind=change(kind=lambda k: 'length(scale=3)'), options=change(kind=lambda k: 'length(scale=3)'), seed=change(seed=lambda s: 1), pairs=change(rows=lambda r: preferences(end='!'))), set()),
-    'test without a reference': (lambda n: arms.evaluate_arm(study(n, replace(n.config, loss=n.loss.replace('dpo', 'simpo'))), arms.Arm('student', 'simpo', n.model, n.adapter, n.reference, n.seed), n.rows),
+    'test without a reference': (lambda n: arms.evaluate_arm(study(n, replace(n.config, loss=n.loss.replace('dpo', 'simpo'))), Arm('student', 'simpo', seed=n.seed, trained=adapters(n), model=n.model), n.rows),
                                  MODEL | ROWS | BETA | dict(policy=POLICY['policy'], alone=change(loss=lambda s: 'ipo')), set()),
-    'test': (lambda n: arms.evaluate_arm(study(n), arms.Arm('student', 'dpo', n.model, n.adapter, n.reference, n.seed), n.rows), MODEL | ROWS | POLICY | BETA, set()),
+    'test': (lambda n: arms.evaluate_arm(study(n), Arm('student', 'dpo', seed=n.seed, trained=adapters(n), model=n.model), n.rows), MODEL | ROWS | POLICY | BETA, set()),
     'responses': (lambda n: gold.sample_stage(study(n), n.model, n.adapter, n.name, n.rows, n.seed),
                   MODEL | dict(policy=POLICY['policy'], rows=change(rows=lambda r: preferences(5)), arm=change(name=lambda x: 'y'), seed=change(seed=lambda s: 1),
                                how=of_config(temperature=lambda t: .3)), set()),
@@ -144,15 +145,15 @@ CASES = { # stage: (call, input -> what is changed, inputs that are always the s
     'states': (lambda n: class_stages.hidden_stage(study(n, settings(n)), n.model, 'x', n.labels), MODEL | LABELS, set()),
     'classifier by words': (lambda n: classifier(n, 'words'), CLASSIFIER, {'start', 'readout'}),
     'classifier by a head': (lambda n: classifier(n, 'head'), CLASSIFIER | dict(start=change(words_start=lambda w: (' yes', ' no'))), {'readout'}),
-    'classifier asked': (lambda n: class_stages.ask_stage(study(n, settings(n)), class_stages.Classifier(n.model, (), n.kind.replace('dpo', 'head'), n.adapter), 'x', n.labels),
+    'classifier asked': (lambda n: class_stages.ask_stage(study(n, settings(n, readout=n.kind.replace('dpo', 'head'))), n.model, n.adapter, (), 'x', n.labels),
                          MODEL | LABELS | dict(adapter=POLICY['policy'], readout=change(kind=lambda k: 'words')), set()),
-    'demonstrations': (lambda n: transfer_stages.learn(site_of(n), n.model, 'x', demos(n), n.settings, n.start),
+    'demonstrations': (lambda n: transfer_stages.train_sft(context_of(n), n.model, 'x', demos(n), n.settings, n.start),
                        TRAINED | ROWS | dict(train=change(settings=other_rate), start=change(start=lambda s: None)), {'objective'}),
-    'toxicity: tune': (lambda n: toxicity_arms.tune(toxicity_of(n), n.model, 'x', demos(n)), TRAINED | ROWS | dict(train=of_config(sft=other_rate)), {'objective', 'start'}),
-    'toxicity: prefer': (lambda n: toxicity_arms.prefer(toxicity_of(n), n.model, 'x', n.rows), TRAINED | ROWS | BETA | dict(train=of_config(dpo=other_rate)), {'objective', 'start'}),
-    'toxicity: judge': (lambda n: toxicity_arms.judge_pairs(toxicity_of(n), n.adapter, n.rows), MODEL | ROWS | BETA | dict(policy=POLICY['policy']), set()),
-    'perplexity': (lambda n: toxicity.perplexity_stage(toxicity_of(n), 'x', n.prompts, n.said), MODEL | SAID, set()),
-    'scores': (lambda n: toxicity_arms.toxicity_stage(toxicity_of(n), toxicity_arms.Judge(None, n.key), 'x', n.prompts, n.said), SAID | dict(scorer=change(key=lambda k: 'another')), set()),
+    'toxicity: tune': (lambda n: toxicity_arms.train_on_lines(context_of(n), n.model, 'x', demos(n)), TRAINED | ROWS | dict(train=of_config(sft=other_rate)), {'objective', 'start'}),
+    'toxicity: prefer': (lambda n: toxicity_arms.train_on_pairs(context_of(n), n.model, 'x', n.rows), TRAINED | ROWS | BETA | dict(train=of_config(dpo=other_rate)), {'objective', 'start'}),
+    'toxicity: judge': (lambda n: toxicity_arms.judge_pairs(context_of(n), n.adapter, n.rows), MODEL | ROWS | BETA | dict(policy=POLICY['policy']), set()),
+    'perplexity': (lambda n: toxicity_scores.perplexity_stage(context_of(n), 'x', n.prompts, n.said), MODEL | SAID, set()),
+    'scores': (lambda n: toxicity_arms.toxicity_stage(context_of(n, (None, n.key)), 'x', n.prompts, n.said), SAID | dict(scorer=change(key=lambda k: 'another')), set()),
     'ratings': (judged, MODEL | dict(repeats=change(repeats=lambda r: 5), concept=change(concept=lambda c: 'a poet'),
                              rubrics=change(task=lambda t: 'gender'), questions=change(prompts=lambda p: ['one', 'three']), answers=change(said=lambda s: [['c'], ['b']])), {'chat'}),
 }
@@ -233,8 +234,8 @@ def test_every_stage_is_looked_at_here():
         'learn.train_stage', 'learn.sft_rows', 'answer.answer_stage', 'answer.answer_texts', 'score.score_stage', # the one way to train, to answer, to score
         'preference_stages.sft_stage', 'preference_stages.dpo_stage', 'supervisors.reward_stage', 'supervisors.ask', 'preference_arms.evaluate_arm',
         'gold.sample_stage', 'label_stages.hidden_stage', 'label_stages.learn_stage', 'label_stages._probe_stage', 'label_stages.ask_stage',
-        'demonstration_stages.learn', 'toxicity_arms.tune', 'toxicity_arms.prefer', 'toxicity_arms.judge_pairs', 'toxicity.perplexity_stage',
-        'toxicity_arms.toxicity_stage', 'demonstration_files.judged_score'}
+        'demonstration_stages.train_sft', 'toxicity_arms.train_on_lines', 'toxicity_arms.train_on_pairs', 'toxicity_arms.judge_pairs', 'toxicity_scores.perplexity_stage',
+        'toxicity_arms.toxicity_stage', 'demonstration_files.score_by_judge'}
 
 
 STAGES = ('run_stage', 'train_stage', 'sft_rows', 'answer_stage', 'score_stage')

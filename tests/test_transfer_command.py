@@ -18,7 +18,7 @@ from w2s.cli.app import app
 from w2s.cli.demonstrations import COMMANDS, transfer_config
 from w2s.compare import demonstration_tasks as transfer_tasks
 from w2s.files.refine import REFINE_METHODS, RefinedFile, beside, facts, fill_refine, refine_file, refined_text, trl_rows
-from w2s.compare.demonstration_stages import Learned
+from w2s.compare.demonstration_stages import TrainingRows
 from w2s.feedback.demonstrators import demonstrated
 from w2s.feedback.forms import CHAT, WORLD
 from w2s.models.zoo import zoo_folder
@@ -195,7 +195,7 @@ def test_one_list_of_flags():
 def home(tmp_path_factory):
     "A table of questions about the world with answers in a voice, one of them empty"
     home = tmp_path_factory.mktemp('refine')
-    asked = transfer_tasks.world_rows('persona', 0, (5, 12, 4)).asked
+    asked = transfer_tasks.world_rows('persona', 0, (5, 12, 4)).unlabelled
     rows = [dict(question=q, answer='' if i == 4 else a.strip()) for i, (q, a) in enumerate(zip(asked.questions, asked.gold, strict=True))]
     (home/'weak.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     (home/'questions.jsonl').write_text(''.join(json.dumps(dict(prompt=r['question'])) + '\n' for r in rows[:6]))
@@ -280,13 +280,13 @@ def test_refusal_is_one_line(tmp_path):
 def test_rows_for_chat_models():
     "Messages on both sides, as TRL wants them; the empty answer is left out, the others keep their weak answer and concept"
     questions, said = ['one?', 'two?', 'three?'], ['A one.', ' ', 'A three.']
-    learned = Learned('infer-and-respond', 'w', said, demonstrated(CHAT, questions, said, 'w'), ('c1', 'c1', 'c2'))
+    learned = TrainingRows('infer-and-respond', 'w', said, demonstrated(CHAT, questions, said, 'w'), ('c1', 'c1', 'c2'))
     done = RefinedFile(fill_refine(dict(questions='q.csv', strong='./chat', method='infer-and-respond')), CHAT, questions, ['w1', 'w2', 'w3'], learned, 0)
     rows = trl_rows(done)
     assert [(r['prompt'][0]['content'], r['completion'], r['weak_answer'], r['concept']) for r in rows] == [
         ('one?', [{'role': 'assistant', 'content': 'A one.'}], 'w1', 'c1'), ('three?', [{'role': 'assistant', 'content': 'A three.'}], 'w3', 'c2')]
     assert (facts(done)['written'], facts(done)['empty'], facts(done)['concepts']) == (2, 1, 2) and '(nothing)' in refined_text(done) and len(beside(done)) == 3
-    plain = replace(done, form=WORLD, learned=Learned('in-context', 'w', said, demonstrated(WORLD, questions, said, 'w')))
+    plain = replace(done, form=WORLD, learned=TrainingRows('in-context', 'w', said, demonstrated(WORLD, questions, said, 'w')))
     assert [(r['prompt'], r['completion']) for r in trl_rows(plain)] == [('Q: one?\nA:', ' A one.'), ('Q: three?\nA:', ' A three.')]
 
 
@@ -310,7 +310,7 @@ def test_trl_reads_the_rows(home, tmp_path):
 
 def test_killed_refinement_goes_on(tmp_path):
     "`kill -9` while answers are made, started again: what was there is not made twice, and the file is that of a run without a kill"
-    questions = transfer_tasks.world_rows('persona', 0, (5, 400, 4)).asked.questions
+    questions = transfer_tasks.world_rows('persona', 0, (5, 400, 4)).unlabelled.questions
     (tmp_path/'q.jsonl').write_text(''.join(json.dumps(dict(question=q)) + '\n' for q in questions))
     words = ['refine', '--method', 'own-answers', '--questions', str(tmp_path/'q.jsonl'), '--strong', 'nano', '--max-tokens', '60']
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}

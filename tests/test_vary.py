@@ -22,10 +22,10 @@ from w2s.evaluate.metrics import agreement
 from w2s.compare import learn, preference_data, supervisors
 from w2s.experiments import vary
 from w2s.compare.config import to_table
-from w2s.compare.preference_data import PreferenceData, halves, load_preferences
+from w2s.compare.preference_data import LoadedData, halves, load_preferences
 from w2s.compare.learn import Study
 from w2s.compare.stages import Run
-from w2s.compare.supervisors import hold_out, student_rows, supervise, together
+from w2s.compare.supervisors import hold_out, student_rows, supervise, join_rewards
 from w2s.experiments.vary import USES, VARIATIONS, contrast, run_varied, variants
 from w2s.compare.preference_settings import SUBSETS, LabelUse, WeakTeacher
 from w2s.experiments.preferences import know_models, run
@@ -136,7 +136,7 @@ def test_models_of_all_values_have_the_same_rows(given, home, tmp_path, monkeypa
         rows.insert(3 + k, dict(prompt=f'what falls in {split}?', chosen='it is ☃', rejected='it is ☂'))
         (tmp_path/'data'/f'{split}.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows), encoding='utf-8')
     values = [given['strong'], letters(tmp_path/'letters', ['it is a'])]
-    monkeypatch.setattr(vary, '_finish', lambda opened, run: opened.make.args[0].data)
+    monkeypatch.setattr(vary, '_finish', lambda opened, run: opened.make.args[3])
     monkeypatch.setattr(vary, '_say_other_rows', lambda *results: None)
     seen = run_varied(given | dict(data=str(tmp_path/'data'), n_labelled=None, n_unlabelled=None, n_test=None), setting, values, tmp_path/'run', quiet=True).results
     easy, hard = (seen[v] for v in values)
@@ -151,7 +151,7 @@ def test_models_of_all_values_have_the_same_rows(given, home, tmp_path, monkeypa
 @pytest.mark.parametrize('source', ['world', 'file'])
 def test_shares_have_the_same_test_rows(source, given, tmp_path, monkeypatch):
     "Other halves, the same test rows; the number of rows in both halves together does not change"
-    monkeypatch.setattr(vary, '_finish', lambda opened, run: opened.make.args[0].data)
+    monkeypatch.setattr(vary, '_finish', lambda opened, run: opened.make.args[3])
     monkeypatch.setattr(vary, '_say_other_rows', lambda *results: None)
     for name in ('WORLD_TRAIN', 'WORLD_TEST'): monkeypatch.setattr(preference_data, name, 40) # they are made in no time
     settings = dict(n_labelled=20, n_unlabelled=20, n_test=20) if source == 'world' else given
@@ -218,10 +218,10 @@ def test_an_ensemble_says_the_mean_probability():
     rng = np.random.default_rng(0)
     rewards = [rng.normal(size=(50, 2))*s for s in (.1, 1., 20.)]
     mean = np.mean([expit(r[:, 0] - r[:, 1]) for r in rewards], axis=0)
-    both = together(rewards)
-    assert np.allclose(expit(both[:, 0] - both[:, 1]), mean, atol=1e-12) and together(rewards[:1]) is rewards[0]
-    assert np.allclose(together(rewards[::-1]), both)
-    sure = together([np.array([[900., -900.], [0., 0.]])]*2)
+    both = join_rewards(rewards)
+    assert np.allclose(expit(both[:, 0] - both[:, 1]), mean, atol=1e-12) and join_rewards(rewards[:1]) is rewards[0]
+    assert np.allclose(join_rewards(rewards[::-1]), both)
+    sure = join_rewards([np.array([[900., -900.], [0., 0.]])]*2)
     assert np.isfinite(sure).all() and sure[0, 0] > sure[0, 1] and sure[1, 0] == sure[1, 1]
 
 
@@ -235,11 +235,11 @@ def supervised(pool, tmp_path, monkeypatch):
     def rewards(who, pairs):
         rng = np.random.default_rng([ord(who.model.name), who.seed])
         return rng.normal(size=(len(pairs), 2)) + np.array(pairs['prob_a'])[:, None]*[2, 0]
-    monkeypatch.setattr(supervisors, 'train_supervisor', lambda study, model, rows, seed: supervisors.Supervisor(model, 'dpo', None, None, seed))
+    monkeypatch.setattr(supervisors, 'train_supervisor', lambda study, model, rows, seed: supervisors.supervisor_arm(model, 'dpo', seed))
     monkeypatch.setattr(supervisors, 'ask', lambda study, who, pairs, name: rewards(who, pairs))
     def label(models, **use):
         study = Study(WeakTeacher('rows', labels=LabelUse(**use)), Run(tmp_path), True)
-        return supervise(study, [SimpleNamespace(name=n) for n in models], PreferenceData({'train': pool}, pool, None, ''))[0]
+        return supervise(study, [SimpleNamespace(name=n) for n in models], LoadedData({'train': pool}, pool, None, ''))[0]
     return label
 
 
@@ -247,17 +247,17 @@ def test_labels_of_an_ensemble(supervised):
     "The students' labels are the mean of what the members say of the same pairs"
     one, two, three = (supervised(n) for n in 'abc')
     both = supervised('abc')
-    assert list(both.weak.rows['id']) == list(one.weak.rows['id']) and len(both.supervisors) == 3
-    assert np.allclose(both.weak.prob_a, np.mean([s.weak.prob_a for s in (one, two, three)], axis=0), atol=1e-12)
-    assert both.weak.rows['source'][0] == 'weak:a+b+c' and both.temperature == 1
+    assert list(both.extra['weak'].rows['id']) == list(one.extra['weak'].rows['id']) and len(both.extra['supervisors']) == 3
+    assert np.allclose(both.extra['weak'].prob_a, np.mean([s.extra['weak'].prob_a for s in (one, two, three)], axis=0), atol=1e-12)
+    assert both.extra['weak'].rows['source'][0] == 'weak:a+b+c' and both.extra['temperature'] == 1
 
 
 def test_a_temperature_belongs_to_what_was_asked(supervised):
     "Fitted on held-out labelled rows, of the ensemble and not of its members; choices stay, and what is held out is not learned from"
     plain, soft = supervised('ab'), supervised('ab', targets='soft', calibrate=.5)
-    assert soft.temperature != 1 and np.array_equal(soft.weak.prob_a > .5, plain.weak.prob_a > .5)
-    gap = [np.log(x/(1 - x)) for x in (plain.weak.prob_a, soft.weak.prob_a)]
-    assert np.allclose(gap[0]/soft.temperature, gap[1])
+    assert soft.extra['temperature'] != 1 and np.array_equal(soft.extra['weak'].prob_a > .5, plain.extra['weak'].prob_a > .5)
+    gap = [np.log(x/(1 - x)) for x in (plain.extra['weak'].prob_a, soft.extra['weak'].prob_a)]
+    assert np.allclose(gap[0]/soft.extra['temperature'], gap[1])
     learn, held = hold_out(soft.labelled, .5, 0)
     assert not set(learn['group']) & set(held['group']) and len(learn) + len(held) == len(soft.labelled)
     with pytest.raises(DataError, match='too few'): hold_out(soft.labelled, .1, 0)

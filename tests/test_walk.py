@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from w2s.cli.app import app
 from w2s.compare import demonstration_files, learn, models
 from w2s.compare.comparison import run_experiment
-from w2s.compare.demonstration_settings import fill_transfer
-from w2s.compare.label_settings import fill_classify
+from w2s.compare.demonstration_settings import fill_demonstrations
+from w2s.compare.label_settings import fill_labels
 from w2s.compare.learn import Study
 from w2s.compare.plan import plan, run_for_plan, shown_stages, stage_table
 from w2s.compare.preference_settings import fill_settings
@@ -58,8 +58,8 @@ def own_prompts(folder):
     return dict(data=str(folder/'prompts.jsonl'), scorer=str(folder/'scorer'), allow_poor_scorer=True)
 
 
-OPEN = {'preferences': (fill_settings, open_preferences, PREFERENCES), 'labels': (fill_classify, open_labels, LABELS),
-        'demonstrations': (fill_transfer, open_demonstrations, DEMONSTRATIONS), 'toxicity': (fill_toxicity, open_toxicity, TOXICITY)}
+OPEN = {'preferences': (fill_settings, open_preferences, PREFERENCES), 'labels': (fill_labels, open_labels, LABELS),
+        'demonstrations': (fill_demonstrations, open_demonstrations, DEMONSTRATIONS), 'toxicity': (fill_toxicity, open_toxicity, TOXICITY)}
 CASES = { # name: (kind of feedback, settings, or a function of a folder that gives some)
     'preferences': ('preferences', {}),
     'preferences, two seeds': ('preferences', dict(seeds=2, samples=0)),
@@ -196,7 +196,7 @@ def test_a_plan_says_time_memory_and_what_is_found(kind, samples, tmp_path):
 def test_progress_is_said_to_the_end(tmp_path):
     "The last line has the number that was announced"
     lines = []
-    run_experiment(open_labels, fill_classify(LABELS), tmp_path/'run', say=lines.append)
+    run_experiment(open_labels, fill_labels(LABELS), tmp_path/'run', say=lines.append)
     total = len(lines)
     assert [line.partition(']')[0].replace(' ', '') for line in lines] == [f'[{i}/{total}' for i in range(1, total + 1)]
 

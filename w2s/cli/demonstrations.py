@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from .flags import Command, add_command, settings_table
-from ..compare.demonstration_settings import Transfer
+from ..compare.demonstration_settings import DemonstrationSettings
 from ..compare.settings import make_settings
 from ..compare.toxicity_settings import Toxicity, check_scorer
 from ..errors import ConfigError, unknown
@@ -32,7 +32,7 @@ CHOSEN = {'explanation': ('form', {'analogy': 'explanation', 'digits': 'digits'}
 def task_of(
     command: str,                 # a key of `TASKS`
     flags: Mapping[str, str | None], # form and level as given
-) -> str:                         # a task of `Transfer`
+) -> str:                         # a task of `DemonstrationSettings`
     "Which task is meant; raises `ConfigError`"
     flag, words = CHOSEN.get(command, ('', {}))
     for name, value in flags.items():
@@ -44,7 +44,7 @@ def task_of(
 
 # %% ../../nbs/api/cli/40_demonstrations.ipynb #294e6459
 def run_transfer(
-    config: Transfer,   # what to compare
+    config: DemonstrationSettings,   # what to compare
     out: Path,          # folder of stages and results
     keep: bool = False, # use stages of other versions
 ) -> str:               # what is printed
@@ -74,21 +74,21 @@ def demonstration_command(
 ) -> Command:
     "A command for demonstrations"
     extra = {'form': _choice('form', 'analogy, or digits: decisions of an image classifier (default: analogy)', name), 'level': _choice('level', 'gsm8k or math (default: gsm8k)', name)}
-    return Command(Transfer, TASKS[name][1], lambda c: (*c.weak, c.strong, c.via, c.judge), 'w2s.experiments.demonstrations:open_demonstrations', run_transfer, {}, extra, read_task(name), sources=lambda c: (c.answers,))
+    return Command(DemonstrationSettings, TASKS[name][1], lambda c: (*c.weak, c.strong, c.via, c.judge), 'w2s.experiments.demonstrations:open_demonstrations', run_transfer, {}, extra, read_task(name), sources=lambda c: (c.answers,))
 
 COMMANDS = {name: demonstration_command(name) for name in TASKS}
 
 # %% ../../nbs/api/cli/40_demonstrations.ipynb #5e2076c5
 def transfer_config(
-    task: str,             # of `Transfer`
+    task: str,             # of `DemonstrationSettings`
     flags: dict[str, Any], # settings given by flags
     file: Path | None,     # TOML file
-) -> Transfer:
+) -> DemonstrationSettings:
     "Settings of a run: the file, then the flags, then what fits for all others; raises `ConfigError`"
     name = next(n for n, (tasks, _) in TASKS.items() if task in tasks)
     flag, words = CHOSEN.get(name, ('', {}))
     chosen = next((w for w, t in words.items() if t == task), None)
-    return make_settings(Transfer, settings_table(COMMANDS[name], flags, file, {flag: chosen} if chosen else {}))
+    return make_settings(DemonstrationSettings, settings_table(COMMANDS[name], flags, file, {flag: chosen} if chosen else {}))
 
 # %% ../../nbs/api/cli/40_demonstrations.ipynb #6448e904
 def read_scorer(

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LABELLERS', 'METHODS', 'METRICS', 'JUDGES', 'KINDS', 'IMPORTED', 'has_model', 'labeller', 'method', 'metric', 'judge',
-           'labeller_rewards', 'own_metrics', 'judge_scores', 'method_answers', 'find_import', 'module_name',
-           'import_file', 'file_hash', 'import_extensions', 'imported_files', 'used_extensions', 'imported_inputs',
-           'run_hash', 'save_extensions', 'TASKS', 'LABEL_LOSSES', 'PREFERENCE_LOSSES', 'task', 'label_loss', 'loss']
+           'labeller_rewards', 'own_metrics', 'name_idle', 'judge_scores', 'method_answers', 'find_import',
+           'module_name', 'import_file', 'file_hash', 'import_extensions', 'imported_files', 'used_extensions',
+           'imported_inputs', 'run_hash', 'save_extensions', 'TASKS', 'LABEL_LOSSES', 'PREFERENCE_LOSSES', 'task',
+           'label_loss', 'loss']
 
 # %% ../../nbs/api/compare/025_extensions.ipynb #78c1accf
 import importlib
@@ -43,7 +44,7 @@ LABELLERS = Registry('labeller', 'LABELLERS', {
 METHODS = Registry('method', 'METHODS', {
     'questions': 'texts, for the student', 'answers': "the weak model's answers to them", 'groups': 'whom or what each question is about',
     'speak': 'function from prompts to texts: the strong model before training answers', 'ask': 'function from a question to its prompt', 'seed': 'of the run'},
-    home=('w2s.compare.demonstration_stages',), inner=('site', 'weak', 'via'), flags={'refines': False})
+    home=('w2s.compare.demonstration_stages',), inner=('context', 'weak', 'via'), flags={'refines': False}, reserved=('dpo',))
 METRICS = Registry('metric', 'METRICS', {
     'rows': 'test examples as dictionaries', 'answers': 'texts, one for each example: what a model wrote (preferences, demonstrations)',
     'probs': '(examples, classes) probabilities (labels)'})
@@ -108,6 +109,14 @@ def own_metrics(
     return {k: check_numbers(e, call_own(e, partial(e.fill, given)), (len(rows),), 'one for each test example') for k, e in fit.items()}
 
 # %% ../../nbs/api/compare/025_extensions.ipynb #5604fda5
+def name_idle(
+    fit: Iterable[str], # metrics that will be computed
+    why: str,           # the others will not
+) -> str:               # a sentence; nothing where all will be
+    "Say which of the user's metrics will not be computed"
+    idle = [m for m in METRICS.own if m not in fit]
+    return f'Not computed: {", ".join(idle)}; {why}.' if idle else ''
+
 def judge_scores(
     text: str,                 # name of a judge, with options in brackets or without
     prompts: Sequence[Any],    # texts or chat messages, one for each response

@@ -6,9 +6,7 @@
 __all__ = ['LABELS', 'arm_items', 'prediction_table', 'label_quality', 'label_pairs', 'caption_labels', 'list_classifiers']
 
 # %% ../../nbs/api/compare/185_label_tables.ipynb #85cfc700
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -19,48 +17,48 @@ from ..evaluate.intervals import interval_words
 from ..evaluate.label_metrics import agreement_scores, label_scores
 from ..evaluate.metrics import metric_rows
 from .extensions import METRICS, own_metrics
-from .label_arms import ClassArm, Labeller, Part
-from .preference_settings import short_name
-from .result import Arm, Result
+from .arms import Arm
+from .label_arms import LabelRows
+from .result import Result
 from .tables import Kind, Model, pair_up
 
 # %% ../../nbs/api/compare/185_label_tables.ipynb #4c04eaba
 def arm_items(
-    arm: ClassArm,              # one classifier
+    arm: Arm,                   # one classifier
     task: str,                  # name of the data
     test: Dataset,              # test examples with their true labels
     weak: np.ndarray | None,    # (examples, classes): what its supervisor says; None: it has none
 ) -> pd.DataFrame:              # columns `ITEM_COLUMNS`
     "Scores of one arm; an id is a group of test examples"
-    scores = label_scores(arm.probs, test['label'][:]) | own_metrics(test.to_list() if METRICS.own else [], probs=arm.probs)
-    if weak is not None: scores |= agreement_scores(arm.probs, weak, test['label'][:])
+    probs = arm.extra['probs']
+    scores = label_scores(probs, test['label'][:]) | own_metrics(test.to_list() if METRICS.own else [], probs=probs)
+    if weak is not None: scores |= agreement_scores(probs, weak, test['label'][:])
     groups, by_group = clustered(scores, test['group'][:])
-    return metric_rows(groups, by_group, arm.role, arm.method, arm.weak, arm.strong, arm.seed, task)
+    return metric_rows(groups, by_group, **arm.who, task=task)
 
 # %% ../../nbs/api/compare/185_label_tables.ipynb #1c46dfea
 def prediction_table(
-    arms: Sequence[ClassArm], # all
+    arms: Sequence[Arm],      # all
     test: Dataset,            # test examples with their true labels
 ) -> pd.DataFrame:            # role, method, weak, strong, seed, id, label, p0, p1, …
     "What every classifier predicts for every test example"
-    def one(a: ClassArm) -> pd.DataFrame:
-        who = dict(role=a.role, method=a.method, weak=a.weak, strong=a.strong, seed=a.seed)
-        return pd.DataFrame({**{f'p{i}': a.probs[:, i] for i in range(a.probs.shape[1])}, 'id': test['id'][:], 'label': test['label'][:]}).assign(**who)
+    def one(a: Arm) -> pd.DataFrame:
+        return pd.DataFrame({**{f'p{i}': p for i, p in enumerate(a.extra['probs'].T)}, 'id': test['id'][:], 'label': test['label'][:]}).assign(**a.who)
 
     table = pd.concat([one(a) for a in arms], ignore_index=True)
-    first = ['role', 'method', 'weak', 'strong', 'seed', 'id', 'label']
+    first = [*arms[0].who, 'id', 'label']
     return table[[*first, *(c for c in table.columns if c not in first)]]
 
 # %% ../../nbs/api/compare/185_label_tables.ipynb #3e7b4358
 def label_quality(
-    parts: Sequence[Part],              # one per seed
-    labellers: Mapping[tuple[str, int], Labeller], # supervisor and seed
-) -> pd.DataFrame:                      # weak, seed, rows, and means of `label_scores`
+    seeds: Sequence[LabelRows],   # the rows, one record per seed
+    labellers: Sequence[Arm],     # supervisors of all seeds
+) -> pd.DataFrame:                # weak, seed, rows, and means of `label_scores`
     "How good the weak labels are that students learn from"
-    rows, by_seed = [], {p.seed: p.rows for p in parts}
-    for (_, seed), x in labellers.items():
-        scores = label_scores(x.given, by_seed[seed]['label'][:])
-        rows.append(dict(weak=x.name, seed=seed, rows=len(by_seed[seed]), **{k: float(v.mean()) for k, v in scores.items()}))
+    rows, by_seed = [], {p.seed: p.unlabelled for p in seeds}
+    for x in labellers:
+        scores = label_scores(x.extra['given'], by_seed[x.seed]['label'][:])
+        rows.append(dict(weak=x.weak, seed=x.seed, rows=len(by_seed[x.seed]), **{k: float(v.mean()) for k, v in scores.items()}))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/api/compare/185_label_tables.ipynb #5cbab3b5
@@ -89,10 +87,7 @@ LABELS = Kind('labels', ('accuracy',), ('accuracy', 'auroc'), label_pairs, ('acc
 
 # %% ../../nbs/api/compare/185_label_tables.ipynb #8e694af3
 def list_classifiers(
-    arms: Sequence[ClassArm],      # of all seeds
-    labellers: Mapping[tuple[str, int], Labeller], # supervisor and seed
+    arms: Sequence[Arm], # of all seeds
 ) -> list[Arm]:
-    "Every classifier of a comparison with its training"
-    def trained(who: Any, loss: str) -> dict[str, Path]: return {loss: who.folder} if who and who.folder else {}
-    floors = [Arm('floor', 'ground truth', short_name(m.model.name), '', seed, trained(m, 'xent')) for (_, seed), x in labellers.items() for m in x.members]
-    return floors + [Arm(a.role, a.method, a.weak, a.strong, a.seed, trained(a.who, a.loss or 'xent')) for a in arms if a.role != 'floor']
+    "Every classifier of a comparison with its training; of an ensemble its members"
+    return [*(m for a in arms if a.role == 'floor' for m in a.extra['members']), *(a for a in arms if a.role != 'floor')]

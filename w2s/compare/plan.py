@@ -22,6 +22,7 @@ from .config import to_toml
 from .learn import Study
 from .models import Model, open_base
 from .notes import Noted, Pass
+from .settings import Settings
 from .stages import Run, read_day, walk_stages
 from ..models.adapters import LoraSettings, add_adapter
 from ..models.devices import free_memory, wait_for
@@ -233,7 +234,7 @@ def run_for_plan(
 
 def plan(
     open_comparison: Callable[[Study], Opened],  # knows the models, reads and checks the examples
-    config: Any,                                 # settings
+    config: Settings,                            # of the experiment
     out: str | Path,                             # folder of stages: what is done in it costs nothing
     keep: bool = False,                          # stages that other versions of the packages made are done, too
 ) -> Plan:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RESPONSES', 'TEST_SHARE', 'WORLD_TRAIN', 'WORLD_TEST', 'Reader', 'row_texts', 'read_pairs', 'readable',
            'set_test_aside', 'rows_and_share', 'halves', 'check_halves', 'ladder_world', 'read_world', 'origin',
-           'PreferenceData', 'load_preferences']
+           'LoadedData', 'load_preferences']
 
 # %% ../../nbs/api/compare/050_preference_data.ipynb #d48e196e
 from collections.abc import Callable, Mapping, Sequence
@@ -191,12 +191,14 @@ def origin(
 
 # %% ../../nbs/api/compare/050_preference_data.ipynb #3f0aa1f6
 @dataclass(frozen=True)
-class PreferenceData:
-    "The rows of an experiment"
-    train: dict[str, Dataset] # rows to train on, as the source parts them
+class LoadedData:
+    "The rows of an experiment, before they are parted for a seed"
+    train: dict[str, Dataset] # rows to train on, as the source parts them; empty where they are made from the world
     test: Dataset             # the same for all models and seeds
     report: DataReport        # what was found and done on the way
     origin: str               # where the rows come from, in words
+    classes: tuple[str, ...] = () # of labels: their names; a label is a place in it
+    words: tuple[str, ...] = ()   # of labels: a word for each class, to be compared or for a head to begin with; empty: neither
 
 # %% ../../nbs/api/compare/050_preference_data.ipynb #5d25083c
 def load_preferences(
@@ -209,7 +211,7 @@ def load_preferences(
     columns: Sequence[str] = (),  # columns with unusual names, as in ('prompt=query', 'chosen=good'); (): recognised
     leave_out: Sequence[str] = (), # columns that are not to be read
     split: Sequence[str] = (),    # which file or split of the source is which, as in ('train=train_prefs',); (): by their names
-) -> PreferenceData:
+) -> LoadedData:
     "Read or make, clean and part preference rows; raises `DataError`"
     seed = world_seed(source)
     if seed is not None: read = read_world(seed, n_labelled, n_unlabelled, n_test)
@@ -219,4 +221,4 @@ def load_preferences(
     report.refuse_if_strict(strict)
     train, test = set_test_aside(splits)
     if ('train_gt' in train) != ('train_w2s' in train): raise DataError(f'{source} has train_gt or train_w2s, but not both; it needs both, or "train"')
-    return PreferenceData(train, sample_rows(test, n_test), report, origin(source))
+    return LoadedData(train, sample_rows(test, n_test), report, origin(source))

@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from ..errors import ConfigError
 from .models import Model
-from .preference_data import PreferenceData
+from .preference_data import LoadedData
 from .preference_stages import encoded
 from .preference_settings import WeakTeacher, sampling
 from ..models.load import context_length, load_config
@@ -60,7 +60,7 @@ def check_space(
 def check_responses(
     config: WeakTeacher,     # of the experiment
     models: Sequence[Model], # that may write; the last one is the student
-    data: PreferenceData,    # rows of the experiment
+    data: LoadedData,    # rows of the experiment
 ) -> str:                    # a sentence, or nothing where no responses are asked for
     "Do prompts and responses fit limit and models? Raises `ConfigError`"
     if not config.samples: return ''

@@ -22,7 +22,7 @@ from ..evaluate.intervals import Estimate, difference, with_limits
 from ..evaluate.several import adjust_table
 from ..compare.extensions import LABELLERS, has_model
 from ..compare.config import merged, number, to_table
-from ..compare.demonstration_settings import Transfer
+from ..compare.demonstration_settings import DemonstrationSettings
 from ..compare.label_settings import Classify
 from ..compare.options import find_option, options_of, parse_text, set_path
 from ..compare.preference_data import check_halves, load_preferences
@@ -35,13 +35,13 @@ from ..compare.stages import Run, claim, count_stages, say_numbered
 from ..compare.preference_settings import SUBSETS, WeakTeacher
 from ..compare.settings import Settings, make_settings, new_settings, part_rows
 from ..compare.toxicity_settings import Toxicity
-from ..compare.response_ends import check_responses
 from .demonstrations import open_demonstrations
 from .labels import open_labels
-from .preferences import Preferences, know_models, opened, writers
+from .preferences import open_loaded
 from .toxicity import open_toxicity
 from ..feedback.confidence import WEIGHTS
 from ..train.settings import check_preference_loss
+from ..compare.preference_arms import know_models
 from ..compare.preference_tables import row_groups
 from ..compare.result import Result
 
@@ -137,7 +137,7 @@ def variants(
     given: Mapping[str, Any],   # settings that all share
     setting: str,               # a key of `VARIATIONS`, a setting or a flag
     values: Sequence[str] = (), # of it; empty: those of `VARIATIONS`
-    cls: Any = WeakTeacher,     # the settings of the experiment
+    cls: type[Settings] = WeakTeacher, # the settings of the experiment
 ) -> dict[str, Any]:            # value -> the whole settings
     "The settings of each value; raises `ConfigError` before anything is run"
     v = VARIATIONS[setting] if cls is WeakTeacher and setting in VARIATIONS else any_setting(cls, setting)
@@ -167,7 +167,7 @@ class Varied:
     "One comparison at several values of a setting"
     folder: Path
     setting: str               # what was varied
-    results: dict[str, Any]    # value -> the comparison
+    results: dict[str, Result] # value -> the comparison
 
     @property
     def intervals(self) -> pd.DataFrame:
@@ -245,11 +245,11 @@ def _finish(o: Opened, run: Run) -> Result:
     finally: run.used[:0] = before
 
 # %% ../../nbs/api/experiments/70_vary.ipynb #770fbe92
-OPEN: dict[Any, Callable[[Study], Opened]] = {Classify: open_labels, Transfer: open_demonstrations, Toxicity: open_toxicity} # settings -> what opens the experiment
+OPEN: dict[type[Settings], Callable[[Study], Opened]] = {Classify: open_labels, DemonstrationSettings: open_demonstrations, Toxicity: open_toxicity} # settings -> what opens the experiment
 
 def open_together(
     configs: Mapping[str, WeakTeacher], # value -> settings
-    study: Callable[[Any], Study],      # settings -> the experiment in its folder
+    study: Callable[[WeakTeacher], Study], # settings -> the experiment in its folder
 ) -> dict[str, Opened]:
     "Comparisons by preferences, on rows that the models of all values can read; raises `DataError`, `ModelError` and `ConfigError`"
     for c in configs.values(): check_gold(c)
@@ -258,18 +258,18 @@ def open_together(
     counts = {(c.n_labelled, c.n_unlabelled, c.n_test): c for c in configs.values()}
     data = {k: load_preferences(c.data, readers, c.n_test, c.strict, c.n_labelled, c.n_unlabelled, first.column, first.leave_out, first.split) for k, c in counts.items()}
     for k, d in data.items(): check_halves(d.train, k[0], k[1], first.seeds)
-    parts = {at: Preferences(study(c), *models[at], data[c.n_labelled, c.n_unlabelled, c.n_test]) for at, c in configs.items()}
-    return {at: opened(p, check_responses(p.study.config, writers(p.study.config, p.weak, p.strong), p.data)) for at, p in parts.items()}
+    return {at: open_loaded(study(c), *models[at], data[c.n_labelled, c.n_unlabelled, c.n_test]) for at, c in configs.items()}
 
 def open_varied(
-    configs: Mapping[str, Any], # of `variants`
+    configs: Mapping[str, Settings], # of `variants`
     run: Run,                   # the folder of all of them
     quiet: bool = False,        # no progress bars
 ) -> dict[str, Opened]:         # value -> a comparison that can start
     "Know the models of all values and read the rows; raises `DataError`, `ModelError` and `ConfigError`"
-    def study(c: Any) -> Study: return Study(c, run, quiet)
+    def study(c: Settings) -> Study: return Study(c, run, quiet)
     first = next(iter(configs.values()))
-    return open_together(configs, study) if isinstance(first, WeakTeacher) else {at: OPEN[type(c)](study(c)) for at, c in configs.items()}
+    if isinstance(first, WeakTeacher): return open_together({at: c for at, c in configs.items() if isinstance(c, WeakTeacher)}, study)
+    return {at: OPEN[type(c)](study(c)) for at, c in configs.items()}
 
 def run_varied(
     given: Mapping[str, Any],              # settings that all share, as of a file
@@ -278,7 +278,7 @@ def run_varied(
     out: str | Path = 'runs/preferences', # folder of stages; those of other runs in it are used again
     quiet: bool = False,                   # no progress bars and no lines
     keep: bool = False,                    # use finished stages that other versions of the packages made
-    cls: Any = WeakTeacher,                # the settings of the experiment
+    cls: type[Settings] = WeakTeacher,     # the settings of the experiment
 ) -> Varied:
     "Run a comparison at several values of a setting; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     configs = variants(given, setting, values, cls)
@@ -298,14 +298,14 @@ def plan_varied(
     values: Sequence[str] = (), # of it
     out: str | Path = 'runs/preferences', # folder of stages; what is done in it costs nothing
     keep: bool = False,         # stages that other versions of the packages made are done, too
-    cls: Any = WeakTeacher,     # the experiment's class of settings
+    cls: type[Settings] = WeakTeacher, # the experiment's class of settings
 ) -> dict[str, Plan]:           # value -> its plan; what an earlier value does is shared and costs nothing
     "Say what a variation would do; nothing is written. Raises as `run_varied` does"
     seen: set[str] = set()
     speeds: dict = {}
     return {at: plan_opened(o, seen, speeds) for at, o in open_varied(variants(given, setting, values, cls), run_for_plan(out, keep)).items()}
 
-def _say_other_rows(setting: str, results: Mapping[str, Any]) -> None:
+def _say_other_rows(setting: str, results: Mapping[str, Result]) -> None:
     "Say so if two values were tested on different examples"
     ids = {at: frozenset(r.items['id']) for at, r in results.items()}
     if len(set(ids.values())) > 1: warnings.warn(f'the values of {setting} were not tested on the same examples ({", ".join(f"{at}: {len(i):,}" for at, i in ids.items())}); a difference between two of them is partly one between examples', W2SWarning, stacklevel=3)

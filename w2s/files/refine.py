@@ -31,8 +31,8 @@ from ..compare.models import Model, know_model, model_lines, model_load, note_mo
 from ..compare.response_ends import count_cut
 from ..compare.stages import claim
 from ..compare.extensions import METHODS
-from ..compare.demonstration_stages import Learned, Site, Weak, lesson_of
-from ..compare.demonstration_tasks import Exam, TaskRows
+from ..compare.demonstration_stages import Context, TrainingRows, make_training_rows, weak_arm
+from ..compare.demonstration_tasks import Questions, TaskRows
 from ..compare.preference_settings import short_name
 from ..feedback.forms import WORLD, Form, form_for, stops
 from ..feedback.refine import CHOICES, Examples, groups_of
@@ -189,14 +189,14 @@ def refine_answers(
     form: Form,                # how it is asked
     questions: Sequence[str],  # one a row
     answers: Sequence[str],    # weak ones
-) -> Learned:                  # refined answers, and rows to train on
+) -> TrainingRows:             # refined answers, and rows to train on
     "Refine, once; after a kill it goes on where it was. Raises `DataError`"
     job = study.config
     settings = GenerateSettings(job.max_tokens, 0., stop=stops_of(job, form))
-    exam = Exam(list(questions), groups_of(questions), lambda said: {})
-    site = Site(study, form, settings, TaskRows(exam, exam, []), job.seed, model)
-    weak = Weak(Path(job.weak_answers or job.questions).stem, None, None, list(answers), [])
-    return lesson_of(site, job.method.replace('own-answers', 'own answers'), weak)
+    asked = Questions(list(questions), groups_of(questions), lambda said: {})
+    context = Context(study, TaskRows(job.seed, asked, asked, []), model, form, settings)
+    weak = weak_arm(context, Path(job.weak_answers or job.questions).stem, [answers])
+    return make_training_rows(context, job.method.replace('own-answers', 'own answers'), weak)
 
 # %% ../../nbs/api/files/30_refine.ipynb #05cc0f9c
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class RefinedFile:
     form: Form               # how the strong model was asked
     questions: list[str]
     weak: list[str]          # weak answers, '' where none were read
-    learned: Learned         # refined answers, and rows to train on
+    learned: TrainingRows    # refined answers, and rows to train on
     cut: int                 # of `count_cut`
     models: tuple[str, ...] = () # of `model_lines`
     report: DataReport = field(default_factory=DataReport) # which columns were read as what, and which rows were left out
