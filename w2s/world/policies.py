@@ -13,7 +13,6 @@ import random
 import re
 from collections.abc import Sequence
 
-
 # %% ../../nbs/api/world/070_policies.ipynb #d258924a
 from ..errors import DataError, unknown
 from .clauses import (DAYS, GOODS, NUMBERS, OTHERS, SHELF_OF, SHELVES, SILENT, STORAGE, TOPICS,
