@@ -258,19 +258,25 @@ def test_public_is_documented():
 
 # Sizes and types
 
-MOST_LINES = 300 # of a module
-LONGER = {'compare/demonstration_stages.py': 400, 'experiments/vary.py': 329, 'train/generate.py': 360, 'train/loop.py': 355} # may only become shorter, and go
+MOST_LINES = 300 # of code in a module
+LONGER: dict[str, int] = {'compare/demonstration_stages.py': 310} # longer ones, which may only become shorter, and go
 MOST_ANY = { # folder -> parameters and results of public functions that are `Any`, without **more; may only become fewer
     'cli': 13, 'compare': 47, 'data': 24, 'errors': 1, 'evaluate': 12, 'experiments': 4, 'feedback': 7, 'files': 1, 'io': 9, 'models': 52, 'organism': 4, 'report': 3, 'train': 95}
+
+
+def code_lines(path: Path) -> int:
+    "Lines of a module that are no import, no comment and not empty"
+    source = path.read_text(encoding='utf-8')
+    skipped = {n for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom)) for n in range(node.lineno, node.end_lineno + 1)}
+    return sum(n not in skipped and bool(line.strip()) and line.strip()[0] != '#' for n, line in enumerate(source.splitlines(), 1))
 
 
 def test_modules_are_short():
     offenders = []
     for path in MODULES:
-        name = path.relative_to(PACKAGE).as_posix()
-        lines = path.read_text(encoding='utf-8').count('\n')
+        name, lines = path.relative_to(PACKAGE).as_posix(), code_lines(path)
         if lines > LONGER.get(name, MOST_LINES): offenders.append(f'{name}: {lines} lines, {LONGER.get(name, MOST_LINES)} at most')
-    report(offenders, 'a page has one problem, and its module 300 lines')
+    report(offenders, 'a page has one problem, and its module 300 lines of code')
 
 
 def untyped(function: ast.FunctionDef) -> list[str]:
