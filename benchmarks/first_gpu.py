@@ -11,7 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,7 @@ def learned(base: Base, rows: list[EncodedRow], folder: Path, stop: int = 0, **m
     def halt(taken: int) -> None:
         if taken == stop: raise KeyboardInterrupt
     with adapted(base) as model:
-        try: train(model, goal, settings, folder, quiet=True, after=halt if stop else None)
-        except KeyboardInterrupt: pass
+        with suppress(KeyboardInterrupt): train(model, goal, settings, folder, quiet=True, after=halt if stop else None)
         return torch.cat([p.detach().cpu().flatten() for p in trainable(model).values()])
 
 

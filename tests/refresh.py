@@ -1,8 +1,12 @@
 """Run notebooks as the tests do and save their outputs: `python tests/refresh.py [--flags "slow gpu"] nbs/api/data/020_rows.ipynb ...`
 
 Cells marked with a flag of `settings.ini: tst_flags` are left out, with the outputs they have, unless the flag is given.
+Figures are saved with a palette of 256 colours, which makes a page a third of its size and cannot be seen; with `--figures` nothing is run and
+only that is done.
 """
 import argparse
+import base64
+import io
 import os
 import sys
 from pathlib import Path
@@ -13,6 +17,23 @@ from fastcore.xtras import working_directory
 from nbdev.clean import clean_nb
 from nbdev.config import get_config
 from nbdev.process import extract_directives
+
+
+def small_png(data: str) -> str:
+    "A picture, in base64, with at most 256 colours; as it was, where that is no smaller"
+    from PIL import Image
+    raw, out = base64.b64decode(data), io.BytesIO()
+    image = Image.open(io.BytesIO(raw))
+    if image.mode == 'P': return data
+    image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(out, 'png', optimize=True, dpi=image.info.get('dpi', (72, 72)))
+    return base64.b64encode(out.getvalue()).decode() if len(out.getvalue()) < len(raw) else data
+
+
+def small_figures(nb) -> None:
+    "Let the figures of a notebook take less room"
+    for output in (o for cell in nb.cells for o in cell.get('outputs', []) if 'image/png' in o.get('data', {})):
+        data = output['data']['image/png']
+        output['data']['image/png'] = small_png(data if isinstance(data, str) else ''.join(data))
 
 
 def run_save(path: Path, flags: str = '') -> None:
@@ -29,15 +50,22 @@ def run_save(path: Path, flags: str = '') -> None:
         if not left_out(cell): cell['outputs'] = []
     with working_directory(path.parent): CaptureShell(path).run_all(nb, exc_stop=True, preproc=left_out)
     clean_nb(nb)
+    small_figures(nb)
     write_nb(nb, path)
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--flags', default='', help='flags to run too, for example "slow"')
+    parser.add_argument('--figures', action='store_true', help='run nothing; only let the saved figures take less room')
     parser.add_argument('notebooks', nargs='+', type=Path)
     args = parser.parse_args()
     os.environ['IN_TEST'] = '1'
     os.environ.setdefault('HF_HUB_OFFLINE', '1')
     sys.path.insert(0, str(get_config().config_path))
-    for notebook in args.notebooks: run_save(notebook.resolve(), args.flags)
+    for notebook in args.notebooks:
+        if args.figures:
+            nb = read_nb(notebook)
+            small_figures(nb)
+            write_nb(nb, notebook)
+        else: run_save(notebook.resolve(), args.flags)

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from datasets import Dataset, DatasetDict
 
-from w2s.data.hygiene import COLUMNS, DataReport, clean_text
+from w2s.data.hygiene import COLUMNS, DataReport, clean_text, merge_reports
 from w2s.data.readers import DIFFER, ELSEWHERE, MESSAGES, MISSING, NOT_DIALOGUE, REASONS, TIE, TURN, preferences_from, read_preferences, split_of
 from w2s.data.rows import KINDS, check_rows, content_id, group_key, make_rows, prompt_text, to_pairs, to_preferences
 from w2s.data.samples import sample_preferences, write_samples
@@ -415,6 +415,24 @@ def test_checks_without_a_finding_are_in_the_saved_table(tmp_path):
     assert list(saved.columns) == list(COLUMNS) and len(saved) == len(REASONS) + 4 + 1 + 2 and saved['rows'].sum() == 0
     assert 'contradictory pairs' in (tmp_path / 'a' / 'b' / 'data_report.md').read_text()
     assert str(report) == f'{len(saved)} checks found nothing; rows left of rows read: train 20 of 20'
+
+
+@pytest.mark.parametrize('report, last', [
+    (DataReport(), 'no rows were read from a file'),
+    (DataReport().add('prompt cut', 'train', 2, 8, 'cut'), '2 of 8 rows (train): prompt cut'), # findings, and nobody counted what was read
+    (DataReport().add('a', 'train', 0, 8, 'cut'), '1 check found nothing'),
+    (DataReport().add('a', 'train', 0, 8, 'cut').add('b', 'train', 0, 8, 'cut'), '2 checks found nothing'),
+    (DataReport().add('a', 'train', 0, 8, 'cut').add('b', 'train', 1, 8, 'cut'), '1 of 8 rows (train): b'),
+    (DataReport(rows_in=dict(test=3)), 'rows left of rows read: test 3 of 3'),
+    (DataReport(rows_in=dict(test=0)), 'rows left of rows read: test 0 of 0'),
+    (DataReport(rows_in=dict(test=3)).add('a', 'test', 0, 3, 'cut'), '1 check found nothing; rows left of rows read: test 3 of 3'),
+    (merge_reports(DataReport(), DataReport().add('b', 'train', 1, 8, 'cut')), '1 of 8 rows (train): b')])
+def test_a_report_ends_with_what_it_knows(report, last):
+    "No sentence without its end, on a terminal and in Markdown"
+    for text in (str(report), report._repr_markdown_()):
+        end = text.splitlines()[-1]
+        assert not end.rstrip().endswith((':', ';', ',')) and '0 checks' not in text and end.strip()
+    assert str(report).splitlines()[-1].endswith(last)
 
 
 def test_added_lines_count_only_what_is_gone():

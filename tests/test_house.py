@@ -259,6 +259,47 @@ def test_public_is_documented():
     report(offenders, 'every public function has a docstring, annotations, and a comment beside each parameter')
 
 
+# Sizes and types
+
+MOST_LINES = 300 # of code in a module
+LONGER: dict[str, int] = {'compare/demonstration_stages.py': 310} # longer ones, which may only become shorter, and go
+MOST_ANY = { # folder -> parameters and results of public functions that are `Any`, without **more; may only become fewer
+    'cli': 13, 'compare': 47, 'data': 24, 'errors': 1, 'evaluate': 12, 'experiments': 4, 'feedback': 7, 'files': 1, 'io': 9, 'models': 52, 'organism': 4, 'report': 3, 'train': 95}
+
+
+def code_lines(path: Path) -> int:
+    "Lines of a module that are no import, no comment and not empty"
+    source = path.read_text(encoding='utf-8')
+    skipped = {n for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom)) for n in range(node.lineno, node.end_lineno + 1)}
+    return sum(n not in skipped and bool(line.strip()) and line.strip()[0] != '#' for n, line in enumerate(source.splitlines(), 1))
+
+
+def test_modules_are_short():
+    offenders = []
+    for path in MODULES:
+        name, lines = path.relative_to(PACKAGE).as_posix(), code_lines(path)
+        if lines > LONGER.get(name, MOST_LINES): offenders.append(f'{name}: {lines} lines, {LONGER.get(name, MOST_LINES)} at most')
+    report(offenders, 'a page has one problem, and its module 300 lines of code')
+
+
+def untyped(function: ast.FunctionDef) -> list[str]:
+    "Parameters whose type is Any, and 'return'; what ** collects is left out"
+    kinds = [(arg.arg, arg.annotation) for arg in parameters(function, False) if arg is not function.args.kwarg] + [('return', function.returns)]
+    return [name for name, kind in kinds if kind is not None and ast.unparse(kind) == 'Any']
+
+
+def test_any_becomes_rarer():
+    "A type that says nothing is not added; where some have gone, the number in MOST_ANY goes down with them"
+    found: dict[str, list[str]] = {}
+    for path in MODULES:
+        for name, node, _ in public(path):
+            if isinstance(node, ast.FunctionDef):
+                found.setdefault(dotted(path).split('.')[1], []).extend(f'{path.relative_to(ROOT)}:{node.lineno} {name}: {arg}' for arg in untyped(node))
+    offenders = [f'{folder}: {len(items)}, {MOST_ANY.get(folder, 0)} at most\n    ' + '\n    '.join(items)
+                 for folder, items in found.items() if len(items) > MOST_ANY.get(folder, 0)]
+    report(offenders, 'no public function has more parameters and results of type Any than before')
+
+
 # Saved outputs
 
 ADDRESS = re.compile(r'\b0x[0-9a-fA-F]{6,}')

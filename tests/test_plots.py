@@ -12,8 +12,9 @@ from matplotlib.colors import to_hex
 from w2s.errors import DataError
 from w2s.evaluate.intervals import difference_table, interval_table
 from w2s.evaluate.metrics import ROLES, metric_rows, preference_scores, summarise
+from w2s.plots.metrics import metric_label, metric_of
 from w2s.plots.results import (
-    METRICS, ROLE_COLORS, caption, group_names, model_colors, model_name, model_size, plot_differences, plot_roles, plot_seeds,
+    ROLE_COLORS, caption, group_names, model_colors, model_name, model_size, plot_differences, plot_roles, plot_seeds,
     plot_training, save_figure)
 
 MODELS = {('baseline', 'untuned'): -.1, ('baseline', 'sft weak'): -.02, ('baseline', 'sft human'): 0., ('floor', 'dpo human'): .1,
@@ -58,10 +59,10 @@ def test_roles_draws_the_intervals_of_the_table(metric, seeds):
     ax = plot_roles(t, metric)
     assert isinstance(ax, Axes)
     assert np.allclose(segments(ax), ends(mine))
-    start = METRICS[metric][1]
+    start = metric_of(metric).start
     assert np.allclose(sorted(b.get_y() + b.get_height() for b in ax.patches), sorted(mine['value']))
     assert all(b.get_y() == start for b in ax.patches)
-    assert METRICS[metric][0] == ax.get_ylabel() and ax.get_xlabel() == 'strong student opt-1.3b, weak supervisor opt-125m'
+    assert metric_label(metric) == ax.get_ylabel() and ax.get_xlabel() == 'strong student opt-1.3b, weak supervisor opt-125m'
     assert len(ax.get_xticklabels()) == len(ax.patches) == len(mine) == (6 if metric in ('accuracy', 'margin') else 7)
     assert ('chance' in texts(ax)) == ('accuracy' in metric)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'run_app', 'Flag', 'PREFERENCES', 'zoo_app', 'version_command', 'help_command', 'env_command',
-           'run_preferences', 'weak_teacher_config', 'run_before', 'label_command', 'zoo', 'zoo_list', 'cards_table',
-           'zoo_build', 'verify_command', 'clean_command', 'main']
+           'weak_teacher_config', 'run_before', 'zoo', 'zoo_list', 'cards_table', 'zoo_build', 'verify_command',
+           'clean_command', 'main']
 
 # %% ../../nbs/api/cli/60_app.ipynb #51de213a
 from dataclasses import replace
@@ -15,8 +15,9 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
-from .flags import AllowPickle, ChatTemplate, Command, Device, Dtype, Keep, Nf4Share, Quantize, Revision, add_command, check_places, given, out_path, settings_table, with_file
+from .flags import Command, add_command, out_path, settings_table
 from .guard import GuardedGroup, prepare_process
+from .label import add_label_command
 from .labels import add_commands
 from .compare import add_compare_command
 from .refine import add_refine_command
@@ -75,25 +76,11 @@ def env_command() -> None:
     if torch.cuda.is_available(): facts |= {'CUDA': torch.version.cuda, 'memory of the GPU': f'{torch.cuda.get_device_properties(0).total_memory/2**30:.0f} GiB'}
     for name, value in facts.items(): typer.echo(f'{name}: {value}')
 
-# %% ../../nbs/api/cli/60_app.ipynb #3891dca9
-def run_preferences(
-    config: WeakTeacher, # what to compare
-    out: Path,           # folder of stages and results
-    keep: bool = False,  # use stages of other versions
-) -> str:                # what is printed
-    "Run and write; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
-    from w2s.experiments.preferences import run
-    from w2s.report.write import write
-    result = run(config, out, keep=keep)
-    write(result)
-    also = '' if result.responses.empty else 'responses.parquet, '
-    return f'{result}\n\nwritten to {out}: report.md, figure.png, results.parquet, {also}adapters/ …'
-
 # %% ../../nbs/api/cli/60_app.ipynb #d6494859
 PREFERENCES = Command(WeakTeacher, """Weak supervisor, students of weak and of human labels, ceiling and baselines, by preferences (Tao & Li 2409.08813).
 
 Without arguments: models of the ladder that comes with w2s, on rows of its embedded world; no network is needed, and it takes some minutes. Other defaults hold for rows of the world, and where all models are of the ladder; they stand behind each flag.""",
-                      lambda c: (*weak_names(c.weak), c.strong, '' if c.gold.partition('(')[0] in JUDGES else c.gold), 'w2s.experiments.preferences:open_preferences', run_preferences)
+                      lambda c: (*weak_names(c.weak), c.strong, '' if c.gold.partition('(')[0] in JUDGES else c.gold), 'w2s.experiments.preferences:open_preferences', ('responses.parquet',))
 add_command(run_app, 'preferences', PREFERENCES)
 add_command(run_app, 'weak-teacher', PREFERENCES, hidden=True) # the old name
 
@@ -125,61 +112,10 @@ add_commands(run_app)
 
 # %% ../../nbs/api/cli/60_app.ipynb #41ba75d4
 add_transfer_commands(run_app)
+add_label_command(app)
 add_refine_command(app)
 add_compare_command(app)
 app.add_typer(toxicity_app, name='toxicity', help='Train a toxicity scorer, or score texts.')
-
-# %% ../../nbs/api/cli/60_app.ipynb #4eacb177
-@app.command('label')
-def label_command(
-    model: Annotated[str, Flag(help='the supervisor: pico, nano, micro or base (they come with w2s), a folder, or a name on the hub')],
-    rows: Annotated[str, Flag(help='file of pairs to label: prompt with two responses, or preferences, whose order is then ignored')],
-    out: Annotated[Path, Flag(parser=out_path, metavar='PATH', help='.parquet file for the labels; a report comes beside it, as .md and .json')],
-    train: Annotated[str | None, Flag(help='file of labelled preferences that the supervisor learns from; only a judge needs none')] = None,
-    train_rows: Annotated[int | None, Flag(help='of these at most (default: all)')] = None,
-    calibrate: Annotated[float, Flag(help='share of the labelled prompts that is kept from the training, to measure and to calibrate on; 0: neither')] = .2,
-    supervisor: Annotated[str | None, Flag(help='dpo: by implicit reward; reward: a Bradley-Terry reward model; judge: asked, not trained (default: dpo)')] = None,
-    beta: Annotated[float | None, Flag(help='strength of the pull towards the reference (default: 0.1; ladder: 1.0)')] = None,
-    sft_lr: Annotated[float | None, Flag(help='learning rate of SFT (default: 2e-4; ladder: 1e-3)')] = None,
-    dpo_lr: Annotated[float | None, Flag(help='learning rate of DPO (default: 5e-5; ladder: 1e-3)')] = None,
-    epochs: Annotated[int | None, Flag(help='epochs of SFT and of DPO (default: 1; ladder: 2)')] = None,
-    max_length: Annotated[int | None, Flag(help='tokens of prompt and response; a longer prompt is cut from the left (default: 512; ladder: 128)')] = None,
-    column: Annotated[str | None, Flag(help='columns with unusual names in both files, as in prompt=system+query,chosen=good,rejected=bad; several of one part are joined by + in this order (default: recognised)')] = None,
-    split: Annotated[str | None, Flag(help='which file of a folder or split of a data set is read, as in rows=test_prefs,train=train_prefs (default: the only one, or train)')] = None,
-    leave_out: Annotated[str | None, Flag(help='columns that are not to be read, with commas between them; a long one that is not read stops the labelling otherwise (default: none)')] = None,
-    seed: Annotated[int, Flag(help='of parting, adapter and order')] = 0,
-    quantize: Quantize = None, # 4 bits or not
-    nf4_share: Nf4Share = None, # least share in 4 bits
-    dtype: Dtype = None, # of the arithmetic
-    device: Device = None, # where models are
-    revision: Revision = None, # on the hub
-    allow_pickle: AllowPickle = None, # are weights in pickle form read?
-    chat_template: ChatTemplate = None, # of messages
-    token_budget: Annotated[int | None, Flag(help='padded tokens at once: memory and speed, not the result (default: 8192)')] = None,
-    config: Annotated[Path | None, Flag(help='TOML file with any settings of the supervisor; flags win over it')] = None,
-    work: Annotated[Path | None, Flag(parser=out_path, metavar='PATH', help='folder where a killed run goes on (default: as out, with .work)')] = None,
-    strict: Annotated[bool | None, Flag('--strict', help='stop if the data report finds anything')] = None,
-    keep_stages: Keep = False, # use finished stages of other versions
-    dry_run: Annotated[bool, Flag('--dry-run', help='print settings, and which rows and columns would be read, and stop')] = False,
-) -> None:
-    """Label pairs: a small model learns from labelled ones, is measured on some that were kept from it, and labels the others.
-
-    Out come prompt, chosen, rejected, as TRL names them, with prob (calibrated), weight (confidence), id and margin.
-    """
-    check_places([model], [rows, train or ''], pickle=bool(allow_pickle))
-    from w2s.data.names import column_names
-    from w2s.files.label import dry_text, label, label_settings
-    from w2s.files.label_rows import LabelJob
-    both = {'epochs': epochs, 'token_budget': token_budget}
-    flags = {'supervisor': supervisor, 'n_labelled': train_rows, 'beta': beta, 'max_length': max_length, 'load.quantize': quantize, 'load.nf4_share': nf4_share, 'load.dtype': dtype, 'load.device': device, 'load.revision': revision, 'load.allow_pickle': allow_pickle, 'load.chat_template': chat_template,
-             'sft.learning_rate': sft_lr, 'dpo.learning_rate': dpo_lr, 'strict': strict, **{f'{s}.{k}': v for s in ('sft', 'dpo') for k, v in both.items()}}
-    job = LabelJob(rows, train, calibrate, seed, column_names(leave_out or ''), column_names(column or ''), column_names(split or ''))
-    settings = label_settings(model, with_file(given(flags), config))
-    if dry_run:
-        typer.echo(dry_text(settings, job, out))
-        return
-    done = label(settings, job, out, work, keep=keep_stages)
-    typer.echo(f'\n{done}\n\nwritten: {out}, with a report in {out.with_suffix(".md").name} and {out.with_suffix(".json").name}')
 
 # %% ../../nbs/api/cli/60_app.ipynb #7fa46e7b
 zoo_app = typer.Typer(help='The models that come with w2s: list them, or build one.', invoke_without_command=True)

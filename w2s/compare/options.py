@@ -186,12 +186,12 @@ def set_path(
     table[last] = value
 
 def option_settings(
-    cls: Any,                   # a class of settings
+    cls: Any,                   # a class of settings, or options one by one
     flags: Mapping[str, Any],   # parameter of a command -> value; None: not given
 ) -> dict[str, Any]:            # settings by name, tables inside
     "What was given by flags; one for a single training holds against one for all"
     out: dict[str, Any] = {}
-    for o in sorted(options_of(cls), key=lambda o: -len(o.paths)):
+    for o in sorted(options_of(cls) if isinstance(cls, type) else cls, key=lambda o: -len(o.paths)):
         value = flags.get(o.parameter)
         if value is None or value is False and o.kind is bool and o.parameter not in flags: continue
         if isinstance(value, str): value = o.read(value) if o.read else parse_text(value, o.kind, f'--{o.flag}')

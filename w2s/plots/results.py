@@ -14,7 +14,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from ..errors import DataError
 from ..evaluate.metrics import MODEL
-from .base import (COLORS, METRICS, ROLE_COLORS, SHARES, caption, draw_bars, group_names, model_colors, model_name, model_size, new_axes, rows_of_metric,
+from .metrics import metric_label, metric_of
+from .base import (COLORS, ROLE_COLORS, caption, draw_bars, group_names, model_colors, model_name, model_size, new_axes, rows_of_metric,
                                 set_value_axis, write_caption)
 
 # %% ../../nbs/api/plots/10_results.ipynb #a1c9c293
@@ -39,7 +40,7 @@ def plot_roles(
     else: ax.set_xticks(range(len(names)), names)
     if not alone: ax.legend(frameon=False, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1.04), ncols=3)
     ax.set_xlabel(_models_line(table), fontsize=9)
-    write_caption(ax, ('Bars start at chance. ' if metric in SHARES else '') + caption(table))
+    write_caption(ax, ('Bars start at chance. ' if metric_of(metric).chance else '') + caption(table))
     return ax
 
 # %% ../../nbs/api/plots/10_results.ipynb #bbdd95d5
@@ -109,7 +110,7 @@ def plot_differences(
     ax.set_yticks(range(len(differences)), [f'{a}\n− {b}' for a, b in zip(differences['a'], differences['b'], strict=True)])
     ax.set_ylim(len(differences) - .4, -.6)
     metric = differences['metric'].iloc[0]
-    ax.set_xlabel('difference in ' + METRICS.get(metric, (metric, 0.))[0], fontsize=9)
+    ax.set_xlabel('difference in ' + metric_label(metric), fontsize=9)
     several = ', also after Holm\'s correction' if 'family' in differences and differences['family'].max() > 1 else ''
     write_caption(ax, caption(differences, unit) + f' Filled: zero is outside the interval{several}.')
     return ax

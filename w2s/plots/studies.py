@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.transforms import ScaledTranslation
 from ..errors import ConfigError, DataError, unknown
 from ..evaluate.metrics import ROLES
-from .base import (MARKERS, ROLE_COLORS, SHARES, caption, check_columns, draw_bars, model_name, model_size, new_axes, rows_of_metric, set_value_axis,
+from .metrics import metric_of
+from .base import (MARKERS, ROLE_COLORS, caption, check_columns, draw_bars, model_name, model_size, new_axes, rows_of_metric, set_value_axis,
                                 tint, write_caption)
 
 # %% ../../nbs/api/plots/30_studies.ipynb #b3f2dbbd
@@ -158,7 +159,7 @@ def _varied_lines(ax: Axes, moving: dict[str, pd.DataFrame], x: dict[str, float]
 # %% ../../nbs/api/plots/30_studies.ipynb #ca18a1db
 def _close_in(ax: Axes, table: pd.DataFrame, metric: str) -> None:
     "Limits of the y axis around the intervals, for a metric whose zero is far away"
-    if metric in SHARES: return
+    if metric_of(metric).chance: return
     low, high = table['low'].min(), table['high'].max()
     room = .08 * max(high - low, 1e-6)
     ax.set_ylim(low - room, high + room)

@@ -19,7 +19,8 @@ from ..compare.extensions import METHODS
 from ..compare.preference_settings import short_name
 from ..compare.result import Result
 from ..io.console import code_block, escape_list, escape_markdown
-from ..plots.demonstrations import plot_examples, plot_plane, plot_transfer
+from ..plots.demonstrations import plot_plane, plot_transfer
+from ..plots.examples import plot_examples
 from .folder import markdown_table
 from .page import Drawn, Page, panels, show_weak
 
