@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .devices import is_out_of_memory, release_memory
 from .four_bits import bnb
 from .places import SWITCH
 
@@ -84,9 +85,9 @@ def _weights_in(layers: list[Any]) -> int:
 # %% ../../nbs/api/models/145_merged.ipynb #de0b2a99
 class Merged:
     "Layers that compute with whole weights, until they are given back"
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, on: bool = True):
         base = model.get_base_model() if hasattr(model, 'get_base_model') else model
-        on = next(base.parameters()).device.type == 'cpu' and getattr(base, SWITCH['merging'], 'auto') != 'off'
+        on = on and next(base.parameters()).device.type == 'cpu' and getattr(base, SWITCH['merging'], 'auto') != 'off'
         free = [m for m in base.modules() if 'forward' not in vars(m)] if on else []
         self.adapted = [m for m in free if mergeable(m)]
         under = {id(m.base_layer) for m in base.modules() if hasattr(m, 'base_layer') and (m in self.adapted or 'forward' in vars(m))}
@@ -136,8 +137,19 @@ def merged(
     model: Any, # a causal language model, with or without an adapter
 ) -> Iterator[Merged]: # to be refreshed after each change of the adapter; inside of another such context it has no layers
     "A context in which the layers of a model compute with whole weights, where they can"
-    layers = Merged(model)
-    try:
-        layers.put_on()
-        yield layers
+    layers = _with_room(model) or _with_room(model) or Merged(model, on=False)
+    try: yield layers
     finally: layers.take_off()
+
+def _with_room(model: Any) -> Merged | None:
+    "The layers, computing with whole weights; None where memory ran out"
+    layers = None
+    try:
+        layers = Merged(model)
+        layers.put_on()
+        return layers
+    except (RuntimeError, MemoryError) as e:
+        if layers is not None: layers.take_off()
+        if not is_out_of_memory(e): raise
+    release_memory()
+    return None

@@ -23,7 +23,7 @@ from ..models.reading import check_numbers
 from ..models.devices import compute_in, run_same
 from ..models.merged import merged
 from .batches import Block, block, length_parts, micro_batches
-from .packing import Packed, cut_packed, pack, packed_states, packs
+from .packing import Packed, cut_packed, pack, packed_states, packs, why_not_packed
 from .room import Room, fitting
 from .output_head import embeddings, head_error, head_of
 from .tokens import Encoded, EncodedRow
@@ -188,6 +188,7 @@ def _check_model(base: Base) -> None:
     if not error <= (1e-3 if base.model.dtype == torch.float32 else .02):
         raise ModelError(f'{base.name}: logits from the hidden states are not those of its logits (up to {error:.1%} of the largest one); its head has a scale, a cap, a bias or a layer that w2s does not know')
     check_order(base)
+    why_not_packed(base.model)
     with torch.no_grad():
         rows = _some_rows(base)
         padded = response_logps(base.model, block(rows)).cpu()

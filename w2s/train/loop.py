@@ -30,9 +30,9 @@ from ..models.load import set_mode
 from . import losses
 from ..models.merged import merged
 from .batches import epoch_batches
-from ..models.devices import free_memory, release_memory, run_same
+from ..models.devices import free_memory, is_out_of_memory, release_memory, run_same
 from .checkpoints import checkpoints, load_last, save_checkpoint, trainable
-from .room import NoRoomLeft, Room, fitting, is_out_of_memory, whole_step
+from .room import NoRoomLeft, Room, fitting, whole_step
 from .logprobs import cut_for, run_sequences
 from .step_memory import StepChoice, choose_step, compute_twice, computes_twice
 from .objectives import Objective, preference_objective, row_targets, row_weights, sft_objective
