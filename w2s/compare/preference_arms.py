@@ -157,7 +157,7 @@ def evaluate_choice(
     pairs = Dataset.from_dict({k: list(v) for k, v in columns.items()}, features=row_features('pairs', columns, isinstance(test['prompt'][0], list)))
     rewards = together([ask(study, s, pairs, 'test') for s in rows.supervisors])
     margin = rewards[:, 0] - rewards[:, 1]
-    return arm_items(study.config, 'floor', floor_method(rows.supervisors[0].kind), rows.seed, list(test['id']), {'accuracy': preference_correct(margin), 'margin': margin})
+    return arm_items(study.config, 'floor', floor_method(rows.supervisors[0].kind), rows.seed, test['id'][:], {'accuracy': preference_correct(margin), 'margin': margin})
 
 # %% ../../nbs/api/compare/120_preference_arms.ipynb #c3a2a9a7
 REFERENCE = ('baseline', 'sft human') # win rates are against it
