@@ -181,11 +181,12 @@ def seconds(who: str, task: str, made) -> tuple[float, float]:
 def open_one(who: str, folder: str, texts, rows): return Theirs(folder, texts, rows) if who == 'theirs' else Ours(folder, texts, rows, who == 'plain')
 
 
-def measure(models, file: Path, repeats: int, place: Path) -> list[str]:
+def measure(models, tasks, file: Path, repeats: int, place: Path) -> list[str]:
     lines = []
     for name in models:
         folder = write_model(name, place)
         for what, (task, n) in CASES.items():
+            if task not in tasks: continue
             texts, rows = read_rows(file, load_tokenizer(folder), max(8, n//(3 if name == 'l25' else 1)))
             made, found = {who: open_one(who, folder, texts, rows) for who in ('ours', 'plain', 'theirs')}, {}
             for _ in range(repeats):
@@ -202,6 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--data', type=Path, required=True)
     parser.add_argument('--models', nargs='+', default=['base', 'l25'])
+    parser.add_argument('--tasks', nargs='+', default=[task for task, _ in CASES.values()])
     parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--peak', nargs=4, help='measure the memory of one contender')
     a = parser.parse_args()
@@ -212,7 +214,7 @@ def main() -> None:
         who, task, folder, n = a.peak
         seconds(who, task, open_one(who, folder, *read_rows(a.data, load_tokenizer(folder), int(n))))
         return print(peak())
-    with tempfile.TemporaryDirectory() as place: lines = measure(a.models, a.data, a.repeats, Path(place))
+    with tempfile.TemporaryDirectory() as place: lines = measure(a.models, a.tasks, a.data, a.repeats, Path(place))
     import trl
 
     head = ['| task | model | rows | ours, s | without packing and merging, s | others, s | others per ours | the same in wall time | ours, GiB | others, GiB | ours per others |', '|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|']
