@@ -239,7 +239,10 @@ def test_several_outputs_of_several_sequences(base):
     "A row's numbers come sequence by sequence, each with its outputs, in `step_gradient` and in `score`"
     from w2s.train.logprobs import score
     pairs = [EncodedRow(str(i), (Encoded((5, 6 + i), 1), Encoded((5, 6, 7 + i, 8), 1)), 0) for i in range(6)]
-    def both(model, data): return torch.stack([data.input_ids[:, 1].float(), data.attention_mask.sum(1).float()], 1) + 0*last_states(model, data).sum(1, keepdim=True)
+    def both(model, data): # all tokens but the first are of the response
+        second, length = data.target[torch.searchsorted(data.sequence, torch.arange(data.count))], torch.bincount(data.sequence) + 1
+        return torch.stack([second.float(), length.float()], 1) + 0*last_states(model, data).sum(1, keepdim=True)
+
     want = [[6 + i, 2, 6, 4] for i in range(6)]
     for budget in (1, 9, 999): assert score(base.model, pairs, budget, quiet=True, forward=both).tolist() == want
     model, seen = add_adapter(base, RANK), {}

@@ -24,7 +24,7 @@ from w2s.train.label_variants import (
     balanced, class_prices, focal, forward_kl, margins, product, product_target, reverse_kl, sharpened, warm_up, window_target)
 from w2s.train.labels import (
     LABEL_LOSSES, batch_opinion, class_logps, class_probs, encode_labels, encode_words, label_objective, label_targets, weak_labels)
-from w2s.train.logprobs import response_logps, score
+from w2s.train.logprobs import response_logps, score, sum_sequences
 from w2s.train.loop import TrainSettings, for_step, step_gradient, train
 from w2s.train.tokens import EncodedRow
 
@@ -553,7 +553,7 @@ def test_a_forward_of_its_own_is_used_for_the_opinion_too(base, rows):
     single = [EncodedRow(r.id, r.sequences[:1], 0) for r in rows]
     def three(model, data):
         word = response_logps(model, data)
-        return torch.stack([word, -word, data.input_ids.sum(1).to(word)/500], 1)
+        return torch.stack([word, -word, sum_sequences(data.target.float(), data.sequence, data.count)/500], 1)
     weak, batch, calls = targets(len(rows), 3), list(range(20)), []
     def forward(model, data):
         calls.append(torch.is_grad_enabled())

@@ -303,7 +303,7 @@ def test_answers_come_back_in_the_order_of_the_rows(small):
     lengths = [len(r.sequences[0].ids) for r in rows]
     assert lengths != sorted(lengths)
     words = encode_labels(small.base.tokenizer, small.data, (' no', ' yes'), 256).rows
-    def first_token(model, data): return data.target.new_zeros(len(data.input_ids)).index_add(0, data.sequence, data.target).double()
+    def first_token(model, data): return data.target.new_zeros(data.count).index_add(0, data.sequence, data.target).double()
     ways = {'log-probs': lambda r: score(model, r, budget=60, quiet=True), 'classes': lambda r: class_probs(model, r, budget=60, quiet=True),
             'rewards': lambda r: score(model, r, 60, quiet=True, forward=first_token)}
     for name, read in ways.items():

@@ -111,9 +111,9 @@ def no_weights():
 def counted():
     "Name of a training -> tokens that go through the model in its loop"
     real, train, seen, name = loop.add_block, learn.train, {}, ['']
-    def block(model, objective, part, size):
+    def block(model, objective, part, size, *weights):
         seen[name[0]] = seen.get(name[0], 0) + sum(len(s.ids) for i in part for s in objective.sequences[i])
-        return real(model, objective, part, size)
+        return real(model, objective, part, size, *weights)
 
     def begin(model, goal, settings, folder, seed, stage, quiet, **more):
         name[0] = stage

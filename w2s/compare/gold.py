@@ -161,7 +161,7 @@ def sample_stage(
     seed: int,            # of the samples
 ) -> list[list[Written]]: # the samples of each row
     "Responses to every prompt, sampled once; after a kill it goes on where it was"
-    return answer_stage(study, model, f'{name}-seed{seed}-responses', policy, list(rows['prompt']), sampling(study.config), seed, list(rows['id']), name, list(rows['chosen']))
+    return answer_stage(study, model, f'{name}-seed{seed}-responses', policy, rows['prompt'][:], sampling(study.config), seed, rows['id'][:], name, rows['chosen'][:])
 
 # %% ../../nbs/api/compare/090_gold.ipynb #58c0ef22
 def response_rows(
@@ -173,7 +173,7 @@ def response_rows(
     seed: int,                           # of the arm
 ) -> pd.DataFrame:                       # seed, role, method, id, sample, prompt, response, cut, and the judge's columns
     "What an arm wrote, judged"
-    flat = [(i, k, p, *(Written(w) if isinstance(w, str) else w)) for i, p, row in zip(rows['id'], rows['prompt'], written, strict=True) for k, w in enumerate(row)]
+    flat = [(i, k, p, *(Written(w) if isinstance(w, str) else w)) for i, p, row in zip(rows['id'][:], rows['prompt'][:], written, strict=True) for k, w in enumerate(row)]
     table = pd.DataFrame(flat, columns=['id', 'sample', 'prompt', 'response', 'cut']).astype({'cut': 'boolean'})
     judged = score(table['prompt'].tolist(), table['response'].tolist())
     return pd.concat([pd.DataFrame(dict(seed=seed, role=role, method=method), index=table.index), table, judged], axis=1)

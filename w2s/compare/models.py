@@ -30,6 +30,7 @@ from ..models.load import Base, LoadSettings, bits_line, context_length, files_h
 from ..models.places import ROLES, load_for
 from ..train.generate import check_writes
 from ..train.logprobs import check_model
+from ..train.packing import packing_doubt
 from ..train.sandbox import frozen_date
 from ..train.templates import check_template, template_uses_date
 
@@ -53,6 +54,7 @@ def _known(name: str, load: LoadSettings, lora: LoraSettings | None, writes: boo
     if writes: check_writes(plan.model)
     notes = [bits_line(plan, load), *([plan_adapter(plan, lora, name)] if lora else [])]
     if plan.noise: notes.append(f'what its configuration does in training alone ({", ".join(f"{k} {v:g}" for k, v in plan.noise.items())}) is off; the dropout of adapters is lora.dropout')
+    if load.device == 'cpu' and load.packing == 'auto' and (doubt := packing_doubt(plan.model)): notes.append(f'its sequences are padded, not packed, which takes longer: {doubt}')
     return context_length(plan.config), getattr(plan.config.get_text_config(decoder=True), 'vocab_size', None), tuple(notes), bool(plan.noise)
 
 # %% ../../nbs/api/compare/062_models.ipynb #4e16fa54

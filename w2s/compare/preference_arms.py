@@ -181,7 +181,7 @@ def evaluate_choice(
     rewards = join_rewards([ask(study, s, pairs, 'test') for s in supervisors])
     margin = rewards[:, 0] - rewards[:, 1]
     floor = make_arm(study.config, 'floor', floor_method(supervisors[0].extra['kind']), rows.seed, None)
-    return arm_items(floor, list(test['id']), {'accuracy': preference_correct(margin), 'margin': margin})
+    return arm_items(floor, test['id'][:], {'accuracy': preference_correct(margin), 'margin': margin})
 
 # %% ../../nbs/api/compare/120_preference_arms.ipynb #c3a2a9a7
 REFERENCE = ('baseline', 'sft human') # win rates are against it

@@ -47,7 +47,7 @@ def row_texts(
     data: Dataset, # rows of kind "preferences"
 ) -> list[str]:    # prompt and responses of each row as one text
     "All that a model reads of each row"
-    return [prompt_text(p) + c + r for p, c, r in zip(data['prompt'], data['chosen'], data['rejected'], strict=True)]
+    return [prompt_text(p) + c + r for p, c, r in zip(data['prompt'][:], data['chosen'][:], data['rejected'][:], strict=True)]
 
 # %% ../../nbs/api/compare/050_preference_data.ipynb #5af35154
 def read_pairs(
@@ -66,7 +66,7 @@ def readable(
     texts: Callable[[Dataset], list[str]] = row_texts,      # what it reads of each row, as one text
 ) -> tuple[dict[str, Dataset], DataReport]: # rows that all models can read, and an account of the others
     "Leave out rows that one of the models cannot read, for all models; raises `DataError` if a split is left empty, `ModelError` for tokens without an embedding, `ConfigError` for a chat template that would do nothing"
-    out, chat = {}, any(not isinstance(p, str) for d in splits.values() for p in d['prompt'])
+    out, chat = {}, any(not isinstance(p, str) for d in splits.values() for p in d['prompt'][:])
     check_acts(next((name for r in readers if (name := getattr(r.tokenizer, CHOICE, None))), None), chat, 'these rows are plain text')
     for split, data in splits.items():
         whole, refused = texts(data), set[str]()
@@ -76,7 +76,7 @@ def readable(
             refused |= tokens.refused.keys()
             report = report_tokens(report, split, r.name, tokens, lost_characters(r.tokenizer, whole), whole)
         report = report.add('unusable for at least one model', split, rows=len(refused), of=len(data), action='refused')
-        out[split] = data.select([i for i, id in enumerate(data['id']) if id not in refused])
+        out[split] = data.select([i for i, id in enumerate(data['id'][:]) if id not in refused])
         if not len(out[split]): raise DataError(f'no row of split "{split}" can be read by every model:\n{report}')
     return out, report
 

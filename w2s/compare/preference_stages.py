@@ -46,7 +46,7 @@ def sft_stage(
     "Supervised fine-tuning on the chosen responses (Tao & Li, steps 2 and 6)"
     both = encoded(model, rows)
     tokens = Later(len(rows), lambda: [replace(r, sequences=r.sequences[:1]) for r in both])
-    return sft_rows(study, model, f'{name}-sft', tokens, study.config.sft, seed, weights=list(rows['weight']))
+    return sft_rows(study, model, f'{name}-sft', tokens, study.config.sft, seed, weights=rows['weight'][:])
 
 # %% ../../nbs/api/compare/070_preference_stages.ipynb #1b5faeda
 def dpo_stage(
@@ -61,8 +61,8 @@ def dpo_stage(
     soft: bool = False,       # is the target the labeller's probability? else it is 1
 ) -> Path:                    # folder of the adapter
     "DPO, or another preference loss, against the frozen start (Tao & Li, Eqs. 4 and 6); a loss without a reference has none computed"
-    c, tokens, weights, chosen = study.config, encoded(model, rows), list(rows['weight']), choose_loss(loss, smoothing)
-    target, flags = list(rows['prob']) if soft else [1.]*len(tokens), chosen.extension.flags
+    c, tokens, weights, chosen = study.config, encoded(model, rows), rows['weight'][:], choose_loss(loss, smoothing)
+    target, flags = rows['prob'][:] if soft else [1.]*len(tokens), chosen.extension.flags
     def objective(base: Base) -> Objective:
         reference = stored_logps(study.run.root/'store', base, start, tokens, c.dpo.token_budget, label=f'{name} reference', quiet=study.quiet) if flags['reference'] else None
         return preference_objective(tokens, reference, target, weights, c.beta, loss, smoothing)

@@ -79,7 +79,7 @@ def reward_stage(
     seed: int,      # of adapter, head and order
 ) -> Path:          # folder of adapter and head
     "A Bradley-Terry reward model, with the settings of DPO (CW-PO 2603.04968, Eq. 5)"
-    tokens, weights = encoded(model, rows), list(rows['weight'])
+    tokens, weights = encoded(model, rows), rows['weight'][:]
     inputs = {'objective': 'reward', 'source': lambda: source_hash(losses.bradley_terry), 'rows': lambda: tokens_hash(tokens), 'weights': weights}
     return train_stage(study, model, f'{name}-reward', study.config.dpo, None, inputs, lambda base: reward_objective(tokens, None, weights), seed, tokens, add_reward_adapter)
 

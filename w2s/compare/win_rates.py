@@ -84,10 +84,10 @@ def measure_likeness(
     encoder: str | Path | None = None,  # folder or name of a sentence encoder; None: a lexical measure
 ) -> pd.DataFrame:                      # a row a prompt, a column an arm
     "Similarity of each arm's answers to the chosen response of the test row; raises `DataError`"
-    ids, texts = list(test['id']), {}
+    ids, texts = test['id'][:], {}
     for role, method in arms:
         mine = responses[(responses['role'] == role) & (responses['method'] == method) & (responses['seed'] == seed)]
         if mine.empty: raise DataError(f'no responses of {role} ({method}), seed {seed}')
         by_id = {i: list(t['response']) for i, t in mine.groupby('id')}
         texts[role if [r for r, _ in arms].count(role) == 1 else f'{role} ({method})'] = [by_id[i] for i in ids]
-    return similarity_table(texts, list(test['chosen']), encoder)
+    return similarity_table(texts, test['chosen'][:], encoder)

@@ -87,7 +87,7 @@ def maths_scorer(
     "A scorer that knows the right answers of these prompts; raises `DataError`"
     gold: dict[str, str] = {}
     _check_gold(rows['answer'][:])
-    for prompt, answer in zip(rows['prompt'], rows['answer'][:], strict=True):
+    for prompt, answer in zip(rows['prompt'][:], rows['answer'][:], strict=True):
         if (first := gold.setdefault(key := prompt_text(prompt), answer)) != answer and not (same_number(first, answer) or same_answer(first, answer)):
             raise DataError(f'two right answers, {first} and {answer}, to one prompt: {key[:80]!r}')
     def score(prompts: list, responses: list[str]) -> list[float | None]:

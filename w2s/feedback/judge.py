@@ -197,7 +197,7 @@ def judge_by(
     form: JudgeForm = ANSWERS,  # how it is asked
 ) -> Judgement:
     "Ask a judge about every pair in both orders; raises `DataError`"
-    a, b, prompts = list(pairs['response_a']), list(pairs['response_b']), list(pairs['prompt'])
+    a, b, prompts = pairs['response_a'][:], pairs['response_b'][:], pairs['prompt'][:]
     same = np.array([x == y for x, y in zip(a, b, strict=True)], dtype=bool)
     at = np.flatnonzero(~same).tolist()
     asked = [question(form, prompts[i], x[i], y[i]) for x, y in ((a, b), (b, a)) for i in at]

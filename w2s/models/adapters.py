@@ -24,7 +24,7 @@ from ..io.disk import remove_tree, sync_tree, writing_name
 from ..io.manifests import MANIFEST, find_damage, seal_folder
 from .adapter_files import adapter_line, check_adapter_files, linear_layers, lora_targets, put_on
 from .load import Base, ModelPlan, files_hash, set_mode
-from .places import LoraSettings
+from .places import SWITCH, LoraSettings
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
@@ -138,7 +138,7 @@ def save_adapter(
     config = part/'adapter_config.json'
     config.write_text(json.dumps(_sorted_lists(json.loads(config.read_text(encoding='utf-8'))), indent=2, sort_keys=True), encoding='utf-8')
     note = {'base': base.name, 'fingerprint': base.fingerprint, **{k: v for k, v in asdict(base.settings).items() if v is not None or k != 'chat_template'}} | ({'hub_revision': r} if (r := getattr(base.model, 'hub_revision', None)) else {})
-    del note['device'] # a matter of this machine
+    for name in ('device', *SWITCH): del note[name] # matters of this machine
     (part/'w2s.json').write_text(json.dumps(note, indent=1, sort_keys=True), encoding='utf-8')
     save_head(model, part)
     seal_folder(part, {})
@@ -179,7 +179,8 @@ def put_saved(
     if bad:
         model.unload()
         raise ModelError(f'the adapter in {folder} is damaged: {bad[0]} holds inf or NaN; copy it again, or train it again')
-    if given <= set(get_peft_model_state_dict(model)): return model
+    own = {n.replace('.default.', '.') for n, _ in model.named_parameters() if '.lora_' in n}
+    if given <= own or given <= set(get_peft_model_state_dict(model)): return model # the first question is ten times as fast
     left = model.load_adapter(str(folder), 'default', is_trainable=trainable).unexpected_keys # older files name tensors otherwise, as PEFT knows
     if not left: return model
     model.unload()

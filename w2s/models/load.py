@@ -28,7 +28,7 @@ from .folders import check_causal, check_config, check_weights, index_files, is_
 from .four_bits import NF4Config
 from .hub import CONVERTER, hub_folder
 from .reading import LOAD_ERRORS, check_tensors, error_words, own_quantization, read_model, saved_in_four_bits
-from .places import DTYPE_NAMES, LoadSettings, is_folder, ladder_hint, located
+from .places import DTYPE_NAMES, SWITCH, LoadSettings, is_folder, ladder_hint, located
 
 # %% ../../nbs/api/models/110_load.ipynb #df8c6779
 _all_ = ['LoadSettings', 'is_folder', 'ladder_hint', 'located'] # a reader of this module should find them here
@@ -234,7 +234,7 @@ def load_base(
     bits = found_bits(model, not plan.saved_so)
     if plan.quantizer and bits != plan.bits: raise ModelError(f'{name}: {bits.four:,} weights are in 4 bits, and {plan.bits.four:,} should be; this version of transformers or bitsandbytes is not known to w2s')
     model.requires_grad_(False)
-    setattr(model, NOTE, settings.compute)
+    for name, value in {NOTE: settings.compute, **{at: getattr(settings, s) for s, at in SWITCH.items()}}.items(): setattr(model, name, value)
     set_mode(model, False)
     if not here: # an adapter remembers both
         model.name_or_path = model.config.name_or_path = str(name)

@@ -23,11 +23,10 @@ from .tokens import TOO_LONG, Encoded, EncodedRow, Tokens, close, fit, row_texts
 
 # %% ../../nbs/api/train/190_class_head.ipynb #21df5ffa
 def last_tokens(
-    data: Block,    # sequences, padded on either side
+    data: Block,    # sequences, padded on either side or packed
 ) -> Tensor:        # (sequences,): index of the last token of text
     "Where each sequence ends, by its attention mask"
-    places = torch.arange(data.attention_mask.shape[1], device=data.attention_mask.device)
-    return (data.attention_mask * places).argmax(1)
+    return data.ends()
 
 # %% ../../nbs/api/train/190_class_head.ipynb #e9d46271
 def last_states(
@@ -35,7 +34,7 @@ def last_states(
     data: Block,   # whole sequences
 ) -> Tensor:       # (sequences, width), in the type of the model's arithmetic
     "The hidden state at the last token of each sequence"
-    return response_hidden(model, replace(data, sequence=torch.arange(len(data.input_ids)), position=last_tokens(data)))
+    return response_hidden(model, replace(data, sequence=torch.arange(data.count), position=last_tokens(data)))
 
 # %% ../../nbs/api/train/190_class_head.ipynb #f84855eb
 def encode_texts(

@@ -113,8 +113,8 @@ def row_texts(
 ) -> tuple[list[tuple[str, list[RowText]]], dict[str, str], dict[str, list[int]]]: # by id: a text for each column; refused rows and why; what was done to rows, with their numbers
     "Rows as text, those that the chat template refuses, and what it did to the others"
     texts, refused, found = list[tuple[str, list[RowText]]](), dict[str, str](), dict[str, list[int]]()
-    prompts = list(data['prompt'])
-    for n, (id, prompt, *replies) in enumerate(zip(data['id'], prompts, *(data[c] for c in columns), strict=True), 1):
+    prompts = data['prompt'][:]
+    for n, (id, prompt, *replies) in enumerate(zip(data['id'][:], prompts, *(data[c][:] for c in columns), strict=True), 1):
         chat = not isinstance(prompt, str)
         try:
             asked = prompt_form(tokenizer, prompt) if not columns else RowText(render(tokenizer, prompt, True) if chat else '', '', False)
