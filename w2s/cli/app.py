@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
+from .bench import add_bench_command
 from .flags import AllowPickle, ChatTemplate, Command, Device, Dtype, Keep, Nf4Share, Quantize, Revision, add_command, check_places, given, out_path, settings_table, with_file
 from .guard import GuardedGroup, prepare_process
 from .labels import add_commands
@@ -125,6 +126,7 @@ add_commands(run_app)
 # %% ../../nbs/api/cli/60_app.ipynb #41ba75d4
 add_transfer_commands(run_app)
 add_refine_command(app)
+add_bench_command(app)
 app.add_typer(toxicity_app, name='toxicity', help='Train a toxicity scorer, or score texts.')
 
 # %% ../../nbs/api/cli/60_app.ipynb #4eacb177
