@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from test_house import HEAVY
 from w2s.cli import repeat
 from w2s.cli.app import app
 from w2s.cli.repeat import answer_file
@@ -20,6 +19,7 @@ from w2s.io.manifests import INCOMPLETE
 from w2s.models.tiny import tiny_model
 
 ROOT = Path(__file__).parents[1]
+HEAVY = ['torch', 'transformers', 'datasets', 'peft', 'accelerate', 'bitsandbytes', 'pandas', 'pyarrow', 'matplotlib', 'seaborn', 'sklearn', 'scipy']
 TOML = '''
 data = "{home}/data"
 strong = "{home}/strong"
