@@ -21,7 +21,7 @@ from w2s.models.class_heads import add_class_adapter, load_class_adapter
 from w2s.models.heads import add_reward_adapter, load_reward_adapter
 from w2s.models.load import LoadSettings, load_base
 from w2s.models.tiny import tiny_model
-from w2s.train import generate as generate_page
+from w2s.train import writing as generate_page
 
 from w2s.train.checkpoints import checkpoints
 from w2s.train.class_head import class_logits, encode_texts, head_probs

@@ -19,7 +19,7 @@ PACKAGE = ROOT / 'w2s'
 MODULES = sorted(path for path in PACKAGE.rglob('*.py') if path.name not in ('__init__.py', '_modidx.py'))
 NOTEBOOKS = sorted(path for path in (ROOT / 'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in path.relative_to(ROOT).parts))
 # The floors, lowest first: a module imports only from its own floor's lower numbers and from the floors before it
-FLOORS = ['errors', 'io', 'data', 'world', 'models', 'train', 'feedback', 'evaluate', 'compare', 'experiments', 'organism', 'files', 'plots', 'report', 'cli', 'trl', '__main__']
+FLOORS = ['errors', 'io', 'data', 'world', 'models', 'train', 'feedback', 'evaluate', 'compare', 'experiments', 'organism', 'files', 'plots', 'report', 'bench', 'cli', 'trl', '__main__']
 HEAVY = ['torch', 'transformers', 'datasets', 'peft', 'accelerate', 'bitsandbytes', 'pandas', 'pyarrow',
          'matplotlib', 'seaborn', 'sklearn', 'scipy']
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
+from .bench import add_bench_command
 from .flags import Command, add_command, out_path, settings_table
 from .guard import GuardedGroup, prepare_process
 from .label import add_label_command
@@ -114,6 +115,7 @@ add_commands(run_app)
 add_transfer_commands(run_app)
 add_label_command(app)
 add_refine_command(app)
+add_bench_command(app)
 add_compare_command(app)
 app.add_typer(toxicity_app, name='toxicity', help='Train a toxicity scorer, or score texts.')
 

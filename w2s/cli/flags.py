@@ -18,6 +18,7 @@ from typing import Annotated, Any, get_origin
 import typer
 
 # %% ../../nbs/api/cli/15_flags.ipynb #0f93bdcb
+from .repeat import answer_once, ask_question
 from ..compare.config import WHOLE, merged, read_toml, split_names
 from ..compare.options import Option, kinds_of, option_settings, options_of
 from ..compare.settings import Settings, make_settings, new_settings
@@ -150,8 +151,16 @@ def start_command(
     table = settings_table(command, flags, asked.file, asked.extra)
     if asked.vary is not None: return vary_command(command, table, asked)
     config = make_settings(command.settings, table)
-    check_places(command.models(config), [config.data, *command.sources(config)], None if asked.dry_run else asked.out, config.load.allow_pickle)
-    typer.echo(plan_command(command, config, asked) if asked.dry_run else f'\n{command.run(command, config, asked.out, asked.keep)}')
+    def check() -> None: check_places(command.models(config), sources, None if asked.dry_run else asked.out, config.load.allow_pickle)
+    def work() -> str:
+        check()
+        return f'\n{command.run(command, config, asked.out, asked.keep)}'
+
+    sources = [config.data, *command.sources(config)]
+    if asked.dry_run:
+        check()
+        typer.echo(plan_command(command, config, asked))
+    else: typer.echo(work() if asked.keep else answer_once(ask_question(command.opens, config, asked.out, command.models(config), sources), work))
 
 # %% ../../nbs/api/cli/15_flags.ipynb #d797424c
 def vary_command(

@@ -21,12 +21,13 @@ from ..errors import ConfigError
 from .label_data import label_tokens
 from .label_settings import Classify, Method
 from .preference_data import Reader
+from .preference_settings import short_name
 from .learn import Study, train_stage
 from .models import Model, model_inputs, open_base, opened_model
 from .notes import Later, Pass, Sketch, likely_probs, scoring_pass
 from .sources import source_hash
 from .score import score_stage
-from .stages import run_stage
+from .stages import run_stage, stage_name
 from ..feedback.cleaning import clean_by_probe
 from ..models.adapters import LoraSettings, adapter_hash, load_adapter
 from ..models.class_heads import add_class_adapter, load_class_adapter, word_ids
@@ -68,14 +69,14 @@ def read_later(
 def hidden_stage(
     study: Study,    # the experiment
     model: Model,    # whose states
-    name: str,       # of the rows, for people
+    name: str,       # of the rows, for the progress bar; the same texts are the same stage under any name
     rows: Dataset,   # of kind "labels"
 ) -> np.ndarray:     # (rows, width) float32
-    "Hidden states of the last tokens of some rows, without an adapter, computed once"
+    "Hidden states of the last tokens of some rows, without an adapter, computed once for a model and its texts"
     tokens, known = read_later(model.reader, rows, ())
     def states() -> np.ndarray: return last_hidden(open_base(model).model, tokens, study.config.student.token_budget, f'{name} states', study.quiet)
     def likely(rng: np.random.Generator) -> np.ndarray: return rng.normal(size=(len(tokens), load_config(model.name, model.load).get_text_config().hidden_size)).astype(np.float32)
-    return score_stage(study, model, f'{model.role}-states-{name}', {'rows': known}, 'hidden.npy', states, likely, [scoring_pass(model.name, tokens)])
+    return score_stage(study, model, f'{stage_name(short_name(model.name))}-states', {'rows': known}, 'hidden.npy', states, likely, [scoring_pass(model.name, tokens)])
 
 # %% ../../nbs/api/compare/170_label_stages.ipynb #d4b2fb7b
 def sureness(
