@@ -68,7 +68,7 @@ def learn(
     start: Path | None = None, # adapter that it begins with
 ) -> Path:                   # folder of the adapter
     "Supervised fine-tuning on completions, once; raises `DataError` for a row that does not fit"
-    weights, noting = list(rows['weight']), site.study.run.notes is not None
+    weights, noting = list(rows['weight']), site.study.run.notes is not None and site.study.run.notes.guesses
     def read(limit: int = model.reader.limit) -> list[EncodedRow]:
         found = encode_rows(model.reader.tokenizer, rows, ('completion',), limit).rows
         return read(sys.maxsize) if noting and len(found) < len(rows) else found # answers that stand in are as long as they may be

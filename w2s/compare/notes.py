@@ -94,7 +94,13 @@ class Notes:
     "What a run would do, in its order"
     scratch: Path           # empty folder for made-up results
     look: bool = True       # find stages that are done, and use their results
+    salt: int = 0           # of made-up results: with another one they are others, and so is all that depends on them
     stages: list[Noted] = field(default_factory=list)
+
+    @property
+    def guesses(self) -> bool:
+        "May some of the results so far be made up?"
+        return any(not s.found for s in self.stages if s.folder)
 
     @property
     def made_up(self) -> bool:
@@ -110,11 +116,24 @@ class Notes:
         "Note a stage"
         self.stages.append(Noted(name, final.name, tuple(sketch.passes if sketch else ()), found))
         if found: return final
-        folder = self.scratch/final.name
+        number = int(final.name.rpartition('-')[2], 16)
+        folder = self.scratch/(f'{self.salt}-{final.name}' if self.salt else final.name)
         if not folder.is_dir():
             folder.mkdir()
-            if sketch: sketch.stand_in(folder, np.random.default_rng(int(final.name.rpartition('-')[2], 16)))
+            if sketch: sketch.stand_in(folder, np.random.default_rng([self.salt, number] if self.salt else number))
         return folder
+
+    def takes(self,
+        final: Path, # folder of a stage that is not done
+    ) -> bool:
+        "Is the stage done now, instead of noted? Here never; a worker of several does what is free"
+        return False
+
+    def knows(self,
+        final: Path, # folder of a stage
+    ) -> bool:
+        "Was the stage found whole before, so that its files need not be read again? Here never"
+        return False
 
     def next_name(self,
         name: str,  # of a stage, for people
