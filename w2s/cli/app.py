@@ -18,6 +18,7 @@ from .. import __version__
 from .flags import AllowPickle, ChatTemplate, Command, Device, Dtype, Keep, Nf4Share, Quantize, Revision, add_command, check_places, given, out_path, settings_table, with_file
 from .guard import GuardedGroup, prepare_process
 from .labels import add_commands
+from .plan import add_plan_command
 from .refine import add_refine_command
 from .toxicity import toxicity_app
 from .demonstrations import add_transfer_commands
@@ -124,6 +125,7 @@ add_commands(run_app)
 
 # %% ../../nbs/api/cli/60_app.ipynb #41ba75d4
 add_transfer_commands(run_app)
+add_plan_command(app, run_app)
 add_refine_command(app)
 app.add_typer(toxicity_app, name='toxicity', help='Train a toxicity scorer, or score texts.')
 

@@ -30,7 +30,7 @@ from ..compare.preference_data import check_halves, load_preferences
 from ..compare.gold import check_gold
 from ..compare.learn import Study
 from ..compare.models import Model, note_models
-from ..compare.comparison import Opened, do_elsewhere, first_lines, print_now
+from ..compare.comparison import Opened, check_elsewhere, do_elsewhere, first_lines, print_now
 from ..compare.plan import Plan, plan_opened, run_for_plan
 from ..compare.stages import Run, claim, count_stages, say_numbered
 from ..compare.preference_settings import SUBSETS, WeakTeacher
@@ -291,11 +291,12 @@ def run_varied(
 ) -> Varied:
     "Run a comparison at several values of a setting; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     configs = variants(given, setting, values, cls)
+    machines, load = (getattr(next(iter(configs.values())), n) for n in ('machines', 'load'))
+    check_elsewhere(machines, load)
     with claim(out, {at: to_table(c) for at, c in configs.items()}, (lambda line: None) if quiet else print_now, keep, quiet=True) as stages:
         ready = open_varied(configs, stages, quiet)
         note_models(stages, [m for o in ready.values() for m in o.models])
         if not quiet: print(*dict.fromkeys(line for o in ready.values() for line in first_lines(o)), sep='\n')
-        machines = next(iter(configs.values())).machines
         if machines.several: do_elsewhere(machines, partial(open_each, configs), list(ready.values()), stages)
         elif not quiet: stages.say = say_numbered(print_now, count_stages(stages, lambda: [o.make() for o in ready.values()]))
         out_of = {at: _finish(o, stages) for at, o in ready.items()}
