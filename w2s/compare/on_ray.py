@@ -35,14 +35,19 @@ def connect(
     try:
         if on != 'ray': ray.init(address=on, **quiet)
         else: _own_cluster(ray, quiet)
-    except (ConnectionError, OSError, ValueError, RuntimeError) as e:
+    except Exception as e: # Ray raises plain ones, too
         raise ConfigError(f'--on {on}: no Ray cluster answers there ({" ".join(str(e).split())[:160]}); start one by `ray start --head`, or take --on ray for this machine alone') from e
     return True
 
 def _own_cluster(ray: Any, quiet: dict[str, Any]) -> None:
     "The cluster that this machine belongs to, or one of this machine alone"
-    try: ray.init(address='auto', **quiet)
-    except ConnectionError: ray.init(include_dashboard=False, **quiet)
+    try: return ray.init(address='auto', **quiet)
+    except ConnectionError: pass # there is none
+    for left in (2, 1, 0): # a busy machine needs more than the 30 s that Ray gives itself
+        try: return ray.init(include_dashboard=False, **quiet)
+        except Exception as e: # a plain one
+            if not left or 'timed out during startup' not in str(e): raise
+            ray.shutdown()
 
 # %% ../../nbs/api/compare/268_ray.ipynb #b070a2ea
 def worker_demand(
