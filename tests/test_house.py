@@ -167,7 +167,7 @@ def test_test_requirements_are_declared():
     code = [''.join(cell['source']) for path in NOTEBOOKS for cell in cells(path) if cell['cell_type'] == 'code']
     names |= {name for source in code for name in re.findall(r'^\s*(?:import|from)\s+(\w+)', source, flags=re.MULTILINE)}
     names -= {path.stem for path in (ROOT / 'benchmarks').glob('*.py')} # a test runs a benchmark in small
-    declared = set().union(*map(requirements, ('requirements', 'jupyter_requirements', 'dev_requirements')))
+    declared = set().union(*map(requirements, ('requirements', 'ray_requirements', 'jupyter_requirements', 'dev_requirements')))
     missing = undeclared(names, declared | {'ipython', 'setuptools'})
     assert not missing, f'imported by tests or notebooks, in no requirement line of settings.ini: {sorted(missing)}'
 

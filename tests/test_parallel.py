@@ -24,7 +24,7 @@ from w2s.compare.label_settings import fill_classify
 from w2s.compare.learn import Study
 from w2s.compare.machines import Machines
 from w2s.compare.preference_settings import fill_settings
-from w2s.compare.stages import Run, claim, run_stage
+from w2s.compare.stages import Run, claim, hold_stage, run_stage
 from w2s.compare.toxicity_settings import fill_toxicity
 from w2s.compare.workers import Share, walk_once, work_along
 from w2s.data.samples import sample_preferences, write_samples
@@ -76,7 +76,7 @@ def home(tmp_path_factory):
     return home
 
 
-ENV = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'RAY_USAGE_STATS_ENABLED': '0'}
+ENV = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'RAY_USAGE_STATS_ENABLED': '0', 'RAY_worker_niceness': '0'}
 
 
 def start(home, out, *flags):
@@ -324,3 +324,18 @@ def test_where_a_run_is_done_is_no_part_of_what_it_is():
     plain, several = (to_table(fill_settings(dict(load=dict(device='cpu'), machines=m))) for m in ({}, dict(devices='cpu,cpu')))
     assert run_hash(plain) == run_hash(several) and run_hash({'1': plain, '2': plain}) == run_hash({'1': several, '2': several})
     assert run_hash(plain) != run_hash(to_table(fill_settings(dict(load=dict(device='cpu'), beta=.3))))
+
+
+def test_nothing_is_cleaned_away_under_a_worker(tmp_path):
+    (tmp_path/'run/stages/old-1').mkdir(parents=True)
+    (tmp_path/'run/stages/.removed-old').mkdir()
+    with hold_stage(tmp_path/'run', tmp_path/'run/stages/student-2'):
+        done = CliRunner().invoke(app, ['clean', str(tmp_path/'run'), '-y'])
+        assert isinstance(done.exception, ConfigError) and 'student-2' in str(done.exception) and (tmp_path/'run/stages/.removed-old').exists()
+    assert CliRunner().invoke(app, ['clean', str(tmp_path/'run'), '-y']).exit_code == 0 and not (tmp_path/'run/stages/.removed-old').exists()
+
+
+def test_several_processes_of_torchrun_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(ConfigError, match='--devices'): run_experiment(open_preferences, fill_settings({}), tmp_path/'run')
+    assert not (tmp_path/'run').exists()

@@ -265,7 +265,7 @@ def clean_command(
     yes: Annotated[bool, Flag('--yes', '-y', help='do not ask')] = False,
 ) -> None:
     "Remove leftovers of killed runs, and stages that the results in a folder do not rest on."
-    from w2s.compare.stages import lock
+    from w2s.compare.stages import check_idle, lock
     from w2s.compare.upkeep import find_unused
     from w2s.io.disk import remove_tree
     unused = find_unused(folder)
@@ -273,6 +273,7 @@ def clean_command(
     if not unused: typer.echo(f'{folder}: there is nothing to remove')
     elif yes or typer.confirm(f'Remove these {len(unused)} files and folders?'):
         with lock(folder):
+            check_idle(folder)
             for path in unused: remove_tree(path)
         typer.echo('removed')
     else: typer.echo('nothing was removed')

@@ -6,6 +6,7 @@
 __all__ = ['Opened', 'first_lines', 'open_alone', 'check_elsewhere', 'do_elsewhere', 'print_now', 'run_experiment']
 
 # %% ../../nbs/api/compare/270_comparison.ipynb #518ea50b
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.hygiene import DataReport
+from ..errors import ConfigError
 from .config import to_table
 from .crews import crew_devices, do_on_devices, gpu_count
 from .extensions import import_extensions
@@ -60,6 +62,7 @@ def check_elsewhere(
     load: LoadSettings, # how models are loaded
 ) -> None:
     "Raise `ConfigError` for devices that are not there, or Ray that is not installed, before anything is read"
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise ConfigError('torchrun and accelerate launch start several processes for one model, and w2s trains a model in one process; for several GPUs start it without them, with --devices 0,1,2,3')
     if machines.on: need_ray()
     elif machines.several: crew_devices(machines, load, gpu_count())
 

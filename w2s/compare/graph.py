@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from .notes import Notes
+from .notes import Notes, Sketch
 from .stages import Run
 
 # %% ../../nbs/api/compare/290_graph.ipynb #e5f522c6
@@ -24,8 +24,13 @@ class Changed(Notes):
     "A walk in which the made-up result of one stage is another one"
     changed: str = '' # folder of that stage; empty: none
 
-    def add(self, name: str, final: Path, sketch: Any, found: bool) -> Path:
-        "Note a stage" # as in `Notes`
+    def add(self,
+        name: str,              # of the stage, for people
+        final: Path,            # its folder, where it is done
+        sketch: Sketch | None,  # what is known of it
+        found: bool,            # not looked at: here no stage is done
+    ) -> Path:                  # folder of a made-up result
+        "Note a stage"
         self.salt = int(final.name == self.changed)
         return super().add(name, final, sketch, False)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'CHECKPOINTS', 'LOCKS', 'HOLDER', 'RUN', 'DAY', 'MODELS', 'OWN', 'Run', 'stage_folder', 'stage_name',
-           'stage_role', 'judge_stage', 'clear_unfinished', 'hold_stage', 'run_stage', 'lock', 'read_run',
+           'stage_role', 'judge_stage', 'clear_unfinished', 'hold_stage', 'check_idle', 'run_stage', 'lock', 'read_run',
            'check_links', 'give_back', 'read_day', 'freeze_day', 'claim', 'note_stages', 'note_work', 'walk_stages',
            'say_numbered', 'count_stages']
 
@@ -113,6 +113,15 @@ def hold_stage(
         held.release()
         if final.is_dir(): # who still waits for this file finds the stage done
             with suppress(OSError): place.unlink()
+
+# %% ../../nbs/api/compare/030_stages.ipynb #a90ec011
+def check_idle(
+    root: Path, # folder of an experiment
+) -> None:
+    "Raise `ConfigError` if a process works on one of its stages now"
+    for place in sorted((root/LOCKS).glob('*')):
+        with hold_stage(root, root/'stages'/place.name, wait=False) as mine:
+            if not mine: raise ConfigError(f'a process is working on the stage {place.name} in {root}; wait for it')
 
 # %% ../../nbs/api/compare/030_stages.ipynb #74ea73be
 def run_stage(
