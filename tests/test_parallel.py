@@ -222,8 +222,9 @@ KINDS = {
 class Half(Share):
     "A walk that may do every second stage that is ready, as if another worker were always there first at the others"
     def takes(self, final):
-        self.asked = getattr(self, 'asked', 0) + super().takes(final)
-        return super().takes(final) and self.asked % 2 == 0
+        ready = super().takes(final)
+        self.asked = getattr(self, 'asked', 0) + ready
+        return ready and self.asked % 2 == 1
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -240,11 +241,10 @@ def test_walks_with_made_up_results_do_no_other_stage(kind, tmp_path):
             walk_once(run, opened.make, share)
             did.append(share.did)
             if not share.guesses: break
-            if not share.did: work = Share(tmp_path/f'scratch-{turn}', salt=turn, seen=seen, whole=whole); walk_once(run, opened.make, work)
         result = opened.result(opened.make())
     def stages(out): return {p.name for p in (out/'stages').iterdir()}
     assert stages(tmp_path/'shared') == stages(tmp_path/'plain')
-    assert len([d for d in did if d]) > 2, f'all was done in one walk, and nothing was made up: {did}'
+    assert min(did[:-1]) > 0 and len(did) > 2, f'all was done in one walk, and nothing was made up: {did}'
     pd.testing.assert_frame_equal(result.items, plain.items, check_exact=True)
 
 

@@ -104,12 +104,16 @@ def _member(answer: Any, opener: Opener, root: Path, keep: bool, theirs: dict[st
     torch.set_num_threads(threads)
     signal.signal(signal.SIGTERM, raise_stopped)
     warnings.filterwarnings('ignore', category=FutureWarning)
-    try: answer.send(join_study(opener, root, keep, theirs, where))
-    except KeyboardInterrupt: answer.send('stopped')
-    except W2SError as e: answer.send(e)
-    except BaseException as e: # it has no other way to be heard
-        answer.send(RuntimeError(f'{where}: {type(e).__name__}: {e}'))
-        raise
+    answer.send(_work(opener, root, keep, theirs, where))
+
+def _work(opener: Opener, root: Path, keep: bool, theirs: dict[str, str], where: str) -> Any:
+    "What a worker says at its end: how many stages it did, that it was stopped, or the error of its work"
+    try: return join_study(opener, root, keep, theirs, where)
+    except KeyboardInterrupt: return 'stopped'
+    except W2SError as e: return e
+    except Exception as e: # the process has no other way to be heard
+        return RuntimeError(f'{where}: {type(e).__name__}: {e}')
+    finally: signal.signal(signal.SIGTERM, signal.SIG_IGN) # what it has to say, it says
 
 # %% ../../nbs/api/compare/267_crews.ipynb #cc56f0f8
 @dataclass
