@@ -20,7 +20,7 @@ MODULES = sorted(path for path in PACKAGE.rglob('*.py') if path.name not in ('__
 NOTEBOOKS = sorted(path for path in (ROOT / 'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in path.relative_to(ROOT).parts))
 # The floors, lowest first: a module imports only from its own floor's lower numbers and from the floors before it
 FLOORS = ['errors', 'io', 'data', 'world', 'models', 'train', 'feedback', 'evaluate', 'compare', 'experiments', 'organism', 'files', 'plots', 'report', 'bench', 'cli', 'trl', '__main__']
-HEAVY = ['torch', 'transformers', 'datasets', 'peft', 'accelerate', 'bitsandbytes', 'pandas', 'pyarrow',
+HEAVY = ['torch', 'ray', 'transformers', 'datasets', 'peft', 'accelerate', 'bitsandbytes', 'pandas', 'pyarrow',
          'matplotlib', 'seaborn', 'sklearn', 'scipy']
 
 
@@ -161,8 +161,8 @@ def undeclared(names: set[str], declared: set[str]) -> set[str]:
 
 def test_requirements_are_declared():
     names = {name.split('.')[0] for path in MODULES for name, _ in imported(path)}
-    missing = undeclared(names, requirements('requirements')) - {'trl'} # see test_no_tools_at_run_time
-    assert not missing, f'imported by w2s, not in the line `requirements` of settings.ini: {sorted(missing)}'
+    missing = undeclared(names, requirements('requirements') | requirements('ray_requirements') | requirements('trl_requirements')) # an extra, imported only where it is asked for
+    assert not missing, f'imported by w2s, not in the lines `requirements`, `ray_requirements` and `trl_requirements` of settings.ini: {sorted(missing)}'
 
 
 def test_test_requirements_are_declared():
@@ -170,7 +170,7 @@ def test_test_requirements_are_declared():
     code = [''.join(cell['source']) for path in NOTEBOOKS for cell in cells(path) if cell['cell_type'] == 'code']
     names |= {name for source in code for name in re.findall(r'^\s*(?:import|from)\s+(\w+)', source, flags=re.MULTILINE)}
     names -= {path.stem for folder in ('benchmarks', 'tests') for path in (ROOT / folder).glob('*.py')} # a test runs a benchmark in small, or takes a function of another test
-    declared = set().union(*map(requirements, ('requirements', 'jupyter_requirements', 'dev_requirements')))
+    declared = set().union(*map(requirements, ('requirements', 'ray_requirements', 'jupyter_requirements', 'dev_requirements')))
     missing = undeclared(names, declared | {'ipython', 'setuptools'})
     assert not missing, f'imported by tests or notebooks, in no requirement line of settings.ini: {sorted(missing)}'
 

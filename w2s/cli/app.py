@@ -21,6 +21,7 @@ from .guard import GuardedGroup, prepare_process
 from .label import add_label_command
 from .labels import add_commands
 from .compare import add_compare_command
+from .plan import add_plan_command
 from .refine import add_refine_command
 from .toxicity import toxicity_app
 from .demonstrations import add_transfer_commands
@@ -114,6 +115,7 @@ add_commands(run_app)
 # %% ../../nbs/api/cli/60_app.ipynb #41ba75d4
 add_transfer_commands(run_app)
 add_label_command(app)
+add_plan_command(app, run_app)
 add_refine_command(app)
 add_bench_command(app)
 add_compare_command(app)
@@ -203,7 +205,7 @@ def clean_command(
     yes: Annotated[bool, Flag('--yes', '-y', help='do not ask')] = False,
 ) -> None:
     "Remove leftovers of killed runs, and stages that the results in a folder do not rest on."
-    from w2s.compare.stages import lock
+    from w2s.compare.stages import check_idle, lock
     from w2s.compare.upkeep import find_unused
     from w2s.io.disk import remove_tree
     unused = find_unused(folder)
@@ -211,6 +213,7 @@ def clean_command(
     if not unused: typer.echo(f'{folder}: there is nothing to remove')
     elif yes or typer.confirm(f'Remove these {len(unused)} files and folders?'):
         with lock(folder):
+            check_idle(folder)
             for path in unused: remove_tree(path)
         typer.echo('removed')
     else: typer.echo('nothing was removed')

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Keep', 'out_path', 'check_places', 'with_file', 'typer_option', 'run_and_write', 'Command', 'Asked', 'plan_command',
-           'settings_table', 'start_command', 'vary_command', 'typed_settings', 'function_of', 'command_function',
-           'add_command']
+           'worker_command', 'settings_table', 'start_command', 'vary_command', 'typed_settings', 'function_of',
+           'command_function', 'add_command']
 
 # %% ../../nbs/api/cli/15_flags.ipynb #cdbff410
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, get_origin
@@ -117,6 +118,7 @@ class Asked:
     vary: str | None        # setting that is varied
     values: str | None      # its values
     extra: Mapping[str, Any] # of the command alone
+    worker: bool = False    # only work along in a study of several processes?
 
 # %% ../../nbs/api/cli/15_flags.ipynb #0dc4a39a
 def plan_command(
@@ -128,6 +130,24 @@ def plan_command(
     from w2s.compare.plan import plan
     module, _, name = command.opens.partition(':')
     return repr(plan(getattr(import_module(module), name), config, asked.out, asked.keep))
+
+# %% ../../nbs/api/cli/15_flags.ipynb #c3a7e190
+def worker_command(
+    command: Command, # an experiment
+    configs: Any,     # its settings: one in a list, or those of a variation by value
+    asked: Asked,     # folder, and whether stages of other versions are kept
+) -> None:
+    "Work along in a study that several processes do; raises `ConfigError` and what the work raises"
+    varied = isinstance(configs, Mapping)
+    first = next(iter(configs.values())) if varied else configs[0]
+    if asked.dry_run: raise ConfigError('--worker does stages, and --dry-run does none; leave out one of them')
+    if first.machines.several: raise ConfigError('--worker is one process of several; leave out --devices, --processes and --on, which start several themselves')
+    from w2s.compare.comparison import open_alone, print_now
+    from w2s.compare.workers import work_in
+    module, _, name = command.opens.partition(':')
+    opener: Any = partial(import_module('w2s.experiments.vary').open_each, configs) if varied else partial(open_alone, getattr(import_module(module), name), first)
+    did = work_in(opener, asked.out, asked.keep, print_now)
+    typer.echo(f'all stages are done, {did} of them here; the command without --worker writes the results')
 
 # %% ../../nbs/api/cli/15_flags.ipynb #7822b2cb
 def settings_table(
@@ -157,6 +177,9 @@ def start_command(
         return f'\n{command.run(command, config, asked.out, asked.keep)}'
 
     sources = [config.data, *command.sources(config)]
+    if asked.worker:
+        check()
+        return worker_command(command, [config], asked)
     if asked.dry_run:
         check()
         typer.echo(plan_command(command, config, asked))
@@ -178,6 +201,7 @@ def vary_command(
         typer.echo(next(iter(plans.values())).report)
         for at, p in plans.items(): typer.echo(f'{asked.vary} {at}: {p.summary}')
         return
+    if asked.worker: return worker_command(command, configs, asked)
     from w2s.experiments.vary import run_varied
     from w2s.report.varied import write_varied
     varied = run_varied(table, str(asked.vary), split_names(asked.values or ''), asked.out, keep=asked.keep, cls=command.settings)
@@ -202,6 +226,7 @@ def _last_options(out: str) -> dict[str, tuple[Any, Any]]:
             'config': of(Path | None, help='TOML file with any settings; flags win over it'),
             'out': of(Path, parser=out_path, metavar='PATH', default=Path(out), show_default=True, help='folder of stages and results; finished stages in it are used again'),
             'keep_stages': (Keep, False),
+            'worker': (Annotated[bool, typer.Option('--worker', rich_help_panel='Machines', help='do the stages that no other worker does, until all are done, and write no results: start several of these, on machines that share --out, and at the end the command without it (w2s plan writes both for Slurm)')], False),
             'dry_run': of(bool, '--dry-run', default=False, help='print the plan and stop')}
 
 def typed_settings(
@@ -237,7 +262,7 @@ def command_function(
     def run(typed: dict[str, Any]) -> None:
         settings = typed_settings(command.settings, {k: v for k, v in typed.items() if k in options})
         settings |= {k: v for k, v in typed.items() if k in old and v is not None}
-        start_command(command, settings, Asked(typed['config'], typed['out'], typed['dry_run'], typed['keep_stages'], typed['vary'], typed['values'], {k: typed[k] for k in extra}))
+        start_command(command, settings, Asked(typed['config'], typed['out'], typed['dry_run'], typed['keep_stages'], typed['vary'], typed['values'], {k: typed[k] for k in extra}, typed['worker']))
     return function_of(whole, run)
 
 def add_command(

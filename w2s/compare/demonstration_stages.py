@@ -73,7 +73,7 @@ def train_sft(
     start: Path | None = None, # adapter that it begins with
 ) -> Path:                   # folder of the adapter
     "Supervised fine-tuning on completions, once; raises `DataError` for a row that does not fit"
-    weights, noting = rows['weight'][:], context.study.run.notes is not None
+    weights, noting = rows['weight'][:], context.study.run.notes is not None and context.study.run.notes.guesses
     def read(limit: int = model.reader.limit) -> list[EncodedRow]:
         found = encode_rows(model.reader.tokenizer, rows, ('completion',), limit).rows
         return read(sys.maxsize) if noting and len(found) < len(rows) else found # answers that stand in are as long as they may be

@@ -260,9 +260,14 @@ def imported_inputs(
 def run_hash(
     settings: Any, # of a run, as plain values
 ) -> str:          # 12 hexadecimal digits
-    "What a run is known by: its settings, and the functions of the user that it uses"
+    "What a run is known by: its settings, but for the machines that did it, and the functions of the user that it uses"
+    if isinstance(settings, Mapping): settings = {k: _without_machines(v) for k, v in settings.items() if k != 'machines'}
     more = imported_inputs(settings) if isinstance(settings, Mapping) else {}
     return settings_hash({**settings, 'extensions': more} if more else settings)
+
+def _without_machines(value: Any) -> Any:
+    "Settings of one value of a variation"
+    return {k: v for k, v in value.items() if k != 'machines'} if isinstance(value, Mapping) else value
 
 # %% ../../nbs/api/compare/025_extensions.ipynb #f35c110d
 def save_extensions(

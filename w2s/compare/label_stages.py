@@ -157,9 +157,12 @@ def learn_stage(
 # %% ../../nbs/api/compare/170_label_stages.ipynb #d4b1b8f1
 def _probe_stage(study: Study, model: Model, name: str, rows: Dataset, targets: np.ndarray, weights: np.ndarray) -> Path:
     "Fit a probe, once"
-    hidden = hidden_stage(study, model, name, rows)
+    hidden, notes = hidden_stage(study, model, name, rows), study.run.notes
+    made_up = notes is not None and notes.made_up
     inputs = model_inputs(model) | {'rows': read_later(model.reader, rows, ())[1], 'target': targets.tolist(), 'weights': weights.tolist()}
-    def work(folder: Path) -> None: save_probe(fit_probe(hidden, targets, weights.tolist()), folder/'probe.npz')
+    def work(folder: Path) -> None:
+        known = hidden_stage(study, model, name, rows) if made_up and study.run.notes is None else hidden # the states are no input, so made-up ones must not get into a real probe
+        save_probe(fit_probe(known, targets, weights.tolist()), folder/'probe.npz')
     return run_stage(study.run, f'{name}-probe', inputs, work, Sketch([Pass('other', model.name, len(rows))], lambda folder, rng: work(folder)))
 
 # %% ../../nbs/api/compare/170_label_stages.ipynb #ff70cc1f

@@ -90,7 +90,7 @@ def default_words(
     return f' (default: {"; ".join(parts)})' if usual or len(parts) > 1 else ''
 
 # %% ../../nbs/api/compare/027_options.ipynb #97d1d947
-PANELS = ('Data', 'Models', 'Method', 'Training', 'Evaluation', 'Output')
+PANELS = ('Data', 'Models', 'Method', 'Training', 'Evaluation', 'Machines', 'Output')
 SHORT = {'learning_rate': 'lr'}        # field of a training -> its flag
 PREFIXED = ('LoraSettings',)           # groups whose flags begin with the name of the group
 SHOWN_STAGES = ('learning_rate', 'epochs', 'batch_size') # of one training alone: what the help shows; all others work, too

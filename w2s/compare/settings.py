@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 # %% ../../nbs/api/compare/026_settings.ipynb #6a966636
 from .extensions import import_extensions
 from .config import check_names, check_value, field_kinds, from_table, merged, number
+from .machines import Machines, settled_load
 from ..data.names import SPLITS, named_pairs
 from ..errors import ConfigError, DataError, W2SWarning
 from ..models.places import LoadSettings, LoraSettings
@@ -110,6 +111,7 @@ class Settings:
     strict: bool = setting(False, 'Data')                    # stop if the data report finds anything at all
     load: LoadSettings = setting(LoadSettings(), 'Models', ladder=dict(dtype='float32')) # how models are loaded; bfloat16 is slow on processors without instructions for it
     lora: LoraSettings = setting(LoraSettings(), 'Models')   # the adapters that are trained
+    machines: Machines = setting(Machines(), 'Machines')     # where the work is done; never what comes out
 
     old: ClassVar[Mapping[str, str]] = {}  # old name of a setting -> the new one
     halves: ClassVar[bool] = False         # had it `rows` and `label_share` for both halves?
@@ -117,6 +119,7 @@ class Settings:
     def __post_init__(self) -> None:
         import_extensions(read_imports(self.imports)) # what settings name may be theirs
         fill_fields(self)
+        object.__setattr__(self, 'load', settled_load(self.machines, self.load))
         check_shared(self)
         self.check()
 

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['USES', 'VARIATIONS', 'FOLLOWS', 'OPEN', 'supervisor_settings', 'use_settings', 'loss_settings', 'Variation',
            'any_setting', 'variants', 'Varied', 'varied_table', 'lead_metrics', 'by_value', 'open_together',
-           'open_varied', 'run_varied', 'plan_varied', 'contrast']
+           'open_varied', 'open_each', 'run_varied', 'plan_varied', 'contrast']
 
 # %% ../../nbs/api/experiments/70_vary.ipynb #09b6017e
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..errors import ConfigError, W2SWarning, unknown
 from ..evaluate.clusters import by_group
 from ..evaluate.intervals import Estimate, difference, with_limits
 from ..evaluate.several import adjust_table
-from ..compare.extensions import LABELLERS, has_model
+from ..compare.extensions import LABELLERS, has_model, import_extensions
 from ..compare.config import merged, number, to_table
 from ..compare.demonstration_settings import DemonstrationSettings
 from ..compare.label_settings import Classify
@@ -29,7 +30,7 @@ from ..compare.preference_data import check_halves, load_preferences
 from ..compare.gold import check_gold
 from ..compare.learn import Study
 from ..compare.models import Model, note_models
-from ..compare.comparison import Opened, first_lines, print_now
+from ..compare.comparison import Opened, check_elsewhere, do_elsewhere, first_lines, print_now
 from ..compare.plan import Plan, plan_opened, run_for_plan
 from ..compare.stages import Run, claim, count_stages, say_numbered
 from ..compare.preference_settings import SUBSETS, WeakTeacher
@@ -271,6 +272,14 @@ def open_varied(
     if isinstance(first, WeakTeacher): return open_together({at: c for at, c in configs.items() if isinstance(c, WeakTeacher)}, study)
     return {at: OPEN[type(c)](study(c)) for at, c in configs.items()}
 
+def open_each(
+    configs: Mapping[str, Any], # of `variants`
+    run: Run,                   # folder of the stages
+) -> list[Opened]:              # a comparison for each value
+    "Open a variation in another process; its own functions are imported again there"
+    import_extensions(next(iter(configs.values())).imports)
+    return list(open_varied(configs, run, True).values())
+
 def run_varied(
     given: Mapping[str, Any],              # settings that all share, as of a file
     setting: str,                          # a key of `VARIATIONS`, a setting or a flag
@@ -282,12 +291,14 @@ def run_varied(
 ) -> Varied:
     "Run a comparison at several values of a setting; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     configs = variants(given, setting, values, cls)
+    machines, load = (getattr(next(iter(configs.values())), n) for n in ('machines', 'load'))
+    check_elsewhere(machines, load)
     with claim(out, {at: to_table(c) for at, c in configs.items()}, (lambda line: None) if quiet else print_now, keep, quiet=True) as stages:
         ready = open_varied(configs, stages, quiet)
         note_models(stages, [m for o in ready.values() for m in o.models])
-        if not quiet:
-            print(*dict.fromkeys(line for o in ready.values() for line in first_lines(o)), sep='\n')
-            stages.say = say_numbered(print_now, count_stages(stages, lambda: [o.make() for o in ready.values()]))
+        if not quiet: print(*dict.fromkeys(line for o in ready.values() for line in first_lines(o)), sep='\n')
+        if machines.several: do_elsewhere(machines, partial(open_each, configs), list(ready.values()), stages)
+        elif not quiet: stages.say = say_numbered(print_now, count_stages(stages, lambda: [o.make() for o in ready.values()]))
         out_of = {at: _finish(o, stages) for at, o in ready.items()}
     _say_other_rows(setting, out_of)
     return Varied(Path(out), setting, out_of)

@@ -225,7 +225,7 @@ def train(
     after: Callable[[int], None] | None = None, # called after each step with the number of steps taken, before their checkpoint
 ) -> pd.DataFrame:            # a row a step: loss, value, grad_norm, learning_rate
     "Train an adapter; killed and started again, it ends in the same bits (on a GPU: unless `without_form` has warned). Raises `TrainError`, or `Stopped` after a signal, with a checkpoint"
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise ConfigError('w2s trains in one process; start it without torchrun or accelerate launch')
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise ConfigError('w2s trains a model in one process; start it without torchrun or accelerate launch, and for several GPUs give --devices 0,1,2,3')
     steps, optimizer, folder = plan_steps(objective, settings, seed), make_optimizer(model, settings), Path(folder)
     history = load_last(folder, model, optimizer)
     chosen = plan_step(model, objective, settings)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
+from filelock import FileLock
 from ..errors import TrainError, W2SWarning
 from ..io.console import progress_bar
 from ..io.disk import write_atomic
@@ -149,14 +149,22 @@ def stored_logps(
     folder = store_folder(store, key)
     files = [folder/f'{n:05}.npy' for n in range(-(-len(rows)//PART))]
     parts: list[Any] = [read_part(f) for f in files]
-    fresh = [p is None for p in parts]
-    if any(fresh) or _state(files) not in _SEEN:
-        write_atomic(folder/'key.json', json.dumps(key, indent=1))
-        model: Any = load_adapter(base, adapter) if adapter else base.model
-        try:
-            _score_parts(files, parts, model, rows, budget, label, quiet)
-            if not all(fresh): _check_kept(np.concatenate(parts).reshape(len(rows), -1), model, base, rows, check, budget, folder)
-        finally:
-            if adapter: model.unload()
+    if any(p is None for p in parts) or _state(files) not in _SEEN:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder/'.lock'): # another process may need the same ones now
+            parts = [read_part(f) for f in files]
+            _fill_parts(folder, key, files, parts, base, adapter, rows, budget, check, label, quiet)
         _SEEN.add(_state(files))
     return np.concatenate(parts).reshape(len(rows), -1)
+
+def _fill_parts(folder: Path, key: dict[str, Any], files: Sequence[Path], parts: list[Any], base: Base, adapter: str | Path | None, rows: Sequence[EncodedRow],
+                budget: int, check: int, label: str, quiet: bool) -> None:
+    "Compute what is not there, and look at what is"
+    fresh = [p is None for p in parts]
+    write_atomic(folder/'key.json', json.dumps(key, indent=1))
+    model: Any = load_adapter(base, adapter) if adapter else base.model
+    try:
+        _score_parts(files, parts, model, rows, budget, label, quiet)
+        if not all(fresh): _check_kept(np.concatenate(parts).reshape(len(rows), -1), model, base, rows, check, budget, folder)
+    finally:
+        if adapter: model.unload()
