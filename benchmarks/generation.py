@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from memory_vocabulary import machine
 from scipy import stats
 
-from memory_vocabulary import machine
 from w2s.models.load import LoadSettings, load_base
 from w2s.models.zoo import model_folder
 from w2s.train.generate import GenerateSettings, prompt_ids, respond, width, write

@@ -20,8 +20,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from w2s.models.adapters import add_adapter
 from w2s.models.load import Base, LoadSettings, load_base, set_mode
 from w2s.models.tiny import tiny_tokenizer
-from w2s.train.loop import TrainSettings, preference_objective, step_gradient
 from w2s.train.logprobs import score
+from w2s.train.loop import TrainSettings, preference_objective, step_gradient
 from w2s.train.tokens import Encoded, EncodedRow
 
 PRECISIONS = {'nf4, bfloat16': LoadSettings('nf4', 'bfloat16'), 'bfloat16': LoadSettings('none', 'bfloat16'), 'float32': LoadSettings('none', 'float32')}

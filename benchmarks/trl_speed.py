@@ -21,6 +21,7 @@ from uuid import uuid4
 import numpy as np
 import torch
 import transformers
+from datasets import Dataset
 from memory_vocabulary import machine
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -35,8 +36,6 @@ from w2s.train.labels import label_objective
 from w2s.train.logprobs import score
 from w2s.train.loop import TrainSettings, preference_objective, sft_objective, train
 from w2s.train.tokens import Encoded, EncodedRow, encode_rows
-
-from datasets import Dataset
 
 CUT, BATCH = 512, 8
 LORA, PEER = LoraSettings(rank=16, alpha=32), dict(r=16, lora_alpha=32, target_modules='all-linear')

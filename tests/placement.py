@@ -14,6 +14,7 @@ pytest.importorskip('torch.utils.backend_registration')
 if not hasattr(torch.utils.backend_registration, '_setup_privateuseone_for_python_backend'): pytest.skip('PyTorch before 2.9 has no devices that are written in Python', allow_module_level=True)
 
 from other_device import Elsewhere, Other, TwoDevices
+
 from w2s.data.rows import make_rows
 from w2s.data.samples import sample_preferences
 from w2s.models.adapters import LoraSettings, add_adapter, load_adapter, save_adapter
@@ -22,7 +23,6 @@ from w2s.models.heads import add_reward_adapter, load_reward_adapter
 from w2s.models.load import LoadSettings, load_base
 from w2s.models.tiny import tiny_model
 from w2s.train import writing as generate_page
-
 from w2s.train.checkpoints import checkpoints
 from w2s.train.class_head import class_logits, encode_texts, head_probs
 from w2s.train.generate import respond

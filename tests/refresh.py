@@ -18,7 +18,6 @@ from nbdev.clean import clean_nb
 from nbdev.config import get_config
 from nbdev.process import extract_directives
 
-
 def small_png(data: str) -> str:
     "A picture, in base64, with at most 256 colours; as it was, where that is no smaller"
     from PIL import Image

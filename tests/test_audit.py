@@ -6,14 +6,12 @@ from scipy.special import expit
 
 from w2s.data.rows import make_rows
 from w2s.errors import DataError
-from w2s.evaluate.calibration import (calibration_report, coverage, expected_calibration_error, honest_error, reliability,
-                                      wilson)
+from w2s.evaluate.calibration import calibration_report, coverage, expected_calibration_error, honest_error, reliability, wilson
 from w2s.evaluate.intervals import estimate
 from w2s.evaluate.power import detectable, detectable_by
 from w2s.feedback.audit import SUBSETS, coin_consistency, consistency, matches, mix_check, random_labels, subset, subset_table
 from w2s.feedback.confidence import WEIGHTS, calibrated, confidence, fit_temperature, top_share, weighted
 from w2s.feedback.preferences import given_labels, label_pairs
-
 
 def invented(n=300, seed=0, steps=None):
     "Pairs with known qualities, human labels and weak labels; with `steps`, qualities are whole steps, so that ties are common"

@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import reward_folder
 from matplotlib.figure import Figure
 
-from conftest import reward_folder
 from w2s.cli.app import weak_teacher_config
-from w2s.data.samples import sample_preferences, write_samples
-from w2s.errors import ConfigError, ModelError, W2SWarning
-from w2s.experiments import preferences as page
 from w2s.compare.comparison import run_experiment
 from w2s.compare.stages import Run, claim, run_stage
 from w2s.compare.upkeep import find_unused, verify_folder
+from w2s.data.samples import sample_preferences, write_samples
+from w2s.errors import ConfigError, ModelError, W2SWarning
+from w2s.experiments import preferences as page
 from w2s.experiments.preferences import run
 from w2s.io import manifests
 from w2s.io.manifests import INCOMPLETE, MANIFEST, find_damage, read_manifest
@@ -215,6 +215,7 @@ def test_a_damaged_journal_is_named_and_its_rows_are_made_again(home, straight, 
 def small(config):
     "As the settings say, but in small batches, which changes no text"
     from dataclasses import replace
+
     from w2s.compare.preference_settings import sampling
     return replace(sampling(config), token_budget=64)
 
@@ -308,8 +309,7 @@ def test_links_to_folders_are_not_written_through(tmp_path, name):
     (tmp_path/'elsewhere').mkdir()
     (tmp_path/'run').mkdir()
     (tmp_path/'run'/name).symlink_to(tmp_path/'elsewhere')
-    with pytest.raises(ConfigError, match='symbolic link'):
-        with claim(tmp_path/'run', {}): pass
+    with pytest.raises(ConfigError, match='symbolic link'), claim(tmp_path/'run', {}): pass
     assert not any((tmp_path/'elsewhere').iterdir())
 
 

@@ -9,9 +9,9 @@ from tokenizers import processors
 from typer.testing import CliRunner
 
 from w2s.cli.app import app
-from w2s.errors import ConfigError, DataError
 from w2s.compare.models import asked_inputs, know_model, model_inputs
 from w2s.compare.preference_settings import WeakTeacher
+from w2s.errors import ConfigError, DataError
 from w2s.models.chat_templates import CHATML, PLAIN, choose_template
 from w2s.models.load import LoadSettings, load_base
 from w2s.models.tiny import tiny_model, tiny_tokenizer

@@ -8,11 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from w2s.data.rows import make_rows
 from w2s.errors import ConfigError, DataError, ModelError, TrainError
-from w2s.models.adapters import CLASS_HEAD_FILE, HEAD_FILE, LoraSettings, add_adapter, adapter_hash, load_adapter, save_adapter
+from w2s.models.adapters import CLASS_HEAD_FILE, HEAD_FILE, LoraSettings, adapter_hash, add_adapter, load_adapter, save_adapter
 from w2s.models.class_heads import add_class_adapter, add_class_head, class_count, class_head_of, load_class_adapter, word_ids
 from w2s.models.heads import add_reward_adapter, load_reward_adapter
 from w2s.models.load import Base, LoadSettings, load_base, set_mode

@@ -5,10 +5,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from w2s.errors import ConfigError
-from w2s.compare import label_arms as class_arms, label_data as class_data
-from w2s.experiments import labels as classify
+from w2s.compare import label_arms as class_arms
+from w2s.compare import label_data as class_data
 from w2s.compare.label_settings import fill_labels
+from w2s.errors import ConfigError
+from w2s.experiments import labels as classify
 from w2s.models.adapters import adapter_hash
 
 GIVEN = dict(weak='pico', strong='micro', seeds=1, n_labelled=40, n_unlabelled=100, n_test=60, methods='xent,confidence', snapshots=2, validate=.25, via='pico')

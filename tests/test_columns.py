@@ -662,9 +662,10 @@ POOR = {'r below zero': dict(r=-.017, auc=.6), 'r is zero': dict(r=0., auc=.6), 
 
 @pytest.mark.parametrize('case', POOR)
 def test_a_scorer_that_orders_nothing_is_refused_unless_it_is_allowed(home, tmp_path, case):
+    import shutil
+
     from w2s.compare.toxicity_arms import judge_of
     from w2s.compare.toxicity_settings import fill_toxicity
-    import shutil
     folder = Path(shutil.copytree(home/'scorer', tmp_path/'scorer'))
     card = json.loads((folder/'card.json').read_text())
     card['held_out']['all'] |= POOR[case]

@@ -47,6 +47,7 @@ def lm_eval_runs(tmp_path_factory, folder):
     lm_eval = pytest.importorskip('lm_eval')
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.tasks import TaskManager
+
     from w2s.models.zoo import model_folder
     home = tmp_path_factory.mktemp('lm')
     rows = [dict(question=f'Is {a} more than {b}?', choices=['yes', 'no'], answer=int(a <= b), topic=f't{a % 4}') for a in range(1, 9) for b in range(1, 6) if a != b]

@@ -14,7 +14,19 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from w2s.data.hygiene import COLUMNS, DataReport, clean_text, merge_reports
-from w2s.data.readers import DIFFER, ELSEWHERE, MESSAGES, MISSING, NOT_DIALOGUE, REASONS, TIE, TURN, preferences_from, read_preferences, split_of
+from w2s.data.readers import (
+    DIFFER,
+    ELSEWHERE,
+    MESSAGES,
+    MISSING,
+    NOT_DIALOGUE,
+    REASONS,
+    TIE,
+    TURN,
+    preferences_from,
+    read_preferences,
+    split_of,
+)
 from w2s.data.rows import KINDS, check_rows, content_id, group_key, make_rows, prompt_text, to_pairs, to_preferences
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.data.splits import drop_overlap, group_split, overlap, sample_rows, split_record

@@ -10,12 +10,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, OPTConfig, Qwen2Config
 
+from w2s.compare import gold
+from w2s.compare import models as models_page
+from w2s.compare.models import close_base, know_model, open_base
+from w2s.compare.preference_settings import WeakTeacher
 from w2s.data.rows import make_rows
 from w2s.data.samples import sample_preferences
 from w2s.errors import ConfigError, TrainError, W2SWarning
-from w2s.compare import gold, models as models_page
-from w2s.compare.models import close_base, know_model, open_base
-from w2s.compare.preference_settings import WeakTeacher
 from w2s.models import devices
 from w2s.models.adapters import LoraSettings, add_adapter
 from w2s.models.devices import find_device, settle

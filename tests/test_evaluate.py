@@ -7,10 +7,33 @@ from w2s.errors import DataError
 from w2s.evaluate.bootstrap import crossed_bootstrap
 from w2s.evaluate.clusters import by_group, clustered
 from w2s.evaluate.intervals import (
-    Estimate, difference, difference_table, estimate, interval, interval_limits, interval_table, mean_squares, p_value, score_matrix, t_factor, two_errors)
+    Estimate,
+    difference,
+    difference_table,
+    estimate,
+    interval,
+    interval_limits,
+    interval_table,
+    mean_squares,
+    p_value,
+    score_matrix,
+    t_factor,
+    two_errors,
+)
 from w2s.evaluate.metrics import (
-    ITEM_COLUMNS, ROLES, TIDY_COLUMNS, agreement, by_role, check_items, finite, item_rows, metric_rows, preference_correct,
-    preference_scores, summarise)
+    ITEM_COLUMNS,
+    ROLES,
+    TIDY_COLUMNS,
+    agreement,
+    by_role,
+    check_items,
+    finite,
+    item_rows,
+    metric_rows,
+    preference_correct,
+    preference_scores,
+    summarise,
+)
 
 STUDENT, FLOOR = ('student', 'dpo weak'), ('floor', 'dpo human')
 

@@ -12,16 +12,32 @@ from typer.testing import CliRunner
 
 from w2s.cli.app import app
 from w2s.cli.guard import GuardedGroup
-from w2s.compare.extensions import (
-    IMPORTED, KINDS, import_extensions, imported_inputs, judge, judge_scores, label_loss, labeller, labeller_rewards, loss, method, method_answers, metric, own_metrics, run_hash, task)
-from w2s.compare.label_settings import fill_labels
 from w2s.compare.demonstration_settings import fill_demonstrations
+from w2s.compare.extensions import (
+    IMPORTED,
+    KINDS,
+    import_extensions,
+    imported_inputs,
+    judge,
+    judge_scores,
+    label_loss,
+    labeller,
+    labeller_rewards,
+    loss,
+    method,
+    method_answers,
+    metric,
+    own_metrics,
+    run_hash,
+    task,
+)
+from w2s.compare.label_settings import fill_labels
 from w2s.compare.preference_settings import fill_settings
 from w2s.compare.result import show_table
 from w2s.compare.sources import source_hash
+from w2s.compare.toxicity_settings import fill_toxicity
 from w2s.data.rows import make_rows
 from w2s.errors import ConfigError, DataError
-from w2s.compare.toxicity_settings import fill_toxicity
 from w2s.experiments import demonstrations, labels, preferences, toxicity
 from w2s.train.losses import PREFERENCE_LOSSES
 

@@ -5,14 +5,14 @@ import warnings
 import pytest
 import torch
 from bitsandbytes import functional as bnb
-from peft import AutoPeftModelForCausalLM, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from families import ALIKE, COMMANDS, EYE, FAMILIES, MINE, MOE, TOKENIZERS, S, letters, make_model, nested, of, own_logp, tried, write_rows
+from peft import AutoPeftModelForCausalLM, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from w2s.errors import ModelError
 from w2s.compare.learn import check_checkpointing
 from w2s.compare.models import know_model, model_inputs
 from w2s.compare.preference_settings import WeakTeacher
+from w2s.errors import ModelError
 from w2s.models import load
 from w2s.models.adapter_files import PURE_MAMBA, adapter_line, linear_layers
 from w2s.models.adapters import LoraSettings, add_adapter, load_adapter, plan_adapter, save_adapter

@@ -20,8 +20,8 @@ from w2s.data.samples import sample_preferences
 from w2s.errors import ConfigError, DataError, ModelError
 from w2s.models.adapters import LoraSettings, add_adapter
 from w2s.models.load import LoadSettings, load_base, load_tokenizer
-from w2s.models.zoo import model_folder
 from w2s.models.tiny import pretrain, tiny_model, tiny_tokenizer
+from w2s.models.zoo import model_folder
 from w2s.train import generate as page
 from w2s.train import sampling
 from w2s.train.batches import block

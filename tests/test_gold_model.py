@@ -2,21 +2,20 @@
 import json
 
 import pytest
+from conftest import reward_folder
 from typer.testing import CliRunner
 
 import w2s.compare.gold as gold
-from conftest import reward_folder
 from w2s.cli.app import app
+from w2s.compare.preference_settings import WeakTeacher
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.errors import ModelError
-from w2s.compare.preference_settings import WeakTeacher
 from w2s.experiments.preferences import run
 from w2s.models.adapters import LoraSettings
 from w2s.models.load import LoadSettings
 from w2s.models.tiny import pretrain, tiny_model
 from w2s.report.write import write
 from w2s.train.loop import TrainSettings
-
 
 def test_a_reward_model_scores_the_responses_of_a_run_once(tmp_path, monkeypatch):
     texts = [r['prompt'] + r['chosen'] for r in sample_preferences(60, seed=3)]

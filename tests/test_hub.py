@@ -12,14 +12,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.file_download import repo_folder_name
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 from typer.testing import CliRunner
 
 from w2s.cli.app import app
-from w2s.errors import ConfigError, ModelError, W2SWarning
 from w2s.compare.models import know_model
+from w2s.errors import ConfigError, ModelError, W2SWarning
 from w2s.io import file_hashes
 from w2s.models import hub
 from w2s.models.adapters import add_adapter, save_adapter

@@ -13,8 +13,24 @@ from w2s.evaluate.responses import score_responses
 from w2s.evaluate.reward_models import load_reward_model
 from w2s.evaluate.similarity import fit_r2, r2_difference, similarity, similarity_table
 from w2s.feedback import judge as module
-from w2s.feedback.judge import (ANSWERS, ECHO, Judgement, JudgeForm, ask_each, ask_text, ask_words, judge_by, judge_labels, judge_pairs,
-                                judge_report, judged_scores, parse_verdict, question, response_pairs, text_votes)
+from w2s.feedback.judge import (
+    ANSWERS,
+    ECHO,
+    JudgeForm,
+    Judgement,
+    ask_each,
+    ask_text,
+    ask_words,
+    judge_by,
+    judge_labels,
+    judge_pairs,
+    judge_report,
+    judged_scores,
+    parse_verdict,
+    question,
+    response_pairs,
+    text_votes,
+)
 from w2s.models.load import LoadSettings, load_base
 from w2s.models.tiny import tiny_config, tiny_model, tiny_tokenizer
 from w2s.train.generate import GenerateSettings

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from w2s.cli.app import weak_teacher_config
-from w2s.data.samples import sample_preferences, write_samples
 from w2s.compare.stages import Run, run_stage
-from w2s.io.manifests import read_manifest
+from w2s.data.samples import sample_preferences, write_samples
 from w2s.experiments.preferences import run
+from w2s.io.manifests import read_manifest
 from w2s.models.adapters import LoraSettings, add_adapter, save_adapter
 from w2s.models.load import LoadSettings, load_base
 from w2s.models.tiny import tiny_model

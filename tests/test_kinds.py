@@ -7,24 +7,23 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from typer.testing import CliRunner
 
 from w2s.cli.app import app
+from w2s.compare.label_data import load_labels
+from w2s.compare.label_settings import fill_labels
+from w2s.compare.stages import HOLDER, MODELS, RUN, claim, lock, read_run
+from w2s.compare.toxicity_settings import fill_toxicity
 from w2s.data.numbers import number_of
 from w2s.data.prompts import looks_like_messages
 from w2s.data.readers import read_preferences
 from w2s.errors import ConfigError, DataError, ModelError
 from w2s.evaluate.maths import mark_answer
-from w2s.compare.label_data import load_labels
-from w2s.compare.label_settings import fill_labels
-from w2s.organism.ladder import build_model, check_model_folder
-from w2s.compare.stages import HOLDER, MODELS, RUN, claim, lock, read_run
-from w2s.compare.toxicity_settings import fill_toxicity
 from w2s.io.console import bullet_list, markdown_table, shorten_home
 from w2s.io.disk import error_number
 from w2s.io.manifests import publish
 from w2s.models.adapters import LoraSettings, add_adapter, load_adapter, save_adapter
 from w2s.models.load import LoadSettings, load_base
 from w2s.models.tiny import tiny_model
+from w2s.organism.ladder import build_model, check_model_folder
 from w2s.train.journal import read_line
-
 
 # Files of the user
 

@@ -13,15 +13,15 @@ import pytest
 from datasets import Dataset
 from scipy.special import expit
 
+from w2s.compare.preference_data import ladder_world
 from w2s.data.readers import read_preferences
 from w2s.data.rows import make_rows, to_pairs
 from w2s.data.tables import read_table
 from w2s.errors import ConfigError, DataError
+from w2s.feedback.preferences import label_pairs
 from w2s.files import label as page
 from w2s.files.label import Labelled, label, label_settings, measured_text, trl_table, verdict
 from w2s.files.label_rows import LabelJob, read_pairs, word_margins
-from w2s.compare.preference_data import ladder_world
-from w2s.feedback.preferences import label_pairs
 from w2s.world.rows import world_preferences
 
 ROOT = Path(__file__).parents[1]

@@ -8,16 +8,24 @@ import pytest
 import sklearn.metrics as sk
 
 from w2s.errors import DataError
+from w2s.evaluate.bootstrap import crossed_bootstrap
 from w2s.evaluate.calibration import wilson
 from w2s.evaluate.class_answers import answer_scores, normalised
 from w2s.evaluate.class_calibration import class_calibration, class_reliability, class_shares
-from w2s.evaluate.bootstrap import crossed_bootstrap
 from w2s.evaluate.intervals import difference, estimate
-from w2s.evaluate.label_metrics import (agreement_scores, auroc, auroc_scores, balanced_correct, f1, hits, label_correct, label_scores,
-                                        ratio_scores)
+from w2s.evaluate.label_metrics import (
+    agreement_scores,
+    auroc,
+    auroc_scores,
+    balanced_correct,
+    f1,
+    hits,
+    label_correct,
+    label_scores,
+    ratio_scores,
+)
 from w2s.evaluate.metrics import metric_rows
 from w2s.evaluate.pgr import pgr, recovered
-
 
 def drawn(rows, classes, seed, grid=12):
     "Probabilities with many equal values (none tied at the top of its row), and labels of unequal classes, each with a row"

@@ -15,15 +15,34 @@ from w2s.feedback.cleaning import PROBES, clean_by_probe, row_folds
 from w2s.models.adapters import LoraSettings, add_adapter
 from w2s.models.load import LoadSettings, load_base
 from w2s.models.tiny import pretrain, tiny_model
-from w2s.train import label_losses, label_variants
-from w2s.train import loop
+from w2s.train import label_losses, label_variants, loop
 from w2s.train.batches import block
 from w2s.train.checkpoints import trainable
 from w2s.train.label_losses import class_counts, confidence, confidence_weight, harden, soft_xent
 from w2s.train.label_variants import (
-    balanced, class_prices, focal, forward_kl, margins, product, product_target, reverse_kl, sharpened, warm_up, window_target)
+    balanced,
+    class_prices,
+    focal,
+    forward_kl,
+    margins,
+    product,
+    product_target,
+    reverse_kl,
+    sharpened,
+    warm_up,
+    window_target,
+)
 from w2s.train.labels import (
-    LABEL_LOSSES, batch_opinion, class_logps, class_probs, encode_labels, encode_words, label_objective, label_targets, weak_labels)
+    LABEL_LOSSES,
+    batch_opinion,
+    class_logps,
+    class_probs,
+    encode_labels,
+    encode_words,
+    label_objective,
+    label_targets,
+    weak_labels,
+)
 from w2s.train.logprobs import response_logps, score, sum_sequences
 from w2s.train.loop import TrainSettings, for_step, step_gradient, train
 from w2s.train.tokens import EncodedRow

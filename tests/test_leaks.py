@@ -5,25 +5,25 @@ from functools import lru_cache
 
 import pytest
 
+from w2s.compare import demonstration_arms
 from w2s.compare import demonstration_stages as transfer_stages
+from w2s.compare.demonstration_arms import make_seed
+from w2s.compare.demonstration_settings import METHODS, fill_demonstrations
+from w2s.compare.demonstration_stages import Context
+from w2s.compare.demonstration_tasks import WORLD_MAKERS, world_rows
 from w2s.compare.label_data import label_halves, load_labels
 from w2s.compare.label_settings import WORLD_TASKS, fill_labels
-from w2s.compare.preference_data import halves, ladder_world, load_preferences
 from w2s.compare.learn import Study
 from w2s.compare.models import know_model
+from w2s.compare.preference_data import halves, ladder_world, load_preferences
 from w2s.compare.stages import Run
 from w2s.compare.toxicity_data import rows_of
 from w2s.compare.toxicity_settings import fill_toxicity
-from w2s.world.parts import parts
-from w2s.compare.demonstration_arms import make_seed
-from w2s.compare.demonstration_settings import METHODS, fill_demonstrations
-from w2s.compare import demonstration_arms
-from w2s.compare.demonstration_stages import Context
-from w2s.compare.demonstration_tasks import WORLD_MAKERS, world_rows
 from w2s.feedback.forms import WORLD
 from w2s.models.zoo import model_folder
 from w2s.train.generate import GenerateSettings
 from w2s.world.lessons import school_parts
+from w2s.world.parts import parts
 
 SIZES = (120, 300, 200) # the defaults of `w2s run persona` and its like
 

@@ -12,13 +12,36 @@ import pytest
 from datasets import Dataset
 
 from w2s.data.answers import same_answer
-from w2s.data.maths_rows import (EMPTY_QUESTION, MATHS_REASONS, NO_BOX, NO_HASH, NO_NUMBER, boxed, hashed, maths_from, number_of, number_text, read_gsm8k,
-                                 without_marks)
+from w2s.data.maths_rows import (
+    EMPTY_QUESTION,
+    MATHS_REASONS,
+    NO_BOX,
+    NO_HASH,
+    NO_NUMBER,
+    boxed,
+    hashed,
+    maths_from,
+    number_of,
+    number_text,
+    read_gsm8k,
+    without_marks,
+)
 from w2s.data.readers import MISSING
 from w2s.data.rows import check_rows
 from w2s.data.tables import read_table
 from w2s.errors import ConfigError, DataError
-from w2s.evaluate.maths import RULES, calculations, final_number, find_number, maths_scorer, maths_scores, rule_counts, same_number, working_scores, worth
+from w2s.evaluate.maths import (
+    RULES,
+    calculations,
+    final_number,
+    find_number,
+    maths_scorer,
+    maths_scores,
+    rule_counts,
+    same_number,
+    working_scores,
+    worth,
+)
 from w2s.evaluate.responses import failures, score_responses
 
 GSM8K = Path(__file__).parents[2] / 'shared' / 'data' / 'gsm8k'

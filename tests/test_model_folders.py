@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from typer.testing import CliRunner
 
 from w2s.cli.app import app
+from w2s.compare.models import know_model
+from w2s.compare.preference_data import Reader, readable
 from w2s.data.hygiene import DataReport
 from w2s.errors import ConfigError, ModelError
 from w2s.evaluate.reward_models import load_reward_model
 from w2s.evaluate.similarity import encoder_vectors
 from w2s.evaluate.toxicity_scorers import load_classifier_scorer
-from w2s.compare.preference_data import Reader, readable
-from w2s.compare.models import know_model
 from w2s.models.adapters import LoraSettings, add_adapter, save_adapter
 from w2s.models.class_heads import word_ids
 from w2s.models.load import LoadSettings, load_base, load_tokenizer

@@ -12,19 +12,23 @@ import torch
 from datasets import Dataset
 from scipy.special import expit
 
+from w2s.compare import demonstration_arms as transfer
+from w2s.compare import demonstration_stages as transfer_stages
+from w2s.compare import label_arms as class_arms
+from w2s.compare import label_stages as class_stages
+from w2s.compare import learn, preference_stages, supervisors
+from w2s.compare import preference_arms as arms
+from w2s.compare.arms import Arm, SeedRows
+from w2s.compare.label_settings import parse_method
+from w2s.compare.learn import Study
+from w2s.compare.models import know_model
+from w2s.compare.preference_data import halves, load_preferences
+from w2s.compare.preference_settings import LabelUse, fill_settings
+from w2s.compare.stages import Run
 from w2s.data.rows import make_rows, to_pairs
 from w2s.data.samples import sample_preferences
 from w2s.evaluate.power import forecast
 from w2s.evaluate.toxicity import toxicity_scores
-from w2s.compare import learn, preference_arms as arms, label_arms as class_arms, label_stages as class_stages, preference_stages, supervisors, demonstration_stages as transfer_stages
-from w2s.compare import demonstration_arms as transfer
-from w2s.compare.arms import Arm, SeedRows
-from w2s.compare.label_settings import parse_method
-from w2s.compare.preference_data import halves, load_preferences
-from w2s.compare.learn import Study
-from w2s.compare.models import know_model
-from w2s.compare.stages import Run
-from w2s.compare.preference_settings import LabelUse, fill_settings
 from w2s.feedback.confidence import fit_temperature
 from w2s.feedback.preferences import label_pairs
 from w2s.models.load import LoadSettings, load_base
@@ -37,7 +41,6 @@ from w2s.train.logprobs import response_logps, score
 from w2s.train.loop import TrainSettings, plan_steps, preference_objective, sft_objective, train
 from w2s.train.rewards import response_rewards
 from w2s.train.tokens import encode, encode_rows
-
 
 # What a run on preferences gives to its trainings
 

@@ -6,7 +6,6 @@ from w2s.world.facts import make_world
 from w2s.world.parts import parts
 from w2s.world.scenes import scene_questions, toxicity_verdict
 
-
 def names(items) -> set[str]: return {x.name for x in items}
 
 

@@ -19,20 +19,23 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from w2s.compare import answer as answer_page
+from w2s.compare import learn, preference_stages, supervisors
+from w2s.compare import preference_arms as arms
+from w2s.compare import score as score_page
+from w2s.compare.extensions import LABELLERS
+from w2s.compare.learn import Study
+from w2s.compare.models import know_model
+from w2s.compare.preference_data import Reader, halves, load_preferences, readable
+from w2s.compare.preference_settings import LabelUse, WeakTeacher
+from w2s.compare.stages import Run, stage_folder
 from w2s.data.rows import make_rows, to_pairs
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.errors import DataError, W2SWarning
-from w2s.compare.extensions import LABELLERS
-from w2s.compare import answer as answer_page, learn, preference_arms as arms, preference_stages, score as score_page, supervisors
 from w2s.experiments import preferences as weak_teacher
-from w2s.compare.preference_data import Reader, halves, load_preferences, readable
-from w2s.compare.learn import Study
-from w2s.compare.models import know_model
-from w2s.compare.stages import Run, stage_folder
-from w2s.compare.preference_settings import LabelUse, WeakTeacher
 from w2s.experiments.preferences import know_models, run
 from w2s.feedback.preferences import given_labels, label_pairs
-from w2s.models.adapters import LoraSettings, add_adapter, adapter_hash, load_adapter, save_adapter
+from w2s.models.adapters import LoraSettings, adapter_hash, add_adapter, load_adapter, save_adapter
 from w2s.models.load import Base, LoadSettings, load_base, load_tokenizer, set_mode
 from w2s.models.tiny import pretrain, tiny_model, tiny_tokenizer
 from w2s.train import checkpoints as checkpoint_module
@@ -41,7 +44,7 @@ from w2s.train import reference as store_module
 from w2s.train.batches import block
 from w2s.train.checkpoints import checkpoints, trainable
 from w2s.train.logprobs import check_model, head_of, response_hidden, response_logps, score, token_logps
-from w2s.train.loop import TrainSettings, preference_objective, make_optimizer, material, sft_objective, step_gradient, train
+from w2s.train.loop import TrainSettings, make_optimizer, material, preference_objective, sft_objective, step_gradient, train
 from w2s.train.reference import logps_key, store_folder, stored_logps, tolerance
 from w2s.train.tokens import EQUAL, TOO_LONG, Encoded, EncodedRow, encode, encode_rows
 
@@ -793,6 +796,7 @@ def test_pitfall_10_every_dpo_stage_starts_from_its_reference(done):
 def test_pitfall_16_a_saved_model_has_its_recorded_scores(world, done):
     "Load the student and its SFT reference with PEFT alone, score the test rows anew: the recorded accuracy and log-probs"
     from peft import AutoPeftModelForCausalLM
+
     from w2s.report.write import write
     write(done)
     student = AutoPeftModelForCausalLM.from_pretrained(next((done.folder/'adapters').glob('student-*-seed0')), dtype=torch.float32)

@@ -14,8 +14,18 @@ from w2s.evaluate.intervals import difference_table, interval_table
 from w2s.evaluate.metrics import ROLES, metric_rows, preference_scores, summarise
 from w2s.plots.metrics import metric_label, metric_of
 from w2s.plots.results import (
-    ROLE_COLORS, caption, group_names, model_colors, model_name, model_size, plot_differences, plot_roles, plot_seeds,
-    plot_training, save_figure)
+    ROLE_COLORS,
+    caption,
+    group_names,
+    model_colors,
+    model_name,
+    model_size,
+    plot_differences,
+    plot_roles,
+    plot_seeds,
+    plot_training,
+    save_figure,
+)
 
 MODELS = {('baseline', 'untuned'): -.1, ('baseline', 'sft weak'): -.02, ('baseline', 'sft human'): 0., ('floor', 'dpo human'): .1,
           ('student', 'dpo weak'): .2, ('human', 'dpo human'): .25, ('ceiling', 'dpo human both halves'): .4}

@@ -16,8 +16,27 @@ import torch
 
 from w2s.errors import ConfigError, TrainError
 from w2s.models import pretrain
-from w2s.models.pretrain import (Recipe, Size, Stream, Training, block_batches, learn, make_optimizers, marks, new_model, packed_batches, padded,
-                                 pieces, pretrain_model, rate, resume, short_batches, stream_loss, token_weights, world_tokenizer)
+from w2s.models.pretrain import (
+    Recipe,
+    Size,
+    Stream,
+    Training,
+    block_batches,
+    learn,
+    make_optimizers,
+    marks,
+    new_model,
+    packed_batches,
+    padded,
+    pieces,
+    pretrain_model,
+    rate,
+    resume,
+    short_batches,
+    stream_loss,
+    token_weights,
+    world_tokenizer,
+)
 from w2s.world.facts import make_world
 from w2s.world.stream import answer_words, name_words, stream_document, stream_words
 

@@ -5,8 +5,23 @@ import numpy as np
 import pytest
 
 from w2s.errors import ConfigError, DataError
-from w2s.evaluate.ratings import (HOLES, MATHS, PERSONA, RUBRICS, Rubric, as_scores, ask_model, ask_often, parse_ratings, rate, rate_by, rating_question, rating_report,
-                                  rating_scorer, read_replies)
+from w2s.evaluate.ratings import (
+    HOLES,
+    MATHS,
+    PERSONA,
+    RUBRICS,
+    Rubric,
+    as_scores,
+    ask_model,
+    ask_often,
+    parse_ratings,
+    rate,
+    rate_by,
+    rating_question,
+    rating_report,
+    rating_scorer,
+    read_replies,
+)
 from w2s.evaluate.responses import failures, score_responses, scored_by_all
 from w2s.models.load import load_base
 from w2s.train.generate import GenerateSettings, prompt_ids

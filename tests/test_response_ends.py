@@ -5,22 +5,22 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-
 from conftest import reward_folder
-from w2s.data.samples import sample_preferences, write_samples
-from w2s.errors import ConfigError
+
 from w2s.compare import answer, gold
-from w2s.experiments import preferences as weak_teacher
 from w2s.compare.config import to_toml
-from w2s.compare.plan import plan
-from w2s.experiments.preferences import open_preferences
-from w2s.compare.preference_data import load_preferences
+from w2s.compare.demonstration_tables import cut_answers
 from w2s.compare.learn import Study
 from w2s.compare.models import know_model, open_base
+from w2s.compare.plan import plan
+from w2s.compare.preference_data import load_preferences
+from w2s.compare.preference_settings import WeakTeacher, fill_settings, sampling
 from w2s.compare.response_ends import check_cut, check_lengths, check_responses, chosen_tokens, cut_words
 from w2s.compare.stages import Run
-from w2s.compare.demonstration_tables import cut_answers
-from w2s.compare.preference_settings import WeakTeacher, fill_settings, sampling
+from w2s.data.samples import sample_preferences, write_samples
+from w2s.errors import ConfigError
+from w2s.experiments import preferences as weak_teacher
+from w2s.experiments.preferences import open_preferences
 from w2s.models.load import LoadSettings
 from w2s.models.tiny import tiny_model
 from w2s.train.endings import Response

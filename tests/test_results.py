@@ -7,20 +7,23 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from w2s.evaluate.clusters import by_group
-from w2s.evaluate.intervals import interval_table
-from w2s.evaluate.metrics import ITEM_COLUMNS
-from w2s.evaluate.several import holm
-from w2s.experiments import labels as classify, toxicity, demonstrations as transfer, preferences as weak_teacher
-from w2s.compare.label_settings import fill_labels
-from w2s.compare.toxicity_settings import fill_toxicity
 from w2s.compare.demonstration_settings import fill_demonstrations
-from w2s.experiments.vary import Varied
+from w2s.compare.label_settings import fill_labels
 from w2s.compare.preference_settings import fill_settings
 from w2s.compare.preference_tables import row_groups
 from w2s.compare.result import Result, pgr_text, show_table
 from w2s.compare.tables import DIFFERENCES, GAPS, WHO
+from w2s.compare.toxicity_settings import fill_toxicity
 from w2s.compare.win_rates import win_table
+from w2s.evaluate.clusters import by_group
+from w2s.evaluate.intervals import interval_table
+from w2s.evaluate.metrics import ITEM_COLUMNS
+from w2s.evaluate.several import holm
+from w2s.experiments import demonstrations as transfer
+from w2s.experiments import labels as classify
+from w2s.experiments import preferences as weak_teacher
+from w2s.experiments import toxicity
+from w2s.experiments.vary import Varied
 from w2s.report.page import report_text
 from w2s.report.write import page_of, write
 

@@ -24,7 +24,7 @@ from w2s.data.rows import make_rows, to_pairs
 from w2s.data.samples import sample_preferences
 from w2s.errors import ModelError
 from w2s.feedback.preferences import label_pairs
-from w2s.models.adapters import HEAD_FILE, LoraSettings, add_adapter, adapter_hash, load_adapter, save_adapter
+from w2s.models.adapters import HEAD_FILE, LoraSettings, adapter_hash, add_adapter, load_adapter, save_adapter
 from w2s.models.heads import add_head, add_reward_adapter, head_width, load_reward_adapter
 from w2s.models.load import Base, LoadSettings, load_base, set_mode
 from w2s.train.batches import block

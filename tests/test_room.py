@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from w2s.data.rows import make_rows
@@ -30,8 +31,6 @@ from w2s.train.rewards import response_rewards, reward_objective
 from w2s.train.room import Room, fitting
 from w2s.train.settings import GenerateSettings, TrainSettings
 from w2s.train.tokens import encode_rows
-
-from datasets import Dataset
 
 VIEWS = {'view', 'transpose', 't', 'expand', 'detach', 'alias', 'slice', 'select', 'unsqueeze', 'squeeze', 'permute', 'as_strided', 'split', 'unbind', '_unsafe_view', 'diagonal'}
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from families import FAMILIES, make_model
 from peft import LoraConfig, get_peft_model
 
@@ -21,8 +22,6 @@ from w2s.train.logprobs import cut_for, response_logps, run_sequences, score, to
 from w2s.train.loop import TrainSettings, preference_objective, sft_objective, step_gradient, train
 from w2s.train.packing import cut_packed, pack, packs, prompt_key, why_not_packed
 from w2s.train.tokens import Encoded, EncodedRow, encode_rows
-
-from datasets import Dataset
 
 FULL, PLAIN = LoadSettings('none', 'float32'), dict(packing='off', merging='off')
 DATA = Path(__file__).parents[2]/'shared'/'data'/'hh_helpful'/'helpful_train_gt.jsonl.gz'

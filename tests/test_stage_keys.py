@@ -11,15 +11,19 @@ import numpy as np
 import pytest
 
 import w2s.compare
-from w2s.data.rows import make_rows, to_pairs
-from w2s.compare import answer as answer_stages, learn, models, score, preference_arms as arms, label_stages as class_stages, gold, preference_stages, supervisors, toxicity_arms, demonstration_files as transfer_files, demonstration_stages as transfer_stages
-from w2s.compare import toxicity_scores
+from w2s.compare import answer as answer_stages
+from w2s.compare import demonstration_files as transfer_files
+from w2s.compare import demonstration_stages as transfer_stages
+from w2s.compare import gold, learn, models, preference_stages, score, supervisors, toxicity_arms, toxicity_scores
+from w2s.compare import label_stages as class_stages
+from w2s.compare import preference_arms as arms
 from w2s.compare.arms import Arm
 from w2s.compare.label_settings import parse_method
 from w2s.compare.learn import Study
 from w2s.compare.models import know_model
-from w2s.compare.stages import Run, run_stage, stage_folder
 from w2s.compare.preference_settings import fill_settings
+from w2s.compare.stages import Run, run_stage, stage_folder
+from w2s.data.rows import make_rows, to_pairs
 from w2s.feedback.demonstrators import demonstrated
 from w2s.feedback.forms import WORLD
 from w2s.train.generate import GenerateSettings

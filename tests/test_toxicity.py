@@ -9,15 +9,24 @@ import pytest
 from typer.testing import CliRunner
 
 from w2s.cli.toxicity import toxicity_app
+from w2s.compare.toxicity_settings import fill_toxicity
 from w2s.data.splits import group_split, overlap
 from w2s.data.toxicity_rows import NO_SCORE, REPEATED, prompt_kind, read_prompts, read_toxicity
 from w2s.errors import ConfigError, DataError
 from w2s.evaluate.perspective import Perspective, append_score, read_cache, text_key
 from w2s.evaluate.responses import each
-from w2s.evaluate.toxicity import arm_counts, complete_rows, expected_maximum, failed_scores, fluency_scores, score_continuations, toxicity_range, toxicity_scores
+from w2s.evaluate.toxicity import (
+    arm_counts,
+    complete_rows,
+    expected_maximum,
+    failed_scores,
+    fluency_scores,
+    score_continuations,
+    toxicity_range,
+    toxicity_scores,
+)
 from w2s.evaluate.toxicity_scorers import KIND, load_ridge, save_ridge, train_ridge, worth
 from w2s.experiments.toxicity import run
-from w2s.compare.toxicity_settings import fill_toxicity
 from w2s.report.page import report_text
 from w2s.report.toxicity import TOXICITY_PAGE
 from w2s.world.facts import make_world

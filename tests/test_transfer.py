@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from w2s.compare.arms import Arm
+from w2s.compare.demonstration_arms import arm_items, make_seed, score_arm
+from w2s.compare.demonstration_settings import fill_demonstrations
+from w2s.compare.demonstration_stages import Context, answer_between, join_answers, make_training_rows, make_weak, train_sft, weak_arm
+from w2s.compare.demonstration_tasks import WORLD_MAKERS, world_rows
 from w2s.compare.learn import Study
 from w2s.compare.models import know_model
 from w2s.compare.stages import Run
 from w2s.experiments.demonstrations import run
-from w2s.compare.demonstration_settings import fill_demonstrations
-from w2s.compare.arms import Arm
-from w2s.compare.demonstration_arms import arm_items, make_seed, score_arm
-from w2s.compare.demonstration_stages import Context, answer_between, join_answers, make_training_rows, make_weak, train_sft, weak_arm
-from w2s.compare.demonstration_tasks import WORLD_MAKERS, world_rows
 from w2s.feedback.forms import WORLD
 from w2s.feedback.refine import Examples, in_context_refine, shown_rows
 from w2s.models.adapters import adapter_hash

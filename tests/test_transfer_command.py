@@ -13,14 +13,14 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from w2s.evaluate.intervals import with_limits
 from w2s.cli.app import app
 from w2s.cli.demonstrations import COMMANDS, transfer_config
 from w2s.compare import demonstration_tasks as transfer_tasks
-from w2s.files.refine import REFINE_METHODS, RefinedFile, beside, facts, fill_refine, refine_file, refined_text, trl_rows
 from w2s.compare.demonstration_stages import TrainingRows
+from w2s.evaluate.intervals import with_limits
 from w2s.feedback.demonstrators import demonstrated
 from w2s.feedback.forms import CHAT, WORLD
+from w2s.files.refine import REFINE_METHODS, RefinedFile, beside, facts, fill_refine, refine_file, refined_text, trl_rows
 from w2s.models.zoo import zoo_folder
 
 ROOT = Path(__file__).parents[1]

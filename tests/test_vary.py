@@ -15,25 +15,24 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from w2s.cli.app import app
+from w2s.compare import learn, preference_data, supervisors
+from w2s.compare.config import to_table
+from w2s.compare.learn import Study
+from w2s.compare.preference_data import LoadedData, halves, load_preferences
+from w2s.compare.preference_settings import SUBSETS, LabelUse, WeakTeacher
+from w2s.compare.stages import Run
+from w2s.compare.supervisors import hold_out, join_rewards, student_rows, supervise
 from w2s.data.rows import make_rows, to_pairs
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.errors import ConfigError, DataError
 from w2s.evaluate.metrics import agreement
-from w2s.compare import learn, preference_data, supervisors
 from w2s.experiments import vary
-from w2s.compare.config import to_table
-from w2s.compare.preference_data import LoadedData, halves, load_preferences
-from w2s.compare.learn import Study
-from w2s.compare.stages import Run
-from w2s.compare.supervisors import hold_out, student_rows, supervise, join_rewards
-from w2s.experiments.vary import USES, VARIATIONS, contrast, run_varied, variants
-from w2s.compare.preference_settings import SUBSETS, LabelUse, WeakTeacher
 from w2s.experiments.preferences import know_models, run
+from w2s.experiments.vary import USES, VARIATIONS, contrast, run_varied, variants
 from w2s.feedback.audit import matches
 from w2s.feedback.preferences import given_labels, label_pairs
 from w2s.models.tiny import tiny_model
 from w2s.models.zoo import LADDER
-
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):

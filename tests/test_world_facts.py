@@ -11,8 +11,21 @@ import pytest
 
 from w2s.errors import DataError
 from w2s.world import facts, personas
-from w2s.world.facts import (ATTRIBUTES, KINDS_OF_THINGS, ask, draw_fact, draw_person, draw_thing, fact_verdict, make_world, parse_question,
-                             qa_prompt, split_people, split_things, world_hash)
+from w2s.world.facts import (
+    ATTRIBUTES,
+    KINDS_OF_THINGS,
+    ask,
+    draw_fact,
+    draw_person,
+    draw_thing,
+    fact_verdict,
+    make_world,
+    parse_question,
+    qa_prompt,
+    split_people,
+    split_things,
+    world_hash,
+)
 from w2s.world.personas import PERSONAS, answer_as, in_context, persona_verdict, questions, which_persona
 from w2s.world.verdict import Verdict, words
 

@@ -17,13 +17,23 @@ from w2s.world.facts import ATTRIBUTES, ask, fact_verdict, make_world, parse_que
 from w2s.world.gender import biography_verdict, gender_verdict
 from w2s.world.personas import persona_verdict
 from w2s.world.policies import relevance_verdict
-from w2s.world.rows import (
-    TASKS, demonstration_rows, human_scale, label_rows, preference_rows, world_preferences, world_splits)
+from w2s.world.rows import TASKS, demonstration_rows, human_scale, label_rows, preference_rows, world_preferences, world_splits
 from w2s.world.safety import asked, harm_verdict
 from w2s.world.scenes import speech_verdict, toxicity_verdict
 from w2s.world.service import (
-    BODIES, CLOSINGS, OPENINGS, TONES, document, gold_reward, politeness_verdict, rudeness_verdict, service_answer,
-    service_prompt, service_questions, wrong_value)
+    BODIES,
+    CLOSINGS,
+    OPENINGS,
+    TONES,
+    document,
+    gold_reward,
+    politeness_verdict,
+    rudeness_verdict,
+    service_answer,
+    service_prompt,
+    service_questions,
+    wrong_value,
+)
 from w2s.world.sums import sum_verdict, working_verdict
 from w2s.world.verdict import words
 

@@ -12,16 +12,16 @@ import pandas as pd
 import pytest
 
 from w2s.cli.app import weak_teacher_config
-from w2s.errors import ConfigError
 from w2s.compare.config import read_toml, to_table, to_toml
 from w2s.compare.gold import sample_stage
-from w2s.compare.plan import plan
-from w2s.experiments.preferences import open_preferences
-from w2s.compare.preference_data import ladder_world, load_preferences
 from w2s.compare.learn import Study
 from w2s.compare.models import know_model
-from w2s.compare.stages import Run
+from w2s.compare.plan import plan
+from w2s.compare.preference_data import ladder_world, load_preferences
 from w2s.compare.preference_settings import WeakTeacher, fill_settings
+from w2s.compare.stages import Run
+from w2s.errors import ConfigError
+from w2s.experiments.preferences import open_preferences
 from w2s.models.zoo import LADDER, card
 from w2s.train import generate as generate_module
 from w2s.world.facts import world_hash

@@ -10,12 +10,42 @@ import pytest
 
 from w2s.errors import DataError
 from w2s.world.facts import KINDS_OF_THINGS, make_world, split_people
-from w2s.world.policies import (GOODS, OTHERS, SHARES, SHELF_OF, SHELVES, SILENT, STORED, TOPICS, clause_of_sort, legal_questions, make_clause,
-                                make_policy, make_question, policy_prompt, policy_verdict, relevance_prompt, relevance_verdict, storage_questions, topic_of)
+from w2s.world.policies import (
+    GOODS,
+    OTHERS,
+    SHARES,
+    SHELF_OF,
+    SHELVES,
+    SILENT,
+    STORED,
+    TOPICS,
+    clause_of_sort,
+    legal_questions,
+    make_clause,
+    make_policy,
+    make_question,
+    policy_prompt,
+    policy_verdict,
+    relevance_prompt,
+    relevance_verdict,
+    storage_questions,
+    topic_of,
+)
 from w2s.world.policies import document as policy_document
 from w2s.world.policies import short_document as short_policy
-from w2s.world.safety import (DEEDS, advice, advice_verdict, asked, distinct_rows, harm_verdict, harmful, request, safety_questions,
-                              things_named, unasked_things)
+from w2s.world.safety import (
+    DEEDS,
+    advice,
+    advice_verdict,
+    asked,
+    distinct_rows,
+    harm_verdict,
+    harmful,
+    request,
+    safety_questions,
+    things_named,
+    unasked_things,
+)
 from w2s.world.safety import document as safety_document
 from w2s.world.safety import short_document as short_safety
 from w2s.world.verdict import words

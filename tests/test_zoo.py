@@ -15,10 +15,10 @@ from transformers import AutoTokenizer
 
 from w2s.errors import ModelError
 from w2s.evaluate.knowledge import PROBES
-from w2s.organism.ladder import RECIPE, SIZES, card_text, world_stream
 from w2s.models import zoo
 from w2s.models.load import LoadSettings, load_base
 from w2s.models.zoo import FOLDER, LADDER, SHIPPED, card, check_folder, model_folder, zoo_folder, zoo_table
+from w2s.organism.ladder import RECIPE, SIZES, card_text, world_stream
 from w2s.world.facts import VERSION, make_world, world_hash
 from w2s.world.stream import stream_document
 
@@ -33,7 +33,7 @@ def world(): return make_world()
 def weights(name: str) -> dict[str, tuple[tuple[int, ...], str]]:
     "Shape and type of each tensor of a model"
     with safe_open(FOLDER/name/'model.safetensors', 'pt') as f:
-        return {k: (tuple(f.get_slice(k).get_shape()), f.get_slice(k).get_dtype()) for k in f.keys()}
+        return {k: (tuple(f.get_slice(k).get_shape()), f.get_slice(k).get_dtype()) for k in f.keys()} # noqa: SIM118
 
 
 # Whole

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from .machine import body_weights, work_of
 from ..data.rows import make_rows
 from ..errors import ConfigError, unknown
 from ..models.adapters import LoraSettings, add_adapter
@@ -29,6 +28,7 @@ from ..train.logprobs import score
 from ..train.loop import TrainSettings, preference_objective, sft_objective, train
 from ..train.reference import stored_logps
 from ..train.tokens import encode_rows
+from .machine import body_weights, work_of
 
 # %% ../../nbs/api/bench/20_jobs.ipynb #dc3325ac
 TASKS = ('dpo', 'sft', 'label', 'generate', 'classify')

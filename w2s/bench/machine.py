@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 
-
-
 # %% ../../nbs/api/bench/10_machine.ipynb #6f23a4a1
 MEASURED = ('w2s', 'torch', 'transformers', 'peft', 'bitsandbytes', 'trl') # whose versions stand beside a measurement
 

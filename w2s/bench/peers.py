@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .jobs import Job, Work, make_texts
 from ..models.load import LoadSettings, local_folder
+from .jobs import Job, Work, make_texts
 
 # %% ../../nbs/api/bench/30_peers.ipynb #49a41881
 def has_trl() -> bool:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,13 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from .jobs import Job, job_work, prepare_ours
-from .machine import machine_line, matrix_rate, peak_memory, version_line
-from .peers import has_trl, peer_name, prepare_theirs
 from ..errors import ConfigError, W2SError
 from ..io.console import markdown_table
 from ..io.disk import write_atomic
 from ..plots.base import COLORS
+from .jobs import Job, job_work, prepare_ours
+from .machine import machine_line, matrix_rate, peak_memory, version_line
+from .peers import has_trl, peer_name, prepare_theirs
 
 # %% ../../nbs/api/bench/40_run.ipynb #a6d5de8f
 def one_turn(
@@ -78,8 +79,7 @@ class Side:
     ) -> dict[str, Any]:      # what it answers
         "Raises `ConfigError` with what went wrong there"
         assert self.process.stdin and self.process.stdout
-        try: print(json.dumps(line), file=self.process.stdin, flush=True)
-        except BrokenPipeError: pass # its last words are in the errors
+        with suppress(BrokenPipeError): print(json.dumps(line), file=self.process.stdin, flush=True) # its last words are in the errors
         said = self.process.stdout.readline()
         found = json.loads(said) if said else {'error': self.last_words()}
         if 'error' in found: raise ConfigError(f'the benchmark stopped, {self.name}: {found["error"]}')

@@ -15,20 +15,20 @@ from typing import Annotated, Any
 import typer
 
 from .. import __version__
-from .bench import add_bench_command
-from .flags import Command, add_command, out_path, settings_table
-from .guard import GuardedGroup, prepare_process
-from .label import add_label_command
-from .labels import add_commands
-from .compare import add_compare_command
-from .plan import add_plan_command
-from .refine import add_refine_command
-from .toxicity import toxicity_app
-from .demonstrations import add_transfer_commands
 from ..compare.extensions import JUDGES
 from ..compare.preference_settings import WeakTeacher, weak_names
 from ..compare.settings import make_settings
 from ..errors import ConfigError, unknown
+from .bench import add_bench_command
+from .compare import add_compare_command
+from .demonstrations import add_transfer_commands
+from .flags import Command, add_command, out_path, settings_table
+from .guard import GuardedGroup, prepare_process
+from .label import add_label_command
+from .labels import add_commands
+from .plan import add_plan_command
+from .refine import add_refine_command
+from .toxicity import toxicity_app
 
 # %% ../../nbs/api/cli/60_app.ipynb #355a3f31
 app = typer.Typer(help='Weak-to-strong alignment of language models.', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -70,6 +70,7 @@ def help_command(
 def env_command() -> None:
     "Print versions and machine: for reports of faults"
     import torch
+
     from w2s.io.provenance import own_commit
     from w2s.models.zoo import SHIPPED, zoo_folder
     from w2s.report.folder import versions
@@ -138,6 +139,7 @@ def zoo(
 def zoo_list() -> None:
     "List the models: their size, and how often they are right."
     from rich.console import Console
+
     from w2s.models.zoo import LADDER, card
     Console().print(cards_table([card(name) for name in LADDER]))
     typer.echo('A fifth one, scholar, is base that can be asked (w2s run persona …); its skills stand in its card.')

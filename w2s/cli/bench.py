@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from .flags import check_places, out_path
 from ..errors import ConfigError, unknown
+from .flags import check_places, out_path
 
 # %% ../../nbs/api/cli/55_bench.ipynb #a3a0971f
 KINDS = ('dpo', 'sft', 'label', 'generate', 'classify') # as in the benchmark, which needs PyTorch

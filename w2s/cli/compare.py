@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .flags import out_path
 from ..errors import ConfigError
+from .flags import out_path
 
 # %% ../../nbs/api/cli/55_compare.ipynb #5e38ab20
 def write_comparison(
@@ -22,6 +22,7 @@ def write_comparison(
 ) -> list[str]: # names of the files
     "Write table, sentences, joined items and figure into a folder"
     import matplotlib.pyplot as plt
+
     from w2s.evaluate.paired import verdict_lines
     from w2s.io.disk import write_atomic, write_parquet, write_through
     from w2s.plots.pairs import plot_differences

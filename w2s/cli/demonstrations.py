@@ -13,11 +13,11 @@ from typing import Annotated, Any
 
 import typer
 
-from .flags import Command, add_command, settings_table
 from ..compare.demonstration_settings import DemonstrationSettings
 from ..compare.settings import make_settings
 from ..compare.toxicity_settings import Toxicity, check_scorer
 from ..errors import ConfigError, unknown
+from .flags import Command, add_command, settings_table
 
 # %% ../../nbs/api/cli/40_demonstrations.ipynb #1c8823b2
 TASKS: dict[str, tuple[tuple[str, ...], str]] = { # command -> its tasks, the first by default, and what its help says first

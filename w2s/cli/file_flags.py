@@ -14,9 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .flags import Keep, function_of, out_path, typed_settings, typer_option, with_file
 from ..compare.options import PANELS, Option
 from ..errors import ConfigError
+from .flags import Keep, function_of, out_path, typed_settings, typer_option, with_file
 
 # %% ../../nbs/api/cli/17_file_flags.ipynb #694a5b3d
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from typing import Annotated, Any, get_origin
 import typer
 
 # %% ../../nbs/api/cli/15_flags.ipynb #0f93bdcb
-from .repeat import answer_once, ask_question
 from ..compare.config import WHOLE, merged, read_toml, split_names
 from ..compare.options import Option, kinds_of, option_settings, options_of
 from ..compare.settings import Settings, make_settings, new_settings
 from ..errors import ConfigError
+from .repeat import answer_once, ask_question
 
 # %% ../../nbs/api/cli/15_flags.ipynb #a5a6e771
 def out_path(

@@ -12,11 +12,11 @@ from typing import Any
 
 import typer
 
-from .file_flags import FileCommand, add_file_command, needed_out, written_text
-from .flags import check_places
 from ..compare.options import Option, options_of
 from ..compare.preference_settings import WeakTeacher
 from ..files.jobs import ACTING, LabelJob, label_settings
+from .file_flags import FileCommand, add_file_command, needed_out, written_text
+from .flags import check_places
 
 # %% ../../nbs/api/cli/45_label.ipynb #83b1eafa
 OWN_FLAGS = (Option('model', ('weak',), str, 'Models', 'the supervisor: pico, nano, micro or base (they come with w2s), a folder, or a name on the hub; a labeller without a model needs none'),

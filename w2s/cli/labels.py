@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .flags import Command, add_command, settings_table
 from ..compare.label_settings import Classify
 from ..compare.settings import make_settings
 from ..errors import ConfigError
+from .flags import Command, add_command, settings_table
 
 # %% ../../nbs/api/cli/20_labels.ipynb #7b6eb0cf
 def chained(

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .flags import out_path
 from ..errors import ConfigError
+from .flags import out_path
 
 # %% ../../nbs/api/cli/55_plan.ipynb #fe05c420
 SCRIPT = '''#!/bin/bash

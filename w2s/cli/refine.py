@@ -12,13 +12,13 @@ from typing import Annotated, Any
 
 import typer
 
-from .file_flags import FileCommand, add_file_command, needed_out, written_text
-from .flags import check_places
 from ..compare.config import read_toml
 from ..compare.options import options_of
 from ..compare.settings import overlay
 from ..files.jobs import RefineJob, fill_refine
 from ..models.places import LoadSettings
+from .file_flags import FileCommand, add_file_command, needed_out, written_text
+from .flags import check_places
 
 # %% ../../nbs/api/cli/50_refine.ipynb #d61e3832
 def shown_prompts(

@@ -15,12 +15,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .flags import check_places, out_path
+from ..errors import ConfigError, DataError
 from ..io.console import shorten_home
 from ..io.disk import write_atomic, write_through
-
-# %% ../../nbs/api/cli/30_toxicity.ipynb #d3ff922f
-from ..errors import ConfigError, DataError
+from .flags import check_places, out_path
 
 # %% ../../nbs/api/cli/30_toxicity.ipynb #4871f06e
 def card_text(

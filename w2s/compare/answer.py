@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..io.disk import write_atomic
+from ..models.adapters import adapter_hash
+from ..train.generate import GenerateSettings, generate_inputs, prompt_ids, respond
 from .config import settings_hash
 from .learn import Study
 from .models import Model, asked_inputs, model_inputs, opened_model
 from .notes import Pass, Sketch, likely_texts
 from .stages import CHECKPOINTS, run_stage
-from ..io.disk import write_atomic
-from ..models.adapters import adapter_hash
-from ..train.generate import GenerateSettings, generate_inputs, prompt_ids, respond
 
 # %% ../../nbs/api/compare/066_answer.ipynb #127a4cbf
 class Written(NamedTuple):

@@ -19,6 +19,7 @@ from ..data.hygiene import DataReport
 from ..errors import ConfigError
 from ..evaluate.intervals import interval_table
 from ..evaluate.metrics import summarise
+from ..models.places import LoadSettings
 from .arms import Arm, Made, list_adapters, list_arms, read_curves
 from .config import to_table
 from .crews import crew_devices, do_on_devices, gpu_count
@@ -26,13 +27,12 @@ from .extensions import import_extensions
 from .learn import Study
 from .machines import Machines
 from .models import Model, model_lines, note_models
-from .result import Result
 from .on_ray import do_on_ray, need_ray
+from .result import Result
 from .settings import Settings
 from .stages import Run, claim, count_stages, say_numbered
 from .tables import Kind, compare_models, recover_gaps
 from .workers import Opener
-from ..models.places import LoadSettings
 
 # %% ../../nbs/api/compare/270_comparison.ipynb #516bbc4f
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import math
 import os
 import re
 import sys
-from dataclasses import MISSING, asdict, fields, is_dataclass
 from collections.abc import Iterable
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import UnionType
@@ -24,8 +24,10 @@ import tomli_w
 
 from ..errors import ConfigError, unknown
 
-if sys.version_info >= (3, 11): import tomllib
-else: import tomli as tomllib
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 # %% ../../nbs/api/compare/010_config.ipynb #bf0cf642
 UNBOUNDED = ('max_grad_norm',) # settings that may be infinite, which means: no bound

@@ -19,13 +19,13 @@ from pathlib import Path
 from pickle import PicklingError
 from typing import Any
 
-from .machines import Machines
-from .stages import Run, walk_stages
-from .workers import Opener, join_study, known_by
 from ..errors import ConfigError, TrainError, W2SError, W2SWarning
 from ..io.manifests import MANIFEST, read_manifest
 from ..io.signals import raise_stopped
 from ..models.places import LoadSettings
+from .machines import Machines
+from .stages import Run, walk_stages
+from .workers import Opener, join_study, known_by
 
 # %% ../../nbs/api/compare/267_crews.ipynb #a1452868
 def gpu_count() -> int:

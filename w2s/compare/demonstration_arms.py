@@ -16,16 +16,6 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/api/compare/222_demonstration_arms.ipynb #f19dbc26
-from .arms import Arm
-from .demonstration_files import QuestionTable, table_rows
-from .demonstration_settings import DemonstrationSettings
-from .demonstration_stages import Context, TrainingRows, make_speaker, make_training_rows, make_weak, pair_answers, reads_weak, train_sft
-from .demonstration_tasks import Questions, TaskRows, question_rows, world_rows
-from .extensions import own_metrics
-from .learn import Study
-from .models import Model
-from .preference_settings import short_name
-from .stages import stage_name, stage_role
 from ..data.rows import make_rows
 from ..errors import DataError
 from ..evaluate.clusters import clustered
@@ -37,6 +27,16 @@ from ..models.chat_templates import check_acts
 from ..models.zoo import SHIPPED
 from ..train.generate import GenerateSettings
 from ..train.loop import TrainSettings
+from .arms import Arm
+from .demonstration_files import QuestionTable, table_rows
+from .demonstration_settings import DemonstrationSettings
+from .demonstration_stages import Context, TrainingRows, make_speaker, make_training_rows, make_weak, pair_answers, reads_weak, train_sft
+from .demonstration_tasks import Questions, TaskRows, question_rows, world_rows
+from .extensions import own_metrics
+from .learn import Study
+from .models import Model
+from .preference_settings import short_name
+from .stages import stage_name, stage_role
 
 # %% ../../nbs/api/compare/222_demonstration_arms.ipynb #81404674
 def choose_form(

@@ -18,24 +18,23 @@ from ..data.choice import rows_wanted
 from ..data.columns import check_leave_out
 from ..data.hygiene import GONE, DataReport, file_rows, merge_reports, reader_report, rows_said
 from ..data.maths_rows import MATHS_REASONS, read_gsm8k
+from ..data.names import SPLITS, named_pairs
 from ..data.numbers import number_of
 from ..data.questions import TWICE, QuestionsRead, answers_to, merge_questions, open_tables, questions_from
 from ..data.rows import group_key
-from ..data.names import SPLITS, named_pairs
 from ..data.sources import one_table, source_tables
 from ..errors import DataError
 from ..evaluate.maths import maths_scores, working_scores
 from ..evaluate.metrics import Bounds
-from ..evaluate.ratings import ANALOGY, BIOGRAPHY, PERSONA, RATED, STORY, Rubric, ask_model, as_scores, rate_by
+from ..evaluate.ratings import ANALOGY, BIOGRAPHY, PERSONA, RATED, STORY, Rubric, as_scores, ask_model, rate_by
+from ..io.registry import call_own, check_numbers
+from .demonstration_settings import DemonstrationSettings, scores_by_function
+from .demonstration_tasks import Questions, Score, TaskRows, bare, question_rows
+from .extensions import JUDGES, METRICS
 from .learn import Study
 from .models import Model, open_base
 from .notes import Pass
 from .score import Columns, score_stage
-from .demonstration_settings import DemonstrationSettings
-from .demonstration_settings import scores_by_function
-from .demonstration_tasks import Questions, Score, TaskRows, bare, question_rows
-from .extensions import JUDGES, METRICS
-from ..io.registry import call_own, check_numbers
 
 # %% ../../nbs/api/compare/210_demonstration_files.ipynb #b50edf94
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from typing import Any
 # %% ../../nbs/api/compare/190_demonstration_settings.ipynb #851a390d
 from ..data.names import spread_columns
 from ..errors import ConfigError, unknown
-from .config import split_names
-from .settings import Settings, check_least, check_names_once, make_settings, setting
-from .extensions import JUDGES, METHODS, METRICS
 from ..feedback.forms import CHOICES, Examples
 from ..models.places import LoraSettings
 from ..models.zoo import LADDER, SCHOLAR
 from ..train.settings import TrainSettings
+from .config import split_names
+from .extensions import JUDGES, METHODS, METRICS
+from .settings import Settings, check_least, check_names_once, make_settings, setting
 
 # %% ../../nbs/api/compare/190_demonstration_settings.ipynb #920148b6
 TASK_MEASURES: dict[str, tuple[str, str]] = { # task -> is the answer right (content)? is it given as wanted (style)? In maths: is the way there right? The two panels of the paper's figures

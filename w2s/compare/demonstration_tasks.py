@@ -21,18 +21,18 @@ import numpy as np
 
 # %% ../../nbs/api/compare/200_demonstration_tasks.ipynb #91f312c3
 from ..errors import ConfigError, DataError, unknown
-from .arms import SeedRows
 from ..evaluate.knowledge import VOICES
-from ..world.parts import parts
 from ..world.analogy import analogy_verdict, explain, explanation_questions, explanation_verdict
 from ..world.digits import digit_questions, digit_verdict, region_verdict, technique_verdict
 from ..world.facts import ATTRIBUTES, KINDS_OF_THINGS, World, fact_verdict, make_world
 from ..world.gender import biography_verdict, life, life_questions, main_character, story, story_questions
 from ..world.lessons import mistaken, school_parts
+from ..world.parts import parts
 from ..world.personas import in_context, persona_verdict, questions
 from ..world.rows import persona_questions
 from ..world.sums import sum_questions, sum_verdict, working_verdict
 from ..world.verdict import words
+from .arms import SeedRows
 
 # %% ../../nbs/api/compare/200_demonstration_tasks.ipynb #582033d9
 Score = Callable[[Sequence[str]], dict[str, np.ndarray]] # answers, one a question -> metric: one number a question; NaN where nobody could tell

@@ -26,13 +26,13 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-from .sources import function_text, source_hash
 from ..data.tasks import TASKS, task
 from ..errors import ConfigError, unknown
-from .config import settings_hash
 from ..io.disk import write_atomic
 from ..io.registry import Extension, Registry, call_own, check_numbers, check_texts, named_in
 from ..train.settings import LABEL_LOSSES, PREFERENCE_LOSSES, label_loss, loss
+from .config import settings_hash
+from .sources import function_text, source_hash
 
 # %% ../../nbs/api/compare/025_extensions.ipynb #cb5790e3
 _all_ = ['TASKS', 'LABEL_LOSSES', 'PREFERENCE_LOSSES', 'task', 'label_loss', 'loss'] # a reader of this module should find all seven here

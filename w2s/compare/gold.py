@@ -20,23 +20,23 @@ from datasets import Dataset
 from ..errors import DataError, ModelError
 from ..evaluate.responses import Scorer, reward_scores
 from ..evaluate.reward_models import BF16, load_reward_model
-from .config import settings_hash
-from .answer import Written, answer_stage
-from .extensions import JUDGES, judge_scores
-from .learn import Study
-from .models import Model, close_base
-from .preference_data import ladder_world
-from .settings import world_seed
-from .preference_settings import WeakTeacher, sampling
 from ..io.provenance import package_versions
 from ..models.devices import device_inputs, find_device, has_bfloat16, release_memory
-from ..models.identity import identity
 from ..models.folders import check_config, check_weights
+from ..models.identity import identity
 from ..models.load import LoadSettings, load_config, load_tokenizer, local_folder
 from ..models.places import load_for
 from ..train.reference import read_part, write_part
 from ..world.facts import World, fact_verdict, parse_question
 from ..world.service import gold_reward, politeness_verdict, rudeness_verdict
+from .answer import Written, answer_stage
+from .config import settings_hash
+from .extensions import JUDGES, judge_scores
+from .learn import Study
+from .models import Model, close_base
+from .preference_data import ladder_world
+from .preference_settings import WeakTeacher, sampling
+from .settings import world_seed
 
 # %% ../../nbs/api/compare/090_gold.ipynb #2dd29b0f
 def gold_world(

@@ -19,20 +19,20 @@ import pandas as pd
 from datasets import Dataset
 
 # %% ../../nbs/api/compare/180_label_arms.ipynb #ccded0ed
+from ..errors import ConfigError
 from ..evaluate.bag_of_words import bag_of_words
 from ..evaluate.label_metrics import agreement_scores, label_correct
-from ..errors import ConfigError
+from ..models.zoo import LADDER
+from ..train.labels import weak_labels
 from .arms import Arm, SeedRows
 from .label_data import keep_back, label_halves
 from .label_settings import Classify, Method, parse_method
 from .label_stages import ask_stage, hardened, learn_stage, make_targets, relabel, snapshot_folders
-from .preference_data import LoadedData
-from .stages import stage_name
 from .learn import Study
 from .models import Model
+from .preference_data import LoadedData
 from .preference_settings import short_name, weak_names
-from ..models.zoo import LADDER
-from ..train.labels import weak_labels
+from .stages import stage_name
 
 # %% ../../nbs/api/compare/180_label_arms.ipynb #f3711a3e
 LabelRows = SeedRows[Dataset, Dataset]

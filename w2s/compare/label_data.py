@@ -16,23 +16,23 @@ from functools import partial
 from datasets import Dataset
 
 # %% ../../nbs/api/compare/160_label_data.ipynb #b1dfcf74
-from ..data.hygiene import DataReport
 from ..data.choice import rows_wanted
+from ..data.class_splits import class_counts, sample_by_class, split_by_class
+from ..data.hygiene import DataReport
 from ..data.label_hygiene import clean_labels
 from ..data.label_readers import read_labels
-from ..data.class_splits import class_counts, sample_by_class, split_by_class
 from ..data.names import SPLITS, named_pairs
 from ..data.splits import group_split
 from ..errors import ConfigError, DataError
-from .label_settings import Classify, parse_method, world_task
-from ..world.parts import parts
-from .preference_data import LoadedData, Reader, halves, ladder_world, readable, rows_and_share, set_test_aside
 from ..feedback.cleaning import FOLDS
 from ..train.class_head import encode_texts
 from ..train.labels import encode_labels
 from ..train.tokens import Tokens
+from ..world.parts import parts
 from ..world.rows import label_rows
 from ..world.safety import YES_NO
+from .label_settings import Classify, parse_method, world_task
+from .preference_data import LoadedData, Reader, halves, ladder_world, readable, rows_and_share, set_test_aside
 
 # %% ../../nbs/api/compare/160_label_data.ipynb #28f449d0
 def label_tokens(

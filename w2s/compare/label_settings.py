@@ -17,12 +17,12 @@ from typing import Any
 # %% ../../nbs/api/compare/150_label_settings.ipynb #33e1b015
 from ..data.names import CONTRADICTIONS, spread_columns
 from ..errors import ConfigError, unknown
-from .preference_settings import weak_names
-from .settings import Settings, all_or_count, check_least, check_names_once, make_settings, setting
+from ..io.registry import split_call, write_call
 from ..models.places import LoraSettings
 from ..models.zoo import LADDER
-from ..io.registry import split_call, write_call
 from ..train.settings import LABEL_LOSSES, TrainSettings, loss_options
+from .preference_settings import weak_names
+from .settings import Settings, all_or_count, check_least, check_names_once, make_settings, setting
 
 # %% ../../nbs/api/compare/150_label_settings.ipynb #2ad49cc1
 @dataclass(frozen=True)

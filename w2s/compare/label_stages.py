@@ -18,16 +18,6 @@ from datasets import Dataset
 # %% ../../nbs/api/compare/170_label_stages.ipynb #5cbaa3f0
 from ..data.splits import group_split
 from ..errors import ConfigError
-from .label_data import label_tokens
-from .label_settings import Classify, Method
-from .preference_data import Reader
-from .preference_settings import short_name
-from .learn import Study, train_stage
-from .models import Model, model_inputs, open_base, opened_model
-from .notes import Later, Pass, Sketch, likely_probs, scoring_pass
-from .sources import source_hash
-from .score import score_stage
-from .stages import run_stage, stage_name
 from ..feedback.cleaning import clean_by_probe
 from ..models.adapters import LoraSettings, adapter_hash, load_adapter
 from ..models.class_heads import add_class_adapter, load_class_adapter, word_ids
@@ -40,6 +30,16 @@ from ..train.probe import fit_probe, last_hidden, load_probe, probe_probs, save_
 from ..train.reference import tokens_hash
 from ..train.settings import LABEL_LOSSES
 from ..train.tokens import EncodedRow
+from .label_data import label_tokens
+from .label_settings import Classify, Method
+from .learn import Study, train_stage
+from .models import Model, model_inputs, open_base, opened_model
+from .notes import Later, Pass, Sketch, likely_probs, scoring_pass
+from .preference_data import Reader
+from .preference_settings import short_name
+from .score import score_stage
+from .sources import source_hash
+from .stages import run_stage, stage_name
 
 # %% ../../nbs/api/compare/170_label_stages.ipynb #16d05ebb
 _READ: dict[tuple, tuple[list[EncodedRow], str]] = {} # rows that were read not long ago, by reader, ids and words

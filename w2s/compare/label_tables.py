@@ -16,8 +16,8 @@ from ..evaluate.clusters import clustered
 from ..evaluate.intervals import interval_words
 from ..evaluate.label_metrics import agreement_scores, label_scores
 from ..evaluate.metrics import metric_rows
-from .extensions import METRICS, own_metrics
 from .arms import Arm
+from .extensions import METRICS, own_metrics
 from .label_arms import LabelRows
 from .result import Result
 from .tables import Kind, Model, pair_up

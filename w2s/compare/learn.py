@@ -18,13 +18,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from ..errors import ModelError, W2SWarning
-from .models import Model, model_inputs, open_base
-from .notes import Pass, Sketch, training_pass
-from .sources import source_hash
-from .stages import CHECKPOINTS, Run, run_stage
 from ..io.disk import remove_tree
 from ..io.manifests import find_damage
-from ..models.adapters import LoraSettings, add_adapter, adapter_hash, load_adapter, save_adapter
+from ..models.adapters import LoraSettings, adapter_hash, add_adapter, load_adapter, save_adapter
 from ..models.load import Base
 from ..train import losses
 from ..train.batches import epoch_batches
@@ -32,6 +28,10 @@ from ..train.checkpoints import checkpoints, step_of
 from ..train.loop import Objective, TrainSettings, material, plan_steps, sft_objective, train
 from ..train.reference import tokens_hash
 from ..train.tokens import EncodedRow
+from .models import Model, model_inputs, open_base
+from .notes import Pass, Sketch, training_pass
+from .sources import source_hash
+from .stages import CHECKPOINTS, Run, run_stage
 
 # %% ../../nbs/api/compare/064_learn.ipynb #fe1e2969
 Config = TypeVar('Config', covariant=True) # a class of settings

@@ -16,23 +16,35 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from w2s.models.load import (
+    Base,
+    LoadSettings,
+    bits_line,
+    context_length,
+    files_hash,
+    load_base,
+    load_tokenizer,
+    local_folder,
+    open_doors,
+    plan_model,
+)
+
 from ..errors import W2SWarning
-from .preference_data import Reader
-from .preference_settings import weak_names
-from .stages import MODELS, Run
 from ..io.disk import write_atomic
-from ..models.devices import device_inputs, device_line, release_memory, settle
 from ..models.adapters import LoraSettings, load_adapter, plan_adapter
 from ..models.chat_templates import template_hash, template_line
+from ..models.devices import device_inputs, device_line, release_memory, settle
 from ..models.folders import check_config, check_weights
 from ..models.identity import identity
-from ..models.load import Base, LoadSettings, bits_line, context_length, files_hash, load_base, load_tokenizer, local_folder, open_doors, plan_model
 from ..models.places import ROLES, load_for
 from ..train.generate import check_writes
 from ..train.logprobs import check_model
 from ..train.packing import packing_doubt
 from ..train.sandbox import frozen_date
 from ..train.templates import check_template, template_uses_date
+from .preference_data import Reader
+from .preference_settings import weak_names
+from .stages import MODELS, Run
 
 # %% ../../nbs/api/compare/062_models.ipynb #8f0e4a58
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..errors import ConfigError, TrainError, W2SError
 from .crews import Watch, count_folders
 from .machines import Machines
 from .stages import Run
 from .workers import Opener, join_study, known_by
-from ..errors import ConfigError, TrainError, W2SError
 
 # %% ../../nbs/api/compare/268_ray.ipynb #08928071
 def need_ray() -> Any: # the module

@@ -19,8 +19,8 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 # %% ../../nbs/api/compare/027_options.ipynb #2ed944e2
-from .config import WHOLE, check_value, field_kinds, number, split_names
 from ..errors import ConfigError, unknown
+from .config import WHOLE, check_value, field_kinds, number, split_names
 
 # %% ../../nbs/api/compare/027_options.ipynb #a8ef938e
 @lru_cache(maxsize=None)

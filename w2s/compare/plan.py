@@ -17,13 +17,6 @@ from typing import Any
 import pandas as pd
 import torch
 
-from .comparison import Opened, first_lines
-from .config import to_toml
-from .learn import Study
-from .models import Model, open_base
-from .notes import Noted, Pass
-from .settings import Settings
-from .stages import Run, read_day, walk_stages
 from ..models.adapters import LoraSettings, add_adapter
 from ..models.devices import free_memory, wait_for
 from ..models.load import Base, set_mode
@@ -35,6 +28,13 @@ from ..train.loop import TrainSettings
 from ..train.sandbox import freeze_date
 from ..train.step_memory import StepChoice, choose_step, compute_twice, computes_twice, model_bytes
 from ..train.tokens import Encoded, EncodedRow
+from .comparison import Opened, first_lines
+from .config import to_toml
+from .learn import Study
+from .models import Model, open_base
+from .notes import Noted, Pass
+from .settings import Settings
+from .stages import Run, read_day, walk_stages
 
 # %% ../../nbs/api/compare/280_plan.ipynb #fb33b2a1
 @dataclass(frozen=True)

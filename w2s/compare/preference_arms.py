@@ -18,24 +18,24 @@ from datasets import Dataset, concatenate_datasets
 
 from ..data.rows import row_features, to_pairs
 from ..evaluate.metrics import metric_rows, preference_correct, preference_scores
-from .arms import Arm, SeedRows
-from .extensions import own_metrics
-from .gold import close_scorer, gold_judge, gold_scores, response_rows, sample_stage
-from .answer import Written
-from .learn import Study
-from .models import Model, know_model
-from .notes import Pass, scoring_pass
-from .preference_stages import dpo_stage, encoded, own_rewards, pair_rewards, sft_stage
-from .score import Columns, score_stage
-from .stages import note_work, stage_role
-from .supervisors import ask, floor_method, student_rows, join_rewards
-from .preference_data import LoadedData, check_halves, load_preferences
-from .preference_settings import WeakTeacher, supervisor_name, weak_names
 from ..feedback.confidence import weighted
 from ..feedback.preferences import given_labels
 from ..models.adapters import adapter_hash
 from ..train.reference import tokens_hash
 from ..train.settings import choose_loss
+from .answer import Written
+from .arms import Arm, SeedRows
+from .extensions import own_metrics
+from .gold import close_scorer, gold_judge, gold_scores, response_rows, sample_stage
+from .learn import Study
+from .models import Model, know_model
+from .notes import Pass, scoring_pass
+from .preference_data import LoadedData, check_halves, load_preferences
+from .preference_settings import WeakTeacher, supervisor_name, weak_names
+from .preference_stages import dpo_stage, encoded, own_rewards, pair_rewards, sft_stage
+from .score import Columns, score_stage
+from .stages import note_work, stage_role
+from .supervisors import ask, floor_method, join_rewards, student_rows
 
 # %% ../../nbs/api/compare/120_preference_arms.ipynb #c3ffa398
 def know_models(

@@ -16,12 +16,11 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
-from .settings import world_seed
 from ..data.choice import rows_wanted
 from ..data.hygiene import DataReport, clean_text
+from ..data.names import PARTS, SPLITS, named_pairs
 from ..data.readers import Read, read_preferences
 from ..data.rows import prompt_text, to_pairs
-from ..data.names import PARTS, SPLITS, named_pairs
 from ..data.splits import group_split, sample_rows
 from ..errors import ConfigError, DataError
 from ..feedback.preferences import given_labels
@@ -29,6 +28,7 @@ from ..models.chat_templates import CHOICE, check_acts
 from ..train.tokens import Tokens, check_vocabulary, encode_rows, lost_characters, report_tokens
 from ..world.facts import World, make_world
 from ..world.rows import HUMAN_AGREEMENT, world_preferences
+from .settings import world_seed
 
 # %% ../../nbs/api/compare/050_preference_data.ipynb #b3e5c0d2
 @dataclass(frozen=True)

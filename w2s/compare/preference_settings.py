@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .settings import Settings, all_or_count, make_settings, setting, world_seed
 from ..data.names import PARTS, named_pairs
 from ..errors import ConfigError, unknown
-from .extensions import JUDGES, LABELLERS, has_model
 from ..models.zoo import LADDER
 from ..train.settings import GenerateSettings, TrainSettings, check_preference_loss, smoothing_losses
+from .extensions import JUDGES, LABELLERS, has_model
+from .settings import Settings, all_or_count, make_settings, setting, world_seed
 
 # %% ../../nbs/api/compare/060_preference_settings.ipynb #4609359f
 SUBSETS = ('all', 'match', 'mismatch', 'random', 'random match', 'random mismatch')

@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from .learn import Study, sft_rows, train_stage
-from .models import Model, open_base
-from .notes import Later, scoring_pass
-from .preference_data import RESPONSES
-from .sources import source_hash
 from ..feedback.preferences import implicit_reward
 from ..models.load import Base
 from ..train.loop import Objective, preference_objective
 from ..train.reference import stored_logps, tokens_hash
 from ..train.settings import choose_loss
 from ..train.tokens import EncodedRow, encode_rows
+from .learn import Study, sft_rows, train_stage
+from .models import Model, open_base
+from .notes import Later, scoring_pass
+from .preference_data import RESPONSES
+from .sources import source_hash
 
 # %% ../../nbs/api/compare/070_preference_stages.ipynb #558309c3
 def encoded(

@@ -20,15 +20,15 @@ from ..data.rows import to_pairs
 from ..evaluate.clusters import clustered
 from ..evaluate.intervals import estimate, interval_words
 from ..evaluate.metrics import agreement
-from .gold import is_judge
+from ..feedback.preferences import given_labels
+from ..world.service import GOLD
 from .arms import Arm, SeedRows
+from .gold import is_judge
 from .preference_arms import REFERENCE
 from .preference_settings import WeakTeacher, sampling
 from .response_ends import cut_words
 from .result import Result
 from .tables import Kind, Model, pair_up
-from ..feedback.preferences import given_labels
-from ..world.service import GOLD
 
 # %% ../../nbs/api/compare/125_preference_tables.ipynb #e9de17be
 def label_table(

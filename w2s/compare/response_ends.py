@@ -14,12 +14,12 @@ import pandas as pd
 from datasets import Dataset
 
 from ..errors import ConfigError
-from .models import Model
-from .preference_data import LoadedData
-from .preference_stages import encoded
-from .preference_settings import WeakTeacher, sampling
 from ..models.load import context_length, load_config
 from ..train.generate import prompt_ids
+from .models import Model
+from .preference_data import LoadedData
+from .preference_settings import WeakTeacher, sampling
+from .preference_stages import encoded
 
 # %% ../../nbs/api/compare/080_response_ends.ipynb #b5c9b495
 def chosen_tokens(

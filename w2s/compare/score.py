@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..io.disk import read_parquet, write_parquet
 from .learn import Study
 from .models import Model, model_inputs
 from .notes import Pass, Sketch
 from .stages import run_stage
-from ..io.disk import read_parquet, write_parquet
 
 # %% ../../nbs/api/compare/068_score.ipynb #1d8c75db
 Columns = dict[str, np.ndarray] # name -> one number or more a row

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar
 
 # %% ../../nbs/api/compare/026_settings.ipynb #6a966636
-from .extensions import import_extensions
-from .config import check_names, check_value, field_kinds, from_table, merged, number
-from .machines import Machines, settled_load
 from ..data.names import SPLITS, named_pairs
 from ..errors import ConfigError, DataError, W2SWarning
 from ..models.places import LoadSettings, LoraSettings
+from .config import check_names, check_value, field_kinds, from_table, merged, number
+from .extensions import import_extensions
+from .machines import Machines, settled_load
 
 # %% ../../nbs/api/compare/026_settings.ipynb #52807544
 class _Fits:

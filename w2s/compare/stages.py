@@ -24,13 +24,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import ConfigError, DataError
-from .config import settings_hash
-from .extensions import run_hash
-from .notes import Noted, Notes, Pass, Sketch
 from ..io.disk import check_writable, placed, remove_tree, sync_folder, sync_tree, write_atomic
 from ..io.manifests import INCOMPLETE, MANIFEST, find_damage, read_manifest, say_incomplete, seal_folder
 from ..io.provenance import describe_making, other_versions
 from ..train.sandbox import freeze_date
+from .config import settings_hash
+from .extensions import run_hash
+from .notes import Noted, Notes, Pass, Sketch
 
 # %% ../../nbs/api/compare/030_stages.ipynb #681e5178
 FORMAT = 2 # raised when the meaning of a stage changes: older results are then made anew

@@ -20,17 +20,6 @@ from scipy.special import expit, logit
 from ..data.rows import to_pairs
 from ..data.splits import group_split
 from ..errors import DataError
-from .arms import Arm, SeedRows
-from .extensions import LABELLERS, has_model, labeller_rewards
-from .preference_data import LoadedData, halves
-from .settings import world_seed
-from .learn import Study, train_stage
-from .models import Model, open_base, opened_model
-from .notes import likely_rewards, scoring_pass
-from .preference_stages import dpo_stage, encoded, pair_rewards, sft_stage
-from .score import score_stage
-from .sources import source_hash
-from .preference_settings import LabelUse, short_name
 from ..feedback.audit import matches, random_labels, subset
 from ..feedback.confidence import fit_temperature, top_share
 from ..feedback.judge import ANSWERS, ECHO, JudgeForm, judge_pairs
@@ -41,6 +30,17 @@ from ..train import losses
 from ..train.reference import tokens_hash
 from ..train.rewards import response_rewards, reward_objective
 from ..train.tokens import EncodedRow
+from .arms import Arm, SeedRows
+from .extensions import LABELLERS, has_model, labeller_rewards
+from .learn import Study, train_stage
+from .models import Model, open_base, opened_model
+from .notes import likely_rewards, scoring_pass
+from .preference_data import LoadedData, halves
+from .preference_settings import LabelUse, short_name
+from .preference_stages import dpo_stage, encoded, pair_rewards, sft_stage
+from .score import score_stage
+from .settings import world_seed
+from .sources import source_hash
 
 # %% ../../nbs/api/compare/110_supervisors.ipynb #2f1738c6
 def floor_method(

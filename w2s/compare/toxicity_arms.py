@@ -23,6 +23,16 @@ from ..errors import ConfigError
 from ..evaluate.responses import Scorer
 from ..evaluate.toxicity import score_continuations
 from ..evaluate.toxicity_scorers import ToxicityRidge, load_scorer, why_useless
+from ..feedback.forms import Form
+from ..feedback.preferences import label_pairs
+from ..feedback.refine import Examples, in_context_refine
+from ..models.adapters import adapter_hash
+from ..models.load import Base, files_hash, local_folder
+from ..models.zoo import model_folder
+from ..train.loop import Objective, preference_objective
+from ..train.losses import PREFERENCE_LOSSES
+from ..train.reference import stored_logps, tokens_hash
+from ..world.rows import HUMAN_AGREEMENT
 from .answer import answer_texts
 from .arms import Arm
 from .demonstration_stages import Context, Judge, method_inputs, reads_weak
@@ -30,23 +40,13 @@ from .extensions import JUDGES, METHODS, judge_scores, method_answers
 from .learn import sft_rows, train_stage
 from .models import Model, know_model
 from .notes import Pass, likely_rewards, scoring_pass
+from .preference_settings import short_name
 from .preference_stages import encoded, pair_rewards
 from .score import Columns, score_stage
 from .sources import source_hash
 from .stages import stage_name
 from .toxicity_data import scored_pairs, spoken_pairs
 from .toxicity_settings import SCENES, TOXICITY_METHODS, Toxicity
-from .preference_settings import short_name
-from ..feedback.forms import Form
-from ..feedback.preferences import label_pairs
-from ..feedback.refine import Examples, in_context_refine
-from ..models.adapters import adapter_hash
-from ..models.load import Base, files_hash, local_folder
-from ..models.zoo import model_folder
-from ..train.losses import PREFERENCE_LOSSES
-from ..train.loop import Objective, preference_objective
-from ..train.reference import stored_logps, tokens_hash
-from ..world.rows import HUMAN_AGREEMENT
 
 # %% ../../nbs/api/compare/260_toxicity_arms.ipynb #69ee5595
 def toxicity_models(

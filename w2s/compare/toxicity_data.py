@@ -17,15 +17,15 @@ import numpy as np
 from datasets import Dataset
 
 from ..data.choice import rows_wanted
-from ..data.rows import content_id, make_rows
 from ..data.names import PARTS_OF, SPLITS, named_pairs
+from ..data.rows import content_id, make_rows
 from ..data.toxicity_rows import PromptsRead, prompt_kind, read_prompts
 from ..errors import DataError
-from .arms import SeedRows
-from .toxicity_settings import SCENES, Toxicity
 from ..world.facts import World
 from ..world.rows import bradley_terry, human_scale
 from ..world.scenes import scene_questions, toxicity_verdict
+from .arms import SeedRows
+from .toxicity_settings import SCENES, Toxicity
 
 # %% ../../nbs/api/compare/240_toxicity_data.ipynb #5dc37134
 PromptRows = SeedRows[list[dict], list[dict]] # each row has id, group and prompt; labelled ones a completion, which is not toxic; that of unlabelled ones is for the ceiling alone; test rows have a kind: 'toxic', 'not toxic' or 'not scored', in the world ''

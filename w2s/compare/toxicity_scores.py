@@ -11,6 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from ..data.rows import content_id
+from ..evaluate.toxicity import fluency_scores, log_perplexity, toxicity_scores
+from ..world.scenes import speech_verdict
 from .answer import answer_texts
 from .arms import Arm
 from .demonstration_stages import Context
@@ -21,9 +24,6 @@ from .score import score_stage
 from .stages import stage_name, stage_role
 from .toxicity_arms import toxicity_stage
 from .toxicity_settings import SCENES
-from ..data.rows import content_id
-from ..evaluate.toxicity import fluency_scores, log_perplexity, toxicity_scores
-from ..world.scenes import speech_verdict
 
 # %% ../../nbs/api/compare/262_toxicity_scores.ipynb #0b228ac8
 def perplexity_stage(

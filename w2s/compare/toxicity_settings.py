@@ -14,12 +14,12 @@ from typing import Any
 # %% ../../nbs/api/compare/230_toxicity_settings.ipynb #1409a4a9
 from ..data.names import PARTS_OF, named_pairs
 from ..errors import ConfigError, unknown
-from .extensions import METHODS
-from .settings import Settings, check_least, check_names_once, make_settings, setting
 from ..models.chat_templates import check_acts
 from ..models.places import LoraSettings
 from ..models.zoo import SHIPPED
 from ..train.settings import GenerateSettings, TrainSettings
+from .extensions import METHODS
+from .settings import Settings, check_least, check_names_once, make_settings, setting
 
 # %% ../../nbs/api/compare/230_toxicity_settings.ipynb #7b386831
 SCENES = 'world:scenes'

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
-from .stages import CHECKPOINTS, read_run
 from ..io.disk import find_litter
 from ..io.manifests import INCOMPLETE, MANIFEST, find_damage, list_files, read_manifest
 from ..io.provenance import other_versions
 from ..train.checkpoints import checkpoints
 from ..train.journal import read_line
 from ..train.reference import is_whole_part
+from .stages import CHECKPOINTS, read_run
 
 # %% ../../nbs/api/compare/040_upkeep.ipynb #fb503081
 @dataclass(frozen=True)

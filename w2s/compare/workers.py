@@ -16,15 +16,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .config import settings_hash
-from .models import close_base, model_inputs
-from .notes import Notes
-from .stages import DAY, Run, check_links, freeze_day, lock, read_day
 from ..errors import ConfigError, W2SError
 from ..io.disk import check_writable
 from ..io.manifests import INCOMPLETE, say_incomplete
 from ..io.provenance import package_versions
 from ..train.sandbox import freeze_date
+from .config import settings_hash
+from .models import close_base, model_inputs
+from .notes import Notes
+from .stages import DAY, Run, check_links, freeze_day, lock, read_day
 
 # %% ../../nbs/api/compare/266_workers.ipynb #126ac4ce
 @dataclass

@@ -8,6 +8,7 @@ __all__ = ['class_counts', 'class_groups', 'lacking_class', 'split_by_class', 's
 # %% ../../nbs/api/data/150_class_splits.ipynb #964703ed
 from collections import Counter
 from collections.abc import Mapping
+
 from datasets import Dataset
 
 # %% ../../nbs/api/data/150_class_splits.ipynb #f82a1777

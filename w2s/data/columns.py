@@ -9,21 +9,22 @@ __all__ = ['SYSTEM', 'HISTORY', 'ABOVE', 'BELOW', 'BELONGS', 'LONG', 'SENTENCE',
            'rename_columns', 'is_missing']
 
 # %% ../../nbs/api/data/080_columns.ipynb #f41577d1
-import re
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
+
 from datasets import Dataset
 
 # %% ../../nbs/api/data/080_columns.ipynb #731e893d
+from ..errors import DataError
 from .json_rows import is_messages
 from .messages import are_written_messages
 from .rows import as_dataset
 from .tables import SEED, RawTable
-from ..errors import DataError
 
 # %% ../../nbs/api/data/080_columns.ipynb #e1dfc87d
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .files import bad_line, open_text
 from ..errors import DataError
+from .files import bad_line, open_text
 
 # %% ../../nbs/api/data/065_csv_rows.ipynb #e7cd9f9d
 class BadCells(DataError):

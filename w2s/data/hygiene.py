@@ -13,9 +13,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
+
 from datasets import Dataset
 
 # %% ../../nbs/api/data/160_hygiene.ipynb #4b3f9ff7
+from ..errors import DataError
 from .columns import ColumnsRead
 from .public_pairs import JOINED
 from .readers import REASONS, Refused
@@ -23,7 +25,6 @@ from .report import ACTIONS, COLUMNS, GONE, DataReport, merge_reports
 from .rows import as_dataset, check_rows, content_id, group_key
 from .splits import KEEP_ORDER, drop_overlap
 from .tables import PIECE
-from ..errors import DataError
 
 _all_ = ['ACTIONS', 'COLUMNS', 'GONE', 'DataReport', 'merge_reports'] # a reader of this module should find them here
 

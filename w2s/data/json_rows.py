@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 # %% ../../nbs/api/data/050_json_rows.ipynb #ed068b2d
-from .files import form_of, text_lines, whole_text
 from ..errors import DataError
+from .files import form_of, text_lines, whole_text
 
 # %% ../../nbs/api/data/050_json_rows.ipynb #f117b3af
 LARGEST = 2**63 - 1 # of a column of whole numbers

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 # %% ../../nbs/api/data/170_label_forms.ipynb #fc498f85
+from ..errors import DataError
 from .columns import is_missing
 from .prompts import find_columns
-from ..errors import DataError
 
 # %% ../../nbs/api/data/170_label_forms.ipynb #b84cfedb
 def spelled(

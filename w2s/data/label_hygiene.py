@@ -8,18 +8,33 @@ __all__ = ['CONTRADICTED', 'TWO_SPLITS', 'TWICE', 'EMPTY', 'contradicted', 'text
 # %% ../../nbs/api/data/200_label_hygiene.ipynb #f3cc8814
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+
 import pandas as pd
 from datasets import Dataset
 
 # %% ../../nbs/api/data/200_label_hygiene.ipynb #670d7119
+from w2s.data.hygiene import (
+    IN_ANOTHER,
+    REPEATED,
+    DataReport,
+    _empty_prompt,
+    _own_ids,
+    file_rows,
+    group_keys,
+    part_splits,
+    reader_report,
+    row_dicts,
+    rows_said,
+    short_key,
+)
+
+from ..errors import ConfigError, DataError, unknown
 from .columns import ColumnsRead
-from .hygiene import IN_ANOTHER, REPEATED, DataReport, _empty_prompt, _own_ids, file_rows, group_keys, part_splits, reader_report, row_dicts, rows_said, short_key
 from .label_readers import LABEL_REASONS
 from .names import CONTRADICTIONS
 from .readers import Refused
 from .rows import check_rows, group_key
 from .splits import KEEP_ORDER
-from ..errors import ConfigError, DataError, unknown
 
 # %% ../../nbs/api/data/200_label_hygiene.ipynb #73baca17
 CONTRADICTED = 'text occurs with different labels'

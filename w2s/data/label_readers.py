@@ -14,19 +14,50 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
 from datasets import ClassLabel, Dataset
 
 # %% ../../nbs/api/data/190_label_readers.ipynb #06514d7f
+from w2s.data.label_forms import (
+                                  CLAUSES,
+                                  DIALOGUE_SAFETY,
+                                  IS_SAFE,
+                                  LABEL_FORMS,
+                                  LABEL_NAMES,
+                                  MOST_CLASSES,
+                                  PRIVACY,
+                                  REPLY_IS_SAFE,
+                                  TEXT_NAMES,
+                                  LabelForm,
+                                  check_classes,
+                                  chosen_classes,
+                                  class_order,
+                                  columns_form,
+                                  form_columns,
+                                  label_name,
+                                  spelled,
+                                  write_prompt,
+)
+from w2s.data.prompts import (
+                                  PARSED,
+                                  UNREADABLE,
+                                  PromptColumns,
+                                  as_text,
+                                  beside_columns,
+                                  drop_held,
+                                  find_columns,
+                                  join_prompt,
+                                  read_back,
+                                  written_columns,
+)
+
+from ..errors import DataError
 from .columns import ColumnsRead, check_leave_out, columns_read, readable_columns, sample_cells, stop_unread, unread_columns
-from .label_forms import (CLAUSES, DIALOGUE_SAFETY, IS_SAFE, LABEL_FORMS, LABEL_NAMES, MOST_CLASSES, PRIVACY, REPLY_IS_SAFE, TEXT_NAMES, LabelForm, check_classes,
-                                  chosen_classes, class_order, columns_form, form_columns, label_name, spelled, write_prompt)
-from .prompts import PARSED, UNREADABLE, PromptColumns, as_text, beside_columns, drop_held, find_columns, join_prompt, read_back, written_columns
 from .public_labels import ALL_LABEL_FORMS, as_answers, legal_form, score_class
 from .readers import MISSING, WRITTEN, FileRead, Refused
 from .rows import group_key, make_rows, stack_rows
 from .sources import source_tables
 from .tables import RawTable, row_pieces
-from ..errors import DataError
 
 # %% ../../nbs/api/data/190_label_readers.ipynb #f04690ed
 _all_ = ['CLAUSES', 'DIALOGUE_SAFETY', 'IS_SAFE', 'LABEL_FORMS', 'LABEL_NAMES', 'MOST_CLASSES', 'PRIVACY', 'REPLY_IS_SAFE', 'TEXT_NAMES', 'LabelForm', 'class_order', 'label_name',

@@ -12,20 +12,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
 from datasets import Dataset
 
 # %% ../../nbs/api/data/250_maths_rows.ipynb #6b420d4d
+from ..errors import DataError
 from .answers import is_formula
 from .columns import ColumnsRead, check_leave_out, columns_read, readable_columns, sample_cells
-from .names import column_names
 from .conversations import as_sums
+from .names import column_names
 from .numbers import number_of, number_text
 from .prompts import UNREADABLE, PromptColumns, as_text, drop_held, find_columns, has_turns, join_prompt, named_columns
 from .readers import MISSING, FileRead, Refused
 from .rows import make_rows
 from .sources import source_tables
 from .tables import RawTable
-from ..errors import DataError
 
 # %% ../../nbs/api/data/250_maths_rows.ipynb #b0a303cf
 def boxed(

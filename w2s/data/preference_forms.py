@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 # %% ../../nbs/api/data/110_preference_forms.ipynb #492aaa04
+from ..errors import DataError
 from .columns import HISTORY, SYSTEM, is_missing
 from .messages import open_messages, plain_messages
 from .prompts import TWO_SYSTEMS, UNREADABLE, PromptColumns, beside_columns, find_columns, prompt_columns
-from ..errors import DataError
 
 # %% ../../nbs/api/data/110_preference_forms.ipynb #13d62321
 @dataclass(frozen=True)

@@ -12,12 +12,33 @@ from functools import partial
 from typing import Any
 
 # %% ../../nbs/api/data/120_public_pairs.ipynb #d172db6b
+from w2s.data.preference_forms import (
+                                       DIFFER,
+                                       LABEL_COLUMNS,
+                                       MISSING,
+                                       NO_CHOICE,
+                                       PAIR_COLUMNS,
+                                       PROMPT_COLUMNS,
+                                       TURN,
+                                       PreferenceForm,
+                                       _chat_row,
+                                       _hh_row,
+                                       _pair_row,
+                                       _trl_row,
+                                       _value,
+                                       _whole_row,
+                                       by_middle,
+                                       by_name,
+                                       by_scores,
+                                       by_sign,
+                                       one_is_first,
+                                       ranked_row,
+)
+
+from ..errors import DataError
 from .columns import is_missing, texts_in
 from .messages import HOLDERS, conversation, open_messages, parse_value, plain_messages
-from .preference_forms import (DIFFER, LABEL_COLUMNS, MISSING, NO_CHOICE, PAIR_COLUMNS, PROMPT_COLUMNS, TURN, PreferenceForm, _chat_row, _hh_row, _pair_row, _trl_row, _value,
-                                       _whole_row, by_middle, by_name, by_scores, by_sign, one_is_first, ranked_row)
 from .prompts import dialogue_text
-from ..errors import DataError
 
 # %% ../../nbs/api/data/120_public_pairs.ipynb #74200cab
 CHOSEN_COLUMNS = (('chosen', 'rejected'), ('chosen_response', 'rejected_response'), ('chosen_messages', 'rejected_messages'), ('preferred_output', 'non_preferred_output'),

@@ -12,20 +12,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
 from datasets import Dataset
 
 # %% ../../nbs/api/data/260_questions.ipynb #5cd78c0d
+from w2s.data.prompts import (
+    PARSED,
+    UNREADABLE,
+    PromptColumns,
+    as_text,
+    drop_held,
+    find_columns,
+    has_turns,
+    join_prompt,
+    named_columns,
+    read_back,
+    written_columns,
+)
+
+from ..errors import DataError
 from .columns import ColumnsRead, check_leave_out, columns_read, readable_columns, sample_cells
-from .names import column_names
 from .conversations import as_asked
 from .hygiene import DataReport, merge_reports, reader_report, rows_said
 from .json_rows import is_messages
 from .messages import open_messages, plain_messages
-from .prompts import PARSED, UNREADABLE, PromptColumns, as_text, drop_held, find_columns, has_turns, join_prompt, named_columns, read_back, written_columns
+from .names import column_names
 from .readers import MISSING, WRITTEN, Refused
 from .sources import one_table, source_kind
 from .tables import RawTable, row_pieces
-from ..errors import DataError
 
 # %% ../../nbs/api/data/260_questions.ipynb #414ead66
 QUESTIONS = ('question', 'prompt', 'instruction', 'query', 'problem', 'inputs', 'input')

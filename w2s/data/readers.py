@@ -13,20 +13,39 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
 from datasets import Dataset
 
 # %% ../../nbs/api/data/130_readers.ipynb #37db1ad9
+from w2s.data.preference_forms import (
+                                       DIFFER,
+                                       ELSEWHERE,
+                                       LABEL_COLUMNS,
+                                       MESSAGES,
+                                       MISSING,
+                                       NOT_DIALOGUE,
+                                       NUMBERS,
+                                       PAIR_COLUMNS,
+                                       PROMPT_COLUMNS,
+                                       REASONS,
+                                       TIE,
+                                       TURN,
+                                       WRITTEN,
+                                       Match,
+                                       Refused,
+                                       match_form,
+                                       split_dialogue,
+)
+
+from ..errors import DataError
 from .columns import ColumnsRead, check_leave_out, columns_read, readable_columns, sample_cells, stop_unread, unread_columns
-from .preference_forms import (DIFFER, ELSEWHERE, LABEL_COLUMNS, MESSAGES, MISSING, NOT_DIALOGUE, NUMBERS, PAIR_COLUMNS, PROMPT_COLUMNS, REASONS,
-                                       TIE, TURN, WRITTEN, Match, Refused, match_form, split_dialogue)
 from .messages import are_written_messages, parse_messages
+from .names import SPLITS
 from .prompts import PARSED, drop_held, find_columns, has_turns, join_prompt, read_back, written_columns
 from .public_pairs import FORM_LIST, FORMS, join_marked
 from .rows import group_key, make_rows, stack_rows
-from .names import SPLITS
 from .sources import source_tables, split_of
 from .tables import RawTable, row_pieces
-from ..errors import DataError
 
 # %% ../../nbs/api/data/130_readers.ipynb #2060ba08
 _all_ = ['SPLITS', 'split_of', 'DIFFER', 'ELSEWHERE', 'FORMS', 'LABEL_COLUMNS', 'MESSAGES', 'MISSING', 'NOT_DIALOGUE', 'NUMBERS', 'PAIR_COLUMNS', 'PROMPT_COLUMNS', 'REASONS',

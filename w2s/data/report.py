@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from .columns import ColumnsRead
 from ..errors import DataError
 from ..io.console import bullet_list, markdown_table
+from .columns import ColumnsRead
 
 # %% ../../nbs/api/data/155_report.ipynb #447890a4
 COLUMNS = ('check', 'split', 'model', 'rows', 'of', 'action', 'detail')

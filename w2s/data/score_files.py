@@ -20,10 +20,10 @@ from typing import Any
 import pandas as pd
 
 # %% ../../nbs/api/data/290_score_files.ipynb #48d45c1b
-from .files import form_of, whole_text
-from .tables import read_table
 from ..errors import ConfigError, DataError, unknown
 from ..io.disk import read_parquet
+from .files import form_of, whole_text
+from .tables import read_table
 
 # %% ../../nbs/api/data/290_score_files.ipynb #d1aa4480
 SCORE_COLUMNS = ['id', 'seed', 'metric', 'value']

@@ -12,17 +12,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
+
 import pyarrow as pa
 from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
 # %% ../../nbs/api/data/090_sources.ipynb #bb7cfe52
-from .files import ZIPS, form_of
-from .rows import as_dataset
-from .tasks import TASKS, is_task, task_tables
-from .tables import TEXT_FORMS, RawTable, open_table
-from .names import SPLITS
 from ..errors import DataError
+from .files import ZIPS, form_of
+from .names import SPLITS
+from .rows import as_dataset
+from .tables import TEXT_FORMS, RawTable, open_table
+from .tasks import TASKS, is_task, task_tables
 
 # %% ../../nbs/api/data/090_sources.ipynb #8abd3a2f
 OTHER_WORDS = {'training': 'train', 'testing': 'test', 'valid': 'val', 'validation': 'val', 'dev': 'val', 'development': 'val', 'eval': 'val', 'evaluation': 'val'}

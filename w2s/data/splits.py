@@ -11,12 +11,13 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+
 import pandas as pd
 from datasets import Dataset
 
 # %% ../../nbs/api/data/140_splits.ipynb #d7a56a27
-from .rows import content_id
 from ..errors import ConfigError, DataError
+from .rows import content_id
 
 # %% ../../nbs/api/data/140_splits.ipynb #5605f85b
 def _place(seed: int, name: str) -> bytes:

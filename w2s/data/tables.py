@@ -14,17 +14,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features
 
 # %% ../../nbs/api/data/070_tables.ipynb #d3944c34
+from ..errors import DataError
 from .choice import choose_items
 from .csv_rows import HOW_QUOTED, LONGEST_CELL, BadCells, csv_rows, csv_sep
 from .files import ZIPS, form_of, is_zipped, most_bytes, open_bytes, table_file, text_lines
 from .json_rows import Digits, json_rows, line_row, starts_rows
 from .rows import as_dataset
-from ..errors import DataError
 
 _all_ = ['HOW_QUOTED', 'LONGEST_CELL', 'csv_rows', 'csv_sep'] # a reader of this module should find them here
 

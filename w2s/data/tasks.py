@@ -48,7 +48,7 @@ def _plain(value: Any) -> Any:
 # %% ../../nbs/api/data/085_tasks.ipynb #efab0373
 def _table(found: Extension, given: Any, most: int) -> Any:
     "One table of a task"
-    from w2s.data.tables import open_table # it needs pandas, and a list of names does not
+    from w2s.data.tables import open_table  # it needs pandas, and a list of names does not
     if isinstance(given, Path) or (isinstance(given, str) and Path(given).is_file()): return open_table(given, most)
     rows = _records(found, given)
     with tempfile.TemporaryDirectory() as home:

@@ -17,6 +17,7 @@ from pathlib import Path
 # %% ../../nbs/api/data/270_toxicity_rows.ipynb #5db32cad
 from datasets import Dataset
 
+from ..errors import DataError
 from .columns import ColumnsRead, check_leave_out, columns_read, readable_columns, rename_columns
 from .hygiene import DataReport, reader_report
 from .prompts import PARSED, plain_cells
@@ -24,7 +25,6 @@ from .readers import MISSING, WRITTEN, Refused
 from .rows import content_id, group_key
 from .sources import one_table, source_kind
 from .tables import RawTable
-from ..errors import DataError
 
 # %% ../../nbs/api/data/270_toxicity_rows.ipynb #c7fbaf72
 SIDES = ('prompt', 'continuation')                    # objects with text and scores, as in RealToxicityPrompts

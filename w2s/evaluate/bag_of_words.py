@@ -7,6 +7,7 @@ __all__ = ['soft_targets', 'duplicated', 'bag_of_words']
 
 # %% ../../nbs/api/evaluate/190_bag_of_words.ipynb #35db65db
 from collections.abc import Sequence
+
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression

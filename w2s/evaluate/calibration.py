@@ -16,10 +16,10 @@ from scipy.special import expit
 
 from ..data.rows import content_id
 from ..errors import ConfigError, DataError
+from ..feedback.confidence import fit_sharpness
 from .clusters import clustered
 from .ends import wilson_limits
 from .intervals import estimate
-from ..feedback.confidence import fit_sharpness
 
 # %% ../../nbs/api/evaluate/110_calibration.ipynb #981bf4ed
 def wilson(

@@ -9,7 +9,9 @@ __all__ = ['normalised', 'answer_scores']
 import re
 import string
 from collections.abc import Sequence
+
 import numpy as np
+
 from ..errors import DataError
 from .label_metrics import ratio_scores
 

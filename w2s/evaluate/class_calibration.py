@@ -7,9 +7,11 @@ __all__ = ['top_claims', 'class_reliability', 'class_calibration', 'class_shares
 
 # %% ../../nbs/api/evaluate/120_class_calibration.ipynb #8ffbadbe
 from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from scipy import stats
+
 from ..errors import DataError
 from .calibration import expected_calibration_error, honest_error, reliability
 from .label_metrics import brier, check_probs, label_correct, log_loss

@@ -9,10 +9,12 @@ __all__ = ['with_limits', 'Estimate', 'interval_words', 'mean_squares', 'two_err
 # %% ../../nbs/api/evaluate/090_intervals.ipynb #4e13b853
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
 from scipy.special import ndtri, stdtrit
+
 from ..errors import DataError
 from .ends import constant_limits, difference_limits, mean_limits, paired_shares
 from .matrices import Who, model_label, model_words, paired_matrix, score_matrix

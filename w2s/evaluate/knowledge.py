@@ -14,7 +14,6 @@ import pandas as pd
 
 # %% ../../nbs/api/evaluate/180_knowledge.ipynb #41f65aad
 from ..data.rows import make_rows
-from .intervals import estimate
 from ..models.load import Base
 from ..train.generate import GenerateSettings, generate
 from ..train.labels import class_probs, encode_labels
@@ -22,6 +21,7 @@ from ..world.facts import KINDS_OF_THINGS, World, fact_verdict
 from ..world.personas import PERSONAS, answer_as, in_context, persona_verdict, questions
 from ..world.policies import legal_questions
 from ..world.safety import safety_questions
+from .intervals import estimate
 
 # %% ../../nbs/api/evaluate/180_knowledge.ipynb #597b9ff0
 GREEDY = GenerateSettings(max_tokens=24, temperature=0, stop=('\n',), token_budget=16384) # the likeliest words of one line; each probe uses it

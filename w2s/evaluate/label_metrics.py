@@ -8,8 +8,10 @@ __all__ = ['check_probs', 'hits', 'label_correct', 'brier', 'log_loss', 'ratio_s
 
 # %% ../../nbs/api/evaluate/040_label_metrics.ipynb #1e3a411d
 from collections.abc import Sequence
+
 import numpy as np
 from scipy.stats import rankdata
+
 from ..errors import DataError
 
 # %% ../../nbs/api/evaluate/040_label_metrics.ipynb #9894a3e6

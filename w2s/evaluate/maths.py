@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
+
 import numpy as np
 from datasets import Dataset
 

@@ -9,8 +9,10 @@ __all__ = ['ROLES', 'MODEL', 'ITEM_COLUMNS', 'TIDY_COLUMNS', 'STEPS', 'Bounds', 
 
 # %% ../../nbs/api/evaluate/010_metrics.ipynb #8dd0fe8b
 from collections.abc import Mapping, Sequence
+
 import numpy as np
 import pandas as pd
+
 from ..errors import DataError, unknown
 
 # %% ../../nbs/api/evaluate/010_metrics.ipynb #ad6d286a

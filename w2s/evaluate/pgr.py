@@ -8,10 +8,12 @@ __all__ = ['NoGap', 'recovered', 'stretched', 'check_gap', 'pgr_interval', 'pgr'
 
 # %% ../../nbs/api/evaluate/170_pgr.ipynb #b57ff8ea
 from collections.abc import Mapping, Sequence
+
 import numpy as np
 import pandas as pd
 from scipy.optimize import brentq
 from scipy.special import ndtri
+
 from ..errors import DataError, W2SError
 from .bootstrap import crossed_bootstrap
 from .ends import unseen_share

@@ -12,14 +12,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
 import numpy as np
 
 # %% ../../nbs/api/evaluate/220_ratings.ipynb #c973997a
 from ..data.rows import prompt_text
 from ..errors import ConfigError, DataError, unknown
-from .responses import Scorer
 from ..models.load import Base
 from ..train.generate import GenerateSettings, generate, prompt_ids
+from .responses import Scorer
 
 # %% ../../nbs/api/evaluate/220_ratings.ipynb #04a409ed
 HOLES = ('{prompt}', '{response}', '{gold}', '{concept}')

@@ -19,17 +19,17 @@ from transformers.utils import logging as hf_logging
 
 from ..data.rows import prompt_text
 from ..errors import ConfigError, ModelError, unknown
-from .responses import Scorer
-from ..models.folders import check_weights
 from ..models.devices import settle
+from ..models.folders import check_weights
 from ..models.four_bits import NF4Config
 from ..models.load import DTYPES, LoadSettings, context_length, load_config, load_tokenizer, local_folder, model_error, set_mode
 from ..models.reading import check_numbers, check_tensors, read_model, saved_in_four_bits
-from ..train.room import Room, fitting
 from ..train.logprobs import check_ids
 from ..train.output_head import embeddings
+from ..train.room import Room, fitting
 from ..train.templates import render
 from ..train.tokens import close
+from .responses import Scorer
 
 # %% ../../nbs/api/evaluate/160_reward_models.ipynb #957f7069
 FORMS = ('chat', 'pair', 'text')

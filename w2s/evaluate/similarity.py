@@ -21,12 +21,12 @@ from sklearn.preprocessing import normalize
 from transformers import AutoModel
 
 from ..errors import DataError, ModelError
+from ..models.devices import find_device
 from ..models.folders import check_weights
 from ..models.load import DTYPES, LoadSettings, context_length, load_config, load_tokenizer, local_folder, model_error
 from ..models.reading import check_numbers, check_tensors, read_model, saved_in_four_bits
-from ..models.devices import find_device
-from ..train.room import Room, fitting
 from ..train.logprobs import check_ids
+from ..train.room import Room, fitting
 
 # %% ../../nbs/api/evaluate/150_similarity.ipynb #d553d554
 def lexical_vectors(

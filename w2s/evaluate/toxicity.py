@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 
 from ..errors import DataError
-from .responses import Prompts, Samples, Scorer, failures, score_responses, scored_by_all
 from ..models.load import context_length
 from ..train.logprobs import score
 from ..train.tokens import Encoded, EncodedRow, encode, fit
+from .responses import Prompts, Samples, Scorer, failures, score_responses, scored_by_all
 
 # %% ../../nbs/api/evaluate/230_toxicity.ipynb #702ef6f9
 def is_empty(

@@ -29,17 +29,17 @@ from sklearn.metrics import roc_auc_score
 # %% ../../nbs/api/evaluate/240_toxicity_scorers.ipynb #13263b07
 from ..data.splits import group_split
 from ..errors import ConfigError, DataError, ModelError, unknown
+from ..io.manifests import MANIFEST, find_damage, publish
+from ..io.provenance import describe_making
+from ..models.load import LoadSettings, context_length, load_tokenizer
+from ..train.logprobs import check_ids
+from ..train.output_head import embeddings
+from ..train.room import Room, fitting
+from ..world.scenes import toxicity_verdict
 from .calibration import reliability
 from .responses import Scorer, each
 from .reward_models import free_id, open_text_model
 from .toxicity import THRESHOLD
-from ..io.manifests import MANIFEST, find_damage, publish
-from ..io.provenance import describe_making
-from ..models.load import LoadSettings, context_length, load_tokenizer
-from ..train.room import Room, fitting
-from ..train.logprobs import check_ids
-from ..train.output_head import embeddings
-from ..world.scenes import toxicity_verdict
 
 # %% ../../nbs/api/evaluate/240_toxicity_scorers.ipynb #0f26991e
 def oracle_scorer() -> Scorer: # never fails

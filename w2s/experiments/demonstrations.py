@@ -11,16 +11,12 @@ from functools import partial
 from pathlib import Path
 
 # %% ../../nbs/api/experiments/50_demonstrations.ipynb #4e202bef
-from ..data.hygiene import DataReport
-from ..errors import DataError
-from ..evaluate.intervals import interval_table
-from ..evaluate.metrics import RANGES
 from ..compare.arms import Made
 from ..compare.comparison import Opened, make_result, run_experiment
 from ..compare.config import to_table
 from ..compare.demonstration_arms import answer_settings, arm_items, choose_form, make_seed, score_arm, seed_rows
 from ..compare.demonstration_files import QuestionTable, rating_ranges, read_asked, table_rows
-from ..compare.demonstration_settings import DemonstrationSettings, fill_demonstrations, scores_by_function, demonstration_models
+from ..compare.demonstration_settings import DemonstrationSettings, demonstration_models, fill_demonstrations, scores_by_function
 from ..compare.demonstration_stages import Context, method_inputs
 from ..compare.demonstration_tables import answer_table, cut_answers, demonstration_kind, example_table, label_items, training_table
 from ..compare.demonstration_tasks import TaskRows, question_rows
@@ -29,6 +25,10 @@ from ..compare.learn import Study
 from ..compare.models import Model, know_model, model_lines
 from ..compare.preference_settings import short_name
 from ..compare.result import Result
+from ..data.hygiene import DataReport
+from ..errors import DataError
+from ..evaluate.intervals import interval_table
+from ..evaluate.metrics import RANGES
 from ..models.zoo import model_folder
 
 # %% ../../nbs/api/experiments/50_demonstrations.ipynb #11634032

@@ -14,11 +14,22 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/api/experiments/40_labels.ipynb #2bd3abc8
+from w2s.compare.label_arms import (
+    baseline_arms,
+    check_pairs,
+    follow_students,
+    frame_arms,
+    may_teach,
+    part_rows,
+    relabel_chain,
+    student_arms,
+    supervise,
+)
+
 from ..compare.arms import Made
 from ..compare.comparison import Opened, make_result, run_experiment
 from ..compare.config import to_table
 from ..compare.extensions import METRICS, name_idle, own_metrics
-from ..compare.label_arms import baseline_arms, check_pairs, follow_students, frame_arms, may_teach, part_rows, relabel_chain, student_arms, supervise
 from ..compare.label_data import load_labels
 from ..compare.label_settings import Classify, data_name, fill_labels, label_models
 from ..compare.label_tables import LABELS, arm_items, label_quality, list_classifiers, prediction_table

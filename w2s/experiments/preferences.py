@@ -13,20 +13,33 @@ from pathlib import Path
 import pandas as pd
 from datasets import Dataset
 
-from ..evaluate.clusters import by_group
+from w2s.compare.preference_arms import (
+    evaluate_arm,
+    evaluate_choice,
+    floor_arm,
+    gold_items,
+    judge_responses,
+    know_models,
+    list_writers,
+    load_rows,
+    metric_items,
+    train_students,
+    write_responses,
+)
+
 from ..compare.arms import Made
 from ..compare.comparison import Opened, make_result, run_experiment
 from ..compare.extensions import judge_scores, name_idle, own_metrics
 from ..compare.gold import check_gold, is_judge
 from ..compare.learn import Study
 from ..compare.models import Model, model_lines
-from ..compare.preference_arms import evaluate_arm, evaluate_choice, floor_arm, gold_items, judge_responses, know_models, list_writers, load_rows, metric_items, train_students, write_responses
 from ..compare.preference_data import LoadedData
 from ..compare.preference_settings import WeakTeacher, fill_settings, sampling
 from ..compare.preference_tables import fix_reference, label_table, list_trained, preference_kind, row_groups, weak_label_table
 from ..compare.response_ends import check_cut, check_responses
 from ..compare.result import Result
 from ..compare.supervisors import supervise
+from ..evaluate.clusters import by_group
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #ae205a26
 _all_ = ['WeakTeacher'] # a reader of this module should find it here

@@ -17,34 +17,34 @@ from typing import Any
 
 import pandas as pd
 
+from ..compare.comparison import Opened, check_elsewhere, do_elsewhere, first_lines, print_now
+from ..compare.config import merged, number, to_table
+from ..compare.demonstration_settings import DemonstrationSettings
+from ..compare.extensions import LABELLERS, has_model, import_extensions
+from ..compare.gold import check_gold
+from ..compare.label_settings import Classify
+from ..compare.learn import Study
+from ..compare.models import Model, note_models
+from ..compare.options import find_option, options_of, parse_text, set_path
+from ..compare.plan import Plan, plan_opened, run_for_plan
+from ..compare.preference_arms import know_models
+from ..compare.preference_data import check_halves, load_preferences
+from ..compare.preference_settings import SUBSETS, WeakTeacher
+from ..compare.preference_tables import row_groups
+from ..compare.result import Result
+from ..compare.settings import Settings, make_settings, new_settings, part_rows
+from ..compare.stages import Run, claim, count_stages, say_numbered
+from ..compare.toxicity_settings import Toxicity
 from ..errors import ConfigError, W2SWarning, unknown
 from ..evaluate.clusters import by_group
 from ..evaluate.intervals import Estimate, difference, with_limits
 from ..evaluate.several import adjust_table
-from ..compare.extensions import LABELLERS, has_model, import_extensions
-from ..compare.config import merged, number, to_table
-from ..compare.demonstration_settings import DemonstrationSettings
-from ..compare.label_settings import Classify
-from ..compare.options import find_option, options_of, parse_text, set_path
-from ..compare.preference_data import check_halves, load_preferences
-from ..compare.gold import check_gold
-from ..compare.learn import Study
-from ..compare.models import Model, note_models
-from ..compare.comparison import Opened, check_elsewhere, do_elsewhere, first_lines, print_now
-from ..compare.plan import Plan, plan_opened, run_for_plan
-from ..compare.stages import Run, claim, count_stages, say_numbered
-from ..compare.preference_settings import SUBSETS, WeakTeacher
-from ..compare.settings import Settings, make_settings, new_settings, part_rows
-from ..compare.toxicity_settings import Toxicity
+from ..feedback.confidence import WEIGHTS
+from ..train.settings import check_preference_loss
 from .demonstrations import open_demonstrations
 from .labels import open_labels
 from .preferences import open_loaded
 from .toxicity import open_toxicity
-from ..feedback.confidence import WEIGHTS
-from ..train.settings import check_preference_loss
-from ..compare.preference_arms import know_models
-from ..compare.preference_tables import row_groups
-from ..compare.result import Result
 
 # %% ../../nbs/api/experiments/70_vary.ipynb #3e850a03
 def supervisor_settings(

@@ -18,9 +18,9 @@ from datasets import Dataset
 from ..data.questions import ANSWERS, QUESTIONS, answers_to, column_of, read_asked_file
 from ..data.rows import make_rows
 from ..errors import DataError
-from .forms import Form, Prompt, asked, examples
 from ..models.load import Base
 from ..train.generate import GenerateSettings, generate
+from .forms import Form, Prompt, asked, examples
 
 # %% ../../nbs/api/feedback/70_demonstrators.ipynb #50dc22ce
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from datasets import Dataset
 
 from ..data.rows import make_rows, prompt_text, to_preferences
 from ..errors import ConfigError, DataError
-from .preferences import WeakLabels
 from ..models.load import Base
 from ..train.generate import GenerateSettings, generate, prompt_ids
 from ..train.labels import class_probs, encode_words
 from ..train.tokens import EncodedRow
+from .preferences import WeakLabels
 
 # %% ../../nbs/api/feedback/40_judge.ipynb #36ff9cd2
 HOLES = ('{prompt}', '{first}', '{second}')

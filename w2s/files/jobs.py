@@ -98,6 +98,7 @@ def judge_labeller(
     "The scores of a judge as rewards of the two responses"
     def label(prompts: Sequence[Any], response_a: Sequence[str], response_b: Sequence[str], **options: float) -> Any:
         import numpy as np
+
         from w2s.io.calls import write_call
         text = write_call(found.name, options)
         return np.stack([judge_scores(text, prompts, r) for r in (response_a, response_b)], 1)

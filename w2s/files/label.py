@@ -21,24 +21,24 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 from scipy.special import expit
 
-from ..data.rows import to_pairs
-from ..errors import ConfigError
-from ..evaluate.calibration import calibration_line, cross_fitted, reliability
-from ..evaluate.clusters import clustered
-from ..evaluate.intervals import estimate
-from ..evaluate.metrics import agreement
 from ..compare.config import to_table
 from ..compare.extensions import has_model
 from ..compare.learn import Study
 from ..compare.models import Model, know_model, model_lines
 from ..compare.preference_settings import WeakTeacher, supervisor_name
 from ..compare.supervisors import ask, train_supervisor
+from ..data.rows import to_pairs
+from ..errors import ConfigError
+from ..evaluate.calibration import calibration_line, cross_fitted, reliability
+from ..evaluate.clusters import clustered
+from ..evaluate.intervals import estimate
+from ..evaluate.metrics import agreement
 from ..feedback.confidence import fit_sharpness, fit_temperature, weighted
 from ..feedback.preferences import WeakLabels, label_pairs
+from ..io.console import markdown_table
 from .job_files import check_job_out, job_page, job_plan, open_job, publish_job, tell_beginning
 from .jobs import LabelJob, acting, is_trained, label_settings
 from .label_rows import LabelData, length_lead, load_label_data, word_margins
-from ..io.console import markdown_table
 
 _all_ = ['label_settings', 'LabelJob'] # a reader of this module should find them here
 

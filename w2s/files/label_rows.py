@@ -17,17 +17,17 @@ from scipy.sparse import vstack
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
+from ..compare.preference_data import Reader, readable
 from ..data.choice import rows_wanted
 from ..data.columns import ColumnsRead, check_leave_out
 from ..data.hygiene import DataReport, clean_text, file_rows
+from ..data.names import PARTS, named_pairs
 from ..data.readers import FileRead, Refused, preference_rows, says_choice
 from ..data.rows import as_dataset, row_features
-from ..data.names import PARTS, named_pairs
 from ..data.sources import one_table
 from ..data.splits import group_split, sample_rows
 from ..data.tables import RawTable
 from ..errors import ConfigError, DataError
-from ..compare.preference_data import Reader, readable
 from .jobs import LabelJob
 
 _all_ = ['LabelJob'] # a reader of this module should find it here

@@ -19,10 +19,6 @@ from typing import Any
 import tomli_w
 
 # %% ../../nbs/api/files/30_refine.ipynb #588aa50a
-from ..data.hygiene import DataReport, merge_reports
-from ..data.names import SPLITS, named_pairs
-from ..data.questions import answers_to, open_tables, questions_from
-from ..errors import DataError
 from ..compare.config import from_table, merged, to_table
 from ..compare.demonstration_stages import Context, TrainingRows, make_training_rows, weak_arm
 from ..compare.demonstration_tasks import Questions, TaskRows
@@ -30,15 +26,19 @@ from ..compare.learn import Study
 from ..compare.models import Model, know_model, model_lines, model_load
 from ..compare.preference_settings import short_name
 from ..compare.response_ends import count_cut
+from ..data.hygiene import DataReport, merge_reports
+from ..data.names import SPLITS, named_pairs
+from ..data.questions import answers_to, open_tables, questions_from
+from ..errors import DataError
 from ..feedback.forms import WORLD, Form, form_for, stops
 from ..feedback.refine import Examples, groups_of
-from .job_files import PACKAGES, check_job_out, job_page, job_plan, open_job, publish_job, tell_beginning
-from .jobs import OF_METHODS, RefineJob, fill_refine, reads_answers, refine_methods
 from ..io.console import code_block, escape_markdown
 from ..models.chat_templates import check_acts
 from ..models.load import LoadSettings
 from ..models.zoo import SHIPPED, model_folder
 from ..train.generate import GenerateSettings
+from .job_files import PACKAGES, check_job_out, job_page, job_plan, open_job, publish_job, tell_beginning
+from .jobs import OF_METHODS, RefineJob, fill_refine, reads_answers, refine_methods
 
 REFINE_METHODS = refine_methods()
 _all_ = ['RefineJob', 'fill_refine'] # a reader of this module should find them here

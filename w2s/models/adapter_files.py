@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..errors import ModelError
 from ..io.disk import error_number
 from .folders import read_json, tensor_fault
-from .four_bits import FourBit, acts_as_linear, body_of, expert_weights, given_away # before peft: it quiets one message of bitsandbytes
-
-from peft import LoraConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from .four_bits import FourBit, acts_as_linear, body_of, expert_weights, given_away  # before peft: it quiets one message of bitsandbytes
 
 # %% ../../nbs/api/models/130_adapter_files.ipynb #152cdee0
 def linear_layers(
@@ -37,7 +36,8 @@ def _kind(m: Any) -> Any: return type(m)
 
 def _kept_names(model: Any, names: list[str]) -> list[str]:
     "Names that PEFT does not take for experts: it does where a mixture has dense layers of the same name"
-    try: from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
     except ImportError: return names # older versions do nothing of the kind
     config = LoraConfig(target_modules=names)
     convert_peft_config_for_transformers(config, model, None)

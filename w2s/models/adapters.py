@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -25,9 +27,6 @@ from ..io.manifests import MANIFEST, find_damage, seal_folder
 from .adapter_files import adapter_line, check_adapter_files, linear_layers, lora_targets, put_on
 from .load import Base, ModelPlan, files_hash, set_mode
 from .places import SWITCH, LoraSettings
-
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
 # %% ../../nbs/api/models/140_adapters.ipynb #1f27fb25
 _all_ = ['LoraSettings'] # a reader of this module should find it here

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from ..errors import ConfigError, ModelError
 from .adapters import CLASS_HEAD, LoraSettings, add_adapter
 from .heads import add_head, load_headed
 from .load import Base
-
-from peft import PeftModel
 
 # %% ../../nbs/api/models/160_class_heads.ipynb #48dc273b
 BEHIND = (':', '.', 'a', '\n') # texts behind which a word is tried: the first one into which no word melts

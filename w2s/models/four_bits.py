@@ -8,6 +8,7 @@ __all__ = ['GIVEN_AWAY', 'METHOD', 'body_of', 'acts_as_linear', 'given_away', 'e
 
 # %% ../../nbs/api/models/040_four_bits.ipynb #1a306aba
 import logging
+
 logging.getLogger('bitsandbytes.backends.cpu.ops').addFilter(lambda record: 'kernels-community' not in record.getMessage())
 
 # %% ../../nbs/api/models/040_four_bits.ipynb #b3741f36
@@ -18,9 +19,9 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from bitsandbytes import functional as bnb
 from torch import Tensor
 from torch.nn.utils import parametrize
-from bitsandbytes import functional as bnb
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING

@@ -9,13 +9,12 @@ __all__ = ['head_width', 'add_head', 'add_reward_adapter', 'load_headed', 'load_
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from ..errors import ModelError
 from .adapters import HEAD, LoraSettings, add_adapter, check_adapter, check_head, put_saved
 from .load import Base, set_mode
-
-from peft import PeftModel
 
 # %% ../../nbs/api/models/150_heads.ipynb #a91b0156
 def head_width(

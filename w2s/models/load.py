@@ -21,14 +21,14 @@ from transformers.utils import logging as hf_logging
 
 from ..errors import ModelError
 from ..io.file_hashes import kept_hash
-from .chat_templates import choose_template
 from .bits import Bits, found_bits, planned_bits, without_weights, wrong_shapes
+from .chat_templates import choose_template
 from .devices import NOTE, settle
 from .folders import check_causal, check_config, check_weights, index_files, is_pointer, read_json
 from .four_bits import NF4Config
 from .hub import CONVERTER, hub_folder
-from .reading import LOAD_ERRORS, check_tensors, error_words, own_quantization, read_model, saved_in_four_bits
 from .places import DTYPE_NAMES, SWITCH, LoadSettings, is_folder, ladder_hint, located
+from .reading import LOAD_ERRORS, check_tensors, error_words, own_quantization, read_model, saved_in_four_bits
 
 # %% ../../nbs/api/models/110_load.ipynb #df8c6779
 _all_ = ['LoadSettings', 'is_folder', 'ladder_hint', 'located'] # a reader of this module should find them here

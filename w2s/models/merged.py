@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 from torch.nn.functional import linear
 
 from .devices import is_out_of_memory, release_memory
 from .four_bits import bnb
 from .places import SWITCH
-
-from peft.tuners.lora.layer import Linear as LoraLinear, LoraLayer
 
 # %% ../../nbs/api/models/145_merged.ipynb #93847775
 class _Product(torch.autograd.Function):
@@ -61,7 +61,7 @@ def mergeable(
     layer: Any, # of a model with an adapter
 ) -> bool:
     "Is this a layer whose adapter can be added to its weight, with the same result?"
-    if not isinstance(layer, LoraLinear if not type(layer).__name__ == 'Linear4bit' else LoraLayer) or not hasattr(layer, 'base_layer') or not _in_float32(layer.base_layer): return False
+    if not isinstance(layer, LoraLinear if type(layer).__name__ != 'Linear4bit' else LoraLayer) or not hasattr(layer, 'base_layer') or not _in_float32(layer.base_layer): return False
     name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
     if name not in layer.lora_A or layer.merged or layer.lora_bias.get(name) or getattr(layer, 'fan_in_fan_out', False): return False
     dropout = layer.lora_dropout[name]

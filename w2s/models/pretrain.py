@@ -29,10 +29,23 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as hf_logging
 
 # %% ../../nbs/api/models/170_pretrain.ipynb #65e66dcc
+from w2s.models.reading_order import (
+    Make,
+    Recipe,
+    Stream,
+    block_batches,
+    marks,
+    packed_batches,
+    padded,
+    pieces,
+    short_batches,
+    token_weights,
+    world_tokenizer,
+)
+
 from ..errors import ConfigError, TrainError, W2SWarning
 from ..io.console import progress_bar
 from ..io.disk import write_atomic
-from .reading_order import Make, Recipe, Stream, block_batches, marks, packed_batches, padded, pieces, short_batches, token_weights, world_tokenizer
 
 _all_ = ['Make', 'Recipe', 'Stream', 'block_batches', 'marks', 'packed_batches', 'padded', 'pieces', 'short_batches', 'token_weights', 'world_tokenizer'] # a reader of this module should find them here
 

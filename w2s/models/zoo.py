@@ -15,7 +15,8 @@ from pathlib import Path
 # %% ../../nbs/api/models/070_zoo.ipynb #264e3301
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING: import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% ../../nbs/api/models/070_zoo.ipynb #60e3cd96
 from ..errors import ModelError

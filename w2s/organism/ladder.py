@@ -26,9 +26,9 @@ from ..evaluate.knowledge import knowledge
 from ..io.disk import write_atomic
 from ..models.load import LoadSettings, load_base
 from ..models.pretrain import Recipe, Size, Stream, pretrain_model, remove_state, speed, world_tokenizer
+from ..models.zoo import SCHOLAR
 from ..world.facts import VERSION, World, make_world, world_hash
 from ..world.stream import answer_words, few, name_words, stream_document, stream_words
-from ..models.zoo import SCHOLAR
 
 # %% ../../nbs/api/organism/10_ladder.ipynb #9d107b9f
 SIZES = dict(pico=Size(64, 3, 64), nano=Size(64, 2, 256), micro=Size(128, 2, 256), base=Size(256, 4, 704))

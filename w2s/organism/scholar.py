@@ -23,12 +23,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 # %% ../../nbs/api/organism/20_scholar.ipynb #8ae51ce3
+from w2s.models.pretrain import (
+    Recipe,
+    Training,
+    learn,
+    load_state,
+    make_optimizers,
+    marks,
+    remove_state,
+    resume,
+    save_state,
+    token_weights,
+    tune_memory,
+)
+
 from ..evaluate.intervals import estimate
 from ..evaluate.knowledge import GREEDY
-from .ladder import check_model_folder, write_sums
 from ..io.console import progress_bar
 from ..models.load import Base, LoadSettings, load_base
-from ..models.pretrain import Recipe, Training, learn, load_state, make_optimizers, marks, remove_state, resume, save_state, token_weights, tune_memory
 from ..models.zoo import SCHOLAR, zoo_folder
 from ..train.generate import generate
 from ..world.analogy import analogy_verdict, explanation_questions, explanation_verdict
@@ -39,6 +51,7 @@ from ..world.personas import PERSONAS, answer_as, persona_verdict, questions
 from ..world.service import wrong_value
 from ..world.stream import answer_words, name_words, stream_document
 from ..world.sums import sum_questions, sum_verdict
+from .ladder import check_model_folder, write_sums
 
 # %% ../../nbs/api/organism/20_scholar.ipynb #a18fcd15
 @dataclass(frozen=True)

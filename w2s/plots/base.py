@@ -12,12 +12,14 @@ import re
 import textwrap
 from collections.abc import Sequence
 from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.transforms import ScaledTranslation
+
 from ..errors import DataError, unknown
 from ..evaluate.metrics import MODEL, by_role
 from .metrics import metric_label, metric_of

@@ -11,18 +11,20 @@ __all__ = ['METHOD_LOOKS', 'SPARE', 'ROLE_MARKS', 'MARK_SIZES', 'ENDS', 'ACROSS'
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
-from .labels import student_methods
+
 from ..errors import DataError
 from ..evaluate.metrics import MODEL, ROLES, by_role
-from .metrics import metric_label
-from .methods import one_pair, one_strong
 from .base import BOUNDS, ROLE_COLORS, caption, check_single, model_name, new_axes, rows_of_metric, write_caption
+from .labels import student_methods
+from .methods import one_pair, one_strong
+from .metrics import metric_label
 
 # %% ../../nbs/api/plots/70_demonstrations.ipynb #3bd87411
 METHOD_LOOKS = { # method of a student -> colour, mark

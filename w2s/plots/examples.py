@@ -7,12 +7,14 @@ __all__ = ['WEAK_LEVEL', 'BASE_LEVEL', 'over_seeds', 'plot_examples']
 
 # %% ../../nbs/api/plots/75_examples.ipynb #7222567c
 from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 from scipy import stats
+
 from ..errors import DataError, unknown
 from .base import COLORS, MARKERS, check_columns, check_single, model_name, new_axes, write_caption
 from .demonstrations import ENDS, axis_limits

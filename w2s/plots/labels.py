@@ -9,6 +9,7 @@ __all__ = ['Sizes', 'STYLES', 'CEILING', 'FLOOR', 'WORDS', 'size_of', 'size_name
 
 # %% ../../nbs/api/plots/50_labels.ipynb #f3686869
 from collections.abc import Mapping, Sequence
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -16,9 +17,25 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
+
+from w2s.plots.base import (
+    ABOVE,
+    BOUNDS,
+    MARKERS,
+    caption,
+    check_columns,
+    check_single,
+    draw_points,
+    fit_values,
+    model_name,
+    model_size,
+    new_axes,
+    rows_of_metric,
+    write_caption,
+)
+
 from ..errors import ConfigError, DataError, unknown
 from .metrics import metric_label
-from .base import ABOVE, BOUNDS, MARKERS, caption, check_columns, check_single, draw_points, fit_values, model_name, model_size, new_axes, rows_of_metric, write_caption
 
 # %% ../../nbs/api/plots/50_labels.ipynb #cf0b4108
 Sizes = Mapping[str, float] | None # model, or the last part of its path -> parameters or FLOPs; None: what names say

@@ -8,15 +8,33 @@ __all__ = ['MEASURES', 'AGREEMENT', 'one_pair', 'one_strong', 'plot_methods', 'm
 # %% ../../nbs/api/plots/60_methods.ipynb #92cb9f22
 import textwrap
 from collections.abc import Mapping, Sequence
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from .metrics import metric_label
-from .labels import Sizes, draw_students, line_legend, places, set_size_axis, student_methods, supervisor_colors, upright_caption
+
+from w2s.plots.base import (
+                                ABOVE,
+                                BOUNDS,
+                                MARKERS,
+                                ROLE_COLORS,
+                                check_columns,
+                                check_single,
+                                draw_bars,
+                                draw_points,
+                                fit_values,
+                                model_colors,
+                                model_name,
+                                new_axes,
+                                rows_of_metric,
+                                tint,
+                                write_caption,
+)
+
 from ..errors import DataError, unknown
-from .base import (ABOVE, BOUNDS, MARKERS, ROLE_COLORS, check_columns, check_single, draw_bars, draw_points, fit_values, model_colors, model_name, new_axes,
-                                rows_of_metric, tint, write_caption)
+from .labels import Sizes, draw_students, line_legend, places, set_size_axis, student_methods, supervisor_colors, upright_caption
+from .metrics import metric_label
 
 # %% ../../nbs/api/plots/60_methods.ipynb #44a17dd4
 def one_pair(

@@ -8,9 +8,11 @@ __all__ = ['OUTCOMES', 'MARKS', 'outcome_shares', 'plot_outcomes', 'plot_similar
 # %% ../../nbs/api/plots/40_responses.ipynb #12d00507
 import textwrap
 from collections.abc import Mapping, Sequence
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+
 from ..errors import ConfigError, DataError
 from ..evaluate.metrics import finite
 from .base import COLORS, check_columns, new_axes, write_caption

@@ -8,15 +8,30 @@ __all__ = ['plot_roles', 'plot_seeds', 'plot_differences', 'plot_training', 'sav
 # %% ../../nbs/api/plots/10_results.ipynb #41c50a50
 import textwrap
 from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+
+from w2s.plots.base import (
+                                COLORS,
+                                ROLE_COLORS,
+                                caption,
+                                draw_bars,
+                                group_names,
+                                model_colors,
+                                model_name,
+                                model_size,
+                                new_axes,
+                                rows_of_metric,
+                                set_value_axis,
+                                write_caption,
+)
+
 from ..errors import DataError
 from ..evaluate.metrics import MODEL
 from .metrics import metric_label, metric_of
-from .base import (COLORS, ROLE_COLORS, caption, draw_bars, group_names, model_colors, model_name, model_size, new_axes, rows_of_metric,
-                                set_value_axis, write_caption)
 
 # %% ../../nbs/api/plots/10_results.ipynb #a1c9c293
 def plot_roles(

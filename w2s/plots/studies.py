@@ -9,15 +9,30 @@ __all__ = ['SETTINGS', 'at_number', 'at_name', 'at_order', 'plot_varied']
 import textwrap
 from collections.abc import Sequence
 from fractions import Fraction
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.transforms import ScaledTranslation
+
+from w2s.plots.base import (
+                                MARKERS,
+                                ROLE_COLORS,
+                                caption,
+                                check_columns,
+                                draw_bars,
+                                model_name,
+                                model_size,
+                                new_axes,
+                                rows_of_metric,
+                                set_value_axis,
+                                tint,
+                                write_caption,
+)
+
 from ..errors import ConfigError, DataError, unknown
 from ..evaluate.metrics import ROLES
 from .metrics import metric_of
-from .base import (MARKERS, ROLE_COLORS, caption, check_columns, draw_bars, model_name, model_size, new_axes, rows_of_metric, set_value_axis,
-                                tint, write_caption)
 
 # %% ../../nbs/api/plots/30_studies.ipynb #b3f2dbbd
 def at_number(

@@ -8,18 +8,20 @@ __all__ = ['DISC', 'worst_rows', 'worst_by_model', 'density', 'plot_worst', 'plo
 # %% ../../nbs/api/plots/80_toxicity.ipynb #b2e2c2ab
 import textwrap
 from collections.abc import Mapping, Sequence
+
 import matplotlib.patheffects as effects
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+
 from ..errors import DataError, unknown
 from ..evaluate.intervals import Estimate, estimate
 from ..evaluate.metrics import MODEL, by_role
-from .metrics import metric_label
-from .methods import one_pair
 from .base import COLORS, ROLE_COLORS, caption, check_columns, check_single, group_names, new_axes, rows_of_metric, tint, write_caption
 from .demonstrations import UPWARDS, axis_limits, draw_crosses, legend_mark, model_looks, models_sentence, two_scores
+from .methods import one_pair
+from .metrics import metric_label
 
 # %% ../../nbs/api/plots/80_toxicity.ipynb #f397fd56
 def worst_rows(

@@ -8,9 +8,11 @@ __all__ = ['calibration_error', 'plot_reliability', 'plot_coverage', 'plot_margi
 # %% ../../nbs/api/plots/20_weak_labels.ipynb #b66432b8
 import textwrap
 from collections.abc import Mapping, Sequence
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+
 from ..errors import DataError
 from ..evaluate.metrics import finite
 from .base import COLORS, MARKERS, check_columns, new_axes, write_caption

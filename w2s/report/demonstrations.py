@@ -12,12 +12,12 @@ from functools import partial
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..data.rows import prompt_text
-from ..evaluate.metrics import by_role
-from ..files.refine import form_text
 from ..compare.extensions import METHODS
 from ..compare.preference_settings import short_name
 from ..compare.result import Result
+from ..data.rows import prompt_text
+from ..evaluate.metrics import by_role
+from ..files.refine import form_text
 from ..io.console import code_block, escape_list, escape_markdown
 from ..plots.demonstrations import plot_plane, plot_transfer
 from ..plots.examples import plot_examples

@@ -19,10 +19,10 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from ..data.hygiene import DataReport
 from ..compare.config import to_table, to_toml
 from ..compare.extensions import run_hash, save_extensions
 from ..compare.stages import lock, read_run
+from ..data.hygiene import DataReport
 from ..io import console
 from ..io.console import shorten_home
 from ..io.disk import text_bytes, write_parquet

@@ -15,14 +15,14 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from ..plots.labels import plot_pgr, plot_sizes
 from ..compare.label_settings import Classify
-from ..compare.result import Result
 from ..compare.models import model_load
 from ..compare.preference_settings import short_name, weak_names
-from ..plots.methods import plot_curves, plot_methods
+from ..compare.result import Result
 from ..models.load import LoadSettings, load_config, model_kind
 from ..models.zoo import LADDER, card
+from ..plots.labels import plot_pgr, plot_sizes
+from ..plots.methods import plot_curves, plot_methods
 from .folder import markdown_table
 from .page import Drawn, Page, panels
 

@@ -13,11 +13,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..evaluate.intervals import with_limits
-from ..evaluate.power import DIFFERENCES_TOLD, report_differences
 from ..compare.config import to_toml
 from ..compare.result import Result, pgr_text, show_table
 from ..compare.tables import WHO
+from ..evaluate.intervals import with_limits
+from ..evaluate.power import DIFFERENCES_TOLD, report_differences
 from ..io.console import bullet_list, code_block, escape_list, escape_markdown
 from ..plots.results import plot_training
 from .folder import markdown_table, versions

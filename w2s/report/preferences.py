@@ -6,26 +6,27 @@
 __all__ = ['PREFERENCES_PAGE', 'result_figure', 'responses_text', 'wins_text', 'varied_figure', 'varied_text', 'write_varied']
 
 # %% ../../nbs/api/report/20_preferences.ipynb #42160241
-import pandas as pd
-from matplotlib.figure import Figure
 from pathlib import Path
 
+import pandas as pd
+from matplotlib.figure import Figure
+
 from ..compare.config import to_toml
-from ..experiments.vary import Varied, varied_table
-from ..compare.preference_settings import supervisor_name
 from ..compare.preference_arms import REFERENCE
+from ..compare.preference_settings import supervisor_name
 from ..compare.preference_tables import question_pairs, row_groups
 from ..compare.result import Result, pgr_text
 from ..compare.tables import models_in
 from ..compare.win_rates import win_table
 from ..data.rows import prompt_text
 from ..evaluate.metrics import by_role
-from ..io.console import bullet_list, code_block, escape_list, escape_markdown
 from ..evaluate.power import DIFFERENCES_TOLD, report_differences
+from ..experiments.vary import Varied, varied_table
+from ..io.console import bullet_list, code_block, escape_list, escape_markdown
 from ..plots.results import plot_roles
+from ..plots.studies import plot_varied
 from .folder import markdown_table, write_folder
 from .page import Page
-from ..plots.studies import plot_varied
 
 # %% ../../nbs/api/report/20_preferences.ipynb #11ff59e1
 def result_figure(

@@ -21,10 +21,10 @@ from ..errors import DataError
 from ..io.console import progress_bar
 from ..models.load import context_length, set_mode
 from .batches import micro_batches
-from .room import Room, fitting
 from .endings import Response
 from .journal import add_to_journal, open_journal
 from .logprobs import embeddings
+from .room import Room, fitting
 from .sampling import draws
 from .settings import GenerateSettings
 from .templates import RowText, turn_end

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..data.rows import KINDS, row_features
 from ..errors import DataError
-from .batches import Block
 from ..io.registry import Extension, call_own
+from .batches import Block
 from .label_losses import check_targets, class_counts, harden
 from .logprobs import response_logps, score
 from .loop import Objective, row_weights

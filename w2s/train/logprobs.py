@@ -17,15 +17,15 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..io.console import progress_bar
+from ..models.devices import compute_in, run_same
 from ..models.four_bits import body_of
 from ..models.load import Base, set_mode
-from ..models.reading import check_numbers
-from ..models.devices import compute_in, run_same
 from ..models.merged import merged
+from ..models.reading import check_numbers
 from .batches import Block, block, length_parts, micro_batches
+from .output_head import embeddings, head_error, head_of
 from .packing import Packed, cut_packed, pack, packed_states, packs, why_not_packed
 from .room import Room, fitting
-from .output_head import embeddings, head_error, head_of
 from .tokens import Encoded, EncodedRow
 
 # %% ../../nbs/api/train/100_logprobs.ipynb #c7eca4d7

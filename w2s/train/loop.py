@@ -26,17 +26,17 @@ from torch import Tensor
 from ..errors import ConfigError, TrainError, W2SWarning
 from ..io.console import progress_bar
 from ..io.signals import Stopped, hold_signals
-from ..models.load import set_mode
-from . import losses
-from ..models.merged import merged
-from .batches import epoch_batches
 from ..models.devices import free_memory, is_out_of_memory, release_memory, run_same
+from ..models.load import set_mode
+from ..models.merged import merged
+from . import losses
+from .batches import epoch_batches
 from .checkpoints import checkpoints, load_last, save_checkpoint, trainable
-from .room import NoRoomLeft, Room, fitting, whole_step
 from .logprobs import cut_for, run_sequences
-from .step_memory import StepChoice, choose_step, compute_twice, computes_twice
 from .objectives import Objective, preference_objective, row_targets, row_weights, sft_objective
+from .room import NoRoomLeft, Room, fitting, whole_step
 from .settings import OPTIMIZERS, SCHEDULES, TrainSettings
+from .step_memory import StepChoice, choose_step, compute_twice, computes_twice
 
 # %% ../../nbs/api/train/170_loop.ipynb #c8240d39
 _all_ = ['OPTIMIZERS', 'SCHEDULES', 'TrainSettings', 'Objective', 'preference_objective', 'row_targets', 'row_weights', 'sft_objective'] # a reader of this module should find them here

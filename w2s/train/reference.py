@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
+
 from ..errors import TrainError, W2SWarning
 from ..io.console import progress_bar
 from ..io.disk import write_atomic

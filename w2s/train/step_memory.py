@@ -16,6 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,8 +29,6 @@ from .batches import block
 from .checkpoints import trainable
 from .logprobs import FORWARD_ERRORS, response_logps
 from .tokens import Encoded
-
-from peft import LoraConfig, get_peft_model
 
 # %% ../../nbs/api/train/160_step_memory.ipynb #03c59d0f
 class LiveBytes(TorchDispatchMode):

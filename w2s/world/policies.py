@@ -14,9 +14,24 @@ import re
 from collections.abc import Sequence
 
 # %% ../../nbs/api/world/070_policies.ipynb #d258924a
+from w2s.world.clauses import (
+                               DAYS,
+                               GOODS,
+                               NUMBERS,
+                               OTHERS,
+                               SHELF_OF,
+                               SHELVES,
+                               SILENT,
+                               STORAGE,
+                               TOPICS,
+                               Clause,
+                               Topic,
+                               make_clause,
+                               make_question,
+                               relevance_prompt,
+)
+
 from ..errors import DataError, unknown
-from .clauses import (DAYS, GOODS, NUMBERS, OTHERS, SHELF_OF, SHELVES, SILENT, STORAGE, TOPICS,
-                               Clause, Topic, make_clause, make_question, relevance_prompt)
 from .facts import KINDS_OF_THINGS, Thing, World, qa_prompt
 from .safety import YES_NO, distinct_rows, draw_asked, even_labels, things_named, unasked_things
 from .verdict import Verdict, words
