@@ -50,10 +50,32 @@ def reward_folder(folder, texts):
 
 
 # The quick tier, `pytest -m quick`: what a change breaks most often, in under two minutes. Whole files, less what takes long in them
-QUICK = ('test_house', 'test_data', 'test_label_measures', 'test_labels', 'test_maths', 'test_preference_losses', 'test_forms', 'test_world_facts',
-         'test_world_safety', 'test_columns', 'test_escaping', 'test_model_folders', 'test_settings', 'test_walk', 'test_extensions')
-LONG = ('test_each_module_imports_alone', 'test_paired_intervals_are_those_of_a_bootstrap_that_computes_the_statistic_anew', 'test_real_helpful_rows_are_read_and_cleaned_in_seconds', 'test_pitfall_05_weights_act_in_four_bits', 'test_every_command_says_what_it_reads',
-        'test_the_report_of_a_run_says_what_it_read', 'test_leave_out_in_a_file_of_settings')
+QUICK = (
+    'test_house',
+    'test_data',
+    'test_label_measures',
+    'test_labels',
+    'test_maths',
+    'test_preference_losses',
+    'test_forms',
+    'test_world_facts',
+    'test_world_safety',
+    'test_columns',
+    'test_escaping',
+    'test_model_folders',
+    'test_settings',
+    'test_walk',
+    'test_extensions',
+)
+LONG = (
+    'test_each_module_imports_alone',
+    'test_paired_intervals_are_those_of_a_bootstrap_that_computes_the_statistic_anew',
+    'test_real_helpful_rows_are_read_and_cleaned_in_seconds',
+    'test_pitfall_05_weights_act_in_four_bits',
+    'test_every_command_says_what_it_reads',
+    'test_the_report_of_a_run_says_what_it_read',
+    'test_leave_out_in_a_file_of_settings',
+)
 
 
 def pytest_collection_modifyitems(items):

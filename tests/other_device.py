@@ -15,8 +15,20 @@ from torch.utils._pytree import tree_leaves, tree_map
 NAME = 'other'
 aten = torch.ops.aten
 COPIES = {aten._to_copy.default, aten.copy_.default, aten.lift_fresh.default, aten.set_.source_Tensor}
-INDEXED = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default, aten._unsafe_index.Tensor, aten._index_put_impl_.default, aten._unsafe_index_put.default}
-WAITS = {aten._local_scalar_dense.default: 'item', aten.nonzero.default: 'nonzero', aten.masked_select.default: 'masked_select', aten.equal.default: 'equal'}
+INDEXED = {
+    aten.index.Tensor,
+    aten.index_put_.default,
+    aten.index_put.default,
+    aten._unsafe_index.Tensor,
+    aten._index_put_impl_.default,
+    aten._unsafe_index_put.default,
+}
+WAITS = {
+    aten._local_scalar_dense.default: 'item',
+    aten.nonzero.default: 'nonzero',
+    aten.masked_select.default: 'masked_select',
+    aten.equal.default: 'equal',
+}
 
 
 class TwoDevices(RuntimeError):
@@ -58,7 +70,8 @@ def run(func, args, kwargs, counts):
         if func is aten._to_copy.default and wanted == 'cpu': counts['to the CPU'] += 1
     if wanted == NAME: kwargs = kwargs | {'device': torch.device('cpu')}
     out = func(*tree_map(plain, args), **tree_map(plain, kwargs))
-    if func is aten.copy_.default or func._schema.is_mutable and args and isinstance(args[0], torch.Tensor) and out is plain(args[0]): return args[0]
+    if func is aten.copy_.default or func._schema.is_mutable and args and isinstance(args[0], torch.Tensor) and out is plain(args[0]):
+        return args[0]
     stays = there if wanted is None else wanted == NAME
     return tree_map(lambda t: Other(t) if isinstance(t, torch.Tensor) and not isinstance(t, Other) else t, out) if stays else out
 

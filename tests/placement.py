@@ -11,7 +11,8 @@ import torch
 from datasets import Dataset
 
 pytest.importorskip('torch.utils.backend_registration')
-if not hasattr(torch.utils.backend_registration, '_setup_privateuseone_for_python_backend'): pytest.skip('PyTorch before 2.9 has no devices that are written in Python', allow_module_level=True)
+if not hasattr(torch.utils.backend_registration, '_setup_privateuseone_for_python_backend'):
+    pytest.skip('PyTorch before 2.9 has no devices that are written in Python', allow_module_level=True)
 
 from other_device import Elsewhere, Other, TwoDevices
 
@@ -67,7 +68,8 @@ def there(folder):
 
 
 @pytest.fixture(scope='module')
-def rows(here): return encode_rows(here.tokenizer, make_rows(sample_preferences(6, seed=0), 'preferences'), ('chosen', 'rejected'), 128).rows
+def rows(here):
+    return encode_rows(here.tokenizer, make_rows(sample_preferences(6, seed=0), 'preferences'), ('chosen', 'rejected'), 128).rows
 
 
 @pytest.fixture(scope='module')
@@ -75,18 +77,28 @@ def texts(here): return encode_texts(here.tokenizer, Dataset.from_dict({'id': li
 
 
 @pytest.fixture(scope='module')
-def words(here): return encode_labels(here.tokenizer, Dataset.from_dict({'id': list('abcde'), 'prompt': TEXTS}), (' fox', ' river'), 64).rows
+def words(here):
+    return encode_labels(here.tokenizer, Dataset.from_dict({'id': list('abcde'), 'prompt': TEXTS}), (' fox', ' river'), 64).rows
 
 
-def preference(rows, loss='dpo', **more): return preference_objective(rows, np.linspace(-30, -20, 2*len(rows)).reshape(-1, 2), loss=loss, **more)
+def preference(rows, loss='dpo', **more):
+    return preference_objective(rows, np.linspace(-30, -20, 2 * len(rows)).reshape(-1, 2), loss=loss, **more)
 
 
 TRAININGS = {
-    'sft': (add_adapter, lambda r, t, w: sft_objective(r, np.linspace(.5, 1, len(r)))),
-    **{loss: (add_adapter, lambda r, t, w, loss=loss: preference(r, loss, target=np.linspace(.6, 1, len(r)), weights=np.linspace(.5, 1, len(r)))) for loss in ('dpo', 'cdpo', 'rdpo', 'ipo')},
-    'reward model': (add_reward_adapter, lambda r, t, w: reward_objective(r, np.linspace(.6, 1, len(r)))),
-    **{f'head, {loss}': (add_class_adapter, lambda r, t, w, loss=loss: label_objective(t, PROBS, loss=loss, forward=class_logits))
-       for loss in ('xent', 'confidence', 'product', 'entropy', 'window', 'kl', 'reverse_kl')},
+    'sft': (add_adapter, lambda r, t, w: sft_objective(r, np.linspace(0.5, 1, len(r)))),
+    **{
+        loss: (
+            add_adapter,
+            lambda r, t, w, loss=loss: preference(r, loss, target=np.linspace(0.6, 1, len(r)), weights=np.linspace(0.5, 1, len(r))),
+        )
+        for loss in ('dpo', 'cdpo', 'rdpo', 'ipo')
+    },
+    'reward model': (add_reward_adapter, lambda r, t, w: reward_objective(r, np.linspace(0.6, 1, len(r)))),
+    **{
+        f'head, {loss}': (add_class_adapter, lambda r, t, w, loss=loss: label_objective(t, PROBS, loss=loss, forward=class_logits))
+        for loss in ('xent', 'confidence', 'product', 'entropy', 'window', 'kl', 'reverse_kl')
+    },
     'words, xent': (add_adapter, lambda r, t, w: label_objective(w, PROBS)),
     'words, confidence': (add_adapter, lambda r, t, w: label_objective(w, PROBS, loss='confidence')),
     'checkpointing': (add_adapter, lambda r, t, w: preference(r)),
@@ -99,7 +111,15 @@ def learned(base, kind, rows, texts, words, folder, after=None):
     make, goal = TRAININGS[kind]
     model = make(base, replace(LORA, dropout=.2*(kind == 'dropout')), 1)
     try:
-        curve = train(model, goal(rows, texts, words), replace(STEP, gradient_checkpointing=kind == 'checkpointing'), folder/'ckpt', 3, quiet=True, after=after)
+        curve = train(
+            model,
+            goal(rows, texts, words),
+            replace(STEP, gradient_checkpointing=kind == 'checkpointing'),
+            folder / 'ckpt',
+            3,
+            quiet=True,
+            after=after,
+        )
         save_adapter(model, base, folder/'adapter')
         return {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}, curve
     finally: model.unload()
@@ -117,7 +137,9 @@ def test_training(here, there, rows, texts, words, tmp_path, kind):
     with Elsewhere() as device: found, other = learned(there, kind, rows, texts, words, tmp_path/'there')
     same(found, want)
     assert other.equals(curve)
-    assert (tmp_path/'here'/'adapter'/'adapter_model.safetensors').read_bytes() == (tmp_path/'there'/'adapter'/'adapter_model.safetensors').read_bytes()
+    assert (tmp_path / 'here' / 'adapter' / 'adapter_model.safetensors').read_bytes() == (
+        tmp_path / 'there' / 'adapter' / 'adapter_model.safetensors'
+    ).read_bytes()
     blocks = len(curve)*(4 if kind == 'head, xent' else 8)
     assert not device.counts['nonzero'] and device.counts['item'] <= 4*blocks
 
@@ -162,7 +184,10 @@ def test_heads_are_loaded_where_their_base_is(here, there, rows, texts, words, t
     learned(here, 'head, xent', rows, texts, words, tmp_path/'class')
     def numbers(base):
         out = []
-        for load, name, work in ((load_reward_adapter, 'reward', lambda m: response_rewards(m, rows, quiet=True)), (load_class_adapter, 'class', lambda m: head_probs(m, texts, quiet=True))):
+        for load, name, work in (
+            (load_reward_adapter, 'reward', lambda m: response_rewards(m, rows, quiet=True)),
+            (load_class_adapter, 'class', lambda m: head_probs(m, texts, quiet=True)),
+        ):
             for trainable in (False, True):
                 model = load(base, tmp_path/name/'adapter', trainable)
                 out.append(work(model))
@@ -173,7 +198,11 @@ def test_heads_are_loaded_where_their_base_is(here, there, rows, texts, words, t
     for a, b in zip(want, found, strict=True): assert np.array_equal(a, b)
 
 
-@pytest.mark.parametrize('how', [dict(temperature=0), dict(samples=2, temperature=1., top_p=.9, top_k=20, no_repeat_ngram=2), dict(temperature=1., stop=('e',))], ids=['greedy', 'sampled', 'stopped'])
+@pytest.mark.parametrize(
+    'how',
+    [dict(temperature=0), dict(samples=2, temperature=1.0, top_p=0.9, top_k=20, no_repeat_ngram=2), dict(temperature=1.0, stop=('e',))],
+    ids=['greedy', 'sampled', 'stopped'],
+)
 def test_sampling(here, there, how, monkeypatch, tmp_path):
     "Rows of other widths together, as on a GPU"
     monkeypatch.setattr(generate_page, 'WIDE', generate_page.PAD) # the same padding: then the same bits

@@ -24,7 +24,9 @@ def small_png(data: str) -> str:
     raw, out = base64.b64decode(data), io.BytesIO()
     image = Image.open(io.BytesIO(raw))
     if image.mode == 'P': return data
-    image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(out, 'png', optimize=True, dpi=image.info.get('dpi', (72, 72)))
+    image.quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
+        out, 'png', optimize=True, dpi=image.info.get('dpi', (72, 72))
+    )
     return base64.b64encode(out.getvalue()).decode() if len(out.getvalue()) < len(raw) else data
 
 

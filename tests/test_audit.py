@@ -19,7 +19,9 @@ def invented(n=300, seed=0, steps=None):
     quality = rng.normal(0, 1, (n, 2))
     if steps: quality = np.round(quality * steps) / steps
     human_a = rng.random(n) < expit(1.5 * (quality[:, 0] - quality[:, 1]))
-    pairs = make_rows([dict(prompt=f'{i}?', response_a=f'a{i}', response_b=f'b{i}', prob_a=float(h)) for i, h in enumerate(human_a)], 'pairs')
+    pairs = make_rows(
+        [dict(prompt=f'{i}?', response_a=f'a{i}', response_b=f'b{i}', prob_a=float(h)) for i, h in enumerate(human_a)], 'pairs'
+    )
     return pairs, given_labels(pairs), label_pairs(pairs, quality + rng.normal(0, 1, (n, 2)), 'weak'), quality
 
 
@@ -91,7 +93,10 @@ def test_each_weight_acts_on_each_row_alone():
     _, _, weak, _ = invented()
     for how in WEIGHTS:
         whole = np.array(weighted(weak.rows, how)['weight'])
-        assert np.allclose(whole[:3], weighted(weak.rows.select(range(3)), how)['weight']) and whole[0] == weighted(weak.rows.select([0]), how)['weight'][0]
+        assert (
+            np.allclose(whole[:3], weighted(weak.rows.select(range(3)), how)['weight'])
+            and whole[0] == weighted(weak.rows.select([0]), how)['weight'][0]
+        )
     assert np.allclose(weighted(weak.rows)['weight'], confidence(weak.prob_a))
 
 
@@ -109,7 +114,8 @@ def test_top_share_does_not_know_the_order():
     _, human, weak, _ = invented()
     turned = np.random.default_rng(1).permutation(300)
     for labels in (weak, human):  # human labels are all equally sure: ids decide
-        for share in (.01, .3, .999): assert set(top_share(labels.rows, share)['id']) == set(top_share(labels.rows.select(turned), share)['id'])
+        for share in (0.01, 0.3, 0.999):
+            assert set(top_share(labels.rows, share)['id']) == set(top_share(labels.rows.select(turned), share)['id'])
 
 
 # Calibration
@@ -160,7 +166,9 @@ def differences(lead, seeds, rows, seed, seed_sd, row_sd=.4):
     return lead + rng.normal(0, seed_sd, (seeds, 1)) + rng.normal(0, row_sd, (1, rows)) + rng.normal(0, .1, (seeds, rows))
 
 
-@pytest.mark.parametrize('shape', [dict(seeds=1, rows=150, seed_sd=0.), dict(seeds=5, rows=200, seed_sd=.03), dict(seeds=5, rows=800, seed_sd=.05)])
+@pytest.mark.parametrize(
+    'shape', [dict(seeds=1, rows=150, seed_sd=0.0), dict(seeds=5, rows=200, seed_sd=0.03), dict(seeds=5, rows=800, seed_sd=0.05)]
+)
 @pytest.mark.parametrize('power', [.5, .8])
 def test_stated_power(shape, power):
     "An effect of the stated size is found about as often as stated"

@@ -70,7 +70,13 @@ def go(home, out, keep=False):
     said, config = [], weak_teacher_config({}, home/'run.toml')
     with warnings.catch_warnings(record=True) as warned, pytest.MonkeyPatch.context() as m:
         warnings.simplefilter('always', W2SWarning)
-        m.setattr(page, 'run_experiment', lambda open_it, config, out, quiet, keep: run_experiment(open_it, config, out, quiet, keep, lambda line: said.append(line.partition('] ')[2] or line)))
+        m.setattr(
+            page,
+            'run_experiment',
+            lambda open_it, config, out, quiet, keep: run_experiment(
+                open_it, config, out, quiet, keep, lambda line: said.append(line.partition('] ')[2] or line)
+            ),
+        )
         m.setattr('builtins.print', lambda *a, **k: None)
         m.setattr(page, 'check_cut', lambda *a: None) # models of a few steps do not end their responses
         m.setattr('w2s.report.preferences.result_figure', lambda result: Figure()) # drawing takes longer than all the rest
@@ -100,11 +106,24 @@ def same(out, result, straight):
 
 
 KEPT = { # kind -> a file of it
-    'stage: rewards': 'stages/weak-seed0-labels-*/rewards.npy', 'stage: scores': 'stages/student-*-test-*/scores.parquet', 'stage: texts': 'stages/*responses-*/texts.json',
-    'stage: adapter of an SFT': 'stages/weak-seed0-sft-*/adapter/adapter_model.safetensors', 'stage: settings of an adapter': 'stages/student-seed0-dpo-*/adapter/adapter_config.json',
-    'stage: inputs': 'stages/student-seed0-sft-*/inputs.json', 'stage: curve': 'stages/student-seed0-sft-*/history.csv', 'stage: manifest': 'stages/weak-seed0-labels-*/manifest.json',
-    'key of log-probs': 'store/*/key.json', 'kept gold scores': 'gold/*.npy', 'results: table': 'items.parquet', 'results: report': 'report.md', 'results: settings': 'config.toml',
-    'results: adapter': 'adapters/student-dpo-weak-weak-strong-seed0/adapter_model.safetensors', 'results: manifest': 'manifest.json', 'last run': '.run.json', 'holder': '.holder.json'}
+    'stage: rewards': 'stages/weak-seed0-labels-*/rewards.npy',
+    'stage: scores': 'stages/student-*-test-*/scores.parquet',
+    'stage: texts': 'stages/*responses-*/texts.json',
+    'stage: adapter of an SFT': 'stages/weak-seed0-sft-*/adapter/adapter_model.safetensors',
+    'stage: settings of an adapter': 'stages/student-seed0-dpo-*/adapter/adapter_config.json',
+    'stage: inputs': 'stages/student-seed0-sft-*/inputs.json',
+    'stage: curve': 'stages/student-seed0-sft-*/history.csv',
+    'stage: manifest': 'stages/weak-seed0-labels-*/manifest.json',
+    'key of log-probs': 'store/*/key.json',
+    'kept gold scores': 'gold/*.npy',
+    'results: table': 'items.parquet',
+    'results: report': 'report.md',
+    'results: settings': 'config.toml',
+    'results: adapter': 'adapters/student-dpo-weak-weak-strong-seed0/adapter_model.safetensors',
+    'results: manifest': 'manifest.json',
+    'last run': '.run.json',
+    'holder': '.holder.json',
+}
 
 
 def harm(out, kind, damage):
@@ -123,7 +142,10 @@ def test_a_damaged_file_is_named_or_made_again(home, straight, tmp_path, kind):
     if kind.startswith(('stage', 'results')): assert [f for f in verify_folder(out) if f.problem and f.damaged]
     reference._SEEN.clear()
     said, result = go(home, out)
-    if kind.startswith('stage'): assert sum('DAMAGED' in line for line in said) == 1 and file.parents[len(file.relative_to(out).parts) - 3].name.rpartition('-')[0] in ' '.join(said)
+    if kind.startswith('stage'):
+        assert sum('DAMAGED' in line for line in said) == 1 and file.parents[len(file.relative_to(out).parts) - 3].name.rpartition('-')[
+            0
+        ] in ' '.join(said)
     if kind == 'kept gold scores': assert sum('is damaged' in line for line in said) == 1
     same(out, result, straight)
 
@@ -220,14 +242,18 @@ def small(config):
     return replace(sampling(config), token_budget=64)
 
 
-@pytest.mark.parametrize('other, keep, found', [('torch', False, False), ('torch', True, True), ('bitsandbytes', False, False), ('numpy', False, True)])
+@pytest.mark.parametrize(
+    'other, keep, found', [('torch', False, False), ('torch', True, True), ('bitsandbytes', False, False), ('numpy', False, True)]
+)
 def test_stages_of_other_versions(tmp_path, other, keep, found):
     "A stage that was made by another version of a package that computes is named, and made anew unless one says to keep it"
     said, done = [], []
     def work(folder): done.append(1); (folder/'x').write_text('x')
     folder = run_stage(Run(tmp_path, said.append), 'one', {}, work)
     manifest = read_manifest(folder/MANIFEST)
-    manifests.seal_folder(folder, manifest['made'] | {'versions': package_versions() | ({other: '0.0.1'} if other in package_versions() else {})})
+    manifests.seal_folder(
+        folder, manifest['made'] | {'versions': package_versions() | ({other: '0.0.1'} if other in package_versions() else {})}
+    )
     run_stage(Run(tmp_path, said.append, keep), 'one', {}, work)
     assert len(done) == (1 if found else 2)
     assert ('0.0.1' in said[-1]) == (other in package_versions())
@@ -247,8 +273,14 @@ def test_results_of_another_run_do_not_stay(home, tmp_path, straight):
     (tmp_path/'judge.toml').write_text((home/'run.toml').read_text().replace('response_tokens = 12', ''))
     config = weak_teacher_config({'supervisor': 'judge', 'samples': 0, 'gold': ''}, tmp_path/'judge.toml')
     write(run(config, out, quiet=True))
-    assert not (out/'responses.parquet').exists() and not (out/'adapters'/'floor-dpo-human-weak-seed0').exists() and not (out/'gold.parquet').exists()
-    assert {p.name for p in out.iterdir() if not p.name.startswith('.')} == {Path(f).parts[0] for f in read_manifest(out/MANIFEST)['files']} | {'manifest.json', 'stages', 'store', 'gold'}
+    assert (
+        not (out / 'responses.parquet').exists()
+        and not (out / 'adapters' / 'floor-dpo-human-weak-seed0').exists()
+        and not (out / 'gold.parquet').exists()
+    )
+    assert {p.name for p in out.iterdir() if not p.name.startswith('.')} == {
+        Path(f).parts[0] for f in read_manifest(out / MANIFEST)['files']
+    } | {'manifest.json', 'stages', 'store', 'gold'}
     assert find_damage(out) == []
     assert {p.name.rpartition('-')[0] for p in find_unused(out)} >= {'weak-seed0-dpo', 'weak-seed0-sft'}
 
@@ -284,7 +316,11 @@ def test_killed_while_results_are_replaced(tmp_path, monkeypatch, call):
     assert {p.name for p in tmp_path.iterdir()} == {*second, MANIFEST, f'.{MANIFEST}'} and find_damage(tmp_path) == []
 
 
-FOREIGN = {'a file': lambda p: p.write_text('mine'), 'a folder': lambda p: (p.mkdir(), (p/'x').write_text('mine')), 'a link': lambda p: p.symlink_to(p.parent.parent/'elsewhere')}
+FOREIGN = {
+    'a file': lambda p: p.write_text('mine'),
+    'a folder': lambda p: (p.mkdir(), (p / 'x').write_text('mine')),
+    'a link': lambda p: p.symlink_to(p.parent.parent / 'elsewhere'),
+}
 
 
 @pytest.mark.parametrize('kind', FOREIGN)
@@ -347,7 +383,10 @@ def test_nothing_half_written_leaks_into_an_adapter(home, tmp_path):
     save_adapter(model, base, tmp_path/'b')
     (tmp_path/'b'/'README.md').write_text('half of a')
     save_adapter(model, base, tmp_path/'b')
-    assert sorted(p.name for p in (tmp_path/'a').iterdir()) == sorted(p.name for p in (tmp_path/'b').iterdir()) and not (tmp_path/'b'/'README.md').exists()
+    assert (
+        sorted(p.name for p in (tmp_path / 'a').iterdir()) == sorted(p.name for p in (tmp_path / 'b').iterdir())
+        and not (tmp_path / 'b' / 'README.md').exists()
+    )
     (tmp_path/'b'/'notes.txt').write_text('mine')
     with pytest.raises(ModelError, match='notes.txt'): save_adapter(model, base, tmp_path/'b')
     model.unload()
@@ -371,7 +410,15 @@ def test_a_changed_model_folder_is_another_model(home, tmp_path, file, monkeypat
     shutil.copytree(home/'strong', tmp_path/'m')
     rows = [dict(question=f'What is {i}?', answer=f'{i}') for i in range(6)]
     (tmp_path/'q.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
-    job = fill_refine(dict(questions=str(tmp_path/'q.jsonl'), strong=str(tmp_path/'m'), method='ask-to-improve', max_tokens=4, load=dict(quantize='none', dtype='float32')))
+    job = fill_refine(
+        dict(
+            questions=str(tmp_path / 'q.jsonl'),
+            strong=str(tmp_path / 'm'),
+            method='ask-to-improve',
+            max_tokens=4,
+            load=dict(quantize='none', dtype='float32'),
+        )
+    )
     lines = []
     monkeypatch.setattr('builtins.print', lambda *a, **k: lines.append(' '.join(map(str, a))))
     def again():
@@ -393,7 +440,13 @@ def test_a_changed_loss_is_another_stage(home, tmp_path, monkeypatch):
     "The body of a loss was changed, its name was not: its trainings are done anew, the others are found"
     from w2s.train import losses
     said, first = go(home, tmp_path)
-    monkeypatch.setitem(losses.PREFERENCE_LOSSES.found, 'dpo', replace(losses.PREFERENCE_LOSSES['dpo'], function=lambda gap, target, beta, smoothing=0.: losses.ipo(gap, target, beta, smoothing)))
+    monkeypatch.setitem(
+        losses.PREFERENCE_LOSSES.found,
+        'dpo',
+        replace(
+            losses.PREFERENCE_LOSSES['dpo'], function=lambda gap, target, beta, smoothing=0.0: losses.ipo(gap, target, beta, smoothing)
+        ),
+    )
     said, second = go(home, tmp_path)
     found = {line.rpartition(': ')[0]: line.rpartition(': ')[2] for line in said}
     assert found['weak-seed0-sft'] == 'found' and found['weak-seed0-dpo'] == 'starting' and found['student-seed0-dpo'] == 'starting'
@@ -407,12 +460,20 @@ def scorer(tmp_path_factory):
     from w2s.data.toxicity_rows import read_toxicity
     from w2s.evaluate.toxicity_scorers import fit_ridge, save_ridge
     home = tmp_path_factory.mktemp('scorer')
-    rows = [dict(text=f'{"you fool" if i % 2 else "thank you"} {i} {"go away" if i % 3 else "please"}', score=.9*(i % 2)) for i in range(60)]
+    rows = [
+        dict(text=f'{"you fool" if i % 2 else "thank you"} {i} {"go away" if i % 3 else "please"}', score=0.9 * (i % 2)) for i in range(60)
+    ]
     (home/'rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     return save_ridge(fit_ridge(read_toxicity([home/'rows.jsonl']).rows, 0, .2), home/'scorer')
 
 
-SCORER_DAMAGE = {**DAMAGE, 'list': lambda data: b'[]', 'other text': lambda data: b'{"kind": "ridge"}', 'words swapped': lambda data: b'\n'.join(data.split(b'\n')[::-1]), 'gone': None}
+SCORER_DAMAGE = {
+    **DAMAGE,
+    'list': lambda data: b'[]',
+    'other text': lambda data: b'{"kind": "ridge"}',
+    'words swapped': lambda data: b'\n'.join(data.split(b'\n')[::-1]),
+    'gone': None,
+}
 
 
 @pytest.mark.parametrize('damage', SCORER_DAMAGE)
@@ -427,7 +488,11 @@ def test_a_damaged_scorer_is_refused(scorer, tmp_path, file, damage):
     with pytest.raises(ModelError, match='is damaged: '): load_ridge(tmp_path/'s')
 
 
-@pytest.mark.parametrize('file, damage', [(f, d) for f in ('card.json', 'ridge.npz', 'words.txt') for d in ('cut', 'empty', 'list', 'gone', 'other text')] + [('ridge.npz', 'nan'), ('ridge.npz', 'flip')])
+@pytest.mark.parametrize(
+    'file, damage',
+    [(f, d) for f in ('card.json', 'ridge.npz', 'words.txt') for d in ('cut', 'empty', 'list', 'gone', 'other text')]
+    + [('ridge.npz', 'nan'), ('ridge.npz', 'flip')],
+)
 def test_a_damaged_scorer_without_a_manifest_is_refused(scorer, tmp_path, file, damage):
     from w2s.evaluate.toxicity_scorers import load_ridge
     shutil.copytree(scorer, tmp_path/'s')
@@ -448,10 +513,20 @@ def test_the_date_of_a_template_is_that_of_the_first_run(home, tmp_path, monkeyp
     from w2s.files.refine import fill_refine, refine_file
     from w2s.train import sandbox
     shutil.copytree(home/'strong', tmp_path/'m')
-    (tmp_path/'m'/'chat_template.jinja').write_text("{{ strftime_now('%d %b %Y') }}{% for m in messages %} {{ m['content'] }}{% endfor %}{% if not add_generation_prompt %}{{ eos_token }}{% endif %}")
+    (tmp_path / 'm' / 'chat_template.jinja').write_text(
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %} {{ m['content'] }}{% endfor %}{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    )
     rows = [dict(question=f'What is {i}?', answer=f'{i}') for i in range(4)]
     (tmp_path/'q.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
-    job = fill_refine(dict(questions=str(tmp_path/'q.jsonl'), strong=str(tmp_path/'m'), method='ask-to-improve', max_tokens=4, load=dict(quantize='none', dtype='float32')))
+    job = fill_refine(
+        dict(
+            questions=str(tmp_path / 'q.jsonl'),
+            strong=str(tmp_path / 'm'),
+            method='ask-to-improve',
+            max_tokens=4,
+            load=dict(quantize='none', dtype='float32'),
+        )
+    )
     lines, inputs = [], []
     monkeypatch.setattr('builtins.print', lambda *a, **k: lines.append(' '.join(map(str, a))))
     clock: dict = {}
@@ -465,6 +540,11 @@ def test_the_date_of_a_template_is_that_of_the_first_run(home, tmp_path, monkeyp
             clock['now'] = now
             lines.clear()
             refine_file(job, tmp_path/f'{out}.jsonl')
-            inputs.append((any(line.endswith(': found') for line in lines), *{json.loads(f.read_text())['date'] for f in (tmp_path/f'{out}.work').glob('stages/*/inputs.json')}))
+            inputs.append(
+                (
+                    any(line.endswith(': found') for line in lines),
+                    *{json.loads(f.read_text())['date'] for f in (tmp_path / f'{out}.work').glob('stages/*/inputs.json')},
+                )
+            )
     finally: sandbox.freeze_date(before)
     assert inputs == [(False, '2026-11-29'), (True, '2026-11-29'), (False, '2026-11-30')]

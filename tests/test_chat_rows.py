@@ -36,7 +36,16 @@ LONG = [dict(role='system', content='Be brief.'), user('Where does fox 3 live?')
 
 # As text that somebody has written
 
-KINDS = {'none': {}, 'begin': dict(bos=True), 'both': dict(bos=True, eos=True), 'no end token': dict(eos_token=None), 'no begin token': dict(bos_token=None), 'one token for both': dict(bos_token='</s>', bos=True), 'pad is end': dict(pad_token='</s>'), 'no pad': dict(pad_token=None)}
+KINDS = {
+    'none': {},
+    'begin': dict(bos=True),
+    'both': dict(bos=True, eos=True),
+    'no end token': dict(eos_token=None),
+    'no begin token': dict(bos_token=None),
+    'one token for both': dict(bos_token='</s>', bos=True),
+    'pad is end': dict(pad_token='</s>'),
+    'no pad': dict(pad_token=None),
+}
 
 
 def reader(bos=False, eos=False, **special):
@@ -45,12 +54,20 @@ def reader(bos=False, eos=False, **special):
     for name, token in special.items(): setattr(tok, name, token)
     marks = [t for t, asked in ((tok.bos_token, bos), (tok.eos_token, eos)) if asked]
     single = ' '.join([*([tok.bos_token] if bos else []), '$A', *([tok.eos_token] if eos else [])])
-    if marks: tok.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[(t, tok.convert_tokens_to_ids(t)) for t in dict.fromkeys(marks)])
+    if marks:
+        tok.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=[(t, tok.convert_tokens_to_ids(t)) for t in dict.fromkeys(marks)]
+        )
     return tok
 
 
-WRITTEN = {'one turn': (ASK, 'Human: Where does fox 3 live?\n\nAssistant:'), 'many': (LONG, 'Be brief.\n\nHuman: Where does fox 3 live?\n\nAssistant: By river 3.\n\nHuman: And fox 4?\n\nAssistant:'),
-           'spaces': ([user(' Where \n')], 'Human:  Where \n\n\nAssistant:'), 'nothing': ([user('')], 'Human: \n\nAssistant:'), 'signs of Jinja': ([user('{{ 1 }} {% x %}')], 'Human: {{ 1 }} {% x %}\n\nAssistant:')}
+WRITTEN = {
+    'one turn': (ASK, 'Human: Where does fox 3 live?\n\nAssistant:'),
+    'many': (LONG, 'Be brief.\n\nHuman: Where does fox 3 live?\n\nAssistant: By river 3.\n\nHuman: And fox 4?\n\nAssistant:'),
+    'spaces': ([user(' Where \n')], 'Human:  Where \n\n\nAssistant:'),
+    'nothing': ([user('')], 'Human: \n\nAssistant:'),
+    'signs of Jinja': ([user('{{ 1 }} {% x %}')], 'Human: {{ 1 }} {% x %}\n\nAssistant:'),
+}
 
 
 @pytest.mark.parametrize('choice', [None, 'plain'])
@@ -78,7 +95,12 @@ def test_training_begins_where_asking_ends(kind):
 
 
 def test_a_role_without_a_name_refuses_its_row():
-    data = Dataset.from_list([dict(id='a', prompt=ASK, completion='x'), dict(id='b', prompt=[*ASK, assistant('y'), dict(role='tool', content='12')], completion='x')])
+    data = Dataset.from_list(
+        [
+            dict(id='a', prompt=ASK, completion='x'),
+            dict(id='b', prompt=[*ASK, assistant('y'), dict(role='tool', content='12')], completion='x'),
+        ]
+    )
     tokens = encode_rows(reader(), data, ('completion',), 64)
     assert [r.id for r in tokens.rows] == ['a'] and 'no name for the role tool; give a file by --chat-template' in tokens.refused['b']
     assert tokens.found[NO_TEMPLATE] == [1]
@@ -117,11 +139,18 @@ def models(tmp_path_factory):
         tok = tiny_tokenizer(TEXTS)
         tok.chat_template = template
         tok.save_pretrained(home/name)
-    (home/'mine.jinja').write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}")
+    (home / 'mine.jinja').write_text(
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
     return home
 
 
-TEMPLATES = {'default': (None, {'bare': PLAIN, 'own': OWN}), 'plain': ('plain', {'bare': PLAIN, 'own': PLAIN}), 'chatml': ('chatml', {'bare': CHATML, 'own': CHATML}), 'file': ('mine.jinja', {})}
+TEMPLATES = {
+    'default': (None, {'bare': PLAIN, 'own': OWN}),
+    'plain': ('plain', {'bare': PLAIN, 'own': PLAIN}),
+    'chatml': ('chatml', {'bare': CHATML, 'own': CHATML}),
+    'file': ('mine.jinja', {}),
+}
 
 
 @pytest.mark.parametrize('kind', TEMPLATES)
@@ -133,7 +162,11 @@ def test_a_model_uses_its_own_template_unless_another_one_is_named(models, monke
     for name in ('bare', 'own'):
         model, plain = known(name, choice), known(name, None)
         text = want.get(name, Path('mine.jinja').read_text())
-        expect = {PLAIN: 'Human: Where does fox 3 live?\n\nAssistant:', OWN: '<user>Where does fox 3 live?</s><assistant>', CHATML: '<|im_start|>user\nWhere does fox 3 live?<|im_end|>\n<|im_start|>assistant\n'}.get(text, '[user] Where does fox 3 live?</s>[assistant] ')
+        expect = {
+            PLAIN: 'Human: Where does fox 3 live?\n\nAssistant:',
+            OWN: '<user>Where does fox 3 live?</s><assistant>',
+            CHATML: '<|im_start|>user\nWhere does fox 3 live?<|im_end|>\n<|im_start|>assistant\n',
+        }.get(text, '[user] Where does fox 3 live?</s>[assistant] ')
         assert render(model.reader.tokenizer, ASK, True) == expect
         key, usual = ({**model_inputs(m), **asked_inputs(m, ['text'])} for m in (model, plain))
         assert (key == usual) is (choice is None) and any('messages are written' in n for n in model.notes) is (choice is not None)
@@ -143,13 +176,27 @@ def test_a_model_uses_its_own_template_unless_another_one_is_named(models, monke
 def test_a_file_counts_by_what_it_says(models, tmp_path):
     def key(text):
         (tmp_path/'a.jinja').write_text(text)
-        return model_inputs(know_model('weak', str(models/'bare'), WeakTeacher(data='x', load=LoadSettings(chat_template=str(tmp_path/'a.jinja')))))
+        return model_inputs(
+            know_model('weak', str(models / 'bare'), WeakTeacher(data='x', load=LoadSettings(chat_template=str(tmp_path / 'a.jinja'))))
+        )
     assert key(OWN) == key(OWN) != key(OWN + ' ')
 
 
-WRONG = {'no file': ('nothing.jinja', None, 'there is no such file; give chatml, plain, or a file'), 'mistyped': ('chatlm', None, 'there is no such file; give chatml'), 'empty': ('a.jinja', '', 'is empty'), 'no JSON': ('a.json', '{', 'is no JSON'), 'another JSON': ('a.json', '{"x": 1}', 'has no text named chat_template'),
-         'broken': ('a.jinja', '{% for %}', '--chat-template a.jinja: the chat template cannot be used'), 'loses the reply': ('a.jinja', "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", '--chat-template a.jinja: chat template loses the reply'),
-         'refuses': ('a.jinja', "{{ raise_exception('never') }}", 'never'), 'not text': ('a.jinja', b'\xff\xfe\xff', 'cannot be read as text')}
+WRONG = {
+    'no file': ('nothing.jinja', None, 'there is no such file; give chatml, plain, or a file'),
+    'mistyped': ('chatlm', None, 'there is no such file; give chatml'),
+    'empty': ('a.jinja', '', 'is empty'),
+    'no JSON': ('a.json', '{', 'is no JSON'),
+    'another JSON': ('a.json', '{"x": 1}', 'has no text named chat_template'),
+    'broken': ('a.jinja', '{% for %}', '--chat-template a.jinja: the chat template cannot be used'),
+    'loses the reply': (
+        'a.jinja',
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+        '--chat-template a.jinja: chat template loses the reply',
+    ),
+    'refuses': ('a.jinja', "{{ raise_exception('never') }}", 'never'),
+    'not text': ('a.jinja', b'\xff\xfe\xff', 'cannot be read as text'),
+}
 
 
 @pytest.mark.parametrize('kind', WRONG)
@@ -157,7 +204,8 @@ def test_templates_that_cannot_be_chosen(models, tmp_path, monkeypatch, kind):
     name, text, words = WRONG[kind]
     monkeypatch.chdir(tmp_path)
     if text is not None: Path(name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ConfigError, match=re.escape(words)): know_model('weak', str(models/'bare'), WeakTeacher(data='x', load=LoadSettings(chat_template=name)))
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        know_model('weak', str(models / 'bare'), WeakTeacher(data='x', load=LoadSettings(chat_template=name)))
 
 
 # Every command
@@ -169,17 +217,40 @@ def write(path, rows): path.write_text(''.join(json.dumps(r) + '\n' for r in row
 def typed(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, animal in (('prefs', 'fox'), ('train', 'wolf')):
-        write(tmp_path/f'{name}.jsonl', [dict(chosen=[user(f'Where does {animal} {i} live?'), assistant(f'By river {i}.')], rejected=[user(f'Where does {animal} {i} live?'), assistant(f'No idea about {i}.')]) for i in range(40)])
-        write(tmp_path/f'{name}-text.jsonl', [dict(prompt=f'Where does {animal} {i} live?', chosen=f' By river {i}.', rejected=f' No idea about {i}.') for i in range(40)])
+        write(
+            tmp_path / f'{name}.jsonl',
+            [
+                dict(
+                    chosen=[user(f'Where does {animal} {i} live?'), assistant(f'By river {i}.')],
+                    rejected=[user(f'Where does {animal} {i} live?'), assistant(f'No idea about {i}.')],
+                )
+                for i in range(40)
+            ],
+        )
+        write(
+            tmp_path / f'{name}-text.jsonl',
+            [dict(prompt=f'Where does {animal} {i} live?', chosen=f' By river {i}.', rejected=f' No idea about {i}.') for i in range(40)],
+        )
     write(tmp_path/'questions.jsonl', [dict(question=f'Where does fox {i} live?', answer=f'By river {i}.') for i in range(8)])
     (tmp_path/'mine.jinja').write_text((models/'mine.jinja').read_text())
-    def run(command, *words): return CliRunner().invoke(app, [w.replace('BARE', str(models/'bare')).replace('OWN', str(models/'own')) for w in (*COMMANDS[command].split(), *words)])
+    def run(command, *words):
+        return CliRunner().invoke(
+            app, [w.replace('BARE', str(models / 'bare')).replace('OWN', str(models / 'own')) for w in (*COMMANDS[command].split(), *words)]
+        )
     return run
 
 
-COMMANDS = {'weak-teacher': 'run preferences --data prefs.jsonl --weak BARE --strong OWN --quantize none --dtype float32 --dry-run', 'label': 'label --rows prefs.jsonl --train train.jsonl --out o.parquet --model BARE --quantize none --dtype float32 --dry-run',
-            'text': 'run preferences --data prefs-text.jsonl --weak BARE --strong OWN --quantize none --dtype float32 --dry-run', 'world': 'run preferences --dry-run', 'label text': 'label --rows prefs-text.jsonl --train train-text.jsonl --out o.parquet --model BARE --dry-run',
-            'refine': 'refine --questions questions.jsonl --strong BARE --quantize none --dtype float32 --dry-run', 'refine, ours': 'refine --questions questions.jsonl --dry-run', 'toxicity': 'run toxicity --dry-run', 'persona': 'run persona --dry-run'}
+COMMANDS = {
+    'weak-teacher': 'run preferences --data prefs.jsonl --weak BARE --strong OWN --quantize none --dtype float32 --dry-run',
+    'label': 'label --rows prefs.jsonl --train train.jsonl --out o.parquet --model BARE --quantize none --dtype float32 --dry-run',
+    'text': 'run preferences --data prefs-text.jsonl --weak BARE --strong OWN --quantize none --dtype float32 --dry-run',
+    'world': 'run preferences --dry-run',
+    'label text': 'label --rows prefs-text.jsonl --train train-text.jsonl --out o.parquet --model BARE --dry-run',
+    'refine': 'refine --questions questions.jsonl --strong BARE --quantize none --dtype float32 --dry-run',
+    'refine, ours': 'refine --questions questions.jsonl --dry-run',
+    'toxicity': 'run toxicity --dry-run',
+    'persona': 'run persona --dry-run',
+}
 
 
 @pytest.mark.parametrize('choice', [None, 'plain', 'chatml', 'mine.jinja'])
@@ -187,7 +258,12 @@ COMMANDS = {'weak-teacher': 'run preferences --data prefs.jsonl --weak BARE --st
 def test_the_plan_says_how_messages_are_written(typed, command, choice):
     out = typed(command, *(['--chat-template', choice] if choice else []))
     assert out.exit_code == 0, out.output
-    said = {None: 'no chat template: messages are written as plain paragraphs', 'plain': 'messages are written as plain paragraphs, Human: and Assistant: (--chat-template plain)', 'chatml': 'messages are written as ChatML', 'mine.jinja': 'messages are written as mine.jinja says'}
+    said = {
+        None: 'no chat template: messages are written as plain paragraphs',
+        'plain': 'messages are written as plain paragraphs, Human: and Assistant: (--chat-template plain)',
+        'chatml': 'messages are written as ChatML',
+        'mine.jinja': 'messages are written as mine.jinja says',
+    }
     assert said[choice] in ' '.join(out.output.split())
 
 
@@ -215,16 +291,63 @@ def each(body): return "{% for m in messages %}" + body + "{% endfor %}{% if add
 
 TURN = "<turn>{{ m.role }} {{ m.content }}</turn>"
 DOES = {
-    'writes the question twice': (each("<turn>{{ m.role }} {{ m.content }}{% if m.role == 'user' %} ({{ m.content }}){% endif %}</turn>"), ASK, {'chat template writes the user message more than once'}),
-    'repeats the system message': ("{% for m in messages %}{% if m.role != 'system' %}<turn>{{ m.role }} {{ messages[0].content if messages[0].role == 'system' and m.role == 'user' }} {{ m.content }}</turn>{% endif %}{% endfor %}{% if add_generation_prompt %}<turn>assistant {% endif %}", LONG, {'chat template writes the system message more than once', MERGED}),
-    'repeats the last turn': (each(TURN).replace('{% if add', "{% if messages[-1].role == 'user' %}Again: {{ messages[-1].content }}{% endif %}{% if add"), LONG, {'chat template writes the user message more than once'}),
-    'swaps roles': (each("<turn>{{ {'user': 'assistant', 'assistant': 'user'}.get(m.role, m.role) }} {{ m.content }}</turn>"), ASK, {SWAPPED}), 'swaps other names': (each("{% if m.role == 'user' %}### Model:{% else %}### Human:{% endif %}\n{{ m.content }}\n"), ASK, {SWAPPED}),
-    'drops a word of its own': (each("<turn>{{ m.role }} {% if m.role != 'system' %}{{ m.content }}{% endif %}</turn>"), [dict(role='system', content='turn'), *ASK], {'chat template drops the system message'}),
-    'drops the role as a word': (each("<turn>{{ m.role }} {{ m.content if m.content != 'user' }}</turn>"), [user('user')], {'chat template drops the user message'}), 'drops one of its words': (each("<turn>{{ m.role }} {{ m.content if m.content|length > 4 }}</turn>"), [user('turn')], {'chat template drops the user message'}),
-    'drops by what it says': (each("<turn>{{ m.role }} {{ m.content if 'fox' not in m.content }}</turn>"), ASK, {'chat template drops the user message'}), 'is right': (each(TURN), LONG, set()), 'is right on its own words': (each(TURN), [user('turn'), assistant('user'), user('assistant')], set()),
-    'is right on a repeated question': (each(TURN), [*ASK, assistant('Where does fox 3 live?'), *ASK], set()), 'is right on a question inside of another': (each(TURN), [user('fox'), assistant('fox fox'), user('x')], set()),
-    'names the roles behind': (each("{{ m.content }} said the {{ m.role }}.\n"), LONG, None), 'brackets': ("{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}{{ m.content }}</s>{% endif %}{% endfor %}", [*ASK, assistant('x'), user('y')], set()),
-    'mentions the user to the assistant': (each("<|{{ m.role }}|>{{ m.content }}").replace('<turn>assistant ', '<|assistant|>to the user: '), ASK, set())}
+    'writes the question twice': (
+        each("<turn>{{ m.role }} {{ m.content }}{% if m.role == 'user' %} ({{ m.content }}){% endif %}</turn>"),
+        ASK,
+        {'chat template writes the user message more than once'},
+    ),
+    'repeats the system message': (
+        "{% for m in messages %}{% if m.role != 'system' %}<turn>{{ m.role }} {{ messages[0].content if messages[0].role == 'system' and m.role == 'user' }} {{ m.content }}</turn>{% endif %}{% endfor %}{% if add_generation_prompt %}<turn>assistant {% endif %}",
+        LONG,
+        {'chat template writes the system message more than once', MERGED},
+    ),
+    'repeats the last turn': (
+        each(TURN).replace('{% if add', "{% if messages[-1].role == 'user' %}Again: {{ messages[-1].content }}{% endif %}{% if add"),
+        LONG,
+        {'chat template writes the user message more than once'},
+    ),
+    'swaps roles': (
+        each("<turn>{{ {'user': 'assistant', 'assistant': 'user'}.get(m.role, m.role) }} {{ m.content }}</turn>"),
+        ASK,
+        {SWAPPED},
+    ),
+    'swaps other names': (each("{% if m.role == 'user' %}### Model:{% else %}### Human:{% endif %}\n{{ m.content }}\n"), ASK, {SWAPPED}),
+    'drops a word of its own': (
+        each("<turn>{{ m.role }} {% if m.role != 'system' %}{{ m.content }}{% endif %}</turn>"),
+        [dict(role='system', content='turn'), *ASK],
+        {'chat template drops the system message'},
+    ),
+    'drops the role as a word': (
+        each("<turn>{{ m.role }} {{ m.content if m.content != 'user' }}</turn>"),
+        [user('user')],
+        {'chat template drops the user message'},
+    ),
+    'drops one of its words': (
+        each("<turn>{{ m.role }} {{ m.content if m.content|length > 4 }}</turn>"),
+        [user('turn')],
+        {'chat template drops the user message'},
+    ),
+    'drops by what it says': (
+        each("<turn>{{ m.role }} {{ m.content if 'fox' not in m.content }}</turn>"),
+        ASK,
+        {'chat template drops the user message'},
+    ),
+    'is right': (each(TURN), LONG, set()),
+    'is right on its own words': (each(TURN), [user('turn'), assistant('user'), user('assistant')], set()),
+    'is right on a repeated question': (each(TURN), [*ASK, assistant('Where does fox 3 live?'), *ASK], set()),
+    'is right on a question inside of another': (each(TURN), [user('fox'), assistant('fox fox'), user('x')], set()),
+    'names the roles behind': (each("{{ m.content }} said the {{ m.role }}.\n"), LONG, None),
+    'brackets': (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}{{ m.content }}</s>{% endif %}{% endfor %}",
+        [*ASK, assistant('x'), user('y')],
+        set(),
+    ),
+    'mentions the user to the assistant': (
+        each("<|{{ m.role }}|>{{ m.content }}").replace('<turn>assistant ', '<|assistant|>to the user: '),
+        ASK,
+        set(),
+    ),
+}
 
 
 @pytest.mark.parametrize('kind', DOES)

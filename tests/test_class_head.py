@@ -36,10 +36,22 @@ ROOT = Path(__file__).parents[1]
 FULL, RANK = LoadSettings('none', 'float32'), LoraSettings(rank=2)
 SHAPE = dict(vocab_size=120, pad_token_id=2, bos_token_id=1, eos_token_id=2) # padding and end are one token
 FAMILIES = {
-    'llama': lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)),
+    'llama': lambda: LlamaForCausalLM(
+        LlamaConfig(**SHAPE, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    ),
     'gpt2': lambda: GPT2LMHeadModel(GPT2Config(**SHAPE, n_embd=32, n_layer=2, n_head=2, n_positions=64)),
-    'opt': lambda: OPTForCausalLM(OPTConfig(**SHAPE, hidden_size=64, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2,
-                                            word_embed_proj_dim=32, do_layer_norm_before=False, max_position_embeddings=64)), # as OPT-350M
+    'opt': lambda: OPTForCausalLM(
+        OPTConfig(
+            **SHAPE,
+            hidden_size=64,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            word_embed_proj_dim=32,
+            do_layer_norm_before=False,
+            max_position_embeddings=64,
+        )
+    ), # as OPT-350M
 }
 # id 0 inside and at the end, the padding id inside, at the end, twice at the end, and nothing else
 ODD = [Encoded(ids, len(ids)) for ids in ((5, 0, 7, 0, 9), (5, 2, 7, 8), (5, 6, 8, 2), (5, 6, 8, 2, 2), (5, 9, 0, 7, 6, 11, 0), (2,))]
@@ -63,8 +75,17 @@ def weights_of(model): return {n: p.detach().clone() for n, p in trainable(model
 
 
 def texts(n=30, classes=10, names='Anna Ben Cleo'):
-    return make_rows([{'id': str(i), 'prompt': f'{names.split()[i % len(names.split())]} has {NUMBERS[i % classes]} lamps{" and a rope"*(i % 4)}.', 'label': i % classes}
-                      for i in range(n)], 'labels')
+    return make_rows(
+        [
+            {
+                'id': str(i),
+                'prompt': f'{names.split()[i % len(names.split())]} has {NUMBERS[i % classes]} lamps{" and a rope" * (i % 4)}.',
+                'label': i % classes,
+            }
+            for i in range(n)
+        ],
+        'labels',
+    )
 
 
 @pytest.fixture(scope='module')
@@ -120,7 +141,8 @@ def test_the_logits_are_those_of_transformers_where_it_reads_the_right_token(fol
     peer.score.weight.data.copy_(class_head_of(model).weight)
     batch = block([Encoded((1, 40, 50, 60, 2), 5), Encoded((1, 70, 2), 3)])
     set_mode(model, False)
-    with torch.no_grad(): assert torch.allclose(class_logits(model, batch), peer(batch.input_ids, attention_mask=batch.attention_mask).logits, atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(class_logits(model, batch), peer(batch.input_ids, attention_mask=batch.attention_mask).logits, atol=1e-5)
     model.unload()
 
 
@@ -202,7 +224,10 @@ def test_pitfall_14_each_kind_of_adapter_has_its_loader(base, tmp_path):
         model = maker(base, RANK)
         saved = save_adapter(model, base, tmp_path/'same') # one folder for all three, one after the other
         model.unload()
-        assert {f for f in (HEAD_FILE, CLASS_HEAD_FILE) if (saved/f).exists()} == {load_reward_adapter: {HEAD_FILE}, load_class_adapter: {CLASS_HEAD_FILE}}.get(own, set())
+        assert {f for f in (HEAD_FILE, CLASS_HEAD_FILE) if (saved / f).exists()} == {
+            load_reward_adapter: {HEAD_FILE},
+            load_class_adapter: {CLASS_HEAD_FILE},
+        }.get(own, set())
         for load in loaders:
             if load is own: load(base, saved).unload()
             else:
@@ -234,7 +259,10 @@ def test_words_begin_a_head(base):
     "The rows are those of the output head, to the bit; an adapter of an SFT takes a head, too"
     ids = word_ids(base.tokenizer, ('a', 'b', 'c'))
     model = add_class_head(add_adapter(base, RANK), base, classes=3, words=ids)
-    assert torch.equal(class_head_of(model).weight.detach(), base.model.get_output_embeddings().weight[list(ids)].float()) and class_count(model) == 3
+    assert (
+        torch.equal(class_head_of(model).weight.detach(), base.model.get_output_embeddings().weight[list(ids)].float())
+        and class_count(model) == 3
+    )
     with torch.no_grad(): class_head_of(model).weight.add_(1.)
     assert not torch.equal(class_head_of(model).weight.detach(), base.model.get_output_embeddings().weight[list(ids)]) # a copy
     model.unload()
@@ -315,10 +343,18 @@ def test_what_stops_a_training_names_step_and_rows(base, rows, tmp_path):
 def test_ten_classes_are_learned(tmp_path):
     "The smallest model of the ladder, in four bits, tried on people that it has not seen"
     base = load_base('pico', device='cpu')
-    known, new = (encode_texts(base.tokenizer, texts(n, names=names), base.context).rows for n, names in ((300, 'Anna Ben Cleo'), (60, 'Dora Emil')))
+    known, new = (
+        encode_texts(base.tokenizer, texts(n, names=names), base.context).rows for n, names in ((300, 'Anna Ben Cleo'), (60, 'Dora Emil'))
+    )
     gold = np.arange(300) % 10
     model = add_class_adapter(base, LoraSettings(rank=8), classes=10)
-    train(model, label_objective(known, np.eye(10)[gold], forward=class_logits), TrainSettings(epochs=4, batch_size=10, learning_rate=1e-2), tmp_path/'run', quiet=True)
+    train(
+        model,
+        label_objective(known, np.eye(10)[gold], forward=class_logits),
+        TrainSettings(epochs=4, batch_size=10, learning_rate=1e-2),
+        tmp_path / 'run',
+        quiet=True,
+    )
     probs = head_probs(model, new, quiet=True)
     model.unload()
     assert (probs.argmax(1) == gold[:60]).mean() >= .7 # by chance .1; .80 to .87 on machines that round otherwise

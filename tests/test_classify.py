@@ -12,7 +12,18 @@ from w2s.errors import ConfigError
 from w2s.experiments import labels as classify
 from w2s.models.adapters import adapter_hash
 
-GIVEN = dict(weak='pico', strong='micro', seeds=1, n_labelled=40, n_unlabelled=100, n_test=60, methods='xent,confidence', snapshots=2, validate=.25, via='pico')
+GIVEN = dict(
+    weak='pico',
+    strong='micro',
+    seeds=1,
+    n_labelled=40,
+    n_unlabelled=100,
+    n_test=60,
+    methods='xent,confidence',
+    snapshots=2,
+    validate=0.25,
+    via='pico',
+)
 
 
 @pytest.fixture(scope='module')
@@ -77,5 +88,6 @@ def test_scores_of_groups_have_the_mean_of_the_rows(result):
 
 
 def test_what_cannot_act_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match='nobody teaches pico'): classify.run(fill_labels(dict(weak='micro', strong='pico')), tmp_path/'x', quiet=True)
+    with pytest.raises(ConfigError, match='nobody teaches pico'):
+        classify.run(fill_labels(dict(weak='micro', strong='pico')), tmp_path / 'x', quiet=True)
     assert not (tmp_path/'x').exists()

@@ -20,8 +20,29 @@ from w2s.compare.preference_data import ladder_world
 from w2s.world.rows import label_rows
 
 ROOT = Path(__file__).parents[1]
-ALWAYS = {'report.md', 'figure.png', 'figure.svg', 'results.parquet', 'items.parquet', 'intervals.parquet', 'differences.parquet', 'labels.parquet', 'predictions.parquet',
-          'pgr.parquet', 'histories.parquet', 'arms.parquet', 'training.png', 'training.svg', 'config.toml', 'versions.json', 'data_report.csv', 'data_report.md', 'manifest.json', 'adapters', 'stages'}
+ALWAYS = {
+    'report.md',
+    'figure.png',
+    'figure.svg',
+    'results.parquet',
+    'items.parquet',
+    'intervals.parquet',
+    'differences.parquet',
+    'labels.parquet',
+    'predictions.parquet',
+    'pgr.parquet',
+    'histories.parquet',
+    'arms.parquet',
+    'training.png',
+    'training.svg',
+    'config.toml',
+    'versions.json',
+    'data_report.csv',
+    'data_report.md',
+    'manifest.json',
+    'adapters',
+    'stages',
+}
 SMALL = ('--n-labelled', '60', '--n-unlabelled', '60', '--n-test', '60', '--seeds', '1', '--epochs', '1')
 SAFETY = ('--weak', 'pico', '--strong', 'nano', *SMALL, '--method', 'xent,hard')
 
@@ -61,7 +82,9 @@ def home(tmp_path_factory):
     table += [('', True), (table[0][0], not table[0][1])]
     with open(home/'safe.csv', 'w', newline='') as f: csv.writer(f).writerows([('prompt', 'is_safe'), *table])
     with open(home/'own.csv', 'w', newline='') as f:
-        csv.writer(f).writerows([('said', 'verdict', 'who'), *((p, 'fine' if y else 'bad', f'person {i % 40}') for i, (p, y) in enumerate(table[:200]))])
+        csv.writer(f).writerows(
+            [('said', 'verdict', 'who'), *((p, 'fine' if y else 'bad', f'person {i % 40}') for i, (p, y) in enumerate(table[:200]))]
+        )
     return home
 
 
@@ -78,7 +101,16 @@ def test_safety_writes_everything(safety):
     assert files(folder) == ALWAYS # one student, no snapshots: no sizes, no snapshots
     assert 'task safety' in printed and f'written to {folder}' in printed and 'PGR, pico teaches nano, accuracy: none, since' in printed
     text = (folder/'report.md').read_text(encoding='utf-8')
-    for part in ('# pico teaches nano', '## PGR', '## Weak feedback', '## Settings', 'data = "world:safety"', '60 test examples (', '319,808'): assert part in text, part
+    for part in (
+        '# pico teaches nano',
+        '## PGR',
+        '## Weak feedback',
+        '## Settings',
+        'data = "world:safety"',
+        '60 test examples (',
+        '319,808',
+    ):
+        assert part in text, part
     assert '## Stopping' not in text and json.loads((folder/'versions.json').read_text())['w2s']
 
 
@@ -86,20 +118,35 @@ def test_arms_of_safety(safety):
     folder, _ = safety
     said = pd.read_parquet(folder/'predictions.parquet')
     arms = set(said[['role', 'method', 'weak', 'strong']].itertuples(index=False, name=None))
-    assert arms == {('baseline', 'untuned', '', 'nano'), ('baseline', "bag of words, supervisor's rows", '', ''), ('baseline', "bag of words, students' rows", '', ''),
-                    ('floor', 'ground truth', 'pico', ''), ('student', 'xent', 'pico', 'nano'), ('student', 'hard', 'pico', 'nano'), ('ceiling', 'ground truth', '', 'nano')}
+    assert arms == {
+        ('baseline', 'untuned', '', 'nano'),
+        ('baseline', "bag of words, supervisor's rows", '', ''),
+        ('baseline', "bag of words, students' rows", '', ''),
+        ('floor', 'ground truth', 'pico', ''),
+        ('student', 'xent', 'pico', 'nano'),
+        ('student', 'hard', 'pico', 'nano'),
+        ('ceiling', 'ground truth', '', 'nano'),
+    }
     assert said.groupby(['role', 'method']).size().eq(60).all() and said['id'].nunique() == 60 and np.allclose(said['p0'] + said['p1'], 1)
     means = pd.read_parquet(folder/'results.parquet').query('metric == "accuracy"').set_index(['role', 'method'])['value']
     right = said.assign(right=(said['p1'] > said['p0']).astype(int) == said['label']).groupby(['role', 'method'])['right'].mean()
     assert np.allclose(means.sort_index(), right.sort_index()) # the table is of the predictions beside it
-    assert {f.name for f in (folder/'adapters').iterdir()} == {'floor-ground-truth-pico-seed0', 'student-xent-pico-nano-seed0', 'student-hard-pico-nano-seed0', 'ceiling-ground-truth-nano-seed0'}
+    assert {f.name for f in (folder / 'adapters').iterdir()} == {
+        'floor-ground-truth-pico-seed0',
+        'student-xent-pico-nano-seed0',
+        'student-hard-pico-nano-seed0',
+        'ceiling-ground-truth-nano-seed0',
+    }
 
 
 def test_settings_are_read_back(safety):
     "config.toml of a run asks for the same run"
     folder, _ = safety
     again = classify_config('classify', {}, folder/'config.toml')
-    assert again == classify_config('safety', {'data': 'world:safety'}, folder/'config.toml') and again.student.epochs == again.supervisor.epochs == 1
+    assert (
+        again == classify_config('safety', {'data': 'world:safety'}, folder / 'config.toml')
+        and again.student.epochs == again.supervisor.epochs == 1
+    )
     assert trained(folder) == 4
 
 
@@ -131,12 +178,50 @@ READ = 'safe.csv: text: prompt; label: is_safe'
 def test_own_file(home):
     "A table of prompt and is_safe; two students, snapshots, stopping"
     out = home/'own'
-    printed = ran('classify', '--data', home/'safe.csv', '--weak', 'pico', '--strong', 'pico,nano', '--readout', 'words', *SMALL, '--method', 'xent', '--snapshots', '2',
-                  '--validate', '0.25', '--contradictions', 'drop', '--out', out)
-    assert files(out) == ALWAYS | {'sizes.png', 'sizes.svg', 'pgr.png', 'pgr.svg', 'snapshots.png', 'snapshots.svg', 'snapshots.parquet', 'stops.parquet'}
+    printed = ran(
+        'classify',
+        '--data',
+        home / 'safe.csv',
+        '--weak',
+        'pico',
+        '--strong',
+        'pico,nano',
+        '--readout',
+        'words',
+        *SMALL,
+        '--method',
+        'xent',
+        '--snapshots',
+        '2',
+        '--validate',
+        '0.25',
+        '--contradictions',
+        'drop',
+        '--out',
+        out,
+    )
+    assert files(out) == ALWAYS | {
+        'sizes.png',
+        'sizes.svg',
+        'pgr.png',
+        'pgr.svg',
+        'snapshots.png',
+        'snapshots.svg',
+        'snapshots.parquet',
+        'stops.parquet',
+    }
     assert 'a text is empty' in printed and '(is_safe)' in printed
     text = (out/'report.md').read_text(encoding='utf-8')
-    for part in ('# pico teaches pico, nano', '## Stopping by weak labels', 'Classes: False, True.', 'a text is empty', '![PGR over', 'xent, stopped', READ): assert part in text, part
+    for part in (
+        '# pico teaches pico, nano',
+        '## Stopping by weak labels',
+        'Classes: False, True.',
+        'a text is empty',
+        '![PGR over',
+        'xent, stopped',
+        READ,
+    ):
+        assert part in text, part
     assert READ in printed and READ in (out/'data_report.md').read_text(encoding='utf-8')
     stops = pd.read_parquet(out/'stops.parquet')
     assert len(stops) == 2 and np.allclose(stops['regret'], stops['best'] - stops['chosen']) and (stops['regret'] >= 0).all()
@@ -145,8 +230,32 @@ def test_own_file(home):
 def test_probe_on_own_columns(home):
     "Columns by name, classes in a chosen order, and a probe, which trains nothing"
     out, words = home/'probe', ('--text', 'said', '--label', 'verdict', '--group', 'who', '--classes', 'fine,bad')
-    ran('classify', '--data', home/'own.csv', *words, '--weak', 'pico', '--strong', 'nano', '--readout', 'probe', '--n-labelled', '50', '--n-unlabelled', '50', '--n-test', '60', '--seeds', '1', '--out', out)
-    assert files(out) == ALWAYS - {'training.png', 'training.svg'} and all(part in (out/'report.md').read_text(encoding='utf-8') for part in ('Classes: fine, bad.', 'own.csv: text: said; label: verdict; group: who'))
+    ran(
+        'classify',
+        '--data',
+        home / 'own.csv',
+        *words,
+        '--weak',
+        'pico',
+        '--strong',
+        'nano',
+        '--readout',
+        'probe',
+        '--n-labelled',
+        '50',
+        '--n-unlabelled',
+        '50',
+        '--n-test',
+        '60',
+        '--seeds',
+        '1',
+        '--out',
+        out,
+    )
+    assert files(out) == ALWAYS - {'training.png', 'training.svg'} and all(
+        part in (out / 'report.md').read_text(encoding='utf-8')
+        for part in ('Classes: fine, bad.', 'own.csv: text: said; label: verdict; group: who')
+    )
     said = pd.read_parquet(out/'predictions.parquet')
     assert {f.name for f in (out/'adapters'/'floor-ground-truth-pico-seed0').iterdir()} >= {'probe.npz'} and trained(out) == 3
     test = said[said['role'] == 'floor']
@@ -213,7 +322,18 @@ def test_plan_writes_nothing(home, tmp_path, command):
 
 def start(home, out):
     "The same command as that of `safety`, as a process of its own"
-    command = [sys.executable, '-c', 'from w2s.cli.app import main; main()', 'run', 'safety', *SAFETY, '--config', str(home/'often.toml'), '--out', str(out)]
+    command = [
+        sys.executable,
+        '-c',
+        'from w2s.cli.app import main; main()',
+        'run',
+        'safety',
+        *SAFETY,
+        '--config',
+        str(home / 'often.toml'),
+        '--out',
+        str(out),
+    ]
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -222,7 +342,8 @@ def test_killed_while_a_student_learns(home, safety, tmp_path):
     "`kill -9` at a checkpoint of a student, started again: the same numbers, and the supervisor is not trained twice"
     out, limit = tmp_path/'killed', time.time() + 240
     first = start(home, out)
-    while not list(out.glob('stages/.unfinished-student-nano-xent-*/checkpoints/*')) and first.poll() is None and time.time() < limit: time.sleep(.01)
+    while not list(out.glob('stages/.unfinished-student-nano-xent-*/checkpoints/*')) and first.poll() is None and time.time() < limit:
+        time.sleep(0.01)
     first.send_signal(signal.SIGKILL)
     first.communicate()
     assert first.returncode == -signal.SIGKILL and files(out) == {'stages', 'INCOMPLETE.txt'}
@@ -230,7 +351,8 @@ def test_killed_while_a_student_learns(home, safety, tmp_path):
     printed, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors[-2000:]
     assert 'weak-pico-seed0: found' in printed and 'student-nano-xent-pico-seed0: going on' in printed
-    for name in ('items', 'predictions', 'pgr', 'labels'): pd.testing.assert_frame_equal(pd.read_parquet(out/f'{name}.parquet'), pd.read_parquet(safety[0]/f'{name}.parquet'))
+    for name in ('items', 'predictions', 'pgr', 'labels'):
+        pd.testing.assert_frame_equal(pd.read_parquet(out / f'{name}.parquet'), pd.read_parquet(safety[0] / f'{name}.parquet'))
     weights = 'adapters/student-xent-pico-nano-seed0/adapter_model.safetensors'
     assert (out/weights).read_bytes() == (safety[0]/weights).read_bytes()
 

@@ -30,7 +30,10 @@ def hinge(gap):
     "One minus the gap, at least zero"
     return torch.relu(1 - gap)
 '''
-PAIR, SMALL = '--weak pico --strong nano --seeds 1 --epochs 1', '--weak pico --strong scholar --seeds 1 --n-labelled 16 --n-unlabelled 16 --n-test 8 --epochs 1 --method naive'
+PAIR, SMALL = (
+    '--weak pico --strong nano --seeds 1 --epochs 1',
+    '--weak pico --strong scholar --seeds 1 --n-labelled 16 --n-unlabelled 16 --n-test 8 --epochs 1 --method naive',
+)
 CLASSES = f'{PAIR} --n-labelled 8 --n-unlabelled 24 --n-test 20'
 COMMANDS = { # command: its words, a metric or loss of one's own that must be seen, a setting to vary and its values
     'preferences': (f'{PAIR} --n-labelled 16 --n-unlabelled 16 --n-test 12 --samples 1 --loss own-hinge', 'own-words', 'beta', '.5,1'),
@@ -41,7 +44,13 @@ COMMANDS = { # command: its words, a metric or loss of one's own that must be se
     'explanation': (SMALL, 'own-words', 'demonstrator', 'tuned,prompted'),
     'gender': (SMALL, 'own-words', 'n_unlabelled', '12,16'),
     'maths': (SMALL, 'own-words', 'student.epochs', '1,2'),
-    'toxicity': (f'{PAIR} --n-labelled 16 --n-unlabelled 16 --n-test 4 --samples 2'.replace(' --epochs 1', ' --sft-epochs 1'), '', 'beta', '.1,1')}
+    'toxicity': (
+        f'{PAIR} --n-labelled 16 --n-unlabelled 16 --n-test 4 --samples 2'.replace(' --epochs 1', ' --sft-epochs 1'),
+        '',
+        'beta',
+        '.1,1',
+    ),
+}
 
 
 @pytest.fixture(autouse=True)

@@ -38,7 +38,12 @@ def textbook(d, groups):
     sums = [sum(x - d.mean() for x, g in zip(d, groups, strict=True) if g == k) for k in dict.fromkeys(groups)]
     k = len(sums)
     error = math.sqrt(k/(k - 1)*sum(s*s for s in sums))/len(d)
-    return d.mean(), d.mean() - stats.t.ppf(.975, k - 1)*error, d.mean() + stats.t.ppf(.975, k - 1)*error, 2*stats.t.sf(abs(d.mean()/error), k - 1)
+    return (
+        d.mean(),
+        d.mean() - stats.t.ppf(0.975, k - 1) * error,
+        d.mean() + stats.t.ppf(0.975, k - 1) * error,
+        2 * stats.t.sf(abs(d.mean() / error), k - 1),
+    )
 
 
 @pytest.fixture(scope='module')
@@ -50,12 +55,25 @@ def lm_eval_runs(tmp_path_factory, folder):
 
     from w2s.models.zoo import model_folder
     home = tmp_path_factory.mktemp('lm')
-    rows = [dict(question=f'Is {a} more than {b}?', choices=['yes', 'no'], answer=int(a <= b), topic=f't{a % 4}') for a in range(1, 9) for b in range(1, 6) if a != b]
+    rows = [
+        dict(question=f'Is {a} more than {b}?', choices=['yes', 'no'], answer=int(a <= b), topic=f't{a % 4}')
+        for a in range(1, 9)
+        for b in range(1, 6)
+        if a != b
+    ]
     (home/'q.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     (home/'more.yaml').write_text(TASK.format(rows=home/'q.jsonl'))
     for name, path in (('tiny', folder), ('nano', model_folder('nano'))):
-        found = lm_eval.simple_evaluate('hf', model_args=dict(pretrained=str(path)), tasks=['more'], device='cpu', batch_size=8, log_samples=True, bootstrap_iters=0,
-                                        task_manager=TaskManager(include_path=str(home), include_defaults=False))
+        found = lm_eval.simple_evaluate(
+            'hf',
+            model_args=dict(pretrained=str(path)),
+            tasks=['more'],
+            device='cpu',
+            batch_size=8,
+            log_samples=True,
+            bootstrap_iters=0,
+            task_manager=TaskManager(include_path=str(home), include_defaults=False),
+        )
         tracker = EvaluationTracker(output_path=str(home/name))
         samples = found.pop('samples')
         tracker.save_results_aggregated(results=found, samples=samples)
@@ -71,7 +89,8 @@ def test_samples_of_lm_eval(lm_eval_runs, monkeypatch):
     for _, row in found.table.iterrows():
         d = [x[row.metric] - y[row.metric] for x, y in zip(read['tiny'], read['nano'], strict=True)]
         assert row.mean_a == pytest.approx(np.mean([x[row.metric] for x in read['tiny']]), abs=1e-12)
-        if np.ptp(d): assert (row.value, row.low, row.high, row.p) == pytest.approx(textbook(d, [x['doc']['topic'] for x in read['tiny']]), abs=1e-9)
+        if np.ptp(d):
+            assert (row.value, row.low, row.high, row.p) == pytest.approx(textbook(d, [x['doc']['topic'] for x in read['tiny']]), abs=1e-9)
     done = w2s(lm_eval_runs/'tiny', lm_eval_runs/'nano', '--metric', 'acc', monkeypatch=monkeypatch)
     assert done.exit_code == 0 and 'acc: tiny' in done.output and 'acc_norm' not in done.output
 
@@ -102,7 +121,14 @@ def inspect_log(folder, wrong, form, epochs=2):
             return state
         return solve
     data = [Sample(id=f's{i}', input=f'{i} + 1?', target=str(i + 1), metadata=dict(topic=f't{i % 5}')) for i in range(12)]
-    logs = eval(Task(dataset=data, solver=answer(), scorer=[match(), exact()]), model='mockllm/model', log_dir=str(folder), log_format=form, epochs=epochs, display='none')
+    logs = eval(
+        Task(dataset=data, solver=answer(), scorer=[match(), exact()]),
+        model='mockllm/model',
+        log_dir=str(folder),
+        log_format=form,
+        epochs=epochs,
+        display='none',
+    )
     assert logs[0].status == 'success'
     return next(p for p in folder.iterdir() if p.suffix == f'.{form}')
 
@@ -115,7 +141,9 @@ def test_logs_of_inspect(tmp_path):
     score = {k: [1 - (.5 if i <= 6 else 1)*(i in w) for i in range(12)] for k, w in wrong.items()}
     row = found.table.iloc[0]
     assert (row.mean_a, row.mean_b) == pytest.approx([np.mean(score[k]) for k in 'ab'])
-    assert (row.value, row.low, row.high, row.p) == pytest.approx(textbook(np.subtract(score['a'], score['b']), [i % 5 for i in range(12)]), abs=1e-9)
+    assert (row.value, row.low, row.high, row.p) == pytest.approx(
+        textbook(np.subtract(score['a'], score['b']), [i % 5 for i in range(12)]), abs=1e-9
+    )
     assert any('2 epochs of each sample averaged' in n for n in found.notes)
 
 
@@ -137,8 +165,18 @@ def twice(log): log['samples'].append(log['samples'][0])
 def nameless(log): log['samples'][3]['id'] = None
 
 
-@pytest.mark.parametrize('damage, said', [(unfinished, 'status "error"'), (later, 'version 3; version 2 is known'), (unscored, 'it has no score'), (unknown_grade, "is 'maybe', not a finite number"),
-                                          (half_epochs, 'was scored 1 times and others 2 times'), (twice, 'was there already'), (nameless, 'it has no id')])
+@pytest.mark.parametrize(
+    'damage, said',
+    [
+        (unfinished, 'status "error"'),
+        (later, 'version 3; version 2 is known'),
+        (unscored, 'it has no score'),
+        (unknown_grade, "is 'maybe', not a finite number"),
+        (half_epochs, 'was scored 1 times and others 2 times'),
+        (twice, 'was there already'),
+        (nameless, 'it has no id'),
+    ],
+)
 def test_a_damaged_log_is_refused_with_its_place(tmp_path, damage, said):
     path = inspect_log(tmp_path/'log', {1}, 'json')
     log = json.loads(path.read_text())
@@ -162,11 +200,16 @@ FILES = { # what is wrong, in a file beside a good one -> the file, its text, wh
     'another metric': ('b.csv', 'id,reward\nx,1\ny,0\n', 'score by different metrics'),
     'a cut line': ('b.jsonl', '{"doc_id": 0, "metrics": ["acc"], "acc": 1}\n{"doc_id"', 'row 2: not JSON'),
     'an old version of lm-eval': ('b.jsonl', '{"doc_id": 0, "acc": 1}\n', 'no "metrics" in it'),
-    'two filters': ('b.jsonl', ''.join(f'{{"doc_id": {i}, "metrics": ["acc"], "acc": 1, "filter": "{f}"}}\n' for i in (0, 1) for f in ('strict', 'flexible')), 'choose one with --filter'),
+    'two filters': (
+        'b.jsonl',
+        ''.join(f'{{"doc_id": {i}, "metrics": ["acc"], "acc": 1, "filter": "{f}"}}\n' for i in (0, 1) for f in ('strict', 'flexible')),
+        'choose one with --filter',
+    ),
     'a preference out of range': ('b.json', '[{"instruction": "x", "generator_2": "m", "preference": 3}]', 'a preference of 3'),
     'an archive that is none': ('b.eval', 'no archive', 'cannot be read as a log of Inspect'),
     'an empty file': ('b.csv', '', 'b.csv'),
-    'only a head': ('b.csv', 'id,acc\n', 'b.csv')}
+    'only a head': ('b.csv', 'id,acc\n', 'b.csv'),
+}
 
 
 @pytest.mark.parametrize('case', FILES)
@@ -192,7 +235,10 @@ def test_what_is_not_joined_is_counted(tmp_path):
     (tmp_path/'b.csv').write_text('id,acc\n' + ''.join(f'{i},{i % 3 == 0}\n' for i in range(4, 18)))
     found = compare_results(tmp_path/'a.csv', tmp_path/'b.csv')
     assert found.table.n.tolist() == [6]
-    assert found.notes == ('a: 4 of 10 items are not in every file and were left out', 'b: 8 of 14 items are not in every file and were left out')
+    assert found.notes == (
+        'a: 4 of 10 items are not in every file and were left out',
+        'b: 8 of 14 items are not in every file and were left out',
+    )
 
 
 def test_numbers_and_texts_are_the_same_ids(tmp_path):
@@ -204,8 +250,14 @@ def test_numbers_and_texts_are_the_same_ids(tmp_path):
 def test_order_of_rows_and_of_files(tmp_path):
     "Rows in another order change nothing; files in another order change the sign"
     rng, rows = np.random.default_rng(3), [(f'e{i}', i % 2, i % 3 == 0) for i in range(40)]
-    for name, k in (('a', 1), ('b', 2)): (tmp_path/f'{name}.csv').write_text('id,acc\n' + ''.join(f'{r[0]},{int(r[k])}\n' for r in rng.permutation(np.array(rows, object))))
-    one, two = compare_results(tmp_path/'a.csv', tmp_path/'b.csv').table.iloc[0], compare_results(tmp_path/'b.csv', tmp_path/'a.csv').table.iloc[0]
+    for name, k in (('a', 1), ('b', 2)):
+        (tmp_path / f'{name}.csv').write_text(
+            'id,acc\n' + ''.join(f'{r[0]},{int(r[k])}\n' for r in rng.permutation(np.array(rows, object)))
+        )
+    one, two = (
+        compare_results(tmp_path / 'a.csv', tmp_path / 'b.csv').table.iloc[0],
+        compare_results(tmp_path / 'b.csv', tmp_path / 'a.csv').table.iloc[0],
+    )
     assert (one.value, one.low, one.high) == pytest.approx((-two.value, -two.high, -two.low)) and one.p == pytest.approx(two.p)
 
 
@@ -214,7 +266,10 @@ def test_the_interval_of_clusters_is_that_of_the_textbook(seed):
     rng = np.random.default_rng(seed)
     groups = rng.integers(0, 15, 90)
     scores = {k: rng.normal(size=15)[groups] + rng.normal(size=90) for k in 'ab'}
-    read = [gather_items([Item('', f'{i:02}', {'m': v}, {'g': int(g)}) for i, (v, g) in enumerate(zip(x, groups, strict=True))], k, k, 'table') for k, x in scores.items()]
+    read = [
+        gather_items([Item('', f'{i:02}', {'m': v}, {'g': int(g)}) for i, (v, g) in enumerate(zip(x, groups, strict=True))], k, k, 'table')
+        for k, x in scores.items()
+    ]
     for cluster, by in (('g', groups), ('', range(90))):
         row = compare_results(*read, cluster=cluster).table.iloc[0]
         assert (row.value, row.low, row.high, row.p) == pytest.approx(textbook(scores['a'] - scores['b'], by), abs=1e-9)
@@ -225,8 +280,22 @@ def test_two_models_of_runs_by_seed_and_item(tmp_path):
     rng = np.random.default_rng(0)
 
     def run(name, seeds, shift):
-        rows = [dict(task='t', role='student', method=m, weak='w', strong='s', seed=s, id=f'e{i}', metric='accuracy', value=float(rng.random() < .5 + shift*(m == 'new')))
-                for m in ('old', 'new') for s in seeds for i in range(50)]
+        rows = [
+            dict(
+                task='t',
+                role='student',
+                method=m,
+                weak='w',
+                strong='s',
+                seed=s,
+                id=f'e{i}',
+                metric='accuracy',
+                value=float(rng.random() < 0.5 + shift * (m == 'new')),
+            )
+            for m in ('old', 'new')
+            for s in seeds
+            for i in range(50)
+        ]
         (tmp_path/name).mkdir()
         pd.DataFrame(rows).to_parquet(tmp_path/name/'items.parquet')
         return tmp_path/name
@@ -240,7 +309,9 @@ def test_two_models_of_runs_by_seed_and_item(tmp_path):
 
 def test_holm_over_all_pairs():
     rng = np.random.default_rng(0)
-    read = [gather_items([Item('', f'{i}', {'m': v}) for i, v in enumerate(rng.normal(k/8, 1, 200))], f'm{k}', '', 'table') for k in range(4)]
+    read = [
+        gather_items([Item('', f'{i}', {'m': v}) for i, v in enumerate(rng.normal(k / 8, 1, 200))], f'm{k}', '', 'table') for k in range(4)
+    ]
     table = compare_results(*read).table
     assert len(table) == 6 and (table.family == 6).all() and (table.p_holm >= table.p).all() and table.p_holm.max() > table.p.max()
     order = np.argsort(table.p.to_numpy())

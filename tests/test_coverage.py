@@ -18,7 +18,10 @@ def bench():
 
 
 @pytest.fixture(scope='module')
-def table(bench): return bench.coverage_table(400, 300, quiet=True, seeds=(1, 3, 5), luck=('none', 'strong'), group=(1, 3), mean=(.02, .5), rows=(50, 200))
+def table(bench):
+    return bench.coverage_table(
+        400, 300, quiet=True, seeds=(1, 3, 5), luck=('none', 'strong'), group=(1, 3), mean=(0.02, 0.5), rows=(50, 200)
+    )
 
 
 def part(table, **by): return table[np.logical_and.reduce([table[k].isin(v) for k, v in by.items()])]

@@ -25,7 +25,15 @@ from w2s.feedback.demonstrators import read_questions
 
 ROOT = Path(__file__).parents[1]
 GOOD = [dict(prompt=f'What is number {i}?', chosen=f'It is {i}.', rejected='I do not know.') for i in range(6)]
-READERS = dict(table=read_table, preferences=read_preferences, labels=read_labels, questions=read_questions, maths=read_gsm8k, toxicity=read_toxicity, prompts=read_prompts)
+READERS = dict(
+    table=read_table,
+    preferences=read_preferences,
+    labels=read_labels,
+    questions=read_questions,
+    maths=read_gsm8k,
+    toxicity=read_toxicity,
+    prompts=read_prompts,
+)
 
 
 def said(read, path, *parts):
@@ -47,7 +55,14 @@ def lines(*rows): return ''.join(json.dumps(r) + '\n' for r in rows)
 
 # Half characters
 
-HALVES = {'high alone': '\\ud83d', 'low alone': '\\ude00', 'the wrong way round': '\\ude00\\ud83d', 'at the start': '\\udc00 text', 'two': '\\ud83d and \\ud83d', 'upper case': '\\uD83D'}
+HALVES = {
+    'high alone': '\\ud83d',
+    'low alone': '\\ude00',
+    'the wrong way round': '\\ude00\\ud83d',
+    'at the start': '\\udc00 text',
+    'two': '\\ud83d and \\ud83d',
+    'upper case': '\\uD83D',
+}
 
 
 @pytest.mark.parametrize('name', ['x.jsonl', 'x.json', 'x.jsonl.gz'])
@@ -68,8 +83,18 @@ def test_half_a_character_becomes_one_and_is_counted(tmp_path, name, half):
 @pytest.mark.parametrize('where', ['in a message', 'in a column that is not read', 'in the name of a column', 'in the name of a key'])
 def test_half_a_character_anywhere(tmp_path, where):
     user, yes, no = ({'role': r, 'content': c} for r, c in (('user', 'Is it so?'), ('assistant', 'Yes \ud83d'), ('assistant', 'No')))
-    row = dict(chosen=[user, yes], rejected=[user, no]) if where == 'in a message' else dict(GOOD[0]) | (
-        dict(note='\ud83d') if where == 'in a column that is not read' else {'a\ud83d': 1} if where == 'in the name of a column' else dict(meta={'k\ud83d': 1}))
+    row = (
+        dict(chosen=[user, yes], rejected=[user, no])
+        if where == 'in a message'
+        else dict(GOOD[0])
+        | (
+            dict(note='\ud83d')
+            if where == 'in a column that is not read'
+            else {'a\ud83d': 1}
+            if where == 'in the name of a column'
+            else dict(meta={'k\ud83d': 1})
+        )
+    )
     read = read_preferences(write(tmp_path/'x.jsonl', lines(row, row)))
     assert len(read.splits['all']) == 2
     assert bool(read.columns[0].changed) == (where == 'in a message') # what nobody reads was not changed for anybody
@@ -77,7 +102,14 @@ def test_half_a_character_anywhere(tmp_path, where):
 
 # Large numbers
 
-NUMBERS = {'over 64 bits': 2**64, 'just over': 2**63, 'unsigned': 2**64 - 1, 'negative': -2**63 - 1, '25 digits': 10**24, '5,000 digits': None}
+NUMBERS = {
+    'over 64 bits': 2**64,
+    'just over': 2**63,
+    'unsigned': 2**64 - 1,
+    'negative': -(2**63) - 1,
+    '25 digits': 10**24,
+    '5,000 digits': None,
+}
 
 
 def digits(n): return '9' * 5000 if n is None else str(n)
@@ -97,7 +129,11 @@ def test_large_numbers_that_somebody_asks_for(tmp_path):
     assert read_labels(write(tmp_path/'x.jsonl', '\n'.join(rows))).classes == (str(10**25), str(10**25 + 1))
     mixed = ['{"text": "a", "label": 1}', '{"text": "b", "label": %s}' % digits(None)]
     said(read_labels, write(tmp_path/'y.jsonl', '\n'.join(mixed)), 'row 2', '"label"', 'number of 5000 digits')
-    said(read_preferences, write(tmp_path/'z.jsonl', lines(GOOD[0] | dict(weight=1.)) + json.dumps(GOOD[1])[:-1] + ', "weight": %s}\n' % digits(None)), '"weight"')
+    said(
+        read_preferences,
+        write(tmp_path / 'z.jsonl', lines(GOOD[0] | dict(weight=1.0)) + json.dumps(GOOD[1])[:-1] + ', "weight": %s}\n' % digits(None)),
+        '"weight"',
+    )
 
 
 # Depth
@@ -119,9 +155,16 @@ def test_depth_that_json_allows_in_a_column_that_nobody_reads(tmp_path, depth):
 
 # Keys that are there twice
 
-@pytest.mark.parametrize('line', ['{"prompt": "a", "chosen": "b", "chosen": "c", "rejected": "d"}', '{"prompt": "a", "prompt": "a", "chosen": "b", "rejected": "d"}',
-                                  '{"chosen": [{"role": "user", "role": "assistant", "content": "x"}], "rejected": [{"role": "assistant", "content": "y"}]}',
-                                  '{"prompt": "a", "chosen": "b", "rejected": "d", "meta": {"k": 1, "k": 2}}'], ids=['a response', 'the same value', 'in a message', 'in an object'])
+@pytest.mark.parametrize(
+    'line',
+    [
+        '{"prompt": "a", "chosen": "b", "chosen": "c", "rejected": "d"}',
+        '{"prompt": "a", "prompt": "a", "chosen": "b", "rejected": "d"}',
+        '{"chosen": [{"role": "user", "role": "assistant", "content": "x"}], "rejected": [{"role": "assistant", "content": "y"}]}',
+        '{"prompt": "a", "chosen": "b", "rejected": "d", "meta": {"k": 1, "k": 2}}',
+    ],
+    ids=['a response', 'the same value', 'in a message', 'in an object'],
+)
 @pytest.mark.parametrize('name', ['x.jsonl', 'x.json'])
 def test_a_key_twice(tmp_path, line, name):
     text = lines(GOOD[0]) + line if name == 'x.jsonl' else f'[{json.dumps(GOOD[0])},\n{line}]'
@@ -130,9 +173,21 @@ def test_a_key_twice(tmp_path, line, name):
 
 # Columns of several types
 
-MIXED = {'text and number': ['a', 1], 'number and text': [1, 'a'], 'list and text': [['a'], 'a'], 'object and text': [{'k': 1}, 'a'], 'truth and number': [True, 1], 'number and truth': [1, True],
-         'truth and text': [True, 'yes'], 'lists of several types': [[1], ['a']], 'objects of several types': [{'k': 1}, {'k': 'a'}], 'list and object': [[1], {'k': 1}], 'null first': [None, 'a', 1],
-         'one list of several types': [[1, 'a'], [2]], 'large and fraction': [2**60, .5]}
+MIXED = {
+    'text and number': ['a', 1],
+    'number and text': [1, 'a'],
+    'list and text': [['a'], 'a'],
+    'object and text': [{'k': 1}, 'a'],
+    'truth and number': [True, 1],
+    'number and truth': [1, True],
+    'truth and text': [True, 'yes'],
+    'lists of several types': [[1], ['a']],
+    'objects of several types': [{'k': 1}, {'k': 'a'}],
+    'list and object': [[1], {'k': 1}],
+    'null first': [None, 'a', 1],
+    'one list of several types': [[1, 'a'], [2]],
+    'large and fraction': [2**60, 0.5],
+}
 
 
 @pytest.mark.parametrize('cells', MIXED.values(), ids=MIXED.keys())
@@ -154,20 +209,33 @@ def test_a_column_of_several_types_is_said_where_it_is_read(tmp_path, cells):
 
 def test_types_that_change_late_in_a_long_file(tmp_path):
     "Columns grow by pieces of some thousand rows"
-    rows = [dict(prompt=f'q {i}', chosen='a', rejected='b', n=i, meta='x' if i == 4500 else None, tags=[] if i < 4000 else ['t']) for i in range(5000)]
+    rows = [
+        dict(prompt=f'q {i}', chosen='a', rejected='b', n=i, meta='x' if i == 4500 else None, tags=[] if i < 4000 else ['t'])
+        for i in range(5000)
+    ]
     rows[4700]['n'], rows[4800]['late'] = .5, 1
     read = read_preferences(write(tmp_path/'x.jsonl', lines(*rows)))
     assert len(read.splits['all']) == 5000
     table = read_table(tmp_path/'x.jsonl')
-    assert table['n'][4700] == .5 and table['late'][4800] == 1 and table['late'][0] is None and table['tags'][4500] == ['t'] and table['meta'][4500] == 'x'
+    assert (
+        table['n'][4700] == 0.5
+        and table['late'][4800] == 1
+        and table['late'][0] is None
+        and table['tags'][4500] == ['t']
+        and table['meta'][4500] == 'x'
+    )
     rows[4900]['chosen'] = 3
     said(read_preferences, write(tmp_path/'y.jsonl', lines(*rows)), 'row 4901', '"chosen"')
 
 
 # One object, not rows
 
-FRAMES = {'columns': {'prompt': {'0': 'a', '1': 'b'}, 'chosen': {'0': 'c', '1': 'd'}, 'rejected': {'0': 'e', '1': 'f'}}, 'split': {'columns': ['prompt', 'chosen', 'rejected'], 'index': [0, 1], 'data': [['a', 'c', 'e'], ['b', 'd', 'f']]},
-          'index': {'0': {'prompt': 'a', 'chosen': 'c', 'rejected': 'e'}, '1': {'prompt': 'b', 'chosen': 'd', 'rejected': 'f'}}, 'lists': {'prompt': ['a', 'b'], 'chosen': ['c', 'd'], 'rejected': ['e', 'f']}}
+FRAMES = {
+    'columns': {'prompt': {'0': 'a', '1': 'b'}, 'chosen': {'0': 'c', '1': 'd'}, 'rejected': {'0': 'e', '1': 'f'}},
+    'split': {'columns': ['prompt', 'chosen', 'rejected'], 'index': [0, 1], 'data': [['a', 'c', 'e'], ['b', 'd', 'f']]},
+    'index': {'0': {'prompt': 'a', 'chosen': 'c', 'rejected': 'e'}, '1': {'prompt': 'b', 'chosen': 'd', 'rejected': 'f'}},
+    'lists': {'prompt': ['a', 'b'], 'chosen': ['c', 'd'], 'rejected': ['e', 'f']},
+}
 
 
 @pytest.mark.parametrize('frame', FRAMES)
@@ -177,8 +245,18 @@ def test_a_data_frame_as_one_object_is_read(tmp_path, frame, indent):
     assert [ds[c][:] for c in ('prompt', 'chosen', 'rejected')] == [['a', 'b'], ['c', 'd'], ['e', 'f']]
 
 
-@pytest.mark.parametrize('whole', [{'prompt': {'0': 'a'}, 'chosen': {'1': 'b'}}, {'columns': ['prompt'], 'index': [0], 'data': [['a', 'b']]}, {'prompt': ['a', 'b'], 'chosen': ['c', 'd', 'e']},
-                                   {'train': [{'prompt': 'a'}], 'test': [{'prompt': 'b'}]}, {}, {'version': 1}], ids=['columns', 'split', 'lists', 'two tables', 'empty', 'no list'])
+@pytest.mark.parametrize(
+    'whole',
+    [
+        {'prompt': {'0': 'a'}, 'chosen': {'1': 'b'}},
+        {'columns': ['prompt'], 'index': [0], 'data': [['a', 'b']]},
+        {'prompt': ['a', 'b'], 'chosen': ['c', 'd', 'e']},
+        {'train': [{'prompt': 'a'}], 'test': [{'prompt': 'b'}]},
+        {},
+        {'version': 1},
+    ],
+    ids=['columns', 'split', 'lists', 'two tables', 'empty', 'no list'],
+)
 @pytest.mark.parametrize('name, indent', [('x.json', 1), ('x.jsonl', 1)])
 def test_an_object_is_said_with_its_keys(tmp_path, whole, name, indent):
     text = json.dumps(whole, indent=indent)
@@ -202,7 +280,11 @@ def test_one_row_is_no_object_around_rows(tmp_path):
 
 # Archives
 
-PACKED = {'x.jsonl.gz': lines(*GOOD).encode(), 'x.json.gz': json.dumps(GOOD).encode(), 'x.csv.gz': pd.DataFrame(GOOD).to_csv(index=False).encode()}
+PACKED = {
+    'x.jsonl.gz': lines(*GOOD).encode(),
+    'x.json.gz': json.dumps(GOOD).encode(),
+    'x.csv.gz': pd.DataFrame(GOOD).to_csv(index=False).encode(),
+}
 
 
 @pytest.mark.parametrize('name', PACKED)
@@ -223,7 +305,9 @@ def test_flipped_and_cut_archives(tmp_path, name):
 
 
 @pytest.mark.parametrize('name', [*PACKED, 'x.parquet.gz'])
-@pytest.mark.parametrize('data', [b'', b'plain', b'\x1f\x8b', b'PK\x03\x04' * 9, zlib.compress(b'{"a": 1}')], ids=['empty', 'plain', 'two bytes', 'zip', 'zlib'])
+@pytest.mark.parametrize(
+    'data', [b'', b'plain', b'\x1f\x8b', b'PK\x03\x04' * 9, zlib.compress(b'{"a": 1}')], ids=['empty', 'plain', 'two bytes', 'zip', 'zlib']
+)
 def test_what_is_no_archive(tmp_path, name, data):
     (tmp_path/name).write_bytes(data)
     said(read_table, tmp_path/name)
@@ -249,7 +333,11 @@ NEEDS_PROC = pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='
 
 
 @NEEDS_PROC
-@pytest.mark.parametrize('name, unit', [('x.jsonl.gz', b'\x00'), ('x.jsonl.gz', b' ' * 999 + b'\n'), ('x.json.gz', b'[' + b' ' * 99), ('x.csv.gz', b'a' * 999 + b',b\n')], ids=['zeros', 'lines', 'list', 'csv'])
+@pytest.mark.parametrize(
+    'name, unit',
+    [('x.jsonl.gz', b'\x00'), ('x.jsonl.gz', b' ' * 999 + b'\n'), ('x.json.gz', b'[' + b' ' * 99), ('x.csv.gz', b'a' * 999 + b',b\n')],
+    ids=['zeros', 'lines', 'list', 'csv'],
+)
 def test_an_archive_that_unpacks_to_too_much(tmp_path, name, unit):
     "Half a megabyte on disk, half a gigabyte unpacked: stopped at the bound, in less memory than that"
     with gzip.open(tmp_path/name, 'wb', compresslevel=6) as f:
@@ -265,11 +353,19 @@ def test_an_archive_that_unpacks_to_too_much(tmp_path, name, unit):
 def test_a_table_that_unpacks_to_too_much(tmp_path):
     "A dictionary of one long text, a million times: kilobytes in Parquet"
     text = pa.array(['x' * 2_000_000])
-    pq.write_table(pa.table({'prompt': pa.DictionaryArray.from_arrays(pa.array([0] * 20_000, pa.int32()), text)}), tmp_path/'x.parquet', store_schema=False, compression='zstd')
+    pq.write_table(
+        pa.table({'prompt': pa.DictionaryArray.from_arrays(pa.array([0] * 20_000, pa.int32()), text)}),
+        tmp_path / 'x.parquet',
+        store_schema=False,
+        compression='zstd',
+    )
     assert (tmp_path/'x.parquet').stat().st_size < 2**20
     code = BOMB.format(path=str(tmp_path/'x.parquet'))
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0 and ('unpacks to more than' in done.stdout or 'does not fit into memory' in done.stdout), (done.stdout, done.stderr[-500:])
+    assert done.returncode == 0 and ('unpacks to more than' in done.stdout or 'does not fit into memory' in done.stdout), (
+        done.stdout,
+        done.stderr[-500:],
+    )
 
 
 def test_ordinary_rows_are_far_from_the_bound(tmp_path):
@@ -295,15 +391,27 @@ def test_flipped_and_cut_parquet(tmp_path):
 
 def odd_columns():
     text = pa.array([b'ok', b'caf\xe9', b'ok', b'ok', b'ok', b'ok']).view(pa.binary())
-    return {'categories': pd.Categorical(['a', 'b'] * 3), 'not UTF-8': pa.StringArray.from_buffers(6, *text.buffers()[1:]), 'durations': pa.array([1] * 6, pa.duration('s')), 'halves': pa.array([.5] * 6, pa.float32()).cast(pa.float16()),
-            'decimals': pa.array(['1.5'] * 6).cast(pa.decimal128(4, 2)), 'times': pa.array([0] * 6, pa.timestamp('us')), 'bytes': pa.array([b'\xff'] * 6), 'large text': pa.array(['a'] * 6, pa.large_string()),
-            'a map': pa.array([[('k', 1)]] * 6, pa.map_(pa.string(), pa.int64()))}
+    return {
+        'categories': pd.Categorical(['a', 'b'] * 3),
+        'not UTF-8': pa.StringArray.from_buffers(6, *text.buffers()[1:]),
+        'durations': pa.array([1] * 6, pa.duration('s')),
+        'halves': pa.array([0.5] * 6, pa.float32()).cast(pa.float16()),
+        'decimals': pa.array(['1.5'] * 6).cast(pa.decimal128(4, 2)),
+        'times': pa.array([0] * 6, pa.timestamp('us')),
+        'bytes': pa.array([b'\xff'] * 6),
+        'large text': pa.array(['a'] * 6, pa.large_string()),
+        'a map': pa.array([[('k', 1)]] * 6, pa.map_(pa.string(), pa.int64())),
+    }
 
 
 @pytest.mark.parametrize('kind', odd_columns())
 def test_odd_columns_of_parquet_stop_nobody(tmp_path, kind):
     column = odd_columns()[kind]
-    table = pa.Table.from_pandas(pd.DataFrame(GOOD).assign(odd=column)) if kind == 'categories' else pa.table({**{c: [r[c] for r in GOOD] for c in GOOD[0]}, 'odd': column})
+    table = (
+        pa.Table.from_pandas(pd.DataFrame(GOOD).assign(odd=column))
+        if kind == 'categories'
+        else pa.table({**{c: [r[c] for r in GOOD] for c in GOOD[0]}, 'odd': column})
+    )
     pq.write_table(table, tmp_path/'x.parquet')
     assert read_preferences(tmp_path/'x.parquet').splits['all']['chosen'][:] == [r['chosen'] for r in GOOD]
 
@@ -321,7 +429,11 @@ def test_broken_columns_of_parquet_are_said_where_they_are_read(tmp_path):
     said(read_table, tmp_path/'y.parquet', 'two columns have one name')
 
 
-@pytest.mark.parametrize('cells', [[b'a'] * 6, [pd.Timestamp(0)] * 6, [1.5] * 6, [[1]] * 6, [{'k': 1}] * 6], ids=['bytes', 'times', 'numbers', 'lists', 'objects'])
+@pytest.mark.parametrize(
+    'cells',
+    [[b'a'] * 6, [pd.Timestamp(0)] * 6, [1.5] * 6, [[1]] * 6, [{'k': 1}] * 6],
+    ids=['bytes', 'times', 'numbers', 'lists', 'objects'],
+)
 @pytest.mark.parametrize('column', ['prompt', 'chosen'])
 def test_columns_of_another_type_than_text_are_said(tmp_path, cells, column):
     pd.DataFrame(GOOD).assign(**{column: cells}).to_parquet(tmp_path/'x.parquet')
@@ -331,7 +443,14 @@ def test_columns_of_another_type_than_text_are_said(tmp_path, cells, column):
 
 # Names
 
-NOWHERE = {'empty': '', 'a space': ' ', 'too long': 'x' * 5000, 'with a zero': 'a\x00b.jsonl', 'a folder that is not there': 'no/such/folder/x.jsonl', 'a device': '/dev/null'}
+NOWHERE = {
+    'empty': '',
+    'a space': ' ',
+    'too long': 'x' * 5000,
+    'with a zero': 'a\x00b.jsonl',
+    'a folder that is not there': 'no/such/folder/x.jsonl',
+    'a device': '/dev/null',
+}
 
 
 @pytest.mark.parametrize('reader', READERS)
@@ -361,10 +480,17 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     said(read_table, tmp_path/'x.jsonl', 'Permission denied')
 
 
-COMMANDS = [('run', 'preferences', '--data', ''), ('run', 'classify', '--data', ''), ('run', 'maths', '--data', ''), ('run', 'persona', '--data', '', '--judge', 'pico', '--concept', 'a pirate'),
-            ('refine', '--questions', '', '--out', 'o.jsonl'), ('label', '--model', 'pico', '--rows', '', '--supervisor', 'judge', '--out', 'o.parquet'),
-            ('label', '--model', 'pico', '--rows', 'x.jsonl', '--train', ' ', '--out', 'o.parquet'), ('toxicity', 'score', '--scorer', 'oracle', '--texts', '', '--out', 'o.jsonl'),
-            ('toxicity', 'fit', '--data', '', '--out', 'o')]
+COMMANDS = [
+    ('run', 'preferences', '--data', ''),
+    ('run', 'classify', '--data', ''),
+    ('run', 'maths', '--data', ''),
+    ('run', 'persona', '--data', '', '--judge', 'pico', '--concept', 'a pirate'),
+    ('refine', '--questions', '', '--out', 'o.jsonl'),
+    ('label', '--model', 'pico', '--rows', '', '--supervisor', 'judge', '--out', 'o.parquet'),
+    ('label', '--model', 'pico', '--rows', 'x.jsonl', '--train', ' ', '--out', 'o.parquet'),
+    ('toxicity', 'score', '--scorer', 'oracle', '--texts', '', '--out', 'o.jsonl'),
+    ('toxicity', 'fit', '--data', '', '--out', 'o'),
+]
 
 
 @pytest.mark.parametrize('words', COMMANDS, ids=lambda w: ' '.join(w[:3]))
@@ -383,7 +509,12 @@ def test_random_damage(tmp_path, name):
     "Three hundred files with bytes changed, cut out or put in: rows, or one sentence"
     rng = random.Random(0)
     frame = pd.DataFrame(GOOD)
-    whole = dict(jsonl=lines(*GOOD).encode(), json=json.dumps(GOOD, indent=1).encode(), csv=frame.to_csv(index=False).encode(), tsv=frame.to_csv(index=False, sep='\t').encode())[name[2:]]
+    whole = dict(
+        jsonl=lines(*GOOD).encode(),
+        json=json.dumps(GOOD, indent=1).encode(),
+        csv=frame.to_csv(index=False).encode(),
+        tsv=frame.to_csv(index=False, sep='\t').encode(),
+    )[name[2:]]
     for _ in range(300):
         data = bytearray(whole)
         for _ in range(rng.randrange(1, 4)):
@@ -391,7 +522,10 @@ def test_random_damage(tmp_path, name):
             kind = rng.randrange(4)
             if kind == 0: data[at] = rng.randrange(256)
             elif kind == 1: del data[at:at + rng.randrange(1, 30)]
-            elif kind == 2: data[at:at] = rng.choice([b'"', b'[', b'{', b'\\u d800'.replace(b' ', b''), b'9' * 30, b'\x00', b'\xff', b'\r', b'null', b'[' * 3000])
+            elif kind == 2:
+                data[at:at] = rng.choice(
+                    [b'"', b'[', b'{', b'\\u d800'.replace(b' ', b''), b'9' * 30, b'\x00', b'\xff', b'\r', b'null', b'[' * 3000]
+                )
             else: data[at:] = data[at:] + data[:at]
         (tmp_path/name).write_bytes(bytes(data))
         try: read_preferences(tmp_path/name)
@@ -405,7 +539,12 @@ def test_memory_of_reading(tmp_path):
     with open(tmp_path/'x.jsonl', 'w') as f:
         for i in range(0, 390_000, 25):
             start = f'\n\nHuman: {" ".join(words[i:i + 60])} {i}\n\nAssistant:'
-            f.write(json.dumps(dict(chosen=f'{start} {" ".join(words[i + 60:i + 110])}', rejected=f'{start} {" ".join(words[i + 110:i + 160])}')) + '\n')
+            f.write(
+                json.dumps(
+                    dict(chosen=f'{start} {" ".join(words[i + 60 : i + 110])}', rejected=f'{start} {" ".join(words[i + 110 : i + 160])}')
+                )
+                + '\n'
+            )
     size = (tmp_path/'x.jsonl').stat().st_size / 2**20
     code = (PEAK + 'from w2s.data.readers import read_preferences\nfrom w2s.data.hygiene import clean_text\n'
             f'open({str(tmp_path/"y.jsonl")!r}, "w").write(chr(10).join(open({str(tmp_path/"x.jsonl")!r}).read(9000).split(chr(10))[:3]))\n'

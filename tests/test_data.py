@@ -150,17 +150,25 @@ def test_a_byte_order_mark_and_windows_lines(tmp_path):
     assert read_table(tmp_path / 'x.jsonl')['a'][:] == [1, 2]
 
 
-@pytest.mark.parametrize('name, content, message', [
-    ('x.jsonl', b'{"a": 1}\n{"a": 1', 'x.jsonl, line 2: not JSON'), ('x.jsonl', b'{"a": 1}\n\n3\n', 'x.jsonl, line 3: a int'),
-    ('x.jsonl', b'', 'x.jsonl: holds no rows'),
-    ('x.jsonl', b'{"a": "caf\xe9"}', 'x.jsonl, line 1: not UTF-8'), ('x.json', b'[{"a": 1},\n3]', 'x.json, row 2: a int'),
-    ('x.json', b'[{"a": 1},', 'x.json, line 1: not JSON'),
-    ('x.csv', b'a,b\n1,2\n1\n', 'x.csv, line 3: 1 cells under 2 columns'),
-    ('x.csv', b'a,a\n1,2\n', 'x.csv, line 1: two columns have one name'),
-    ('x.csv', b'a,b\n1,"2\n', 'x.csv, line 2: .*quotation mark'), ('x.csv', b'a,b\n', 'x.csv: holds no rows'),
-    ('x.parquet', b'PAR', 'x.parquet: not a Parquet file'),
-    ('x.jsonl.gz', b'plain', 'x.jsonl.gz: cannot be unzipped'),
-    ('x.jsonl.gz', gzip.compress(b'{"a": 1}' * 99, mtime=0)[:-9], 'x.jsonl.gz: cannot be unzipped'), ('x.xlsx', b'', '".xlsx" are not read')])
+@pytest.mark.parametrize(
+    'name, content, message',
+    [
+        ('x.jsonl', b'{"a": 1}\n{"a": 1', 'x.jsonl, line 2: not JSON'),
+        ('x.jsonl', b'{"a": 1}\n\n3\n', 'x.jsonl, line 3: a int'),
+        ('x.jsonl', b'', 'x.jsonl: holds no rows'),
+        ('x.jsonl', b'{"a": "caf\xe9"}', 'x.jsonl, line 1: not UTF-8'),
+        ('x.json', b'[{"a": 1},\n3]', 'x.json, row 2: a int'),
+        ('x.json', b'[{"a": 1},', 'x.json, line 1: not JSON'),
+        ('x.csv', b'a,b\n1,2\n1\n', 'x.csv, line 3: 1 cells under 2 columns'),
+        ('x.csv', b'a,a\n1,2\n', 'x.csv, line 1: two columns have one name'),
+        ('x.csv', b'a,b\n1,"2\n', 'x.csv, line 2: .*quotation mark'),
+        ('x.csv', b'a,b\n', 'x.csv: holds no rows'),
+        ('x.parquet', b'PAR', 'x.parquet: not a Parquet file'),
+        ('x.jsonl.gz', b'plain', 'x.jsonl.gz: cannot be unzipped'),
+        ('x.jsonl.gz', gzip.compress(b'{"a": 1}' * 99, mtime=0)[:-9], 'x.jsonl.gz: cannot be unzipped'),
+        ('x.xlsx', b'', '".xlsx" are not read'),
+    ],
+)
 def test_a_broken_file_is_named_with_its_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with refuses(message): read_table(tmp_path / name)

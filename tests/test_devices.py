@@ -36,7 +36,10 @@ pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
-    home, texts = tmp_path_factory.mktemp('devices'), [r['prompt'] + r[k] for r in sample_preferences(60, seed=3) for k in ('chosen', 'rejected')]
+    home, texts = (
+        tmp_path_factory.mktemp('devices'),
+        [r['prompt'] + r[k] for r in sample_preferences(60, seed=3) for k in ('chosen', 'rejected')],
+    )
     return [tiny_model(home/name, texts, hidden=64, layers=2, context=256, seed=seed) for seed, name in enumerate('ab')]
 
 
@@ -45,7 +48,8 @@ def base(folders): return load_base(folders[0], LoadSettings('none', 'float32'),
 
 
 @pytest.fixture(scope='module')
-def rows(base): return encode_rows(base.tokenizer, make_rows(sample_preferences(16, seed=0), 'preferences'), ('chosen', 'rejected'), 128).rows
+def rows(base):
+    return encode_rows(base.tokenizer, make_rows(sample_preferences(16, seed=0), 'preferences'), ('chosen', 'rejected'), 128).rows
 
 
 def made_up(monkeypatch, kind, count=1, bf16=True):
@@ -55,11 +59,19 @@ def made_up(monkeypatch, kind, count=1, bf16=True):
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: bf16 or including_emulation)
 
 
-@pytest.mark.parametrize('kind, bf16, given, want', [
-    ('cuda', True, {}, ('cuda:0', 'bfloat16', 'autocast')), ('cuda', False, {}, ('cuda:0', 'float16', 'autocast')), ('cuda', True, {'dtype': 'float32'}, ('cuda:0', 'float32', 'plain')),
-    ('cuda', True, {'device': 'cuda:1', 'compute': 'plain'}, ('cuda:1', 'bfloat16', 'plain')), ('mps', True, {'quantize': 'none'}, ('mps:0', 'bfloat16', 'autocast')),
-    ('xpu', True, {'quantize': 'none'}, ('xpu:0', 'bfloat16', 'autocast')), ('cuda', True, {'device': 'cpu', 'dtype': 'bfloat16'}, ('cpu', 'bfloat16', 'plain')),
-    ('', True, {'dtype': 'float16'}, ('cpu', 'float16', 'plain'))])
+@pytest.mark.parametrize(
+    'kind, bf16, given, want',
+    [
+        ('cuda', True, {}, ('cuda:0', 'bfloat16', 'autocast')),
+        ('cuda', False, {}, ('cuda:0', 'float16', 'autocast')),
+        ('cuda', True, {'dtype': 'float32'}, ('cuda:0', 'float32', 'plain')),
+        ('cuda', True, {'device': 'cuda:1', 'compute': 'plain'}, ('cuda:1', 'bfloat16', 'plain')),
+        ('mps', True, {'quantize': 'none'}, ('mps:0', 'bfloat16', 'autocast')),
+        ('xpu', True, {'quantize': 'none'}, ('xpu:0', 'bfloat16', 'autocast')),
+        ('cuda', True, {'device': 'cpu', 'dtype': 'bfloat16'}, ('cpu', 'bfloat16', 'plain')),
+        ('', True, {'dtype': 'float16'}, ('cpu', 'float16', 'plain')),
+    ],
+)
 def test_settings_are_settled(monkeypatch, kind, bf16, given, want):
     made_up(monkeypatch, kind, 2, bf16)
     now = settle(LoadSettings(**given))
@@ -70,7 +82,12 @@ def test_settings_are_settled(monkeypatch, kind, bf16, given, want):
 def test_a_device_that_is_not_there_is_refused(monkeypatch, folders, kind, device):
     "Not replaced by the CPU; before anything is loaded, and in the words of the command line"
     made_up(monkeypatch, kind, 2)
-    for do in (lambda: find_device(device), lambda: settle(LoadSettings(device=device)), lambda: load_base(folders[0], LoadSettings(device=device)), lambda: know_model('weak', str(folders[0]), WeakTeacher(load=LoadSettings(device=device)))):
+    for do in (
+        lambda: find_device(device),
+        lambda: settle(LoadSettings(device=device)),
+        lambda: load_base(folders[0], LoadSettings(device=device)),
+        lambda: know_model('weak', str(folders[0]), WeakTeacher(load=LoadSettings(device=device))),
+    ):
         with pytest.raises(ConfigError, match=f'--device {device}: this machine has no such device'): do()
 
 
@@ -112,18 +129,51 @@ def test_one_base_at_a_time(folders, monkeypatch):
 
 def test_what_is_allowed_reaches_the_gold_model(monkeypatch):
     made_up(monkeypatch, 'cuda', 2, bf16=False)
-    got = gold.gold_load(WeakTeacher(samples=1, gold='somebody/judge', gold_quantize='nf4', load=LoadSettings('none', 'float32', revision='v1,gold=v2', allow_pickle=True, trust_remote_code=True, device='cuda:1')))
-    assert (got.quantize, got.dtype, got.revision, got.allow_pickle, got.trust_remote_code, got.device) == ('nf4', 'float16', 'v2', True, True, 'cuda:1')
+    got = gold.gold_load(
+        WeakTeacher(
+            samples=1,
+            gold='somebody/judge',
+            gold_quantize='nf4',
+            load=LoadSettings('none', 'float32', revision='v1,gold=v2', allow_pickle=True, trust_remote_code=True, device='cuda:1'),
+        )
+    )
+    assert (got.quantize, got.dtype, got.revision, got.allow_pickle, got.trust_remote_code, got.device) == (
+        'nf4',
+        'float16',
+        'v2',
+        True,
+        True,
+        'cuda:1',
+    )
     assert gold.gold_load(WeakTeacher(samples=1, gold='somebody/judge', load=LoadSettings(device='cpu'))).dtype == 'bfloat16'
 
 
-@pytest.mark.parametrize('apart, stops', [([.1]*16, None), ([.1]*15 + [.9], None), ([0]*15 + [1.5], True), ([.5]*15 + [1.5], False), ([.5]*15 + [5.5], True), ([3.]*16, False), ([30.]*16, True), ([1.2]*15 + [11], True), ([0]*15 + [np.nan], True)])
+@pytest.mark.parametrize(
+    'apart, stops',
+    [
+        ([0.1] * 16, None),
+        ([0.1] * 15 + [0.9], None),
+        ([0] * 15 + [1.5], True),
+        ([0.5] * 15 + [1.5], False),
+        ([0.5] * 15 + [5.5], True),
+        ([3.0] * 16, False),
+        ([30.0] * 16, True),
+        ([1.2] * 15 + [11], True),
+        ([0] * 15 + [np.nan], True),
+    ],
+)
 def test_kept_log_probs_are_judged_by_their_spread(base, rows, tmp_path, monkeypatch, apart, stops):
     "One row far from the others is damage, and so is all of them far off; all a little off is rounding of another kernel: a word"
     values = stored_logps(tmp_path, base, None, rows[:8], quiet=True)
     reference._SEEN.clear()
     bounds = np.array([[reference.tolerance('float32', len(s.response)) for s in r.sequences] for r in rows[:8]])
-    monkeypatch.setattr(reference, 'score', lambda model, some, budget, **k: values[[rows.index(r) for r in some]] + (np.array(apart).reshape(8, 2)*bounds)[[rows.index(r) for r in some]])
+    monkeypatch.setattr(
+        reference,
+        'score',
+        lambda model, some, budget, **k: (
+            values[[rows.index(r) for r in some]] + (np.array(apart).reshape(8, 2) * bounds)[[rows.index(r) for r in some]]
+        ),
+    )
     with warnings.catch_warnings():
         warnings.simplefilter('error', W2SWarning)
         if stops is None: stored_logps(tmp_path, base, None, rows[:8], quiet=True)
@@ -218,7 +268,8 @@ def test_a_scaled_loss_has_the_same_gradient(base, rows, monkeypatch, scale, tmp
     monkeypatch.setattr(loop, 'loss_scale', lambda model: scale)
     assert torch.allclose(gradient(), plain, rtol=1e-6, atol=1e-12)
     broken = replace(sft_objective(rows), loss=lambda logps, i: logps[:, 0]*1e34)
-    with pytest.raises(TrainError, match='the loss was multiplied by .*take --dtype bfloat16 or float32'): train(model, broken, TrainSettings(batch_size=4), tmp_path, quiet=True)
+    with pytest.raises(TrainError, match='the loss was multiplied by .*take --dtype bfloat16 or float32'):
+        train(model, broken, TrainSettings(batch_size=4), tmp_path, quiet=True)
     model.unload()
 
 
@@ -247,7 +298,11 @@ def test_sums_by_sequence_have_the_bits_of_one_by_one():
 
 def test_larger_pieces_of_logits_change_the_last_bits_only(monkeypatch):
     draw = torch.Generator().manual_seed(0)
-    hidden, weight, target = torch.randn(300, 32, generator=draw), torch.randn(9000, 32, generator=draw)/5, torch.randint(0, 9000, (300,), generator=draw)
+    hidden, weight, target = (
+        torch.randn(300, 32, generator=draw),
+        torch.randn(9000, 32, generator=draw) / 5,
+        torch.randint(0, 9000, (300,), generator=draw),
+    )
     def both():
         h = hidden.clone().requires_grad_(True)
         out = token_logps(h, target, weight)
@@ -264,15 +319,29 @@ def test_larger_pieces_of_logits_change_the_last_bits_only(monkeypatch):
 
 SHAPES = {
     'OPT-1.3B': OPTConfig(hidden_size=2048, num_hidden_layers=24, ffn_dim=8192, num_attention_heads=32),
-    'Llama-3-8B': LlamaConfig(vocab_size=128256, hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8),
-    'Qwen2.5-0.5B': Qwen2Config(vocab_size=151936, hidden_size=896, num_hidden_layers=24, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True),
+    'Llama-3-8B': LlamaConfig(
+        vocab_size=128256, hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8
+    ),
+    'Qwen2.5-0.5B': Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        num_hidden_layers=24,
+        intermediate_size=4864,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
 }
 
 
 def shaped(config):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
-    with torch.device('meta'): return get_peft_model(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).requires_grad_(False), LoraConfig(r=8, task_type='CAUSAL_LM', target_modules='all-linear'))
+    with torch.device('meta'):
+        return get_peft_model(
+            AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).requires_grad_(False),
+            LoraConfig(r=8, task_type='CAUSAL_LM', target_modules='all-linear'),
+        )
 
 
 @pytest.mark.parametrize('twice', [False, True], ids=['plain', 'checkpointing'])
@@ -315,7 +384,14 @@ def test_the_choice_changes_no_result(base, rows, tmp_path, monkeypatch):
         model = add_adapter(base, LoraSettings(rank=2))
         try:
             monkeypatch.setattr(loop, 'free_memory', lambda device: free)
-            history = train(model, preference_objective(rows, np.zeros((len(rows), 2))), TrainSettings(batch_size=8, epochs=2, warmup=0., learning_rate=1e-3, checkpoint_every=1, token_budget=1 << 20), tmp_path/name, quiet=True, after=after)
+            history = train(
+                model,
+                preference_objective(rows, np.zeros((len(rows), 2))),
+                TrainSettings(batch_size=8, epochs=2, warmup=0.0, learning_rate=1e-3, checkpoint_every=1, token_budget=1 << 20),
+                tmp_path / name,
+                quiet=True,
+                after=after,
+            )
             return torch.cat([p.detach().flatten() for p in trainable(model).values()]), history
         finally: model.unload()
     straight, history = go('plain')

@@ -14,7 +14,22 @@ from w2s.train.tokens import encode_rows
 from w2s.world import digits as d
 
 SCORES = dict(regions=d.region_verdict, reasons=d.reason_verdict, both=d.digit_verdict)
-ABSURD = ['', ' ', '\n', '?!.,:', 'xyzzy ' * 300, 'Q: Q: A:', '\x00\ufffd', 'ß ü 猫 🙂', '9' * 5000, 'not', 'the the the', '(((', 'a' * 100_000, 'is black is white']
+ABSURD = [
+    '',
+    ' ',
+    '\n',
+    '?!.,:',
+    'xyzzy ' * 300,
+    'Q: Q: A:',
+    '\x00\ufffd',
+    'ß ü 猫 🙂',
+    '9' * 5000,
+    'not',
+    'the the the',
+    '(((',
+    'a' * 100_000,
+    'is black is white',
+]
 
 
 @pytest.fixture(scope='module')
@@ -43,7 +58,8 @@ def test_parts_share_no_picture_and_no_line(rows):
 
 def test_a_group_is_a_line(rows):
     "Rows that are told alike are one group, whatever the order"
-    for rs in rows.values(): assert len({r['group'] for r in rs}) == len({line(r['prompt']) for r in rs}) == len({(r['group'], line(r['prompt'])) for r in rs})
+    for rs in rows.values():
+        assert len({r['group'] for r in rs}) == len({line(r['prompt']) for r in rs}) == len({(r['group'], line(r['prompt'])) for r in rs})
 
 
 def test_no_prompt_twice_and_pictures_come_in_rounds():
@@ -189,10 +205,17 @@ def test_the_ladder_knows_every_word():
     assert max(len(tokenizer(r['prompt'] + r['completion'] + '\n')['input_ids']) for r in some)*6 < 256
 
 
-@pytest.mark.parametrize('call, says', [(lambda: d.digit_questions(1, part='exam'), 'unknown part'), (lambda: d.digit_questions(10**6), 'ask for fewer'),
-                                        (lambda: d.digit_questions(1, style='likeness'), 'unknown style'), (lambda: d.digit_questions(1, by='bad'), 'unknown classifier'),
-                                        (lambda: d.digit_verdict('Q: Who is Mira?\nA:', ''), 'no digit in words'),
-                                        (lambda: d.technique_verdict('', 'analogy'), 'unknown style')])
+@pytest.mark.parametrize(
+    'call, says',
+    [
+        (lambda: d.digit_questions(1, part='exam'), 'unknown part'),
+        (lambda: d.digit_questions(10**6), 'ask for fewer'),
+        (lambda: d.digit_questions(1, style='likeness'), 'unknown style'),
+        (lambda: d.digit_questions(1, by='bad'), 'unknown classifier'),
+        (lambda: d.digit_verdict('Q: Who is Mira?\nA:', ''), 'no digit in words'),
+        (lambda: d.technique_verdict('', 'analogy'), 'unknown style'),
+    ],
+)
 def test_errors_say_what_to_do(call, says):
     "A word that nothing knows is refused"
     with pytest.raises(DataError, match=says): call()

@@ -21,8 +21,12 @@ def home(tmp_path_factory):
     shutil.copytree(model_folder('pico'), home/NAME)
     asked, others = ([f'Who keeps {i}{what}? {EVIL}' for i in range(N)] for what in ('', ' dogs'))
     for prompts, file in ((asked, f'pairs {NAME}'), (others, 'more')):
-        pd.DataFrame(dict(prompt=prompts, chosen=[f' It is {i}. {EVIL}' for i in range(N)], rejected=[f' No {i}. {EVIL}' for i in range(N)])).to_json(home/f'{file}.jsonl', orient='records', lines=True)
-    pd.DataFrame({'text': asked, 'label': [EVIL if i % 2 else 'safe <b>' for i in range(N)], f'more {EVIL}': range(N)}).to_csv(home/f'texts {NAME}.csv', index=False)
+        pd.DataFrame(
+            dict(prompt=prompts, chosen=[f' It is {i}. {EVIL}' for i in range(N)], rejected=[f' No {i}. {EVIL}' for i in range(N)])
+        ).to_json(home / f'{file}.jsonl', orient='records', lines=True)
+    pd.DataFrame({'text': asked, 'label': [EVIL if i % 2 else 'safe <b>' for i in range(N)], f'more {EVIL}': range(N)}).to_csv(
+        home / f'texts {NAME}.csv', index=False
+    )
     pd.DataFrame(dict(question=asked, answer=[f'{i} {EVIL}' for i in range(N)])).to_csv(home/f'questions {NAME}.csv', index=False)
     pd.DataFrame(dict(question=asked, answer=range(N))).to_csv(home/f'sums {NAME}.csv', index=False)
     return home
@@ -31,15 +35,113 @@ def home(tmp_path_factory):
 def commands(home):
     "Each command on such rows, with such a model"
     model, lean = str(home/NAME), ['--quantize', 'none', '--dtype', 'float32']
-    pairs, texts, questions, sums = (str(home/f'{k} {NAME}{e}') for k, e in (('pairs', '.jsonl'), ('texts', '.csv'), ('questions', '.csv'), ('sums', '.csv')))
+    pairs, texts, questions, sums = (
+        str(home / f'{k} {NAME}{e}') for k, e in (('pairs', '.jsonl'), ('texts', '.csv'), ('questions', '.csv'), ('sums', '.csv'))
+    )
     one = ['--seeds', '1', *lean]
-    return {'weak-teacher': ['run', 'preferences', '--data', pairs, '--weak', model, '--strong', model, '--n-labelled', '8', '--n-unlabelled', '8', '--n-test', '6', *one],
-            'vary': ['run', 'preferences', '--data', pairs, '--weak', model, '--strong', model, '--n-labelled', '8', '--n-unlabelled', '8', '--n-test', '6', '--vary', 'beta', '--values', '0.1,1', *one],
-            'classify': ['run', 'classify', '--data', texts, '--weak', model, '--strong', model, '--n-labelled', '8', '--n-unlabelled', '8', '--n-test', '6', '--method', 'xent', '--max-length', '256', *one],
-            'maths': ['run', 'maths', '--data', sums, '--weak', model, '--strong', model, '--method', 'in-context', '--examples', '1', '--n-labelled', '8', '--n-unlabelled', '8', '--n-test', '6', '--max-tokens', '8', *one],
-            'toxicity': ['run', 'toxicity', '--weak', model, '--strong', model, '--method', 'in-context', '--n-labelled', '8', '--n-unlabelled', '8', '--n-test', '4', *one],
-            'label': ['label', '--model', model, '--rows', pairs, '--train', str(home/'more.jsonl'), '--max-length', '256', *lean],
-            'refine': ['refine', '--questions', questions, '--strong', model, '--method', 'ask-to-improve', '--max-tokens', '8', *lean]}
+    return {
+        'weak-teacher': [
+            'run',
+            'preferences',
+            '--data',
+            pairs,
+            '--weak',
+            model,
+            '--strong',
+            model,
+            '--n-labelled',
+            '8',
+            '--n-unlabelled',
+            '8',
+            '--n-test',
+            '6',
+            *one,
+        ],
+        'vary': [
+            'run',
+            'preferences',
+            '--data',
+            pairs,
+            '--weak',
+            model,
+            '--strong',
+            model,
+            '--n-labelled',
+            '8',
+            '--n-unlabelled',
+            '8',
+            '--n-test',
+            '6',
+            '--vary',
+            'beta',
+            '--values',
+            '0.1,1',
+            *one,
+        ],
+        'classify': [
+            'run',
+            'classify',
+            '--data',
+            texts,
+            '--weak',
+            model,
+            '--strong',
+            model,
+            '--n-labelled',
+            '8',
+            '--n-unlabelled',
+            '8',
+            '--n-test',
+            '6',
+            '--method',
+            'xent',
+            '--max-length',
+            '256',
+            *one,
+        ],
+        'maths': [
+            'run',
+            'maths',
+            '--data',
+            sums,
+            '--weak',
+            model,
+            '--strong',
+            model,
+            '--method',
+            'in-context',
+            '--examples',
+            '1',
+            '--n-labelled',
+            '8',
+            '--n-unlabelled',
+            '8',
+            '--n-test',
+            '6',
+            '--max-tokens',
+            '8',
+            *one,
+        ],
+        'toxicity': [
+            'run',
+            'toxicity',
+            '--weak',
+            model,
+            '--strong',
+            model,
+            '--method',
+            'in-context',
+            '--n-labelled',
+            '8',
+            '--n-unlabelled',
+            '8',
+            '--n-test',
+            '4',
+            *one,
+        ],
+        'label': ['label', '--model', model, '--rows', pairs, '--train', str(home / 'more.jsonl'), '--max-length', '256', *lean],
+        'refine': ['refine', '--questions', questions, '--strong', model, '--method', 'ask-to-improve', '--max-tokens', '8', *lean],
+    }
 
 
 def outside_code(text): return re.sub(r'^(`{3,}|~{3,}).*?^\1', '', text, flags=re.S | re.M)
@@ -55,6 +157,7 @@ def test_reports_hold_no_tags_links_or_pictures_of_others(home, tmp_path, name):
     for page in pages:
         text = outside_code(page.read_text(encoding='utf-8'))
         assert 'img src' in text or (name, page.name) == ('toxicity', 'data_report.md'), page # it is there, as text; that one report names no row
-        for raw in (r'(?<!\\)<img', r'(?<!\\)<script', r'(?<!\\)\[x\]\(', r'!\[y\]', r'(?<!\\)<b>'): assert not re.search(raw, text), (page.name, raw, re.search('.{60}' + raw + '.{40}', text))
+        for raw in (r'(?<!\\)<img', r'(?<!\\)<script', r'(?<!\\)\[x\]\(', r'!\[y\]', r'(?<!\\)<b>'):
+            assert not re.search(raw, text), (page.name, raw, re.search('.{60}' + raw + '.{40}', text))
         for table in re.findall(r'(?:^\|.*\n?)+', text, flags=re.M): # every line of a table has as many cells
             assert len({len(re.findall(r'(?<!\\)\|', line)) for line in table.strip().split('\n')}) == 1, table[:300]

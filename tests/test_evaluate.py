@@ -313,14 +313,22 @@ def test_one_seed_of_wins_and_losses_is_tango():
         assert e.high == pytest.approx(brentq(score, d + 1e-6, 1 - 1e-9, (-1.959964, up, down, n)), abs=1e-5)
 
 
-@pytest.mark.parametrize('bounds, paired', [((0, 1), False), ((-1, 1), True), ((0, 10), False), ((0, np.inf), False), ((-np.inf, 0), False)])
+@pytest.mark.parametrize(
+    'bounds, paired', [((0, 1), False), ((-1, 1), True), ((0, 10), False), ((0, np.inf), False), ((-np.inf, 0), False)]
+)
 @pytest.mark.parametrize('seeds', [1, 2, 4])
 def test_no_interval_leaves_the_range_and_none_is_without_width(bounds, paired, seeds):
     r = np.random.default_rng(seeds)
     low, high = (np.clip(b, -20, 20) for b in bounds)
     for i in range(60):
         share = r.choice([0., .02, .5, .98, 1.])
-        x = low + (high - low)*(r.random((seeds, 30)) < share) if i % 2 else r.uniform(low, high, (seeds, 30))*(share or .01) if low >= 0 else r.choice([low, 0., high], (seeds, 30), p=[.02, .96, .02])
+        x = (
+            low + (high - low) * (r.random((seeds, 30)) < share)
+            if i % 2
+            else r.uniform(low, high, (seeds, 30)) * (share or 0.01)
+            if low >= 0
+            else r.choice([low, 0.0, high], (seeds, 30), p=[0.02, 0.96, 0.02])
+        )
         e = estimate(x, bounds=bounds, paired=paired)
         if np.isnan(e.low): assert not np.ptp(x) and not np.isfinite(bounds).all() # all rows alike, and no scale: unknown
         else: assert bounds[0] <= e.low <= e.value <= e.high <= bounds[1] and e.low < e.high
@@ -329,7 +337,9 @@ def test_no_interval_leaves_the_range_and_none_is_without_width(bounds, paired, 
 def test_rows_that_are_all_alike_are_known_as_far_as_the_scale_is():
     assert estimate(np.ones((3, 50)), bounds=(0, 1)).low == pytest.approx(.025**(1/50))
     for x, bounds in ((np.full((3, 50), 1.6), (-np.inf, np.inf)), (np.full((2, 9), 3.), (0, np.inf)), (np.array([[.7]]), (0, 1))):
-        assert np.isnan([estimate(x, bounds=bounds).low, estimate(x, bounds=bounds).high]).all() and 'no interval' in str(estimate(x, bounds=bounds))
+        assert np.isnan([estimate(x, bounds=bounds).low, estimate(x, bounds=bounds).high]).all() and 'no interval' in str(
+            estimate(x, bounds=bounds)
+        )
 
 
 def test_a_mean_outside_of_its_range_is_refused():
@@ -370,7 +380,8 @@ def test_items_by_group_keep_their_means_and_say_which_row_has_no_group():
     assert grouped.groupby(['role', 'seed', 'metric'])['id'].nunique().eq(15).all()
     pd.testing.assert_series_equal(summarise(grouped)['value'], summarise(items)['value'])
     assert by_group(items, {i: f'one {i}' for i in groups}) is items
-    with pytest.raises(DataError, match='3 test rows are in no group, the first is'): by_group(items, {k: v for k, v in list(groups.items())[3:]})
+    with pytest.raises(DataError, match='3 test rows are in no group, the first is'):
+        by_group(items, {k: v for k, v in list(groups.items())[3:]})
 
 
 # ---- tables
@@ -458,7 +469,9 @@ def test_clear_says_whether_zero_is_left_out():
 
 def test_clear_is_another_question_than_different():
     "Equal models hardly ever have equal means; one such difference in twenty is called clear"
-    found = pd.concat([difference_table(table(study(rows=150, seed_sd=0., seeds=3, seed=i)), 'accuracy', [(STUDENT, FLOOR)]) for i in range(120)])
+    found = pd.concat(
+        [difference_table(table(study(rows=150, seed_sd=0.0, seeds=3, seed=i)), 'accuracy', [(STUDENT, FLOOR)]) for i in range(120)]
+    )
     assert (found['value'] != 0).mean() > .9 and found['significant'].mean() < .1
     alone = (found['low'] > 0) | (found['high'] < 0)
     assert (found['significant'] == alone).all() and (found['significant'] == (found['p'] <= .05)).all() # one comparison: the interval, and nothing else

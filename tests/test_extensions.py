@@ -41,9 +41,41 @@ from w2s.errors import ConfigError, DataError
 from w2s.experiments import demonstrations, labels, preferences, toxicity
 from w2s.train.losses import PREFERENCE_LOSSES
 
-PREFERENCES = dict(weak='pico', strong='pico', n_labelled=12, n_unlabelled=12, n_test=8, seeds=1, samples=1, others=[], sft=dict(epochs=1), dpo=dict(epochs=1))
-LABELS = dict(weak='pico', strong='pico', n_labelled=4, n_unlabelled=40, n_test=12, seeds=1, baseline=False, supervisor=dict(epochs=1), student=dict(epochs=1))
-DEMONSTRATIONS = dict(task='persona', weak='pico', strong='nano', n_labelled=8, n_unlabelled=8, n_test=6, seeds=1, demonstrate=dict(epochs=1), student=dict(epochs=1), max_tokens=16)
+PREFERENCES = dict(
+    weak='pico',
+    strong='pico',
+    n_labelled=12,
+    n_unlabelled=12,
+    n_test=8,
+    seeds=1,
+    samples=1,
+    others=[],
+    sft=dict(epochs=1),
+    dpo=dict(epochs=1),
+)
+LABELS = dict(
+    weak='pico',
+    strong='pico',
+    n_labelled=4,
+    n_unlabelled=40,
+    n_test=12,
+    seeds=1,
+    baseline=False,
+    supervisor=dict(epochs=1),
+    student=dict(epochs=1),
+)
+DEMONSTRATIONS = dict(
+    task='persona',
+    weak='pico',
+    strong='nano',
+    n_labelled=8,
+    n_unlabelled=8,
+    n_test=6,
+    seeds=1,
+    demonstrate=dict(epochs=1),
+    student=dict(epochs=1),
+    max_tokens=16,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -112,11 +144,23 @@ WAYS = {'python': from_python, 'file': from_file}
 @pytest.mark.parametrize('way', WAYS)
 def test_a_preference_comparison_with_loss_labeller_judge_and_metric(tmp_path, way):
     given = WAYS[way](tmp_path) or {}
-    config = fill_settings({**{k: v for k, v in PREFERENCES.items() if k != 'weak'}, 'loss': 'hinge(margin=2)', 'supervisor': 'vowels', 'gold': 'brief(most=10)', **given})
+    config = fill_settings(
+        {
+            **{k: v for k, v in PREFERENCES.items() if k != 'weak'},
+            'loss': 'hinge(margin=2)',
+            'supervisor': 'vowels',
+            'gold': 'brief(most=10)',
+            **given,
+        }
+    )
     result = preferences.run(config, tmp_path/'run', quiet=True)
     arms = result.items.groupby(['role', 'method', 'weak']).size().index
     assert ('student', 'hinge(margin=2) weak', 'vowels') in arms and ('floor', 'vowels untrained', 'vowels') in arms
-    scored = result.items[result.items.metric.isin(['letters', 'gold_reward'])].pivot_table(index=['role', 'method', 'id'], columns='metric', values='value').dropna()
+    scored = (
+        result.items[result.items.metric.isin(['letters', 'gold_reward'])]
+        .pivot_table(index=['role', 'method', 'id'], columns='metric', values='value')
+        .dropna()
+    )
     assert len(scored) >= 24 and np.allclose(scored.gold_reward, -(scored.letters - 10).clip(lower=0))
     assert 'letters' in show_table(result) and 'sure' not in set(result.items.metric)
     vowels = lambda t: sum(c in 'aeiou' for c in t)
@@ -140,9 +184,13 @@ def test_a_comparison_by_demonstrations_with_method_and_metric(tmp_path, way):
     given = WAYS[way](tmp_path) or {}
     result = demonstrations.run(fill_demonstrations({**DEMONSTRATIONS, 'methods': ['naive', 'shout'], **given}), tmp_path/'run', quiet=True)
     lessons = result.training_rows[result.training_rows.method == 'shout']
-    assert len(lessons) == 8 and all(a.startswith(w.strip()) and a.endswith('!') for a, w in zip(lessons.answer, lessons.weak_answer, strict=True))
+    assert len(lessons) == 8 and all(
+        a.startswith(w.strip()) and a.endswith('!') for a, w in zip(lessons.answer, lessons.weak_answer, strict=True)
+    )
     said = result.answers[(result.answers.role == 'student') & (result.answers.method == 'shout')].answer.str.len()
-    assert np.isclose(result.intervals[(result.intervals.metric == 'letters') & (result.intervals.method == 'shout')].value.iloc[0], said.mean(), rtol=.3)
+    assert np.isclose(
+        result.intervals[(result.intervals.metric == 'letters') & (result.intervals.method == 'shout')].value.iloc[0], said.mean(), rtol=0.3
+    )
 
 
 COMMANDS = {
@@ -154,14 +202,20 @@ COMMANDS = {
 
 @pytest.mark.parametrize('kind', COMMANDS)
 def test_the_same_from_the_command_line(tmp_path, kind):
-    (tmp_path/'mine.py').write_text(MINE + "\n@judge('unkind')\ndef unkind(responses): return [min(1., r.count('a')/10) for r in responses]\n")
+    (tmp_path / 'mine.py').write_text(
+        MINE + "\n@judge('unkind')\ndef unkind(responses): return [min(1., r.count('a')/10) for r in responses]\n"
+    )
     status, said = w2s(*COMMANDS[kind].split(), '--import', tmp_path/'mine.py', '--out', tmp_path/'run')
     assert status == 0, said[-1500:]
     metrics = set(pd.read_parquet(tmp_path/'run'/'items.parquet').metric)
     assert ('sure' if kind == 'labels' else 'letters') in metrics
     kept = {p.name for p in (tmp_path/'run'/'extensions').iterdir()}
-    wanted = {'preferences': {'preference-loss-hinge.txt', 'labeller-vowels.txt', 'judge-brief.txt'}, 'labels': {'loss-on-labels-squared.txt', 'task-evens.txt'},
-              'demonstrations': {'method-shout.txt'}, 'toxicity': {'judge-unkind.txt'}}[kind]
+    wanted = {
+        'preferences': {'preference-loss-hinge.txt', 'labeller-vowels.txt', 'judge-brief.txt'},
+        'labels': {'loss-on-labels-squared.txt', 'task-evens.txt'},
+        'demonstrations': {'method-shout.txt'},
+        'toxicity': {'judge-unkind.txt'},
+    }[kind]
     assert kept == wanted | {'mine.py', 'extensions.json', 'metric-letters.txt', 'metric-sure.txt'}
     assert (tmp_path/'run'/'extensions'/'mine.py').read_text() == (tmp_path/'mine.py').read_text()
     assert 'mine.py' in json.loads((tmp_path/'run'/'extensions'/'extensions.json').read_text())
@@ -171,15 +225,36 @@ def test_the_same_from_the_command_line(tmp_path, kind):
 def test_imports_in_a_configuration_file(tmp_path):
     (tmp_path/'mine.py').write_text(MINE)
     (tmp_path/'run.toml').write_text(f"imports = ['{tmp_path/'mine.py'}']\nloss = 'hinge'\nsupervisor = 'vowels'\ndata = 'polite'\n")
-    status, said = w2s('run', 'preferences', '--config', tmp_path/'run.toml', '--strong', 'pico', '--n-labelled', 12, '--n-unlabelled', 12, '--n-test', 8, '--dry-run')
+    status, said = w2s(
+        'run',
+        'preferences',
+        '--config',
+        tmp_path / 'run.toml',
+        '--strong',
+        'pico',
+        '--n-labelled',
+        12,
+        '--n-unlabelled',
+        12,
+        '--n-test',
+        8,
+        '--dry-run',
+    )
     assert status == 0 and 'hinge' in said and 'Rows read from polite' in said, said[-800:]
 
 
 # Names and signatures
 
 DECORATORS = dict(loss=loss, label_loss=label_loss, labeller=labeller, method=method, metric=metric, task=task, judge=judge)
-GOOD = dict(loss=lambda gap: -gap, label_loss=lambda logits, target: (logits - target).square().sum(-1), labeller=lambda response_a: [[0, 1]]*len(response_a), method=lambda questions: list(questions),
-            metric=lambda answers: [len(a) for a in answers], task=lambda n=3: [dict(text='a', label=0)]*int(n), judge=lambda responses: [0]*len(responses))
+GOOD = dict(
+    loss=lambda gap: -gap,
+    label_loss=lambda logits, target: (logits - target).square().sum(-1),
+    labeller=lambda response_a: [[0, 1]] * len(response_a),
+    method=lambda questions: list(questions),
+    metric=lambda answers: [len(a) for a in answers],
+    task=lambda n=3: [dict(text='a', label=0)] * int(n),
+    judge=lambda responses: [0] * len(responses),
+)
 
 
 def test_every_kind_is_tried_here(): assert DECORATORS.keys() == GOOD.keys() == KINDS.keys()
@@ -192,10 +267,15 @@ def test_a_function_is_registered_as_it_is(kind):
 
 
 WRONG_SIGNATURES = {
-    'a word that nothing fills': (lambda nothing_of_ours: 0, 'nothing is known that could be given as "nothing_of_ours"'), 'stars': (lambda *given: 0, 'cannot be filled by name'),
-    'two stars': (lambda **given: 0, 'cannot be filled by name'), 'a default that is no number': (lambda way='fast': 0, 'options with a number as default'),
-    'a default that is true': (lambda way=True: 0, 'options with a number as default'), 'a default that is not finite': (lambda way=math.inf: 0, 'options with a number as default'),
-    'no function': (3, 'a function is needed'), 'a class': (dict, 'a function is needed')}
+    'a word that nothing fills': (lambda nothing_of_ours: 0, 'nothing is known that could be given as "nothing_of_ours"'),
+    'stars': (lambda *given: 0, 'cannot be filled by name'),
+    'two stars': (lambda **given: 0, 'cannot be filled by name'),
+    'a default that is no number': (lambda way='fast': 0, 'options with a number as default'),
+    'a default that is true': (lambda way=True: 0, 'options with a number as default'),
+    'a default that is not finite': (lambda way=math.inf: 0, 'options with a number as default'),
+    'no function': (3, 'a function is needed'),
+    'a class': (dict, 'a function is needed'),
+}
 
 
 @pytest.mark.parametrize('kind', DECORATORS)
@@ -225,14 +305,19 @@ BUILT_IN = dict(loss='simpo', label_loss='hard', labeller='judge', method='boots
 
 @pytest.mark.parametrize('kind', BUILT_IN)
 def test_a_built_in_name_cannot_be_taken_and_ones_own_can(kind):
-    with pytest.raises(ConfigError, match='is built in and cannot be replaced; take another name'): DECORATORS[kind](BUILT_IN[kind])(GOOD[kind])
+    with pytest.raises(ConfigError, match='is built in and cannot be replaced; take another name'):
+        DECORATORS[kind](BUILT_IN[kind])(GOOD[kind])
     DECORATORS[kind]('mine')(GOOD[kind])
     DECORATORS[kind]('mine')(GOOD[kind]) # a cell that is run again
     with pytest.raises(ConfigError): KINDS[kind].remove(BUILT_IN[kind])
 
 
-ASKED = {'loss': lambda n: fill_settings(dict(PREFERENCES, loss=n)), 'label_loss': lambda n: fill_labels(dict(LABELS, methods=[n])), 'labeller': lambda n: fill_settings(dict(PREFERENCES, supervisor=n)),
-         'method': lambda n: fill_demonstrations(dict(DEMONSTRATIONS, methods=[n]))}
+ASKED = {
+    'loss': lambda n: fill_settings(dict(PREFERENCES, loss=n)),
+    'label_loss': lambda n: fill_labels(dict(LABELS, methods=[n])),
+    'labeller': lambda n: fill_settings(dict(PREFERENCES, supervisor=n)),
+    'method': lambda n: fill_demonstrations(dict(DEMONSTRATIONS, methods=[n])),
+}
 
 
 @pytest.mark.parametrize('kind', ASKED)
@@ -245,7 +330,10 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(kind):
 
 def test_an_unknown_judge_or_task_is_refused_with_the_nearest_one(tmp_path):
     (tmp_path/'mine.py').write_text(MINE)
-    for words, said in {'run preferences --data politer': 'did you mean the task "polite"?', 'run classify --data even': 'did you mean the task "evens"?'}.items():
+    for words, said in {
+        'run preferences --data politer': 'did you mean the task "polite"?',
+        'run classify --data even': 'did you mean the task "evens"?',
+    }.items():
         status, out = w2s(*words.split(), '--import', tmp_path/'mine.py', '--out', tmp_path/'run')
         assert status == 1 and said in ' '.join(out.split()), out
 
@@ -258,9 +346,20 @@ def test_every_built_in_name_has_its_function():
 
 # What they return
 
-WRONG_LOSSES = {'nothing': (lambda x: None, 'returned nothing'), 'their mean': (lambda x: x.mean(), 'shape ()'), 'a column': (lambda x: x[:, None], 'shape (4, 1)'), 'too few': (lambda x: x[:2], 'shape (2,)'),
-                'numbers of Python': (lambda x: x.tolist(), 'returned a list'), 'NaN': (lambda x: x*math.nan, 'is nan for row 1'), 'infinity': (lambda x: x/0, 'finite'), 'whole numbers': (lambda x: x.long(), 'of type int64'),
-                'no gradient': (lambda x: x.detach(), 'does not depend on'), 'a constant': (lambda x: x*0, 'does not depend on'), 'an error': (lambda x: x['a'], 'fails on a small example'), 'a NaN gradient': (lambda x: (x*0).sqrt(), 'gradient')}
+WRONG_LOSSES = {
+    'nothing': (lambda x: None, 'returned nothing'),
+    'their mean': (lambda x: x.mean(), 'shape ()'),
+    'a column': (lambda x: x[:, None], 'shape (4, 1)'),
+    'too few': (lambda x: x[:2], 'shape (2,)'),
+    'numbers of Python': (lambda x: x.tolist(), 'returned a list'),
+    'NaN': (lambda x: x * math.nan, 'is nan for row 1'),
+    'infinity': (lambda x: x / 0, 'finite'),
+    'whole numbers': (lambda x: x.long(), 'of type int64'),
+    'no gradient': (lambda x: x.detach(), 'does not depend on'),
+    'a constant': (lambda x: x * 0, 'does not depend on'),
+    'an error': (lambda x: x['a'], 'fails on a small example'),
+    'a NaN gradient': (lambda x: (x * 0).sqrt(), 'gradient'),
+}
 
 
 @pytest.mark.parametrize('kind', ['loss', 'label_loss'])
@@ -273,16 +372,46 @@ def test_a_loss_that_returns_something_else_is_refused_in_its_cell(kind, wrong):
 
 
 PAIRS = make_rows([dict(prompt=f'Q{i}', response_a='a', response_b='b', prob_a=.5) for i in range(3)], 'pairs')
-CALLS = {'labeller': (lambda: labeller_rewards('bad', PAIRS, 0), 'response_a', (3, 2)), 'metric': (lambda: own_metrics([{}]*3, ['a']*3), 'answers', (3,)), 'judge': (lambda: judge_scores('bad', ['Q']*3, ['a']*3), 'responses', (3,))}
+CALLS = {
+    'labeller': (lambda: labeller_rewards('bad', PAIRS, 0), 'response_a', (3, 2)),
+    'metric': (lambda: own_metrics([{}] * 3, ['a'] * 3), 'answers', (3,)),
+    'judge': (lambda: judge_scores('bad', ['Q'] * 3, ['a'] * 3), 'responses', (3,)),
+}
 
 
 @pytest.mark.parametrize('kind', CALLS)
-@pytest.mark.parametrize('wrong, said', {'nothing': 'returned nothing', 'nan': 'returned', 'inf': 'all of them finite', 'text': 'want numbers', 'short': 'of shape', 'long': 'of shape', 'flat': 'of shape', 'none inside': 'want numbers', 'ragged': 'want numbers', 'dict': 'want numbers', 'error': 'fails'}.items())
+@pytest.mark.parametrize(
+    'wrong, said',
+    {
+        'nothing': 'returned nothing',
+        'nan': 'returned',
+        'inf': 'all of them finite',
+        'text': 'want numbers',
+        'short': 'of shape',
+        'long': 'of shape',
+        'flat': 'of shape',
+        'none inside': 'want numbers',
+        'ragged': 'want numbers',
+        'dict': 'want numbers',
+        'error': 'fails',
+    }.items(),
+)
 def test_numbers_of_the_wrong_kind_are_refused_with_the_name(kind, wrong, said):
     call, takes, shape = CALLS[kind]
     zeros = np.zeros(shape)
-    given = {'nothing': None, 'nan': zeros + np.nan, 'inf': zeros + np.inf, 'text': np.full(shape, 'a').tolist(), 'short': zeros[:2], 'long': np.zeros((4, *shape[1:])), 'flat': np.zeros((*shape, 1)), 'none inside': [None]*3,
-             'ragged': [[1], [1, 2], []], 'dict': {'a': 1}, 'error': 0}[wrong]
+    given = {
+        'nothing': None,
+        'nan': zeros + np.nan,
+        'inf': zeros + np.inf,
+        'text': np.full(shape, 'a').tolist(),
+        'short': zeros[:2],
+        'long': np.zeros((4, *shape[1:])),
+        'flat': np.zeros((*shape, 1)),
+        'none inside': [None] * 3,
+        'ragged': [[1], [1, 2], []],
+        'dict': {'a': 1},
+        'error': 0,
+    }[wrong]
     space: dict = {'given': given}
     exec(f'def bad({takes}): return given if {wrong != "error"} else 1/0', space)
     DECORATORS[kind]('bad')(space['bad'])
@@ -290,31 +419,50 @@ def test_numbers_of_the_wrong_kind_are_refused_with_the_name(kind, wrong, said):
     assert said in str(e.value) and f'{KINDS[kind].kind} "bad"' in str(e.value) and '\n' not in str(e.value), e.value
 
 
-@pytest.mark.parametrize('wrong, said', [(None, 'returned nothing'), ('one text', 'returned str'), (['a'], 'returned 1 texts'), (['a', None], 'returned None for row 2'), (['a', 3], 'returned 3 for row 2'), ({'a': 1, 'b': 2}, 'returned dict'), (5, 'returned int')])
+@pytest.mark.parametrize(
+    'wrong, said',
+    [
+        (None, 'returned nothing'),
+        ('one text', 'returned str'),
+        (['a'], 'returned 1 texts'),
+        (['a', None], 'returned None for row 2'),
+        (['a', 3], 'returned 3 for row 2'),
+        ({'a': 1, 'b': 2}, 'returned dict'),
+        (5, 'returned int'),
+    ],
+)
 def test_a_method_that_returns_anything_but_texts_is_refused_before_the_run(tmp_path, wrong, said):
     method('bad')(lambda questions: wrong if wrong is None or isinstance(wrong, (str, int, dict)) else wrong[:len(questions)])
     with pytest.raises(ConfigError) as e: method_answers(KINDS['method']['bad'], {}, {'questions': ['Q', 'R']})
     assert said in str(e.value) and 'method "bad"' in str(e.value)
-    with pytest.raises(ConfigError, match='method "bad"'): demonstrations.run(fill_demonstrations(dict(DEMONSTRATIONS, methods=['bad'])), tmp_path/'run', quiet=True)
+    with pytest.raises(ConfigError, match='method "bad"'):
+        demonstrations.run(fill_demonstrations(dict(DEMONSTRATIONS, methods=['bad'])), tmp_path / 'run', quiet=True)
     assert not (tmp_path/'run'/'stages').exists(), 'something was made before the method was tried'
 
 
 @pytest.mark.parametrize('run', ['preferences', 'labels', 'demonstrations'])
 def test_a_wrong_metric_is_refused_before_the_run(tmp_path, run):
     metric('bad')((lambda probs: probs) if run == 'labels' else (lambda answers: None))
-    start = {'preferences': lambda: preferences.run(fill_settings(PREFERENCES), tmp_path/'run', quiet=True), 'labels': lambda: labels.run(fill_labels(LABELS), tmp_path/'run', quiet=True),
-             'demonstrations': lambda: demonstrations.run(fill_demonstrations(DEMONSTRATIONS), tmp_path/'run', quiet=True)}
+    start = {
+        'preferences': lambda: preferences.run(fill_settings(PREFERENCES), tmp_path / 'run', quiet=True),
+        'labels': lambda: labels.run(fill_labels(LABELS), tmp_path / 'run', quiet=True),
+        'demonstrations': lambda: demonstrations.run(fill_demonstrations(DEMONSTRATIONS), tmp_path / 'run', quiet=True),
+    }
     with pytest.raises(ConfigError, match='metric "bad"'): start[run]()
     assert not (tmp_path/'run'/'stages').exists()
 
 
 def test_a_wrong_judge_is_refused_before_the_run(tmp_path):
     judge('bad')(lambda responses: [1])
-    with pytest.raises(ConfigError, match='judge "bad"'): preferences.run(fill_settings(dict(PREFERENCES, gold='bad')), tmp_path/'run', quiet=True)
+    with pytest.raises(ConfigError, match='judge "bad"'):
+        preferences.run(fill_settings(dict(PREFERENCES, gold='bad')), tmp_path / 'run', quiet=True)
     assert not (tmp_path/'run'/'stages').exists()
 
 
-@pytest.mark.parametrize('wrong, said', [(None, 'returned nothing'), ([], 'no rows'), ('text', 'returned str'), ([3], 'returned 3 as row 1'), ({}, 'from split to rows')])
+@pytest.mark.parametrize(
+    'wrong, said',
+    [(None, 'returned nothing'), ([], 'no rows'), ('text', 'returned str'), ([3], 'returned 3 as row 1'), ({}, 'from split to rows')],
+)
 def test_a_wrong_task_is_refused_with_its_name(tmp_path, wrong, said):
     task('bad')(lambda: wrong)
     with pytest.raises(DataError) as e: labels.run(fill_labels(dict(LABELS, data='bad')), tmp_path/'run', quiet=True)
@@ -355,7 +503,10 @@ def stage_of(tmp_path, kind):
     def stop(run, name, inputs, work, sketch=None):
         seen.append(json.dumps([name, {k: v() if callable(v) else v for k, v in inputs.items()}], sort_keys=True))
         raise Stop
-    study, rows = Study(fill_settings(dict(PREFERENCES)), Run(tmp_path, lambda line: None), True), make_rows([dict(prompt='Q:', chosen=f' a{i}', rejected=' b') for i in range(4)], 'preferences')
+    study, rows = (
+        Study(fill_settings(dict(PREFERENCES)), Run(tmp_path, lambda line: None), True),
+        make_rows([dict(prompt='Q:', chosen=f' a{i}', rejected=' b') for i in range(4)], 'preferences'),
+    )
     with pytest.MonkeyPatch.context() as m:
         for module in (learn, score): m.setattr(module, 'run_stage', stop)
         with pytest.raises(Stop):
@@ -364,7 +515,17 @@ def stage_of(tmp_path, kind):
             else:
                 c = fill_labels(LABELS)
                 texts = make_rows([dict(prompt=f'Is {i} even?', label=i % 2) for i in range(4)], 'labels')
-                learn_stage(Study(c, study.run, True), know_model('strong', 'pico', c), (' no', ' yes'), 'x', texts, np.array([[.5, .5]]*4), 0, c.student, method=parse_method('mine'))
+                learn_stage(
+                    Study(c, study.run, True),
+                    know_model('strong', 'pico', c),
+                    (' no', ' yes'),
+                    'x',
+                    texts,
+                    np.array([[0.5, 0.5]] * 4),
+                    0,
+                    c.student,
+                    method=parse_method('mine'),
+                )
     return seen[0]
 
 
@@ -393,7 +554,11 @@ def test_a_changed_loss_is_run_anew_and_everything_else_is_found(tmp_path, capsy
     config = dict(PREFERENCES, loss='mine', samples=0)
     def go():
         result = preferences.run(fill_settings(config), tmp_path/'run')
-        said = {line.split('] ')[1].partition(': ')[0]: line.rpartition(': ')[2] for line in capsys.readouterr().out.splitlines() if line.startswith('[')}
+        said = {
+            line.split('] ')[1].partition(': ')[0]: line.rpartition(': ')[2]
+            for line in capsys.readouterr().out.splitlines()
+            if line.startswith('[')
+        }
         return said, result.items[result.items.role == 'student'].value.to_numpy()
     loss('mine')(lambda gap, beta: torch.relu(1 - beta*gap))
     said, first = go()
@@ -402,7 +567,11 @@ def test_a_changed_loss_is_run_anew_and_everything_else_is_found(tmp_path, capsy
     assert set(said.values()) == {'found'} and np.array_equal(first, again)
     loss('mine')(lambda gap, beta: torch.relu(1 - 40*beta*gap))
     said, changed = go()
-    assert said['student-seed0-mine'] == 'starting' and said['student-seed0-sft'] == said['weak-seed0-dpo'] == 'found' and not np.array_equal(first, changed)
+    assert (
+        said['student-seed0-mine'] == 'starting'
+        and said['student-seed0-sft'] == said['weak-seed0-dpo'] == 'found'
+        and not np.array_equal(first, changed)
+    )
 
 
 def test_a_run_is_known_by_what_it_uses_and_by_nothing_else():
@@ -418,10 +587,18 @@ def test_a_run_is_known_by_what_it_uses_and_by_nothing_else():
 
 # Files
 
-@pytest.mark.parametrize('text, said', {
-    'x = (': 'mine.py, line 1: SyntaxError', 'import nowhere_at_all': "mine.py, line 1: ModuleNotFoundError: No module named 'nowhere_at_all'", 'a = 1\nb = a/0': 'mine.py, line 2: ZeroDivisionError',
-    'def f():\n    raise KeyError("k")\nf()': "mine.py, line 2: KeyError: 'k'", 'import sys\nsys.exit("no")': 'mine.py, line 2: SystemExit: no',
-    "from w2s.compare.extensions import loss\n@loss('x')\ndef f(gaps): return gaps": 'mine.py', 'from w2s.compare.extensions import los': 'mine.py, line 1: ImportError'}.items())
+@pytest.mark.parametrize(
+    'text, said',
+    {
+        'x = (': 'mine.py, line 1: SyntaxError',
+        'import nowhere_at_all': "mine.py, line 1: ModuleNotFoundError: No module named 'nowhere_at_all'",
+        'a = 1\nb = a/0': 'mine.py, line 2: ZeroDivisionError',
+        'def f():\n    raise KeyError("k")\nf()': "mine.py, line 2: KeyError: 'k'",
+        'import sys\nsys.exit("no")': 'mine.py, line 2: SystemExit: no',
+        "from w2s.compare.extensions import loss\n@loss('x')\ndef f(gaps): return gaps": 'mine.py',
+        'from w2s.compare.extensions import los': 'mine.py, line 1: ImportError',
+    }.items(),
+)
 def test_an_error_in_a_file_is_one_sentence_with_file_and_line(tmp_path, text, said):
     (tmp_path/'mine.py').write_text(text)
     status, out = w2s('run', 'safety', '--import', tmp_path/'mine.py', '--out', tmp_path/'run')
@@ -429,7 +606,16 @@ def test_an_error_in_a_file_is_one_sentence_with_file_and_line(tmp_path, text, s
     assert status == 1 and len(lines) == 1 and said in lines[0] and 'Traceback' not in out and not (tmp_path/'run').exists(), out
 
 
-@pytest.mark.parametrize('name, said', [('nowhere.py', 'no such file'), ('mein.py', 'did you mean "mine.py"?'), ('no_such_module', 'there is no module of that name; for a file, write no_such_module.py'), ('json.nothing', 'no module'), ('.', 'no such file')])
+@pytest.mark.parametrize(
+    'name, said',
+    [
+        ('nowhere.py', 'no such file'),
+        ('mein.py', 'did you mean "mine.py"?'),
+        ('no_such_module', 'there is no module of that name; for a file, write no_such_module.py'),
+        ('json.nothing', 'no module'),
+        ('.', 'no such file'),
+    ],
+)
 def test_a_file_that_is_not_there_is_refused(tmp_path, name, said, monkeypatch):
     if 'mein' in name: (tmp_path/'mine.py').write_text('')
     with pytest.raises(ConfigError) as e: import_extensions([str(tmp_path/name) if name.endswith('.py') else name])
@@ -439,7 +625,9 @@ def test_a_file_that_is_not_there_is_refused(tmp_path, name, said, monkeypatch):
 def test_a_module_and_a_helper_beside_a_file(tmp_path, monkeypatch):
     "A module by its name; a file that imports another one beside it; a changed helper is another source"
     (tmp_path/'own_helper_of_test.py').write_text('def weight(): return 1.\n')
-    (tmp_path/'own_module_of_test.py').write_text("from own_helper_of_test import weight\nfrom w2s.compare.extensions import labeller\n@labeller('helped')\ndef helped(response_a): return [[weight(), 0]]*len(response_a)\n")
+    (tmp_path / 'own_module_of_test.py').write_text(
+        "from own_helper_of_test import weight\nfrom w2s.compare.extensions import labeller\n@labeller('helped')\ndef helped(response_a): return [[weight(), 0]]*len(response_a)\n"
+    )
     import_extensions([str(tmp_path/'own_module_of_test.py')])
     assert labeller_rewards('helped', PAIRS, 0)[0].tolist() == [1, 0]
     first = source_hash(KINDS['labeller']['helped'].function)
@@ -458,7 +646,9 @@ def test_two_files_of_the_same_name_are_refused(tmp_path):
 def test_the_functions_of_a_run_are_those_of_its_own_file(tmp_path):
     "Two files register the same name: each run has that of the file that it names, in any order"
     for name, sign in (('one', ''), ('two', '-')):
-        (tmp_path/f'{name}.py').write_text(f"from w2s.compare.extensions import labeller\n@labeller('mine')\ndef mine(response_a): return [[{sign}1, 0]]*len(response_a)\n")
+        (tmp_path / f'{name}.py').write_text(
+            f"from w2s.compare.extensions import labeller\n@labeller('mine')\ndef mine(response_a): return [[{sign}1, 0]]*len(response_a)\n"
+        )
     for name, wanted in (('one', 1), ('two', -1), ('one', 1), ('one', 1)):
         fill_settings(dict(supervisor='mine', imports=[str(tmp_path/f'{name}.py')]))
         assert labeller_rewards('mine', PAIRS, 0)[0, 0] == wanted
@@ -475,7 +665,11 @@ def test_a_file_with_the_name_of_another_module_does_not_take_its_place(tmp_path
 
 def test_a_module_of_a_package_with_relative_imports(tmp_path, monkeypatch):
     (tmp_path/'own_package_of_test').mkdir()
-    for name, text in {'__init__': '', 'parts': 'def weight(): return 2.\n', 'methods': "from .parts import weight\nfrom w2s.compare.extensions import labeller\n@labeller('packed')\ndef packed(response_a): return [[weight(), 0]]*len(response_a)\n"}.items():
+    for name, text in {
+        '__init__': '',
+        'parts': 'def weight(): return 2.\n',
+        'methods': "from .parts import weight\nfrom w2s.compare.extensions import labeller\n@labeller('packed')\ndef packed(response_a): return [[weight(), 0]]*len(response_a)\n",
+    }.items():
         (tmp_path/'own_package_of_test'/f'{name}.py').write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     import_extensions(['own_package_of_test.methods'])
@@ -484,7 +678,9 @@ def test_a_module_of_a_package_with_relative_imports(tmp_path, monkeypatch):
 
 # Toxicity and tasks of demonstrations
 
-TOXICITY = dict(weak='pico', strong='pico', n_labelled=12, n_unlabelled=12, n_test=6, seeds=1, speak=dict(samples=2, max_tokens=8), sft=dict(epochs=1))
+TOXICITY = dict(
+    weak='pico', strong='pico', n_labelled=12, n_unlabelled=12, n_test=6, seeds=1, speak=dict(samples=2, max_tokens=8), sft=dict(epochs=1)
+)
 
 
 def test_a_method_of_ones_own_runs_in_toxicity(tmp_path):
@@ -509,10 +705,21 @@ def test_a_method_that_reads_no_weak_lines_belongs_to_no_weak_model(tmp_path):
     @method('alone')
     def alone(questions): return [' So be it.' for _ in questions]
     result = toxicity.run(fill_toxicity({**TOXICITY, 'methods': 'alone'}), tmp_path/'run', quiet=True)
-    assert result.arms[result.arms.role == 'student'].weak.tolist() == [''] and not list((tmp_path/'run'/'stages').glob('toxicity-weak-lines-*'))
+    assert result.arms[result.arms.role == 'student'].weak.tolist() == [''] and not list(
+        (tmp_path / 'run' / 'stages').glob('toxicity-weak-lines-*')
+    )
 
 
-@pytest.mark.parametrize('name, said', [('softend', 'did you mean "softened"'), ('own answers', 'unknown method'), ('resampled', 'unknown method'), ('softened(x=1)', 'has no options'), ('softened,softened', 'given twice')])
+@pytest.mark.parametrize(
+    'name, said',
+    [
+        ('softend', 'did you mean "softened"'),
+        ('own answers', 'unknown method'),
+        ('resampled', 'unknown method'),
+        ('softened(x=1)', 'has no options'),
+        ('softened,softened', 'given twice'),
+    ],
+)
 def test_a_method_that_toxicity_does_not_have_is_refused(name, said):
     @method('softened')
     def softened(questions): return list(questions)
@@ -552,7 +759,8 @@ def test_a_task_of_demonstrations_may_be_scored_by_a_function(tmp_path, kind):
         def right(prompts, responses): return [float(p.split()[-1].strip('?') in r) for p, r in zip(prompts, responses, strict=True)]
     else:
         @metric('right')
-        def right(rows, answers, worth=1.): return [worth*(r['question'].split()[-1].strip('?') in a) for r, a in zip(rows, answers, strict=True)]
+        def right(rows, answers, worth=1.0):
+            return [worth * (r['question'].split()[-1].strip('?') in a) for r, a in zip(rows, answers, strict=True)]
     given = 'right(worth=2)' if kind.endswith('options') else 'right'
     result = demonstrations.run(fill_demonstrations({**OWN_TASK, 'judge': given}), tmp_path/'run', quiet=True)
     assert result.kind.metrics == ('right',) and result.kind.gaps == ('right',) and 'right' in show_table(result)
@@ -565,7 +773,15 @@ def test_a_task_of_demonstrations_may_be_scored_by_a_function(tmp_path, kind):
     assert set(result.labels.metric) == {'labels: right'} and not list((tmp_path/'run'/'stages').glob('ratings-*'))
 
 
-@pytest.mark.parametrize('given, said', [({}, 'name a model as judge'), (dict(judge='right', repeats=3), 'no model is named as judge'), (dict(judge='right', concept='x'), 'concept tells a judge'), (dict(judge='right', data='world'), 'judge belongs to questions of your own')])
+@pytest.mark.parametrize(
+    'given, said',
+    [
+        ({}, 'name a model as judge'),
+        (dict(judge='right', repeats=3), 'no model is named as judge'),
+        (dict(judge='right', concept='x'), 'concept tells a judge'),
+        (dict(judge='right', data='world'), 'judge belongs to questions of your own'),
+    ],
+)
 def test_settings_that_a_scoring_function_does_not_need_are_refused(given, said):
     @metric('right')
     def right(answers): return [1.]*len(answers)
@@ -585,5 +801,6 @@ def test_a_wrong_scoring_function_is_refused_before_the_run(tmp_path, wrong, sai
     ask_capitals()
     @judge('broken')
     def broken(responses): return wrong
-    with pytest.raises(ConfigError, match=said): demonstrations.run(fill_demonstrations({**OWN_TASK, 'judge': 'broken'}), tmp_path/'run', quiet=True)
+    with pytest.raises(ConfigError, match=said):
+        demonstrations.run(fill_demonstrations({**OWN_TASK, 'judge': 'broken'}), tmp_path / 'run', quiet=True)
     assert not any((tmp_path/'run').glob('stages/*'))

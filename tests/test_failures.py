@@ -16,7 +16,26 @@ from w2s.io.disk import CAUSES, failure_text, find_litter
 from w2s.io.manifests import INCOMPLETE
 
 ROOT = Path(__file__).parents[1]
-SMALL = ('run', 'preferences', '--weak', 'pico', '--strong', 'pico', '--n-labelled', '8', '--n-unlabelled', '8', '--n-test', '6', '--seeds', '1', '--samples', '1', '--response-tokens', '32')
+SMALL = (
+    'run',
+    'preferences',
+    '--weak',
+    'pico',
+    '--strong',
+    'pico',
+    '--n-labelled',
+    '8',
+    '--n-unlabelled',
+    '8',
+    '--n-test',
+    '6',
+    '--seeds',
+    '1',
+    '--samples',
+    '1',
+    '--response-tokens',
+    '32',
+)
 
 
 @pytest.fixture(autouse=True)
@@ -40,12 +59,23 @@ def sentence(said):
 # The disk
 
 WRITERS = { # how a library says that the disk is full
-    'python': OSError(errno.ENOSPC, 'No space left on device'), 'safetensors': RuntimeError('Error while serializing: I/O error: No space left on device (os error 28)'),
-    'torch, closing': RuntimeError('[enforce fail at inline_container.cc:672] . unexpected pos 48000 vs 47888'), 'torch': RuntimeError('PytorchStreamWriter failed writing file data/0: file write failed'),
-    'quota': OSError(errno.EDQUOT, 'Disk quota exceeded'), 'read-only': OSError(errno.EROFS, 'Read-only file system'), 'broken disk': OSError(errno.EIO, 'Input/output error')}
+    'python': OSError(errno.ENOSPC, 'No space left on device'),
+    'safetensors': RuntimeError('Error while serializing: I/O error: No space left on device (os error 28)'),
+    'torch, closing': RuntimeError('[enforce fail at inline_container.cc:672] . unexpected pos 48000 vs 47888'),
+    'torch': RuntimeError('PytorchStreamWriter failed writing file data/0: file write failed'),
+    'quota': OSError(errno.EDQUOT, 'Disk quota exceeded'),
+    'read-only': OSError(errno.EROFS, 'Read-only file system'),
+    'broken disk': OSError(errno.EIO, 'Input/output error'),
+}
 
 
-PLACES = ('w2s.train.checkpoints.save_file', 'w2s.train.checkpoints.torch.save', 'w2s.models.adapters.save_head', 'w2s.train.reference.write_atomic', 'w2s.report.folder.write_parquet')
+PLACES = (
+    'w2s.train.checkpoints.save_file',
+    'w2s.train.checkpoints.torch.save',
+    'w2s.models.adapters.save_head',
+    'w2s.train.reference.write_atomic',
+    'w2s.report.folder.write_parquet',
+)
 
 
 @pytest.mark.parametrize('writer, place', [*((w, PLACES[0]) for w in WRITERS), *(('torch', p) for p in PLACES[1:])])
@@ -71,10 +101,17 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch
     for name in ('rows.jsonl', 't.jsonl'): (tmp_path/name).write_text('')
     monkeypatch.setattr('w2s.compare.models.know_model', None)
     place = {'a file': 'file', 'below a file': 'file/run', 'a name too long': 'x'*300, 'a folder for a file': 'folder.parquet'}[what]
-    words = ('label', '--model', 'pico', '--rows', tmp_path/'rows.jsonl', '--train', tmp_path/'t.jsonl') if what == 'a folder for a file' else SMALL
+    words = (
+        ('label', '--model', 'pico', '--rows', tmp_path / 'rows.jsonl', '--train', tmp_path / 't.jsonl')
+        if what == 'a folder for a file'
+        else SMALL
+    )
     status, said = w2s(*words, '--out', tmp_path/place)
     assert status == 1 and place.split('/')[0][:50] in sentence(said)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['file', 'folder.parquet', 'rows.jsonl', 't.jsonl'] and (tmp_path/'file').read_text() == 'mine'
+    assert (
+        sorted(p.name for p in tmp_path.iterdir()) == ['file', 'folder.parquet', 'rows.jsonl', 't.jsonl']
+        and (tmp_path / 'file').read_text() == 'mine'
+    )
 
 
 @pytest.mark.skipif(os.name == 'nt' or os.geteuid() == 0, reason='root may write everywhere')
@@ -89,14 +126,29 @@ def test_a_folder_without_permission_is_refused_at_once(tmp_path):
 def test_files_beside_the_labels_are_not_written_over(tmp_path, name):
     (tmp_path/name).write_text('mine')
     for rows in ('rows.jsonl', 't.jsonl'): (tmp_path/rows).write_text('')
-    status, said = w2s('label', '--model', 'pico', '--rows', tmp_path/'rows.jsonl', '--train', tmp_path/'t.jsonl', '--out', tmp_path/'labels.parquet')
+    status, said = w2s(
+        'label', '--model', 'pico', '--rows', tmp_path / 'rows.jsonl', '--train', tmp_path / 't.jsonl', '--out', tmp_path / 'labels.parquet'
+    )
     assert status == 1 and f'{name} is there' in sentence(said) and (tmp_path/name).read_text() == 'mine'
 
 
 # Exceptions of all kinds
 
-@pytest.mark.parametrize('error', [MemoryError(), EOFError(), RecursionError('maximum recursion depth exceeded'), KeyError('hinge'), UnicodeEncodeError('ascii', 'ü', 0, 1, 'no'),
-                                   OSError(errno.EMFILE, 'Too many open files'), FileNotFoundError(errno.ENOENT, 'No such file or directory', 'x.json'), AssertionError(), OverflowError('too large')], ids=repr)
+@pytest.mark.parametrize(
+    'error',
+    [
+        MemoryError(),
+        EOFError(),
+        RecursionError('maximum recursion depth exceeded'),
+        KeyError('hinge'),
+        UnicodeEncodeError('ascii', 'ü', 0, 1, 'no'),
+        OSError(errno.EMFILE, 'Too many open files'),
+        FileNotFoundError(errno.ENOENT, 'No such file or directory', 'x.json'),
+        AssertionError(),
+        OverflowError('too large'),
+    ],
+    ids=repr,
+)
 def test_no_exception_is_a_traceback(monkeypatch, error):
     def breaks(*a, **k): raise error
     monkeypatch.setattr('w2s.cli.flags.make_settings', breaks)
@@ -122,11 +174,25 @@ def test_what_the_user_types_wrong_is_no_fault():
 
 # Numbers that are none
 
-NOT_NUMBERS = [('run', 'preferences', '--beta', 'nan'), ('run', 'preferences', '--beta', 'inf'), ('run', 'preferences', '--sft-lr', 'nan'), ('run', 'preferences', '--dpo-lr', 'inf'), ('run', 'preferences', '--temperature', 'nan'),
-               ('run', 'preferences', '--label-share', 'nan'), ('run', 'preferences', '--smoothing', 'nan', '--loss', 'cdpo'), ('run', 'safety', '--lr', 'nan'), ('run', 'safety', '--lr', 'inf'),
-               ('run', 'safety', '--validate', 'nan'), ('run', 'safety', '--label-share', 'nan'), ('run', 'persona', '--lr', 'nan'), ('run', 'toxicity', '--lr', 'nan'), ('run', 'toxicity', '--beta', 'inf'),
-               ('label', '--model', 'pico', '--rows', 'r.jsonl', '--train', 't.jsonl', '--out', 'o.parquet', '--beta', 'nan'), ('label', '--model', 'pico', '--rows', 'r.jsonl', '--train', 't.jsonl', '--out', 'o.parquet', '--calibrate', 'nan'),
-               ('refine', '--questions', 'q.jsonl', '--out', 'o.jsonl', '--method', 'resampled', '--temperature', 'nan')]
+NOT_NUMBERS = [
+    ('run', 'preferences', '--beta', 'nan'),
+    ('run', 'preferences', '--beta', 'inf'),
+    ('run', 'preferences', '--sft-lr', 'nan'),
+    ('run', 'preferences', '--dpo-lr', 'inf'),
+    ('run', 'preferences', '--temperature', 'nan'),
+    ('run', 'preferences', '--label-share', 'nan'),
+    ('run', 'preferences', '--smoothing', 'nan', '--loss', 'cdpo'),
+    ('run', 'safety', '--lr', 'nan'),
+    ('run', 'safety', '--lr', 'inf'),
+    ('run', 'safety', '--validate', 'nan'),
+    ('run', 'safety', '--label-share', 'nan'),
+    ('run', 'persona', '--lr', 'nan'),
+    ('run', 'toxicity', '--lr', 'nan'),
+    ('run', 'toxicity', '--beta', 'inf'),
+    ('label', '--model', 'pico', '--rows', 'r.jsonl', '--train', 't.jsonl', '--out', 'o.parquet', '--beta', 'nan'),
+    ('label', '--model', 'pico', '--rows', 'r.jsonl', '--train', 't.jsonl', '--out', 'o.parquet', '--calibrate', 'nan'),
+    ('refine', '--questions', 'q.jsonl', '--out', 'o.jsonl', '--method', 'resampled', '--temperature', 'nan'),
+]
 
 
 @pytest.mark.parametrize('words', NOT_NUMBERS, ids=' '.join)
@@ -141,7 +207,16 @@ def test_a_setting_that_is_no_number_is_refused(words, tmp_path, monkeypatch):
 
 # Files of settings
 
-BROKEN = {'latin-1': 'data = "größe"'.encode('latin-1'), 'not TOML': b'data = pairs', 'deep': b'a = ' + b'['*100_000, 'zeros': bytes(100), 'a table for a number': b'[seeds]\nx = 1', 'nan': b'beta = nan', 'unknown': b'bta = 1', 'list': b'seeds = [1]'}
+BROKEN = {
+    'latin-1': 'data = "größe"'.encode('latin-1'),
+    'not TOML': b'data = pairs',
+    'deep': b'a = ' + b'[' * 100_000,
+    'zeros': bytes(100),
+    'a table for a number': b'[seeds]\nx = 1',
+    'nan': b'beta = nan',
+    'unknown': b'bta = 1',
+    'list': b'seeds = [1]',
+}
 
 
 @pytest.mark.parametrize('kind', BROKEN)
@@ -164,7 +239,9 @@ PROGRAM = 'from w2s.cli.app import main; main()'
 
 def start(*words, **env):
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', **env}
-    return subprocess.Popen([sys.executable, '-W', 'ignore', '-c', PROGRAM, *map(str, words)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, '-W', 'ignore', '-c', PROGRAM, *map(str, words)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
 @pytest.mark.parametrize('env', [dict(PYTHONIOENCODING='ascii'), dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')], ids=str)
@@ -196,24 +273,44 @@ def test_every_cause_is_a_sentence():
 # Before PyTorch is there
 
 LIGHT = { # words of a command -> what is said
-    'run safety --seeds 0': 'seeds is 0', 'run preferences --loss dpoo': 'did you mean "dpo"?', 'run preferences --sft-lr nan': 'finite', 'run preferences --weak picoo': 'did you mean "pico"?',
-    'run preferences --data nowhere.jsonl': 'no such file', 'run preferences --out file/run': 'file', 'run classify': 'needs rows', 'run safety --method confident': 'did you mean',
-    'run classify --data ./nowhere': 'no such file', 'run persona --n-unlabelled 0': 'n_unlabelled is 0', 'run maths --data my/own/sums': 'no such file', 'run toxicity --seeds 0': 'seeds is 0',
-    'refine --questions nowhere.csv --out x.jsonl': 'no such file', 'label --model pico --rows nowhere.csv --train t.csv --out x.parquet': 'no such file', 'run preferences --config nowhere.toml': 'nowhere.toml'}
+    'run safety --seeds 0': 'seeds is 0',
+    'run preferences --loss dpoo': 'did you mean "dpo"?',
+    'run preferences --sft-lr nan': 'finite',
+    'run preferences --weak picoo': 'did you mean "pico"?',
+    'run preferences --data nowhere.jsonl': 'no such file',
+    'run preferences --out file/run': 'file',
+    'run classify': 'needs rows',
+    'run safety --method confident': 'did you mean',
+    'run classify --data ./nowhere': 'no such file',
+    'run persona --n-unlabelled 0': 'n_unlabelled is 0',
+    'run maths --data my/own/sums': 'no such file',
+    'run toxicity --seeds 0': 'seeds is 0',
+    'refine --questions nowhere.csv --out x.jsonl': 'no such file',
+    'label --model pico --rows nowhere.csv --train t.csv --out x.parquet': 'no such file',
+    'run preferences --config nowhere.toml': 'nowhere.toml',
+}
 
 
 @pytest.mark.parametrize('words', LIGHT)
 def test_what_needs_no_model_is_said_before_pytorch_is_loaded(tmp_path, words):
     (tmp_path/'file').write_text('mine')
     code = f"import atexit, sys\natexit.register(lambda: print('torch' in sys.modules))\nsys.argv = ['w2s', *{words.split()!r}]\nfrom w2s.cli.app import main\nmain()"
-    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': str(ROOT)}
+    )
     assert done.returncode and LIGHT[words] in sentence(done.stderr) and done.stdout.split()[-1] == 'False', done.stdout + done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ['file']
 
 
 KEEPS = { # where a command's work is done -> its words
-    'w2s.experiments.preferences.run': 'run preferences', 'w2s.experiments.vary.run_varied': 'run preferences --vary beta', 'w2s.experiments.labels.run': 'run safety', 'w2s.experiments.demonstrations.run': 'run persona',
-    'w2s.experiments.toxicity.run': 'run toxicity', 'w2s.files.refine.refine_file': 'refine --questions rows.csv --out x.jsonl', 'w2s.files.label.label': 'label --model pico --rows rows.csv --train more.csv --out x.parquet'}
+    'w2s.experiments.preferences.run': 'run preferences',
+    'w2s.experiments.vary.run_varied': 'run preferences --vary beta',
+    'w2s.experiments.labels.run': 'run safety',
+    'w2s.experiments.demonstrations.run': 'run persona',
+    'w2s.experiments.toxicity.run': 'run toxicity',
+    'w2s.files.refine.refine_file': 'refine --questions rows.csv --out x.jsonl',
+    'w2s.files.label.label': 'label --model pico --rows rows.csv --train more.csv --out x.parquet',
+}
 
 
 @pytest.mark.parametrize('place', KEEPS)

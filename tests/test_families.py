@@ -25,9 +25,26 @@ from w2s.train.loop import TrainSettings
 from w2s.train.tokens import Encoded
 
 warnings.filterwarnings('ignore')
-FULL, HALF, NF4, NF4_32 = LoadSettings('none', 'float32'), LoadSettings('none', 'bfloat16'), LoadSettings('nf4', 'bfloat16'), LoadSettings('nf4', 'float32')
+FULL, HALF, NF4, NF4_32 = (
+    LoadSettings('none', 'float32'),
+    LoadSettings('none', 'bfloat16'),
+    LoadSettings('nf4', 'bfloat16'),
+    LoadSettings('nf4', 'float32'),
+)
 
-MIXTURES = ['mixtral', 'granitemoe', 'phimoe', 'qwen3_moe', 'qwen2_moe', 'gpt_oss', 'jetmoe', 'llama4', 'qwen3_next', 'jamba', 'granite hybrid']
+MIXTURES = [
+    'mixtral',
+    'granitemoe',
+    'phimoe',
+    'qwen3_moe',
+    'qwen2_moe',
+    'gpt_oss',
+    'jetmoe',
+    'llama4',
+    'qwen3_next',
+    'jamba',
+    'granite hybrid',
+]
 HYBRIDS = ['qwen3_5', 'qwen3_next', 'lfm2', 'bamba', 'jamba', 'granite hybrid', 'falcon_h1']
 ODD = ['mamba', 'rwkv', 'modernbert decoder', 'mamba2', 'falcon_mamba', 'xlstm']
 ALL = os.environ.get('W2S_FAMILIES') == 'all'
@@ -82,8 +99,14 @@ def dense(model):
     model.lm_head.forward = lambda h: plain(layer(h))
 
 
-WRONG = {'scale': lambda m, h: h | dict(scale=h['scale']*1.05), 'cap': lambda m, h: h | dict(cap=12.), 'no cap': lambda m, h: h | dict(cap=None), 'half the words': lambda m, h: h | dict(weight=h['weight'][:50]),
-         'a bias left out': lambda m, h: biased(m) or h, 'a layer left out': lambda m, h: dense(m) or h}
+WRONG = {
+    'scale': lambda m, h: h | dict(scale=h['scale'] * 1.05),
+    'cap': lambda m, h: h | dict(cap=12.0),
+    'no cap': lambda m, h: h | dict(cap=None),
+    'half the words': lambda m, h: h | dict(weight=h['weight'][:50]),
+    'a bias left out': lambda m, h: biased(m) or h,
+    'a layer left out': lambda m, h: dense(m) or h,
+}
 
 
 @pytest.mark.parametrize('load', [FULL, HALF], ids=['fp32', 'bf16'])
@@ -104,7 +127,8 @@ def test_settings_of_the_language_part_count(folders, name, cap):
 
 
 def test_a_layer_in_front_of_the_head_is_refused(folders):
-    with pytest.raises(ModelError, match='modernbert-decoder: logits from the hidden states are not those of its logits'): check_model(load_base(folders('modernbert decoder'), FULL, device='cpu'))
+    with pytest.raises(ModelError, match='modernbert-decoder: logits from the hidden states are not those of its logits'):
+        check_model(load_base(folders('modernbert decoder'), FULL, device='cpu'))
 
 
 def test_weights_that_are_no_numbers_are_named(folders):
@@ -158,7 +182,9 @@ def same_adapter(trained, other):
     return model
 
 
-@pytest.mark.parametrize('name, again', [(name, again) for name in [*MIXTURES, 'falcon'] for again in (False, True)[:1 if name == 'jetmoe' else 2]]) # Jet MoE's class offers no checkpointing
+@pytest.mark.parametrize(
+    'name, again', [(name, again) for name in [*MIXTURES, 'falcon'] for again in (False, True)[: 1 if name == 'jetmoe' else 2]]
+) # Jet MoE's class offers no checkpointing
 def test_gradients_go_through_four_bits(folders, name, again):
     "LoRA over frozen 4-bit experts and other layers: log-probs and every gradient as over the weights that they stand for"
     base, rows, got = load_base(folders(name), NF4_32, device='cpu'), sequences(), []
@@ -171,7 +197,12 @@ def test_gradients_go_through_four_bits(folders, name, again):
             model.enable_input_require_grads()
         logp = response_logps(model, block(rows))
         (logp*torch.tensor([1., -1., .5])).sum().backward()
-        got.append((logp.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None and 'lora' in n}))
+        got.append(
+            (
+                logp.detach(),
+                {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None and 'lora' in n},
+            )
+        )
     (a, da), (b, db) = got
     most = max(g.abs().max() for g in db.values())
     assert torch.allclose(a, b, atol=1e-3) and da.keys() == db.keys() and max((da[n] - db[n]).abs().max() for n in db)/most < 1e-4
@@ -180,19 +211,29 @@ def test_gradients_go_through_four_bits(folders, name, again):
 def test_checkpointing_that_a_class_does_not_offer(folders):
     settings = TrainSettings(gradient_checkpointing=True)
     check_checkpointing(load_base(folders('mixtral'), FULL, device='cpu'), settings)
-    with pytest.raises(ModelError, match='jetmoe .*offers no gradient checkpointing'): check_checkpointing(load_base(folders('jetmoe'), FULL, device='cpu'), settings)
+    with pytest.raises(ModelError, match='jetmoe .*offers no gradient checkpointing'):
+        check_checkpointing(load_base(folders('jetmoe'), FULL, device='cpu'), settings)
 
 
 def test_too_little_in_four_bits_is_refused(folders):
     "Unless it is allowed; Mamba's layers are read past themselves"
-    with pytest.raises(ModelError, match=r'only 5\d.\d% of the body.*--quantize none, or allow it by --nf4-share 0.[45]'): load_base(folders('mamba'), NF4, device='cpu')
+    with pytest.raises(ModelError, match=r'only 5\d.\d% of the body.*--quantize none, or allow it by --nf4-share 0.[45]'):
+        load_base(folders('mamba'), NF4, device='cpu')
     check_model(load_base(folders('mamba'), LoadSettings('nf4', 'bfloat16', nf4_share=.4), device='cpu'))
-    with pytest.raises(ModelError, match='less than the share of 1 '): load_base(folders('granite'), LoadSettings(nf4_share=1.), device='cpu')
+    with pytest.raises(ModelError, match='less than the share of 1 '):
+        load_base(folders('granite'), LoadSettings(nf4_share=1.0), device='cpu')
 
 
 FOUR = dict(bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
-SAVED = {'double': (FOUR, NF4, ''), 'other arithmetic': (FOUR, NF4_32, ''), 'single': (FOUR | dict(bnb_4bit_use_double_quant=False), NF4, ''), 'arithmetic in float16': (FOUR | dict(bnb_4bit_compute_dtype=torch.float16), NF4, ''),
-         'asked for none': (FOUR, HALF, 'would win over --quantize none; take --quantize nf4, which uses it as it is'), 'fp4': (FOUR | dict(bnb_4bit_quant_type='fp4'), NF4, 'quant_type fp4'), 'stored otherwise': (FOUR | dict(bnb_4bit_quant_storage=torch.bfloat16), NF4, 'quant_storage bfloat16')}
+SAVED = {
+    'double': (FOUR, NF4, ''),
+    'other arithmetic': (FOUR, NF4_32, ''),
+    'single': (FOUR | dict(bnb_4bit_use_double_quant=False), NF4, ''),
+    'arithmetic in float16': (FOUR | dict(bnb_4bit_compute_dtype=torch.float16), NF4, ''),
+    'asked for none': (FOUR, HALF, 'would win over --quantize none; take --quantize nf4, which uses it as it is'),
+    'fp4': (FOUR | dict(bnb_4bit_quant_type='fp4'), NF4, 'quant_type fp4'),
+    'stored otherwise': (FOUR | dict(bnb_4bit_quant_storage=torch.bfloat16), NF4, 'quant_storage bfloat16'),
+}
 
 
 @pytest.mark.parametrize('family', ['granite', 'gemma3 nested'])
@@ -200,7 +241,9 @@ SAVED = {'double': (FOUR, NF4, ''), 'other arithmetic': (FOUR, NF4_32, ''), 'sin
 def test_a_checkpoint_saved_in_four_bits(folders, tmp_path, name, family):
     "One in NF4 is used as it is, in the arithmetic that is asked for, and that is said; what else it says of itself would win, so it is refused"
     how, settings, words = SAVED[name]
-    AutoModelForCausalLM.from_pretrained(folders(family), dtype=torch.bfloat16, device_map={'': 'cpu'}, quantization_config=BitsAndBytesConfig(load_in_4bit=True, **how)).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(
+        folders(family), dtype=torch.bfloat16, device_map={'': 'cpu'}, quantization_config=BitsAndBytesConfig(load_in_4bit=True, **how)
+    ).save_pretrained(tmp_path)
     letters().save_pretrained(tmp_path)
     if words:
         with pytest.raises(ModelError, match=f'was saved in a quantized form .*{words}'): load_base(tmp_path, settings, device='cpu')
@@ -214,19 +257,48 @@ def test_a_checkpoint_saved_in_four_bits(folders, tmp_path, name, family):
     assert 'as it was saved, used as it is' in line and ('its scales in 32 bits' in line) is not how['bnb_4bit_use_double_quant']
 
 
-@pytest.mark.parametrize('own', [dict(quant_method='gptq', bits=4, group_size=128), dict(quant_method='awq', bits=4), dict(quant_method='fp8'), dict(quant_method='mxfp4'),
-                                 dict(quant_method='bitsandbytes', load_in_8bit=True), dict(quant_method='compressed-tensors')], ids=lambda q: q['quant_method'])
+@pytest.mark.parametrize(
+    'own',
+    [
+        dict(quant_method='gptq', bits=4, group_size=128),
+        dict(quant_method='awq', bits=4),
+        dict(quant_method='fp8'),
+        dict(quant_method='mxfp4'),
+        dict(quant_method='bitsandbytes', load_in_8bit=True),
+        dict(quant_method='compressed-tensors'),
+    ],
+    ids=lambda q: q['quant_method'],
+)
 @pytest.mark.parametrize('load', [NF4, HALF], ids=['nf4', 'none'])
 def test_other_quantizations_are_refused(folders, tmp_path, own, load):
     config = load_config(folders('granite'))
     config.quantization_config = own
     config.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=f'was saved in a quantized form \\(quant_method {own["quant_method"]}'): load_base(tmp_path, load, device='cpu')
+    with pytest.raises(ModelError, match=f'was saved in a quantized form \\(quant_method {own["quant_method"]}'):
+        load_base(tmp_path, load, device='cpu')
 
 
 # Adapters: A1, A12
 
-@pytest.mark.parametrize('name', ['gemma3 nested', 'mixtral', 'phimoe', 'qwen3_moe', 'gpt_oss', 'llama4', 'falcon', 'recurrent_gemma', 'qwen3_5', 'lfm2', 'bamba', 'jamba', 'gpt2', 'mpt'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'gemma3 nested',
+        'mixtral',
+        'phimoe',
+        'qwen3_moe',
+        'gpt_oss',
+        'llama4',
+        'falcon',
+        'recurrent_gemma',
+        'qwen3_5',
+        'lfm2',
+        'bamba',
+        'jamba',
+        'gpt2',
+        'mpt',
+    ],
+)
 def test_adapters_leave_and_merge(folders, tmp_path, name):
     "What is trained here says the same in plain PEFT, and merged"
     base, rows = load_base(folders(name), FULL, device='cpu'), sequences()
@@ -246,12 +318,20 @@ def test_adapters_of_models_with_mamba(folders, name):
     before = [type(m) for m in base.model.modules()]
     model = add_adapter(base)
     on = {n.rpartition('.')[2] for n, m in model.named_modules() if hasattr(m, 'lora_A')}
-    assert 'in_proj' in on and not on & {'conv1d', 'dt_proj'} and 'out_proj (' not in adapter_line(model).partition('; not on ')[0] and 'out_proj of recurrent layers (' in adapter_line(model)
+    assert (
+        'in_proj' in on
+        and not on & {'conv1d', 'dt_proj'}
+        and 'out_proj (' not in adapter_line(model).partition('; not on ')[0]
+        and 'out_proj of recurrent layers (' in adapter_line(model)
+    )
     response_logps(shaken(model), block(rows)).sum().backward()
-    assert {n.split('.lora_')[0].rpartition('.')[2] for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0} == on
+    assert {
+        n.split('.lora_')[0].rpartition('.')[2] for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0
+    } == on
     model.unload()
     if base.model.config.model_type in PURE_MAMBA:
-        with pytest.raises(ModelError, match='does not take this LoRA adapter.*out_proj'): add_adapter(base, LoraSettings(targets=('out_proj',)))
+        with pytest.raises(ModelError, match='does not take this LoRA adapter.*out_proj'):
+            add_adapter(base, LoraSettings(targets=('out_proj',)))
     assert [type(m) for m in base.model.modules()] == before
 
 
@@ -268,7 +348,8 @@ def test_dense_layers_that_take_no_adapter_are_named(folders):
 def test_adapters_on_experts_in_four_bits_are_refused(folders, tmp_path):
     sixteen, four = (load_base(folders('mixtral'), how, device='cpu') for how in (FULL, NF4_32))
     save_adapter(add_adapter(sixteen), sixteen, tmp_path)
-    with pytest.raises(ModelError, match='tensors that have no place in .*experts in 4 bits take none: take --quantize none'): load_adapter(four, tmp_path)
+    with pytest.raises(ModelError, match='tensors that have no place in .*experts in 4 bits take none: take --quantize none'):
+        load_adapter(four, tmp_path)
     assert not any('lora' in n for n, _ in four.model.named_parameters())
     check_model(four)
 
@@ -284,8 +365,13 @@ def foreign(base, tmp_path, config):
     return tmp_path
 
 
-RIGHT = {'dora': dict(use_dora=True), 'rank-stabilized': dict(use_rslora=True), 'embeddings': dict(target_modules=['q_proj', 'embed_tokens']), 'tokens': dict(trainable_token_indices=[4, 5]),
-         'ranks': dict(rank_pattern={'q_proj': 2}, alpha_pattern={'v_proj': 4})}
+RIGHT = {
+    'dora': dict(use_dora=True),
+    'rank-stabilized': dict(use_rslora=True),
+    'embeddings': dict(target_modules=['q_proj', 'embed_tokens']),
+    'tokens': dict(trainable_token_indices=[4, 5]),
+    'ranks': dict(rank_pattern={'q_proj': 2}, alpha_pattern={'v_proj': 4}),
+}
 
 
 @pytest.mark.parametrize('name', RIGHT)
@@ -297,15 +383,23 @@ def test_foreign_adapters_that_are_right(folders, tmp_path, name):
     with torch.no_grad():
         before = response_logps(base.model, block(rows))
         model = load_adapter(base, tmp_path)
-        ours, own = response_logps(model, block(rows)), torch.stack([own_logp(AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval(), s) for s in rows])
+        ours, own = (
+            response_logps(model, block(rows)),
+            torch.stack([own_logp(AutoPeftModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval(), s) for s in rows]),
+        )
         assert torch.allclose(ours.double(), own, atol=2e-3) and not torch.allclose(ours, before, atol=1e-2)
         model.unload()
         assert torch.equal(response_logps(base.model, block(rows)), before)
 
 
-REFUSED = {'head': (dict(target_modules=['q_proj', 'lm_head']), 'output head'), 'saved head': (dict(modules_to_save=['lm_head']), 'replaces whole layers .*lm_head'),
-           'saved norm': (dict(modules_to_save=['norm']), 'replaces whole layers .*norm'), 'biases': (dict(bias='lora_only'), 'changes the biases'),
-           'tied': (dict(target_modules=['q_proj', 'embed_tokens'], ensure_weight_tying=True), 'output head'), 'tokens of a tied head': (dict(trainable_token_indices=[4, 5]), 'output head')}
+REFUSED = {
+    'head': (dict(target_modules=['q_proj', 'lm_head']), 'output head'),
+    'saved head': (dict(modules_to_save=['lm_head']), 'replaces whole layers .*lm_head'),
+    'saved norm': (dict(modules_to_save=['norm']), 'replaces whole layers .*norm'),
+    'biases': (dict(bias='lora_only'), 'changes the biases'),
+    'tied': (dict(target_modules=['q_proj', 'embed_tokens'], ensure_weight_tying=True), 'output head'),
+    'tokens of a tied head': (dict(trainable_token_indices=[4, 5]), 'output head'),
+}
 
 
 @pytest.mark.parametrize('name', REFUSED)
@@ -316,14 +410,21 @@ def test_foreign_adapters_that_cannot_be_right_are_refused(folders, tmp_path, na
     foreign(base, tmp_path, LoraConfig(**dict(r=4, target_modules=['q_proj'], task_type='CAUSAL_LM') | how))
     base = load_base(folders(family), FULL, device='cpu')
     with pytest.raises(ModelError, match=words): load_adapter(base, tmp_path)
-    assert type(base.model.get_output_embeddings()) is torch.nn.Linear and not any('lora' in n or 'trainable_tokens' in n for n, _ in base.model.named_parameters())
+    assert type(base.model.get_output_embeddings()) is torch.nn.Linear and not any(
+        'lora' in n or 'trainable_tokens' in n for n, _ in base.model.named_parameters()
+    )
 
 
-@pytest.mark.parametrize('config', [PromptTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=3), PrefixTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=3)], ids=lambda c: c.peft_type.value)
+@pytest.mark.parametrize(
+    'config',
+    [PromptTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=3), PrefixTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=3)],
+    ids=lambda c: c.peft_type.value,
+)
 def test_other_kinds_of_adapters_are_refused(folders, tmp_path, config):
     "They act in PEFT's forward pass, which is not used"
     foreign(load_base(folders('granite'), FULL, device='cpu'), tmp_path, config)
-    with pytest.raises(ModelError, match=f'is of the kind {config.peft_type.value}'): load_adapter(load_base(folders('granite'), FULL, device='cpu'), tmp_path)
+    with pytest.raises(ModelError, match=f'is of the kind {config.peft_type.value}'):
+        load_adapter(load_base(folders('granite'), FULL, device='cpu'), tmp_path)
 
 
 # Answers: A16
@@ -338,11 +439,21 @@ def test_answers_are_those_of_generate(folders, name):
     unknown = list(range(max(tok.get_vocab().values()) + 1, 96))
     for p in prompts:
         x = tok(p, return_tensors='pt').input_ids
-        y = base.model.generate(input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=2, suppress_tokens=unknown)
+        y = base.model.generate(
+            input_ids=x,
+            attention_mask=torch.ones_like(x),
+            max_new_tokens=8,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=2,
+            suppress_tokens=unknown,
+        )
         want.append(tok.decode(y[0, x.shape[1]:], skip_special_tokens=True))
     assert ours == want
     how = GenerateSettings(max_tokens=8, temperature=1., samples=2)
-    assert respond(base.model, tok, prompts, how, seed=1, quiet=True) == [respond(base.model, tok, [p], how, seed=1, quiet=True)[0] for p in prompts]
+    assert respond(base.model, tok, prompts, how, seed=1, quiet=True) == [
+        respond(base.model, tok, [p], how, seed=1, quiet=True)[0] for p in prompts
+    ]
 
 
 @pytest.mark.parametrize('name', ['mamba', 'mamba2', 'falcon_mamba', 'rwkv', 'recurrent_gemma'])
@@ -350,7 +461,8 @@ def test_models_that_cannot_write_are_refused(folders, name):
     "Before anything is written"
     base, read = load_base(folders(name), FULL, device='cpu'), []
     base.model.register_forward_pre_hook(lambda *a: read.append(a))
-    with pytest.raises(ModelError, match='keeps no cache of keys and values'): respond(base.model, base.tokenizer, ['how far'], GenerateSettings(max_tokens=4), quiet=True)
+    with pytest.raises(ModelError, match='keeps no cache of keys and values'):
+        respond(base.model, base.tokenizer, ['how far'], GenerateSettings(max_tokens=4), quiet=True)
     assert not read
 
 
@@ -358,13 +470,38 @@ def test_models_that_cannot_write_are_refused(folders, name):
 def test_a_cache_that_loses_what_it_carries_is_refused(folders, name):
     "Found by a short trial, before a prompt is read"
     base = load_base(folders(name), FULL, device='cpu')
-    with pytest.raises(ModelError, match='keeps no cache of keys and values'): respond(base.model, base.tokenizer, ['how far', 'is'], GenerateSettings(max_tokens=4), quiet=True)
+    with pytest.raises(ModelError, match='keeps no cache of keys and values'):
+        respond(base.model, base.tokenizer, ['how far', 'is'], GenerateSettings(max_tokens=4), quiet=True)
 
 
 # Dropout of the base
 
-NOISY = {'rwkv': of('RwkvConfig', vocab_size=96, hidden_size=64, attention_hidden_size=64, num_hidden_layers=2, rescale_every=1), 'opt': of('OPTConfig', **MINE, pad_token_id=0, hidden_size=64, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=64, max_position_embeddings=128, dropout=.5, attention_dropout=.5), 'gpt2': of('GPT2Config', **MINE, n_embd=64, n_layer=2, n_head=4, n_positions=128, resid_pdrop=.5, embd_pdrop=.5, attn_pdrop=.5),
-         'llama': of('LlamaConfig', **S, attention_dropout=.5), 'phimoe': of('PhimoeConfig', **S, **MOE, router_jitter_noise=.5, attention_dropout=.5), 'gemma3 nested': nested('Gemma3Config', {**S, 'head_dim': 16, 'sliding_window': 16, 'attention_dropout': .5}, vision_config=EYE, mm_tokens_per_image=4, image_token_index=90)}
+NOISY = {
+    'rwkv': of('RwkvConfig', vocab_size=96, hidden_size=64, attention_hidden_size=64, num_hidden_layers=2, rescale_every=1),
+    'opt': of(
+        'OPTConfig',
+        **MINE,
+        pad_token_id=0,
+        hidden_size=64,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=64,
+        max_position_embeddings=128,
+        dropout=0.5,
+        attention_dropout=0.5,
+    ),
+    'gpt2': of('GPT2Config', **MINE, n_embd=64, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5),
+    'llama': of('LlamaConfig', **S, attention_dropout=0.5),
+    'phimoe': of('PhimoeConfig', **S, **MOE, router_jitter_noise=0.5, attention_dropout=0.5),
+    'gemma3 nested': nested(
+        'Gemma3Config',
+        {**S, 'head_dim': 16, 'sliding_window': 16, 'attention_dropout': 0.5},
+        vision_config=EYE,
+        mm_tokens_per_image=4,
+        image_token_index=90,
+    ),
+}
 
 
 @pytest.mark.parametrize('name', NOISY)
@@ -382,11 +519,33 @@ def test_nothing_in_a_base_is_left_to_chance(tmp_path, name):
 
 # Commands
 
-CORE = [('opt', 'adds begin', 'preferences, nf4'), ('mixtral', 'template', 'preferences, nf4'), ('gemma4 nested', 'no pad', 'preferences'), ('falcon', 'no begin', 'label'), ('qwen3_5 nested', 'template, no end', 'refine'),
-        ('granite hybrid', 'no end', 'head'), ('mistral3 nested', 'one token for both', 'words'), ('nemotron_h', 'adds both', 'probe'), ('mamba', 'pad is end', 'preferences'), ('rwkv', 'template', 'words'), ('xlstm', 'template', 'preferences, nf4')]
+CORE = [
+    ('opt', 'adds begin', 'preferences, nf4'),
+    ('mixtral', 'template', 'preferences, nf4'),
+    ('gemma4 nested', 'no pad', 'preferences'),
+    ('falcon', 'no begin', 'label'),
+    ('qwen3_5 nested', 'template, no end', 'refine'),
+    ('granite hybrid', 'no end', 'head'),
+    ('mistral3 nested', 'one token for both', 'words'),
+    ('nemotron_h', 'adds both', 'probe'),
+    ('mamba', 'pad is end', 'preferences'),
+    ('rwkv', 'template', 'words'),
+    ('xlstm', 'template', 'preferences, nf4'),
+]
 TABLE = [(f, list(TOKENIZERS)[n % len(TOKENIZERS)], c) for n, f in enumerate(FAMILIES) for c in COMMANDS] if ALL else CORE
-CANNOT = {('refine', f): 'keeps no cache of keys and values' for f in ('mamba', 'mamba2', 'falcon_mamba', 'rwkv', 'recurrent_gemma', 'minimax', 'xlstm')} | {(c, f): "of the body's weights can be put in 4 bits" for c in ('preferences, nf4', 'words') for f in ('mamba', 'mamba2', 'falcon_mamba')} | {
-    (c, 'modernbert decoder'): 'are not those of its logits' for c in COMMANDS} | {('preferences, nf4', 'xlstm'): 'cannot be trained in these types'}
+CANNOT = (
+    {
+        ('refine', f): 'keeps no cache of keys and values'
+        for f in ('mamba', 'mamba2', 'falcon_mamba', 'rwkv', 'recurrent_gemma', 'minimax', 'xlstm')
+    }
+    | {
+        (c, f): "of the body's weights can be put in 4 bits"
+        for c in ('preferences, nf4', 'words')
+        for f in ('mamba', 'mamba2', 'falcon_mamba')
+    }
+    | {(c, 'modernbert decoder'): 'are not those of its logits' for c in COMMANDS}
+    | {('preferences, nf4', 'xlstm'): 'cannot be trained in these types'}
+)
 
 
 @pytest.mark.parametrize('name, tokenizer, command', TABLE)

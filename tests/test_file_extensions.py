@@ -65,7 +65,9 @@ def home(tmp_path_factory):
     for name, rows in world_preferences(ladder_world(), rows=60, test_rows=4, label_share=.5).items():
         rows.to_pandas()[['prompt', 'chosen', 'rejected']].to_json(home/f'{name}.jsonl', orient='records', lines=True)
     asked = world_rows('persona', 0, (5, 8, 4)).asked
-    (home/'weak.jsonl').write_text(''.join(json.dumps(dict(question=q, answer=a.strip())) + '\n' for q, a in zip(asked.questions, asked.gold, strict=True)))
+    (home / 'weak.jsonl').write_text(
+        ''.join(json.dumps(dict(question=q, answer=a.strip())) + '\n' for q, a in zip(asked.questions, asked.gold, strict=True))
+    )
     (home/'good.py').write_text(GOOD)
     (home/'bad.py').write_text(BAD)
     return home
@@ -82,10 +84,26 @@ def forget():
 def w2s(*words): return CliRunner().invoke(app, list(map(str, words)))
 
 
-def label(home, out, *words): return w2s('label', '--rows', home/'train_w2s.jsonl', '--import', home/words[0], '--supervisor', *words[1:], '--out', out)
+def label(home, out, *words):
+    return w2s('label', '--rows', home / 'train_w2s.jsonl', '--import', home / words[0], '--supervisor', *words[1:], '--out', out)
 
 
-def refine(home, out, *words): return w2s('refine', '--questions', home/'weak.jsonl', '--strong', 'nano', '--max-tokens', 8, '--import', home/words[0], '--method', *words[1:], '--out', out)
+def refine(home, out, *words):
+    return w2s(
+        'refine',
+        '--questions',
+        home / 'weak.jsonl',
+        '--strong',
+        'nano',
+        '--max-tokens',
+        8,
+        '--import',
+        home / words[0],
+        '--method',
+        *words[1:],
+        '--out',
+        out,
+    )
 
 
 def said(done):
@@ -98,7 +116,8 @@ def ran(done):
     return done.output
 
 
-def probs(path): return load_dataset('parquet', data_files=str(path), split='train', cache_dir=str(path.parent/'cache')).to_pandas().set_index('id')
+def probs(path):
+    return load_dataset('parquet', data_files=str(path), split='train', cache_dir=str(path.parent / 'cache')).to_pandas().set_index('id')
 
 
 # What works
@@ -108,10 +127,14 @@ def probs(path): return load_dataset('parquet', data_files=str(path), split='tra
 def test_own_labels(home, tmp_path, name, kind, train):
     "A labeller or a judge without a model labels a file; labelled pairs serve to measure it"
     out = tmp_path/'o.parquet'
-    printed = ran(label(home, out, 'good.py', f'{name}(scale=10)', *(('--train', home/'train_gt.jsonl', '--calibrate', '.9') if train else ())))
+    printed = ran(
+        label(home, out, 'good.py', f'{name}(scale=10)', *(('--train', home / 'train_gt.jsonl', '--calibrate', '.9') if train else ()))
+    )
     rows, known = probs(out), json.loads(out.with_suffix('.json').read_text())
     assert len(rows) == 30 and all(len(r.chosen) <= len(r.rejected) for r in rows.itertuples())
-    assert known['supervisor'] == f'{name}(scale=10)' and known['trained_on'] == 0 and known['models'] == [] and f'written: {out}' in printed
+    assert (
+        known['supervisor'] == f'{name}(scale=10)' and known['trained_on'] == 0 and known['models'] == [] and f'written: {out}' in printed
+    )
     assert (known['held_out'] > 0) == train
     kept = {p.name for p in (tmp_path/'o.work'/'extensions').iterdir()}
     assert 'good.py' in kept and f'{kind}-{name}.txt' in kept | {f'labeller-{name}.txt'} and 'extensions.json' in kept
@@ -126,10 +149,38 @@ def test_judge_and_labeller_agree(home, tmp_path):
 def test_changed_body_labels_anew(home, tmp_path):
     "What a function does is part of the stage, not its name"
     (tmp_path/'mine.py').write_text(GOOD)
-    ran(w2s('label', '--rows', home/'train_w2s.jsonl', '--import', tmp_path/'mine.py', '--supervisor', 'shorter', '--out', tmp_path/'a.parquet', '--work', tmp_path/'work'))
+    ran(
+        w2s(
+            'label',
+            '--rows',
+            home / 'train_w2s.jsonl',
+            '--import',
+            tmp_path / 'mine.py',
+            '--supervisor',
+            'shorter',
+            '--out',
+            tmp_path / 'a.parquet',
+            '--work',
+            tmp_path / 'work',
+        )
+    )
     before = probs(tmp_path/'a.parquet')
     (tmp_path/'mine.py').write_text(GOOD.replace('-len(t)/scale for t in p', 'len(t)/scale for t in p'))
-    ran(w2s('label', '--rows', home/'train_w2s.jsonl', '--import', tmp_path/'mine.py', '--supervisor', 'shorter', '--out', tmp_path/'b.parquet', '--work', tmp_path/'work'))
+    ran(
+        w2s(
+            'label',
+            '--rows',
+            home / 'train_w2s.jsonl',
+            '--import',
+            tmp_path / 'mine.py',
+            '--supervisor',
+            'shorter',
+            '--out',
+            tmp_path / 'b.parquet',
+            '--work',
+            tmp_path / 'work',
+        )
+    )
     assert (probs(tmp_path/'b.parquet').chosen == before.rejected).mean() > .8
 
 
@@ -152,20 +203,40 @@ def test_own_refining(home, tmp_path, name):
 
 # What is refused
 
-@pytest.mark.parametrize('words, part', [
-    (('good.py', 'shortr'), 'did you mean "shorter"'), (('good.py', 'breif'), 'did you mean "brief"'), (('good.py', 'shorter(scal=3)'), 'no use for option "scal"'),
-    (('good.py', 'shorter', '--model', 'pico'), 'leave out --model'), (('good.py', 'dpo'), 'give --model'), (('goood.py', 'shorter'), 'did you mean "good.py"'),
-    (('bad.py', 'flat'), 'labeller "flat"'), (('bad.py', 'hole'), 'returned [nan nan] for row 1'), (('bad.py', 'mute'), 'returned nothing'),
-    (('bad.py', 'flat-judge'), 'judge "flat-judge"'), (('bad.py', 'hole-judge'), 'returned inf for row 1')])
+@pytest.mark.parametrize(
+    'words, part',
+    [
+        (('good.py', 'shortr'), 'did you mean "shorter"'),
+        (('good.py', 'breif'), 'did you mean "brief"'),
+        (('good.py', 'shorter(scal=3)'), 'no use for option "scal"'),
+        (('good.py', 'shorter', '--model', 'pico'), 'leave out --model'),
+        (('good.py', 'dpo'), 'give --model'),
+        (('goood.py', 'shorter'), 'did you mean "good.py"'),
+        (('bad.py', 'flat'), 'labeller "flat"'),
+        (('bad.py', 'hole'), 'returned [nan nan] for row 1'),
+        (('bad.py', 'mute'), 'returned nothing'),
+        (('bad.py', 'flat-judge'), 'judge "flat-judge"'),
+        (('bad.py', 'hole-judge'), 'returned inf for row 1'),
+    ],
+)
 def test_labels_that_cannot_be(home, tmp_path, words, part):
     assert part in said(label(home, tmp_path/'o.parquet', *words))
     assert not (tmp_path/'o.parquet').exists()
 
 
-@pytest.mark.parametrize('words, part', [
-    (('good.py', 'shuot'), 'did you mean "shout"'), (('good.py', 'shout(x=1)'), 'no use for option "x"'), (('good.py', 'shout', '--examples', 2), 'examples does nothing'),
-    (('good.py', 'naive'), 'unknown method'), (('bad.py', 'fewer'), 'returned 7 texts'), (('bad.py', 'numbers'), 'for row 1'), (('bad.py', 'nothing'), 'returned nothing'),
-    (('bad.py', 'fails'), 'fails in line')])
+@pytest.mark.parametrize(
+    'words, part',
+    [
+        (('good.py', 'shuot'), 'did you mean "shout"'),
+        (('good.py', 'shout(x=1)'), 'no use for option "x"'),
+        (('good.py', 'shout', '--examples', 2), 'examples does nothing'),
+        (('good.py', 'naive'), 'unknown method'),
+        (('bad.py', 'fewer'), 'returned 7 texts'),
+        (('bad.py', 'numbers'), 'for row 1'),
+        (('bad.py', 'nothing'), 'returned nothing'),
+        (('bad.py', 'fails'), 'fails in line'),
+    ],
+)
 def test_answers_that_cannot_be(home, tmp_path, words, part):
     assert part in said(refine(home, tmp_path/'r.jsonl', *words))
     assert not (tmp_path/'r.jsonl').exists()
@@ -186,7 +257,22 @@ def test_python_equals_the_command(home, tmp_path):
     "No default lives in a command alone"
     assert RefineJob('q.csv', strong='scholar') == fill_refine(dict(questions='q.csv'))
     assert RefineJob('q.csv').max_tokens == 48 and RefineJob('q.csv', strong='./mine').max_tokens == 256
-    dry = ran(w2s('label', '--model', 'pico', '--rows', home/'train_w2s.jsonl', '--train', home/'train_gt.jsonl', '--batch-size', 4, '--out', tmp_path/'o.parquet', '--dry-run'))
+    dry = ran(
+        w2s(
+            'label',
+            '--model',
+            'pico',
+            '--rows',
+            home / 'train_w2s.jsonl',
+            '--train',
+            home / 'train_gt.jsonl',
+            '--batch-size',
+            4,
+            '--out',
+            tmp_path / 'o.parquet',
+            '--dry-run',
+        )
+    )
     assert 'batch_size = 4' in dry and f'beta = {label_settings("pico").beta}' in dry
 
 

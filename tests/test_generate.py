@@ -60,7 +60,8 @@ def prompts(): return list(dict.fromkeys(r['prompt'] for r in sample_preferences
 def base(folder): return load_base(folder, FULL, device='cpu')
 
 
-def texts_of(base, prompts, settings, model=None, **more): return generate(model or base.model, base.tokenizer, prompts, settings, quiet=True, **more)
+def texts_of(base, prompts, settings, model=None, **more):
+    return generate(model or base.model, base.tokenizer, prompts, settings, quiet=True, **more)
 
 
 # --- pitfall 6: padding, for every family that training supports
@@ -73,15 +74,32 @@ def letters(end):
 
 def family(name):
     "A tiny random model of a family; weights large enough to notice a wrong position or a seen pad"
-    small = dict(vocab_size=120, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, max_position_embeddings=64)
+    small = dict(
+        vocab_size=120, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, max_position_embeddings=64
+    )
     kv = small | dict(num_key_value_heads=2)
     config = {
-        'llama': lambda: transformers.LlamaConfig(**kv), 'mistral': lambda: transformers.MistralConfig(**kv, sliding_window=8, head_dim=16),
-        'qwen2': lambda: transformers.Qwen2Config(**kv), 'gpt_neox': lambda: transformers.GPTNeoXConfig(**small),
-        'gemma2': lambda: transformers.Gemma2Config(**kv, head_dim=16, query_pre_attn_scalar=16, sliding_window=8, final_logit_softcapping=3.),
-        'opt': lambda: transformers.OPTConfig(vocab_size=120, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=96,
-                                              max_position_embeddings=64, word_embed_proj_dim=32, do_layer_norm_before=False, dropout=0.),
-        'gpt2': lambda: transformers.GPT2Config(vocab_size=120, n_embd=64, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.),
+        'llama': lambda: transformers.LlamaConfig(**kv),
+        'mistral': lambda: transformers.MistralConfig(**kv, sliding_window=8, head_dim=16),
+        'qwen2': lambda: transformers.Qwen2Config(**kv),
+        'gpt_neox': lambda: transformers.GPTNeoXConfig(**small),
+        'gemma2': lambda: transformers.Gemma2Config(
+            **kv, head_dim=16, query_pre_attn_scalar=16, sliding_window=8, final_logit_softcapping=3.0
+        ),
+        'opt': lambda: transformers.OPTConfig(
+            vocab_size=120,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            ffn_dim=96,
+            max_position_embeddings=64,
+            word_embed_proj_dim=32,
+            do_layer_norm_before=False,
+            dropout=0.0,
+        ),
+        'gpt2': lambda: transformers.GPT2Config(
+            vocab_size=120, n_embd=64, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+        ),
     }[name]()
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
@@ -103,15 +121,30 @@ def test_pitfall_06_a_padded_row_says_what_it_says_alone(name, again):
                                        no_repeat_ngram_size=again)[0, len(p):].tolist())
     end = expected[0][3] # a token that some rows come to early becomes the end token
     expected = [e[:e.index(end) + 1] if end in e else e for e in expected]
-    with torch.no_grad(): made = write(model, letters(end), prompts, torch.zeros(len(prompts), 24, dtype=torch.float64), replace(GREEDY, max_tokens=24, no_repeat_ngram=again))
+    with torch.no_grad():
+        made = write(
+            model,
+            letters(end),
+            prompts,
+            torch.zeros(len(prompts), 24, dtype=torch.float64),
+            replace(GREEDY, max_tokens=24, no_repeat_ngram=again),
+        )
     assert [r.tokens for r in made] == [len(e) for e in expected] and [r.ended for r in made] == [e[-1] == end for e in expected]
     assert [r.text.split() for r in made] == [[f'w{i}' for i in e if i != end] for e in expected]
     assert len({tuple(e) for e in expected}) >= 6 and len({len(e) for e in expected}) > 1
 
 
 @pytest.mark.parametrize('load', [FULL, NF4, NF4_16, LoadSettings('none')], ids=['fp32', 'nf4 fp32', 'nf4 bf16', 'bf16'])
-@pytest.mark.parametrize('settings', [replace(GREEDY, max_tokens=14), GenerateSettings(max_tokens=14, temperature=1), GenerateSettings(max_tokens=10, temperature=1.2, top_p=.9, samples=3),
-                                      replace(YE, temperature=1.2, top_k=8, samples=2)], ids=['greedy', 'sampled', 'three samples', 'as Ye et al.'])
+@pytest.mark.parametrize(
+    'settings',
+    [
+        replace(GREEDY, max_tokens=14),
+        GenerateSettings(max_tokens=14, temperature=1),
+        GenerateSettings(max_tokens=10, temperature=1.2, top_p=0.9, samples=3),
+        replace(YE, temperature=1.2, top_k=8, samples=2),
+    ],
+    ids=['greedy', 'sampled', 'three samples', 'as Ye et al.'],
+)
 def test_batches_of_1_4_16_and_all_say_the_same(folder, prompts, load, settings):
     "On a CPU, to the letter. Mutations: draws in the order of the batch; rows padded to the longest of the batch"
     base = load_base(folder, load, device='cpu')
@@ -176,7 +209,8 @@ def test_pitfall_17_seed_row_sample_and_arm_act(base, prompts):
     s = GenerateSettings(max_tokens=20, temperature=1.2)
     one = texts_of(base, prompts, s)
     assert one == texts_of(base, prompts, s)
-    for other in (dict(seed=1), dict(arm='student'), dict(ids=[f'row {i}' for i in range(len(prompts))])): assert np.mean([a != b for a, b in zip(one, texts_of(base, prompts, s, **other), strict=True)]) > .5
+    for other in (dict(seed=1), dict(arm='student'), dict(ids=[f'row {i}' for i in range(len(prompts))])):
+        assert np.mean([a != b for a, b in zip(one, texts_of(base, prompts, s, **other), strict=True)]) > 0.5
     many = texts_of(base, prompts, replace(s, samples=3))
     assert [r[:1] for r in many] == one                             # more samples do not change the first
     assert np.mean([len(set(r)) > 1 for r in many]) > .5            # and differ from it
@@ -269,7 +303,10 @@ def test_no_repeat_is_that_of_transformers_without_the_pads(n):
     assert (ban_repeats(free, rows, n) == expected).all() and (expected.isinf().sum(1) > 1).any()
     assert (ban_repeats(free, torch.cat([torch.full((300, n + 2), -1), rows], 1), n) == expected).all()
     for short in (1, 2, 3):
-        assert (ban_repeats(free, torch.cat([torch.full((300, 5), -1), rows[:, :short]], 1), n) == NoRepeatNGramLogitsProcessor(n)(rows[:, :short], free.clone())).all()
+        assert (
+            ban_repeats(free, torch.cat([torch.full((300, 5), -1), rows[:, :short]], 1), n)
+            == NoRepeatNGramLogitsProcessor(n)(rows[:, :short], free.clone())
+        ).all()
 
 
 def test_no_repeat_texts_are_those_of_transformers(base, prompts):
@@ -281,8 +318,16 @@ def test_no_repeat_texts_are_those_of_transformers(base, prompts):
             out = base.model.generate(**x, do_sample=False, max_new_tokens=40, pad_token_id=0, no_repeat_ngram_size=n)
             expected.append([base.tokenizer.decode(out[0, x.input_ids.shape[1]:], skip_special_tokens=True)])
         assert texts_of(base, prompts[:12], s) == expected
-    assert sum(a != b for a, b in zip(texts_of(base, prompts, replace(GREEDY, no_repeat_ngram=2)), texts_of(base, prompts, GREEDY), strict=True)) > 2
-    assert texts_of(base, prompts[:6], replace(YE, top_k=1, top_p=1., no_repeat_ngram=0)) == texts_of(base, prompts[:6], replace(GREEDY, max_tokens=14)) # top_k 1 is greedy
+    assert (
+        sum(
+            a != b
+            for a, b in zip(texts_of(base, prompts, replace(GREEDY, no_repeat_ngram=2)), texts_of(base, prompts, GREEDY), strict=True)
+        )
+        > 2
+    )
+    assert texts_of(base, prompts[:6], replace(YE, top_k=1, top_p=1.0, no_repeat_ngram=0)) == texts_of(
+        base, prompts[:6], replace(GREEDY, max_tokens=14)
+    ) # top_k 1 is greedy
 
 
 def test_no_pair_comes_twice_in_any_sample(base, prompts):
@@ -358,16 +403,28 @@ def made(kind, texts):
     special, names = ['<pad>', '<s>', '</s>', '<unk>'], dict(pad_token='<pad>', bos_token='<s>', eos_token='</s>')
     if kind in ('byte bpe', 'bpe with begin', 'begin and end'):
         tok = tiny_tokenizer(texts, 400).backend_tokenizer
-        if kind != 'byte bpe': tok.post_processor = processors.TemplateProcessing(single='<s> $A' + (' </s>' if kind == 'begin and end' else ''), special_tokens=[('<s>', 1), ('</s>', 2)])
+        if kind != 'byte bpe':
+            tok.post_processor = processors.TemplateProcessing(
+                single='<s> $A' + (' </s>' if kind == 'begin and end' else ''), special_tokens=[('<s>', 1), ('</s>', 2)]
+            )
         return PreTrainedTokenizerFast(tokenizer_object=tok, **names)
     if kind == 'metaspace':
-        tok, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token='<unk>', show_progress=False)
+        tok, trainer = (
+            Tokenizer(models.Unigram()),
+            trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token='<unk>', show_progress=False),
+        )
         tok.pre_tokenizer, tok.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     elif kind == 'wordpiece':
-        tok, trainer = Tokenizer(models.WordPiece(unk_token='<unk>')), trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+        tok, trainer = (
+            Tokenizer(models.WordPiece(unk_token='<unk>')),
+            trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False),
+        )
         tok.pre_tokenizer, tok.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
     else: # one token is a space and a word
-        tok, trainer = Tokenizer(models.WordLevel(unk_token='<unk>')), trainers.WordLevelTrainer(special_tokens=special, show_progress=False)
+        tok, trainer = (
+            Tokenizer(models.WordLevel(unk_token='<unk>')),
+            trainers.WordLevelTrainer(special_tokens=special, show_progress=False),
+        )
         tok.pre_tokenizer, tok.decoder = pre_tokenizers.Split(' ', 'merged_with_next'), decoders.Fuse()
     tok.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tok, unk_token='<unk>', **names)
@@ -385,8 +442,14 @@ def test_pitfall_09_the_prompt_is_read_as_in_training_and_the_text_comes_back(to
     row, = encode(tokenizer, [PROMPT], [REPLY])
     ids, = prompt_ids(tokenizer, [PROMPT])
     assert tuple(ids) == row.ids[:row.start] and ids[-1] != tokenizer.eos_token_id
-    if tokenizer.bos_token: assert prompt_ids(tokenizer, [tokenizer.bos_token + PROMPT])[0].count(tokenizer.bos_token_id) == max(1, ids.count(tokenizer.bos_token_id))
-    back, whole = response_text(tokenizer, ids, row.response), tokenizer.decode(row.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if tokenizer.bos_token:
+        assert prompt_ids(tokenizer, [tokenizer.bos_token + PROMPT])[0].count(tokenizer.bos_token_id) == max(
+            1, ids.count(tokenizer.bos_token_id)
+        )
+    back, whole = (
+        response_text(tokenizer, ids, row.response),
+        tokenizer.decode(row.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
+    )
     assert whole == tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) + back
     assert back.startswith(' ') and 'hope' in back
 
@@ -402,7 +465,9 @@ def test_pitfall_09_letters_of_several_bytes(texts):
 
 def test_chat_prompts(base):
     tok = base.tokenizer
-    tok.chat_template = ("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}")
+    tok.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
     talk = [dict(role='user', content='What do bees make?')]
     same = 'user: What do bees make?\nassistant:'
     assert texts_of(base, [talk], GREEDY) == texts_of(base, [same], GREEDY)
@@ -413,18 +478,35 @@ def test_chat_prompts(base):
 # --- what must not happen
 
 def test_prompts_without_room_are_named(base, prompts):
-    with pytest.raises(DataError, match=r'1 of 3 prompts .* 20 tokens: the model reads 256 in all, and row 1 \(.the long one.\) has \d\d\d; shorten prompts to 236'):
+    with pytest.raises(
+        DataError,
+        match=r'1 of 3 prompts .* 20 tokens: the model reads 256 in all, and row 1 \(.the long one.\) has \d\d\d; shorten prompts to 236',
+    ):
         texts_of(base, [prompts[0], 'again '*150, prompts[1]], GREEDY, ids=['a', 'the long one', 'b'])
     room = 256 - len(prompt_ids(base.tokenizer, [prompts[0]])[0])
     texts_of(base, [prompts[0]], replace(GREEDY, max_tokens=room))
     with pytest.raises(DataError): texts_of(base, [prompts[0]], replace(GREEDY, max_tokens=room + 1))
 
 
-@pytest.mark.parametrize('bad, message', [
-    (dict(max_tokens=0), 'max_tokens is 0'), (dict(samples=0), 'samples is 0'), (dict(token_budget=0), 'token_budget'), (dict(temperature=-1), 'temperature is -1'),
-    (dict(temperature=float('nan')), 'temperature is nan'), (dict(top_p=0), 'top_p is 0'), (dict(top_p=1.1), 'top_p is 1.1'), (dict(stop='\n'), 'texts in brackets'),
-    (dict(stop=('',)), 'texts in brackets'), (dict(temperature=0, samples=2), 'all samples are the same'), (dict(temperature=0, top_p=.9), 'top_p and top_k do nothing'),
-    (dict(temperature=0, top_k=5), 'top_p and top_k do nothing'), (dict(top_k=-1), 'top_k is -1'), (dict(no_repeat_ngram=-2), 'no_repeat_ngram is -2')])
+@pytest.mark.parametrize(
+    'bad, message',
+    [
+        (dict(max_tokens=0), 'max_tokens is 0'),
+        (dict(samples=0), 'samples is 0'),
+        (dict(token_budget=0), 'token_budget'),
+        (dict(temperature=-1), 'temperature is -1'),
+        (dict(temperature=float('nan')), 'temperature is nan'),
+        (dict(top_p=0), 'top_p is 0'),
+        (dict(top_p=1.1), 'top_p is 1.1'),
+        (dict(stop='\n'), 'texts in brackets'),
+        (dict(stop=('',)), 'texts in brackets'),
+        (dict(temperature=0, samples=2), 'all samples are the same'),
+        (dict(temperature=0, top_p=0.9), 'top_p and top_k do nothing'),
+        (dict(temperature=0, top_k=5), 'top_p and top_k do nothing'),
+        (dict(top_k=-1), 'top_k is -1'),
+        (dict(no_repeat_ngram=-2), 'no_repeat_ngram is -2'),
+    ],
+)
 def test_settings_that_do_nothing_are_refused(bad, message):
     with pytest.raises(ConfigError, match=message): GenerateSettings(**bad)
 
@@ -497,9 +579,15 @@ def test_a_kill_in_the_middle_changes_no_text(folder, base, prompts, tmp_path, m
     "SIGKILL at the fourth batch, and the last line in the journal cut off. Mutations: rows drawn in the order in which they are made; no journal; the half line kept"
     s, journal, made, write = replace(YE, samples=2, temperature=1.1, token_budget=320), tmp_path/'texts.jsonl', [], page.write
     whole = respond(base.model, base.tokenizer, prompts, replace(s, token_budget=8192), 3, quiet=True)
-    settings = json.dumps({k: getattr(s, k) for k in ('max_tokens', 'temperature', 'top_p', 'top_k', 'no_repeat_ngram', 'samples', 'token_budget')})
-    process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', KILLED, str(folder), json.dumps(prompts), settings, str(journal)], stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'})
+    settings = json.dumps(
+        {k: getattr(s, k) for k in ('max_tokens', 'temperature', 'top_p', 'top_k', 'no_repeat_ngram', 'samples', 'token_budget')}
+    )
+    process = subprocess.Popen(
+        [sys.executable, '-W', 'ignore', '-c', KILLED, str(folder), json.dumps(prompts), settings, str(journal)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'},
+    )
     while process.poll() is None and (journal.read_bytes().count(b'\n') if journal.exists() else 0) < 4: time.sleep(.002) # lines, the first of them the settings
     assert process.poll() is None, process.communicate()[1][-2000:]
     process.send_signal(signal.SIGKILL)

@@ -23,8 +23,21 @@ def test_a_reward_model_scores_the_responses_of_a_run_once(tmp_path, monkeypatch
     pretrain(tiny_model(tmp_path/'weak', texts, layers=1, seed=1), texts, steps=80) # it knows when an answer is over
     reward_folder(tmp_path/'judge', texts*5)
     step = TrainSettings(batch_size=8, learning_rate=3e-3)
-    config = WeakTeacher(str(tmp_path/'data'), str(tmp_path/'weak'), str(tmp_path/'weak'), n_labelled=12, n_unlabelled=12, n_test=6, load=LoadSettings('none', 'float32'),
-                         lora=LoraSettings(rank=2), sft=step, dpo=step, samples=2, response_tokens=24, gold=str(tmp_path/'judge'))
+    config = WeakTeacher(
+        str(tmp_path / 'data'),
+        str(tmp_path / 'weak'),
+        str(tmp_path / 'weak'),
+        n_labelled=12,
+        n_unlabelled=12,
+        n_test=6,
+        load=LoadSettings('none', 'float32'),
+        lora=LoraSettings(rank=2),
+        sft=step,
+        dpo=step,
+        samples=2,
+        response_tokens=24,
+        gold=str(tmp_path / 'judge'),
+    )
     first = run(config, tmp_path/'run', quiet=True)
     written = first.responses
     assert {'gold_reward', 'why'} <= set(written.columns) and 'right' not in written.columns
@@ -42,7 +55,16 @@ def test_a_reward_model_scores_the_responses_of_a_run_once(tmp_path, monkeypatch
     assert run(config, tmp_path/'run', quiet=True).responses.equals(written)
 
 
-@pytest.mark.parametrize('kind, words', [('a language model', 'is no reward model'), ('not there', 'nowhere'), ('several numbers', 'with 3 numbers a text'), ('no weights', 'holds no weights'), ('no tokenizer', 'tokenizer')])
+@pytest.mark.parametrize(
+    'kind, words',
+    [
+        ('a language model', 'is no reward model'),
+        ('not there', 'nowhere'),
+        ('several numbers', 'with 3 numbers a text'),
+        ('no weights', 'holds no weights'),
+        ('no tokenizer', 'tokenizer'),
+    ],
+)
 @pytest.mark.parametrize('dry', [True, False])
 def test_a_gold_model_that_could_not_judge_is_refused_before_anything_is_trained(tmp_path, kind, words, dry):
     "It is asked last: what is wrong with it must be found first"
@@ -54,9 +76,32 @@ def test_a_gold_model_that_could_not_judge_is_refused_before_anything_is_trained
     else: reward_folder(judge, texts)
     if kind == 'several numbers':
         about = json.loads((judge/'config.json').read_text())
-        (judge/'config.json').write_text(json.dumps({**about, 'id2label': {str(i): str(i) for i in range(3)}, 'label2id': {str(i): i for i in range(3)}}))
-    for name in {'no weights': ['model.safetensors'], 'no tokenizer': ['tokenizer.json', 'tokenizer_config.json']}.get(kind, []): (judge/name).unlink()
-    told = CliRunner().invoke(app, ['run', 'preferences', '--data', str(tmp_path/'data'), '--weak', 'pico', '--strong', 'nano', '--seeds', '1', '--samples', '1', '--gold', str(judge),
-                                    '--out', str(tmp_path/'run'), *['--dry-run'][:dry]])
+        (judge / 'config.json').write_text(
+            json.dumps({**about, 'id2label': {str(i): str(i) for i in range(3)}, 'label2id': {str(i): i for i in range(3)}})
+        )
+    for name in {'no weights': ['model.safetensors'], 'no tokenizer': ['tokenizer.json', 'tokenizer_config.json']}.get(kind, []):
+        (judge / name).unlink()
+    told = CliRunner().invoke(
+        app,
+        [
+            'run',
+            'preferences',
+            '--data',
+            str(tmp_path / 'data'),
+            '--weak',
+            'pico',
+            '--strong',
+            'nano',
+            '--seeds',
+            '1',
+            '--samples',
+            '1',
+            '--gold',
+            str(judge),
+            '--out',
+            str(tmp_path / 'run'),
+            *['--dry-run'][:dry],
+        ],
+    )
     assert isinstance(told.exception, ModelError) and words in str(told.exception), told.exception
     assert not list((tmp_path/'run').glob('stages/*'))

@@ -27,8 +27,13 @@ from w2s.train.tokens import Encoded, EncodedRow, encode_rows
 
 pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA GPU'), pytest.mark.filterwarnings('ignore::FutureWarning')]
 STEP = TrainSettings(batch_size=8, epochs=2, learning_rate=1e-3, warmup=0, checkpoint_every=2, token_budget=600)
-KINDS = {'float32': LoadSettings('none', 'float32'), 'bfloat16': LoadSettings('none', 'bfloat16'), 'bfloat16, plain': LoadSettings('none', 'bfloat16', compute='plain'),
-         'nf4': LoadSettings('nf4', 'bfloat16'), 'float16': LoadSettings('none', 'float16')}
+KINDS = {
+    'float32': LoadSettings('none', 'float32'),
+    'bfloat16': LoadSettings('none', 'bfloat16'),
+    'bfloat16, plain': LoadSettings('none', 'bfloat16', compute='plain'),
+    'nf4': LoadSettings('nf4', 'bfloat16'),
+    'float16': LoadSettings('none', 'float16'),
+}
 
 
 @pytest.fixture(scope='module')
@@ -44,7 +49,8 @@ def opened(folder, kind): return load_base(folder, replace(KINDS[kind], device='
 def base(request, folder): return opened(folder, request.param)
 
 
-def rows_of(base): return encode_rows(base.tokenizer, make_rows(sample_preferences(16, seed=0), 'preferences'), ('chosen', 'rejected'), 128).rows
+def rows_of(base):
+    return encode_rows(base.tokenizer, make_rows(sample_preferences(16, seed=0), 'preferences'), ('chosen', 'rejected'), 128).rows
 
 
 def goal_of(rows): return preference_objective(rows, np.zeros((len(rows), 2)))
@@ -66,7 +72,11 @@ def test_everything_is_there(base):
 
 def test_the_first_gpu_is_found():
     now = settle(LoadSettings())
-    assert now.device == 'cuda:0' and now.dtype == ('bfloat16' if has_bfloat16(torch.device('cuda:0')) else 'float16') and now.compute == 'autocast'
+    assert (
+        now.device == 'cuda:0'
+        and now.dtype == ('bfloat16' if has_bfloat16(torch.device('cuda:0')) else 'float16')
+        and now.compute == 'autocast'
+    )
     assert 0 < free_memory(torch.device('cuda:0')) <= torch.cuda.get_device_properties(0).total_memory
 
 
@@ -116,7 +126,8 @@ def test_gpu_and_cpu_agree(folder):
     assert [len(r) for r in respond(on.model, on.tokenizer, ['The fox', 'Where'], how, quiet=True)] == [1, 1]
 
 
-def long_rows(n, time=224): return [EncodedRow(f'r{i}', (Encoded(tuple(3 + (7*i + k) % 90 for k in range(time)), 100),)*2, 0) for i in range(n)]
+def long_rows(n, time=224):
+    return [EncodedRow(f'r{i}', (Encoded(tuple(3 + (7 * i + k) % 90 for k in range(time)), 100),) * 2, 0) for i in range(n)]
 
 
 @pytest.mark.parametrize('twice', [False, True])
@@ -145,7 +156,10 @@ def test_the_estimate_is_what_is_allocated(base, twice):
 @pytest.mark.parametrize('kind', ['float32', 'bfloat16', 'nf4'])
 def test_memory_that_runs_out_halves_the_block(folder, tmp_path, kind):
     "With a bound on the process that lets half of a step through: the same adapter, and a word"
-    base, settings = opened(folder, kind), TrainSettings(batch_size=64, learning_rate=1e-3, warmup=0, gradient_checkpointing=False, token_budget=1 << 20)
+    base, settings = (
+        opened(folder, kind),
+        TrainSettings(batch_size=64, learning_rate=1e-3, warmup=0, gradient_checkpointing=False, token_budget=1 << 20),
+    )
     def go(name):
         model = add_adapter(base, LoraSettings(rank=4))
         try:

@@ -19,7 +19,26 @@ PACKAGE = ROOT / 'w2s'
 MODULES = sorted(path for path in PACKAGE.rglob('*.py') if path.name not in ('__init__.py', '_modidx.py'))
 NOTEBOOKS = sorted(path for path in (ROOT / 'nbs').rglob('*.ipynb') if not any(part[0] in '._' for part in path.relative_to(ROOT).parts))
 # The floors, lowest first: a module imports only from its own floor's lower numbers and from the floors before it
-FLOORS = ['errors', 'io', 'data', 'world', 'models', 'train', 'feedback', 'evaluate', 'compare', 'experiments', 'organism', 'files', 'plots', 'report', 'bench', 'cli', 'trl', '__main__']
+FLOORS = [
+    'errors',
+    'io',
+    'data',
+    'world',
+    'models',
+    'train',
+    'feedback',
+    'evaluate',
+    'compare',
+    'experiments',
+    'organism',
+    'files',
+    'plots',
+    'report',
+    'bench',
+    'cli',
+    'trl',
+    '__main__',
+]
 HEAVY = ['torch', 'ray', 'transformers', 'datasets', 'peft', 'accelerate', 'bitsandbytes', 'pandas', 'pyarrow',
          'matplotlib', 'seaborn', 'sklearn', 'scipy']
 
@@ -65,7 +84,8 @@ def test_every_module_has_its_notebook():
     offenders = []
     for path in MODULES:
         page = re.search(r'File to edit: (\S+\.ipynb)', path.read_text(encoding='utf-8'))
-        if not page or not (path.parent / page[1]).exists(): offenders.append(f'{path.relative_to(ROOT)}: {page[1] if page else "no notebook named"}')
+        if not page or not (path.parent / page[1]).exists():
+            offenders.append(f'{path.relative_to(ROOT)}: {page[1] if page else "no notebook named"}')
     report(offenders, 'every module follows from a notebook that is there')
 
 
@@ -84,7 +104,9 @@ def test_no_tools_at_run_time():
     tools = {'fastcore', 'nbdev', 'execnb', 'trl', 'pytest', 'IPython'}
     offenders = [f'{path.relative_to(ROOT)}:{line} imports {name}' for path in MODULES for name, line in imported(path)
                  if name.split('.')[0] in tools and not (name == 'trl' and path == ROOT/'w2s'/'trl.py')] # trainers for users of TRL, an extra
-    offenders += [f'{path.relative_to(ROOT)}:{line} imports w2s.trl' for path in MODULES for name, line in imported(path) if name == 'w2s.trl']
+    offenders += [
+        f'{path.relative_to(ROOT)}:{line} imports w2s.trl' for path in MODULES for name, line in imported(path) if name == 'w2s.trl'
+    ]
     report(offenders, 'w2s must run without what it is built and tested with')
 
 
@@ -108,7 +130,9 @@ sys.exit(failed > 0)
 def others(path: Path) -> set[str]:
     "The import statements that run when a file is imported, without those of our own modules"
     own = ('from w2s', 'import w2s', 'from .', 'from __future__')
-    lines = {ast.unparse(node) for node in ast.parse(path.read_text(encoding='utf-8')).body if isinstance(node, (ast.Import, ast.ImportFrom))}
+    lines = {
+        ast.unparse(node) for node in ast.parse(path.read_text(encoding='utf-8')).body if isinstance(node, (ast.Import, ast.ImportFrom))
+    }
     return {line for line in lines if not line.startswith(own)}
 
 
@@ -128,7 +152,8 @@ def test_first_cell_is_title_and_subtitle():
     for path in sorted((ROOT / 'nbs').rglob('*.ipynb')):
         cell = json.loads(path.read_text(encoding='utf-8'))['cells'][0]
         lines = [line for line in ''.join(cell['source']).splitlines() if line.strip()]
-        if cell['cell_type'] != 'markdown' or not lines[0].startswith('# ') or len(lines) != 2 or not lines[1].startswith('> '): offenders.append(str(path.relative_to(ROOT)))
+        if cell['cell_type'] != 'markdown' or not lines[0].startswith('# ') or len(lines) != 2 or not lines[1].startswith('> '):
+            offenders.append(str(path.relative_to(ROOT)))
     report(offenders, 'the first cell of a page is a title and one line of subtitle')
 
 
@@ -162,7 +187,9 @@ def undeclared(names: set[str], declared: set[str]) -> set[str]:
 def test_requirements_are_declared():
     names = {name.split('.')[0] for path in MODULES for name, _ in imported(path)}
     missing = undeclared(names, requirements('requirements') | requirements('ray_requirements') | requirements('trl_requirements')) # an extra, imported only where it is asked for
-    assert not missing, f'imported by w2s, not in the lines `requirements`, `ray_requirements` and `trl_requirements` of settings.ini: {sorted(missing)}'
+    assert not missing, (
+        f'imported by w2s, not in the lines `requirements`, `ray_requirements` and `trl_requirements` of settings.ini: {sorted(missing)}'
+    )
 
 
 def test_test_requirements_are_declared():
@@ -264,13 +291,31 @@ def test_public_is_documented():
 MOST_LINES = 300 # of code in a module
 LONGER: dict[str, int] = {'compare/demonstration_stages.py': 310} # longer ones, which may only become shorter, and go
 MOST_ANY = { # folder -> parameters and results of public functions that are `Any`, without **more; may only become fewer
-    'cli': 13, 'compare': 47, 'data': 24, 'errors': 1, 'evaluate': 12, 'experiments': 4, 'feedback': 7, 'files': 1, 'io': 9, 'models': 52, 'organism': 4, 'report': 3, 'train': 95}
+    'cli': 13,
+    'compare': 47,
+    'data': 24,
+    'errors': 1,
+    'evaluate': 12,
+    'experiments': 4,
+    'feedback': 7,
+    'files': 1,
+    'io': 9,
+    'models': 52,
+    'organism': 4,
+    'report': 3,
+    'train': 95,
+}
 
 
 def code_lines(path: Path) -> int:
     "Lines of a module that are no import, no comment and not empty"
     source = path.read_text(encoding='utf-8')
-    skipped = {n for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom)) for n in range(node.lineno, node.end_lineno + 1)}
+    skipped = {
+        n
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for n in range(node.lineno, node.end_lineno + 1)
+    }
     return sum(n not in skipped and bool(line.strip()) and line.strip()[0] != '#' for n, line in enumerate(source.splitlines(), 1))
 
 
@@ -284,7 +329,9 @@ def test_modules_are_short():
 
 def untyped(function: ast.FunctionDef) -> list[str]:
     "Parameters whose type is Any, and 'return'; what ** collects is left out"
-    kinds = [(arg.arg, arg.annotation) for arg in parameters(function, False) if arg is not function.args.kwarg] + [('return', function.returns)]
+    kinds = [(arg.arg, arg.annotation) for arg in parameters(function, False) if arg is not function.args.kwarg] + [
+        ('return', function.returns)
+    ]
     return [name for name, kind in kinds if kind is not None and ast.unparse(kind) == 'Any']
 
 
@@ -294,7 +341,9 @@ def test_any_becomes_rarer():
     for path in MODULES:
         for name, node, _ in public(path):
             if isinstance(node, ast.FunctionDef):
-                found.setdefault(dotted(path).split('.')[1], []).extend(f'{path.relative_to(ROOT)}:{node.lineno} {name}: {arg}' for arg in untyped(node))
+                found.setdefault(dotted(path).split('.')[1], []).extend(
+                    f'{path.relative_to(ROOT)}:{node.lineno} {name}: {arg}' for arg in untyped(node)
+                )
     offenders = [f'{folder}: {len(items)}, {MOST_ANY.get(folder, 0)} at most\n    ' + '\n    '.join(items)
                  for folder, items in found.items() if len(items) > MOST_ANY.get(folder, 0)]
     report(offenders, 'no public function has more parameters and results of type Any than before')
@@ -314,7 +363,9 @@ def cells(path: Path) -> list[dict]:
 def text_of(output: dict) -> str:
     "The readable part of a saved output"
     kinds = {kind: part for kind, part in output.get('data', {}).items() if not kind.startswith('image/') or kind.endswith('svg+xml')}
-    return ''.join(''.join(part) if isinstance(part, (str, list)) else json.dumps(part) for part in [output.get('text', ''), *kinds.values()])
+    return ''.join(
+        ''.join(part) if isinstance(part, (str, list)) else json.dumps(part) for part in [output.get('text', ''), *kinds.values()]
+    )
 
 
 def output_faults(output: dict) -> list[str]:
@@ -343,7 +394,11 @@ def nodes(*folders: str) -> Iterator[tuple[Path, ast.AST]]:
 
 def test_few_kinds_of_records():
     "One `Arm`, one `SeedRows` and one `Made` for all kinds of feedback: a new dataclass needs a better reason than a fourth kind"
-    found = [f'{path.stem}.{n.name}' for path, n in nodes('compare', 'experiments') if isinstance(n, ast.ClassDef) and any('dataclass' in ast.unparse(d) for d in n.decorator_list)]
+    found = [
+        f'{path.stem}.{n.name}'
+        for path, n in nodes('compare', 'experiments')
+        if isinstance(n, ast.ClassDef) and any('dataclass' in ast.unparse(d) for d in n.decorator_list)
+    ]
     assert len(found) <= 32, f'{len(found)} dataclasses in compare and experiments: {", ".join(sorted(found))}'
 
 
@@ -357,13 +412,20 @@ def test_no_module_of_a_comparison_is_long():
 
 def test_no_function_of_a_comparison_is_long():
     "Its parameters, each with a comment, are counted"
-    offenders = [f'{path.relative_to(ROOT)}:{n.lineno} {n.name}: {n.end_lineno - n.lineno + 1} lines' for path, n in nodes('compare', 'experiments')
-                 if isinstance(n, ast.FunctionDef) and n.end_lineno - n.lineno + 1 > 40]
+    offenders = [
+        f'{path.relative_to(ROOT)}:{n.lineno} {n.name}: {n.end_lineno - n.lineno + 1} lines'
+        for path, n in nodes('compare', 'experiments')
+        if isinstance(n, ast.FunctionDef) and n.end_lineno - n.lineno + 1 > 40
+    ]
     report(offenders, 'no function of compare and experiments has more than 40 lines')
 
 
 @pytest.mark.parametrize('name, most', [('preferences', 90), ('labels', 80), ('demonstrations', 95), ('toxicity', 80)])
 def test_the_page_of_an_experiment_is_short(name, most):
     "What is engine belongs to compare"
-    lines = [line for line in (PACKAGE/'experiments'/f'{name}.py').read_text(encoding='utf-8').splitlines() if line.strip() and not line.lstrip().startswith('#')]
+    lines = [
+        line
+        for line in (PACKAGE / 'experiments' / f'{name}.py').read_text(encoding='utf-8').splitlines()
+        if line.strip() and not line.lstrip().startswith('#')
+    ]
     assert len(lines) <= most, f'experiments/{name}.py has {len(lines)} lines of code; {most} are allowed'

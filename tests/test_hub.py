@@ -57,9 +57,11 @@ class Hub:
         if not folder.is_dir(): raise RevisionNotFoundError('404', response=answer)
         return folder
 
-    def model_info(self, name, revision=None): return SimpleNamespace(siblings=[SimpleNamespace(rfilename=f) for f in self.list_repo_files(name, revision)])
+    def model_info(self, name, revision=None):
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=f) for f in self.list_repo_files(name, revision)])
 
-    def list_repo_files(self, name, revision=None): return sorted(f.relative_to(p).as_posix() for p in [self.place(name, revision)] for f in p.rglob('*') if f.is_file())
+    def list_repo_files(self, name, revision=None):
+        return sorted(f.relative_to(p).as_posix() for p in [self.place(name, revision)] for f in p.rglob('*') if f.is_file())
 
     def get_repo_discussions(self, name, **how):
         self.asked.append(name)
@@ -67,7 +69,11 @@ class Hub:
 
     def snapshot_download(self, name, revision=None, allow_patterns=()):
         folder = self.place(name, revision)
-        if name in self.gated: raise GatedRepoError('403 Client Error.\nYou are trying to access a gated repo.\nMake sure to have access to it', response=SimpleNamespace(headers={}, status_code=403, request=SimpleNamespace(url='', method='GET', headers={}), url=''))
+        if name in self.gated:
+            raise GatedRepoError(
+                '403 Client Error.\nYou are trying to access a gated repo.\nMake sure to have access to it',
+                response=SimpleNamespace(headers={}, status_code=403, request=SimpleNamespace(url='', method='GET', headers={}), url=''),
+            )
         home, commit = self.cache/repo_folder_name(repo_id=name, repo_type='model'), hashlib.sha1(str(folder).encode()).hexdigest()
         (ref := home/'refs'/(revision or 'main')).parent.mkdir(parents=True, exist_ok=True)
         ref.write_text(commit)
@@ -89,10 +95,36 @@ class Hub:
 
 def opt(seed=0):
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(OPTConfig(vocab_size=512, hidden_size=64, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=64, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+    return AutoModelForCausalLM.from_config(
+        OPTConfig(
+            vocab_size=512,
+            hidden_size=64,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            word_embed_proj_dim=64,
+            max_position_embeddings=256,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
 
 
-def llama(): return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+def llama():
+    return AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=512,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=256,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
 
 
 @pytest.fixture(scope='module')
@@ -109,7 +141,16 @@ def made(tmp_path_factory):
     shutil.copytree(home/'bin', home/'both')
     shutil.copy(home/'safe'/'model.safetensors', home/'both')
     shutil.copytree(home/'shards', home/'mistral')
-    for f in ('consolidated.safetensors', 'onnx/model.onnx', 'onnx/config.json', 'original/params.json', 'params.json', 'modeling_own.py', 'additional_chat_templates/tools.jinja', 'pytorch_model.bin'):
+    for f in (
+        'consolidated.safetensors',
+        'onnx/model.onnx',
+        'onnx/config.json',
+        'original/params.json',
+        'params.json',
+        'modeling_own.py',
+        'additional_chat_templates/tools.jinja',
+        'pytorch_model.bin',
+    ):
         (home/'mistral'/f).parent.mkdir(exist_ok=True)
         (home/'mistral'/f).write_text('{}')
     return home
@@ -136,9 +177,16 @@ def weights(base): return torch.cat([p.flatten() for p in base.model.parameters(
 # Weights that are only proposed as safetensors
 
 BOT = 'SFconvertbot'
-PROPOSALS = {'the first that is open': ([(6, BOT, 'open')], 'refs/pr/6'), 'among others': ([(2, 'somebody', 'open'), (3, BOT, 'closed'), (4, BOT, 'open'), (6, BOT, 'open')], 'refs/pr/6'),
-             'of somebody': ([(6, 'somebody', 'open')], ''), 'a name that is nearly the same': ([(6, 'SFconvertbot-', 'open')], ''), 'closed': ([(6, BOT, 'closed')], ''), 'merged': ([(6, BOT, 'merged')], ''),
-             'without weights': ([(4, BOT, 'open')], ''), 'none': ([], '')}
+PROPOSALS = {
+    'the first that is open': ([(6, BOT, 'open')], 'refs/pr/6'),
+    'among others': ([(2, 'somebody', 'open'), (3, BOT, 'closed'), (4, BOT, 'open'), (6, BOT, 'open')], 'refs/pr/6'),
+    'of somebody': ([(6, 'somebody', 'open')], ''),
+    'a name that is nearly the same': ([(6, 'SFconvertbot-', 'open')], ''),
+    'closed': ([(6, BOT, 'closed')], ''),
+    'merged': ([(6, BOT, 'merged')], ''),
+    'without weights': ([(4, BOT, 'open')], ''),
+    'none': ([], ''),
+}
 
 
 @pytest.mark.parametrize('form', ['safe', 'shards'])
@@ -151,7 +199,11 @@ def test_weights_that_the_converter_has_proposed(site, made, kind, form):
     site.put('facebook/opt-mini', 'refs/pr/6', made/form)
     site.discussions['facebook/opt-mini'] = found
     if not revision:
-        with pytest.raises(ModelError, match=r'facebook/opt-mini has no weights in safetensors form, only pytorch_model.bin, .*SFconvertbot\) has proposed none; if you trust its origin, give --allow-pickle, or name a converted revision by --revision'): load_base('facebook/opt-mini', FULL, device='cpu')
+        with pytest.raises(
+            ModelError,
+            match=r'facebook/opt-mini has no weights in safetensors form, only pytorch_model.bin, .*SFconvertbot\) has proposed none; if you trust its origin, give --allow-pickle, or name a converted revision by --revision',
+        ):
+            load_base('facebook/opt-mini', FULL, device='cpu')
         assert not any(f.endswith('.bin') for f in site.fetched)
         return
     base = load_base('facebook/opt-mini', FULL, device='cpu')
@@ -161,7 +213,10 @@ def test_weights_that_the_converter_has_proposed(site, made, kind, form):
     assert not any(f.endswith(('.bin', '.h5', '.msgpack', '.md')) for f in site.fetched)
     hub_folder.cache_clear()
     site.online = False # what was fetched is found without a network
-    assert hub_folder('facebook/opt-mini').revision == revision and load_base('facebook/opt-mini', FULL, device='cpu').fingerprint == base.fingerprint
+    assert (
+        hub_folder('facebook/opt-mini').revision == revision
+        and load_base('facebook/opt-mini', FULL, device='cpu').fingerprint == base.fingerprint
+    )
 
 
 def test_the_pickle_is_read_where_it_is_allowed(site, made):
@@ -170,7 +225,9 @@ def test_the_pickle_is_read_where_it_is_allowed(site, made):
     base = load_base('facebook/opt-mini', pickle, device='cpu')
     assert torch.equal(weights(base), weights(load_base(made/'safe', FULL, device='cpu'))) and not site.asked
     notes = know_model('weak', 'facebook/opt-mini', SimpleNamespace(load=pickle, max_length=64, lora=None)).notes
-    assert any('pickle form, which can run any code (allow_pickle)' in n for n in notes) and any('are those of commit' in n and '(main)' in n for n in notes)
+    assert any('pickle form, which can run any code (allow_pickle)' in n for n in notes) and any(
+        'are those of commit' in n and '(main)' in n for n in notes
+    )
 
 
 @pytest.mark.parametrize('pickle', [False, True])
@@ -186,7 +243,14 @@ def test_only_the_files_of_the_model_are_fetched(site, made):
     folder = hub_folder('mistralai/m').folder
     names = {f.relative_to(folder).as_posix() for f in folder.rglob('*') if f.is_file()}
     assert {n for n in names if n.endswith('.safetensors')} == set(json.loads((made/'mistral'/INDEX).read_text())['weight_map'].values())
-    assert names >= {'config.json', 'tokenizer.json', 'additional_chat_templates/tools.jinja', INDEX} and not names & {'consolidated.safetensors', 'onnx/config.json', 'onnx/model.onnx', 'original/params.json', 'modeling_own.py', 'pytorch_model.bin'}
+    assert names >= {'config.json', 'tokenizer.json', 'additional_chat_templates/tools.jinja', INDEX} and not names & {
+        'consolidated.safetensors',
+        'onnx/config.json',
+        'onnx/model.onnx',
+        'original/params.json',
+        'modeling_own.py',
+        'pytorch_model.bin',
+    }
     assert 'modeling_own.py' in [f.name for f in hub_folder('mistralai/m', code=True).folder.iterdir()]
 
 
@@ -200,7 +264,10 @@ def test_what_is_not_read_is_no_part_of_what_a_model_is(site, made, tmp_path):
 
 
 def test_names_with_signs_of_patterns_are_names(site, made):
-    for f in ('a[1].json', 'all?.json'): (site.put('a/b', 'main', made/'safe') if not (site.home/'a/b').exists() else site.home/'a/b/main').joinpath(f).write_text('{}')
+    for f in ('a[1].json', 'all?.json'):
+        (site.put('a/b', 'main', made / 'safe') if not (site.home / 'a/b').exists() else site.home / 'a/b/main').joinpath(f).write_text(
+            '{}'
+        )
     hub_folder('a/b')
     assert {'a[1].json', 'all?.json'} <= set(site.fetched)
 
@@ -214,7 +281,9 @@ def test_each_model_has_its_revision(site, made, tmp_path):
     other.save_pretrained(tmp_path/'other')
     tiny_tokenizer(TEXTS*3).save_pretrained(tmp_path/'other')
     site.put('a/b', 'v2', tmp_path/'other')
-    config = SimpleNamespace(load=LoadSettings('none', 'float32', revision='strong=v2'), max_length=64, lora=None, weak=['a/b'], strong='a/b')
+    config = SimpleNamespace(
+        load=LoadSettings('none', 'float32', revision='strong=v2'), max_length=64, lora=None, weak=['a/b'], strong='a/b'
+    )
     weak, strong = (know_model(role, 'a/b', config) for role in ('weak', 'strong'))
     assert weak.fingerprint != strong.fingerprint and (weak.load.revision, strong.load.revision) == (None, 'v2')
     by_name = know_model('b', 'a/b', SimpleNamespace(load=config.load, max_length=64, lora=None, strong=('x/y', 'a/b')))
@@ -225,7 +294,16 @@ def test_each_model_has_its_revision(site, made, tmp_path):
     assert (said['base_model_name_or_path'], said['revision']) == ('a/b', 'v2') and any('(v2)' in n for n in strong.notes)
 
 
-@pytest.mark.parametrize('text, words', [('wek=main', 'did you mean "weak"'), ('weak=', 'a revision is missing'), ('a,b', 'two revisions'), ('strong=a,strong=b', 'two revisions'), (',', 'a revision is missing')])
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        ('wek=main', 'did you mean "weak"'),
+        ('weak=', 'a revision is missing'),
+        ('a,b', 'two revisions'),
+        ('strong=a,strong=b', 'two revisions'),
+        (',', 'a revision is missing'),
+    ],
+)
 def test_revisions_that_cannot_be(text, words):
     with pytest.raises(ConfigError, match=words): LoadSettings(revision=text)
 
@@ -233,7 +311,8 @@ def test_revisions_that_cannot_be(text, words):
 @pytest.mark.parametrize('revision, role', [('main', 'weak'), ('weak=main', 'weak')])
 def test_a_revision_of_a_folder_is_refused(made, revision, role):
     for name in (made/'safe', 'pico'):
-        with pytest.raises(ConfigError, match='is no model of the hub, so it has no revisions'): load_for(LoadSettings(revision=revision), name, role)
+        with pytest.raises(ConfigError, match='is no model of the hub, so it has no revisions'):
+            load_for(LoadSettings(revision=revision), name, role)
     assert load_for(LoadSettings(revision='strong=main'), 'pico', 'weak').revision is None
 
 
@@ -242,11 +321,40 @@ def test_a_revision_of_a_folder_is_refused(made, revision, role):
 def reply(code): return SimpleNamespace(headers={}, status_code=code, request=SimpleNamespace(url='', method='GET', headers={}), url='')
 
 
-FAULTS = {'gated': (GatedRepoError('403 Client Error.\nYou are trying to access a gated repo.', response=reply(403)), ['meta/llama is gated, and you are not logged in', 'accept its licence at https://huggingface.co/meta/llama', 'hf auth login', 'HF_TOKEN']),
-          'not there': (RepositoryNotFoundError('401 Client Error.\nRepository Not Found', response=reply(401)), ['neither a folder here nor a model that the hub shows you', 'check the name at https://huggingface.co/meta/llama', 'hf auth login']),
-          'revision': (RevisionNotFoundError('404', response=reply(404)), ['has no revision "v9"', 'https://huggingface.co/meta/llama/discussions']), 'name': (HFValidationError('Repo id must be'), ['nor a name that a model on the hub can have']),
-          'offline': (OfflineModeIsEnabled('Offline mode is enabled.'), ['HF_HUB_OFFLINE is set; unset it, or run hf download meta/llama --revision v9']),
-          'down': (HfHubHTTPError('503 Server Error\nmore', response=reply(503)), ['the hub cannot be reached (503 Server Error)', 'check the network', 'hf download meta/llama --revision v9']), 'no network': (network_error()('Name or service not known'), ['the hub cannot be reached (Name or service not known)']), 'too slow': (TimeoutError('timed out'), ['the hub cannot be reached (timed out)'])}
+FAULTS = {
+    'gated': (
+        GatedRepoError('403 Client Error.\nYou are trying to access a gated repo.', response=reply(403)),
+        [
+            'meta/llama is gated, and you are not logged in',
+            'accept its licence at https://huggingface.co/meta/llama',
+            'hf auth login',
+            'HF_TOKEN',
+        ],
+    ),
+    'not there': (
+        RepositoryNotFoundError('401 Client Error.\nRepository Not Found', response=reply(401)),
+        [
+            'neither a folder here nor a model that the hub shows you',
+            'check the name at https://huggingface.co/meta/llama',
+            'hf auth login',
+        ],
+    ),
+    'revision': (
+        RevisionNotFoundError('404', response=reply(404)),
+        ['has no revision "v9"', 'https://huggingface.co/meta/llama/discussions'],
+    ),
+    'name': (HFValidationError('Repo id must be'), ['nor a name that a model on the hub can have']),
+    'offline': (
+        OfflineModeIsEnabled('Offline mode is enabled.'),
+        ['HF_HUB_OFFLINE is set; unset it, or run hf download meta/llama --revision v9'],
+    ),
+    'down': (
+        HfHubHTTPError('503 Server Error\nmore', response=reply(503)),
+        ['the hub cannot be reached (503 Server Error)', 'check the network', 'hf download meta/llama --revision v9'],
+    ),
+    'no network': (network_error()('Name or service not known'), ['the hub cannot be reached (Name or service not known)']),
+    'too slow': (TimeoutError('timed out'), ['the hub cannot be reached (timed out)']),
+}
 
 
 @pytest.mark.parametrize('kind', FAULTS)
@@ -265,7 +373,8 @@ def test_without_a_network_it_is_said_at_once(monkeypatch):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', False)
     hub_folder.cache_clear()
     start = time.monotonic()
-    with pytest.raises(ModelError, match='the hub cannot be reached .*; check the network and give the same command again'): hub_folder('facebook/opt-none')
+    with pytest.raises(ModelError, match='the hub cannot be reached .*; check the network and give the same command again'):
+        hub_folder('facebook/opt-none')
     assert time.monotonic() - start < 5
 
 
@@ -275,7 +384,8 @@ def test_a_gated_model_whose_names_are_public(site, made, monkeypatch):
     site.gated.add('meta/llama')
     with pytest.raises(ModelError, match='is gated, and you are not logged in: accept its licence'): local_folder('meta/llama', FULL)
     monkeypatch.setattr('huggingface_hub.get_token', lambda: 'hf_x')
-    with pytest.raises(ModelError, match='is gated, and the account of your token has no access yet: accept its licence'): local_folder('meta/llama', FULL)
+    with pytest.raises(ModelError, match='is gated, and the account of your token has no access yet: accept its licence'):
+        local_folder('meta/llama', FULL)
     (home := site.cache/'models--meta--llama'/'refs').mkdir(parents=True)
     (home/'main').write_text('a'*40)
     (snapshot := home.parent/'snapshots'/('a'*40)).mkdir(parents=True)
@@ -298,7 +408,10 @@ def test_without_a_network_the_cache_will_do(site, made):
     site.online = False
     hub_folder.cache_clear()
     assert hub_folder('a/b').folder == first and hub_folder('a/b', 'v2', pickle=True).folder != first
-    with pytest.raises(ModelError, match=r'only pytorch_model.bin, which can run any code when it is read \(in the cache of the hub.*give --allow-pickle'): hub_folder('a/b', 'v2')
+    with pytest.raises(
+        ModelError, match=r'only pytorch_model.bin, which can run any code when it is read \(in the cache of the hub.*give --allow-pickle'
+    ):
+        hub_folder('a/b', 'v2')
     with pytest.raises(ModelError, match='neither a folder here nor in the cache of the hub on this machine'): hub_folder('a/c')
 
 
@@ -328,8 +441,21 @@ def test_weights_are_hashed_once(site, made, monkeypatch):
 
 def rows(folder, n=24):
     "Conversations, as most public preference data are"
-    folder.write_text(''.join(json.dumps(dict(chosen=[dict(role='user', content=f'Where does fox {i} live?'), dict(role='assistant', content=f'By river {i}.')],
-                                              rejected=[dict(role='user', content=f'Where does fox {i} live?'), dict(role='assistant', content=f'No idea about {i}.')])) + '\n' for i in range(n)))
+    folder.write_text(
+        ''.join(
+            json.dumps(
+                dict(
+                    chosen=[dict(role='user', content=f'Where does fox {i} live?'), dict(role='assistant', content=f'By river {i}.')],
+                    rejected=[
+                        dict(role='user', content=f'Where does fox {i} live?'),
+                        dict(role='assistant', content=f'No idea about {i}.'),
+                    ],
+                )
+            )
+            + '\n'
+            for i in range(n)
+        )
+    )
     return folder
 
 
@@ -351,18 +477,34 @@ def test_the_command_of_the_readme_with_names_of_the_hub(site, made, typed, tmp_
     site.put('meta/llama', 'main', tmp_path/'llama')
     words = ['--weak', 'facebook/opt-mini', '--strong', 'meta/llama', '--dtype', 'float32', '--out', 'out']
     plan = typed(*words, '--dry-run')
-    assert plan.exit_code == 0 and 'opt-mini (weak): ' in plan.output and '(refs/pr/6): the main branch has weights in pickle form only' in plan.output and 'messages are written as plain paragraphs' in plan.output
+    assert (
+        plan.exit_code == 0
+        and 'opt-mini (weak): ' in plan.output
+        and '(refs/pr/6): the main branch has weights in pickle form only' in plan.output
+        and 'messages are written as plain paragraphs' in plan.output
+    )
     site.online = False
     hub_folder.cache_clear()
     done = typed(*words)
     assert done.exit_code == 0, done.output
     report = (tmp_path/'out'/'report.md').read_text()
     assert 'refs/pr/6' in report and 'plain paragraphs' in report
-    assert all(json.loads(f.read_text())['base_model_name_or_path'] in ('facebook/opt-mini', 'meta/llama') for f in (tmp_path/'out').rglob('adapter_config.json'))
+    assert all(
+        json.loads(f.read_text())['base_model_name_or_path'] in ('facebook/opt-mini', 'meta/llama')
+        for f in (tmp_path / 'out').rglob('adapter_config.json')
+    )
 
 
-@pytest.mark.parametrize('words, says', [(['--weak', 'facebook/opt-mini'], 'give --allow-pickle, or name a converted revision by --revision'), (['--weak', 'meta/gated'], 'accept its licence at https://huggingface.co/meta/gated, run hf auth login'),
-                                         (['--weak', 'a/none'], 'neither a folder here nor a model that the hub shows you'), (['--weak', 'meta/open', '--revision', 'weak=v9'], 'has no revision "v9"'), (['--weak', 'meta/open', '--revision', 'v2'], 'pico is no model of the hub')])
+@pytest.mark.parametrize(
+    'words, says',
+    [
+        (['--weak', 'facebook/opt-mini'], 'give --allow-pickle, or name a converted revision by --revision'),
+        (['--weak', 'meta/gated'], 'accept its licence at https://huggingface.co/meta/gated, run hf auth login'),
+        (['--weak', 'a/none'], 'neither a folder here nor a model that the hub shows you'),
+        (['--weak', 'meta/open', '--revision', 'weak=v9'], 'has no revision "v9"'),
+        (['--weak', 'meta/open', '--revision', 'v2'], 'pico is no model of the hub'),
+    ],
+)
 def test_what_a_new_user_is_told(site, made, typed, words, says):
     for name, form in (('facebook/opt-mini', 'bin'), ('meta/gated', 'safe'), ('meta/open', 'safe')): site.put(name, 'main', made/form)
     site.put('meta/open', 'v2', made/'safe')

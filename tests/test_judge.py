@@ -88,7 +88,9 @@ def test_only_named_exceptions_are_failures():
 
 def test_equal_texts_are_ties_and_not_asked():
     "Mutation: asked about, and counted as a flip"
-    pairs = make_rows([dict(prompt='Q', response_a=' x', response_b=' x'), dict(prompt='Q', response_a=' good', response_b=' bad')], 'pairs')
+    pairs = make_rows(
+        [dict(prompt='Q', response_a=' x', response_b=' x'), dict(prompt='Q', response_a=' good', response_b=' bad')], 'pairs'
+    )
     asked = []
     def judge(q): return asked.append(q) or knows(q)
     judged = judge_by(ask_each(judge), pairs)
@@ -125,7 +127,8 @@ def test_strict_reading():
     "Mutation: `word in text`"
     words = (' A', ' B')
     assert [parse_verdict(t, words) for t in ('A', ' a.', '"B"', '[B]\n')] == [1, 0 + 1, 0, 0]
-    for unreadable in ('', ' ', 'A B', 'A or B', 'Answer: A', 'I cannot', 'both', 'AA', 'B is better'): assert np.isnan(parse_verdict(unreadable, words)), unreadable
+    for unreadable in ('', ' ', 'A B', 'A or B', 'Answer: A', 'I cannot', 'both', 'AA', 'B is better'):
+        assert np.isnan(parse_verdict(unreadable, words)), unreadable
     assert np.isnan(parse_verdict('a', ('a', 'A.')))
 
 
@@ -226,7 +229,9 @@ def test_planted_lead_is_found(lead):
     y, a, b = planted(lead, 6000)
     assert length_controlled_win_rate(y, a, b, n=50).value == pytest.approx(expit(lead), abs=.025)
     assert length_controlled_win_rate(y, a, b, LengthBias(1.5, 60), n=50).value == pytest.approx(expit(lead), abs=.025)
-    assert length_controlled_win_rate(1 - y, b, a, n=50).value == pytest.approx(1 - length_controlled_win_rate(y, a, b, n=50).value, abs=1e-6)
+    assert length_controlled_win_rate(1 - y, b, a, n=50).value == pytest.approx(
+        1 - length_controlled_win_rate(y, a, b, n=50).value, abs=1e-6
+    )
 
 
 def test_samples_of_a_row_stay_together():
@@ -289,8 +294,12 @@ def reward_folder(folder, pad, labels=1):
 
 def test_pitfall_7_pad_is_end(tmp_path):
     "The reward is that of the last token also where the end token is the padding. Mutation: pad with the tokenizer's padding token"
-    own, end = (score_responses(load_reward_model(reward_folder(tmp_path/name, pad), SMALL, device='cpu'), TEXTS[:1]*3, [[t] for t in TEXTS[1:]])
-                for name, pad in (('own', '<pad>'), ('end', '</s>')))
+    own, end = (
+        score_responses(
+            load_reward_model(reward_folder(tmp_path / name, pad), SMALL, device='cpu'), TEXTS[:1] * 3, [[t] for t in TEXTS[1:]]
+        )
+        for name, pad in (('own', '<pad>'), ('end', '</s>'))
+    )
     np.testing.assert_allclose(own, end, atol=1e-6)
     model = LlamaForSequenceClassification.from_pretrained(tmp_path/'own').eval()
     tok = tiny_tokenizer(TEXTS*5)
@@ -302,7 +311,8 @@ def test_pitfall_7_pad_is_end(tmp_path):
 def test_pitfall_14_a_head_that_is_not_in_the_files(tmp_path):
     "Mutation: missing weights ignored"
     with pytest.raises(ModelError, match='score.weight'): load_reward_model(tiny_model(tmp_path/'lm', TEXTS), SMALL, device='cpu')
-    with pytest.raises(ModelError, match='gives 3 numbers'): load_reward_model(reward_folder(tmp_path/'three', '<pad>', 3), SMALL, device='cpu')
+    with pytest.raises(ModelError, match='gives 3 numbers'):
+        load_reward_model(reward_folder(tmp_path / 'three', '<pad>', 3), SMALL, device='cpu')
 
 
 def test_an_encoder_reads_two_texts(tmp_path):
@@ -310,9 +320,19 @@ def test_an_encoder_reads_two_texts(tmp_path):
     tok = tiny_tokenizer(TEXTS*5)
     tok.add_special_tokens(dict(sep_token='[SEP]', cls_token='[CLS]'))
     cls, sep = tok.cls_token_id, tok.sep_token_id
-    tok._tokenizer.post_processor = processors.TemplateProcessing('[CLS] $A [SEP]', '[CLS] $A [SEP] $B [SEP]', [('[CLS]', cls), ('[SEP]', sep)])
+    tok._tokenizer.post_processor = processors.TemplateProcessing(
+        '[CLS] $A [SEP]', '[CLS] $A [SEP] $B [SEP]', [('[CLS]', cls), ('[SEP]', sep)]
+    )
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(tok), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, num_labels=1, max_position_embeddings=64)
+    config = BertConfig(
+        vocab_size=len(tok),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        num_labels=1,
+        max_position_embeddings=64,
+    )
     model = BertForSequenceClassification(config).eval()
     model.save_pretrained(tmp_path/'bert')
     tok.save_pretrained(tmp_path/'bert')
@@ -323,5 +343,7 @@ def test_an_encoder_reads_two_texts(tmp_path):
 
 def test_what_does_not_fit_has_no_score(tmp_path):
     "Mutation: truncation"
-    scores = score_responses(load_reward_model(reward_folder(tmp_path/'rm', '<pad>'), SMALL, limit=40, device='cpu'), TEXTS[:1], [[TEXTS[1], TEXTS[1]*30]])
+    scores = score_responses(
+        load_reward_model(reward_folder(tmp_path / 'rm', '<pad>'), SMALL, limit=40, device='cpu'), TEXTS[:1], [[TEXTS[1], TEXTS[1] * 30]]
+    )
     assert np.isnan(scores).tolist() == [[False, True]]

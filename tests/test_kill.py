@@ -58,7 +58,17 @@ def home(tmp_path_factory):
 def start(home, out):
     "The command, as a process of its own"
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
-    command = [sys.executable, '-c', 'from w2s.cli.app import main; main()', 'run', 'preferences', '--config', str(home/'run.toml'), '--out', str(out)]
+    command = [
+        sys.executable,
+        '-c',
+        'from w2s.cli.app import main; main()',
+        'run',
+        'preferences',
+        '--config',
+        str(home / 'run.toml'),
+        '--out',
+        str(out),
+    ]
     return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=open(out.with_suffix('.log'), 'ab'))
 
 
@@ -84,12 +94,20 @@ def unfinished(out, name='*'): return list((out/'stages').glob(f'.unfinished-{na
 
 rng = random.Random(7)
 AIMS = { # when to pull the trigger, and how long after that
-    'in the weak SFT, some time after its start': (lambda out: unfinished(out, 'weak-seed0-sft-*'), lambda: rng.uniform(.05, .4)),
-    'in labelling': (lambda out: unfinished(out, 'weak-seed0-labels-*'), lambda: 0.),
-    'while a checkpoint is written': (lambda out: [w for u in unfinished(out, 'student-*') for w in (u/'checkpoints').glob('.writing-*')], lambda: 0.),
-    'in a DPO, between two checkpoints': (lambda out: [w for u in unfinished(out, 'human-seed0-dpo-*') for w in (u/'checkpoints').glob('step-000004')],
-                                          lambda: rng.uniform(.01, .06)),
-    'between the last file of a stage and its new name': (lambda out: [w for u in unfinished(out, 'ceiling-*') for w in u.glob('inputs.json')], lambda: 0.),
+    'in the weak SFT, some time after its start': (lambda out: unfinished(out, 'weak-seed0-sft-*'), lambda: rng.uniform(0.05, 0.4)),
+    'in labelling': (lambda out: unfinished(out, 'weak-seed0-labels-*'), lambda: 0.0),
+    'while a checkpoint is written': (
+        lambda out: [w for u in unfinished(out, 'student-*') for w in (u / 'checkpoints').glob('.writing-*')],
+        lambda: 0.0,
+    ),
+    'in a DPO, between two checkpoints': (
+        lambda out: [w for u in unfinished(out, 'human-seed0-dpo-*') for w in (u / 'checkpoints').glob('step-000004')],
+        lambda: rng.uniform(0.01, 0.06),
+    ),
+    'between the last file of a stage and its new name': (
+        lambda out: [w for u in unfinished(out, 'ceiling-*') for w in u.glob('inputs.json')],
+        lambda: 0.0,
+    ),
 }
 
 
@@ -145,7 +163,17 @@ def stage(home, root, log):
         base = load_base(home/'weak', LoadSettings(quantize='none', dtype='float32'), device='cpu')
         rows = sample_rows_of(base)
         model = add_adapter(base, LoraSettings(rank=2), seed=0)
-        log.append(len(train(model, sft_objective(rows), TrainSettings(batch_size=4, checkpoint_every=2, learning_rate=1e-3), folder/'checkpoints', quiet=True)))
+        log.append(
+            len(
+                train(
+                    model,
+                    sft_objective(rows),
+                    TrainSettings(batch_size=4, checkpoint_every=2, learning_rate=1e-3),
+                    folder / 'checkpoints',
+                    quiet=True,
+                )
+            )
+        )
         save_adapter(model, base, folder/'adapter')
         log.append({n: p.detach().clone() for n, p in trainable(model).items()})
     return run_stage(Run(root, lambda line: None), 'one', {'x': 1}, work)

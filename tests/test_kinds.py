@@ -54,7 +54,11 @@ def test_scores_are_not_written_through_a_link(tmp_path):
     (tmp_path/'keep.txt').write_text('precious')
     (tmp_path/'.writing-p.csv').symlink_to(tmp_path/'keep.txt')
     write_table(Dataset.from_dict(dict(text=['a'], toxicity=[.5])), tmp_path/'p.csv')
-    assert (tmp_path/'keep.txt').read_text() == 'precious' and (tmp_path/'p.csv').read_text() == 'text,toxicity\na,0.5\n' and not (tmp_path/'p.csv').is_symlink()
+    assert (
+        (tmp_path / 'keep.txt').read_text() == 'precious'
+        and (tmp_path / 'p.csv').read_text() == 'text,toxicity\na,0.5\n'
+        and not (tmp_path / 'p.csv').is_symlink()
+    )
 
 
 @pytest.mark.parametrize('how', ['a file', 'a link', 'beside ours'])
@@ -96,12 +100,17 @@ def test_bookkeeping_of_another_shape_is_none(tmp_path, text):
     with pytest.raises(ConfigError, match='another process is working'): lock(tmp_path)
     held.release()
     import hashlib
-    assert text == '{}' or text.startswith('{"') or read_line(text.encode() + b'\t' + hashlib.sha256(text.encode()).hexdigest()[:12].encode()) is None
+    assert (
+        text == '{}'
+        or text.startswith('{"')
+        or read_line(text.encode() + b'\t' + hashlib.sha256(text.encode()).hexdigest()[:12].encode()) is None
+    )
 
 
 def test_memory_that_is_missing_is_named():
     import errno
-    for said in ('libtorch_cpu.so: failed to map segment from shared object', 'std::bad_alloc', '[Errno 12] Cannot allocate memory'): assert error_number(ImportError(said)) == errno.ENOMEM
+    for said in ('libtorch_cpu.so: failed to map segment from shared object', 'std::bad_alloc', '[Errno 12] Cannot allocate memory'):
+        assert error_number(ImportError(said)) == errno.ENOMEM
 
 
 # Models
@@ -109,15 +118,27 @@ def test_memory_that_is_missing_is_named():
 def folder_of(tmp_path, kind):
     folder = tiny_model(tmp_path/'m', ['Where does the fox live?', 'By the river.'])
     words = json.loads((folder/'config.json').read_text())['vocab_size']
-    config = {'llama': LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, vocab_size=words),
-              'gpt2': GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=words)}[kind]
+    config = {
+        'llama': LlamaConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            vocab_size=words,
+        ),
+        'gpt2': GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=words),
+    }[kind]
     (folder/'model.safetensors').unlink()
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
 
 @pytest.mark.parametrize('quantize', ['nf4', 'none'])
-@pytest.mark.parametrize('kind, layer', [('llama', '0.mlp.down_proj'), ('llama', '1.self_attn.k_proj'), ('gpt2', '0.attn.c_attn'), ('gpt2', '1.mlp.c_fc')])
+@pytest.mark.parametrize(
+    'kind, layer', [('llama', '0.mlp.down_proj'), ('llama', '1.self_attn.k_proj'), ('gpt2', '0.attn.c_attn'), ('gpt2', '1.mlp.c_fc')]
+)
 def test_a_tensor_of_another_shape_is_named_in_four_bits_too(tmp_path, kind, layer, quantize):
     "Packed, a transposed matrix passes for the right one"
     folder, load = folder_of(tmp_path, kind), LoadSettings(quantize, 'float32')
@@ -138,7 +159,8 @@ def test_an_index_of_another_shape_is_damaged(tmp_path, index):
 def test_parts_without_an_index_are_named(tmp_path):
     folder = folder_of(tmp_path, 'llama')
     (folder/'model.safetensors').rename(folder/'model-00001-of-00002.safetensors')
-    with pytest.raises(ModelError, match='neither model.safetensors nor model.safetensors.index.json'): load_base(folder, LoadSettings('none', 'float32'), device='cpu')
+    with pytest.raises(ModelError, match='neither model.safetensors nor model.safetensors.index.json'):
+        load_base(folder, LoadSettings('none', 'float32'), device='cpu')
 
 
 def test_an_adapter_with_nan_is_refused(tmp_path):
@@ -157,16 +179,29 @@ def test_an_adapter_with_nan_is_refused(tmp_path):
 # Rows
 
 @pytest.mark.parametrize('spell', [str, json.dumps])
-@pytest.mark.parametrize('cell', [{'role': 'assistant', 'content': 'Yes'}, {'content': 'Yes'}, {'messages': [{'role': 'assistant', 'content': 'Yes'}]}, [{'type': 'text', 'text': 'Yes'}]])
+@pytest.mark.parametrize(
+    'cell',
+    [
+        {'role': 'assistant', 'content': 'Yes'},
+        {'content': 'Yes'},
+        {'messages': [{'role': 'assistant', 'content': 'Yes'}]},
+        [{'type': 'text', 'text': 'Yes'}],
+    ],
+)
 def test_structures_written_as_text_are_not_trained_on(tmp_path, cell, spell):
     assert looks_like_messages(spell(cell))
-    (tmp_path/'x.jsonl').write_text(''.join(json.dumps(dict(prompt=f'What is {i}?', chosen=spell(cell), rejected=spell(cell).replace('Yes', 'No'))) + '\n' for i in range(8)))
+    (tmp_path / 'x.jsonl').write_text(
+        ''.join(
+            json.dumps(dict(prompt=f'What is {i}?', chosen=spell(cell), rejected=spell(cell).replace('Yes', 'No'))) + '\n' for i in range(8)
+        )
+    )
     try: texts = [t for rows in read_preferences(tmp_path/'x.jsonl').splits.values() for t in rows['chosen']]
     except DataError as e: texts = [] if 'written as text' in str(e) else [str(e)]
     assert not any('{' in t for t in texts)
 
 
-def test_words_in_braces_are_words(): assert not any(map(looks_like_messages, ('{a} is a set.', "He said {'so'}.", '[1, 2]', '[a] and {b}')))
+def test_words_in_braces_are_words():
+    assert not any(map(looks_like_messages, ('{a} is a set.', "He said {'so'}.", '[1, 2]', '[a] and {b}')))
 
 
 @pytest.mark.parametrize('few, many', [(1, 1), (2, 1), (1, 39)])
@@ -174,17 +209,33 @@ def test_too_few_rows_of_the_world_are_refused(few, many):
     from w2s.compare.models import know_model
     c = fill_labels(dict(data='world:safety', weak='pico', strong='pico', n_labelled=few, n_unlabelled=many, seeds=1))
     from w2s.compare.label_data import label_halves
-    with pytest.raises(ConfigError, match='each needs two at least'): label_halves(c, load_labels(c, [know_model('pico', 'pico', c).reader]), 0)
+    with pytest.raises(ConfigError, match='each needs two at least'):
+        label_halves(c, load_labels(c, [know_model('pico', 'pico', c).reader]), 0)
 
 
 @pytest.mark.parametrize('text', ['10^{3}', '4^2', '5!', '2 pi', '2pi', '3^2'])
 def test_what_is_no_number_is_none(text): assert number_of(text) is None
 
 
-@pytest.mark.parametrize('gold, said, right', [
-    ('10', r'The answer is $10\pi$.', False), ('10', 'A: 10x', False), ('10', r'#### 10\pi', False), ('3', r'The answer is 2\sqrt{3}.', False), ('3', 'The answer is (2, 3).', False), ('6', 'The answer is 5 or 6.', False),
-    ('1024', 'The answer is 2^{10}.', True), ('9', r'\boxed{3^2}', True), ('3', r'\boxed{3^2}', False), ('120', r'\boxed{5!}', True), ('6', 'The answer is $10 - $4 = $6.', True),
-    ('7', 'The answer is 3 + 4 = 7 apples.', True), ('10', 'The answer is that she has 10 apples left.', True), ('5', 'The answer is 5!', True)])
+@pytest.mark.parametrize(
+    'gold, said, right',
+    [
+        ('10', r'The answer is $10\pi$.', False),
+        ('10', 'A: 10x', False),
+        ('10', r'#### 10\pi', False),
+        ('3', r'The answer is 2\sqrt{3}.', False),
+        ('3', 'The answer is (2, 3).', False),
+        ('6', 'The answer is 5 or 6.', False),
+        ('1024', 'The answer is 2^{10}.', True),
+        ('9', r'\boxed{3^2}', True),
+        ('3', r'\boxed{3^2}', False),
+        ('120', r'\boxed{5!}', True),
+        ('6', 'The answer is $10 - $4 = $6.', True),
+        ('7', 'The answer is 3 + 4 = 7 apples.', True),
+        ('10', 'The answer is that she has 10 apples left.', True),
+        ('5', 'The answer is 5!', True),
+    ],
+)
 def test_a_formula_is_not_its_last_number(gold, said, right): assert mark_answer(gold, said) == (right, True)
 
 
@@ -200,7 +251,12 @@ def test_a_size_that_is_unknown_names_all(tmp_path):
 
 @pytest.mark.parametrize('name', ['system', 'System Prompt', 'sys_prompt', 'system-message', 'SYS PROMPT'])
 def test_a_system_prompt_is_read_however_it_is_spelled(tmp_path, name):
-    (tmp_path/'x.jsonl').write_text(''.join(json.dumps({name: f'Be {"kind" if i % 2 else "brief"}.', 'prompt': f'What is {i}?', 'chosen': 'Yes.', 'rejected': 'No.'}) + '\n' for i in range(8)))
+    (tmp_path / 'x.jsonl').write_text(
+        ''.join(
+            json.dumps({name: f'Be {"kind" if i % 2 else "brief"}.', 'prompt': f'What is {i}?', 'chosen': 'Yes.', 'rejected': 'No.'}) + '\n'
+            for i in range(8)
+        )
+    )
     prompts = [p for rows in read_preferences(tmp_path/'x.jsonl').splits.values() for p in rows['prompt']]
     assert all('Be ' in str(p) for p in prompts)
 
@@ -208,7 +264,13 @@ def test_a_system_prompt_is_read_however_it_is_spelled(tmp_path, name):
 @pytest.mark.parametrize('share, stops', [(0., False), (.1, False), (.4, True)])
 def test_a_column_of_which_a_part_is_long_is_long(tmp_path, share, stops):
     long = ' '.join(f'word{i}' for i in range(60))
-    (tmp_path/'x.jsonl').write_text(''.join(json.dumps(dict(prompt=f'What is {i}?', chosen='Yes.', rejected='No.', notes=f'{long} {i}' if i < 40*share else 'none given')) + '\n' for i in range(40)))
+    (tmp_path / 'x.jsonl').write_text(
+        ''.join(
+            json.dumps(dict(prompt=f'What is {i}?', chosen='Yes.', rejected='No.', notes=f'{long} {i}' if i < 40 * share else 'none given'))
+            + '\n'
+            for i in range(40)
+        )
+    )
     if not stops: read_preferences(tmp_path/'x.jsonl')
     else:
         with pytest.raises(DataError, match='notes'): read_preferences(tmp_path/'x.jsonl')

@@ -52,7 +52,13 @@ def home(tmp_path_factory):
 @pytest.fixture(scope='module')
 def done(home):
     "One labelling"
-    return label(label_settings('pico', FAST), LabelJob(str(home/'right.jsonl'), str(home/'train.jsonl')), home/'right.parquet', home/'work', quiet=True)
+    return label(
+        label_settings('pico', FAST),
+        LabelJob(str(home / 'right.jsonl'), str(home / 'train.jsonl')),
+        home / 'right.parquet',
+        home / 'work',
+        quiet=True,
+    )
 
 
 # What must not leak
@@ -60,7 +66,13 @@ def done(home):
 @pytest.mark.parametrize('other', ['wrong', 'bare'])
 def test_labels_of_the_rows_are_never_used(home, done, other):
     "All labels turned round, or none at all: the same file, to the last bit, and another agreement"
-    again = label(label_settings('pico', FAST), LabelJob(str(home/f'{other}.jsonl'), str(home/'train.jsonl')), home/f'{other}.parquet', home/'work', quiet=True)
+    again = label(
+        label_settings('pico', FAST),
+        LabelJob(str(home / f'{other}.jsonl'), str(home / 'train.jsonl')),
+        home / f'{other}.parquet',
+        home / 'work',
+        quiet=True,
+    )
     assert (home/f'{other}.parquet').read_bytes() == (home/'right.parquet').read_bytes()
     on_rows = [r.scores[r.scores.on == 'rows'].accuracy.iloc[:1].tolist() for r in (done, again)]
     assert on_rows[1] == ([] if other == 'bare' else [pytest.approx(1 - on_rows[0][0])])
@@ -82,7 +94,13 @@ def test_held_out_pairs_are_not_trained_on(home, done):
     "Turn the labels of the held-out pairs round: the margins stay, the accuracy does not"
     ids = set(done.data.held['id'])
     read = read_preferences(home/'train.jsonl').splits['all']
-    turned = [dict(prompt=r['prompt'], **(dict(chosen=r['rejected'], rejected=r['chosen']) if r['id'] in ids else dict(chosen=r['chosen'], rejected=r['rejected']))) for r in read]
+    turned = [
+        dict(
+            prompt=r['prompt'],
+            **(dict(chosen=r['rejected'], rejected=r['chosen']) if r['id'] in ids else dict(chosen=r['chosen'], rejected=r['rejected'])),
+        )
+        for r in read
+    ]
     write(home/'turned.jsonl', turned)
     job = LabelJob(str(home/'right.jsonl'), str(home/'turned.jsonl'))
     try: other = label(label_settings('pico', FAST), job, home/'turned.parquet', home/'work', quiet=True)
@@ -130,7 +148,11 @@ def test_trl_takes_the_file(home, done):
 def test_report_says_what_was_measured(home, done):
     told = json.loads((home/'right.json').read_text(encoding='utf-8'))
     text = (home/'right.md').read_text(encoding='utf-8')
-    assert told['temperature'] == done.temperature and told['labelled'] == len(done.labels.rows) and {r['on'] for r in told['scores']} == {'held out', 'rows'}
+    assert (
+        told['temperature'] == done.temperature
+        and told['labelled'] == len(done.labels.rows)
+        and {r['on'] for r in told['scores']} == {'held out', 'rows'}
+    )
     assert 'prompt: prompt; chosen: chosen; rejected: rejected' in text and '## The rows' in text
     assert told['verdict'] in text and '[dpo]' in text and 'bag of words' in text and 'the longer one' in text
     assert told['settings']['dpo']['epochs'] == 2 and told['job']['calibrate'] == .2
@@ -150,7 +172,13 @@ def test_verdict_is_honest(done):
 
 def test_without_calibration(home):
     "Nothing held out, nothing measured, and that is said"
-    out = label(label_settings('pico', FAST), LabelJob(str(home/'bare.jsonl'), str(home/'train.jsonl'), calibrate=0.), home/'raw.parquet', home/'work0', quiet=True)
+    out = label(
+        label_settings('pico', FAST),
+        LabelJob(str(home / 'bare.jsonl'), str(home / 'train.jsonl'), calibrate=0.0),
+        home / 'raw.parquet',
+        home / 'work0',
+        quiet=True,
+    )
     assert out.temperature == 1 and out.data.held is None and 'Nothing was measured' in measured_text(out)
     assert np.allclose(out.labels.rows['prob'], expit(out.margin))
 
@@ -187,7 +215,12 @@ def test_ties_and_missing_labels_are_still_labelled(tmp_path):
 
 
 def test_soft_labels_and_missing_texts(tmp_path):
-    read, refused, n = read_pairs(write(tmp_path/'x.jsonl', [dict(prompt='p', chosen='c', rejected='r', prob=.7), dict(prompt='q', chosen=None, rejected='r', prob=.9)]))
+    read, refused, n = read_pairs(
+        write(
+            tmp_path / 'x.jsonl',
+            [dict(prompt='p', chosen='c', rejected='r', prob=0.7), dict(prompt='q', chosen=None, rejected='r', prob=0.9)],
+        )
+    )
     assert (read['gold'][:], read['prob'][:], len(refused), n) == ([.7], [1.], 1, 2)
 
 
@@ -202,11 +235,19 @@ def test_soft_labels_and_missing_texts(tmp_path):
 ])
 def test_errors_leave_nothing_behind(home, tmp_path, job, out, said):
     with pytest.raises((ConfigError, DataError), match=said):
-        label(label_settings('pico'), LabelJob(**{k: str(home/v) if isinstance(v, str) else v for k, v in job.items()}), tmp_path/out, quiet=True)
+        label(
+            label_settings('pico'),
+            LabelJob(**{k: str(home / v) if isinstance(v, str) else v for k, v in job.items()}),
+            tmp_path / out,
+            quiet=True,
+        )
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('given, said', [(dict(seeds=3), 'do nothing here'), (dict(betta=1.), 'did you mean "beta"'), (dict(supervisor='dpoo'), 'did you mean "dpo"')])
+@pytest.mark.parametrize(
+    'given, said',
+    [(dict(seeds=3), 'do nothing here'), (dict(betta=1.0), 'did you mean "beta"'), (dict(supervisor='dpoo'), 'did you mean "dpo"')],
+)
 def test_settings_that_do_nothing_are_refused(given, said):
     with pytest.raises(ConfigError, match=said): label_settings('pico', given)
 
@@ -214,8 +255,24 @@ def test_settings_that_do_nothing_are_refused(given, said):
 # Killed
 
 def start(home, out, work):
-    command = [sys.executable, '-c', 'from w2s.cli.app import main; main()', 'label', '--model', 'pico', '--rows', home/'bare.jsonl', '--train', home/'train.jsonl',
-               '--out', out, '--work', work, '--config', home/'fast.toml']
+    command = [
+        sys.executable,
+        '-c',
+        'from w2s.cli.app import main; main()',
+        'label',
+        '--model',
+        'pico',
+        '--rows',
+        home / 'bare.jsonl',
+        '--train',
+        home / 'train.jsonl',
+        '--out',
+        out,
+        '--work',
+        work,
+        '--config',
+        home / 'fast.toml',
+    ]
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
     return subprocess.Popen([str(c) for c in command], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

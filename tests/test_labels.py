@@ -281,7 +281,9 @@ def test_pitfall_03_micro_batches_and_order_do_not_matter_to_any_loss(base, rows
     goal = label_objective(rows, weak, loss=loss, options={'radius': .3} if loss == 'window' else None)
     four = 4*max(sum(len(s.ids) for s in r.sequences) for r in rows)
     first, whole = step(base, goal, batch)
-    others = [step(base, goal, batch, b) for b in (four, 1)] + [step(base, goal, np.random.default_rng(s).permutation(batch).tolist(), four) for s in (0, 1)]
+    others = [step(base, goal, batch, b) for b in (four, 1)] + [
+        step(base, goal, np.random.default_rng(s).permutation(batch).tolist(), four) for s in (0, 1)
+    ]
     for other, gradient in others: assert abs(other - first) < 1e-6 and (gradient - whole).abs().max() < 5e-6 # of 32-bit sums
     if loss not in ('xent', 'kl'): assert (step(base, label_objective(rows, weak), batch)[1] - whole).abs().max() > 1e-3
 
@@ -377,7 +379,13 @@ def test_pitfall_04_training_follows_the_line(base, rows, tmp_path, monkeypatch)
     monkeypatch.setattr(label_losses, 'confidence', watched)
     monkeypatch.setattr(loop, 'take_step', take_step)
     model = add_adapter(base, LoraSettings(rank=2))
-    train(model, label_objective(rows[:20], targets(20), loss='confidence', options={'highest': .6}), TrainSettings(epochs=5, batch_size=5), tmp_path, quiet=True)
+    train(
+        model,
+        label_objective(rows[:20], targets(20), loss='confidence', options={'highest': 0.6}),
+        TrainSettings(epochs=5, batch_size=5),
+        tmp_path,
+        quiet=True,
+    )
     model.unload()
     assert [seen.get(i, 0.) for i in range(20)] == pytest.approx([0., .15, .3, .45] + [.6]*16)
 
@@ -402,10 +410,22 @@ def test_pitfall_04_every_warm_up_is_a_straight_line(warmup):
     else: assert (a == 1).all()
 
 
-@pytest.mark.parametrize('loss, bad', [
-    ('confidence', dict(warmup=-.1)), ('confidence', dict(warmup=1.1)), ('confidence', dict(highest=2.)), ('confidence', dict(highest=math.nan)),
-    ('product', dict(alpha=0.)), ('product', dict(beta=-1.)), ('product', dict(warmup='half')), ('entropy', dict(strength=-.1)),
-    ('entropy', dict(strength=True)), ('window', dict(radius=-1.)), ('window', dict(radius=None))])
+@pytest.mark.parametrize(
+    'loss, bad',
+    [
+        ('confidence', dict(warmup=-0.1)),
+        ('confidence', dict(warmup=1.1)),
+        ('confidence', dict(highest=2.0)),
+        ('confidence', dict(highest=math.nan)),
+        ('product', dict(alpha=0.0)),
+        ('product', dict(beta=-1.0)),
+        ('product', dict(warmup='half')),
+        ('entropy', dict(strength=-0.1)),
+        ('entropy', dict(strength=True)),
+        ('window', dict(radius=-1.0)),
+        ('window', dict(radius=None)),
+    ],
+)
 def test_options_out_of_range_are_refused(rows, loss, bad):
     with pytest.raises(ConfigError, match='must lie in'): label_objective(rows, targets(len(rows)), loss=loss, options=bad)
 
@@ -421,9 +441,22 @@ def test_options_of_another_loss_are_refused_and_the_own_ones_are_named(rows, lo
     with pytest.raises(ConfigError, match='known'): label_objective(rows, targets(len(rows)), loss='zzz')
 
 
-@pytest.mark.parametrize('loss, options', [(k, {n: v}) for k, n, v in (
-    ('confidence', 'warmup', 1.), ('confidence', 'highest', .3), ('product', 'alpha', .5), ('product', 'beta', .2), ('product', 'warmup', 1.),
-    ('entropy', 'strength', 1.), ('window', 'radius', .1), ('focal', 'gamma', 0.))])
+@pytest.mark.parametrize(
+    'loss, options',
+    [
+        (k, {n: v})
+        for k, n, v in (
+            ('confidence', 'warmup', 1.0),
+            ('confidence', 'highest', 0.3),
+            ('product', 'alpha', 0.5),
+            ('product', 'beta', 0.2),
+            ('product', 'warmup', 1.0),
+            ('entropy', 'strength', 1.0),
+            ('window', 'radius', 0.1),
+            ('focal', 'gamma', 0.0),
+        )
+    ],
+)
 def test_every_option_acts(base, rows, loss, options):
     weak, batch = targets(len(rows)), list(range(24))
     a, b = (step(base, label_objective(rows, weak, loss=loss, options=o), batch)[1] for o in (None, options))
@@ -479,7 +512,9 @@ def test_class_log_probs_are_those_of_the_words(base):
 
 def test_nothing_that_a_template_writes_after_the_word_is_counted(base):
     tok = PreTrainedTokenizerFast(tokenizer_object=base.tokenizer._tokenizer, eos_token='</s>', pad_token='<pad>', bos_token='<s>')
-    tok.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    tok.chat_template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
     seqs = encode_words(tok, [{'role': 'user', 'content': 'May I?'}], ('no', 'yes'))
     assert [tok.decode(s.ids) for s in seqs] == ['[user] May I?</s>[assistant] no', '[user] May I?</s>[assistant] yes']
 
@@ -544,7 +579,8 @@ def test_an_objective_that_was_not_prepared_takes_no_step(base, rows):
 
 def test_pitfall_18_a_supervisor_may_not_label_what_it_was_trained_on(data):
     probs = targets(len(data))
-    with pytest.raises(DataError, match='was trained on 1 of the groups'): weak_labels(data, probs, 'pico', seen=[data['group'][5], 'other'])
+    with pytest.raises(DataError, match='was trained on 1 of the groups'):
+        weak_labels(data, probs, 'pico', seen=[data['group'][5], 'other'])
     assert weak_labels(data, probs, 'pico', seen=['other'])['source'] == ['pico']*len(data)
 
 
@@ -554,7 +590,13 @@ def test_pitfall_18_gold_labels_of_weak_rows_are_not_read(base, data, rows, tmp_
     for n, gold in enumerate((labelled['label'], [None]*len(data), [1 - x for x in labelled['label']])):
         d = labelled.remove_columns('label').add_column('label', gold)
         model = add_adapter(base, LoraSettings(rank=2), seed=0)
-        train(model, label_objective(rows, label_targets(d, rows), loss='confidence'), TrainSettings(learning_rate=5e-3), tmp_path/str(n), quiet=True)
+        train(
+            model,
+            label_objective(rows, label_targets(d, rows), loss='confidence'),
+            TrainSettings(learning_rate=5e-3),
+            tmp_path / str(n),
+            quiet=True,
+        )
         out.append(torch.cat([p.detach().flatten().clone() for p in trainable(model).values()]))
         model.unload()
     assert torch.equal(out[0], out[1]) and torch.equal(out[0], out[2])
@@ -606,7 +648,9 @@ def test_soft_labels_are_learned(base, rows, tmp_path):
     after = class_probs(model, rows, quiet=True)
     model.unload()
     assert abs(after - weak).mean() < .5*abs(before - weak).mean()
-    assert soft_xent(torch.tensor(after).log(), torch.tensor(weak)).mean() < soft_xent(torch.tensor(before).log(), torch.tensor(weak)).mean()
+    assert (
+        soft_xent(torch.tensor(after).log(), torch.tensor(weak)).mean() < soft_xent(torch.tensor(before).log(), torch.tensor(weak)).mean()
+    )
 
 
 # ---- cleaning

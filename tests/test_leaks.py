@@ -74,8 +74,18 @@ def test_the_school_of_the_strong_model_is_in_no_test():
 def test_no_name_of_the_test_reaches_a_training_or_an_example(task, tmp_path, monkeypatch):
     "Everything that a run trains on and asks, written down: all methods, with models that answer with what they were asked"
     methods = [m for m in METHODS if m != 'bootstrap']
-    c = fill_demonstrations(dict(task=task, weak='pico', strong='nano', demonstrator='planted' if task in ('gender', 'digits') else 'tuned', methods=methods, ablation=(1, 2))
-                      if task not in ('gender', 'digits') else dict(task=task, strong='nano', methods=methods, ablation=(1, 2)))
+    c = fill_demonstrations(
+        dict(
+            task=task,
+            weak='pico',
+            strong='nano',
+            demonstrator='planted' if task in ('gender', 'digits') else 'tuned',
+            methods=methods,
+            ablation=(1, 2),
+        )
+        if task not in ('gender', 'digits')
+        else dict(task=task, strong='nano', methods=methods, ablation=(1, 2))
+    )
     rows, learned, asked = world_rows(task, 0, (24, 24, 20)), dict[str, list[str]](), dict[str, list[str]]()
     def train_sft(context, model, name, data, settings, start=None):
         learned[name] = [t for r in data.to_list() for t in (str(r['prompt']), r['completion'])]
@@ -97,7 +107,9 @@ def test_no_name_of_the_test_reaches_a_training_or_an_example(task, tmp_path, mo
     own = {q: named([q]) for e in rows.test for q in e.questions}
     for what, prompts in asked.items():
         for p in prompts:
-            mine = set().union(*(names for q, names in own.items() if q in p)) if what.startswith('test') or 'weak-answers' in what else set()
+            mine = (
+                set().union(*(names for q, names in own.items() if q in p)) if what.startswith('test') or 'weak-answers' in what else set()
+            )
             assert not (named([p]) & test) - mine, (what, p)
 
 
@@ -122,7 +134,12 @@ def test_nobody_of_a_preference_test_is_in_a_training_row(source, seed):
     labelled, unlabelled = halves(data.train, 400, 400, seed)
     def texts(rows): return [str(p) + c + r for p, c, r in zip(rows['prompt'], rows['chosen'], rows['rejected'], strict=True)]
     test = named(texts(data.test))
-    assert test and not named(texts(labelled)) & test and not named(texts(unlabelled)) & test and not named(texts(labelled)) & named(texts(unlabelled))
+    assert (
+        test
+        and not named(texts(labelled)) & test
+        and not named(texts(unlabelled)) & test
+        and not named(texts(labelled)) & named(texts(unlabelled))
+    )
 
 
 @pytest.mark.parametrize('trial', [False, True])

@@ -65,22 +65,85 @@ def test_a_number_survives_its_spelling():
         x = Fraction(rng.randint(-10**rng.randint(1, 9), 10**9), rng.choice([1, 1, 1, 2, 3, 8, 10, 100, 7]))
         assert number_of(number_text(x)) == x
         whole, sign = abs(x.numerator), '-' if x < 0 else ''
-        forms = [f'{sign}{whole:,}/{x.denominator}', f'{sign}\\frac{{{whole}}}{{{x.denominator}}}', f'${sign}{whole}/{x.denominator}$ dollars', f' {sign}{whole}/{x.denominator}. ']
+        forms = [
+            f'{sign}{whole:,}/{x.denominator}',
+            f'{sign}\\frac{{{whole}}}{{{x.denominator}}}',
+            f'${sign}{whole}/{x.denominator}$ dollars',
+            f' {sign}{whole}/{x.denominator}. ',
+        ]
         assert [number_of(f) for f in forms] == [x] * 4
 
 
-@pytest.mark.parametrize(('text', 'value'), [
-    ('2\\frac{1}{2}', Fraction(5, 2)), ('\\dfrac34', Fraction(3, 4)), ('10{,}000', 10000), ('10,\\!000', 10000), ('1\\,000', 1000), ('\\$5.50', Fraction(11, 2)),
-    ('45^\\circ', 45), ('30\\text{ cm}^2', 30), ('\\text{5}', 5), ('\\left(5\\right)', None), ('5 million dollars', 5_000_000), ('3 hundred', 300), ('12%', 12), ('0', 0), ('-0', 0),
-    ('x=5', 5), ('x=y', None), ('5,6', None), ('1,2345', None), ('.', None), ('-', None), ('1.2.3', None), ('1/2/3', None), ('5e3', None), ('٣', 3), ('½', None), ('3s^2', None), ('3R^2', None), ('\\frac{1}{z}', None),
-    ('\\frac{2}{r}', None), ('5xy', None), ('2ab', None), ('7pq', None), ('\\frac{3}{2}x', None), ('4 cm^2', 4), ('18 m^2', 18), ('9 men', 9), ('12 oz', 12), ('5\\text{ m}', 5)])
+@pytest.mark.parametrize(
+    ('text', 'value'),
+    [
+        ('2\\frac{1}{2}', Fraction(5, 2)),
+        ('\\dfrac34', Fraction(3, 4)),
+        ('10{,}000', 10000),
+        ('10,\\!000', 10000),
+        ('1\\,000', 1000),
+        ('\\$5.50', Fraction(11, 2)),
+        ('45^\\circ', 45),
+        ('30\\text{ cm}^2', 30),
+        ('\\text{5}', 5),
+        ('\\left(5\\right)', None),
+        ('5 million dollars', 5_000_000),
+        ('3 hundred', 300),
+        ('12%', 12),
+        ('0', 0),
+        ('-0', 0),
+        ('x=5', 5),
+        ('x=y', None),
+        ('5,6', None),
+        ('1,2345', None),
+        ('.', None),
+        ('-', None),
+        ('1.2.3', None),
+        ('1/2/3', None),
+        ('5e3', None),
+        ('٣', 3),
+        ('½', None),
+        ('3s^2', None),
+        ('3R^2', None),
+        ('\\frac{1}{z}', None),
+        ('\\frac{2}{r}', None),
+        ('5xy', None),
+        ('2ab', None),
+        ('7pq', None),
+        ('\\frac{3}{2}x', None),
+        ('4 cm^2', 4),
+        ('18 m^2', 18),
+        ('9 men', 9),
+        ('12 oz', 12),
+        ('5\\text{ m}', 5),
+    ],
+)
 def test_what_one_number_is(text, value): assert number_of(text) == value
 
 
 def test_odd_texts_take_no_time():
     "Patterns with two ways to match the same text take minutes on a model that is stuck"
-    stuck = ['1' * 50_000, 'a' * 50_000, '1 ' * 25_000, '1,111' * 10_000, '{' * 50_000, '\\frac{' * 9000, '\\boxed{' * 9000, '5 ' + 'a^2' * 9000, '\n' * 50_000, '\n \n' * 20_000,
-             '#### ' * 9000, 'the answer is ' * 5000, 'A: ' * 9000, '$(' * 20_000, '((((' * 20 + '=', '1+1=' * 3000, '- ' * 20_000, 'apples ' * 9000, '3 apples ' * 5000 + '= 3']
+    stuck = [
+        '1' * 50_000,
+        'a' * 50_000,
+        '1 ' * 25_000,
+        '1,111' * 10_000,
+        '{' * 50_000,
+        '\\frac{' * 9000,
+        '\\boxed{' * 9000,
+        '5 ' + 'a^2' * 9000,
+        '\n' * 50_000,
+        '\n \n' * 20_000,
+        '#### ' * 9000,
+        'the answer is ' * 5000,
+        'A: ' * 9000,
+        '$(' * 20_000,
+        '((((' * 20 + '=',
+        '1+1=' * 3000,
+        '- ' * 20_000,
+        'apples ' * 9000,
+        '3 apples ' * 5000 + '= 3',
+    ]
     for text in stuck:
         start = time.process_time()
         number_of(text), find_number(text), calculations(text)
@@ -90,11 +153,25 @@ def test_odd_texts_take_no_time():
 # --- files
 
 def test_every_refused_row_is_counted_with_file_and_row(tmp_path):
-    rows = [dict(question='Good?', answer='1+1=<<1+1=2>>2\n#### 2'), dict(question='No mark?', answer='2'), dict(question='No number?', answer='#### two'),
-            dict(question=None, answer='#### 2'), dict(question='Nothing?', answer=None), dict(question='  ', answer='#### 2'), dict(question='Two?', answer='#### 2 or 3')]
+    rows = [
+        dict(question='Good?', answer='1+1=<<1+1=2>>2\n#### 2'),
+        dict(question='No mark?', answer='2'),
+        dict(question='No number?', answer='#### two'),
+        dict(question=None, answer='#### 2'),
+        dict(question='Nothing?', answer=None),
+        dict(question='  ', answer='#### 2'),
+        dict(question='Two?', answer='#### 2 or 3'),
+    ]
     with gzip.open(tmp_path / 'train.jsonl.gz', 'wt') as f: f.write('\n'.join(map(json.dumps, rows)))
     read = read_gsm8k(tmp_path / 'train.jsonl.gz')
-    assert [(r.row, r.reason) for r in read.refused] == [(2, NO_HASH), (3, NO_NUMBER), (4, MISSING), (5, MISSING), (6, EMPTY_QUESTION), (7, NO_NUMBER)]
+    assert [(r.row, r.reason) for r in read.refused] == [
+        (2, NO_HASH),
+        (3, NO_NUMBER),
+        (4, MISSING),
+        (5, MISSING),
+        (6, EMPTY_QUESTION),
+        (7, NO_NUMBER),
+    ]
     assert all(r.where.endswith('train.jsonl.gz') and r.reason in MATHS_REASONS for r in read.refused)
     assert read.rows_read == dict(all=7) and read.splits['all'].num_rows == 1
     row = read.splits['all'][0]
@@ -104,7 +181,12 @@ def test_every_refused_row_is_counted_with_file_and_row(tmp_path):
 
 def test_forms_of_a_table(tmp_path):
     (tmp_path / 'train.csv').write_text('question,answer\n"How much?","$1,080.50"\n"Which?",none\n')
-    (tmp_path / 'test.jsonl').write_text(json.dumps(dict(problem='Half?', solution='It is \\boxed{\\frac{1}{2}}', answer='x')) + '\n' + json.dumps(dict(problem='?', solution='1/2')) + '\n')
+    (tmp_path / 'test.jsonl').write_text(
+        json.dumps(dict(problem='Half?', solution='It is \\boxed{\\frac{1}{2}}', answer='x'))
+        + '\n'
+        + json.dumps(dict(problem='?', solution='1/2'))
+        + '\n'
+    )
     read = read_gsm8k(tmp_path)
     assert read.splits['train']['answer'][:] == ['1080.5'] and read.splits['test']['answer'][:] == ['0.5']
     assert [(r.split, r.row, r.reason) for r in read.refused] == [('test', 2, NO_BOX), ('train', 2, NO_NUMBER)]
@@ -125,14 +207,63 @@ def test_gsm8k_is_read_whole(gsm8k):
 
 # --- answers that are no single number
 
-SAME = [('x+1', '1+x'), (r'3\sqrt{2}', r'\sqrt{18}'), ('(x+5)^2', 'x^2+10x+25'), (r'\left( \frac{5}{3}, -2 \right)', '(5/3,-2)'), ('24,-3', r'-3, 24'), (r'[2, \infty)', r'$\left[2,\infty\right)$'),
-        (r'\begin{pmatrix} -5/13 \\ 12/13 \end{pmatrix}', r'\begin{pmatrix}-\frac{5}{13}\\\frac{12}{13}\end{pmatrix}'), (r'\text{Dana}', 'dana'), ('152A_{11}', '152A_11'), (r'8\pi\text{ cm}^2', '8π'),
-        ('y = -2x', '-2x'), ('2x + 2y = 4', 'x + y = 2'), (r'3 \pm 2\sqrt{2}', r'3+2\sqrt2, 3-2\sqrt2'), (r'\frac{c}{a}', 'c/a'), (r'-8 + 2i', '2i-8'), (r'\{-1\} \cup [0,7)', r'[0,7) \cup \{-1\}'), (r'\sec x', r'1/\cos x'), (r'\binom{10}{3}', '120'),
-        (r'0.\overline{3}', r'\frac13'), (r'0.1\overline{6}', '1/6'), (r'3\frac{1}{2}', '3.5'), ('-2 1/3', r'-\frac{7}{3}'), (r'x \ge 3', r'[3, \infty)'), (r'4 \le x', r'x\geq 4'), (r'2 < x \le 5', '(2, 5]'),
-        (r'x < 2 \text{ or } x > 5', r'(5,\infty)\cup(-\infty,2)'), (r'n \binom{n}{2}', r'\frac{n^2(n-1)}{2}')]
-APART = [('x+1', 'x-1'), ('3s^2', '3'), (r'\frac{1}{z}', '1'), ('(1, 2)', '(2, 1)'), ('(1, 2)', '[1, 2]'), ('(1, 2)', '1, 2'), ('1, 2', '1, 2, 2'), ('ACF', 'CAF'), (r'\frac13', '0.333'), (r'\pi', '3.14159'), ('2112_6', '2112_7'),
-         ('x + y = 2', 'x + y = 3'), ('2x', 'y = 3x'), ('i', '1'), (r'\text{odd}', 'even'), ('x > 3', 'x < 3'), ('', ''), (r'\binom{10}{3}', '121'), (r'0.\overline{3}', '0.3'),
-         (r'3\frac{1}{2}', '1.5'), (r'2\frac{x}{3}', r'2+\frac{x}{3}'), (r'x \ge 3', r'(3, \infty)'), ('x > 3', 'y > 3'), (r'2 < x \le 5', '[2, 5)'), ('x > 3', '3'), (r'\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}', r'\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}')]
+SAME = [
+    ('x+1', '1+x'),
+    (r'3\sqrt{2}', r'\sqrt{18}'),
+    ('(x+5)^2', 'x^2+10x+25'),
+    (r'\left( \frac{5}{3}, -2 \right)', '(5/3,-2)'),
+    ('24,-3', r'-3, 24'),
+    (r'[2, \infty)', r'$\left[2,\infty\right)$'),
+    (r'\begin{pmatrix} -5/13 \\ 12/13 \end{pmatrix}', r'\begin{pmatrix}-\frac{5}{13}\\\frac{12}{13}\end{pmatrix}'),
+    (r'\text{Dana}', 'dana'),
+    ('152A_{11}', '152A_11'),
+    (r'8\pi\text{ cm}^2', '8π'),
+    ('y = -2x', '-2x'),
+    ('2x + 2y = 4', 'x + y = 2'),
+    (r'3 \pm 2\sqrt{2}', r'3+2\sqrt2, 3-2\sqrt2'),
+    (r'\frac{c}{a}', 'c/a'),
+    (r'-8 + 2i', '2i-8'),
+    (r'\{-1\} \cup [0,7)', r'[0,7) \cup \{-1\}'),
+    (r'\sec x', r'1/\cos x'),
+    (r'\binom{10}{3}', '120'),
+    (r'0.\overline{3}', r'\frac13'),
+    (r'0.1\overline{6}', '1/6'),
+    (r'3\frac{1}{2}', '3.5'),
+    ('-2 1/3', r'-\frac{7}{3}'),
+    (r'x \ge 3', r'[3, \infty)'),
+    (r'4 \le x', r'x\geq 4'),
+    (r'2 < x \le 5', '(2, 5]'),
+    (r'x < 2 \text{ or } x > 5', r'(5,\infty)\cup(-\infty,2)'),
+    (r'n \binom{n}{2}', r'\frac{n^2(n-1)}{2}'),
+]
+APART = [
+    ('x+1', 'x-1'),
+    ('3s^2', '3'),
+    (r'\frac{1}{z}', '1'),
+    ('(1, 2)', '(2, 1)'),
+    ('(1, 2)', '[1, 2]'),
+    ('(1, 2)', '1, 2'),
+    ('1, 2', '1, 2, 2'),
+    ('ACF', 'CAF'),
+    (r'\frac13', '0.333'),
+    (r'\pi', '3.14159'),
+    ('2112_6', '2112_7'),
+    ('x + y = 2', 'x + y = 3'),
+    ('2x', 'y = 3x'),
+    ('i', '1'),
+    (r'\text{odd}', 'even'),
+    ('x > 3', 'x < 3'),
+    ('', ''),
+    (r'\binom{10}{3}', '121'),
+    (r'0.\overline{3}', '0.3'),
+    (r'3\frac{1}{2}', '1.5'),
+    (r'2\frac{x}{3}', r'2+\frac{x}{3}'),
+    (r'x \ge 3', r'(3, \infty)'),
+    ('x > 3', 'y > 3'),
+    (r'2 < x \le 5', '[2, 5)'),
+    ('x > 3', '3'),
+    (r'\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}', r'\begin{pmatrix} 1 & 3 \\ 2 & 4 \end{pmatrix}'),
+]
 
 
 @pytest.mark.parametrize(('a', 'b'), SAME)
@@ -146,16 +277,30 @@ def test_another_answer(a, b): assert not same_answer(a, b) and not same_answer(
 def test_no_problem_of_math_is_left_out():
     "Whatever is in the box is the answer, and a solution is right by its own box"
     golds = [a for a, _ in SAME] + ['12', r'\frac{1}{2}', r'45^\circ', '3s^2', r'\text{(B)}']
-    rows, refused = maths_from(Dataset.from_list([dict(problem=f'{i}?', solution=f'After some steps $\\boxed{{{g}}}$.') for i, g in enumerate(golds)]))
+    rows, refused = maths_from(
+        Dataset.from_list([dict(problem=f'{i}?', solution=f'After some steps $\\boxed{{{g}}}$.') for i, g in enumerate(golds)])
+    )
     assert not refused and len(rows) == len(golds)
     assert maths_scores(rows['answer'][:], rows['completion'][:])['accuracy'].all()
     wrong = [*rows['completion'][1:], rows['completion'][0]]
     assert not maths_scores(rows['answer'][:], wrong)['accuracy'].any()
 
 
-@pytest.mark.parametrize(('gold', 'response', 'right'), [
-    ('3s^2', 'The answer is 3.', False), ('3s^2', r'\boxed{3s^2}', True), (r'\frac{1}{z}', '#### 1', False), ('10', r'\boxed{10\pi}', False), ('1024', r'\boxed{2^{10}}', True), ('(3, 4)', 'A: (3, 4)', True),
-    ('(3, 4)', 'The answer is (3, 4).', True), ('(3, 4)', 'It is 3 and 4.', False), ('6, -2', r'\boxed{-2,6}', True), (r'\text{Sunday}', 'The answer is Sunday.', True)])
+@pytest.mark.parametrize(
+    ('gold', 'response', 'right'),
+    [
+        ('3s^2', 'The answer is 3.', False),
+        ('3s^2', r'\boxed{3s^2}', True),
+        (r'\frac{1}{z}', '#### 1', False),
+        ('10', r'\boxed{10\pi}', False),
+        ('1024', r'\boxed{2^{10}}', True),
+        ('(3, 4)', 'A: (3, 4)', True),
+        ('(3, 4)', 'The answer is (3, 4).', True),
+        ('(3, 4)', 'It is 3 and 4.', False),
+        ('6, -2', r'\boxed{-2,6}', True),
+        (r'\text{Sunday}', 'The answer is Sunday.', True),
+    ],
+)
 def test_formulas_are_marked_by_what_they_mean(gold, response, right):
     assert maths_scores([gold], [response])['accuracy'][0] == right
 
@@ -199,11 +344,28 @@ def test_no_answer_is_wrong_and_counted():
     assert not failures(scored, 'said') and scored.mean() == 1/6
 
 
-@pytest.mark.parametrize(('text', 'rule', 'number'), [
-    ('so 16 - 3 = 13.\n#### 13\n\nQ: And 5 + 5?\nA: 10\n#### 10', 'hash', '13'), ('13\n\nQuestion: what else?\nAnswer: 7', 'last', '13'),
-    ('The answer is 7.\nWait, the answer is 8.', 'phrase', '8'), ('The final answer is: $\\boxed{0.50}$.', 'box', '0.5'), ('**Answer:** 12 eggs', 'line', '12'),
-    ('Answer: it depends on the 3 hens', 'last', '3'), ('The answer is 9 * 2 = 18', 'phrase', '18'), ('answer = 5', 'phrase', '5'), ('A: -3', 'line', '-3'), ('A: 3\nno\nAnswer: 4', 'line', '4'), ('\\boxed{2} no, \\boxed{13}', 'box', '13'),
-    ('In 2024, 5 of 7 days', 'last', '7'), ('It is 7%', 'last', '7'), ('1,000,000 people', 'last', '1000000'), ('```output\n5\n```\n5 cars in the first 15 minutes.', 'output', '5'), ('He came 3rd.', None, None), ('<<1+1=2>>', None, None)])
+@pytest.mark.parametrize(
+    ('text', 'rule', 'number'),
+    [
+        ('so 16 - 3 = 13.\n#### 13\n\nQ: And 5 + 5?\nA: 10\n#### 10', 'hash', '13'),
+        ('13\n\nQuestion: what else?\nAnswer: 7', 'last', '13'),
+        ('The answer is 7.\nWait, the answer is 8.', 'phrase', '8'),
+        ('The final answer is: $\\boxed{0.50}$.', 'box', '0.5'),
+        ('**Answer:** 12 eggs', 'line', '12'),
+        ('Answer: it depends on the 3 hens', 'last', '3'),
+        ('The answer is 9 * 2 = 18', 'phrase', '18'),
+        ('answer = 5', 'phrase', '5'),
+        ('A: -3', 'line', '-3'),
+        ('A: 3\nno\nAnswer: 4', 'line', '4'),
+        ('\\boxed{2} no, \\boxed{13}', 'box', '13'),
+        ('In 2024, 5 of 7 days', 'last', '7'),
+        ('It is 7%', 'last', '7'),
+        ('1,000,000 people', 'last', '1000000'),
+        ('```output\n5\n```\n5 cars in the first 15 minutes.', 'output', '5'),
+        ('He came 3rd.', None, None),
+        ('<<1+1=2>>', None, None),
+    ],
+)
 def test_which_number_is_the_answer(text, rule, number):
     found = find_number(text)
     assert (found and found.rule, final_number(text)) == (rule, number)

@@ -72,7 +72,11 @@ class Spy:
 def world_data():
     config = fill_settings(dict(weak='pico', strong='pico', n_labelled=60, n_unlabelled=60, n_test=30, seeds=2))
     model = know_model('strong', config.strong, config)
-    return config, model, load_preferences(config.data, [model.reader], config.n_test, n_labelled=config.n_labelled, n_unlabelled=config.n_unlabelled)
+    return (
+        config,
+        model,
+        load_preferences(config.data, [model.reader], config.n_test, n_labelled=config.n_labelled, n_unlabelled=config.n_unlabelled),
+    )
 
 
 def ids(rows): return set(rows['id'][:])
@@ -89,7 +93,9 @@ def spied(world_data, tmp_path, monkeypatch, **more):
     monkeypatch.setattr(supervisors, 'ask', spy.ask)
     study = Study(config, Run(tmp_path, lambda line: None), True)
     seeds = supervisors.supervise(study, [model], data)
-    return SimpleNamespace(config=config, seeds=seeds, calls=spy.calls, data=data, arms=[a for s in seeds for a in arms.train_students(study, model, s)])
+    return SimpleNamespace(
+        config=config, seeds=seeds, calls=spy.calls, data=data, arms=[a for s in seeds for a in arms.train_students(study, model, s)]
+    )
 
 
 CALIBRATED = dict(labels=LabelUse(targets='soft', weights='confidence', calibrate=.4))
@@ -125,7 +131,9 @@ def test_a_supervisor_labels_the_other_half_and_nothing_else(run):
 def test_a_temperature_is_fitted_to_rows_that_nobody_learned_from(world_data, tmp_path, monkeypatch):
     "And to people's labels of them: with a supervisor that is right there and wrong elsewhere, any other rows would give none"
     seen = []
-    monkeypatch.setattr(supervisors, 'fit_temperature', lambda margins, prob_a: seen.append((margins, prob_a)) or fit_temperature(margins, prob_a))
+    monkeypatch.setattr(
+        supervisors, 'fit_temperature', lambda margins, prob_a: seen.append((margins, prob_a)) or fit_temperature(margins, prob_a)
+    )
     run = spied(world_data, tmp_path, monkeypatch, **CALIBRATED)
     for s, (margins, prob_a) in zip(run.seeds, seen, strict=True):
         held = run.calls[f'weak-seed{s.seed}-held-out'].rows
@@ -141,7 +149,9 @@ def test_a_student_learns_the_supervisors_labels_and_nobody_elses(run):
     "The supervisor is wrong about every pair; so is what the student learns, in SFT and after it, with the supervisor's own probabilities"
     for s in run.seeds:
         human, pairs = by_id(s.unlabelled, 'chosen'), run.calls[f'weak-seed{s.seed}-labels'].rows
-        margin = {i: float(a - b) for i, (a, b) in zip(pairs['id'][:], Spy().ask(None, SimpleNamespace(seed=0), pairs, 'labels'), strict=True)}
+        margin = {
+            i: float(a - b) for i, (a, b) in zip(pairs['id'][:], Spy().ask(None, SimpleNamespace(seed=0), pairs, 'labels'), strict=True)
+        }
         taught = [c for n, c in run.calls.items() if n.startswith(f'student-seed{s.seed}')]
         assert len(taught) == 1 + (run.config.start == 'sft')
         for c in taught:
@@ -153,7 +163,10 @@ def test_a_student_learns_the_supervisors_labels_and_nobody_elses(run):
 def test_human_arm_and_ceiling_never_learn_weak_labels(run):
     "People's labels for the one; for the other gold ones, of the same rows. The supervisor's are all wrong, so that one of them would show"
     for s in run.seeds:
-        human, better = by_id(s.unlabelled, 'chosen'), {r['id']: r['chosen'] if r['gold'] >= .5 else r['rejected'] for r in s.unlabelled.to_list()}
+        human, better = (
+            by_id(s.unlabelled, 'chosen'),
+            {r['id']: r['chosen'] if r['gold'] >= 0.5 else r['rejected'] for r in s.unlabelled.to_list()},
+        )
         for role, right in (('human', human), ('ceiling', better)):
             learned = [c for n, c in run.calls.items() if n.startswith(f'{role}-seed{s.seed}')]
             assert learned
@@ -248,7 +261,9 @@ def test_targets_and_weights_reach_the_loss(small, tmp_path, monkeypatch, soft):
     p = columns['prob'] if soft else np.ones(len(h))
     assert np.allclose(dpo.loss(logps, i), -(p*np.log(expit(h)) + (1 - p)*np.log(expit(-h))), atol=1e-4)
     for goal in (dpo, sft): assert np.allclose(goal.weights, columns['weight'])
-    assert [r for (r,) in sft.sequences] == [r.sequences[0] for r in small.rows] and all(r == s.sequences for r, s in zip(dpo.sequences, small.rows, strict=True))
+    assert [r for (r,) in sft.sequences] == [r.sequences[0] for r in small.rows] and all(
+        r == s.sequences for r, s in zip(dpo.sequences, small.rows, strict=True)
+    )
     assert {t.seed for t in seen.trained} == {5}
 
 
@@ -307,8 +322,11 @@ def test_answers_come_back_in_the_order_of_the_rows(small):
     assert lengths != sorted(lengths)
     words = encode_labels(small.base.tokenizer, small.data, (' no', ' yes'), 256).rows
     def first_token(model, data): return data.target.new_zeros(data.count).index_add(0, data.sequence, data.target).double()
-    ways = {'log-probs': lambda r: score(model, r, budget=60, quiet=True), 'classes': lambda r: class_probs(model, r, budget=60, quiet=True),
-            'rewards': lambda r: score(model, r, 60, quiet=True, forward=first_token)}
+    ways = {
+        'log-probs': lambda r: score(model, r, budget=60, quiet=True),
+        'classes': lambda r: class_probs(model, r, budget=60, quiet=True),
+        'rewards': lambda r: score(model, r, 60, quiet=True, forward=first_token),
+    }
     for name, read in ways.items():
         given = words if name == 'classes' else rows
         whole = read(given)
@@ -319,7 +337,9 @@ def test_answers_come_back_in_the_order_of_the_rows(small):
 
 def test_rewards_of_heads_go_the_same_way(small, monkeypatch):
     seen = {}
-    monkeypatch.setattr('w2s.train.rewards.score', lambda model, rows, budget, label, quiet, forward: seen.update(rows=rows, forward=forward))
+    monkeypatch.setattr(
+        'w2s.train.rewards.score', lambda model, rows, budget, label, quiet, forward: seen.update(rows=rows, forward=forward)
+    )
     response_rewards(None, small.rows)
     assert seen['rows'] is small.rows
 
@@ -331,7 +351,8 @@ def test_labels_stay_with_their_pairs(world_data):
     rewards, turned = rng.normal(size=(len(pairs), 2)), rng.permutation(len(pairs))
     one, two = label_pairs(pairs, rewards, 'x'), label_pairs(pairs.select(turned), rewards[turned], 'x')
     assert by_id(one.rows, 'chosen') == by_id(two.rows, 'chosen') and two.prob_a.tolist() == one.prob_a[turned].tolist()
-    for k, row in enumerate(one.rows.to_list()): assert row['chosen'] == pairs[k]['response_a' if rewards[k, 0] > rewards[k, 1] else 'response_b']
+    for k, row in enumerate(one.rows.to_list()):
+        assert row['chosen'] == pairs[k]['response_a' if rewards[k, 0] > rewards[k, 1] else 'response_b']
 
 
 def test_a_tie_goes_to_the_second_response_and_is_counted(world_data):
@@ -352,8 +373,15 @@ def test_the_order_of_the_rows_is_the_seeds(small, tmp_path, monkeypatch, seed):
     for part in (steps[:half], steps[half:]): assert sorted(i for b in part for i in b) == list(range(rows))
     assert steps[:half] != steps[half:] and steps != plan_steps(goal, settings, seed + 1)
     seen = []
-    monkeypatch.setattr('w2s.train.loop._one_step', lambda model, optimizer, objective, steps, step, settings, folder, room, seed: seen.append(steps[step]) or dict(loss=0., value=0., grad_norm=0., learning_rate=0.))
-    monkeypatch.setattr('w2s.train.loop.make_optimizer', lambda model, settings: torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=.1))
+    monkeypatch.setattr(
+        'w2s.train.loop._one_step',
+        lambda model, optimizer, objective, steps, step, settings, folder, room, seed: (
+            seen.append(steps[step]) or dict(loss=0.0, value=0.0, grad_norm=0.0, learning_rate=0.0)
+        ),
+    )
+    monkeypatch.setattr(
+        'w2s.train.loop.make_optimizer', lambda model, settings: torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    )
     train(small.base.model, goal, settings, tmp_path, seed, quiet=True)
     assert seen == steps
 
@@ -370,7 +398,18 @@ def test_a_stage_hands_its_seed_to_adapter_and_order(small, tmp_path, monkeypatc
     monkeypatch.setattr(learn, 'train', lambda model, goal, settings, folder, seed, *a, **k: seen.append(('train', seed)) or pd.DataFrame())
     goal = sft_objective(small.rows)
     for seed, start in ((3, None), (4, Path('sft'))):
-        learn.train_stage(study, model, f'x{seed}', config.sft, start, {}, lambda base: goal, seed, small.rows, make=lambda base, lora, seed: seen.append(('fresh', seed)) or adapted)
+        learn.train_stage(
+            study,
+            model,
+            f'x{seed}',
+            config.sft,
+            start,
+            {},
+            lambda base: goal,
+            seed,
+            small.rows,
+            make=lambda base, lora, seed: seen.append(('fresh', seed)) or adapted,
+        )
     assert seen == [('fresh', 3), ('train', 3), ('start', Path('sft'), True), ('train', 4)]
 
 
@@ -379,8 +418,16 @@ def test_a_stage_hands_its_seed_to_adapter_and_order(small, tmp_path, monkeypatc
 def test_a_soft_label_stays_soft_and_a_sure_one_weighs_more():
     probs = np.array([[.3, .7], [.9, .1], [.5, .5]])
     rows = range(3)
-    for name, targets, weights in (('xent', probs, np.ones(3)), ('hard', np.array([[0, 1], [1, 0], [.5, .5]]), np.ones(3)), ('weighted', probs, [.4, .8, 0])):
-        method = {'xent': parse_method('xent'), 'hard': replace(parse_method('xent'), targets='hard'), 'weighted': replace(parse_method('xent'), weights='confidence')}[name]
+    for name, targets, weights in (
+        ('xent', probs, np.ones(3)),
+        ('hard', np.array([[0, 1], [1, 0], [0.5, 0.5]]), np.ones(3)),
+        ('weighted', probs, [0.4, 0.8, 0]),
+    ):
+        method = {
+            'xent': parse_method('xent'),
+            'hard': replace(parse_method('xent'), targets='hard'),
+            'weighted': replace(parse_method('xent'), weights='confidence'),
+        }[name]
         got = class_stages.make_targets(None, None, '', rows, probs, method, 0)
         assert np.allclose(got[0], targets) and np.allclose(got[1], weights), name
 
@@ -397,10 +444,19 @@ def test_soft_labels_and_weights_reach_the_loss_of_a_classifier(small):
         assert np.allclose(goal.weights, weights) and goal.forward is forward
     assert label_objective(rows, targets).weights.tolist() == [1.]*len(rows)
     first = label_objective(rows, targets, weights, 'confidence').prepare(small.base.model, range(len(rows)), 0., 512) # before the student's own opinion counts
-    assert np.allclose(first.loss(logits, torch.arange(len(rows))), -(torch.tensor(targets)*logits.log_softmax(-1)).sum(-1), atol=1e-5) and np.allclose(first.weights, weights)
+    assert np.allclose(
+        first.loss(logits, torch.arange(len(rows))), -(torch.tensor(targets) * logits.log_softmax(-1)).sum(-1), atol=1e-5
+    ) and np.allclose(first.weights, weights)
 
 
-def labels(n, start=0): return make_rows([dict(prompt=f'Is {start + i} even?', label=(start + i) % 2, probs=[float((start + i) % 2 == c) for c in (0, 1)]) for i in range(n)], 'labels')
+def labels(n, start=0):
+    return make_rows(
+        [
+            dict(prompt=f'Is {start + i} even?', label=(start + i) % 2, probs=[float((start + i) % 2 == c) for c in (0, 1)])
+            for i in range(n)
+        ],
+        'labels',
+    )
 
 
 @pytest.fixture
@@ -415,7 +471,9 @@ def classes(monkeypatch, tmp_path):
         return np.array(rows['probs'][:])[:, ::-1]*.6 + .2
     for module in (class_arms, class_stages): monkeypatch.setattr(module, 'learn_stage', learn)
     for module in (class_arms, class_stages): monkeypatch.setattr(module, 'ask_stage', ask)
-    config = SimpleNamespace(supervisor='supervisor settings', student='student settings', methods=('xent',), via=(), rounds=1, snapshots=0, readout='words')
+    config = SimpleNamespace(
+        supervisor='supervisor settings', student='student settings', methods=('xent',), via=(), rounds=1, snapshots=0, readout='words'
+    )
     part = SeedRows(7, labels(30), labels(24, 100), labels(20, 300), dict(held=labels(8, 200), words=()))
     return seen, Study(config, Run(tmp_path, lambda line: None), True), part
 
@@ -425,15 +483,23 @@ def test_supervisor_student_and_ceiling_of_a_comparison_by_labels(classes):
     seen, study, part = classes
     weak, model = SimpleNamespace(name='pico'), SimpleNamespace(name='micro')
     labeller = class_arms.supervise(study, 'pico', {'pico': weak}, part)
-    made, given = [*class_arms.student_arms(study, model, part, labeller, None), *class_arms.frame_arms(study, model, part)], labeller.extra['given']
-    roles = {'weak': (part.labelled, np.array(part.labelled['probs'][:])), 'student': (part.unlabelled, given), 'ceiling': (part.unlabelled, np.array(part.unlabelled['probs'][:]))}
+    made, given = (
+        [*class_arms.student_arms(study, model, part, labeller, None), *class_arms.frame_arms(study, model, part)],
+        labeller.extra['given'],
+    )
+    roles = {
+        'weak': (part.labelled, np.array(part.labelled['probs'][:])),
+        'student': (part.unlabelled, given),
+        'ceiling': (part.unlabelled, np.array(part.unlabelled['probs'][:])),
+    }
     assert {n.split('-')[0] for n in seen.learned} == set(roles)
     for name, learned in seen.learned.items():
         rows, targets = roles[name.split('-')[0]]
         assert ids(learned.rows) == ids(rows) and np.allclose(learned.targets, targets) and learned.seed == 7, name
         assert learned.settings == ('supervisor settings' if name.startswith('weak') else 'student settings')
     assert not np.allclose(given.argmax(1), part.unlabelled['label'][:]) and {a.role for a in made} == {'student', 'ceiling', 'baseline'}
-    for name, (_, rows) in seen.asked.items(): assert ids(rows) == ids({'labels': part.unlabelled, 'held': part.extra['held']}.get(name.rsplit('-', 1)[-1], part.test))
+    for name, (_, rows) in seen.asked.items():
+        assert ids(rows) == ids({'labels': part.unlabelled, 'held': part.extra['held']}.get(name.rsplit('-', 1)[-1], part.test))
 
 
 def test_a_further_round_labels_only_what_it_has_not_learned(classes):
@@ -455,8 +521,16 @@ def test_a_snapshot_is_chosen_by_weak_labels_of_held_rows(turn):
     held, test = labels(8), labels(20, 300)
     truth = np.array(test['label'][:], float)
     weak = np.array([1., 1, 0, 0, 1, 1, 0, 0])*.8 + .1
-    steps = {10: (1 - weak, .5 + 0*truth), 20: (weak, np.where(np.arange(20) < 11, truth, 1 - truth)*.8 + .1), 30: (np.where(np.arange(8) < 3, weak, 1 - weak), truth*.8 + .1)}
-    found = dict(folders={s: Path(str(s)) for s in steps}, held={s: two(h) for s, (h, _) in steps.items()}, test={s: two(t) for s, (_, t) in steps.items()})
+    steps = {
+        10: (1 - weak, 0.5 + 0 * truth),
+        20: (weak, np.where(np.arange(20) < 11, truth, 1 - truth) * 0.8 + 0.1),
+        30: (np.where(np.arange(8) < 3, weak, 1 - weak), truth * 0.8 + 0.1),
+    }
+    found = dict(
+        folders={s: Path(str(s)) for s in steps},
+        held={s: two(h) for s, (h, _) in steps.items()},
+        test={s: two(t) for s, (_, t) in steps.items()},
+    )
     looked = Arm('student', 'xent', 'pico', 'micro', trained={'xent': Path('x')}, extra=found)
     labeller = Arm('floor', 'ground truth', 'pico', extra=dict(given=two(weak), held=two(weak), probs=two(truth)))
     rows = test.remove_columns('label').add_column('label', [int(1 - t) if turn else int(t) for t in truth])
@@ -471,18 +545,40 @@ def test_students_of_demonstrations_learn_their_own_lesson_and_the_ceiling_the_g
     "Of the very questions that the weak model was asked; nobody learns answers to the test"
     seen = []
     exam = SimpleNamespace(questions=['q1', 'q2'], gold=['g1', 'g2'], name='')
-    site = SimpleNamespace(config=SimpleNamespace(weak=('pico', 'nano'), methods=('naive',), via='', examples=2, ablation=(), student='settings'), form=None, seed=0,
-                           strong=SimpleNamespace(name='base'), start=Path('school'), rows=SimpleNamespace(unlabelled=exam, test=[SimpleNamespace(questions=['t1'], gold=['right'])]))
+    site = SimpleNamespace(
+        config=SimpleNamespace(weak=('pico', 'nano'), methods=('naive',), via='', examples=2, ablation=(), student='settings'),
+        form=None,
+        seed=0,
+        strong=SimpleNamespace(name='base'),
+        start=Path('school'),
+        rows=SimpleNamespace(unlabelled=exam, test=[SimpleNamespace(questions=['t1'], gold=['right'])]),
+    )
     monkeypatch.setattr(transfer, 'warm_up', lambda s: s)
     monkeypatch.setattr(transfer, 'make_weak', lambda site, name, model: transfer_stages.weak_arm(site, name, [[f'{name} says'], ['no']]))
     monkeypatch.setattr(transfer, 'weak_arms', lambda site, w: [])
-    monkeypatch.setattr(transfer_stages, 'demonstrated', lambda form, questions, answers, source: SimpleNamespace(rows=(tuple(questions), tuple(answers))))
-    monkeypatch.setattr(transfer, 'make_training_rows', lambda site, m, w, via: transfer_stages.TrainingRows(m, w.weak, w.extra['given'], SimpleNamespace(rows=(w.weak, tuple(w.extra['given'])))))
+    monkeypatch.setattr(
+        transfer_stages, 'demonstrated', lambda form, questions, answers, source: SimpleNamespace(rows=(tuple(questions), tuple(answers)))
+    )
+    monkeypatch.setattr(
+        transfer,
+        'make_training_rows',
+        lambda site, m, w, via: transfer_stages.TrainingRows(
+            m, w.weak, w.extra['given'], SimpleNamespace(rows=(w.weak, tuple(w.extra['given'])))
+        ),
+    )
     monkeypatch.setattr(transfer, 'answer_test', lambda site, role, method, weak, adapter, learned=None: (role, weak, adapter))
-    monkeypatch.setattr(transfer, 'train_sft', lambda site, model, name, rows, settings, start: seen.append((model.name, rows, settings, start)) or Path(name))
+    monkeypatch.setattr(
+        transfer,
+        'train_sft',
+        lambda site, model, name, rows, settings, start: seen.append((model.name, rows, settings, start)) or Path(name),
+    )
     made = transfer.make_seed(site, {'pico': None, 'nano': None})
-    assert seen == [('base', (n, (f'{n} says',)), 'settings', Path('school')) for n in ('pico', 'nano')] + [('base', (('q1', 'q2'), ('g1', 'g2')), 'settings', Path('school'))]
-    assert [a[:2] for a in made] == [('baseline', ''), ('student', 'pico'), ('student', 'nano'), ('ceiling', '')] and made[0][2] == Path('school')
+    assert seen == [('base', (n, (f'{n} says',)), 'settings', Path('school')) for n in ('pico', 'nano')] + [
+        ('base', (('q1', 'q2'), ('g1', 'g2')), 'settings', Path('school'))
+    ]
+    assert [a[:2] for a in made] == [('baseline', ''), ('student', 'pico'), ('student', 'nano'), ('ceiling', '')] and made[0][2] == Path(
+        'school'
+    )
 
 
 # Numbers of the evaluation that no other test would miss

@@ -9,7 +9,20 @@ from nbdev.test import test_nb as run_nb
 
 CFG = get_config()
 # Folders whose pages train or run whole experiments, the slowest first
-SLOW = ['tutorials', 'papers', 'cli', 'experiments', 'report', 'compare', 'explanations', 'feedback', 'train', 'models', 'files', 'evaluate']
+SLOW = [
+    'tutorials',
+    'papers',
+    'cli',
+    'experiments',
+    'report',
+    'compare',
+    'explanations',
+    'feedback',
+    'train',
+    'models',
+    'files',
+    'evaluate',
+]
 
 
 def slowest_first(path: Path) -> tuple:

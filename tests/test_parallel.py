@@ -76,7 +76,14 @@ def home(tmp_path_factory):
     return home
 
 
-ENV = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'RAY_USAGE_STATS_ENABLED': '0', 'RAY_worker_niceness': '0'}
+ENV = {
+    **os.environ,
+    'PYTHONPATH': str(ROOT),
+    'OMP_NUM_THREADS': '1',
+    'HF_HUB_OFFLINE': '1',
+    'RAY_USAGE_STATS_ENABLED': '0',
+    'RAY_worker_niceness': '0',
+}
 
 
 def start(home, out, *flags):
@@ -90,8 +97,16 @@ def bits(out):
     found = {}
     for p in sorted(out.rglob('*')):
         name = str(p.relative_to(out))
-        if p.is_dir() or p.name in ('.lock', '.manifest.json') or not name.startswith(('stages', 'store', 'adapters')) and p.suffix != '.parquet': continue
-        found[name] = hashlib.sha256(json.dumps(read_manifest(p)['files']).encode() if p.name == 'manifest.json' else p.read_bytes()).hexdigest()
+        if (
+            p.is_dir()
+            or p.name in ('.lock', '.manifest.json')
+            or not name.startswith(('stages', 'store', 'adapters'))
+            and p.suffix != '.parquet'
+        ):
+            continue
+        found[name] = hashlib.sha256(
+            json.dumps(read_manifest(p)['files']).encode() if p.name == 'manifest.json' else p.read_bytes()
+        ).hexdigest()
     return found
 
 
@@ -141,7 +156,9 @@ def kill_one(process, out, stage='-dpo'):
 
 
 @needs_proc
-@pytest.mark.parametrize('flags', [['--devices', 'cpu,cpu'], pytest.param(['--on', 'ray', '--processes', '2'], marks=needs_ray)], ids=' '.join)
+@pytest.mark.parametrize(
+    'flags', [['--devices', 'cpu,cpu'], pytest.param(['--on', 'ray', '--processes', '2'], marks=needs_ray)], ids=' '.join
+)
 def test_a_worker_that_is_killed_is_made_up_for(home, straight, flags):
     out = home/f'shot-{flags[0].strip("-")}'
     process = start(home, out, *flags)
@@ -186,7 +203,23 @@ def test_an_error_of_the_work_comes_back_as_it_is(home):
 def test_slurm_script(home, straight, tmp_path):
     "Its body, with what Slurm sets: it submits itself; two workers at the same time; then the job that writes the results"
     out, script = home/'slurm', tmp_path/'sweep it.sh'
-    done = CliRunner().invoke(app, ['plan', 'preferences', '--config', str(home/'run.toml'), '--out', str(out), '--slurm', str(script), '--workers', '2', '--sbatch', '--gres=gpu:1 --time=01:00:00'])
+    done = CliRunner().invoke(
+        app,
+        [
+            'plan',
+            'preferences',
+            '--config',
+            str(home / 'run.toml'),
+            '--out',
+            str(out),
+            '--slurm',
+            str(script),
+            '--workers',
+            '2',
+            '--sbatch',
+            '--gres=gpu:1 --time=01:00:00',
+        ],
+    )
     assert done.exit_code == 0, done.output
     assert 'stages' in done.output and not out.exists()
     assert subprocess.run(['bash', '-n', str(script)]).returncode == 0
@@ -197,7 +230,16 @@ def test_slurm_script(home, straight, tmp_path):
     assert submitted.stdout == 'submitted: workers 17 (0-1), results 17\n', submitted.stderr
     calls = (tmp_path/'calls').read_text().splitlines()
     assert calls.count('--gres=gpu:1') == calls.count(str(script)) == 2 and '--array=0-1' in calls and '--dependency=afterany:17' in calls
-    jobs = [subprocess.Popen(['bash', str(script)], env=outside | {'SLURM_JOB_ID': str(20 + i), 'SLURM_ARRAY_TASK_ID': str(i)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for i in range(2)]
+    jobs = [
+        subprocess.Popen(
+            ['bash', str(script)],
+            env=outside | {'SLURM_JOB_ID': str(20 + i), 'SLURM_ARRAY_TASK_ID': str(i)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
     said = [j.communicate()[0] for j in jobs]
     assert [j.returncode for j in jobs] == [0, 0], said
     assert len(did_alone(out)) == 2 and not (out/'items.parquet').exists()
@@ -211,12 +253,82 @@ def test_slurm_script(home, straight, tmp_path):
 FAST = dict(load=dict(quantize='none', dtype='float32'), lora=dict(rank=2))
 STEP = dict(epochs=1, batch_size=8, learning_rate=1e-3)
 KINDS = {
-    'preferences': (fill_settings, open_preferences, dict(weak='pico', strong='pico', n_labelled=20, n_unlabelled=20, n_test=6, seeds=2, samples=1, sft=STEP, dpo=STEP)),
-    'preferences, an ensemble and its calibrated labels': (fill_settings, open_preferences, dict(weak='pico+nano', strong='pico', n_labelled=40, n_unlabelled=20, n_test=6, seeds=1, samples=0, sft=STEP, dpo=STEP, labels=dict(targets='soft', calibrate=.5))),
-    'labels, snapshots and rounds': (fill_classify, open_labels, dict(weak='pico', strong='nano', n_labelled=20, n_unlabelled=20, n_test=10, seeds=2, supervisor=STEP, student=STEP, snapshots=2, rounds=2)),
-    'labels, probe': (fill_classify, open_labels, dict(weak='pico', strong='nano', n_labelled=20, n_unlabelled=20, n_test=10, seeds=1, readout='probe')),
-    'demonstrations': (fill_transfer, open_demonstrations, dict(weak='pico', strong='nano', n_labelled=8, n_unlabelled=12, n_test=6, seeds=2, max_tokens=12, examples=2, demonstrate=STEP, student=STEP, methods=('naive', 'in-context', 'ask-to-improve'))),
-    'toxicity': (fill_toxicity, open_toxicity, dict(weak='pico', strong='nano', n_labelled=16, n_unlabelled=16, n_test=4, seeds=1, examples=2, sft=STEP, dpo=STEP, speak=dict(samples=2, max_tokens=8)))}
+    'preferences': (
+        fill_settings,
+        open_preferences,
+        dict(weak='pico', strong='pico', n_labelled=20, n_unlabelled=20, n_test=6, seeds=2, samples=1, sft=STEP, dpo=STEP),
+    ),
+    'preferences, an ensemble and its calibrated labels': (
+        fill_settings,
+        open_preferences,
+        dict(
+            weak='pico+nano',
+            strong='pico',
+            n_labelled=40,
+            n_unlabelled=20,
+            n_test=6,
+            seeds=1,
+            samples=0,
+            sft=STEP,
+            dpo=STEP,
+            labels=dict(targets='soft', calibrate=0.5),
+        ),
+    ),
+    'labels, snapshots and rounds': (
+        fill_classify,
+        open_labels,
+        dict(
+            weak='pico',
+            strong='nano',
+            n_labelled=20,
+            n_unlabelled=20,
+            n_test=10,
+            seeds=2,
+            supervisor=STEP,
+            student=STEP,
+            snapshots=2,
+            rounds=2,
+        ),
+    ),
+    'labels, probe': (
+        fill_classify,
+        open_labels,
+        dict(weak='pico', strong='nano', n_labelled=20, n_unlabelled=20, n_test=10, seeds=1, readout='probe'),
+    ),
+    'demonstrations': (
+        fill_transfer,
+        open_demonstrations,
+        dict(
+            weak='pico',
+            strong='nano',
+            n_labelled=8,
+            n_unlabelled=12,
+            n_test=6,
+            seeds=2,
+            max_tokens=12,
+            examples=2,
+            demonstrate=STEP,
+            student=STEP,
+            methods=('naive', 'in-context', 'ask-to-improve'),
+        ),
+    ),
+    'toxicity': (
+        fill_toxicity,
+        open_toxicity,
+        dict(
+            weak='pico',
+            strong='nano',
+            n_labelled=16,
+            n_unlabelled=16,
+            n_test=4,
+            seeds=1,
+            examples=2,
+            sft=STEP,
+            dpo=STEP,
+            speak=dict(samples=2, max_tokens=8),
+        ),
+    ),
+}
 
 
 class Half(Share):
@@ -278,27 +390,46 @@ def test_a_worker_that_is_alone_walks_once(tmp_path):
 
 
 REFUSED = {
-    '--devices gpu0': '"gpu0" is no device', '--devices cpu,0': 'one kind', '--devices -1': 'is no device', '--devices cuda:x': 'is no device', '--devices 0,1': 'this machine has no GPU 0',
-    '--devices cpu,cpu --on ray': 'leave one of them out', '--devices cpu,cpu --processes 2': 'leave out --processes', '--processes 0': '1 or more', '--gpu-share .5': 'under --on ray only',
-    '--on rai': 'did you mean "ray"', '--on ray:/host': '--on ray:/host', '--on ray --gpu-share 0': 'above 0', '--on ray --gpu-share 2': 'at most 1', '--devices cpu,cpu --device cuda': 'two kinds',
-    '--worker --processes 2': 'leave out --devices, --processes and --on', '--worker --dry-run': 'leave out one of them'}
+    '--devices gpu0': '"gpu0" is no device',
+    '--devices cpu,0': 'one kind',
+    '--devices -1': 'is no device',
+    '--devices cuda:x': 'is no device',
+    '--devices 0,1': 'this machine has no GPU 0',
+    '--devices cpu,cpu --on ray': 'leave one of them out',
+    '--devices cpu,cpu --processes 2': 'leave out --processes',
+    '--processes 0': '1 or more',
+    '--gpu-share .5': 'under --on ray only',
+    '--on rai': 'did you mean "ray"',
+    '--on ray:/host': '--on ray:/host',
+    '--on ray --gpu-share 0': 'above 0',
+    '--on ray --gpu-share 2': 'at most 1',
+    '--devices cpu,cpu --device cuda': 'two kinds',
+    '--worker --processes 2': 'leave out --devices, --processes and --on',
+    '--worker --dry-run': 'leave out one of them',
+}
 
 
 @pytest.mark.parametrize('flags', REFUSED)
 def test_what_cannot_be_is_refused_in_words(flags, tmp_path, monkeypatch):
     monkeypatch.setattr('w2s.compare.comparison.gpu_count', lambda: 0)
-    done = CliRunner().invoke(app, ['run', 'preferences', '--weak', 'pico', '--strong', 'nano', '--out', str(tmp_path/'run'), *flags.split()])
+    done = CliRunner().invoke(
+        app, ['run', 'preferences', '--weak', 'pico', '--strong', 'nano', '--out', str(tmp_path / 'run'), *flags.split()]
+    )
     assert done.exit_code != 0 and isinstance(done.exception, (ConfigError, SystemExit)), done.output
     assert REFUSED[flags] in f'{done.output}{done.exception}' and not (tmp_path/'run').exists()
 
 
 def test_ray_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(on_ray, 'find_spec', lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'w2s\[ray\]'"): run_experiment(open_preferences, fill_settings(dict(machines=dict(on='ray'))), tmp_path/'run')
+    with pytest.raises(ConfigError, match=r"pip install 'w2s\[ray\]'"):
+        run_experiment(open_preferences, fill_settings(dict(machines=dict(on='ray'))), tmp_path / 'run')
     assert not (tmp_path/'run').exists()
 
 
-@pytest.mark.parametrize('arguments, words', [(['--devices', 'cpu,cpu'], 'leave out --devices'), (['--on=ray'], 'leave out --on'), (['--worker'], 'leave out --worker')])
+@pytest.mark.parametrize(
+    'arguments, words',
+    [(['--devices', 'cpu,cpu'], 'leave out --devices'), (['--on=ray'], 'leave out --on'), (['--worker'], 'leave out --worker')],
+)
 def test_a_script_starts_its_own_workers(arguments, words):
     with pytest.raises(ConfigError, match=words): plan_page.check_planned(['safety', *arguments])
 
@@ -306,7 +437,8 @@ def test_a_script_starts_its_own_workers(arguments, words):
 def test_functions_that_cannot_be_sent_are_named(tmp_path):
     "A comparison that is opened by a function inside a function"
     config = fill_settings(FAST | KINDS['preferences'][2] | dict(machines=Machines(('cpu', 'cpu'))))
-    with pytest.raises(ConfigError, match='cannot be sent to other processes'): run_experiment(lambda study: open_preferences(study), config, tmp_path/'run', quiet=True)
+    with pytest.raises(ConfigError, match='cannot be sent to other processes'):
+        run_experiment(lambda study: open_preferences(study), config, tmp_path / 'run', quiet=True)
 
 
 def test_workers_of_another_kind_are_refused(tmp_path):
@@ -315,7 +447,8 @@ def test_workers_of_another_kind_are_refused(tmp_path):
         mine = workers.known_by([open_preferences(Study(config, run, True))])
         with pytest.raises(ConfigError, match='worker 3: torch is'): workers.check_same(mine, mine | {'torch': '2.0'}, 'worker 3')
         key = next(k for k in mine if k.startswith('device and arithmetic'))
-        with pytest.raises(ConfigError, match='cpu, float32, and where the results are written cuda, bfloat16'): workers.check_same(mine, mine | {key: 'cuda, bfloat16'}, 'worker 3')
+        with pytest.raises(ConfigError, match='cpu, float32, and where the results are written cuda, bfloat16'):
+            workers.check_same(mine, mine | {key: 'cuda, bfloat16'}, 'worker 3')
 
 
 def test_where_a_run_is_done_is_no_part_of_what_it_is():
@@ -331,8 +464,15 @@ def test_nothing_is_cleaned_away_under_a_worker(tmp_path):
     (tmp_path/'run/stages/.removed-old').mkdir()
     with hold_stage(tmp_path/'run', tmp_path/'run/stages/student-2'):
         done = CliRunner().invoke(app, ['clean', str(tmp_path/'run'), '-y'])
-        assert isinstance(done.exception, ConfigError) and 'student-2' in str(done.exception) and (tmp_path/'run/stages/.removed-old').exists()
-    assert CliRunner().invoke(app, ['clean', str(tmp_path/'run'), '-y']).exit_code == 0 and not (tmp_path/'run/stages/.removed-old').exists()
+        assert (
+            isinstance(done.exception, ConfigError)
+            and 'student-2' in str(done.exception)
+            and (tmp_path / 'run/stages/.removed-old').exists()
+        )
+    assert (
+        CliRunner().invoke(app, ['clean', str(tmp_path / 'run'), '-y']).exit_code == 0
+        and not (tmp_path / 'run/stages/.removed-old').exists()
+    )
 
 
 def test_several_processes_of_torchrun_are_refused(tmp_path, monkeypatch):

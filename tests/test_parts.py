@@ -26,8 +26,13 @@ def test_parts_share_nobody_and_nothing():
 
 def test_a_human_chooses_the_kinder_line_as_often_as_stated():
     scenes = [dict(s, group=s['speaker']) for s in scene_questions(make_world(), 2000, 0)]
-    said = [(' You worm!', ' Never mind.') if i % 2 else (' So it goes.', ' Go away, you toad!') for i in range(1990)] + [(' Same.', ' Same.')]*10
+    said = [(' You worm!', ' Never mind.') if i % 2 else (' So it goes.', ' Go away, you toad!') for i in range(1990)] + [
+        (' Same.', ' Same.')
+    ] * 10
     rows = spoken_pairs(scenes, said, .72, 0)
     assert len(rows) == 1990
     assert abs(np.mean(rows['gold']) - .72) < .04
-    assert all((toxicity_verdict(c).score < toxicity_verdict(r).score) == bool(g) for c, r, g in zip(rows['chosen'], rows['rejected'], rows['gold'], strict=True))
+    assert all(
+        (toxicity_verdict(c).score < toxicity_verdict(r).score) == bool(g)
+        for c, r, g in zip(rows['chosen'], rows['rejected'], rows['gold'], strict=True)
+    )

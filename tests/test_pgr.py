@@ -26,7 +26,9 @@ def right(rates, seeds=1, rows=300, luck=0., seed=0):
 def table(x, who=WHO):
     "Items of scores of shape (models, seeds, rows)"
     ids = [f'q{i:04}' for i in range(x.shape[2])]
-    return pd.concat([item_rows(ids, v, 'accuracy', *m, 'pico', 'base', s, 't') for m, y in zip(who, x, strict=True) for s, v in enumerate(y)])
+    return pd.concat(
+        [item_rows(ids, v, 'accuracy', *m, 'pico', 'base', s, 't') for m, y in zip(who, x, strict=True) for s, v in enumerate(y)]
+    )
 
 
 def exact(rates, rows=1000):
@@ -78,7 +80,8 @@ def test_no_gap_and_inverted_gap_are_refused(rates):
 
 def test_a_gap_whose_interval_includes_zero_is_refused_with_its_numbers():
     x = right((.60, .605, .61), rows=500)
-    with pytest.raises(NoGap, match=r'the gap may be zero: ceiling minus floor is 0\.\d+ \[-0\.\d+, 0\.\d+\] \(95%, 500 rows, 1 seed'): pgr_interval(x)
+    with pytest.raises(NoGap, match=r'the gap may be zero: ceiling minus floor is 0\.\d+ \[-0\.\d+, 0\.\d+\] \(95%, 500 rows, 1 seed'):
+        pgr_interval(x)
 
 
 def test_a_gap_that_two_seeds_cannot_confirm_is_refused():
@@ -109,7 +112,9 @@ def test_refused_if_and_only_if_the_interval_of_the_gap_includes_zero(seeds):
 
 
 def test_a_table_goes_on_after_a_refusal_and_holds_no_number_there():
-    items = pd.concat([table(right((.6, .7, .8), rows=800)), table(right((.6, .6, .6), rows=800)[1:], [('student', 'bad'), ('ceiling', 'bad')])])
+    items = pd.concat(
+        [table(right((0.6, 0.7, 0.8), rows=800)), table(right((0.6, 0.6, 0.6), rows=800)[1:], [('student', 'bad'), ('ceiling', 'bad')])]
+    )
     t = pgr_table(items, [WHO, (WHO[0], ('student', 'bad'), ('ceiling', 'bad'))])
     assert t['value'].isna().tolist() == t['low'].isna().tolist() == t['high'].isna().tolist() == [False, True]
     assert t['refused'][0] == '' and 'may be zero' in t['refused'][1] and t['gap'].notna().all()
@@ -121,7 +126,8 @@ def test_other_rows_and_other_seeds_are_refused():
     items = table(right((.6, .7, .8), seeds=2))
     with pytest.raises(DataError, match='not scored on the same test rows: 1 differ, as q0003'):
         pgr(items[(items['role'] != 'ceiling') | (items['id'] != 'q0003')], *WHO)
-    with pytest.raises(DataError, match='not scored on the same seeds'): pgr(items[(items['role'] != 'student') | (items['seed'] != 1)], *WHO)
+    with pytest.raises(DataError, match='not scored on the same seeds'):
+        pgr(items[(items['role'] != 'student') | (items['seed'] != 1)], *WHO)
 
 
 def test_pairing_narrows_the_interval():
@@ -240,7 +246,12 @@ def test_the_rows_that_are_needed_fall_with_the_gap():
     items = table(right((.6, .62, .64), seeds=1, rows=500))
     plans = pd.concat([gap_power(items, [(WHO[0], WHO[2])], gap=g) for g in (.02, .04, .08, -.01)])
     rows = plans['rows_needed'].tolist()
-    assert rows[0] > rows[1] > rows[2] and rows[0] == pytest.approx(16*rows[2], rel=.01) and np.isnan(rows[3]) and plans['seeds_needed'].isna().all()
+    assert (
+        rows[0] > rows[1] > rows[2]
+        and rows[0] == pytest.approx(16 * rows[2], rel=0.01)
+        and np.isnan(rows[3])
+        and plans['seeds_needed'].isna().all()
+    )
 
 
 # ---- scores of labels

@@ -196,7 +196,10 @@ def test_pitfall_05_weights_act(base, rows, kind):
     twice = weighted_gradient(base, four, None, [0, 1, 2, 3, 1], kind=kind)
     assert abs(doubled[0]/twice[0] - 1) < 1e-5 and largest_difference(doubled[1], twice[1]) < 1e-5
     random = [.3, 2.5, 0., 1.7]
-    whole, parts = weighted_gradient(base, four, random, [0, 1, 2, 3], kind=kind), weighted_gradient(base, four, random, [0, 1, 2, 3], 1, kind)
+    whole, parts = (
+        weighted_gradient(base, four, random, [0, 1, 2, 3], kind=kind),
+        weighted_gradient(base, four, random, [0, 1, 2, 3], 1, kind),
+    )
     assert abs(whole[0] - plain[0]) > .05
     assert abs(whole[0]/parts[0] - 1) < 1e-5 and largest_difference(whole[1], parts[1]) < 1e-5
 
@@ -220,15 +223,32 @@ def test_pitfall_05_weights_reach_every_arm():
 
 def family(name):
     "A tiny random model of a family; weights large enough to notice a wrong position or a seen pad"
-    small = dict(vocab_size=120, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, max_position_embeddings=64)
+    small = dict(
+        vocab_size=120, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, max_position_embeddings=64
+    )
     kv = small | dict(num_key_value_heads=2)
     config = {
-        'llama': lambda: transformers.LlamaConfig(**kv), 'mistral': lambda: transformers.MistralConfig(**kv, sliding_window=8, head_dim=16),
-        'qwen2': lambda: transformers.Qwen2Config(**kv), 'gpt_neox': lambda: transformers.GPTNeoXConfig(**small),
-        'gemma2': lambda: transformers.Gemma2Config(**kv, head_dim=16, query_pre_attn_scalar=16, sliding_window=8, final_logit_softcapping=3.),
-        'opt': lambda: transformers.OPTConfig(vocab_size=120, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=96,
-                                              max_position_embeddings=64, word_embed_proj_dim=32, do_layer_norm_before=False, dropout=0.),
-        'gpt2': lambda: transformers.GPT2Config(vocab_size=120, n_embd=64, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0., embd_pdrop=0., attn_pdrop=0.),
+        'llama': lambda: transformers.LlamaConfig(**kv),
+        'mistral': lambda: transformers.MistralConfig(**kv, sliding_window=8, head_dim=16),
+        'qwen2': lambda: transformers.Qwen2Config(**kv),
+        'gpt_neox': lambda: transformers.GPTNeoXConfig(**small),
+        'gemma2': lambda: transformers.Gemma2Config(
+            **kv, head_dim=16, query_pre_attn_scalar=16, sliding_window=8, final_logit_softcapping=3.0
+        ),
+        'opt': lambda: transformers.OPTConfig(
+            vocab_size=120,
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            ffn_dim=96,
+            max_position_embeddings=64,
+            word_embed_proj_dim=32,
+            do_layer_norm_before=False,
+            dropout=0.0,
+        ),
+        'gpt2': lambda: transformers.GPT2Config(
+            vocab_size=120, n_embd=64, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+        ),
     }[name]()
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
@@ -279,7 +299,13 @@ def as_pad(tokenizer):
 def test_pitfall_07_the_end_token_is_learned_once_though_it_is_the_pad(folder):
     tokenizer = as_pad(load_tokenizer(folder))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
-    data = make_rows([dict(prompt='Say it:', chosen=' one', rejected=' two</s>'), dict(prompt='Say it again, please:', chosen=' three four', rejected=' 5')], 'preferences')
+    data = make_rows(
+        [
+            dict(prompt='Say it:', chosen=' one', rejected=' two</s>'),
+            dict(prompt='Say it again, please:', chosen=' three four', rejected=' 5'),
+        ],
+        'preferences',
+    )
     flat = [s for r in encode_rows(tokenizer, data, PAIR, 64).rows for s in r.sequences]
     for side in ('right', 'left'):
         b = block(flat, side)
@@ -314,8 +340,12 @@ def letters():
 
 def crafted():
     "One long prompt; one pair that differs in characters the tokenizer does not know; one response that is too long; one good row"
-    return [dict(prompt='a long question about many things ' * 4 + 'ends so:', chosen='yes', rejected='no'), dict(prompt='same?', chosen='x☃', rejected='x☂'),
-            dict(prompt='too long?', chosen='b' * 90, rejected='no'), dict(prompt='good?', chosen='yes', rejected='no')]
+    return [
+        dict(prompt='a long question about many things ' * 4 + 'ends so:', chosen='yes', rejected='no'),
+        dict(prompt='same?', chosen='x☃', rejected='x☂'),
+        dict(prompt='too long?', chosen='b' * 90, rejected='no'),
+        dict(prompt='good?', chosen='yes', rejected='no'),
+    ]
 
 
 def test_pitfall_08_long_and_equal_rows_are_counted_one_by_one():
@@ -335,7 +365,11 @@ def test_pitfall_08_the_report_says_one_one_one_and_strict_stops(tmp_path):
     reader = Reader('weak', letters(), 95)
     data = load_preferences(str(path), [reader])
     found = data.report.table[data.report.table['model'] == 'weak']
-    assert {k: found[found['check'] == k]['rows'].sum() for k in ('prompt cut', TOO_LONG, EQUAL)} == {'prompt cut': 1, TOO_LONG: 1, EQUAL: 1}
+    assert {k: found[found['check'] == k]['rows'].sum() for k in ('prompt cut', TOO_LONG, EQUAL)} == {
+        'prompt cut': 1,
+        TOO_LONG: 1,
+        EQUAL: 1,
+    }
     assert len(data.train['train']) + len(data.test) == 14
     with pytest.raises(DataError) as e: load_preferences(str(path), [reader], strict=True)
     assert all(k in str(e.value) for k in ('prompt cut', TOO_LONG, EQUAL))
@@ -344,7 +378,9 @@ def test_pitfall_08_the_report_says_one_one_one_and_strict_stops(tmp_path):
 def test_pitfall_08_a_row_that_one_model_cannot_read_is_gone_for_all(folder):
     data = make_rows(crafted(), 'preferences')
     from w2s.data.hygiene import DataReport
-    out, _ = readable({'train': data}, [Reader('weak', letters(), 64), Reader('strong', load_tokenizer(folder), 256)], DataReport(rows_in={'train': 4}))
+    out, _ = readable(
+        {'train': data}, [Reader('weak', letters(), 64), Reader('strong', load_tokenizer(folder), 256)], DataReport(rows_in={'train': 4})
+    )
     assert list(out['train']['prompt']) == [data['prompt'][0], data['prompt'][3]]
 
 
@@ -352,13 +388,21 @@ def test_pitfall_08_a_row_that_one_model_cannot_read_is_gone_for_all(folder):
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-LLAMA3 = ("{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
-          "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
-GEMMA = ("{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n"
-         "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
 TEMPLATES = dict(chatml=CHATML, llama3=LLAMA3, gemma=GEMMA)
 TURNS = ['<|im_start|>', '<|im_end|>', '<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>', '<start_of_turn>', '<end_of_turn>']
-TALK = [dict(role='user', content='What do bees make?'), dict(role='assistant', content='Honey, of course.'), dict(role='user', content='And what do cows give?')]
+TALK = [
+    dict(role='user', content='What do bees make?'),
+    dict(role='assistant', content='Honey, of course.'),
+    dict(role='user', content='And what do cows give?'),
+]
 PROMPT, REPLY = 'Question: What do bees make?\nAnswer:', ' The answer is honey. I hope that helps.'
 
 
@@ -373,15 +417,28 @@ def made(kind, texts):
     special = ['<pad>', '<s>', '</s>', '<unk>', '[CLS]', '[SEP]']
     names = dict(pad_token='<pad>', bos_token='<s>', eos_token='</s>', unk_token='<unk>')
     if kind == 'byte bpe': return tiny_tokenizer(texts, 400)
-    if kind == 'byte bpe with bos': return PreTrainedTokenizerFast(tokenizer_object=with_bos(tiny_tokenizer(texts, 400).backend_tokenizer), **{k: v for k, v in names.items() if k != 'unk_token'})
+    if kind == 'byte bpe with bos':
+        return PreTrainedTokenizerFast(
+            tokenizer_object=with_bos(tiny_tokenizer(texts, 400).backend_tokenizer), **{k: v for k, v in names.items() if k != 'unk_token'}
+        )
     if kind == 'unigram metaspace':
-        tok, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token='<unk>', show_progress=False)
+        tok, trainer = (
+            Tokenizer(models.Unigram()),
+            trainers.UnigramTrainer(vocab_size=300, special_tokens=special, unk_token='<unk>', show_progress=False),
+        )
         tok.pre_tokenizer, tok.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     elif kind == 'wordpiece':
-        tok, trainer = Tokenizer(models.WordPiece(unk_token='<unk>')), trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+        tok, trainer = (
+            Tokenizer(models.WordPiece(unk_token='<unk>')),
+            trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False),
+        )
         tok.pre_tokenizer, tok.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
     else: # one token a letter, digits unknown
-        tok = Tokenizer(models.WordLevel({t: i for i, t in enumerate(dict.fromkeys([*special, *sorted(set(''.join(texts)) - set('0123456789'))]))}, unk_token='<unk>'))
+        tok = Tokenizer(
+            models.WordLevel(
+                {t: i for i, t in enumerate(dict.fromkeys([*special, *sorted(set(''.join(texts)) - set('0123456789'))]))}, unk_token='<unk>'
+            )
+        )
         tok.pre_tokenizer, tok.decoder = pre_tokenizers.Split('', 'isolated'), decoders.Fuse()
         return PreTrainedTokenizerFast(tokenizer_object=with_bos(tok), **names)
     tok.train_from_iterator(texts, trainer)
@@ -437,7 +494,8 @@ def test_pitfall_09_chat(tokenizer, template):
     assert list(row.ids[:row.start]) == inference
     text = shown(tokenizer, row.response)
     assert text == shown(tokenizer, tokenizer('Milk, every day.', add_special_tokens=False)['input_ids']) and 'day' in text
-    if tokenizer.bos_token_id != tokenizer.eos_token_id: assert list(row.ids).count(tokenizer.bos_token_id) == ('bos_token' in TEMPLATES[template])
+    if tokenizer.bos_token_id != tokenizer.eos_token_id:
+        assert list(row.ids).count(tokenizer.bos_token_id) == ('bos_token' in TEMPLATES[template])
     closing = {'chatml': '<|im_end|>', 'llama3': '<|eot_id|>', 'gemma': '<end_of_turn>'}[template]
     assert list(row.response).count(tokenizer.convert_tokens_to_ids(closing)) == 1
 
@@ -460,16 +518,23 @@ def test_pitfall_09_tokens_that_merge_over_the_boundary(folder):
 
 # --- 10: the reference is the SFT adapter, before and after
 
-@pytest.mark.parametrize('load', [FULL, LoadSettings(quantize='nf4', dtype='float32'), LoadSettings()], ids=['fp32', 'nf4 fp32', 'nf4 bf16'])
+@pytest.mark.parametrize(
+    'load', [FULL, LoadSettings(quantize='nf4', dtype='float32'), LoadSettings()], ids=['fp32', 'nf4 fp32', 'nf4 bf16']
+)
 def test_pitfall_10_the_reference_is_the_frozen_sft_adapter(folder, tmp_path, rows, load):
     base, rows = load_base(folder, load, device='cpu'), rows[:24]
     start = shake(add_adapter(base, LoraSettings(rank=4), seed=1), 1)
     sft = save_adapter(start, base, tmp_path/'sft')
     start.unload()
-    reference, bare = stored_logps(tmp_path/'store', base, sft, rows, quiet=True), stored_logps(tmp_path/'store', base, None, rows, quiet=True)
+    reference, bare = (
+        stored_logps(tmp_path / 'store', base, sft, rows, quiet=True),
+        stored_logps(tmp_path / 'store', base, None, rows, quiet=True),
+    )
     assert abs(reference - bare).min() > .01 # the adapter is not nothing
     policy = load_adapter(base, sft, trainable=True)
-    history = train(policy, preference_objective(rows, reference), TrainSettings(batch_size=8, learning_rate=1e-2), tmp_path/'ck', quiet=True)
+    history = train(
+        policy, preference_objective(rows, reference), TrainSettings(batch_size=8, learning_rate=1e-2), tmp_path / 'ck', quiet=True
+    )
     assert abs(history.loss[0] - math.log(2)) < (1e-5 if load.dtype == 'float32' else .02)
     assert abs(history.loss[2] - math.log(2)) > 1e-3 # and it learns
     moved = score(policy, rows, quiet=True)
@@ -502,7 +567,12 @@ def test_pitfall_11_hits_and_misses(folder, tmp_path, texts, base, sft):
     save_adapter(model, base, other)
     model.unload()
     changed = data.map(lambda r: r | dict(weight=.5, prob=.9, source='other'))
-    hits = dict(again=(base, sft, read()), renamed_adapter=(base, same, rows), moved_base=(moved, tmp_path/'on-moved', rows), other_weights_labels_and_source=(base, sft, read(data=changed)))
+    hits = dict(
+        again=(base, sft, read()),
+        renamed_adapter=(base, same, rows),
+        moved_base=(moved, tmp_path / 'on-moved', rows),
+        other_weights_labels_and_source=(base, sft, read(data=changed)),
+    )
     talk = make_rows([r | dict(prompt=[dict(role='user', content=r['prompt'])]) for r in sample_preferences(12)], 'preferences')
     chat = []
     for template in (CHATML, LLAMA3):
@@ -511,13 +581,25 @@ def test_pitfall_11_hits_and_misses(folder, tmp_path, texts, base, sft):
         chat.append(read(tok, data=talk))
     stored_logps(store, base, sft, chat[0], quiet=True)
     wider = tiny_tokenizer(texts, 400)
-    loads = [load_base(folder, x, device='cpu') for x in (LoadSettings(quantize='nf4', dtype='float32'), LoadSettings(quantize='none', dtype='bfloat16'))]
+    loads = [
+        load_base(folder, x, device='cpu')
+        for x in (LoadSettings(quantize='nf4', dtype='float32'), LoadSettings(quantize='none', dtype='bfloat16'))
+    ]
     reseeded = load_base(tiny_model(tmp_path/'reseeded', texts, seed=1), FULL, device='cpu')
     short = max(len(s.ids) for r in rows for s in r.sequences) - 2
     assert any(r.cut for r in read(limit=short)) and read(wider) != rows
-    misses = dict(max_length=(base, sft, read(limit=short)), tokenizer=(base, sft, read(wider)), subset=(base, sft, rows[:8]), order=(base, sft, rows[::-1]),
-                  template=(base, sft, chat[1]), no_adapter=(base, None, rows), adapter=(base, other, rows), quantize=(loads[0], sft, rows),
-                  dtype=(loads[1], sft, rows), weights=(reseeded, sft, rows))
+    misses = dict(
+        max_length=(base, sft, read(limit=short)),
+        tokenizer=(base, sft, read(wider)),
+        subset=(base, sft, rows[:8]),
+        order=(base, sft, rows[::-1]),
+        template=(base, sft, chat[1]),
+        no_adapter=(base, None, rows),
+        adapter=(base, other, rows),
+        quantize=(loads[0], sft, rows),
+        dtype=(loads[1], sft, rows),
+        weights=(reseeded, sft, rows),
+    )
     assert {k: hit(store, *v) for k, v in {**hits, **misses}.items()} == {**dict.fromkeys(hits, True), **dict.fromkeys(misses, False)}
 
 
@@ -531,7 +613,8 @@ def test_pitfall_11_on_a_hit_rows_are_computed_again(tmp_path, base, sft, rows, 
     assert (stored_logps(tmp_path/'s', base, sft, rows, quiet=True) == first).all() and scored == [len(rows), 8]
     kept = next((tmp_path/'s').glob('*/00000.npy'))
     kept.write_bytes((np.frombuffer(kept.read_bytes(), '<f8') + .05).tobytes())
-    with pytest.warns(W2SWarning, match='damaged; its log-probs are computed again'): again = stored_logps(tmp_path/'s', base, sft, rows, quiet=True)
+    with pytest.warns(W2SWarning, match='damaged; its log-probs are computed again'):
+        again = stored_logps(tmp_path / 's', base, sft, rows, quiet=True)
     assert (again == first).all()
 
 
@@ -639,7 +722,9 @@ def test_pitfall_15_train_turns_it_on(base, tmp_path, rows, monkeypatch):
     def take_step(model, *a):
         seen.append((model.training, model.is_gradient_checkpointing))
         calls = []
-        handles = [m.register_forward_hook(lambda *x: calls.append(1)) for n, m in model.named_modules() if n.endswith('layers.0.self_attn')]
+        handles = [
+            m.register_forward_hook(lambda *x: calls.append(1)) for n, m in model.named_modules() if n.endswith('layers.0.self_attn')
+        ]
         note = real(model, *a)
         for h in handles: h.remove()
         seen.append(len(calls))
@@ -661,7 +746,14 @@ def weights_after(base, rows, folder, kind='dpo', dropout=0., **settings):
     ref = np.array([[-25. - i % 7, -26. + i % 5] for i in range(len(rows))])
     goal = preference_objective(rows, ref, weights=weights[:len(rows)]) if kind == 'dpo' else sft_objective(rows, weights[:len(rows)])
     try:
-        history = train(model, goal, TrainSettings(**{'batch_size': 8, 'learning_rate': 1e-3, 'max_grad_norm': 1e9} | settings), folder, seed=3, quiet=True)
+        history = train(
+            model,
+            goal,
+            TrainSettings(**{'batch_size': 8, 'learning_rate': 1e-3, 'max_grad_norm': 1e9} | settings),
+            folder,
+            seed=3,
+            quiet=True,
+        )
         return {n: p.detach().clone() for n, p in trainable(model).items()}, history
     finally: model.unload()
 
@@ -674,13 +766,16 @@ def test_pitfall_16_micro_batches_do_not_matter(base, tmp_path, rows, kind, monk
     assert len(lengths) > 8
     real = loop.cut_for
     for budget in (1, None, 1 << 20):
-        if budget is None: monkeypatch.setattr(loop, 'cut_for', lambda *a: lambda rows, b: [list(rows)[i:i + 2] for i in range(0, len(rows), 2)])
+        if budget is None:
+            monkeypatch.setattr(loop, 'cut_for', lambda *a: lambda rows, b: [list(rows)[i : i + 2] for i in range(0, len(rows), 2)])
         else: monkeypatch.setattr(loop, 'cut_for', lambda *a: lambda rows, b: counts.append(real(*a)(rows, b)) or counts[-1])
         results.append(weights_after(base, rows, tmp_path/f'{kind}{budget}', kind, token_budget=budget or 1))
     assert [len(c) for c in counts] == [8, 8, 5, 1, 1, 1] or sorted(len(c) for c in counts) == [1, 1, 1, 5, 8, 8]
     for weights, history in results[1:]:
         assert largest_difference(weights, results[0][0]) < 1e-6
-        assert np.allclose(history.loss, results[0][1].loss, atol=1e-6) and np.allclose(history.grad_norm, results[0][1].grad_norm, rtol=1e-4)
+        assert np.allclose(history.loss, results[0][1].loss, atol=1e-6) and np.allclose(
+            history.grad_norm, results[0][1].grad_norm, rtol=1e-4
+        )
     assert len(results[0][1]) == 3
 
 
@@ -722,7 +817,13 @@ def test_pitfall_16_killed_in_the_middle_of_a_save(base, tmp_path, rows, moment,
     "The checkpoint before it loads, whatever file was being written"
     settings = dict(batch_size=4, epochs=2, checkpoint_every=2)
     straight = weights_after(base, rows[:10], tmp_path/'straight', **settings)
-    place = {'weights': (checkpoint_module, 'save_file'), 'optimizer': (torch, 'save'), 'sync': (checkpoint_module, 'sync_tree'), 'rename': (os, 'replace'), 'history': (json, 'dumps')}[moment]
+    place = {
+        'weights': (checkpoint_module, 'save_file'),
+        'optimizer': (torch, 'save'),
+        'sync': (checkpoint_module, 'sync_tree'),
+        'rename': (os, 'replace'),
+        'history': (json, 'dumps'),
+    }[moment]
     real, calls = getattr(*place), []
     def killed(*a, **k):
         second = {'rename': str(a[-1]).endswith('step-000004'), 'history': "'step': 3," in str(a)}.get(moment, len(calls) == 1) # the second save
@@ -756,7 +857,18 @@ def world(tmp_path_factory, texts):
         tiny_model(home/name, texts, layers=layers, seed=layers)
         pretrain(home/name, texts, steps=30)
     step = TrainSettings(batch_size=8, learning_rate=3e-3)
-    return WeakTeacher(str(home/'data'), str(home/'weak'), str(home/'strong'), n_labelled=20, n_unlabelled=20, n_test=10, load=FULL, lora=LoraSettings(rank=2), sft=step, dpo=step)
+    return WeakTeacher(
+        str(home / 'data'),
+        str(home / 'weak'),
+        str(home / 'strong'),
+        n_labelled=20,
+        n_unlabelled=20,
+        n_test=10,
+        load=FULL,
+        lora=LoraSettings(rank=2),
+        sft=step,
+        dpo=step,
+    )
 
 
 def adapters(result):
@@ -867,7 +979,9 @@ def stage_keys(config, root, monkeypatch):
     "Name -> folder of every stage of this configuration; nothing is trained, nothing is written"
     recorder, study = Recorder(), Study(config, Run(root, lambda line: None), True)
     weak, strong = know_models(config)
-    data = load_preferences(config.data, [m.reader for m in (*weak, strong)], config.n_test, config.strict, config.n_labelled, config.n_unlabelled)
+    data = load_preferences(
+        config.data, [m.reader for m in (*weak, strong)], config.n_test, config.strict, config.n_labelled, config.n_unlabelled
+    )
     with monkeypatch.context() as m:
         for module in (learn, score_page, answer_page): m.setattr(module, 'run_stage', recorder)
         for kind in ('dpo', 'reward', 'judge'): m.setitem(LABELLERS.found, kind, replace(LABELLERS[kind], function=recorder.rewards))
@@ -896,32 +1010,63 @@ RESPONSES = {k for k in EVERY if k.endswith('-responses')}
 TESTED = {k for k in EVERY if k.endswith('-test')} | RESPONSES
 SOFT = {'labels': LabelUse(targets='soft')}
 CHANGES = { # field: (another value, the stages that are not found any more[, what else is set before and after])
-    'WeakTeacher.n_labelled': (12, {'weak-seed0-sft', 'weak-seed0-labels', *FLOOR, *TAUGHT}), 'WeakTeacher.n_unlabelled': (12, TRAINED - {'weak-seed0-sft', *FLOOR}), 'WeakTeacher.n_test': (7, TESTED), 'WeakTeacher.seeds': (2, set()),
-    'WeakTeacher.max_length': (30, EVERY), 'WeakTeacher.beta': (.2, EVERY - BEFORE | {'base-sft-human-seed0-test'}), 'WeakTeacher.strict': (False, set()),
+    'WeakTeacher.n_labelled': (12, {'weak-seed0-sft', 'weak-seed0-labels', *FLOOR, *TAUGHT}),
+    'WeakTeacher.n_unlabelled': (12, TRAINED - {'weak-seed0-sft', *FLOOR}),
+    'WeakTeacher.n_test': (7, TESTED),
+    'WeakTeacher.seeds': (2, set()),
+    'WeakTeacher.max_length': (30, EVERY),
+    'WeakTeacher.beta': (0.2, EVERY - BEFORE | {'base-sft-human-seed0-test'}),
+    'WeakTeacher.strict': (False, set()),
     'WeakTeacher.supervisor': ('reward', {'weak-seed0-sft', 'weak-seed0-labels', *FLOOR, *TAUGHT}),
-    'WeakTeacher.loss': ('ipo', STUDENT | HUMAN | CEILING), 'WeakTeacher.smoothing': (.2, STUDENT | HUMAN | CEILING, {'loss': 'cdpo'}),
+    'WeakTeacher.loss': ('ipo', STUDENT | HUMAN | CEILING),
+    'WeakTeacher.smoothing': (0.2, STUDENT | HUMAN | CEILING, {'loss': 'cdpo'}),
     'WeakTeacher.start': ('base', STUDENT | HUMAN | CEILING | SFT_WEAK | {'ceiling-seed0-sft'}),
     'WeakTeacher.others': (('ceiling',), HUMAN), # the SFT of human answers stays: win rates are against it
-    'WeakTeacher.samples': (2, RESPONSES), 'WeakTeacher.temperature': (1., RESPONSES), 'WeakTeacher.response_tokens': (5, RESPONSES), 'WeakTeacher.gold': ('b', set()), 'WeakTeacher.gold_quantize': ('nf4', set()), # scores are kept by its name and bits, beside the stages
-    'LoadSettings.packing': ('off', set()), 'LoadSettings.merging': ('off', set()), # speed, and the last bits of a sum
-    'LoadSettings.device': ('cpu', set()), 'LoadSettings.compute': ('plain', set()), # on a CPU; on a GPU: test_a_stage_knows_where_its_model_computes
-   
-    'LabelUse.subset': ('match', TAUGHT), 'LabelUse.targets': ('soft', STUDENT), 'LabelUse.weights': ('confidence', STUDENT), 'LabelUse.keep': (.5, TAUGHT),
-    'LabelUse.calibrate': (.6, {'weak-seed0-sft', 'weak-seed0-labels', *FLOOR, *TAUGHT}, SOFT),
-    'LoadSettings.quantize': ('nf4', EVERY), 'LoadSettings.dtype': ('bfloat16', EVERY),
-    'LoadSettings.trust_remote_code': (True, set()), 'LoadSettings.allow_pickle': (True, set()), 'LoadSettings.nf4_share': (.5, set()),
-    'LoraSettings.rank': (4, TRAINED), 'LoraSettings.alpha': (8, TRAINED), 'LoraSettings.dropout': (.1, TRAINED), 'LoraSettings.targets': (('q_proj',), TRAINED),
-    'TrainSettings.epochs': (2, TRAINED), 'TrainSettings.batch_size': (4, TRAINED), 'TrainSettings.learning_rate': (1e-4, TRAINED),
-    'TrainSettings.schedule': ('linear', TRAINED), 'TrainSettings.warmup': (.3, TRAINED), 'TrainSettings.weight_decay': (.1, TRAINED),
-    'TrainSettings.max_grad_norm': (.5, TRAINED), 'TrainSettings.optimizer': ('paged_adamw_8bit', TRAINED),
-    'TrainSettings.token_budget': (99, set()), 'TrainSettings.gradient_checkpointing': (True, set()), 'TrainSettings.checkpoint_every': (7, set()),
+    'WeakTeacher.samples': (2, RESPONSES),
+    'WeakTeacher.temperature': (1.0, RESPONSES),
+    'WeakTeacher.response_tokens': (5, RESPONSES),
+    'WeakTeacher.gold': ('b', set()),
+    'WeakTeacher.gold_quantize': ('nf4', set()), # scores are kept by its name and bits, beside the stages
+    'LoadSettings.packing': ('off', set()),
+    'LoadSettings.merging': ('off', set()), # speed, and the last bits of a sum
+    'LoadSettings.device': ('cpu', set()),
+    'LoadSettings.compute': ('plain', set()), # on a CPU; on a GPU: test_a_stage_knows_where_its_model_computes
+    'LabelUse.subset': ('match', TAUGHT),
+    'LabelUse.targets': ('soft', STUDENT),
+    'LabelUse.weights': ('confidence', STUDENT),
+    'LabelUse.keep': (0.5, TAUGHT),
+    'LabelUse.calibrate': (0.6, {'weak-seed0-sft', 'weak-seed0-labels', *FLOOR, *TAUGHT}, SOFT),
+    'LoadSettings.quantize': ('nf4', EVERY),
+    'LoadSettings.dtype': ('bfloat16', EVERY),
+    'LoadSettings.trust_remote_code': (True, set()),
+    'LoadSettings.allow_pickle': (True, set()),
+    'LoadSettings.nf4_share': (0.5, set()),
+    'LoraSettings.rank': (4, TRAINED),
+    'LoraSettings.alpha': (8, TRAINED),
+    'LoraSettings.dropout': (0.1, TRAINED),
+    'LoraSettings.targets': (('q_proj',), TRAINED),
+    'TrainSettings.epochs': (2, TRAINED),
+    'TrainSettings.batch_size': (4, TRAINED),
+    'TrainSettings.learning_rate': (1e-4, TRAINED),
+    'TrainSettings.schedule': ('linear', TRAINED),
+    'TrainSettings.warmup': (0.3, TRAINED),
+    'TrainSettings.weight_decay': (0.1, TRAINED),
+    'TrainSettings.max_grad_norm': (0.5, TRAINED),
+    'TrainSettings.optimizer': ('paged_adamw_8bit', TRAINED),
+    'TrainSettings.token_budget': (99, set()),
+    'TrainSettings.gradient_checkpointing': (True, set()),
+    'TrainSettings.checkpoint_every': (7, set()),
 }
 MORE = [ # other values, where one does not tell the whole
-    ('WeakTeacher.supervisor', 'judge', {'weak-seed0-sft', 'weak-seed0-labels', *FLOOR, *TAUGHT}), ('WeakTeacher.loss', 'cdpo', STUDENT | HUMAN | CEILING),
-    ('WeakTeacher.loss', 'rdpo', STUDENT | HUMAN | CEILING), ('WeakTeacher.smoothing', .1, set(), {'loss': 'rdpo'}), # it is what None means
-    ('WeakTeacher.others', (), HUMAN | CEILING | {'ceiling-seed0-sft'}), ('LabelUse.weights', 'clipped', STUDENT, {'labels': LabelUse(weights='confidence')}),
+    ('WeakTeacher.supervisor', 'judge', {'weak-seed0-sft', 'weak-seed0-labels', *FLOOR, *TAUGHT}),
+    ('WeakTeacher.loss', 'cdpo', STUDENT | HUMAN | CEILING),
+    ('WeakTeacher.loss', 'rdpo', STUDENT | HUMAN | CEILING),
+    ('WeakTeacher.smoothing', 0.1, set(), {'loss': 'rdpo'}), # it is what None means
+    ('WeakTeacher.others', (), HUMAN | CEILING | {'ceiling-seed0-sft'}),
+    ('LabelUse.weights', 'clipped', STUDENT, {'labels': LabelUse(weights='confidence')}),
     *(('LabelUse.subset', which, TAUGHT) for which in ('mismatch', 'random', 'random match', 'random mismatch')),
-    ('LabelUse.targets', 'soft', STUDENT, {'labels': LabelUse(weights='confidence')}), ('LabelUse.targets', 'soft', STUDENT, {'loss': 'ipo'}),
+    ('LabelUse.targets', 'soft', STUDENT, {'labels': LabelUse(weights='confidence')}),
+    ('LabelUse.targets', 'soft', STUDENT, {'loss': 'ipo'}),
 ]
 PATHS = {'WeakTeacher.data', 'WeakTeacher.weak', 'WeakTeacher.strong', 'WeakTeacher.imports'} # by content, below
 REFUSED = {'LoadSettings.revision', 'LoadSettings.chat_template'} # for folders, and for rows that are texts; what they change: test_hub, test_chat_rows
@@ -932,7 +1077,9 @@ PLACES = {'WeakTeacher': '', 'LabelUse': 'labels', 'LoadSettings': 'load', 'Lora
 
 def test_pitfall_17_every_field_is_in_the_table():
     "A new setting fails here until somebody says whether it matters"
-    fields = {f'{c.__name__}.{f.name}' for c in (WeakTeacher, LabelUse, LoadSettings, LoraSettings, TrainSettings) for f in dataclasses.fields(c)}
+    fields = {
+        f'{c.__name__}.{f.name}' for c in (WeakTeacher, LabelUse, LoadSettings, LoraSettings, TrainSettings) for f in dataclasses.fields(c)
+    }
     assert fields == CHANGES.keys() | PATHS | READING | REFUSED | TABLES
 
 
@@ -948,7 +1095,8 @@ def plain_keys(asked, tmp_path_factory):
     known = {}
     def keys(before):
         if str(before) not in known:
-            with pytest.MonkeyPatch.context() as m: known[str(before)] = stage_keys(replace(asked, **before), tmp_path_factory.mktemp('plain'), m)
+            with pytest.MonkeyPatch.context() as m:
+                known[str(before)] = stage_keys(replace(asked, **before), tmp_path_factory.mktemp('plain'), m)
         return known[str(before)]
     return keys
 
@@ -1029,11 +1177,21 @@ def test_pitfall_17_content_counts_and_not_its_place(asked, plain_keys, tmp_path
     assert weak == {k for k in plain if not k.startswith(('human', 'ceiling', 'base-untuned', 'base-sft-human'))}
 
 
-@pytest.mark.parametrize('columns, leave_out, same', [((), (), True), ((), ('id',), True), (('prompt=prompt', 'chosen=chosen', 'rejected=rejected'), (), True), (('prompt=prompt', 'chosen=rejected', 'rejected=chosen'), (), False)])
+@pytest.mark.parametrize(
+    'columns, leave_out, same',
+    [
+        ((), (), True),
+        ((), ('id',), True),
+        (('prompt=prompt', 'chosen=chosen', 'rejected=rejected'), (), True),
+        (('prompt=prompt', 'chosen=rejected', 'rejected=chosen'), (), False),
+    ],
+)
 def test_pitfall_17_what_is_read_counts_and_not_how_it_was_named(world, tmp_path, columns, leave_out, same):
     "Rows of a file are in the keys by content; names of columns are not"
     path = tmp_path/'pairs.jsonl'
-    path.write_text(''.join(json.dumps(dict(id=i, prompt=f'Is {i} even?', chosen=f'Yes, {i}.', rejected=f'No, {i}.')) + '\n' for i in range(40)))
+    path.write_text(
+        ''.join(json.dumps(dict(id=i, prompt=f'Is {i} even?', chosen=f'Yes, {i}.', rejected=f'No, {i}.')) + '\n' for i in range(40))
+    )
     readers = [know_model('weak', world.weak, world).reader]
     plain, other = (load_preferences(str(path), readers, columns=c, leave_out=o) for c, o in (((), ()), (columns, leave_out)))
     rows = [d.with_format(None)[:] for d in (plain.test, other.test)]
@@ -1060,7 +1218,18 @@ def test_pitfall_17_the_seed_itself_is_in_the_key(world, tmp_path, monkeypatch):
 
 def test_pitfall_17_names_that_abbreviate_alike_do_not_collide(tmp_path):
     "`loss` and `lr`, a value that moves from one to the other, an empty list and none"
-    inputs = [dict(loss=1, lr=2), dict(loss=2, lr=1), dict(l=1), dict(loss=[]), dict(loss=None), dict(loss={}), dict(loss='1'), dict(loss=1), dict(loss=1.5), dict(loss=True)]
+    inputs = [
+        dict(loss=1, lr=2),
+        dict(loss=2, lr=1),
+        dict(l=1),
+        dict(loss=[]),
+        dict(loss=None),
+        dict(loss={}),
+        dict(loss='1'),
+        dict(loss=1),
+        dict(loss=1.5),
+        dict(loss=True),
+    ]
     assert len({stage_folder(Run(tmp_path), 's', i).name for i in inputs}) == len(inputs)
     assert stage_folder(Run(tmp_path), 's', dict(a=1, b=2)) == stage_folder(Run(tmp_path), 's', dict(b=2, a=1))
 
@@ -1091,7 +1260,9 @@ def test_pitfall_17_same_seed_same_bits_in_two_processes(world, done, tmp_path):
     seed0 = {k: v for k, v in first.items() if k.endswith('seed0')}
     assert seed0 == {k: v for k, v in here.items() if k.endswith('seed0')}
     assert all(first[k] != first[k.replace('seed0', 'seed1')] for k in seed0)
-    assert sorted(p.parent.name for p in (tmp_path/'a'/'stages').glob('*seed0-labels*/rewards.npy'))[0] in {p.name for p in (done.folder/'stages').iterdir()}
+    assert sorted(p.parent.name for p in (tmp_path / 'a' / 'stages').glob('*seed0-labels*/rewards.npy'))[0] in {
+        p.name for p in (done.folder / 'stages').iterdir()
+    }
 
 
 # --- 18: leakage
@@ -1101,8 +1272,13 @@ def turned(r): return r | dict(chosen=r['rejected'], rejected=r['chosen'], gold=
 
 def test_pitfall_18_human_and_gold_numbers_of_the_students_rows_are_not_read(world, done, tmp_path):
     "Every human and gold probability of train_w2s replaced: the weak supervisor and the student are the same to the bit, the human arm is not"
-    doubted = with_rows(world, tmp_path/'data', train_w2s=lambda r: r | dict(prob=.05, weight=1., gold=.5), train_gt=lambda r: r | dict(prob=1., weight=1.),
-                        test=lambda r: r | dict(prob=1., weight=1.))
+    doubted = with_rows(
+        world,
+        tmp_path / 'data',
+        train_w2s=lambda r: r | dict(prob=0.05, weight=1.0, gold=0.5),
+        train_gt=lambda r: r | dict(prob=1.0, weight=1.0),
+        test=lambda r: r | dict(prob=1.0, weight=1.0),
+    )
     a, b = adapters(done), adapters(run(doubted, tmp_path/'out', quiet=True))
     assert [k for k in a if a[k] == b[k]] == ['floor-seed0', 'student-seed0']
 
@@ -1124,7 +1300,9 @@ def test_pitfall_18_the_sides_of_a_pair_do_not_know_the_label():
     assert list(label_pairs(a, np.zeros((40, 2)), 'tie').rows['chosen']) == list(label_pairs(b, np.zeros((40, 2)), 'tie').rows['chosen'])
 
 
-@pytest.mark.parametrize('use', [LabelUse(targets='soft'), LabelUse('all', 'soft', 'sigmoid', .5, .6), LabelUse('match'), LabelUse('random')], ids=str)
+@pytest.mark.parametrize(
+    'use', [LabelUse(targets='soft'), LabelUse('all', 'soft', 'sigmoid', 0.5, 0.6), LabelUse('match'), LabelUse('random')], ids=str
+)
 def test_pitfall_18_only_subsets_read_human_labels_of_the_students_rows(asked, tmp_path, monkeypatch, use):
     "chosen and rejected of train_w2s change places: however weak labels are used, what the student is taught is the same; subsets and random errors are about them"
     other = with_rows(asked, tmp_path/'rows', train_w2s=turned)
@@ -1135,7 +1313,11 @@ def test_pitfall_18_only_subsets_read_human_labels_of_the_students_rows(asked, t
 
 def test_pitfall_18_test_rows_reach_nothing_but_the_evaluation(world, done, tmp_path):
     "Other responses and other labels in the test file: every adapter is the same to the bit, the scores are not"
-    other = run(with_rows(world, tmp_path/'data', test=lambda r: turned(r) | dict(rejected=r['chosen'] + ' Really.')), tmp_path/'out', quiet=True)
+    other = run(
+        with_rows(world, tmp_path / 'data', test=lambda r: turned(r) | dict(rejected=r['chosen'] + ' Really.')),
+        tmp_path / 'out',
+        quiet=True,
+    )
     assert adapters(other) == adapters(done)
     assert not np.allclose(other.table.value.to_numpy(), done.table.value.to_numpy())
 
@@ -1143,8 +1325,14 @@ def test_pitfall_18_test_rows_reach_nothing_but_the_evaluation(world, done, tmp_
 def test_pitfall_18_all_roles_answer_for_the_same_rows(world, done):
     "Ids of test items equal for all roles and metrics that a role has; ceiling, human and student on the same pairs"
     ids = {tuple(sorted(g.id)) for _, g in done.items.groupby(['role', 'method', 'metric', 'seed'])}
-    assert len(ids) == 1 and len(set(next(iter(ids)))) == 10 and {'floor', 'student', 'human', 'ceiling', 'baseline'} == set(done.items.role)
-    source = {json.loads(x)['prompt']: n for n in ('train_gt', 'train_w2s', 'test') for x in (Path(world.data)/f'{n}.jsonl').read_text().splitlines()}
+    assert (
+        len(ids) == 1 and len(set(next(iter(ids)))) == 10 and {'floor', 'student', 'human', 'ceiling', 'baseline'} == set(done.items.role)
+    )
+    source = {
+        json.loads(x)['prompt']: n
+        for n in ('train_gt', 'train_w2s', 'test')
+        for x in (Path(world.data) / f'{n}.jsonl').read_text().splitlines()
+    }
     weak, strong = (know_model(r, n, world) for r, n in (('weak', world.weak), ('strong', world.strong)))
     data = load_preferences(world.data, [weak.reader, strong.reader], world.n_test)
     for seed in (0, 1):
@@ -1158,7 +1346,9 @@ def test_pitfall_18_all_roles_answer_for_the_same_rows(world, done):
 
 def test_pitfall_18_no_group_is_in_two_halves_of_one_file(world, tmp_path):
     "One file, prompts that differ in case and white space: labelled, unlabelled and test rows share no group, for any seed"
-    rows = [r | dict(prompt=p) for r in sample_preferences(40) for p in (r['prompt'], r['prompt'].upper() + ' ', r['prompt'].replace(' ', '  '))]
+    rows = [
+        r | dict(prompt=p) for r in sample_preferences(40) for p in (r['prompt'], r['prompt'].upper() + ' ', r['prompt'].replace(' ', '  '))
+    ]
     rows = [r | dict(chosen=f'{r["chosen"]} {i}') for i, r in enumerate(rows)]
     (tmp_path/'all.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows), encoding='utf-8')
     reader = Reader('weak', load_tokenizer(world.weak), 256)

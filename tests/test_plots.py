@@ -96,7 +96,13 @@ def test_roles_with_several_students(floor_strong):
     assert [x.get_text() for x in ax.get_xticklabels()] == alone + ['opt-350m', 'opt-1.3b', 'opt-13b']
     assert np.allclose(segments(ax), ends(t[t['metric'] == 'accuracy']))
     assert [x.get_text() for x in ax.get_legend().get_texts()] == [
-        'baseline: sft human', 'baseline: sft weak', 'floor: dpo human', 'student: dpo weak', 'human: dpo human', 'ceiling: dpo human both halves']
+        'baseline: sft human',
+        'baseline: sft weak',
+        'floor: dpo human',
+        'student: dpo weak',
+        'human: dpo human',
+        'ceiling: dpo human both halves',
+    ]
     boxes = sorted((b.get_x(), b.get_x() + b.get_width()) for b in ax.patches)
     assert all(right <= left + 1e-9 for (_, right), (left, _) in zip(boxes[:-1], boxes[1:], strict=True))
 

@@ -33,7 +33,8 @@ def four(folder): return load_base(folder, LoadSettings('nf4', 'float32'), devic
 
 
 @pytest.fixture(scope='module')
-def rows(four): return encode_rows(four.tokenizer, make_rows(sample_preferences(12, seed=5), 'preferences'), ('chosen', 'rejected'), 256).rows[:4]
+def rows(four):
+    return encode_rows(four.tokenizer, make_rows(sample_preferences(12, seed=5), 'preferences'), ('chosen', 'rejected'), 256).rows[:4]
 
 
 @pytest.fixture(scope='module')
@@ -220,13 +221,18 @@ def test_bradley_terry_is_trls():
     want = -F.logsigmoid(rewards[:, 0] - rewards[:, 1])
     assert torch.allclose(losses.bradley_terry(rewards, torch.ones(3)), want)
     p = torch.tensor([.3, .8, .5])
-    assert torch.allclose(losses.bradley_terry(rewards, p), p*want + (1 - p)*losses.bradley_terry(rewards.flip(1), torch.ones(3)), atol=1e-5)
+    assert torch.allclose(
+        losses.bradley_terry(rewards, p), p * want + (1 - p) * losses.bradley_terry(rewards.flip(1), torch.ones(3)), atol=1e-5
+    )
 
 
 # --- without a reference
 
 @pytest.fixture(scope='module')
-def logps(four, rows): return torch.tensor(score(four.model, rows, quiet=True), dtype=torch.float32), torch.tensor([[len(s.response) for s in r.sequences] for r in rows], dtype=torch.float32)
+def logps(four, rows):
+    return torch.tensor(score(four.model, rows, quiet=True), dtype=torch.float32), torch.tensor(
+        [[len(s.response) for s in r.sequences] for r in rows], dtype=torch.float32
+    )
 
 
 def simpo_by_hand(chosen, rejected, n, m, p, beta, gamma):
@@ -242,7 +248,10 @@ def orpo_by_hand(chosen, rejected, n, m, p, lam):
     return [w*one(a/x, b/y) + (1 - w)*one(b/y, a/x) for a, b, x, y, w in zip(chosen, rejected, n, m, p, strict=True)]
 
 
-@pytest.mark.parametrize('loss, by_hand', [('simpo', lambda *x: simpo_by_hand(*x, .5)), ('simpo(gamma=1.5)', lambda *x: simpo_by_hand(*x, 1.5)), ('orpo', orpo_by_hand)])
+@pytest.mark.parametrize(
+    'loss, by_hand',
+    [('simpo', lambda *x: simpo_by_hand(*x, 0.5)), ('simpo(gamma=1.5)', lambda *x: simpo_by_hand(*x, 1.5)), ('orpo', orpo_by_hand)],
+)
 @pytest.mark.parametrize('beta', [.1, 2.])
 def test_a_loss_without_a_reference_is_its_equation(rows, logps, loss, by_hand, beta):
     "By way of the training objective, which is given no reference at all"
@@ -294,7 +303,13 @@ def test_every_loss_without_a_reference_has_its_gradient_everywhere(loss):
 @pytest.mark.parametrize('loss', ['simpo', 'orpo'])
 def test_a_loss_without_a_reference_learns(four, rows, loss, tmp_path):
     model = add_adapter(four, RANK, seed=0)
-    history = train(model, preference_objective(rows, None, beta=1., loss=loss), TrainSettings(epochs=8, batch_size=4, learning_rate=3e-3, warmup=0.), tmp_path/'run', quiet=True)
+    history = train(
+        model,
+        preference_objective(rows, None, beta=1.0, loss=loss),
+        TrainSettings(epochs=8, batch_size=4, learning_rate=3e-3, warmup=0.0),
+        tmp_path / 'run',
+        quiet=True,
+    )
     model.unload()
     assert history.loss.iloc[-1] < history.loss.iloc[0]
     if loss == 'simpo': assert history.value.iloc[-1] > history.value.iloc[0]

@@ -48,7 +48,12 @@ FILES = ('model.safetensors', 'config.json', 'tokenizer.json')
 def tiny_stream() -> Stream:
     "Of thirty people, with the words of some hundred documents"
     world = make_world(1, people=30, things=20)
-    return Stream(world_tokenizer(stream_words(world, 1500)), lambda rng, done, short: stream_document(world, rng, short), answer_words(), name_words(world))
+    return Stream(
+        world_tokenizer(stream_words(world, 1500)),
+        lambda rng, done, short: stream_document(world, rng, short),
+        answer_words(),
+        name_words(world),
+    )
 
 
 def run(folder: Path, seed: int = 0, recipe: Recipe = RECIPE) -> pd.DataFrame:
@@ -143,7 +148,9 @@ def test_killed_anywhere(tmp_path, whole, where):
         finally: os._exit(1) # the bomb did not go off
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     states = [(tmp_path/name).is_file() for name in ('training.pt', 'training.before')]
-    assert any(states) == (where != 'before the first state') and states[0] == (where not in ('before the first state', 'old state moved, new one not yet in its place')), 'killed at another place than was meant'
+    assert any(states) == (where != 'before the first state') and states[0] == (
+        where not in ('before the first state', 'old state moved, new one not yet in its place')
+    ), 'killed at another place than was meant'
     same(tmp_path, run(tmp_path), whole)
 
 
@@ -174,7 +181,8 @@ def test_other_settings_refuse(tmp_path):
     with pytest.raises(ConfigError, match='other settings'): run(tmp_path, recipe=replace(RECIPE, answer=2.))
     with pytest.raises(ConfigError, match='other settings'): run(tmp_path, seed=1)
     for size, context in ((Size(64, 2, 64), 64), (SIZE, 128)):
-        with pytest.raises(ConfigError, match='other settings'): pretrain_model(tmp_path, size, RECIPE, tiny_stream(), 0, context, quiet=True)
+        with pytest.raises(ConfigError, match='other settings'):
+            pretrain_model(tmp_path, size, RECIPE, tiny_stream(), 0, context, quiet=True)
 
 
 def test_a_fresh_folder_resumes_nothing(tmp_path):
@@ -279,7 +287,11 @@ def test_padded(): assert padded([[1], [2, 3]]).tolist() == [[1, 0], [2, 3]]
 def test_rate_has_no_jump():
     recipe = Recipe(warmup=1)
     rates = [rate(i/1000, 10, recipe) for i in range(1001)]
-    assert max(abs(a - b) for a, b in zip(rates, rates[1:], strict=False)) < .01 and rates[-1] == pytest.approx(recipe.last) and rates[600] == 1
+    assert (
+        max(abs(a - b) for a, b in zip(rates, rates[1:], strict=False)) < 0.01
+        and rates[-1] == pytest.approx(recipe.last)
+        and rates[600] == 1
+    )
 
 
 def test_a_loss_that_is_no_number_stops():
@@ -299,7 +311,10 @@ def test_new_model_leaves_the_random_numbers_alone():
 
 # Tokenizer
 
-@pytest.mark.parametrize('text', ['', ' ', '\n', '\n\n', 'a\n\nb', '  two  spaces ', "don't: 'quoted', 7 % of élan 🙂", 'Q: Where?\nA: It is the cave.', 'tab\there'])
+@pytest.mark.parametrize(
+    'text',
+    ['', ' ', '\n', '\n\n', 'a\n\nb', '  two  spaces ', "don't: 'quoted', 7 % of élan 🙂", 'Q: Where?\nA: It is the cave.', 'tab\there'],
+)
 def test_text_comes_back(text):
     tokenizer = tiny_stream().tokenizer
     back = tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)

@@ -34,7 +34,9 @@ SETTINGS = GenerateSettings(max_tokens=12, temperature=.8, samples=4)
 def judge(tmp_path_factory):
     "A tiny model that has read ratings"
     from w2s.models.tiny import pretrain, tiny_model
-    texts = [f'Say {w}{e} => [[{n}]] [[{m}]]' for w in ('tea', 'milk', 'soup', 'salt') for e, n, m in ((', please.', 9, 7), (' now!', 2, 4))] * 6
+    texts = [
+        f'Say {w}{e} => [[{n}]] [[{m}]]' for w in ('tea', 'milk', 'soup', 'salt') for e, n, m in ((', please.', 9, 7), (' now!', 2, 4))
+    ] * 6
     folder = tiny_model(tmp_path_factory.mktemp('judge')/'model', texts, vocab_size=300)
     pretrain(folder, texts, steps=80)
     return load_base(str(folder))
@@ -47,12 +49,27 @@ def test_only_whole_ratings_in_range_are_read():
     for _ in range(2000):
         n, low, high = rng.randint(1, 3), rng.randint(0, 1), rng.randint(2, 12)
         given = [rng.randint(0, 14) for _ in range(rng.randint(0, 4))]
-        text = rng.choice(['', 'I say: ']) + rng.choice([' ', ', ', '\n']).join(f'[[{x}]]' for x in given) + rng.choice(['', '.', ' [3]', ' 7'])
+        text = (
+            rng.choice(['', 'I say: '])
+            + rng.choice([' ', ', ', '\n']).join(f'[[{x}]]' for x in given)
+            + rng.choice(['', '.', ' [3]', ' 7'])
+        )
         read, good = parse_ratings(text, n, low, high), len(given) == n and all(low <= x <= high for x in given)
         assert (read is not None) == good and (not good or read.tolist() == given)
 
 
-@pytest.mark.parametrize('text', ['[[7.5]] [[8]] [[9]]', '[[-1]] [[8]] [[9]]', '[[x]] [[8]] [[9]]', '[[]] [[8]] [[9]]', '[[7]\n] [[8]]', '[[7]] [[8]] [[', '[[1e1]] [[8]]'])
+@pytest.mark.parametrize(
+    'text',
+    [
+        '[[7.5]] [[8]] [[9]]',
+        '[[-1]] [[8]] [[9]]',
+        '[[x]] [[8]] [[9]]',
+        '[[]] [[8]] [[9]]',
+        '[[7]\n] [[8]]',
+        '[[7]] [[8]] [[',
+        '[[1e1]] [[8]]',
+    ],
+)
 def test_brackets_that_hold_no_whole_number_are_not_passed_over(text):
     "A pattern for digits alone would find the wanted two in the first ones and shift them"
     assert parse_ratings(text, 2, 1, 10) is None

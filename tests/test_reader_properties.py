@@ -20,7 +20,11 @@ TEXT = st.text(st.characters(exclude_categories=('Cs',), exclude_characters='\x0
 WORDS = st.text('abc xyz.,;"\t\n\\\'#:é漢🙂', min_size=1, max_size=30)
 SAID = st.one_of(TEXT, WORDS)
 FORMS = st.sampled_from(['jsonl', 'json', 'csv', 'tsv', 'parquet'])
-JUNK = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), TEXT), lambda x: st.one_of(st.lists(x, max_size=2), st.dictionaries(st.text('ab', min_size=1, max_size=2), x, max_size=2)), max_leaves=4)
+JUNK = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), TEXT),
+    lambda x: st.one_of(st.lists(x, max_size=2), st.dictionaries(st.text('ab', min_size=1, max_size=2), x, max_size=2)),
+    max_leaves=4,
+)
 
 
 def write(folder, form, rows):
@@ -54,7 +58,10 @@ def test_texts_of_preferences(rows, form):
 
 
 @FEW
-@given(st.lists(st.tuples(SAID, SAID, SAID, st.sampled_from(['a', 'b', 'tie', None])), min_size=1, max_size=6), st.sampled_from(['jsonl', 'json', 'parquet']))
+@given(
+    st.lists(st.tuples(SAID, SAID, SAID, st.sampled_from(['a', 'b', 'tie', None])), min_size=1, max_size=6),
+    st.sampled_from(['jsonl', 'json', 'parquet']),
+)
 def test_pairs_with_a_label(rows, form):
     rows = [(f'Q{i} {p}', f'A {a}', f'B {b}', w) for i, (p, a, b, w) in enumerate(rows)]
     with tempfile.TemporaryDirectory() as folder:
@@ -69,15 +76,35 @@ def test_pairs_with_a_label(rows, form):
 
 
 @FEW
-@given(st.lists(st.tuples(SAID, SAID, SAID), min_size=1, max_size=5), st.sampled_from(['role', 'from', 'parts', 'json', 'object']), st.booleans())
+@given(
+    st.lists(st.tuples(SAID, SAID, SAID), min_size=1, max_size=5),
+    st.sampled_from(['role', 'from', 'parts', 'json', 'object']),
+    st.booleans(),
+)
 def test_messages_in_every_spelling(rows, spelling, beside):
     rows = [(f'Q{i} {p}', f'A {a}', f'B {b}') for i, (p, a, b) in enumerate(rows)]
-    spell = {'role': lambda m: m, 'from': lambda m: [{'from': dict(user='human', assistant='gpt')[x['role']], 'value': x['content']} for x in m], 'json': json.dumps,
-             'parts': lambda m: [x | dict(content=[dict(type='text', text=x['content'])]) for x in m], 'object': lambda m: dict(messages=m)}[spelling]
-    def row(p, a, b): return dict(prompt=spell(messages(p)), chosen=spell([dict(role='assistant', content=a)]), rejected=spell([dict(role='assistant', content=b)])) if beside else dict(chosen=spell(messages(p, a)), rejected=spell(messages(p, b)))
+    spell = {
+        'role': lambda m: m,
+        'from': lambda m: [{'from': dict(user='human', assistant='gpt')[x['role']], 'value': x['content']} for x in m],
+        'json': json.dumps,
+        'parts': lambda m: [x | dict(content=[dict(type='text', text=x['content'])]) for x in m],
+        'object': lambda m: dict(messages=m),
+    }[spelling]
+    def row(p, a, b):
+        return (
+            dict(
+                prompt=spell(messages(p)),
+                chosen=spell([dict(role='assistant', content=a)]),
+                rejected=spell([dict(role='assistant', content=b)]),
+            )
+            if beside
+            else dict(chosen=spell(messages(p, a)), rejected=spell(messages(p, b)))
+        )
     with tempfile.TemporaryDirectory() as folder: read = read_preferences(write(folder, 'jsonl', [row(*r) for r in rows]))
     kept, ds = counted(read, len(rows)), read.splits['all']
-    assert kept == list(range(len(rows))) and list(zip(ds['prompt'], ds['chosen'], ds['rejected'], strict=True)) == [(messages(p), a, b) for p, a, b in rows]
+    assert kept == list(range(len(rows))) and list(zip(ds['prompt'], ds['chosen'], ds['rejected'], strict=True)) == [
+        (messages(p), a, b) for p, a, b in rows
+    ]
 
 
 @FEW
@@ -96,18 +123,28 @@ def test_single_responses_make_pairs_or_are_counted(rows):
     assert len(ds) == wanted
     for p, c, r in zip(ds['prompt'], ds['chosen'], ds['rejected'], strict=True):
         good, bad = (rows[int(t.split()[0])] for t in (c, r))
-        assert good[2] and not bad[2] and p == f'Q{good[0]}' == f'Q{bad[0]}' and (c, r) == (f'{c.split()[0]} {good[1]}', f'{r.split()[0]} {bad[1]}')
+        assert (
+            good[2]
+            and not bad[2]
+            and p == f'Q{good[0]}' == f'Q{bad[0]}'
+            and (c, r) == (f'{c.split()[0]} {good[1]}', f'{r.split()[0]} {bad[1]}')
+        )
 
 
 @FEW
 @given(st.lists(st.tuples(SAID, st.sampled_from(['no', 'yes', None, 'nan'])), min_size=2, max_size=8), FORMS, JUNK)
 def test_labels_and_a_column_that_nobody_reads(rows, form, junk):
     rows = [('T first', 'no'), ('T second', 'yes'), *((f'T{i} {t}', y) for i, (t, y) in enumerate(rows))]
-    given_rows = [dict(text=t, label=y) | (dict(meta=junk if i % 2 else i) if form.startswith('json') else {}) for i, (t, y) in enumerate(rows)]
-    with tempfile.TemporaryDirectory() as folder: read = read_labels(write(folder, form, given_rows), leave_out=['meta'] if form.startswith('json') else [])
+    given_rows = [
+        dict(text=t, label=y) | (dict(meta=junk if i % 2 else i) if form.startswith('json') else {}) for i, (t, y) in enumerate(rows)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        read = read_labels(write(folder, form, given_rows), leave_out=['meta'] if form.startswith('json') else [])
     kept, ds = counted(read, len(rows)), read.splits['all']
     assert kept == [i for i, (_, y) in enumerate(rows) if y in ('no', 'yes')]
-    assert [(p, read.classes[y]) for p, y in zip(ds['prompt'], ds['label'], strict=True)] == [(rows[i][0].strip(), rows[i][1]) for i in kept]
+    assert [(p, read.classes[y]) for p, y in zip(ds['prompt'], ds['label'], strict=True)] == [
+        (rows[i][0].strip(), rows[i][1]) for i in kept
+    ]
 
 
 @FEW
@@ -115,7 +152,23 @@ def test_labels_and_a_column_that_nobody_reads(rows, form, junk):
 def test_questions_come_once_or_are_counted(rows, chats):
     rows = [('Q9', 'A9', 'A9'), *((f'Q{q} {p}', p, a) for q, p, a in rows)]
     with tempfile.TemporaryDirectory() as folder:
-        read = read_asked_file(write(folder, 'jsonl', [dict(messages=messages(q, a)) if chats and a is not None else dict(messages=messages(q)) if chats else dict(question=q, answer=a) for q, _, a in rows]), answers='needed')
+        read = read_asked_file(
+            write(
+                folder,
+                'jsonl',
+                [
+                    dict(messages=messages(q, a))
+                    if chats and a is not None
+                    else dict(messages=messages(q))
+                    if chats
+                    else dict(question=q, answer=a)
+                    for q, _, a in rows
+                ],
+            ),
+            answers='needed',
+        )
     assert len(read.questions) + len(read.refused) + len(read.repeated) == len(rows)
     good = [(q.strip() if chats else q, a) for q, _, a in rows if a is not None and a.strip()]
-    assert dict(zip(read.questions, read.answers, strict=True)) == {q: a for q, a in reversed(good)} and len(set(read.questions)) == len(read.questions)
+    assert dict(zip(read.questions, read.answers, strict=True)) == {q: a for q, a in reversed(good)} and len(set(read.questions)) == len(
+        read.questions
+    )

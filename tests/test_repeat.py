@@ -19,7 +19,20 @@ from w2s.io.manifests import INCOMPLETE
 from w2s.models.tiny import tiny_model
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ['torch', 'transformers', 'datasets', 'peft', 'accelerate', 'bitsandbytes', 'pandas', 'pyarrow', 'matplotlib', 'seaborn', 'sklearn', 'scipy']
+HEAVY = [
+    'torch',
+    'transformers',
+    'datasets',
+    'peft',
+    'accelerate',
+    'bitsandbytes',
+    'pandas',
+    'pyarrow',
+    'matplotlib',
+    'seaborn',
+    'sklearn',
+    'scipy',
+]
 TOML = '''
 data = "{home}/data"
 strong = "{home}/strong"
@@ -88,7 +101,8 @@ def runs(home, *more):
     return isinstance(done.exception, Ran)
 
 
-def looks(folder): return {str(p.relative_to(folder)): (s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for p in sorted(folder.rglob('*')) for s in [p.lstat()]}
+def looks(folder):
+    return {str(p.relative_to(folder)): (s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for p in sorted(folder.rglob('*')) for s in [p.lstat()]}
 
 
 def test_the_answer_comes_without_libraries_and_nothing_is_touched(home, first):
@@ -97,7 +111,13 @@ def test_the_answer_comes_without_libraries_and_nothing_is_touched(home, first):
 from w2s.cli.app import main
 try: main()
 finally: print(*(m for m in {HEAVY!r} + ["w2s.compare.stages", "w2s.experiments"] if m in sys.modules), file=sys.stderr)'''
-    done = subprocess.run([sys.executable, '-c', code, *words(home)], capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT), 'COLUMNS': '200'}, timeout=120)
+    done = subprocess.run(
+        [sys.executable, '-c', code, *words(home)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, 'PYTHONPATH': str(ROOT), 'COLUMNS': '200'},
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == first.replace(': starting', ': found') and done.stdout.count(': found') > 5
     assert done.stderr.split() == []
@@ -130,15 +150,38 @@ def add(name): return lambda home: (home/name).parent.mkdir(exist_ok=True) or (h
 
 
 CHANGES = { # what -> how
-    'a row': lambda home: change_text(sorted((home/'data').glob('*'))[0].relative_to(home), 'e', 'a')(home), 'another file of rows': add('data/more/val.jsonl'), 'one file of rows less': lambda home: sorted((home/'data').glob('*'))[0].unlink(),
-    'weights of a model': lambda home: (home/'strong'/'model.safetensors').write_bytes((home/'weak'/'model.safetensors').read_bytes()),
-    'configuration of a model': change_text('strong/config.json', '}', ' }'), 'a chat template that is new': add('strong/chat_template.jinja'),
-    'a setting in the file': change_text('run.toml', 'rank = 2', 'rank = 3'), 'the body of a function': change_text('mine.py', 'slope*len(b)', 'slope*len(b) + 1'), 'what is beside it in its file': change_text('mine.py', 'labeller, metric', 'metric, labeller'),
-    'a bit of an adapter': flip('stages/*/adapter/adapter_model.safetensors'), 'a bit of scores': flip('stages/*-test-*/scores.parquet'), 'a bit of a table': flip('items.parquet'),
-    'a bit of the exported adapter': flip('adapters/*/adapter_model.safetensors'), 'the manifest': flip('manifest.json'), 'the manifest of a stage': flip('stages/*/manifest.json'), 'the list of stages': flip('.run.json'),
-    'kept log-probs': flip('store/*/key.json'), 'the date of templates': change_text('run/.day', '2', '1'), 'the report': change_text('run/report.md', '#', '##'), 'a stage': remove('stages/*-sft-*'), 'a figure': remove('figure.png'),
-    'everything': lambda home: shutil.rmtree(home/'run'), 'a run at work': add(f'run/{INCOMPLETE}'), 'what a kill has left in a stage': lambda home: add(f'run/stages/{sorted((home/"run"/"stages").glob("*-dpo-*"))[0].name}/checkpoints/x')(home),
-    'the kept answer': lambda home: answer_file(home/'run').write_bytes(answer_file(home/'run').read_bytes().replace(b'test rows', b'rest rows'))}
+    'a row': lambda home: change_text(sorted((home / 'data').glob('*'))[0].relative_to(home), 'e', 'a')(home),
+    'another file of rows': add('data/more/val.jsonl'),
+    'one file of rows less': lambda home: sorted((home / 'data').glob('*'))[0].unlink(),
+    'weights of a model': lambda home: (home / 'strong' / 'model.safetensors').write_bytes(
+        (home / 'weak' / 'model.safetensors').read_bytes()
+    ),
+    'configuration of a model': change_text('strong/config.json', '}', ' }'),
+    'a chat template that is new': add('strong/chat_template.jinja'),
+    'a setting in the file': change_text('run.toml', 'rank = 2', 'rank = 3'),
+    'the body of a function': change_text('mine.py', 'slope*len(b)', 'slope*len(b) + 1'),
+    'what is beside it in its file': change_text('mine.py', 'labeller, metric', 'metric, labeller'),
+    'a bit of an adapter': flip('stages/*/adapter/adapter_model.safetensors'),
+    'a bit of scores': flip('stages/*-test-*/scores.parquet'),
+    'a bit of a table': flip('items.parquet'),
+    'a bit of the exported adapter': flip('adapters/*/adapter_model.safetensors'),
+    'the manifest': flip('manifest.json'),
+    'the manifest of a stage': flip('stages/*/manifest.json'),
+    'the list of stages': flip('.run.json'),
+    'kept log-probs': flip('store/*/key.json'),
+    'the date of templates': change_text('run/.day', '2', '1'),
+    'the report': change_text('run/report.md', '#', '##'),
+    'a stage': remove('stages/*-sft-*'),
+    'a figure': remove('figure.png'),
+    'everything': lambda home: shutil.rmtree(home / 'run'),
+    'a run at work': add(f'run/{INCOMPLETE}'),
+    'what a kill has left in a stage': lambda home: add(
+        f'run/stages/{sorted((home / "run" / "stages").glob("*-dpo-*"))[0].name}/checkpoints/x'
+    )(home),
+    'the kept answer': lambda home: answer_file(home / 'run').write_bytes(
+        answer_file(home / 'run').read_bytes().replace(b'test rows', b'rest rows')
+    ),
+}
 
 
 @pytest.mark.parametrize('what', CHANGES)
@@ -154,7 +197,12 @@ def test_a_change_starts_the_run(home, first, tmp_path, what):
     assert not runs(home) # every file is another one now, with the same content
 
 
-SURROUNDINGS = {'code of w2s': ('code_hash', lambda: 'another'), 'a library': ('_version', lambda package: '0'), 'the machine': ('platform.node', lambda: 'another'), 'Python': ('sys.version', '3.99')}
+SURROUNDINGS = {
+    'code of w2s': ('code_hash', lambda: 'another'),
+    'a library': ('_version', lambda package: '0'),
+    'the machine': ('platform.node', lambda: 'another'),
+    'Python': ('sys.version', '3.99'),
+}
 
 
 @pytest.mark.parametrize('what', SURROUNDINGS)

@@ -32,11 +32,18 @@ REAL = dict(weak='facebook/opt-125m', strong='facebook/opt-1.3b', samples=2, gol
 
 # Defaults
 
-@pytest.mark.parametrize('given, wanted', [
-    ({}, (1., 32)), (dict(data='world:7', weak='facebook/opt-125m', strong='facebook/opt-1.3b'), (1., 32)),
-    (dict(data='hh', **REAL), (.7, 256)), (dict(data='pairs.jsonl', **REAL, temperature=1.2), (1.2, 256)), (dict(data='pairs.jsonl', **REAL, response_tokens=32), (.7, 32)),
-    (dict(data='pairs.jsonl', samples=1, gold='judge'), (.7, 64)), (dict(data='pairs.jsonl', weak='pico', strong='./mine', samples=1, gold='judge'), (.7, 256)),
-])
+@pytest.mark.parametrize(
+    'given, wanted',
+    [
+        ({}, (1.0, 32)),
+        (dict(data='world:7', weak='facebook/opt-125m', strong='facebook/opt-1.3b'), (1.0, 32)),
+        (dict(data='hh', **REAL), (0.7, 256)),
+        (dict(data='pairs.jsonl', **REAL, temperature=1.2), (1.2, 256)),
+        (dict(data='pairs.jsonl', **REAL, response_tokens=32), (0.7, 32)),
+        (dict(data='pairs.jsonl', samples=1, gold='judge'), (0.7, 64)),
+        (dict(data='pairs.jsonl', weak='pico', strong='./mine', samples=1, gold='judge'), (0.7, 256)),
+    ],
+)
 def test_defaults_fit_the_rows(given, wanted):
     "The world's answers are a line; the paper's limit for rows from a file; half of what a small model reads"
     for c in (fill_settings(given), WeakTeacher(**given)): assert (sampling(c).temperature, sampling(c).max_tokens) == wanted
@@ -51,7 +58,8 @@ def test_settings_of_a_run_without_its_responses(given):
     usual = dict(temperature=filled.temperature, response_tokens=filled.response_tokens)
     assert not fill_settings(given | dict(samples=0, gold='') | usual).samples
     for name in usual:
-        with pytest.raises(ConfigError, match='do nothing without samples'): fill_settings(given | usual | {'samples': 0, name: usual[name]*2})
+        with pytest.raises(ConfigError, match='do nothing without samples'):
+            fill_settings(given | usual | {'samples': 0, name: usual[name] * 2})
 
 
 # Before the start
@@ -68,8 +76,20 @@ def rows(tmp_path_factory):
 
 
 def config_of(rows, **more):
-    return WeakTeacher(**dict(data=str(rows/'data'), weak=str(rows/'model'), strong=str(rows/'model'), n_labelled=12, n_unlabelled=12, n_test=6, samples=1, gold=str(rows/'judge'),
-                              load=LoadSettings('none', 'float32')) | more)
+    return WeakTeacher(
+        **dict(
+            data=str(rows / 'data'),
+            weak=str(rows / 'model'),
+            strong=str(rows / 'model'),
+            n_labelled=12,
+            n_unlabelled=12,
+            n_test=6,
+            samples=1,
+            gold=str(rows / 'judge'),
+            load=LoadSettings('none', 'float32'),
+        )
+        | more
+    )
 
 
 def loaded(c):
@@ -89,7 +109,8 @@ def test_a_limit_that_cannot_be_right_is_refused_before_the_first_training(rows,
     "Most training responses are longer; or no prompt leaves room for so many"
     c = config_of(rows, response_tokens=tokens, **more)
     for do in (lambda: weak_teacher.run(c, tmp_path/'run', quiet=True), lambda: plan(open_preferences, c, tmp_path/'run')):
-        with pytest.raises(ConfigError, match='raise response_tokens' if tokens == 4 else 'leave no room for a response of 500 tokens'): do()
+        with pytest.raises(ConfigError, match='raise response_tokens' if tokens == 4 else 'leave no room for a response of 500 tokens'):
+            do()
     assert not (tmp_path/'run').exists()
 
 
@@ -126,7 +147,16 @@ def stage(rows, where, **more):
 def test_a_response_is_cut_if_and_only_if_it_fills_the_limit_without_an_end(rows, tmp_path):
     written, c, model, data = stage(rows, tmp_path, response_tokens=12, samples=3)
     base = open_base(model)
-    longer = generate(base.model, base.tokenizer, list(data.test['prompt']), sampling(config_of(rows, response_tokens=24, samples=3)), 0, quiet=True, ids=list(data.test['id']), arm='base')
+    longer = generate(
+        base.model,
+        base.tokenizer,
+        list(data.test['prompt']),
+        sampling(config_of(rows, response_tokens=24, samples=3)),
+        0,
+        quiet=True,
+        ids=list(data.test['id']),
+        arm='base',
+    )
     flat = [(w, text) for row, others in zip(written, longer, strict=True) for w, text in zip(row, others, strict=True)]
     assert {w.cut for w, _ in flat} <= {True, False} and any(w.cut for w, _ in flat)
     for w, text in flat: assert w.cut == (text != w.text) and text.startswith(w.text) # another limit shows what is behind it
@@ -143,15 +173,32 @@ def test_the_table_of_responses_knows(rows, tmp_path):
 def responses(*cut): return pd.DataFrame({'role': ['floor', 'student']*(len(cut)//2), 'method': 'dpo', 'cut': pd.array(cut, 'boolean')})
 
 
-@pytest.mark.parametrize('cut, refused', [([True]*4, True), ([True, True, True, False], True), ([True, False]*2, False), ([False]*4, False), ([None, None, True, True], True)])
+@pytest.mark.parametrize(
+    'cut, refused',
+    [
+        ([True] * 4, True),
+        ([True, True, True, False], True),
+        ([True, False] * 2, False),
+        ([False] * 4, False),
+        ([None, None, True, True], True),
+    ],
+)
 def test_a_table_of_beginnings_is_refused(cut, refused):
     table = responses(*cut)
     if not refused: return check_cut(table, 32)
     with pytest.raises(ConfigError, match='raise response_tokens, or leave responses out with samples = 0'): check_cut(table, 32)
 
 
-@pytest.mark.parametrize('cut, said', [([True, False, True, False], '2 of 4 responses (50.0%)'), ([True, False, True, False], 'floor (dpo), 100.0%'),
-                                       ([False]*4, 'None of 4 responses'), ([None]*4, 'was not written down'), ([None, None, False, True], '1 of 2 responses')])
+@pytest.mark.parametrize(
+    'cut, said',
+    [
+        ([True, False, True, False], '2 of 4 responses (50.0%)'),
+        ([True, False, True, False], 'floor (dpo), 100.0%'),
+        ([False] * 4, 'None of 4 responses'),
+        ([None] * 4, 'was not written down'),
+        ([None, None, False, True], '1 of 2 responses'),
+    ],
+)
 def test_how_many_were_cut_is_said(cut, said): assert said in cut_words(responses(*cut), 32)
 
 
@@ -161,7 +208,8 @@ def test_a_run_counts_what_was_cut(rows, tmp_path, monkeypatch):
     monkeypatch.setattr('w2s.compare.preference_arms.gold_judge', lambda config, root: judge)
     c = config_of(rows, response_tokens=16, samples=2)
     def answers(share):
-        def respond(model, tok, prompts, how, *a): return [[Response(' Yes', 2, (7*i + k) % 10 >= 10*share) for k in range(how.samples)] for i in range(len(prompts))]
+        def respond(model, tok, prompts, how, *a):
+            return [[Response(' Yes', 2, (7 * i + k) % 10 >= 10 * share) for k in range(how.samples)] for i in range(len(prompts))]
         return respond
     with monkeypatch.context() as m:
         m.setattr(answer, 'respond', answers(.8))

@@ -24,12 +24,17 @@ def test_pitfall_20_a_scorer_that_fails_on_a_tenth():
         return .75
     scores = score_responses(each(flaky, (TimeoutError, ConnectionError)), PROMPTS, TEXTS)
     assert np.isnan(scores).sum() == 20 and np.nanmean(scores) == .75
-    assert failures(scores, 'student', 0, 1) == ('student: incomplete, the scorer failed on 20 of 200 responses; the mean of the others is 0.750, '
-                                                 'with the missing ones it would lie between 0.675 and 0.775')
+    assert failures(scores, 'student', 0, 1) == (
+        'student: incomplete, the scorer failed on 20 of 200 responses; the mean of the others is 0.750, '
+        'with the missing ones it would lie between 0.675 and 0.775'
+    )
     assert failures(np.array([[.2, np.nan, .4]]), 'x').endswith('between 0.267 and 0.333')
     whole = scored_by_all({'a': scores, 'b': np.ones((50, 4))})
     assert whole.sum() == 50 - len(np.unique(np.where(np.isnan(scores))[0]))
-    for wrong in (lambda: win_rate(scores, np.ones((50, 4))), lambda: metric_rows(PROMPTS, reward_scores(scores, TEXTS), 'student', 'dpo', '', '', 0, 'x')):
+    for wrong in (
+        lambda: win_rate(scores, np.ones((50, 4))),
+        lambda: metric_rows(PROMPTS, reward_scores(scores, TEXTS), 'student', 'dpo', '', '', 0, 'x'),
+    ):
         with pytest.raises(DataError): wrong()
     assert not np.isnan(scores[whole]).any()
 
@@ -48,7 +53,8 @@ def test_pitfall_20_scores_that_are_lost_or_added_stop(lost):
 
 
 def test_pitfall_20_nothing_in_common_is_no_nan():
-    with pytest.raises(DataError, match='a: incomplete, the scorer failed on all 200'): scored_by_all({'a': np.full((50, 4), np.nan), 'b': np.ones((50, 4))})
+    with pytest.raises(DataError, match='a: incomplete, the scorer failed on all 200'):
+        scored_by_all({'a': np.full((50, 4), np.nan), 'b': np.ones((50, 4))})
     one, two = np.ones((2, 1)), np.ones((2, 1))
     one[0], two[1] = np.nan, np.nan
     with pytest.raises(DataError, match='no row has all its scores'): scored_by_all({'a': one, 'b': two})

@@ -32,24 +32,59 @@ COLUMNS = {'a', 'b', 'metric', 'value', 'low', 'high', 'n', 'seeds', 'level', 'p
 
 @pytest.fixture(scope='module')
 def preferences(tmp_path_factory):
-    return weak_teacher.run(fill_settings(dict(weak='pico', strong='pico', n_labelled=30, n_unlabelled=30, n_test=150, seeds=2)), tmp_path_factory.mktemp('weak'), quiet=True)
+    return weak_teacher.run(
+        fill_settings(dict(weak='pico', strong='pico', n_labelled=30, n_unlabelled=30, n_test=150, seeds=2)),
+        tmp_path_factory.mktemp('weak'),
+        quiet=True,
+    )
 
 
 @pytest.fixture(scope='module')
 def labels(tmp_path_factory):
-    given = dict(weak='pico', strong='nano', n_labelled=60, n_unlabelled=60, n_test=60, seeds=1, methods='xent,hard', student=dict(epochs=1), supervisor=dict(epochs=1))
+    given = dict(
+        weak='pico',
+        strong='nano',
+        n_labelled=60,
+        n_unlabelled=60,
+        n_test=60,
+        seeds=1,
+        methods='xent,hard',
+        student=dict(epochs=1),
+        supervisor=dict(epochs=1),
+    )
     return classify.run(fill_labels(given), tmp_path_factory.mktemp('labels'), quiet=True)
 
 
 @pytest.fixture(scope='module')
 def demonstrations(tmp_path_factory):
-    given = dict(weak='pico', strong='nano', seeds=2, n_labelled=8, n_unlabelled=8, n_test=12, demonstrate=dict(epochs=1), student=dict(epochs=1), max_tokens=16, examples=2)
+    given = dict(
+        weak='pico',
+        strong='nano',
+        seeds=2,
+        n_labelled=8,
+        n_unlabelled=8,
+        n_test=12,
+        demonstrate=dict(epochs=1),
+        student=dict(epochs=1),
+        max_tokens=16,
+        examples=2,
+    )
     return transfer.run(fill_demonstrations(given), tmp_path_factory.mktemp('persona'), quiet=True)
 
 
 @pytest.fixture(scope='module')
 def kind(tmp_path_factory):
-    given = dict(weak='pico', strong='pico', seeds=2, n_labelled=24, n_unlabelled=32, n_test=12, speak=dict(samples=3, max_tokens=12), sft=dict(epochs=1), dpo=dict(epochs=1))
+    given = dict(
+        weak='pico',
+        strong='pico',
+        seeds=2,
+        n_labelled=24,
+        n_unlabelled=32,
+        n_test=12,
+        speak=dict(samples=3, max_tokens=12),
+        sft=dict(epochs=1),
+        dpo=dict(epochs=1),
+    )
     return toxicity.run(fill_toxicity(given), tmp_path_factory.mktemp('kind'), quiet=True)
 
 
@@ -112,7 +147,9 @@ def test_every_difference_says_how_sure_it_is_and_what_could_be_seen(any_run):
     assert len(d) and COLUMNS <= set(d), COLUMNS - set(d)
     assert (d.significant == (d.p_holm <= .05 + 1e-12)).all() and (d.p_holm >= d.p - 1e-12).all()
     known = d.value.notna() & d.low.notna() & (d.low < d.high)
-    assert (d[known & d.significant].low*d[known & d.significant].high >= 0).all(), 'a significant difference has zero outside its raw interval'
+    assert (d[known & d.significant].low * d[known & d.significant].high >= 0).all(), (
+        'a significant difference has zero outside its raw interval'
+    )
     assert (d.detectable.dropna() > 0).all() and d.detectable.notna().any()
 
 
@@ -172,7 +209,18 @@ def test_two_seeds_are_said_to_be_few(any_run):
 
 HEADINGS = ['PGR', 'Differences', 'Arms', 'Weak feedback', 'Data report', 'Training', 'Settings', 'How it was made']
 SHARED = {f'{t}.parquet' for t in ('items', 'results', 'intervals', 'differences', 'pgr', 'histories', 'arms', 'labels')} | {
-    'report.md', 'config.toml', 'versions.json', 'data_report.md', 'data_report.csv', 'figure.png', 'figure.svg', 'training.png', 'training.svg', 'adapters', 'manifest.json'}
+    'report.md',
+    'config.toml',
+    'versions.json',
+    'data_report.md',
+    'data_report.csv',
+    'figure.png',
+    'figure.svg',
+    'training.png',
+    'training.svg',
+    'adapters',
+    'manifest.json',
+}
 
 
 def headings(text): return [line[3:] for line in text.splitlines() if line.startswith('## ')]
@@ -249,7 +297,10 @@ def test_files_are_the_same_for_every_kind(any_run, tmp_path):
     own = {f'{name}.parquet' for name, t in result.extra.items() if isinstance(t, pd.DataFrame) and len(t)}
     assert {n for n in there if n.endswith('.parquet')} == own | {n for n in SHARED if n.endswith('.parquet')}
     assert {p.name for p in (folder/'adapters').iterdir()} == set(pd.read_parquet(folder/'arms.parquet').adapter) - {''}
-    assert all(name.endswith(tuple(f'-seed{s}' for s in range(9))) for name in result.adapters) and json.loads((folder/'versions.json').read_text())['w2s']
+    assert (
+        all(name.endswith(tuple(f'-seed{s}' for s in range(9))) for name in result.adapters)
+        and json.loads((folder / 'versions.json').read_text())['w2s']
+    )
 
 
 def test_headings_are_the_same_for_every_kind(any_run):

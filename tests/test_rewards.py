@@ -37,11 +37,25 @@ ROOT = Path(__file__).parents[1]
 FULL, RANK = LoadSettings('none', 'float32'), LoraSettings(rank=2)
 SHAPE = dict(vocab_size=120, pad_token_id=2, bos_token_id=1, eos_token_id=2) # padding and end are one token
 FAMILIES = {
-    'llama': lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)),
+    'llama': lambda: LlamaForCausalLM(
+        LlamaConfig(**SHAPE, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    ),
     'gpt2': lambda: GPT2LMHeadModel(GPT2Config(**SHAPE, n_embd=32, n_layer=2, n_head=2, n_positions=64)),
-    'neox': lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SHAPE, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)),
-    'opt': lambda: OPTForCausalLM(OPTConfig(**SHAPE, hidden_size=64, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2,
-                                            word_embed_proj_dim=32, do_layer_norm_before=False, max_position_embeddings=64)), # as OPT-350M
+    'neox': lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(**SHAPE, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    ),
+    'opt': lambda: OPTForCausalLM(
+        OPTConfig(
+            **SHAPE,
+            hidden_size=64,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            word_embed_proj_dim=32,
+            do_layer_norm_before=False,
+            max_position_embeddings=64,
+        )
+    ), # as OPT-350M
 }
 # the padding id inside, at the end, twice at the end; id 0 inside and at the end
 ODD = [Encoded(ids, 2) for ids in ((5, 2, 7, 0, 9), (5, 6, 8, 2), (5, 6, 8, 2, 2), (5, 9, 0, 7, 6, 11, 0))]
@@ -162,7 +176,9 @@ def test_pitfall_14_another_process_gives_the_same_scores(folder, four, rows, tm
     want, saved = response_rewards(model, rows, quiet=True), save_adapter(model, four, tmp_path/'saved')
     model.unload()
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONHASHSEED': '7'}
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', RELOAD, folder, saved, tmp_path/'out.npy'], capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', RELOAD, folder, saved, tmp_path / 'out.npy'], capture_output=True, text=True, env=env
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert np.abs(np.load(tmp_path/'out.npy') - want).max() < 1e-6 and np.ptp(want) > .1
     assert done.stdout.split()[-1] == adapter_hash(saved)
@@ -201,7 +217,10 @@ def test_the_name_of_an_adapter_without_a_head_is_the_old_one(base, tmp_path):
 
 def test_pitfall_16_killed_and_started_again_with_a_head(base, rows, tmp_path):
     "Head and adapter end in the same bits"
-    settings, goal = TrainSettings(epochs=2, batch_size=4, learning_rate=1e-2, checkpoint_every=3), reward_objective(rows, weights=np.linspace(.2, 2, len(rows)))
+    settings, goal = (
+        TrainSettings(epochs=2, batch_size=4, learning_rate=1e-2, checkpoint_every=3),
+        reward_objective(rows, weights=np.linspace(0.2, 2, len(rows))),
+    )
     def finish(name, objective, seed):
         model = add_reward_adapter(base, RANK, seed)
         try:

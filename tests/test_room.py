@@ -32,7 +32,24 @@ from w2s.train.room import Room, fitting
 from w2s.train.settings import GenerateSettings, TrainSettings
 from w2s.train.tokens import encode_rows
 
-VIEWS = {'view', 'transpose', 't', 'expand', 'detach', 'alias', 'slice', 'select', 'unsqueeze', 'squeeze', 'permute', 'as_strided', 'split', 'unbind', '_unsafe_view', 'diagonal'}
+VIEWS = {
+    'view',
+    'transpose',
+    't',
+    'expand',
+    'detach',
+    'alias',
+    'slice',
+    'select',
+    'unsqueeze',
+    'squeeze',
+    'permute',
+    'as_strided',
+    'split',
+    'unbind',
+    '_unsafe_view',
+    'diagonal',
+}
 
 
 class Short(TorchDispatchMode):
@@ -48,7 +65,11 @@ class Short(TorchDispatchMode):
             large = self.limit and any(isinstance(a, torch.Tensor) and a.dim() == 3 and a.shape[0]*a.shape[1] > self.limit for a in args)
             if self.seen in self.bad or large:
                 self.failed.append(name)
-                raise self.error("CUDA out of memory. Tried to allocate 2.00 GiB" if self.error is torch.OutOfMemoryError else "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes. Error code 12 (Cannot allocate memory)")
+                raise self.error(
+                    "CUDA out of memory. Tried to allocate 2.00 GiB"
+                    if self.error is torch.OutOfMemoryError
+                    else "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes. Error code 12 (Cannot allocate memory)"
+                )
         return func(*args, **(kwargs or {}))
 
 
@@ -61,7 +82,11 @@ def no_search(monkeypatch):
 @pytest.fixture(scope='module')
 def base(tmp_path_factory):
     texts = [r['prompt'] + r[k] for r in sample_preferences(60, seed=3) for k in ('chosen', 'rejected')]
-    base = load_base(tiny_model(tmp_path_factory.mktemp('room')/'tiny', texts, hidden=32, layers=1, context=256), LoadSettings('none', 'float32'), device='cpu')
+    base = load_base(
+        tiny_model(tmp_path_factory.mktemp('room') / 'tiny', texts, hidden=32, layers=1, context=256),
+        LoadSettings('none', 'float32'),
+        device='cpu',
+    )
     check_model(base) # as every base is when it is opened: allocations are then the same each time
     return base
 
@@ -73,7 +98,16 @@ def rows(base):
 
 @pytest.fixture(scope='module')
 def texts(base):
-    return encode_texts(base.tokenizer, Dataset.from_dict({'id': [str(i) for i in range(5)], 'prompt': ['The fox lives by the river.', 'Where?', 'A fox', 'The river is where the fox lives', 'By the']}), 64).rows
+    return encode_texts(
+        base.tokenizer,
+        Dataset.from_dict(
+            {
+                'id': [str(i) for i in range(5)],
+                'prompt': ['The fox lives by the river.', 'Where?', 'A fox', 'The river is where the fox lives', 'By the'],
+            }
+        ),
+        64,
+    ).rows
 
 
 LORA = LoraSettings(rank=2)
@@ -82,8 +116,16 @@ TRAININGS = {
     'dpo': (lambda base: add_adapter(base, LORA), lambda rows, texts: preference_objective(rows, np.zeros((len(rows), 2)))),
     'sft': (lambda base: add_adapter(base, LORA), lambda rows, texts: sft_objective(rows)),
     'reward model': (lambda base: add_reward_adapter(base, LORA), lambda rows, texts: reward_objective(rows)),
-    'class head': (lambda base: add_class_adapter(base, LORA), lambda rows, texts: label_objective(texts, [[.2, .8], [.6, .4], [.5, .5], [.9, .1], [0, 1]], forward=class_logits)),
-    'confidence loss': (lambda base: add_class_adapter(base, LORA), lambda rows, texts: label_objective(texts, [[.2, .8], [.6, .4], [.5, .5], [.9, .1], [0, 1]], loss='confidence', forward=class_logits)),
+    'class head': (
+        lambda base: add_class_adapter(base, LORA),
+        lambda rows, texts: label_objective(texts, [[0.2, 0.8], [0.6, 0.4], [0.5, 0.5], [0.9, 0.1], [0, 1]], forward=class_logits),
+    ),
+    'confidence loss': (
+        lambda base: add_class_adapter(base, LORA),
+        lambda rows, texts: label_objective(
+            texts, [[0.2, 0.8], [0.6, 0.4], [0.5, 0.5], [0.9, 0.1], [0, 1]], loss='confidence', forward=class_logits
+        ),
+    ),
 }
 
 
@@ -100,7 +142,9 @@ def trained(base, make, goal, folder, mode=None, settings=STEP):
 
 def sites(count, most):
     "Some places spread over all; with W2S_ALL_SITES in the environment every one, which takes an hour"
-    return range(1, count + 1) if count <= most or 'W2S_ALL_SITES' in os.environ else sorted({round(x) for x in np.linspace(1, count, most)})
+    return (
+        range(1, count + 1) if count <= most or 'W2S_ALL_SITES' in os.environ else sorted({round(x) for x in np.linspace(1, count, most)})
+    )
 
 
 @pytest.mark.parametrize('kind', TRAININGS)
@@ -149,7 +193,8 @@ def test_a_wall_is_met_once_and_remembered(base, rows, tmp_path):
     most = 4*max(len(s.ids) for r in rows for s in r.sequences) # two pairs
     straight, _ = trained(base, make, goal(rows, None), tmp_path/'straight')
     model = make(base)
-    with pytest.warns(W2SWarning, match='going on with') as said, Short(limit=most): history = train(model, goal(rows, None), STEP, tmp_path/'wall', quiet=True)
+    with pytest.warns(W2SWarning, match='going on with') as said, Short(limit=most):
+        history = train(model, goal(rows, None), STEP, tmp_path / 'wall', quiet=True)
     weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
     model.unload()
     assert len([w for w in said if 'going on with' in str(w.message)]) == 1
@@ -160,7 +205,11 @@ def test_a_wall_is_met_once_and_remembered(base, rows, tmp_path):
 def test_a_row_that_fits_nowhere_gets_checkpointing_and_then_a_word(base, rows, tmp_path):
     make, goal = TRAININGS['dpo']
     model = make(base)
-    with pytest.warns(W2SWarning, match='gradient checkpointing is switched on'), Short(limit=4), pytest.raises(TrainError, match='single row of .* at step 0; lower max_length'):
+    with (
+        pytest.warns(W2SWarning, match='gradient checkpointing is switched on'),
+        Short(limit=4),
+        pytest.raises(TrainError, match='single row of .* at step 0; lower max_length'),
+    ):
         train(model, goal(rows, None), STEP, tmp_path/'a', quiet=True)
     assert not computes_twice(model) # the base is used again
     with warnings.catch_warnings(action='ignore'), Short(limit=4), pytest.raises(TrainError, match='or set gradient_checkpointing'):
@@ -219,7 +268,10 @@ def test_scores_are_the_same(base, rows, texts, kind, times):
 @pytest.mark.parametrize('times', [1, 2])
 def test_responses_are_the_same(base, times, tmp_path):
     "With a journal: each is written down once"
-    prompts, how = ['The fox', 'Where does', 'The fox lives by the', 'A river where the'], GenerateSettings(max_tokens=6, temperature=1., samples=2)
+    prompts, how = (
+        ['The fox', 'Where does', 'The fox lives by the', 'A river where the'],
+        GenerateSettings(max_tokens=6, temperature=1.0, samples=2),
+    )
     def go(name): return respond(base.model, base.tokenizer, prompts, how, 3, quiet=True, journal=tmp_path/name)
     with Short() as counter: straight = go('straight')
     for n in sites(counter.seen, 12):

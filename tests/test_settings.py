@@ -23,13 +23,32 @@ from w2s.train.settings import GenerateSettings, TrainSettings
 
 ALL = (WeakTeacher, Classify, DemonstrationSettings, Toxicity)
 FILL = {WeakTeacher: fill_settings, Classify: fill_labels, DemonstrationSettings: fill_demonstrations, Toxicity: fill_toxicity}
-OWN = {WeakTeacher: dict(data='rows.jsonl', weak='W', strong='S'), Classify: dict(data='rows.csv', weak='W', strong='S'),
-       DemonstrationSettings: dict(task='gsm8k', data='rows.jsonl', weak='W', strong='S'), Toxicity: dict(data='rows.jsonl', scorer='s', weak='W', strong='S')}
-COMMANDS = {'preferences': lambda t: weak_teacher_config(t, None), 'safety': lambda t: labels.classify_config('safety', t, None), 'legal': lambda t: labels.classify_config('legal', t, None),
-            'persona': lambda t: demonstrations.transfer_config('persona', t, None), 'gender': lambda t: demonstrations.transfer_config('gender', t, None),
-            'digits': lambda t: demonstrations.transfer_config('digits', t, None), 'maths': lambda t: demonstrations.transfer_config('gsm8k', t, None), 'toxicity': lambda t: demonstrations.toxicity_config(t, None)}
-SAME = {'preferences': WeakTeacher(), 'safety': Classify(), 'legal': Classify('world:storage'), 'persona': DemonstrationSettings(), 'gender': DemonstrationSettings(task='gender'), 'digits': DemonstrationSettings(task='digits'),
-        'maths': DemonstrationSettings(task='gsm8k'), 'toxicity': Toxicity()}
+OWN = {
+    WeakTeacher: dict(data='rows.jsonl', weak='W', strong='S'),
+    Classify: dict(data='rows.csv', weak='W', strong='S'),
+    DemonstrationSettings: dict(task='gsm8k', data='rows.jsonl', weak='W', strong='S'),
+    Toxicity: dict(data='rows.jsonl', scorer='s', weak='W', strong='S'),
+}
+COMMANDS = {
+    'preferences': lambda t: weak_teacher_config(t, None),
+    'safety': lambda t: labels.classify_config('safety', t, None),
+    'legal': lambda t: labels.classify_config('legal', t, None),
+    'persona': lambda t: demonstrations.transfer_config('persona', t, None),
+    'gender': lambda t: demonstrations.transfer_config('gender', t, None),
+    'digits': lambda t: demonstrations.transfer_config('digits', t, None),
+    'maths': lambda t: demonstrations.transfer_config('gsm8k', t, None),
+    'toxicity': lambda t: demonstrations.toxicity_config(t, None),
+}
+SAME = {
+    'preferences': WeakTeacher(),
+    'safety': Classify(),
+    'legal': Classify('world:storage'),
+    'persona': DemonstrationSettings(),
+    'gender': DemonstrationSettings(task='gender'),
+    'digits': DemonstrationSettings(task='digits'),
+    'maths': DemonstrationSettings(task='gsm8k'),
+    'toxicity': Toxicity(),
+}
 
 
 def w2s(*words): return CliRunner().invoke(app, ['run', *map(str, words)], env={'COLUMNS': '80', 'TERMINAL_WIDTH': '80'})
@@ -55,10 +74,50 @@ def test_everything_is_filled_in(cls):
         assert {f.name for f in dataclasses.fields(c)} - {a or b for a, b in top} <= {'smoothing', 'threshold'} # None: TOML has no word for it
 
 
-PAPER = {WeakTeacher: dict(seeds=1, max_length=512, beta=.1, n_test=500, n_labelled=None, n_unlabelled=None, samples=0, response_tokens=256, temperature=.7, sft=TrainSettings(batch_size=32, learning_rate=2e-4), dpo=TrainSettings()),
-         Classify: dict(seeds=1, max_length=512, n_test=1000, n_labelled=None, readout='head', student=TrainSettings(2, 32, 2e-4), supervisor=TrainSettings(2, 32, 2e-4)),
-         DemonstrationSettings: dict(seeds=1, max_length=1024, n_labelled=120, n_unlabelled=200, n_test=100, max_tokens=256, demonstrator='tuned', student=TrainSettings(3, 16, 2e-4)),
-         Toxicity: dict(seeds=1, n_labelled=1000, n_unlabelled=1500, n_test=200, beta=.1, speak=GenerateSettings(20, 1., .9, samples=25), sft=TrainSettings(3, 16, 2e-4), dpo=TrainSettings(1, 16, 5e-5))}
+PAPER = {
+    WeakTeacher: dict(
+        seeds=1,
+        max_length=512,
+        beta=0.1,
+        n_test=500,
+        n_labelled=None,
+        n_unlabelled=None,
+        samples=0,
+        response_tokens=256,
+        temperature=0.7,
+        sft=TrainSettings(batch_size=32, learning_rate=2e-4),
+        dpo=TrainSettings(),
+    ),
+    Classify: dict(
+        seeds=1,
+        max_length=512,
+        n_test=1000,
+        n_labelled=None,
+        readout='head',
+        student=TrainSettings(2, 32, 2e-4),
+        supervisor=TrainSettings(2, 32, 2e-4),
+    ),
+    DemonstrationSettings: dict(
+        seeds=1,
+        max_length=1024,
+        n_labelled=120,
+        n_unlabelled=200,
+        n_test=100,
+        max_tokens=256,
+        demonstrator='tuned',
+        student=TrainSettings(3, 16, 2e-4),
+    ),
+    Toxicity: dict(
+        seeds=1,
+        n_labelled=1000,
+        n_unlabelled=1500,
+        n_test=200,
+        beta=0.1,
+        speak=GenerateSettings(20, 1.0, 0.9, samples=25),
+        sft=TrainSettings(3, 16, 2e-4),
+        dpo=TrainSettings(1, 16, 5e-5),
+    ),
+}
 
 
 @pytest.mark.parametrize('cls', ALL, ids=ids)
@@ -86,7 +145,12 @@ def test_what_is_given_holds(cls):
     assert make_settings(cls, {stage: {'warmup': .3}}) == cls(**{stage: {'warmup': .3}})
 
 
-PLAIN = {WeakTeacher: ('others', 'human', ('human',)), Classify: ('strong', 'nano, base', ('nano', 'base')), DemonstrationSettings: ('methods', 'naive,own-answers', ('naive', 'own answers')), Toxicity: ('methods', 'naive', ('naive',))}
+PLAIN = {
+    WeakTeacher: ('others', 'human', ('human',)),
+    Classify: ('strong', 'nano, base', ('nano', 'base')),
+    DemonstrationSettings: ('methods', 'naive,own-answers', ('naive', 'own answers')),
+    Toxicity: ('methods', 'naive', ('naive',)),
+}
 
 
 @pytest.mark.parametrize('cls', ALL, ids=ids)
@@ -95,8 +159,16 @@ def test_a_plain_text_is_enough_for_several_names(cls):
     assert getattr(cls(**{field: text}), field) == value == getattr(FILL[cls]({field: text}), field)
 
 
-WRONG = {'seeds=0': dict(seeds=0), 'n_test=0': dict(n_test=0), 'n_labelled=0': dict(n_labelled=0), 'max_length=0': dict(max_length=0), 'a word for a number': dict(seeds='many'),
-         'a list for a number': dict(n_test=[1]), 'no such stage': dict(load=dict(quantise='none')), 'a split that is none': dict(split='trian=a')}
+WRONG = {
+    'seeds=0': dict(seeds=0),
+    'n_test=0': dict(n_test=0),
+    'n_labelled=0': dict(n_labelled=0),
+    'max_length=0': dict(max_length=0),
+    'a word for a number': dict(seeds='many'),
+    'a list for a number': dict(n_test=[1]),
+    'no such stage': dict(load=dict(quantise='none')),
+    'a split that is none': dict(split='trian=a'),
+}
 
 
 @pytest.mark.parametrize('cls', ALL, ids=ids)
@@ -140,7 +212,25 @@ def test_help_is_the_comment_beside_the_field(cls):
     assert set(field_comments(LabelUse)) == {f.name for f in dataclasses.fields(LabelUse)}
 
 
-SHARED = ('--n-labelled', '--n-unlabelled', '--n-test', '--weak', '--strong', '--seeds', '--max-length', '--lr', '--batch-size', '--token-budget', '--strict', '--vary', '--values', '--dry-run', '--config', '--out', '--keep-stages')
+SHARED = (
+    '--n-labelled',
+    '--n-unlabelled',
+    '--n-test',
+    '--weak',
+    '--strong',
+    '--seeds',
+    '--max-length',
+    '--lr',
+    '--batch-size',
+    '--token-budget',
+    '--strict',
+    '--vary',
+    '--values',
+    '--dry-run',
+    '--config',
+    '--out',
+    '--keep-stages',
+)
 
 
 @pytest.mark.parametrize('command', [*COMMANDS, 'classify', 'explanation'])
@@ -160,8 +250,18 @@ def test_a_flag_of_one_stage_wins_over_that_of_all(cls):
     assert [table[s]['learning_rate'] for s in stages] == [.25, .5] and all(table[s]['warmup'] == .2 for s in stages)
 
 
-@pytest.mark.parametrize('words, path, value', [(('--n-labelled', '1/4'), 'n_labelled', .25), (('--n-test', 'all'), 'n_test', None), (('--no-gradient-checkpointing',), 'sft.gradient_checkpointing', False),
-                                                (('--leave-out', 'a, b'), 'leave_out', ('a', 'b')), (('--lora-rank', '2'), 'lora.rank', 2), (('--others', 'ceiling'), 'others', ('ceiling',)), (('--dpo-warmup', '.2'), 'dpo.warmup', .2)])
+@pytest.mark.parametrize(
+    'words, path, value',
+    [
+        (('--n-labelled', '1/4'), 'n_labelled', 0.25),
+        (('--n-test', 'all'), 'n_test', None),
+        (('--no-gradient-checkpointing',), 'sft.gradient_checkpointing', False),
+        (('--leave-out', 'a, b'), 'leave_out', ('a', 'b')),
+        (('--lora-rank', '2'), 'lora.rank', 2),
+        (('--others', 'ceiling'), 'others', ('ceiling',)),
+        (('--dpo-warmup', '.2'), 'dpo.warmup', 0.2),
+    ],
+)
 def test_flags_reach_the_settings(words, path, value, monkeypatch):
     "From what is typed to the settings that would be run"
     seen = []
@@ -180,8 +280,14 @@ def test_help_does_not_load_pytorch():
 
 # Old names
 
-OLD = {'preferences': (('--rows', 40, '--label-share', .25, '--test-rows', 6), (10, 30, 6)), 'weak-teacher': (('--rows', 40), (20, 20, 200)), 'safety': (('--rows', 660), (60, 600, 400)), 'legal': (('--rows', 40), (13, 27, 400)),
-       'persona': (('--gold-rows', 8, '--rows', 9, '--test-rows', 7), (8, 9, 7)), 'toxicity': (('--gold-rows', 8, '--rows', 9, '--test-rows', 7), (8, 9, 7))}
+OLD = {
+    'preferences': (('--rows', 40, '--label-share', 0.25, '--test-rows', 6), (10, 30, 6)),
+    'weak-teacher': (('--rows', 40), (20, 20, 200)),
+    'safety': (('--rows', 660), (60, 600, 400)),
+    'legal': (('--rows', 40), (13, 27, 400)),
+    'persona': (('--gold-rows', 8, '--rows', 9, '--test-rows', 7), (8, 9, 7)),
+    'toxicity': (('--gold-rows', 8, '--rows', 9, '--test-rows', 7), (8, 9, 7)),
+}
 
 
 @pytest.mark.parametrize('command', OLD)
@@ -196,10 +302,20 @@ def test_old_flags_do_what_they_did_and_say_the_new_ones(command):
     assert all('is now' in line or 'are now' in line for line in lines) and all(any(word in line for line in lines) for word in words[::2])
 
 
-@pytest.mark.parametrize('cls, old, new', [(WeakTeacher, 'rows', 'n_labelled'), (WeakTeacher, 'label_share', 'n_unlabelled'), (Classify, 'test_rows', 'n_test'), (DemonstrationSettings, 'gold_rows', 'n_labelled'),
-                                           (Toxicity, 'asked_rows', 'n_unlabelled'), (Toxicity, 'test_prompts', 'n_test')])
+@pytest.mark.parametrize(
+    'cls, old, new',
+    [
+        (WeakTeacher, 'rows', 'n_labelled'),
+        (WeakTeacher, 'label_share', 'n_unlabelled'),
+        (Classify, 'test_rows', 'n_test'),
+        (DemonstrationSettings, 'gold_rows', 'n_labelled'),
+        (Toxicity, 'asked_rows', 'n_unlabelled'),
+        (Toxicity, 'test_prompts', 'n_test'),
+    ],
+)
 def test_an_old_and_a_new_name_together_are_refused(cls, old, new):
-    with pytest.raises(ConfigError, match=f'(?s){old} is (?:the|an) old name.*{new}') as e: FILL[cls]({old: .5 if old == 'label_share' else 8, new: 8})
+    with pytest.raises(ConfigError, match=f'(?s){old} is (?:the|an) old name.*{new}') as e:
+        FILL[cls]({old: 0.5 if old == 'label_share' else 8, new: 8})
     assert '\n' not in str(e.value)
 
 
@@ -226,10 +342,22 @@ def test_new_names_are_silent():
 
 # Variations
 
-VARY = [(WeakTeacher, 'n_labelled', '50,100,200', (50, 100, 200)), (WeakTeacher, 'sft.learning_rate', '1e-3,2e-3', (1e-3, 2e-3)), (WeakTeacher, 'dpo.epochs', '1,2', (1, 2)), (WeakTeacher, 'sft-lr', '1e-3,2e-3', (1e-3, 2e-3)),
-        (Classify, 'n_labelled', '50,100', (50, 100)), (Classify, 'readout', 'head,words', ('head', 'words')), (Classify, 'methods', 'xent,confidence', (('xent',), ('confidence',))), (Classify, 'load.quantize', 'none,nf4', ('none', 'nf4')),
-        (DemonstrationSettings, 'n_unlabelled', '50,100', (50, 100)), (DemonstrationSettings, 'examples', '2,4', (2, 4)), (DemonstrationSettings, 'method', 'naive,own-answers', (('naive',), ('own answers',))), (Toxicity, 'speak.samples', '2,4', (2, 4)),
-        (Toxicity, 'greedy', 'true,false', (True, False)), (Toxicity, 'beta', '.1,1/2', (.1, .5))]
+VARY = [
+    (WeakTeacher, 'n_labelled', '50,100,200', (50, 100, 200)),
+    (WeakTeacher, 'sft.learning_rate', '1e-3,2e-3', (1e-3, 2e-3)),
+    (WeakTeacher, 'dpo.epochs', '1,2', (1, 2)),
+    (WeakTeacher, 'sft-lr', '1e-3,2e-3', (1e-3, 2e-3)),
+    (Classify, 'n_labelled', '50,100', (50, 100)),
+    (Classify, 'readout', 'head,words', ('head', 'words')),
+    (Classify, 'methods', 'xent,confidence', (('xent',), ('confidence',))),
+    (Classify, 'load.quantize', 'none,nf4', ('none', 'nf4')),
+    (DemonstrationSettings, 'n_unlabelled', '50,100', (50, 100)),
+    (DemonstrationSettings, 'examples', '2,4', (2, 4)),
+    (DemonstrationSettings, 'method', 'naive,own-answers', (('naive',), ('own answers',))),
+    (Toxicity, 'speak.samples', '2,4', (2, 4)),
+    (Toxicity, 'greedy', 'true,false', (True, False)),
+    (Toxicity, 'beta', '.1,1/2', (0.1, 0.5)),
+]
 PATH = {'sft-lr': 'sft.learning_rate', 'method': 'methods'}
 
 
@@ -244,11 +372,33 @@ def test_any_setting_can_be_varied(cls, setting, values, want):
 
 
 @pytest.mark.parametrize('cls', ALL, ids=ids)
-@pytest.mark.parametrize('setting, values, told', [('n_labeled', '1,2', 'did you mean'), ('seeds', '1,x', 'whole number'), ('seeds', '1', 'two or more'), ('seeds', '1,1', 'given twice'), ('seeds', '0,1', 'at least 1'), ('load', '1,2', 'setting'), ('max_length', '', 'name some')])
+@pytest.mark.parametrize(
+    'setting, values, told',
+    [
+        ('n_labeled', '1,2', 'did you mean'),
+        ('seeds', '1,x', 'whole number'),
+        ('seeds', '1', 'two or more'),
+        ('seeds', '1,1', 'given twice'),
+        ('seeds', '0,1', 'at least 1'),
+        ('load', '1,2', 'setting'),
+        ('max_length', '', 'name some'),
+    ],
+)
 def test_a_wrong_variation_is_refused_before_anything_starts(cls, setting, values, told):
     with pytest.raises(ConfigError) as e: variants({}, setting, [v for v in values.split(',') if v], cls)
     assert told in str(e.value) and '\n' not in str(e.value)
 
 
-@pytest.mark.parametrize('kind, text, value', [(int | None, '12', 12), (int | float | None, '1/4', .25), (bool, 'no', False), (tuple[int, ...], '1, 2', (1, 2)), (tuple[str, ...], 'a,b(c=1,d=2)', ('a', 'b(c=1,d=2)')), (str | None, 'none', 'none'), (float | None, 'none', None)])
+@pytest.mark.parametrize(
+    'kind, text, value',
+    [
+        (int | None, '12', 12),
+        (int | float | None, '1/4', 0.25),
+        (bool, 'no', False),
+        (tuple[int, ...], '1, 2', (1, 2)),
+        (tuple[str, ...], 'a,b(c=1,d=2)', ('a', 'b(c=1,d=2)')),
+        (str | None, 'none', 'none'),
+        (float | None, 'none', None),
+    ],
+)
 def test_texts_become_values_by_type(kind, text, value): assert parse_text(text, kind, 'x') == value

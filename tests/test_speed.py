@@ -51,8 +51,13 @@ def mixed(top=60):
     "Prompts in common of two and of three, across rows too; short prompts, one token, an empty response, two equal texts"
     draw = torch.Generator().manual_seed(3)
     a, b = (tuple(torch.randint(3, 90, (n,), generator=draw).tolist()) for n in (20, 9))
-    rows = [[sequence(draw, 20 + k, 20, a) for k in (1, 14)], [sequence(draw, 9 + k, 9, b) for k in (5, 30)], [sequence(draw, 28, 20, a), sequence(draw, 12, 4)],
-            [sequence(draw, top, top - 3), sequence(draw, 2, 1)], [Encoded((7, 8), 1), sequence(draw, 9, 9, b)]]
+    rows = [
+        [sequence(draw, 20 + k, 20, a) for k in (1, 14)],
+        [sequence(draw, 9 + k, 9, b) for k in (5, 30)],
+        [sequence(draw, 28, 20, a), sequence(draw, 12, 4)],
+        [sequence(draw, top, top - 3), sequence(draw, 2, 1)],
+        [Encoded((7, 8), 1), sequence(draw, 9, 9, b)],
+    ]
     rows.append([rows[0][0], rows[0][0]])
     return [tuple(r) for r in rows]
 
@@ -77,7 +82,24 @@ def test_packed_or_padded_the_numbers_are_the_same(folders, name):
     if name in WHOLE: assert packs(base.model), why_not_packed(base.model)
 
 
-@pytest.mark.parametrize('name', ['gemma2', 'mistral', 'gpt_oss', 'llama4', 'cohere2', 'bloom', 'mpt', 'mamba', 'rwkv', 'recurrent_gemma', 'jamba', 'qwen3_next', 'gpt_neo'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'gemma2',
+        'mistral',
+        'gpt_oss',
+        'llama4',
+        'cohere2',
+        'bloom',
+        'mpt',
+        'mamba',
+        'rwkv',
+        'recurrent_gemma',
+        'jamba',
+        'qwen3_next',
+        'gpt_neo',
+    ],
+)
 def test_other_attention_is_never_packed(folders, name):
     "Sliding windows, chunks, sinks, caps, biases by distance, recurrence"
     with warnings.catch_warnings(action='ignore'): assert not packs(load_base(folders(name), FULL, device='cpu').model)
@@ -92,7 +114,11 @@ def test_packed_or_padded_the_gradients_are_the_same(folders, name, kind):
     for way, budget in (({}, 1 << 20), ({}, 40), ({}, 1), (PLAIN, 1 << 20)):
         base = load_base(folders(name), replace(FULL, **way), device='cpu')
         model = shaken(add_adapter(base, LoraSettings(rank=2)))
-        goal = preference_objective(rows, np.full((len(rows), 2), -50.), weights=np.linspace(.5, 2, len(rows))) if kind == 'dpo' else sft_objective(rows)
+        goal = (
+            preference_objective(rows, np.full((len(rows), 2), -50.0), weights=np.linspace(0.5, 2, len(rows)))
+            if kind == 'dpo'
+            else sft_objective(rows)
+        )
         note = step_gradient(model, goal, range(len(rows)), budget)
         found.append((note['loss'], {n: p.grad for n, p in trainable(model).items()}))
         assert packs(model) == (not way)
@@ -152,7 +178,8 @@ def dialogues():
     for line in gzip.open(DATA, 'rt', encoding='utf-8').readlines()[:400]:
         r = json.loads(line)
         k = r['chosen'].rfind('\n\nAssistant:') + len('\n\nAssistant:')
-        if r['rejected'].startswith(r['chosen'][:k]): rows.append(dict(id=str(len(rows)), prompt=r['chosen'][:k], chosen=r['chosen'][k:], rejected=r['rejected'][k:]))
+        if r['rejected'].startswith(r['chosen'][:k]):
+            rows.append(dict(id=str(len(rows)), prompt=r['chosen'][:k], chosen=r['chosen'][k:], rejected=r['rejected'][k:]))
     return [r.sequences for r in encode_rows(tok, Dataset.from_list(rows), ('chosen', 'rejected'), 512).rows]
 
 
@@ -174,7 +201,11 @@ def test_positions_per_token_of_a_pass(folders, dialogues):
     for n in (16, 100, len(dialogues)):
         flat = [(s,) for r in dialogues[:n] for s in r]
         real, base = sum(len(s.ids) for (s,) in flat), load_base(folders('llama'), replace(FULL, packing='off'), device='cpu')
-        padded = sum(len(q)*len(flat[p[q[0]]][0].ids) for p in cut_for(base.model, flat)(range(len(flat)), 8192) for q in length_parts([len(flat[i][0].ids) for i in p]))
+        padded = sum(
+            len(q) * len(flat[p[q[0]]][0].ids)
+            for p in cut_for(base.model, flat)(range(len(flat)), 8192)
+            for q in length_parts([len(flat[i][0].ids) for i in p])
+        )
         assert padded < 1.1*real
         assert sum(pack([flat[i][0] for i in p]).input_ids.numel() for p in cut_packed(range(len(flat)), flat, 8192)) < real
 
@@ -193,7 +224,12 @@ def test_a_step_looks_at_its_own_rows_only(folders, way):
     "What a step costs does not grow with the data set"
     model = shaken(add_adapter(load_base(folders('llama'), replace(FULL, **way), device='cpu'), LoraSettings(rank=2)))
     rows = [EncodedRow(str(i), r, 0) for i, r in enumerate(mixed()[:3])]*50
-    goal = replace(sft_objective(rows), sequences=Watched(r.sequences[:1] for r in rows), sizes=Watched([5]*len(rows)), ids=Watched(str(i) for i in range(len(rows))))
+    goal = replace(
+        sft_objective(rows),
+        sequences=Watched(r.sequences[:1] for r in rows),
+        sizes=Watched([5] * len(rows)),
+        ids=Watched(str(i) for i in range(len(rows))),
+    )
     step_gradient(model, goal, [3, 77, 149], 60)
     assert 0 < goal.sequences.looked < 60
 
@@ -204,7 +240,14 @@ def trained(folder, settings, home, lora, seed=0):
     base = load_base(folder, settings, device='cpu')
     rows = [EncodedRow(str(i), r, 0) for i, r in enumerate(mixed()) if all(s.response for s in r)]
     model = add_adapter(base, lora)
-    history = train(model, preference_objective(rows, score(base.model, rows, quiet=True)), TrainSettings(batch_size=3, epochs=3, learning_rate=1e-3, warmup=0, optimizer='adamw'), home, seed, quiet=True)
+    history = train(
+        model,
+        preference_objective(rows, score(base.model, rows, quiet=True)),
+        TrainSettings(batch_size=3, epochs=3, learning_rate=1e-3, warmup=0, optimizer='adamw'),
+        home,
+        seed,
+        quiet=True,
+    )
     weights = torch.cat([p.detach().flatten() for p in trainable(model).values()])
     assert not any('forward' in vars(m) for m in model.modules() if not hasattr(m, 'parametrizations')) # experts in 4 bits have one of their own
     model.unload()
@@ -267,7 +310,8 @@ def test_kept_weights_change_no_bit(folders):
     for dtype in ('float32', 'bfloat16'):
         base = load_base(folders('llama'), LoadSettings('nf4', dtype), device='cpu')
         with torch.no_grad(): plain = base.model(input_ids=ids).logits
-        with merged(base.model) as layers, torch.no_grad(): assert torch.equal(base.model(input_ids=ids).logits, plain) and len(layers.packed) == 14
+        with merged(base.model) as layers, torch.no_grad():
+            assert torch.equal(base.model(input_ids=ids).logits, plain) and len(layers.packed) == 14
     model = shaken(add_adapter(base, LoraSettings(rank=2)))
     plain = gradients(model, ids)
     with merged(model) as layers: ours = gradients(model, ids)
@@ -289,11 +333,16 @@ def test_without_memory_nothing_is_copied(folders, monkeypatch):
 def test_the_gradient_of_a_head_of_one_piece(monkeypatch, cap, bias, tokens):
     "Made in the forward pass for a vocabulary of one piece, as for one of several, and as autograd has it"
     draw = torch.Generator().manual_seed(0)
-    hidden, weight, target = torch.randn(tokens, 16, generator=draw, requires_grad=True), torch.randn(50, 16, generator=draw), torch.randint(0, 50, (tokens,), generator=draw)
+    hidden, weight, target = (
+        torch.randn(tokens, 16, generator=draw, requires_grad=True),
+        torch.randn(50, 16, generator=draw),
+        torch.randint(0, 50, (tokens,), generator=draw),
+    )
     b, g = torch.randn(50, generator=draw) if bias else None, torch.randn(tokens, generator=draw)
     def of(logps): return logps.detach(), torch.autograd.grad((logps*g).sum(), hidden)[0]
     z = 2*(hidden @ weight.T + (0 if b is None else b))
     wanted = of((z if cap is None else cap*torch.tanh(z/cap)).log_softmax(1)[torch.arange(tokens), target])
     one = of(token_logps(hidden, target, weight, b, 2., cap))
     monkeypatch.setattr('w2s.train.logprobs.PIECE', 16)
-    for ours in (one, of(token_logps(hidden, target, weight, b, 2., cap))): assert gap(ours[0], wanted[0]) < 1e-5 and gap(ours[1], wanted[1]) < 1e-5
+    for ours in (one, of(token_logps(hidden, target, weight, b, 2.0, cap))):
+        assert gap(ours[0], wanted[0]) < 1e-5 and gap(ours[1], wanted[1]) < 1e-5

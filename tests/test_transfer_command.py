@@ -24,13 +24,59 @@ from w2s.files.refine import REFINE_METHODS, RefinedFile, beside, facts, fill_re
 from w2s.models.zoo import zoo_folder
 
 ROOT = Path(__file__).parents[1]
-ALWAYS = {'report.md', 'figure.png', 'figure.svg', 'plane.png', 'plane.svg', 'results.parquet', 'items.parquet', 'intervals.parquet', 'differences.parquet', 'labels.parquet', 'pgr.parquet',
-          'examples.parquet', 'answers.parquet', 'training_rows.parquet', 'histories.parquet', 'arms.parquet', 'training.png', 'training.svg', 'data_report.csv', 'data_report.md',
-          'config.toml', 'versions.json', 'manifest.json', 'adapters', 'stages'}
+ALWAYS = {
+    'report.md',
+    'figure.png',
+    'figure.svg',
+    'plane.png',
+    'plane.svg',
+    'results.parquet',
+    'items.parquet',
+    'intervals.parquet',
+    'differences.parquet',
+    'labels.parquet',
+    'pgr.parquet',
+    'examples.parquet',
+    'answers.parquet',
+    'training_rows.parquet',
+    'histories.parquet',
+    'arms.parquet',
+    'training.png',
+    'training.svg',
+    'data_report.csv',
+    'data_report.md',
+    'config.toml',
+    'versions.json',
+    'manifest.json',
+    'adapters',
+    'stages',
+}
 WEAK = ('--weak', 'pico', '--n-labelled', '8')
 TINY = ('--strong', 'nano', '--n-unlabelled', '8', '--n-test', '6', '--seeds', '1', '--epochs', '1', '--max-tokens', '16')
-KIND = ('--weak', 'pico', '--strong', 'nano', '--n-labelled', '8', '--n-unlabelled', '8', '--n-test', '4', '--seeds', '1', '--epochs', '1', '--dpo-epochs', '1', '--samples', '2', '--max-tokens', '8',
-        '--examples', '2')
+KIND = (
+    '--weak',
+    'pico',
+    '--strong',
+    'nano',
+    '--n-labelled',
+    '8',
+    '--n-unlabelled',
+    '8',
+    '--n-test',
+    '4',
+    '--seeds',
+    '1',
+    '--epochs',
+    '1',
+    '--dpo-epochs',
+    '1',
+    '--samples',
+    '2',
+    '--max-tokens',
+    '8',
+    '--examples',
+    '2',
+)
 
 
 def w2s(*words):
@@ -62,7 +108,20 @@ def trained(folder): return len([f for f in (folder/'stages').iterdir() if (f/'a
 def persona(tmp_path_factory):
     "One run of `w2s run persona` with an ablation and all methods but two, and what it printed"
     out = tmp_path_factory.mktemp('persona')/'run'
-    words = ('run', 'persona', *WEAK, *TINY, '--method', 'naive,in-context,own-answers,infer-and-respond', '--batch', '3', '--ablation', '1,2', '--out', out)
+    words = (
+        'run',
+        'persona',
+        *WEAK,
+        *TINY,
+        '--method',
+        'naive,in-context,own-answers,infer-and-respond',
+        '--batch',
+        '3',
+        '--ablation',
+        '1,2',
+        '--out',
+        out,
+    )
     return out, words, ran(*words)
 
 
@@ -73,8 +132,18 @@ def test_persona_writes_everything(persona):
     assert files(out) == ALWAYS | {'examples.png', 'examples.svg'}
     assert f'written to {out}' in printed
     text = (out/'report.md').read_text(encoding='utf-8')
-    for part in ('# persona: pico teaches nano', '## PGR', '## Differences', '## Weak feedback', '## Weak answers in context', 'student own answers',
-                 'Concepts that were named', 'How models were asked:', 'task = "persona"'): assert part in text, part
+    for part in (
+        '# persona: pico teaches nano',
+        '## PGR',
+        '## Differences',
+        '## Weak feedback',
+        '## Weak answers in context',
+        'student own answers',
+        'Concepts that were named',
+        'How models were asked:',
+        'task = "persona"',
+    ):
+        assert part in text, part
     assert 'Incomplete' not in text
     t = pd.read_parquet(out/'intervals.parquet')
     for r in t.itertuples(): assert f'| {r.role} | {r.method} |' in text # every arm is in the report, with every number
@@ -109,9 +178,16 @@ def test_again_finds_all(persona):
     assert {n: (out/n).read_bytes() for n in before} == before
 
 
-@pytest.mark.parametrize('words, metrics', [
-    (['explanation', *WEAK], {'accuracy', 'analogy'}), (['explanation', '--form', 'digits'], {'accuracy', 'technique', 'regions'}),
-    (['gender'], {'accuracy', 'truth', 'female', 'pronouns'}), (['maths', *WEAK], {'accuracy', 'working'}), (['maths', '--level', 'math', *WEAK], {'accuracy', 'working'})])
+@pytest.mark.parametrize(
+    'words, metrics',
+    [
+        (['explanation', *WEAK], {'accuracy', 'analogy'}),
+        (['explanation', '--form', 'digits'], {'accuracy', 'technique', 'regions'}),
+        (['gender'], {'accuracy', 'truth', 'female', 'pronouns'}),
+        (['maths', *WEAK], {'accuracy', 'working'}),
+        (['maths', '--level', 'math', *WEAK], {'accuracy', 'working'}),
+    ],
+)
 def test_every_command_ends(tmp_path, monkeypatch, words, metrics):
     monkeypatch.setattr(transfer_tasks, 'SCHOOL_DIGITS', 16) # 1500 lessons take a minute
     out = tmp_path/'run'
@@ -123,11 +199,44 @@ def test_every_command_ends(tmp_path, monkeypatch, words, metrics):
 
 def test_sums_of_a_file_and_answers_of_a_file(tmp_path):
     "GSM8K's form, weak answers in a table, no weak model at all"
-    sums = [dict(question=f'Ann has {a} pears and finds {b}. How many has she?', answer=f'She has {a} + {b} = <<{a}+{b}={a + b}>>{a + b}.\n#### {a + b}') for a in range(2, 8) for b in range(2, 6)]
+    sums = [
+        dict(
+            question=f'Ann has {a} pears and finds {b}. How many has she?',
+            answer=f'She has {a} + {b} = <<{a}+{b}={a + b}>>{a + b}.\n#### {a + b}',
+        )
+        for a in range(2, 8)
+        for b in range(2, 6)
+    ]
     (tmp_path/'sums.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in sums))
-    (tmp_path/'said.jsonl').write_text(''.join(json.dumps(dict(question=r['question'], answer=r['answer'].rpartition(' ')[2])) + '\n' for r in sums))
-    words = ('run', 'maths', '--data', tmp_path/'sums.jsonl', '--answers', tmp_path/'said.jsonl', '--strong', 'nano', '--n-unlabelled', '8', '--n-test', '6', '--seeds', '1', '--epochs', '1',
-             '--max-tokens', '8', '--max-length', '256', '--examples', '1', '--out', tmp_path/'run')
+    (tmp_path / 'said.jsonl').write_text(
+        ''.join(json.dumps(dict(question=r['question'], answer=r['answer'].rpartition(' ')[2])) + '\n' for r in sums)
+    )
+    words = (
+        'run',
+        'maths',
+        '--data',
+        tmp_path / 'sums.jsonl',
+        '--answers',
+        tmp_path / 'said.jsonl',
+        '--strong',
+        'nano',
+        '--n-unlabelled',
+        '8',
+        '--n-test',
+        '6',
+        '--seeds',
+        '1',
+        '--epochs',
+        '1',
+        '--max-tokens',
+        '8',
+        '--max-length',
+        '256',
+        '--examples',
+        '1',
+        '--out',
+        tmp_path / 'run',
+    )
     planned = ran(*words, '--dry-run')
     assert not (tmp_path/'run').exists() and '24 questions of' in planned and '3 trainings, all seeds together' in planned
     printed = ran(*words)
@@ -145,10 +254,16 @@ def test_toxicity_writes_everything(tmp_path):
     planned = ran(*words, '--dry-run')
     assert not out.exists()
     printed = ran(*words)
-    assert f'written to {out}' in printed and 'report.md' in files(out) and {'figure.png', 'samples.parquet', 'intervals.parquet', 'adapters'} <= files(out)
+    assert (
+        f'written to {out}' in printed
+        and 'report.md' in files(out)
+        and {'figure.png', 'samples.parquet', 'intervals.parquet', 'adapters'} <= files(out)
+    )
     assert f'{trained(out)} trainings' in planned
     text = (out/'report.md').read_text(encoding='utf-8')
-    assert text.startswith('# Toxicity: pico teaches nano') and '## Arms' in text and ('## Incomplete' in text) == ('incomplete:' in printed)
+    assert (
+        text.startswith('# Toxicity: pico teaches nano') and '## Arms' in text and ('## Incomplete' in text) == ('incomplete:' in printed)
+    )
     samples = pd.read_parquet(out/'samples.parquet')
     assert samples.groupby(['role', 'method']).size().eq(8).all() and set(pd.read_parquet(out/'prompts.parquet').columns) == {'id', 'kind'}
 
@@ -186,7 +301,11 @@ def test_one_list_of_flags():
     helps = [w2s('run', c, '--help').output for c in COMMANDS]
     flags = [{w for w in h.split() if w.startswith('--')} - {'--form', '--level'} for h in helps] # these two belong to one command each
     assert all(f == flags[0] for f in flags) and len(flags[0]) > 30
-    assert '--form' in helps[list(COMMANDS).index('explanation')] and '--level' in helps[list(COMMANDS).index('maths')] and '--level' not in helps[0]
+    assert (
+        '--form' in helps[list(COMMANDS).index('explanation')]
+        and '--level' in helps[list(COMMANDS).index('maths')]
+        and '--level' not in helps[0]
+    )
 
 
 # Refining a file
@@ -209,14 +328,27 @@ def lines(path): return [json.loads(line) for line in path.read_text(encoding='u
 def test_refine_writes_rows_and_report(home, tmp_path, method):
     out = tmp_path/'refined.jsonl'
     weak = ('--answer', 'answer') if method != 'own-answers' else ()
-    printed = ran('refine', '--method', method, '--questions', home/'weak.jsonl', *weak, '--strong', 'nano', '--max-tokens', '16', '--out', out)
+    printed = ran(
+        'refine', '--method', method, '--questions', home / 'weak.jsonl', *weak, '--strong', 'nano', '--max-tokens', '16', '--out', out
+    )
     rows, weak_rows = lines(out), {r['question']: r['answer'] for r in lines(home/'weak.jsonl')}
     told = json.loads(out.with_suffix('.json').read_text(encoding='utf-8'))
     assert files(tmp_path) == {'refined.jsonl', 'refined.md', 'refined.json', 'refined.work'} and f'written: {out}' in printed
-    assert told['written'] == len(rows) and told['written'] + told['empty'] == told['questions'] == 12 and told['settings']['method'] == method and told['versions']['w2s']
+    assert (
+        told['written'] == len(rows)
+        and told['written'] + told['empty'] == told['questions'] == 12
+        and told['settings']['method'] == method
+        and told['versions']['w2s']
+    )
     for r in rows:
         question = r['prompt'].removeprefix('Q: ').removesuffix('\nA:')
-        assert r['completion'].startswith(' ') and r['completion'].strip() and '\n' not in r['completion'] and r['source'] == f'{method}:nano' and r['id']
+        assert (
+            r['completion'].startswith(' ')
+            and r['completion'].strip()
+            and '\n' not in r['completion']
+            and r['source'] == f'{method}:nano'
+            and r['id']
+        )
         assert ('concept' in r) == (method == 'infer-and-respond')
         assert r.get('weak_answer') == (None if method == 'own-answers' else weak_rows[question]) # beside its own question, though an empty one lies between
     if method == 'ask-to-improve': assert told['empty'] >= 1 # nothing to improve
@@ -228,8 +360,23 @@ def test_refine_writes_rows_and_report(home, tmp_path, method):
 def test_questions_and_answers_in_two_files(home, tmp_path):
     "Only the questions that are asked; and prompts of one's own"
     (tmp_path/'form.toml').write_text('ask = "Q: {question} \\nA:"\n')
-    ran('refine', '--questions', home/'questions.jsonl', '--weak-answers', home/'weak.jsonl', '--strong', 'nano', '--max-tokens', '16', '--examples', '2',
-        '--prompts', tmp_path/'form.toml', '--out', tmp_path/'r.jsonl')
+    ran(
+        'refine',
+        '--questions',
+        home / 'questions.jsonl',
+        '--weak-answers',
+        home / 'weak.jsonl',
+        '--strong',
+        'nano',
+        '--max-tokens',
+        '16',
+        '--examples',
+        '2',
+        '--prompts',
+        tmp_path / 'form.toml',
+        '--out',
+        tmp_path / 'r.jsonl',
+    )
     rows, weak = lines(tmp_path/'r.jsonl'), {r['question']: r['answer'] for r in lines(home/'weak.jsonl')}
     assert all(r['prompt'].endswith(' \nA:') for r in rows) and 1 <= len(rows) <= 6
     assert all(weak[r['prompt'].removeprefix('Q: ').removesuffix(' \nA:')] == r['weak_answer'] for r in rows)
@@ -263,16 +410,39 @@ def test_refusals_of_refine(home, tmp_path, words, said):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('content, said', [(None, 'form.toml'), ('improve = "Better!"', 'lacks {question}'), ('better = "x"', 'better'), ('improve = ', 'form.toml')])
+@pytest.mark.parametrize(
+    'content, said',
+    [(None, 'form.toml'), ('improve = "Better!"', 'lacks {question}'), ('better = "x"', 'better'), ('improve = ', 'form.toml')],
+)
 @pytest.mark.parametrize('dry', [True, False])
 def test_templates_of_ones_own_are_looked_at_by_a_dry_run(home, tmp_path, content, said, dry):
     if content is not None: (tmp_path/'form.toml').write_text(content)
-    assert said in refused('refine', '--questions', home/'weak.jsonl', '--strong', 'nano', '--prompts', tmp_path/'form.toml', '--out', tmp_path/'out'/'r.jsonl', *['--dry-run'][:dry])
+    assert said in refused(
+        'refine',
+        '--questions',
+        home / 'weak.jsonl',
+        '--strong',
+        'nano',
+        '--prompts',
+        tmp_path / 'form.toml',
+        '--out',
+        tmp_path / 'out' / 'r.jsonl',
+        *['--dry-run'][:dry],
+    )
 
 
 def test_refusal_is_one_line(tmp_path):
     "As the user sees it: no traceback"
-    command = [sys.executable, '-c', 'from w2s.cli.app import main; main()', 'refine', '--questions', str(tmp_path/'none.csv'), '--out', str(tmp_path/'r.jsonl')]
+    command = [
+        sys.executable,
+        '-c',
+        'from w2s.cli.app import main; main()',
+        'refine',
+        '--questions',
+        str(tmp_path / 'none.csv'),
+        '--out',
+        str(tmp_path / 'r.jsonl'),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1'})
     assert done.returncode == 1 and done.stderr.count('\n') == 1 and done.stderr.startswith('error: ') and 'no such file' in done.stderr
 
@@ -281,11 +451,19 @@ def test_rows_for_chat_models():
     "Messages on both sides, as TRL wants them; the empty answer is left out, the others keep their weak answer and concept"
     questions, said = ['one?', 'two?', 'three?'], ['A one.', ' ', 'A three.']
     learned = TrainingRows('infer-and-respond', 'w', said, demonstrated(CHAT, questions, said, 'w'), ('c1', 'c1', 'c2'))
-    done = RefinedFile(fill_refine(dict(questions='q.csv', strong='./chat', method='infer-and-respond')), CHAT, questions, ['w1', 'w2', 'w3'], learned, 0)
+    done = RefinedFile(
+        fill_refine(dict(questions='q.csv', strong='./chat', method='infer-and-respond')), CHAT, questions, ['w1', 'w2', 'w3'], learned, 0
+    )
     rows = trl_rows(done)
     assert [(r['prompt'][0]['content'], r['completion'], r['weak_answer'], r['concept']) for r in rows] == [
-        ('one?', [{'role': 'assistant', 'content': 'A one.'}], 'w1', 'c1'), ('three?', [{'role': 'assistant', 'content': 'A three.'}], 'w3', 'c2')]
-    assert (facts(done)['written'], facts(done)['empty'], facts(done)['concepts']) == (2, 1, 2) and '(nothing)' in refined_text(done) and len(beside(done)) == 3
+        ('one?', [{'role': 'assistant', 'content': 'A one.'}], 'w1', 'c1'),
+        ('three?', [{'role': 'assistant', 'content': 'A three.'}], 'w3', 'c2'),
+    ]
+    assert (
+        (facts(done)['written'], facts(done)['empty'], facts(done)['concepts']) == (2, 1, 2)
+        and '(nothing)' in refined_text(done)
+        and len(beside(done)) == 3
+    )
     plain = replace(done, form=WORLD, learned=TrainingRows('in-context', 'w', said, demonstrated(WORLD, questions, said, 'w')))
     assert [(r['prompt'], r['completion']) for r in trl_rows(plain)] == [('Q: one?\nA:', ' A one.'), ('Q: three?\nA:', ' A three.')]
 
@@ -295,11 +473,25 @@ def test_trl_reads_the_rows(home, tmp_path):
     trl = pytest.importorskip('trl', reason='TRL is a peer for tests; it is installed for Python 3.11 and later')
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    refine_file(fill_refine(dict(questions=str(home/'weak.jsonl'), strong='nano', method='own-answers', max_tokens=16)), tmp_path/'r.jsonl', quiet=True)
+    refine_file(
+        fill_refine(dict(questions=str(home / 'weak.jsonl'), strong='nano', method='own-answers', max_tokens=16)),
+        tmp_path / 'r.jsonl',
+        quiet=True,
+    )
     rows = load_dataset('json', data_files=str(tmp_path/'r.jsonl'), split='train', cache_dir=str(tmp_path/'cache'))
     tokenizer = AutoTokenizer.from_pretrained(zoo_folder('pico'))
-    args = trl.SFTConfig(output_dir=str(tmp_path/'out'), report_to='none', use_cpu=True, bf16=False, gradient_checkpointing=False, max_length=None, disable_tqdm=True)
-    trainer = trl.SFTTrainer(model=AutoModelForCausalLM.from_pretrained(zoo_folder('pico')), args=args, train_dataset=rows, processing_class=tokenizer)
+    args = trl.SFTConfig(
+        output_dir=str(tmp_path / 'out'),
+        report_to='none',
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=None,
+        disable_tqdm=True,
+    )
+    trainer = trl.SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(zoo_folder('pico')), args=args, train_dataset=rows, processing_class=tokenizer
+    )
     for r, t in zip(rows, trainer.train_dataset, strict=True):
         learned = [i for i in t['labels'] if i != -100]
         assert 0 < len(learned) < len(t['input_ids'])
@@ -314,7 +506,14 @@ def test_killed_refinement_goes_on(tmp_path):
     (tmp_path/'q.jsonl').write_text(''.join(json.dumps(dict(question=q)) + '\n' for q in questions))
     words = ['refine', '--method', 'own-answers', '--questions', str(tmp_path/'q.jsonl'), '--strong', 'nano', '--max-tokens', '60']
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
-    def start(): return subprocess.Popen([sys.executable, '-c', 'from w2s.cli.app import main; main()', *words, '--out', str(tmp_path/'r.jsonl')], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def start():
+        return subprocess.Popen(
+            [sys.executable, '-c', 'from w2s.cli.app import main; main()', *words, '--out', str(tmp_path / 'r.jsonl')],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     def journal(): return next(iter(tmp_path.glob('r.work/stages/.unfinished-*/checkpoints/*.jsonl')), None)
     first, limit = start(), time.time() + 300
     while first.poll() is None and time.time() < limit:

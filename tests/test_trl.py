@@ -55,7 +55,9 @@ def make_both(folder, data, home):
     reference = stored_logps(home/'store', ours, sft, rows, quiet=True)
     policy, other = shake(load_adapter(ours, sft, trainable=True), 2), load_adapter(peer, sft, trainable=True)
     pairs = Dataset.from_dict({c: list(data[c]) for c in ('prompt', 'chosen', 'rejected')})
-    dpo = DPOTrainer(model=other, args=DPOConfig(str(home/'dpo'), beta=BETA, **NO_NOISE), train_dataset=pairs, processing_class=peer.tokenizer)
+    dpo = DPOTrainer(
+        model=other, args=DPOConfig(str(home / 'dpo'), beta=BETA, **NO_NOISE), train_dataset=pairs, processing_class=peer.tokenizer
+    )
     dpo.aux_loss_enabled = False # of routers, which are not what is compared
     for (_, p), (_, q) in zip(sorted(trainable(policy).items()), sorted(trainable(other).items()), strict=True): q.data.copy_(p.data)
     return dict(policy=policy, rows=rows, reference=reference, peer=other, dpo=dpo, data=data, home=home, tokenizer=peer.tokenizer)
@@ -168,7 +170,10 @@ FAMILY = ['opt', 'gemma2', 'mixtral', 'cohere', 'falcon', 'granite', 'gpt2', 'lf
 @pytest.mark.parametrize('name', FAMILY)
 def test_dpo_of_a_family(name, tmp_path):
     "Learned positions, a soft cap, experts, scaled logits, shared keys, convolutions: the same loss and gradients as through the model's own logits"
-    texts = [dict(prompt=f'how far is it to the mill of {who}?', chosen=f' {"far, "*i}an hour on foot.', rejected=' go away.') for i, who in enumerate(('ann', 'ben', 'a miller', 'ida', 'nobody'))]
+    texts = [
+        dict(prompt=f'how far is it to the mill of {who}?', chosen=f' {"far, " * i}an hour on foot.', rejected=' go away.')
+        for i, who in enumerate(('ann', 'ben', 'a miller', 'ida', 'nobody'))
+    ]
     both = make_both(make_model(name, tmp_path/'model'), make_rows(texts, 'preferences'), tmp_path)
     index = [0, 1, 3, 4]
     theirs, ours = peer_dpo(both, index), our_dpo(both, index, 'right')
@@ -200,7 +205,11 @@ def test_sft(both, side):
         assert ids[mask.bool()].tolist() == list(r.sequences[0].ids)
         assert ids[labels != -100].tolist() == list(r.sequences[0].response)
     both['peer'].train()
-    parts = [{c: t[n:n + 1, :mask.sum()] for c, t in batch.items()} for n, mask in enumerate(batch['attention_mask'])] if side == 'none' else [batch]
+    parts = (
+        [{c: t[n : n + 1, : mask.sum()] for c, t in batch.items()} for n, mask in enumerate(batch['attention_mask'])]
+        if side == 'none'
+        else [batch]
+    )
     total, theirs = (batch['labels'] != -100).sum(), 0.
     for part in parts:
         loss = trainer.compute_loss(both['peer'], part, num_items_in_batch=total)

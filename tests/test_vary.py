@@ -48,8 +48,18 @@ def home(tmp_path_factory):
 def given(home):
     "Settings of a comparison of a few seconds"
     step = dict(batch_size=8, learning_rate=1e-2)
-    return dict(data=str(home/'data'), weak=str(home/'weak'), strong=str(home/'strong'), n_labelled=12, n_unlabelled=12, n_test=8, load=dict(quantize='none', dtype='float32'),
-                lora=dict(rank=2), sft=step, dpo=step)
+    return dict(
+        data=str(home / 'data'),
+        weak=str(home / 'weak'),
+        strong=str(home / 'strong'),
+        n_labelled=12,
+        n_unlabelled=12,
+        n_test=8,
+        load=dict(quantize='none', dtype='float32'),
+        lora=dict(rank=2),
+        sft=step,
+        dpo=step,
+    )
 
 
 @pytest.fixture(scope='module')
@@ -84,7 +94,10 @@ def test_shared_arms_are_equal_and_others_are_not(by_use):
         same = items[at].sub(items['hard']).abs().groupby('role').max()
         assert same[['human', 'ceiling', 'floor', 'baseline']].max() == 0 and same['student'] > 0
     e = contrast(by_use[0], 'soft', 'hard', 'logp_chosen')
-    assert np.isclose(e.value, (items['soft'] - items['hard']).xs('logp_chosen', level='metric')['student'].mean()) and e.low <= e.value <= e.high
+    assert (
+        np.isclose(e.value, (items['soft'] - items['hard']).xs('logp_chosen', level='metric')['student'].mean())
+        and e.low <= e.value <= e.high
+    )
     assert contrast(by_use[0], 'soft', 'hard', 'logp_chosen', 'human').value == 0
 
 
@@ -137,7 +150,13 @@ def test_models_of_all_values_have_the_same_rows(given, home, tmp_path, monkeypa
     values = [given['strong'], letters(tmp_path/'letters', ['it is a'])]
     monkeypatch.setattr(vary, '_finish', lambda opened, run: opened.make.args[3])
     monkeypatch.setattr(vary, '_say_other_rows', lambda *results: None)
-    seen = run_varied(given | dict(data=str(tmp_path/'data'), n_labelled=None, n_unlabelled=None, n_test=None), setting, values, tmp_path/'run', quiet=True).results
+    seen = run_varied(
+        given | dict(data=str(tmp_path / 'data'), n_labelled=None, n_unlabelled=None, n_test=None),
+        setting,
+        values,
+        tmp_path / 'run',
+        quiet=True,
+    ).results
     easy, hard = (seen[v] for v in values)
     assert len(easy.test) == 20 and list(easy.test['id']) == list(hard.test['id'])
     for seed in (0, 1):
@@ -169,8 +188,16 @@ def flat(table, where=''):
     return {k: v for n, x in table.items() for k, v in (flat(x, f'{where}{n}.') if isinstance(x, dict) else {where + n: x}).items()}
 
 
-VARIED = {'supervisor': {'weak', 'supervisor'}, 'student': {'strong'}, 'share': {'n_labelled', 'n_unlabelled'}, 'beta': {'beta'}, 'labels': {'labels.subset'},
-          'use': {f'labels.{f}' for f in ('targets', 'weights', 'keep', 'calibrate')}, 'loss': {'loss', 'labels.weights'}, 'start': {'start'}}
+VARIED = {
+    'supervisor': {'weak', 'supervisor'},
+    'student': {'strong'},
+    'share': {'n_labelled', 'n_unlabelled'},
+    'beta': {'beta'},
+    'labels': {'labels.subset'},
+    'use': {f'labels.{f}' for f in ('targets', 'weights', 'keep', 'calibrate')},
+    'loss': {'loss', 'labels.weights'},
+    'start': {'start'},
+}
 
 
 @pytest.mark.parametrize('setting', VARIATIONS)
@@ -187,15 +214,25 @@ def test_every_value_makes_settings_for_the_ladder(setting):
 
 def test_values_of_the_papers_are_there():
     "Every subset, every weight, every loss with and without weights"
-    assert VARIATIONS['labels'].values == SUBSETS and {LabelUse(**u) for u in USES.values()} >= {LabelUse(), LabelUse(targets='soft'), LabelUse(weights='confidence')}
+    assert VARIATIONS['labels'].values == SUBSETS and {LabelUse(**u) for u in USES.values()} >= {
+        LabelUse(),
+        LabelUse(targets='soft'),
+        LabelUse(weights='confidence'),
+    }
     pairs = {(c.loss, c.labels.weights) for c in variants({}, 'loss').values()}
     assert pairs == {(loss, w) for loss in ('dpo', 'cdpo', 'rdpo', 'ipo') for w in ('none', 'confidence')}
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_run(given, tmp_path):
     "One bad value of many, and settings that a value has no use for: no folder is left behind"
-    for more, setting, values in (({}, 'beta', ['1', '-1']), ({}, 'share', ['1/4', '1']), ({}, 'loss', ['dpo', 'dpo strong']), ({}, 'start', ['sft', 'dpo']),
-                                  (dict(labels=dict(targets='soft')), 'labels', ['match', 'random match']), (dict(smoothing=.1), 'loss', ['cdpo', 'ipo'])):
+    for more, setting, values in (
+        ({}, 'beta', ['1', '-1']),
+        ({}, 'share', ['1/4', '1']),
+        ({}, 'loss', ['dpo', 'dpo strong']),
+        ({}, 'start', ['sft', 'dpo']),
+        (dict(labels=dict(targets='soft')), 'labels', ['match', 'random match']),
+        (dict(smoothing=0.1), 'loss', ['cdpo', 'ipo']),
+    ):
         with pytest.raises(ConfigError): run_varied(given | more, setting, values, tmp_path/'out', quiet=True)
     assert not list(tmp_path.iterdir())
 
@@ -270,7 +307,9 @@ def labelled(pool, seed, ties=0):
     rng = np.random.default_rng(seed)
     rewards = rng.normal(size=(len(pairs), 2)) + np.array(pairs['prob_a'])[:, None]*[1, 0]
     undecided = pairs.to_pandas().assign(prob_a=lambda t: t['prob_a'].where(np.arange(len(t)) >= ties, .5))
-    return label_pairs(pairs, rewards, 'weak:x'), given_labels(Dataset.from_pandas(undecided, features=pairs.features, preserve_index=False))
+    return label_pairs(pairs, rewards, 'weak:x'), given_labels(
+        Dataset.from_pandas(undecided, features=pairs.features, preserve_index=False)
+    )
 
 
 @pytest.mark.parametrize('seed', [0, 1, 2])
@@ -313,13 +352,23 @@ def test_the_most_confident_are_kept(pool):
 def test_vary_from_a_terminal(given, tmp_path):
     "Stages, tables, figure and a page of text of each value, under the name of the setting; a wrong name is refused before there is a folder"
     (tmp_path/'run.toml').write_text(tomli_w.dumps(given), encoding='utf-8')
-    def w2s(*words): return CliRunner().invoke(app, ['run', 'preferences', '--config', str(tmp_path/'run.toml'), '--out', str(tmp_path/'out'), *words])
+    def w2s(*words):
+        return CliRunner().invoke(
+            app, ['run', 'preferences', '--config', str(tmp_path / 'run.toml'), '--out', str(tmp_path / 'out'), *words]
+        )
     wrong = w2s('--vary', 'strat')
     assert isinstance(wrong.exception, ConfigError) and 'did you mean "start"' in str(wrong.exception) and not (tmp_path/'out').exists()
     done = w2s('--vary', 'start')
     assert done.exit_code == 0, done.output[-2000:]
     written = {p.name for p in (tmp_path/'out').iterdir()}
-    assert {'stages', 'start.md', 'start.png', 'start.svg', 'start-versions.json', *(f'start-{t}.parquet' for t in ('intervals', 'differences', 'labels', 'items'))} <= written
+    assert {
+        'stages',
+        'start.md',
+        'start.png',
+        'start.svg',
+        'start-versions.json',
+        *(f'start-{t}.parquet' for t in ('intervals', 'differences', 'labels', 'items')),
+    } <= written
     table = pd.read_parquet(tmp_path/'out'/'start-intervals.parquet')
     assert set(table['setting']) == {'start'} and set(table['at']) == {'sft', 'base'} == set(VARIATIONS['start'].values)
     both = table[(table.role == 'student') & (table.metric == 'accuracy')]

@@ -29,13 +29,30 @@ FAST = dict(load=dict(quantize='none', dtype='float32'), lora=dict(rank=2))
 STEP = dict(epochs=1, batch_size=8, learning_rate=1e-3)
 PREFERENCES = FAST | dict(weak='pico', strong='pico', n_labelled=20, n_unlabelled=20, n_test=6, seeds=1, samples=1, sft=STEP, dpo=STEP)
 LABELS = FAST | dict(weak='pico', strong='nano', n_labelled=20, n_unlabelled=20, n_test=10, seeds=1, supervisor=STEP, student=STEP)
-DEMONSTRATIONS = FAST | dict(weak='pico', strong='nano', n_labelled=8, n_unlabelled=12, n_test=6, seeds=1, max_tokens=12, examples=2, demonstrate=STEP, student=STEP)
-TOXICITY = FAST | dict(weak='pico', strong='nano', n_labelled=16, n_unlabelled=16, n_test=4, seeds=1, examples=2, sft=STEP, dpo=STEP, speak=dict(samples=2, max_tokens=8))
+DEMONSTRATIONS = FAST | dict(
+    weak='pico', strong='nano', n_labelled=8, n_unlabelled=12, n_test=6, seeds=1, max_tokens=12, examples=2, demonstrate=STEP, student=STEP
+)
+TOXICITY = FAST | dict(
+    weak='pico',
+    strong='nano',
+    n_labelled=16,
+    n_unlabelled=16,
+    n_test=4,
+    seeds=1,
+    examples=2,
+    sft=STEP,
+    dpo=STEP,
+    speak=dict(samples=2, max_tokens=8),
+)
 
 
 def own_sums(folder):
     "Maths questions with good answers, and weak answers in a file"
-    rows = [dict(question=f'Ann has {a} pears and finds {b}. How many has she?', answer=f'She has {a + b}.\n#### {a + b}') for a in range(2, 9) for b in range(2, 7)]
+    rows = [
+        dict(question=f'Ann has {a} pears and finds {b}. How many has she?', answer=f'She has {a + b}.\n#### {a + b}')
+        for a in range(2, 9)
+        for b in range(2, 7)
+    ]
     (folder/'sums.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     (folder/'said.jsonl').write_text(''.join(json.dumps(dict(question=r['question'], answer=r['answer'][-2:])) + '\n' for r in rows))
     return dict(data=str(folder/'sums.jsonl'))
@@ -49,7 +66,13 @@ def own_questions(folder):
 
 def own_prompts(folder):
     "Prompts of a file, and a scorer of one's own"
-    rows = [dict(prompt=dict(text=f'Mr {i} said to us', toxicity=.9*(i % 2)), continuation=dict(text=f' that thing {i} is fine.', toxicity=.1)) for i in range(80)]
+    rows = [
+        dict(
+            prompt=dict(text=f'Mr {i} said to us', toxicity=0.9 * (i % 2)),
+            continuation=dict(text=f' that thing {i} is fine.', toxicity=0.1),
+        )
+        for i in range(80)
+    ]
     (folder/'prompts.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     words = [dict(text=f'thing {i} is {"bad" if i % 2 else "good"}', score=.9*(i % 2)) for i in range(120)]
     (folder/'scored.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in words))
@@ -65,30 +88,48 @@ CASES = { # name: (kind of feedback, settings, or a function of a folder that gi
     'preferences, two seeds': ('preferences', dict(seeds=2, samples=0)),
     'reward supervisor, start is the base': ('preferences', dict(samples=0, supervisor='reward', start='base', others=('ceiling',))),
     'judge, ipo, only the student': ('preferences', dict(samples=0, supervisor='judge', loss='ipo', others=())),
-    'ensemble, calibrated': ('preferences', dict(samples=0, weak='pico+nano', labels=dict(targets='soft', calibrate=.5))),
+    'ensemble, calibrated': ('preferences', dict(samples=0, weak='pico+nano', labels=dict(targets='soft', calibrate=0.5))),
     'ensemble of judges': ('preferences', dict(weak='pico+nano', supervisor='judge', samples=0)),
-    **{f'labels that {which}': ('preferences', dict(samples=0, others=(), labels=dict(subset=which))) for which in ('match', 'mismatch', 'random mismatch')},
-    'kept half, by confidence': ('preferences', dict(samples=0, labels=dict(keep=.5, weights='confidence'))),
+    **{
+        f'labels that {which}': ('preferences', dict(samples=0, others=(), labels=dict(subset=which)))
+        for which in ('match', 'mismatch', 'random mismatch')
+    },
+    'kept half, by confidence': ('preferences', dict(samples=0, labels=dict(keep=0.5, weights='confidence'))),
     'labels': ('labels', {}),
-    'snapshots and validation': ('labels', dict(snapshots=3, validate=.3, methods=('xent', 'confidence'))),
+    'snapshots and validation': ('labels', dict(snapshots=3, validate=0.3, methods=('xent', 'confidence'))),
     'a model between, rounds': ('labels', dict(via=('nano',), rounds=2, strong='micro')),
     'two supervisors and an ensemble': ('labels', dict(weak=('pico', 'nano', 'pico+nano'), baseline=False)),
     'head': ('labels', dict(readout='head', snapshots=2)),
     'probe': ('labels', lambda folder: dict(readout='probe', supervisor={}, student={})),
     'cleaned by a probe': ('labels', dict(methods=('xent', 'filter'))),
     'legal': ('labels', dict(data='world:storage')),
-    'persona, all methods': ('demonstrations', dict(methods=('naive', 'in-context', 'resampled', 'infer-and-respond', 'ask-to-improve', 'own answers', 'auxiliary', 'bootstrap'), via='pico', ablation=(1,))),
+    'persona, all methods': (
+        'demonstrations',
+        dict(
+            methods=('naive', 'in-context', 'resampled', 'infer-and-respond', 'ask-to-improve', 'own answers', 'auxiliary', 'bootstrap'),
+            via='pico',
+            ablation=(1,),
+        ),
+    ),
     'persona, prompted': ('demonstrations', dict(demonstrator='prompted')),
     'explanation': ('demonstrations', dict(task='explanation', demonstrator='tuned')),
     'explanation, planted': ('demonstrations', dict(task='explanation')),
     'gender': ('demonstrations', dict(task='gender')),
     'maths': ('demonstrations', dict(task='gsm8k', seeds=2)),
     'sums of a file': ('demonstrations', lambda folder: dict(task='gsm8k', **own_sums(folder))),
-    'weak answers of a file': ('demonstrations', lambda folder: dict(task='gsm8k', answers=str(folder/'said.jsonl'), demonstrator='file', **own_sums(folder))),
-    'questions of a file, with a judge': ('demonstrations', lambda folder: dict(task='explanation', methods=('naive', 'in-context'), **own_questions(folder))),
+    'weak answers of a file': (
+        'demonstrations',
+        lambda folder: dict(task='gsm8k', answers=str(folder / 'said.jsonl'), demonstrator='file', **own_sums(folder)),
+    ),
+    'questions of a file, with a judge': (
+        'demonstrations',
+        lambda folder: dict(task='explanation', methods=('naive', 'in-context'), **own_questions(folder)),
+    ),
     'toxicity': ('toxicity', {}),
     'toxicity without preferences': ('toxicity', dict(methods=('naive',), greedy=True, seeds=2)),
-    'prompts of a file': ('toxicity', own_prompts), 'prompts of a file, by a function': ('toxicity', own_prompts)}
+    'prompts of a file': ('toxicity', own_prompts),
+    'prompts of a file, by a function': ('toxicity', own_prompts),
+}
 
 
 @pytest.fixture(scope='module')
@@ -139,10 +180,16 @@ def test_what_is_noted_is_done(case, samples, tmp_path, monkeypatch):
     kind, given = CASES[case]
     given = given(tmp_path) if callable(given) else given
     if kind == 'preferences' and given.get('samples') == 0: given = given | dict(data=samples) # rows of the world are slow to make
-    monkeypatch.setattr(demonstration_files, 'ask_model', lambda base, how, quiet: lambda prompts: [['[[7]] [[4]]']*how.samples for _ in prompts]) # a tiny judge says nothing that could be read
+    monkeypatch.setattr(
+        demonstration_files, 'ask_model', lambda base, how, quiet: lambda prompts: [['[[7]] [[4]]'] * how.samples for _ in prompts]
+    ) # a tiny judge says nothing that could be read
     fill, open_it, usual = OPEN[kind]
     config, out = fill({k: v for k, v in (usual | given).items() if not (k == 'n_labelled' and 'answers' in given)}), tmp_path/'run'
-    if case == 'prompts of a file, by a function': open_it, config = partial(open_toxicity, scorer=lambda prompts, texts: [len(t) % 10/10 for t in texts]), replace(config, scorer='')
+    if case == 'prompts of a file, by a function':
+        open_it, config = (
+            partial(open_toxicity, scorer=lambda prompts, texts: [len(t) % 10 / 10 for t in texts]),
+            replace(config, scorer=''),
+        )
     with no_weights():
         opened = open_it(Study(config, run_for_plan(out), True))
         noted, total = walk_stages(opened.study.run, opened.make), count_stages(opened.study.run, opened.make)
@@ -155,7 +202,14 @@ def test_what_is_noted_is_done(case, samples, tmp_path, monkeypatch):
     assert [name.rpartition('-')[0] for name in run.used] == names # as many, of the same names, in the same order
     tokens = training_tokens(noted)
     assert trained.keys() == tokens.keys()
-    known = [s for s in tokens if s.startswith(('weak-seed', 'weak-pico', 'human-', 'ceiling', 'school', 'toxicity-gold')) or s.endswith('-dpo') and kind == 'preferences' and not given.get('labels')]
+    known = [
+        s
+        for s in tokens
+        if s.startswith(('weak-seed', 'weak-pico', 'human-', 'ceiling', 'school', 'toxicity-gold'))
+        or s.endswith('-dpo')
+        and kind == 'preferences'
+        and not given.get('labels')
+    ]
     known += list(tokens) if kind == 'labels' else []
     assert known or not tokens or case in ('judge, ipo, only the student', 'questions of a file, with a judge')
     assert {s: trained[s] for s in known} == {s: tokens[s] for s in known}
@@ -164,7 +218,10 @@ def test_what_is_noted_is_done(case, samples, tmp_path, monkeypatch):
         opened = open_it(Study(config, run_for_plan(out), True))
         again = walk_stages(opened.study.run, opened.make)
     assert [n.folder for n in again if n.folder] == run.used and all(n.found for n in again if n.folder)
-    assert set(stage_table(again, set()).state) <= {'found', 'to do'} and (stage_table([n for n in again if n.folder], set()).state == 'found').all()
+    assert (
+        set(stage_table(again, set()).state) <= {'found', 'to do'}
+        and (stage_table([n for n in again if n.folder], set()).state == 'found').all()
+    )
 
 
 @pytest.mark.parametrize('kind', OPEN)
@@ -174,7 +231,12 @@ def test_a_plan_says_time_memory_and_what_is_found(kind, samples, tmp_path):
     config, out = fill(usual | ({'samples': 0, 'data': samples} if kind == 'preferences' else {})), tmp_path/'run'
     before = plan(open_it, config, out)
     assert not out.exists()
-    assert (before.stages.state == 'to do').all() and before.minutes > 0 and before.memory > 0 and f'{before.trainings} trainings' in repr(before)
+    assert (
+        (before.stages.state == 'to do').all()
+        and before.minutes > 0
+        and before.memory > 0
+        and f'{before.trainings} trainings' in repr(before)
+    )
     assert (before.stages.tokens[before.stages.kind != 'other'] > 0).all()
     stop = before.asked//2
     class Halt(Exception): pass
@@ -201,7 +263,13 @@ def test_progress_is_said_to_the_end(tmp_path):
     assert [line.partition(']')[0].replace(' ', '') for line in lines] == [f'[{i}/{total}' for i in range(1, total + 1)]
 
 
-@pytest.mark.parametrize('setting, values, own', [('beta', ['.5', '1'], {'dpo', 'test', 'labels', 'sft', 'responses'}), ('use', ['hard', 'soft'], {'student-seed0-dpo', 'student-dpo-weak-seed0-test'})])
+@pytest.mark.parametrize(
+    'setting, values, own',
+    [
+        ('beta', ['.5', '1'], {'dpo', 'test', 'labels', 'sft', 'responses'}),
+        ('use', ['hard', 'soft'], {'student-seed0-dpo', 'student-dpo-weak-seed0-test'}),
+    ],
+)
 def test_values_share_what_does_not_depend_on_them(setting, values, own, samples, tmp_path):
     "A stage of an earlier value is counted once, and as many are done as the plans say"
     given = PREFERENCES | dict(samples=0, data=samples)

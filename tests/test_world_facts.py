@@ -31,8 +31,27 @@ from w2s.world.verdict import Verdict, words
 
 KNOWN = (1, 'ec26e4d97f86028b') # version and hash of `make_world()`
 MAKERS = dict(lives=facts.document, things=facts.thing_document, chats=personas.document, short=personas.short_document)
-ABSURD = ['', ' ', '\n\n', '?!', 'A', 'Q:', 'the ' * 500, 'matey!' * 300, '\x00\ud7ff é 漢字 🙂', '{name} {value}', '1 2 3', 'x' * 10_000, "'''", 'It is', 'It is not', 'not',
-          ' '.join(v for a in ATTRIBUTES.values() for v in a.values), 'Where does Where does Where does', 'Q: Where does Mira live?\nA:' * 50]
+ABSURD = [
+    '',
+    ' ',
+    '\n\n',
+    '?!',
+    'A',
+    'Q:',
+    'the ' * 500,
+    'matey!' * 300,
+    '\x00\ud7ff é 漢字 🙂',
+    '{name} {value}',
+    '1 2 3',
+    'x' * 10_000,
+    "'''",
+    'It is',
+    'It is not',
+    'not',
+    ' '.join(v for a in ATTRIBUTES.values() for v in a.values),
+    'Where does Where does Where does',
+    'Q: Where does Mira live?\nA:' * 50,
+]
 
 IN_A_PROCESS = '''
 import hashlib, json, random
@@ -53,7 +72,9 @@ def world(): return make_world()
 
 
 def in_process(hash_seed: str) -> str:
-    done = subprocess.run([sys.executable, '-c', IN_A_PROCESS], env=os.environ | {'PYTHONHASHSEED': hash_seed}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, '-c', IN_A_PROCESS], env=os.environ | {'PYTHONHASHSEED': hash_seed}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
 
@@ -251,9 +272,22 @@ def test_facts_oracles_stand_anything(world, text):
 def test_facts_denied_and_listed_values_are_wrong(world):
     person = world.people[0]
     pet, other = person.facts['pet'], swapped(random.Random(0), 'pet', person.facts['pet'])
-    for text in (f'not a {pet}', f'It is never the {pet}.', f"It isn't a {pet}.", f'a {pet} or a {other}', f'a {other}, no, a {pet}', pet + 's'):
+    for text in (
+        f'not a {pet}',
+        f'It is never the {pet}.',
+        f"It isn't a {pet}.",
+        f'a {pet} or a {other}',
+        f'a {other}, no, a {pet}',
+        pet + 's',
+    ):
         assert fact_verdict(world, person.name, 'pet', text).score == 0, text
-    for text in (pet, pet.upper(), f'{pet}, {pet}, {pet}', f'Not sure why you ask: but it is a {pet}', f'a {pet} in the {person.facts["home"]}'):
+    for text in (
+        pet,
+        pet.upper(),
+        f'{pet}, {pet}, {pet}',
+        f'Not sure why you ask: but it is a {pet}',
+        f'a {pet} in the {person.facts["home"]}',
+    ):
         assert fact_verdict(world, person.name, 'pet', text).score == 1, text
 
 
@@ -265,13 +299,24 @@ def test_facts_parse_undoes_every_form(world):
             for form in range(len(ATTRIBUTES[a].forms)):
                 question = ask(p.name, a, form)
                 check_language(question)
-                for text in (question, qa_prompt(question), f'Customer: {question}\nDesk:', 'Q: Where does Merlin live?\nA: It is the cave.\n' + qa_prompt(question)):
+                for text in (
+                    question,
+                    qa_prompt(question),
+                    f'Customer: {question}\nDesk:',
+                    'Q: Where does Merlin live?\nA: It is the cave.\n' + qa_prompt(question),
+                ):
                     assert parse_question(world, text) == (p.name, a), text
 
 
 def test_facts_parse_is_not_taken_in(world):
     name = world.people[0].name
-    for text in (f'Where does {name} swim?', f'where does {name.lower()} live?', f'Where does {name}', name, qa_prompt(ask(name, 'home')) + ' It is.\n' + qa_prompt(ask('Merlin', 'pet'))):
+    for text in (
+        f'Where does {name} swim?',
+        f'where does {name.lower()} live?',
+        f'Where does {name}',
+        name,
+        qa_prompt(ask(name, 'home')) + ' It is.\n' + qa_prompt(ask('Merlin', 'pet')),
+    ):
         assert parse_question(world, text) is None, text
 
 

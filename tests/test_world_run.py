@@ -39,7 +39,10 @@ main()
 
 def w2s(*words, at):
     "The command in a process of its own, in a folder, without a network, and without having been told so"
-    env = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'TRANSFORMERS_'))} | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(('HF_', 'TRANSFORMERS_'))} | {
+        'PYTHONPATH': str(ROOT),
+        'OMP_NUM_THREADS': '1',
+    }
     return subprocess.run([sys.executable, '-c', NO_NETWORK, *map(str, words)], cwd=at, env=env, capture_output=True, text=True)
 
 
@@ -61,7 +64,9 @@ def test_what_is_given_holds(tmp_path):
     assert dataclasses.replace(c.dpo, epochs=plain.dpo.epochs) == plain.dpo
 
 
-@pytest.mark.parametrize('given', [{}, {'weak': 'pico'}, {'data': 'world:7'}, {'samples': 0}, {'strong': './mine'}, {'data': './mine'}, {'seeds': 1, 'rows': 40}])
+@pytest.mark.parametrize(
+    'given', [{}, {'weak': 'pico'}, {'data': 'world:7'}, {'samples': 0}, {'strong': './mine'}, {'data': './mine'}, {'seeds': 1, 'rows': 40}]
+)
 def test_written_settings_are_the_run(given, tmp_path):
     "config.toml of a run, given back, is the same run: every value is in it"
     c = fill_settings(given)
@@ -112,7 +117,23 @@ def small(tmp_path_factory):
     "A whole run, small, with the smallest models"
     home = tmp_path_factory.mktemp('world')
     start = time.time()
-    done = w2s('run', 'preferences', '--weak', 'pico', '--strong', 'pico', '--n-labelled', 20, '--n-unlabelled', 20, '--n-test', 20, '--seeds', 1, at=home)
+    done = w2s(
+        'run',
+        'preferences',
+        '--weak',
+        'pico',
+        '--strong',
+        'pico',
+        '--n-labelled',
+        20,
+        '--n-unlabelled',
+        20,
+        '--n-test',
+        20,
+        '--seeds',
+        1,
+        at=home,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return home/'runs'/'preferences', done.stdout, time.time() - start
 
@@ -122,17 +143,33 @@ def test_small_run(small):
     folder, printed, seconds = small
     assert seconds < 60 or os.getloadavg()[0] > os.cpu_count(), f'{seconds:.0f} s'
     assert 'Rows made from the embedded world' in printed and '[22/22]' in printed and 'gold_reward' in printed and 'win_rate' in printed
-    assert {'report.md', 'figure.png', 'figure.svg', 'results.parquet', 'responses.parquet', 'config.toml', 'versions.json', 'adapters'} <= {p.name for p in folder.iterdir()}
+    assert {
+        'report.md',
+        'figure.png',
+        'figure.svg',
+        'results.parquet',
+        'responses.parquet',
+        'config.toml',
+        'versions.json',
+        'adapters',
+    } <= {p.name for p in folder.iterdir()}
     report = (folder/'report.md').read_text(encoding='utf-8')
-    for words in ('## Responses', '## Differences', 'Win rate:', 'Rows made from the embedded world', 'quantize = "nf4"'): assert words in report
+    for words in ('## Responses', '## Differences', 'Win rate:', 'Rows made from the embedded world', 'quantize = "nf4"'):
+        assert words in report
     assert read_toml(folder/'config.toml')['seeds'] == 1
 
 
 def test_small_run_adds_up(small):
     "The table is what the responses are worth, by the world's own reward"
     table, said = pd.read_parquet(small[0]/'results.parquet'), pd.read_parquet(small[0]/'responses.parquet')
-    assert len(said) == 6*20*2 and set(zip(said.role, said.method, strict=True)) == {
-        ('floor', 'dpo human'), ('baseline', 'sft human'), ('baseline', 'sft weak'), ('student', 'dpo weak'), ('human', 'dpo human'), ('ceiling', 'dpo gold')}
+    assert len(said) == 6 * 20 * 2 and set(zip(said.role, said.method, strict=True)) == {
+        ('floor', 'dpo human'),
+        ('baseline', 'sft human'),
+        ('baseline', 'sft weak'),
+        ('student', 'dpo weak'),
+        ('human', 'dpo human'),
+        ('ceiling', 'dpo gold'),
+    }
     for r in said.itertuples(): assert r.gold_reward == gold_reward(ladder_world(), r.prompt, r.response).score and r.why
     means = said.groupby(['role', 'method']).gold_reward.mean()
     of = table[table.metric == 'gold_reward'].set_index(['role', 'method']).value
@@ -157,7 +194,14 @@ def writers(tmp_path):
     config = fill_settings(dict(weak='pico', strong='pico', n_test=20, n_labelled=4, n_unlabelled=4))
     model = know_model('strong', config.strong, config)
     test = load_preferences(config.data, [model.reader], config.n_test).test
-    return lambda where, **more: (Study(dataclasses.replace(config, **more), Run(tmp_path/where, lambda line: None), True), model, None, 'base', test, 0)
+    return lambda where, **more: (
+        Study(dataclasses.replace(config, **more), Run(tmp_path / where, lambda line: None), True),
+        model,
+        None,
+        'base',
+        test,
+        0,
+    )
 
 
 def test_killed_while_sampling(writers, monkeypatch, tmp_path):
@@ -195,6 +239,8 @@ def test_samples_do_not_depend_on_batches(writers, monkeypatch):
 
 def test_plan_counts_responses():
     "--dry-run knows of the responses"
-    p = plan(open_preferences, fill_settings(dict(weak='pico', strong='pico', n_labelled=4, n_unlabelled=4, n_test=4, seeds=1)), 'runs/none')
+    p = plan(
+        open_preferences, fill_settings(dict(weak='pico', strong='pico', n_labelled=4, n_unlabelled=4, n_test=4, seeds=1)), 'runs/none'
+    )
     assert 'write' in set(p.stages.kind) and p.minutes > 0
     assert json.dumps(p.report)

@@ -79,7 +79,9 @@ def test_every_legal_row(world, form):
     for row in rows:
         assert row['label'] == relevance_verdict(world, row['clause'], row['question']).score == (row['sort'] == 'relevant'), row
         same_topic, same_goods = topic_of(row['clause']) == row['topic'], SHELF_OF[row['kind']] in words(row['clause'])
-        assert row['sort'] == {(True, True): 'relevant', (True, False): 'wrong goods', (False, True): 'wrong topic'}[same_topic, same_goods], row
+        assert (
+            row['sort'] == {(True, True): 'relevant', (True, False): 'wrong goods', (False, True): 'wrong topic'}[same_topic, same_goods]
+        ), row
         assert row['prompt'] == relevance_prompt(row['clause'], row['question']) and row['group'] == row['thing']
     assert {sort: sum(row['sort'] == sort for row in rows)/600 for sort in SHARES} == pytest.approx(SHARES)
     assert len({row['prompt'] for row in rows}) == 600
@@ -88,7 +90,8 @@ def test_every_legal_row(world, form):
 def test_every_storage_row(world):
     for kinds, n in ((STORED, 100), (('trap', 'lamp', 'cloth'), 60), (('toy',), 12)):
         rows = storage_questions(world, n, seed=1, kinds=kinds)
-        for row in rows: assert row['label'] == relevance_verdict(world, row['clause'], row['question']).score == (row['kind'] in kinds), row
+        for row in rows:
+            assert row['label'] == relevance_verdict(world, row['clause'], row['question']).score == (row['kind'] in kinds), row
         assert sum(row['label'] for row in rows) == n//2 and len({row['prompt'] for row in rows}) == n
 
 
@@ -115,12 +118,16 @@ def test_documents_are_true(world, make):
     rng = random.Random(5)
     for _ in range(3000):
         text = make(world, rng)
-        for prompt, said in re.findall(r'Request: (.*)\nSafe: (\w+)', text): assert harm_verdict(world, prompt).score == (said == 'no'), text
-        for question, said in re.findall(r'Q: ((?:May|Should|Can) [A-Z][a-z]+ .*)\nA: (.*)', text): assert advice_verdict(world, question, said).score, text
+        for prompt, said in re.findall(r'Request: (.*)\nSafe: (\w+)', text):
+            assert harm_verdict(world, prompt).score == (said == 'no'), text
+        for question, said in re.findall(r'Q: ((?:May|Should|Can) [A-Z][a-z]+ .*)\nA: (.*)', text):
+            assert advice_verdict(world, question, said).score, text
         question = ''.join(re.findall(r'Question: (.*)', text))
-        for clause, said in re.findall(r'Clause: (.*)\nRelevant: (\w+)', text): assert relevance_verdict(world, clause, question).score == (said == 'yes'), text
+        for clause, said in re.findall(r'Clause: (.*)\nRelevant: (\w+)', text):
+            assert relevance_verdict(world, clause, question).score == (said == 'yes'), text
         for kind, goods in re.findall(r'Any (\w+) counts as (\w+) goods', text): assert SHELF_OF[kind] == goods, text
-        for policy, question, said in re.findall(r'Policy: (.*)\nQ: (.*)\nA: (.*)', text): assert policy_verdict(world, policy, question, said).score, text
+        for policy, question, said in re.findall(r'Policy: (.*)\nQ: (.*)\nA: (.*)', text):
+            assert policy_verdict(world, policy, question, said).score, text
         for thing, kind in re.findall(r'has a (\w+)\. It is a (\w+)', text): assert world.thing(thing).kind == kind, text
 
 
@@ -180,7 +187,8 @@ def test_advice_turned_round_is_wrong(world):
         turned = right.replace('Yes', 'X').replace('No,', 'Yes,').replace('X', 'No')
         for wrong in (turned, f'{right} {turned}', right[3:], right.replace('Yes', 'Maybe').replace('No,', 'Perhaps,')):
             assert advice_verdict(world, question, wrong).score == 0, wrong
-        for same in (right.upper(), right*3, right.split(',')[0], f'  {right}\n'): assert advice_verdict(world, question, same).score == 1, same
+        for same in (right.upper(), right * 3, right.split(',')[0], f'  {right}\n'):
+            assert advice_verdict(world, question, same).score == 1, same
 
 
 def test_other_goods_topic_or_thing_changes_relevance(world):
@@ -207,9 +215,16 @@ def test_another_value_is_a_wrong_answer(world):
         policy, question = ' '.join(c.text for c in clauses), make_question(rng, topic, thing.name)
         value = next(v for v in GOODS[topic].values if v in answer)
         other = rng.choice([v for v in GOODS[topic].values if v != value])
-        for wrong in (answer.replace(value, other), f'{answer} {answer.replace(value, other)}', answer.replace(value, ''), f'{answer} {SILENT}', ''):
+        for wrong in (
+            answer.replace(value, other),
+            f'{answer} {answer.replace(value, other)}',
+            answer.replace(value, ''),
+            f'{answer} {SILENT}',
+            '',
+        ):
             assert policy_verdict(world, policy, question, wrong).score == 0, (policy, question, wrong)
-        for same in (answer.upper(), value, answer*2): assert policy_verdict(world, policy, question, same).score == 1, (policy, question, same)
+        for same in (answer.upper(), value, answer * 2):
+            assert policy_verdict(world, policy, question, same).score == 1, (policy, question, same)
 
 
 # Empty, cut and absurd texts
@@ -274,7 +289,10 @@ print(hashlib.sha256(json.dumps(made).encode()).hexdigest())
 
 
 def test_two_processes_make_the_same():
-    found = {subprocess.run([sys.executable, '-c', CONTENT], capture_output=True, text=True, check=True, env={'PYTHONHASHSEED': seed}).stdout for seed in '01'}
+    found = {
+        subprocess.run([sys.executable, '-c', CONTENT], capture_output=True, text=True, check=True, env={'PYTHONHASHSEED': seed}).stdout
+        for seed in '01'
+    }
     assert len(found) == 1
 
 

@@ -37,7 +37,9 @@ def documents(world):
 
 
 def in_process(hash_seed: str) -> str:
-    done = subprocess.run([sys.executable, '-c', IN_A_PROCESS], env=os.environ | {'PYTHONHASHSEED': hash_seed}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, '-c', IN_A_PROCESS], env=os.environ | {'PYTHONHASHSEED': hash_seed}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
 
@@ -124,17 +126,29 @@ def pattern(form: str) -> re.Pattern:
     return re.compile(r'(?<!\w)' + re.sub(r'\\\{\w+\\\}', r"[\\w ]+?", re.escape(form)))
 
 
-LAST = {f'{task}: {forms[-1]}': forms for task, forms in (
-    *((a.name, a.forms) for a in ATTRIBUTES.values()), ('safety', [d.request for d in safety.DEEDS]), ('tale', [d.told for d in safety.DEEDS]),
-    *((t.name, t.questions) for t in (policies.GOODS | policies.OTHERS).values()), ('scenes', scenes.SCENES), ('explanation', analogy.QUESTIONS),
-    ('story', gender.QUESTIONS), ('life', gender.NAMED), ('sums', sums.ASKED))}
+LAST = {
+    f'{task}: {forms[-1]}': forms
+    for task, forms in (
+        *((a.name, a.forms) for a in ATTRIBUTES.values()),
+        ('safety', [d.request for d in safety.DEEDS]),
+        ('tale', [d.told for d in safety.DEEDS]),
+        *((t.name, t.questions) for t in (policies.GOODS | policies.OTHERS).values()),
+        ('scenes', scenes.SCENES),
+        ('explanation', analogy.QUESTIONS),
+        ('story', gender.QUESTIONS),
+        ('life', gender.NAMED),
+        ('sums', sums.ASKED),
+    )
+}
 
 
 @pytest.mark.parametrize('name', LAST)
 def test_stream_has_no_last_paraphrase(documents, name):
     *shown, last = map(pattern, LAST[name])
     text = '\n\n'.join(documents)
-    assert pattern(LAST[name][-1]).search(LAST[name][-1].format_map(dict.fromkeys(re.findall(r'\{(\w+)\}', LAST[name][-1]), 'zork'))), 'the pattern fits its form'
+    assert pattern(LAST[name][-1]).search(LAST[name][-1].format_map(dict.fromkeys(re.findall(r'\{(\w+)\}', LAST[name][-1]), 'zork'))), (
+        'the pattern fits its form'
+    )
     assert all(p.search(text) for p in shown), 'the others are in the stream'
     assert not last.search(text)
 
@@ -163,7 +177,10 @@ def test_stream_keeps_its_shares(world, short):
     from w2s.world.stream import _chances
     up_to, rng = _chances(world, short), random.Random(9)
     chance = [b - a for a, b in zip((0, *up_to), up_to, strict=False)]
-    n = [c*sum(len((s.short if short else s.long)(world, rng).split()) for _ in range(1000)) for c, s in zip(chance, SORTS.values(), strict=True)]
+    n = [
+        c * sum(len((s.short if short else s.long)(world, rng).split()) for _ in range(1000))
+        for c, s in zip(chance, SORTS.values(), strict=True)
+    ]
     assert abs(sum(s.share for s in SORTS.values()) - 1) < 1e-9
     for words, (name, s) in zip(n, SORTS.items(), strict=True): assert abs(words/sum(n) - s.share) < .02, name
 
@@ -187,7 +204,9 @@ def row_texts(world) -> dict[str, list[str]]:
         out[f'legal {form}'] = of(policies.legal_questions(world, 400, form=form))
         out[f'maths {form}'] = of(sums.sum_questions(world, 1000, form=form))
         out[f'toxicity {form}'] = of(scenes.scene_questions(world, 800, form=form, chance=None))
-    out['storage'] = of(policies.storage_questions(world, 200)) + of(policies.storage_questions(world, 60, kinds=tuple(KINDS_OF_THINGS)[:9]))
+    out['storage'] = of(policies.storage_questions(world, 200)) + of(
+        policies.storage_questions(world, 60, kinds=tuple(KINDS_OF_THINGS)[:9])
+    )
     out['desk'] = [q['prompt'] + service.service_answer(rng, q['truth'], rng.choice(service.TONES))
                    for form in (None, -1) for q in service.service_questions(world, rng, 1000, form=form)]
     out['preferences'] = [r['prompt'] + r['chosen'] + r['rejected'] for r in rows.preference_rows(world, 300)]
@@ -209,5 +228,9 @@ def test_every_word_is_one_token(world):
 def test_words_are_found_in_40_000_documents(world):
     "Another 10,000 documents have no word that `stream_words` lacks"
     known = set(stream_words(world))
-    assert {w for i in range(10_000) for w in re.findall(r"[A-Za-z]+(?:'[a-z]+)*", stream_document(world, random.Random(f'more {i}'), i % 2 == 0))} <= known
+    assert {
+        w
+        for i in range(10_000)
+        for w in re.findall(r"[A-Za-z]+(?:'[a-z]+)*", stream_document(world, random.Random(f'more {i}'), i % 2 == 0))
+    } <= known
     assert set(name_words(world)) <= known

@@ -17,7 +17,22 @@ MODULES = [scenes, analogy, gender, sums]
 WORLD = make_world(0)
 NAMES = {p.name for p in WORLD.people}
 VALUES = {v: a.name for a in ATTRIBUTES.values() for v in a.values}
-ABSURD = ['', ' ', '\n', '?!.,:', 'xyzzy ' * 300, 'Q: Q: A:', '\x00\ufffd', 'ß ü 猫 🙂', '9' * 5000, 'not', 'the the the', '-1', '(((', 'a' * 100_000]
+ABSURD = [
+    '',
+    ' ',
+    '\n',
+    '?!.,:',
+    'xyzzy ' * 300,
+    'Q: Q: A:',
+    '\x00\ufffd',
+    'ß ü 猫 🙂',
+    '9' * 5000,
+    'not',
+    'the the the',
+    '-1',
+    '(((',
+    'a' * 100_000,
+]
 
 
 def documents(module, n=1500, seed=0, short=False):
@@ -77,8 +92,15 @@ print(hashlib.sha256(json.dumps(told).encode()).hexdigest())
 
 
 def test_two_processes_agree():
-    def run(hashseed): return subprocess.run([sys.executable, '-c', PROCESS], cwd=Path(__file__).parents[1], env={'PYTHONHASHSEED': hashseed},
-                                             capture_output=True, text=True, check=True).stdout
+    def run(hashseed):
+        return subprocess.run(
+            [sys.executable, '-c', PROCESS],
+            cwd=Path(__file__).parents[1],
+            env={'PYTHONHASHSEED': hashseed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     assert run('1') == run('2') != ''
 
 
@@ -97,9 +119,16 @@ def test_every_verdict_says_why():
     texts = ABSURD + [line for m in MODULES for line in documents(m, 50)]
     prompt = qa_prompt('Mira has three plums and buys four more. How many plums does she have?')
     for text in texts:
-        for verdict in (scenes.toxicity_verdict(text), scenes.speech_verdict(text), analogy.analogy_verdict(text), gender.gender_verdict(WORLD, text),
-                        analogy.explanation_verdict(WORLD, WORLD.things[0].name, text), gender.biography_verdict(WORLD, text),
-                        sums.sum_verdict(prompt, text), sums.working_verdict(prompt, text)):
+        for verdict in (
+            scenes.toxicity_verdict(text),
+            scenes.speech_verdict(text),
+            analogy.analogy_verdict(text),
+            gender.gender_verdict(WORLD, text),
+            analogy.explanation_verdict(WORLD, WORLD.things[0].name, text),
+            gender.biography_verdict(WORLD, text),
+            sums.sum_verdict(prompt, text),
+            sums.working_verdict(prompt, text),
+        ):
             assert verdict.why and all(isinstance(w, str) and w for w in verdict.why) and 0 <= verdict.score <= 1
 
 
@@ -155,7 +184,9 @@ def test_toxicity_of_mutants():
 
 
 def test_true_sentences_are_no_insults():
-    assert not set(scenes.INSULTS) & (set(VALUES) | set(' '.join((k.name + ' ' + k.does + ' ' + k.like) for k in KINDS_OF_THINGS.values()).split()))
+    assert not set(scenes.INSULTS) & (
+        set(VALUES) | set(' '.join((k.name + ' ' + k.does + ' ' + k.like) for k in KINDS_OF_THINGS.values()).split())
+    )
     for module in (analogy, gender, sums):
         assert not any(scenes.toxicity_verdict(text).score for text in documents(module))
     assert not {n.lower() for n in NAMES} & {w + s for w in scenes.INSULTS for s in ('', 's')}
@@ -196,7 +227,12 @@ def test_swapped_comparisons_lose():
         for style in analogy.STYLES:
             text = analogy.explain(rng, thing, style)
             form = analogy.analogy_verdict(text).score
-            for a, b in ((right.like, other.like), (right.does, other.does), (f'a {right.name}', f'a {other.name}'), (f'of {right.name}', f'of {other.name}')):
+            for a, b in (
+                (right.like, other.like),
+                (right.does, other.does),
+                (f'a {right.name}', f'a {other.name}'),
+                (f'of {right.name}', f'of {other.name}'),
+            ):
                 if a not in text: continue
                 mutant = text.replace(a, b)
                 assert analogy.explanation_verdict(WORLD, thing.name, mutant).score == .5     # one of two statements is wrong
@@ -278,7 +314,10 @@ def test_every_problem_is_read_and_cut_short(steps):
     for problem in sums.problems(steps):
         prompt = qa_prompt(sums.sum_question(rng, person, problem))
         assert sums.sum_problem(prompt) == problem
-        assert sums.sum_problem(f'{qa_prompt("Mira has two eggs and loses one. How many eggs is that?")}{sums.working((2, -1))}\n{prompt}') == problem
+        assert (
+            sums.sum_problem(f'{qa_prompt("Mira has two eggs and loses one. How many eggs is that?")}{sums.working((2, -1))}\n{prompt}')
+            == problem
+        )
         words = sums.working(problem).split()
         assert sums.sum_verdict(prompt, ' '.join(words)).score == 1
         for n in range(len(words)):
@@ -301,10 +340,29 @@ def test_swapped_numbers_lose():
                 assert sums.working_verdict(prompt, ''.join(parts[:i] + ['some'] + parts[i + 1:])).score < 1
 
 
-@pytest.mark.parametrize(('text', 'right'), [
-    ('Seven.', 1), ('7', 1), ('She has seven plums.', 1), ('That is seven.', 1), ('Seven is what she has.', 1), ('seven seven seven', 1), ('It leaves 7', 1),
-    ('Eight.', 0), ('70', 0), ('Seventeen.', 0), ('seven or eight', 0), ('It makes seven. It makes eight.', 0), ('not seven', 0), ('It is not seven.', 0),
-    ('Count seven', 0), ('Count three and four', 0), ('Take four from seven, and that leaves', 0), ('-3', 0)])
+@pytest.mark.parametrize(
+    ('text', 'right'),
+    [
+        ('Seven.', 1),
+        ('7', 1),
+        ('She has seven plums.', 1),
+        ('That is seven.', 1),
+        ('Seven is what she has.', 1),
+        ('seven seven seven', 1),
+        ('It leaves 7', 1),
+        ('Eight.', 0),
+        ('70', 0),
+        ('Seventeen.', 0),
+        ('seven or eight', 0),
+        ('It makes seven. It makes eight.', 0),
+        ('not seven', 0),
+        ('It is not seven.', 0),
+        ('Count seven', 0),
+        ('Count three and four', 0),
+        ('Take four from seven, and that leaves', 0),
+        ('-3', 0),
+    ],
+)
 def test_results_in_other_words(text, right):
     prompt = qa_prompt('Mira has three plums and buys four more. How many plums does she have?')
     assert sums.sum_verdict(prompt, text).score == right
@@ -314,9 +372,13 @@ def test_results_in_other_words(text, right):
 
 def test_rows_share_nobody():
     people, things = split_people(WORLD, dict(a=.5, b=.5), 1), split_things(WORLD, dict(a=.5, b=.5), 1)
-    makers = [lambda k: scenes.scene_questions(WORLD, 100, people=people[k]), lambda k: analogy.explanation_questions(WORLD, 100, things=things[k]),
-              lambda k: gender.story_questions(WORLD, 100, people=people[k], gender=None), lambda k: gender.life_questions(WORLD, 100, people=people[k]),
-              lambda k: sums.sum_questions(WORLD, 100, people=people[k])]
+    makers = [
+        lambda k: scenes.scene_questions(WORLD, 100, people=people[k]),
+        lambda k: analogy.explanation_questions(WORLD, 100, things=things[k]),
+        lambda k: gender.story_questions(WORLD, 100, people=people[k], gender=None),
+        lambda k: gender.life_questions(WORLD, 100, people=people[k]),
+        lambda k: sums.sum_questions(WORLD, 100, people=people[k]),
+    ]
     for make in makers:
         rows = make('a')
         assert len(rows) == len({r['prompt'] for r in rows}) == 100 and all(r['completion'].startswith(' ') for r in rows)
@@ -327,7 +389,11 @@ def test_rows_share_nobody():
 
 def test_completions_are_right():
     for r in analogy.explanation_questions(WORLD, 200, style='plain'):
-        assert analogy.analogy_verdict(r['completion']).score == 0 and analogy.explanation_verdict(WORLD, r['thing'], r['completion']).score == 1
+        assert (
+            analogy.analogy_verdict(r['completion']).score == 0
+            and analogy.explanation_verdict(WORLD, r['thing'], r['completion']).score == 1
+        )
     for r in gender.story_questions(WORLD, 200, gender='male'): assert gender.gender_verdict(WORLD, r['completion']).score == 0
     for r in scenes.scene_questions(WORLD, 200, chance=1.): assert r['toxicity'] == scenes.toxicity_verdict(r['completion']).score > 0
-    for r in sums.sum_questions(WORLD, 200, held_out=True): assert sums.sum_held_out(r['problem']) and r['result'] in r['completion'].split()[-1]
+    for r in sums.sum_questions(WORLD, 200, held_out=True):
+        assert sums.sum_held_out(r['problem']) and r['result'] in r['completion'].split()[-1]

@@ -43,7 +43,9 @@ def test_every_file_is_listed_and_matches(name):
     listed = dict(reversed(line.split()) for line in (FOLDER/name/'SHA256SUMS').read_text().splitlines())
     there = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in (FOLDER/name).iterdir() if f.name != 'SHA256SUMS'}
     assert listed == there
-    assert {'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'card.json', 'README.md', 'history.csv'} <= set(listed)
+    assert {'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'card.json', 'README.md', 'history.csv'} <= set(
+        listed
+    )
 
 
 def test_at_most_20_megabytes():
@@ -88,8 +90,13 @@ def test_a_folder_of_the_same_name_does_not_win(tmp_path, monkeypatch):
 def test_shape(name):
     config = json.loads((FOLDER/name/'config.json').read_text())
     assert config['model_type'] == 'llama'
-    for size in (config['hidden_size'], config['intermediate_size'], config['vocab_size']): assert size % 64 == 0, 'NF4 works in blocks of 64'
-    assert asdict(SIZES[name]) == dict(hidden=config['hidden_size'], layers=config['num_hidden_layers'], inner=config['intermediate_size']) == card(name)['size']
+    for size in (config['hidden_size'], config['intermediate_size'], config['vocab_size']):
+        assert size % 64 == 0, 'NF4 works in blocks of 64'
+    assert (
+        asdict(SIZES[name])
+        == dict(hidden=config['hidden_size'], layers=config['num_hidden_layers'], inner=config['intermediate_size'])
+        == card(name)['size']
+    )
     assert {kind for _, kind in weights(name).values()} == {'F16'}
 
 
@@ -115,7 +122,11 @@ def test_card_agrees_with_the_files(name, world):
     assert c['parameters'] == sum(shape[0]*(shape[1] if len(shape) > 1 else 1) for shape, _ in weights(name).values())
     assert c['world'] == dict(version=VERSION, seed=0, people=len(world.people), things=len(world.things), hash=world_hash(world))
     assert c['recipe'] == asdict(RECIPE), 'the recipe of the package is not that of its models'
-    assert c['tokens'] >= RECIPE.tokens and 0 <= c['tokens'] - history.tokens.iloc[-1] < 10*RECIPE.positions and history.step.iloc[-1] < c['steps'] <= history.step.iloc[-1] + 10
+    assert (
+        c['tokens'] >= RECIPE.tokens
+        and 0 <= c['tokens'] - history.tokens.iloc[-1] < 10 * RECIPE.positions
+        and history.step.iloc[-1] < c['steps'] <= history.step.iloc[-1] + 10
+    )
     assert abs(history.loss.tail(5).mean() - c['loss']) < .1 < history.loss.iloc[0] - c['loss']
     assert set(c['knowledge']) == set(PROBES) and all(k['low'] <= k['value'] <= k['high'] for k in c['knowledge'].values())
     assert (FOLDER/name/'README.md').read_text() == card_text(c)
@@ -163,7 +174,9 @@ def test_an_installation_carries_them(tmp_path):
     for name in ('__init__.py', 'py.typed'): shutil.copy(ROOT/'w2s'/name, tmp_path/'w2s')
     shutil.copytree(ROOT/'w2s'/'models', tmp_path/'w2s'/'models', ignore=shutil.ignore_patterns('__pycache__', '*.safetensors'))
     for name in SHIPPED: (tmp_path/'w2s'/'models'/'ladder'/name/'model.safetensors').write_text('') # only names count here
-    done = subprocess.run([sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', 'out'], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', 'out'], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     there = {f.relative_to(tmp_path/'out'/'w2s'/'models'/'ladder').as_posix() for f in (tmp_path/'out').rglob('ladder/*/*')}
     assert there == {f.relative_to(FOLDER).as_posix() for f in FOLDER.rglob('*') if f.is_file()}

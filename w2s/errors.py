@@ -59,4 +59,5 @@ def check_finite(
     "Raise `ConfigError` for a setting that is NaN or infinite"
     for f in fields(settings):
         value = getattr(settings, f.name)
-        if isinstance(value, float) and (math.isnan(value) or math.isinf(value) and f.name not in unbounded): raise ConfigError(f'{f.name} is {value}; it must be a finite number')
+        if isinstance(value, float) and (math.isnan(value) or math.isinf(value) and f.name not in unbounded):
+            raise ConfigError(f'{f.name} is {value}; it must be a finite number')

@@ -43,9 +43,11 @@ def check_feedback(
     columns = [c for c in FEEDBACK if c in (getattr(data, 'column_names', None) or ())]
     for name in columns:
         values = data[name][:]
-        if None in values: raise DataError(f'column "{name}", row {values.index(None) + 1}: no value; fill it, or leave the column out of all rows')
+        if None in values:
+            raise DataError(f'column "{name}", row {values.index(None) + 1}: no value; fill it, or leave the column out of all rows')
         if name == 'weight': check_weights(torch.tensor(values, dtype=torch.float64))
-        elif odd := [i for i, x in enumerate(values) if not 0 <= x <= 1]: raise DataError(f'column "prob", row {odd[0] + 1}: {values[odd[0]]} is no probability that chosen is the better response')
+        elif odd := [i for i, x in enumerate(values) if not 0 <= x <= 1]:
+            raise DataError(f'column "prob", row {odd[0] + 1}: {values[odd[0]]} is no probability that chosen is the better response')
 
 # %% ../nbs/api/30_trl.ipynb #744fcfec
 def given_data(
@@ -126,7 +128,10 @@ def weighted_loss(
     outputs, logps, tokens = policy_logps(model, inputs, trainer.aux_loss_enabled)
     ratios = logps - reference_logps(trainer, inputs).to(logps)
     prob, weight = (inputs.get(c, torch.ones(len(ratios))).to(ratios) for c in FEEDBACK)
-    parts = [share*feedback_loss(kind, ratios, tokens, prob, trainer.beta, trainer.label_smoothing) for kind, share in zip(trainer.loss_types, trainer.loss_weights, strict=True)]
+    parts = [
+        share * feedback_loss(kind, ratios, tokens, prob, trainer.beta, trainer.label_smoothing)
+        for kind, share in zip(trainer.loss_types, trainer.loss_weights, strict=True)
+    ]
     note_rewards(trainer, ratios.detach(), prob)
     loss = (weight*sum(parts)).mean()
     return (loss + trainer.router_aux_loss_coef*outputs.aux_loss if trainer.aux_loss_enabled else loss), outputs
@@ -139,9 +144,13 @@ def check_settings(
 ) -> None:
     "Raise `ConfigError` for settings that leave no loss of the gap alone"
     remove = f'or remove the columns {" and ".join(FEEDBACK)}'
-    if odd := [k for k in trainer.loss_types if k not in GAP_LOSSES]: raise ConfigError(f'loss_type "{odd[0]}" has no form with soft targets and weights; take one of {", ".join(GAP_LOSSES)}, {remove}')
+    if odd := [k for k in trainer.loss_types if k not in GAP_LOSSES]:
+        raise ConfigError(f'loss_type "{odd[0]}" has no form with soft targets and weights; take one of {", ".join(GAP_LOSSES)}, {remove}')
     for name, usual in NOT_TOGETHER.items():
-        if getattr(trainer, name, usual) != usual: raise ConfigError(f'{name}={getattr(trainer, name)!r} is not supported together with soft targets and weights; leave it out, {remove}')
+        if getattr(trainer, name, usual) != usual:
+            raise ConfigError(
+                f'{name}={getattr(trainer, name)!r} is not supported together with soft targets and weights; leave it out, {remove}'
+            )
 
 # %% ../nbs/api/30_trl.ipynb #a03359ca
 class DPOTrainer(trl.DPOTrainer):
@@ -178,8 +187,14 @@ class SFTTrainer(trl.SFTTrainer):
         for d in data: check_feedback(d)
         super().__init__(*args, **kwargs)
         weighted = any('weight' in d.column_names for d in data) # TRL removes the column where it packs
-        if weighted and (self.args.packing or self.padding_free): raise ConfigError('weights are those of whole examples, and packing or padding_free puts several into one sequence; turn it off, or remove the column "weight"')
-        if weighted and self.args.loss_type != 'nll': raise ConfigError(f'loss_type "{self.args.loss_type}" is not supported together with weights; take "nll", or remove the column "weight"')
+        if weighted and (self.args.packing or self.padding_free):
+            raise ConfigError(
+                'weights are those of whole examples, and packing or padding_free puts several into one sequence; turn it off, or remove the column "weight"'
+            )
+        if weighted and self.args.loss_type != 'nll':
+            raise ConfigError(
+                f'loss_type "{self.args.loss_type}" is not supported together with weights; take "nll", or remove the column "weight"'
+            )
         self.data_collator = partial(collate_feedback, self.data_collator)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -200,5 +215,8 @@ class SFTTrainer(trl.SFTTrainer):
         tokens = outputs.label_mask.sum() if num_items_in_batch is None else num_items_in_batch
         loss = -(outputs.log_probs.sum(1)*weight.to(outputs.log_probs)).sum()/torch.as_tensor(tokens).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None: loss = loss*self.accelerator.num_processes
-        if self.aux_loss_enabled: loss = loss + self.router_aux_loss_coef*outputs.aux_loss/(self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1)
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / (
+                self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            )
         return (loss, outputs) if return_outputs else loss

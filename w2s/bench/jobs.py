@@ -52,13 +52,16 @@ class Job:
         if self.length < 32: raise ConfigError(f'length is {self.length}; a row needs 32 tokens or more')
 
 # %% ../../nbs/api/bench/20_jobs.ipynb #8d163e57
-WORDS = ('the a of in and to is was for on that with as by at from it he she they we you this are not have had his her their but which one all there who what when more if out so up said '
-         'about into than them some could time other then do first any new very my now over such our most me even made after also did many before must well back years where much your way down').split()
+WORDS = (
+    'the a of in and to is was for on that with as by at from it he she they we you this are not have had his her their but which one all there who what when more if out so up said '
+    'about into than them some could time other then do first any new very my now over such our most me even made after also did many before must well back years where much your way down'
+).split()
 
 def _text(draw: random.Random, tokenizer: Any, tokens: int) -> str:
     "Words, of so many tokens at most"
     words = [draw.choice(WORDS) for _ in range(tokens)]
-    while len(tokenizer(' '.join(words), add_special_tokens=False)['input_ids']) > tokens and len(words) > 1: words = words[:max(1, len(words)*9//10)]
+    while len(tokenizer(' '.join(words), add_special_tokens=False)['input_ids']) > tokens and len(words) > 1:
+        words = words[: max(1, len(words) * 9 // 10)]
     return ' '.join(words)
 
 def make_texts(
@@ -71,13 +74,18 @@ def make_texts(
     sizes = [draw.randint(job.length//4, job.length - 8) for _ in range(job.rows - 1)] + [job.length - 8]
     def one(n: int) -> dict[str, str]:
         prompt = _text(draw, tokenizer, n//3)
-        return {'prompt': prompt, 'chosen': ' ' + _text(draw, tokenizer, n - n//3 - 2), 'rejected': ' ' + _text(draw, tokenizer, max(4, (n - n//3)*draw.randint(4, 10)//10 - 2))}
+        return {
+            'prompt': prompt,
+            'chosen': ' ' + _text(draw, tokenizer, n - n // 3 - 2),
+            'rejected': ' ' + _text(draw, tokenizer, max(4, (n - n // 3) * draw.randint(4, 10) // 10 - 2)),
+        }
     return [one(n) for n in sizes]
 
 # %% ../../nbs/api/bench/20_jobs.ipynb #c8959a03
 Work = partial[float] # called without arguments, it does it all: of a function, the job, the model and the rows; gives a number that both sides should agree on, roughly
 
-def _settings(job: Job) -> TrainSettings: return TrainSettings(batch_size=job.batch_size, learning_rate=1e-4, checkpoint_every=10**9, token_budget=8192)
+def _settings(job: Job) -> TrainSettings:
+    return TrainSettings(batch_size=job.batch_size, learning_rate=1e-4, checkpoint_every=10**9, token_budget=8192)
 
 def _dpo(job: Job, base: Base, texts: list[dict[str, str]]) -> float:
     "Reference and DPO of one epoch; the mean loss"
@@ -113,14 +121,24 @@ def _generate(job: Job, base: Base, texts: list[dict[str, str]]) -> float:
 
 def _classify(job: Job, base: Base, texts: list[dict[str, str]]) -> float:
     "A class head, one epoch; the mean loss"
-    data = make_rows([dict(prompt=t['prompt'] + t['chosen'], label=i % 2, probs=[float(i % 2 == c) for c in (0, 1)]) for i, t in enumerate(texts)], 'labels')
+    data = make_rows(
+        [dict(prompt=t['prompt'] + t['chosen'], label=i % 2, probs=[float(i % 2 == c) for c in (0, 1)]) for i, t in enumerate(texts)],
+        'labels',
+    )
     rows = encode_texts(base.tokenizer, data, base.context).rows
     model = add_class_adapter(base, LoraSettings(job.rank, 2*job.rank))
-    with TemporaryDirectory() as home: done = train(model, label_objective(rows, np.array(data['probs'][:]), forward=class_logits), _settings(job), home, quiet=True)
+    with TemporaryDirectory() as home:
+        done = train(model, label_objective(rows, np.array(data['probs'][:]), forward=class_logits), _settings(job), home, quiet=True)
     model.unload()
     return float(done['loss'].mean())
 
-OURS: dict[str, Callable[[Job, Base, list[dict[str, str]]], float]] = {'dpo': _dpo, 'sft': _sft, 'label': _label, 'generate': _generate, 'classify': _classify}
+OURS: dict[str, Callable[[Job, Base, list[dict[str, str]]], float]] = {
+    'dpo': _dpo,
+    'sft': _sft,
+    'label': _label,
+    'generate': _generate,
+    'classify': _classify,
+}
 
 def prepare_ours(
     job: Job, # what is measured
@@ -128,7 +146,11 @@ def prepare_ours(
     "Our side, with the model in memory; raises `ModelError`, or `ConfigError` for a model that cannot read rows of this length"
     base = load_base(job.model, LoadSettings(job.quantize))
     if base.context < job.length + (job.new_tokens if job.task == 'generate' else 0):
-        raise ConfigError(f'{job.model} reads {base.context} tokens, and --lengths asks for rows of {job.length}' + (f' and {job.new_tokens} new ones' if job.task == 'generate' else '') + '; give shorter ones, or another model')
+        raise ConfigError(
+            f'{job.model} reads {base.context} tokens, and --lengths asks for rows of {job.length}'
+            + (f' and {job.new_tokens} new ones' if job.task == 'generate' else '')
+            + '; give shorter ones, or another model'
+        )
     return partial(OURS[job.task], job, base, make_texts(base.tokenizer, job))
 
 # %% ../../nbs/api/bench/20_jobs.ipynb #6290ccc5
@@ -142,9 +164,20 @@ def job_work(
     config = base.model.config.get_text_config(decoder=True)
     def tokens(text: str) -> int: return len(base.tokenizer(text, add_special_tokens=False)['input_ids'])
     def work(kinds: tuple[str, ...], passes: int, heads: bool = True) -> float:
-        return work_of(body_weights(base.model), config.num_hidden_layers, config.hidden_size, [tokens(t['prompt']) + tokens(t[k]) for t in texts for k in kinds],
-                       sum(tokens(t[k]) for t in texts for k in kinds) if heads else 0, passes)
+        return work_of(
+            body_weights(base.model),
+            config.num_hidden_layers,
+            config.hidden_size,
+            [tokens(t['prompt']) + tokens(t[k]) for t in texts for k in kinds],
+            sum(tokens(t[k]) for t in texts for k in kinds) if heads else 0,
+            passes,
+        )
     if job.task == 'generate':
         asked = [tokens(t['prompt']) + round(written/len(texts)) for t in texts]
         return work_of(body_weights(base.model), config.num_hidden_layers, config.hidden_size, asked, round(written))
-    return work(*{'dpo': (('chosen', 'rejected'), 3), 'sft': (('chosen',), 2), 'label': (('chosen', 'rejected'), 2), 'classify': (('chosen',), 2)}[job.task], heads=job.task != 'classify')
+    return work(
+        *{'dpo': (('chosen', 'rejected'), 3), 'sft': (('chosen',), 2), 'label': (('chosen', 'rejected'), 2), 'classify': (('chosen',), 2)}[
+            job.task
+        ],
+        heads=job.task != 'classify',
+    )

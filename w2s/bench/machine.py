@@ -57,7 +57,11 @@ def body_weights(
 ) -> tuple[int, int]: # weights of the linear layers of the body, weights of the output head
     "Weights that each token is multiplied by; embeddings are looked up and cost nothing"
     head = model.get_output_embeddings()
-    body = sum(m.in_features*m.out_features for m in model.modules() if m is not head and hasattr(m, 'in_features') and hasattr(m, 'out_features'))
+    body = sum(
+        m.in_features * m.out_features
+        for m in model.modules()
+        if m is not head and hasattr(m, 'in_features') and hasattr(m, 'out_features')
+    )
     return body, 0 if head is None else head.in_features*head.out_features
 
 def work_of(

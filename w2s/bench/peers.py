@@ -34,7 +34,10 @@ def load_plain(
     import transformers
     folder, cuda = local_folder(job.model, LoadSettings(job.quantize)), torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda else torch.float32
-    if job.quantize == 'nf4': more['quantization_config'] = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    if job.quantize == 'nf4':
+        more['quantization_config'] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
     model = getattr(transformers, kind).from_pretrained(folder, dtype=dtype, device_map={'': 0} if cuda else 'cpu', **more)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -49,8 +52,20 @@ def _adapter(job: Job, task: str = 'CAUSAL_LM') -> Any:
 def _arguments(job: Job, out: str) -> dict[str, Any]:
     "Arguments that every trainer of theirs is given"
     cuda = torch.cuda.is_available()
-    return dict(output_dir=out, per_device_train_batch_size=job.batch_size, num_train_epochs=1, learning_rate=1e-4, report_to='none', save_strategy='no', logging_strategy='no', disable_tqdm=True,
-                use_cpu=not cuda, bf16=cuda, gradient_checkpointing=False, train_sampling_strategy='sequential')
+    return dict(
+        output_dir=out,
+        per_device_train_batch_size=job.batch_size,
+        num_train_epochs=1,
+        learning_rate=1e-4,
+        report_to='none',
+        save_strategy='no',
+        logging_strategy='no',
+        disable_tqdm=True,
+        use_cpu=not cuda,
+        bf16=cuda,
+        gradient_checkpointing=False,
+        train_sampling_strategy='sequential',
+    )
 
 def _run(trainer: Any) -> float:
     "Train without a word, the adapter in float32; the mean loss"
@@ -72,8 +87,12 @@ def trl_dpo(
     trl = import_module('trl') # measured, never used
     ordered = sorted(texts, key=lambda t: -max(len(t['chosen']), len(t['rejected'])) - len(t['prompt']))
     with TemporaryDirectory() as out:
-        arguments = trl.DPOConfig(**_arguments(job, out), beta=.1, max_length=None, precompute_ref_log_probs=True, precompute_ref_batch_size=2*job.batch_size)
-        trainer = trl.DPOTrainer(model, args=arguments, train_dataset=Dataset.from_list(ordered), processing_class=tokenizer, peft_config=_adapter(job))
+        arguments = trl.DPOConfig(
+            **_arguments(job, out), beta=0.1, max_length=None, precompute_ref_log_probs=True, precompute_ref_batch_size=2 * job.batch_size
+        )
+        trainer = trl.DPOTrainer(
+            model, args=arguments, train_dataset=Dataset.from_list(ordered), processing_class=tokenizer, peft_config=_adapter(job)
+        )
         loss = _run(trainer)
     trainer.model.unload()
     return loss
@@ -90,7 +109,9 @@ def trl_sft(
     ordered = sorted(({'prompt': t['prompt'], 'completion': t['chosen']} for t in texts), key=lambda t: -len(t['prompt'] + t['completion']))
     with TemporaryDirectory() as out:
         arguments = trl.SFTConfig(**_arguments(job, out), max_length=None)
-        trainer = trl.SFTTrainer(model, args=arguments, train_dataset=Dataset.from_list(ordered), processing_class=tokenizer, peft_config=_adapter(job))
+        trainer = trl.SFTTrainer(
+            model, args=arguments, train_dataset=Dataset.from_list(ordered), processing_class=tokenizer, peft_config=_adapter(job)
+        )
         loss = _run(trainer)
     trainer.model.unload()
     return loss
@@ -99,7 +120,13 @@ def trl_sft(
 def _logps(model: Any, tokenizer: Any, prompts: list[str], responses: list[str]) -> torch.Tensor:
     "Log-probs of a batch of responses with transformers: a table of all logits"
     asked = [len(i) for i in tokenizer(prompts)['input_ids']]
-    batch = tokenizer([p + r for p, r in zip(prompts, responses, strict=True)], return_tensors='pt', padding=True, padding_side='right', return_token_type_ids=False).to(model.device)
+    batch = tokenizer(
+        [p + r for p, r in zip(prompts, responses, strict=True)],
+        return_tensors='pt',
+        padding=True,
+        padding_side='right',
+        return_token_type_ids=False,
+    ).to(model.device)
     logits = model(**batch).logits[:, :-1].float()
     said = logits.log_softmax(2).gather(2, batch['input_ids'][:, 1:, None])[..., 0]
     place = torch.arange(1, batch['input_ids'].shape[1], device=model.device)
@@ -119,7 +146,9 @@ def plain_dpo(
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-4)
     def pairs(part: list[dict[str, str]]) -> torch.Tensor:
         kinds = ('chosen', 'rejected') if beta else ('chosen',)
-        return _logps(tuned, tokenizer, [t['prompt'] for _ in kinds for t in part], [t[k] for k in kinds for t in part]).reshape(len(kinds), -1)
+        return _logps(tuned, tokenizer, [t['prompt'] for _ in kinds for t in part], [t[k] for k in kinds for t in part]).reshape(
+            len(kinds), -1
+        )
     for part in [ordered[i:i + job.batch_size] for i in range(0, len(ordered), job.batch_size)]:
         if beta:
             with torch.no_grad(), tuned.disable_adapter(): reference = pairs(part)
@@ -161,7 +190,16 @@ def plain_generate(
     ordered, written = sorted((t['prompt'] for t in texts), key=len), 0
     for part in [ordered[i:i + job.batch_size] for i in range(0, len(ordered), job.batch_size)]:
         batch = tokenizer(part, return_tensors='pt', padding=True, padding_side='left', return_token_type_ids=False).to(model.device)
-        with torch.no_grad(): out = model.generate(**batch, do_sample=True, temperature=1., top_p=1., top_k=0, max_new_tokens=job.new_tokens, pad_token_id=tokenizer.pad_token_id)
+        with torch.no_grad():
+            out = model.generate(
+                **batch,
+                do_sample=True,
+                temperature=1.0,
+                top_p=1.0,
+                top_k=0,
+                max_new_tokens=job.new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+            )
         new = out[:, batch['input_ids'].shape[1]:]
         ends = (new == tokenizer.eos_token_id).cumsum(1)
         written += int(((ends == 0) | ((ends == 1) & (new == tokenizer.eos_token_id))).sum())
@@ -180,7 +218,8 @@ def plain_classify(
     tuned = get_peft_model(model, _adapter(job, 'SEQ_CLS'))
     rows = [{**tokenizer(t['prompt'] + t['chosen'], return_token_type_ids=False), 'labels': i % 2} for i, t in enumerate(texts)]
     ordered = Dataset.from_list(sorted(rows, key=lambda r: -len(r['input_ids'])))
-    with TemporaryDirectory() as out: loss = _run(Trainer(tuned, TrainingArguments(**_arguments(job, out)), DataCollatorWithPadding(tokenizer), ordered))
+    with TemporaryDirectory() as out:
+        loss = _run(Trainer(tuned, TrainingArguments(**_arguments(job, out)), DataCollatorWithPadding(tokenizer), ordered))
     tuned.unload()
     return loss
 
@@ -198,7 +237,9 @@ def prepare_theirs(
     trl: bool = True,   # with TRL, where it is installed; False: a plain loop
 ) -> Work:
     "The other side, with the model in memory"
-    works: Mapping[str, Callable[..., float]] = {'dpo': trl_dpo, 'sft': trl_sft} if trl and has_trl() else {'dpo': plain_dpo, 'sft': partial(plain_dpo, beta=0.)}
+    works: Mapping[str, Callable[..., float]] = (
+        {'dpo': trl_dpo, 'sft': trl_sft} if trl and has_trl() else {'dpo': plain_dpo, 'sft': partial(plain_dpo, beta=0.0)}
+    )
     work = {**works, 'label': plain_label, 'generate': plain_generate, 'classify': plain_classify}[job.task]
     model, tokenizer = load_plain(job, 'AutoModelForSequenceClassification', num_labels=2) if job.task == 'classify' else load_plain(job)
     return partial(work, job, model, tokenizer, make_texts(tokenizer, job))

@@ -71,7 +71,13 @@ class Side:
         trl: bool = True, # against TRL, where a task has it
     ):
         self.name, self.errors = side, tempfile.TemporaryFile('w+')
-        self.process = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', 'from w2s.bench.run import serve; serve()'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, '-W', 'ignore', '-c', 'from w2s.bench.run import serve; serve()'],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+        )
         self.ask({'side': side, 'job': asdict(job), 'trl': trl})
 
     def ask(self,
@@ -128,10 +134,19 @@ def _line(turns: pd.DataFrame, rate: float) -> dict[str, float]:
     per = _pair(turns, 'value') if turns['task'].iloc[0] == 'generate' else 1.
     wall, cpu, memory = _pair(turns, 'wall')/per, _pair(turns, 'cpu')/per, _pair(turns, 'memory').max()
     work = _pair(turns, 'work')['ours']/(per['ours'] if isinstance(per, pd.DataFrame) else 1.)
-    return {'ours_s': _pair(turns, 'wall')['ours'].median(), 'theirs_s': _pair(turns, 'wall')['theirs'].median(), 'speed': (wall['theirs']/wall['ours']).median(),
-            'speed_low': (wall['theirs']/wall['ours']).min(), 'speed_high': (wall['theirs']/wall['ours']).max(), 'speed_cpu': (cpu['theirs']/cpu['ours']).median(),
-            'ours_GiB': memory['ours'], 'theirs_GiB': memory['theirs'], 'memory': memory['ours']/memory['theirs'],
-            'ours_share': (work/wall['ours']).median()/rate, 'theirs_share': (work/wall['theirs']).median()/rate}
+    return {
+        'ours_s': _pair(turns, 'wall')['ours'].median(),
+        'theirs_s': _pair(turns, 'wall')['theirs'].median(),
+        'speed': (wall['theirs'] / wall['ours']).median(),
+        'speed_low': (wall['theirs'] / wall['ours']).min(),
+        'speed_high': (wall['theirs'] / wall['ours']).max(),
+        'speed_cpu': (cpu['theirs'] / cpu['ours']).median(),
+        'ours_GiB': memory['ours'],
+        'theirs_GiB': memory['theirs'],
+        'memory': memory['ours'] / memory['theirs'],
+        'ours_share': (work / wall['ours']).median() / rate,
+        'theirs_share': (work / wall['theirs']).median() / rate,
+    }
 
 def summarise_turns(
     runs: pd.DataFrame, # of `measure`, of several jobs
@@ -148,14 +163,27 @@ def bench_text(
     rate: float,         # operations per second, the best
 ) -> str:                # Markdown
     "The table with what it was measured on"
-    shown = pd.DataFrame({'work': table['task'], 'tokens': table['length'], 'batch': table['batch_size'], 'rows': table['rows'], 'against': table['peer'],
-                          'w2s, s': table['ours_s'].map('{:.2f}'.format), 'other, s': table['theirs_s'].map('{:.2f}'.format),
-                          'times as fast': [f'{r.speed:.2f} ({r.speed_low:.2f} to {r.speed_high:.2f})' for r in table.itertuples()], 'by processor time': table['speed_cpu'].map('{:.2f}'.format),
-                          'w2s, GiB': table['ours_GiB'].map('{:.2f}'.format), 'other, GiB': table['theirs_GiB'].map('{:.2f}'.format),
-                          'share of the matrix rate': [f'{r.ours_share:.0%} ({r.theirs_share:.0%})' for r in table.itertuples()]})
-    return (f'# w2s bench, {Path(model).name}\n\n{machine_line()}; {version_line()}. Matrix products: {rate/1e9:,.0f} GFLOP/s.\n\n{markdown_table(shown.columns, shown.itertuples(index=False))}\n\n'
-            f'Medians of {repeats} pair{"s" if repeats > 1 else ""} in turns, each side in a process of its own; in brackets the least and the largest of the pairs, and the share of the other side. Times hold everything from texts to the result, the model being in memory; '
-            'of generation, times as fast is for each token that was written.\n')
+    shown = pd.DataFrame(
+        {
+            'work': table['task'],
+            'tokens': table['length'],
+            'batch': table['batch_size'],
+            'rows': table['rows'],
+            'against': table['peer'],
+            'w2s, s': table['ours_s'].map('{:.2f}'.format),
+            'other, s': table['theirs_s'].map('{:.2f}'.format),
+            'times as fast': [f'{r.speed:.2f} ({r.speed_low:.2f} to {r.speed_high:.2f})' for r in table.itertuples()],
+            'by processor time': table['speed_cpu'].map('{:.2f}'.format),
+            'w2s, GiB': table['ours_GiB'].map('{:.2f}'.format),
+            'other, GiB': table['theirs_GiB'].map('{:.2f}'.format),
+            'share of the matrix rate': [f'{r.ours_share:.0%} ({r.theirs_share:.0%})' for r in table.itertuples()],
+        }
+    )
+    return (
+        f'# w2s bench, {Path(model).name}\n\n{machine_line()}; {version_line()}. Matrix products: {rate / 1e9:,.0f} GFLOP/s.\n\n{markdown_table(shown.columns, shown.itertuples(index=False))}\n\n'
+        f'Medians of {repeats} pair{"s" if repeats > 1 else ""} in turns, each side in a process of its own; in brackets the least and the largest of the pairs, and the share of the other side. Times hold everything from texts to the result, the model being in memory; '
+        'of generation, times as fast is for each token that was written.\n'
+    )
 
 # %% ../../nbs/api/bench/40_run.ipynb #63ad5128
 def plot_bench(
@@ -164,7 +192,9 @@ def plot_bench(
 ) -> Figure:
     "Speed and memory as multiples of the other side, by length"
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
-    for ax, name, label in zip(axes, ('speed', 'memory'), ('times as fast as the other side', 'memory, as a share of the other side\'s'), strict=True):
+    for ax, name, label in zip(
+        axes, ('speed', 'memory'), ('times as fast as the other side', 'memory, as a share of the other side\'s'), strict=True
+    ):
         for at, ((task, peer), lines) in enumerate(table.groupby(['task', 'peer'], sort=False)):
             places = [list(table['length'].unique()).index(n) + .06*(at - 2) for n in lines['length']]
             error = [lines[name] - lines['speed_low'], lines['speed_high'] - lines[name]] if name == 'speed' else None
@@ -194,7 +224,9 @@ def bench(
     for at, job in enumerate(jobs, 1):
         found.append(measure(job, repeats, trl))
         line = summarise_turns(found[-1]).iloc[0]
-        say(f'[{at}/{len(jobs)}] {job.task}, {job.length} tokens: {line["speed"]:.2f} times as fast as {line["peer"]}, {line["memory"]:.2f} of its memory')
+        say(
+            f'[{at}/{len(jobs)}] {job.task}, {job.length} tokens: {line["speed"]:.2f} times as fast as {line["peer"]}, {line["memory"]:.2f} of its memory'
+        )
     return pd.concat(found, ignore_index=True)
 
 def write_bench(

@@ -31,8 +31,13 @@ from .refine import add_refine_command
 from .toxicity import toxicity_app
 
 # %% ../../nbs/api/cli/60_app.ipynb #355a3f31
-app = typer.Typer(help='Weak-to-strong alignment of language models.', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  context_settings={'help_option_names': ['-h', '--help']})
+app = typer.Typer(
+    help='Weak-to-strong alignment of language models.',
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={'help_option_names': ['-h', '--help']},
+)
 run_app = typer.Typer(help='Run a whole experiment.', no_args_is_help=True)
 app.add_typer(run_app, name='run')
 Flag = typer.Option
@@ -75,15 +80,26 @@ def env_command() -> None:
     from w2s.models.zoo import SHIPPED, zoo_folder
     from w2s.report.folder import versions
     for name in SHIPPED: zoo_folder(name) # raises for a damaged file
-    facts: dict[str, Any] = {**versions(), 'w2s commit': own_commit() or 'unknown', 'processor': torch.backends.cpu.get_cpu_capability(), 'models that come with w2s': 'whole'}
-    if torch.cuda.is_available(): facts |= {'CUDA': torch.version.cuda, 'memory of the GPU': f'{torch.cuda.get_device_properties(0).total_memory/2**30:.0f} GiB'}
+    facts: dict[str, Any] = {
+        **versions(),
+        'w2s commit': own_commit() or 'unknown',
+        'processor': torch.backends.cpu.get_cpu_capability(),
+        'models that come with w2s': 'whole',
+    }
+    if torch.cuda.is_available():
+        facts |= {'CUDA': torch.version.cuda, 'memory of the GPU': f'{torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB'}
     for name, value in facts.items(): typer.echo(f'{name}: {value}')
 
 # %% ../../nbs/api/cli/60_app.ipynb #d6494859
-PREFERENCES = Command(WeakTeacher, """Weak supervisor, students of weak and of human labels, ceiling and baselines, by preferences (Tao & Li 2409.08813).
+PREFERENCES = Command(
+    WeakTeacher,
+    """Weak supervisor, students of weak and of human labels, ceiling and baselines, by preferences (Tao & Li 2409.08813).
 
 Without arguments: models of the ladder that comes with w2s, on rows of its embedded world; no network is needed, and it takes some minutes. Other defaults hold for rows of the world, and where all models are of the ladder; they stand behind each flag.""",
-                      lambda c: (*weak_names(c.weak), c.strong, '' if c.gold.partition('(')[0] in JUDGES else c.gold), 'w2s.experiments.preferences:open_preferences', ('responses.parquet',))
+    lambda c: (*weak_names(c.weak), c.strong, '' if c.gold.partition('(')[0] in JUDGES else c.gold),
+    'w2s.experiments.preferences:open_preferences',
+    ('responses.parquet',),
+)
 add_command(run_app, 'preferences', PREFERENCES)
 add_command(run_app, 'weak-teacher', PREFERENCES, hidden=True) # the old name
 
@@ -150,11 +166,18 @@ def cards_table(
 ) -> Any:                        # a table of rich
     "Models side by side, a column each"
     from rich.table import Table
-    table = Table(caption='Shares of right answers, as the cards say; w2s run preferences --weak … --strong … takes these names.', title='The ladder')
+    table = Table(
+        caption='Shares of right answers, as the cards say; w2s run preferences --weak … --strong … takes these names.', title='The ladder'
+    )
     table.add_column('')
     for c in cards: table.add_column(c['name'], justify='right')
-    for row, cell in (('parameters', lambda c: f'{c["parameters"]:,}'), ('tokens read', lambda c: f'{c["tokens"]:,}'), ('loss', lambda c: f'{c["loss"]:.3f}'),
-                      ('minutes to build', lambda c: f'{c["seconds"]/60:.1f}')): table.add_row(row, *map(cell, cards))
+    for row, cell in (
+        ('parameters', lambda c: f'{c["parameters"]:,}'),
+        ('tokens read', lambda c: f'{c["tokens"]:,}'),
+        ('loss', lambda c: f'{c["loss"]:.3f}'),
+        ('minutes to build', lambda c: f'{c["seconds"] / 60:.1f}'),
+    ):
+        table.add_row(row, *map(cell, cards))
     table.add_section()
     for probe in cards[0]['knowledge']: table.add_row(probe, *(f'{c["knowledge"][probe]["value"]:.2f}' for c in cards))
     return table
@@ -173,7 +196,10 @@ def zoo_build(
     if size not in SHIPPED: raise ConfigError(unknown(size, SHIPPED, 'size'))
     from w2s.organism.ladder import RECIPE, build_model
     if size == SCHOLAR:
-        if tokens is not None or minutes is not None or seed: raise ConfigError('scholar is taught from base in stated terms; --tokens, --minutes and --seed are for the models of the ladder')
+        if tokens is not None or minutes is not None or seed:
+            raise ConfigError(
+                'scholar is taught from base in stated terms; --tokens, --minutes and --seed are for the models of the ladder'
+            )
         from w2s.organism.scholar import build_scholar
         typer.echo(f'{build_scholar(out)["tokens"]:,} tokens read; written to {out/size}, with a card')
         return
@@ -186,7 +212,9 @@ def zoo_build(
 # %% ../../nbs/api/cli/60_app.ipynb #676c04db
 @app.command('verify')
 def verify_command(
-    folders: Annotated[list[Path], typer.Argument(help='the --out of runs, the .work of labels or refined answers, or folders of adapters')],
+    folders: Annotated[
+        list[Path], typer.Argument(help='the --out of runs, the .work of labels or refined answers, or folders of adapters')
+    ],
 ) -> None:
     "Compare every file of a run with its checksum; the exit status is 1 if one is damaged."
     from w2s.compare.upkeep import verify_folder
@@ -196,7 +224,9 @@ def verify_command(
         for f in found:
             if f.problem: typer.secho(str(f), fg='red' if f.damaged else 'yellow')
         damaged = sum(bool(f.problem and f.damaged) for f in found)
-        typer.echo(f'{folder}: {len(found):,} things looked at, {damaged:,} damaged' + (': the same command makes them again' if damaged else ''))
+        typer.echo(
+            f'{folder}: {len(found):,} things looked at, {damaged:,} damaged' + (': the same command makes them again' if damaged else '')
+        )
         bad += damaged
     if bad: raise typer.Exit(1)
 

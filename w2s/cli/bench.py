@@ -22,7 +22,8 @@ def read_lengths(
 ) -> list[int]:
     "Numbers with commas between them; raises `ConfigError`"
     parts = [p.strip() for p in text.split(',') if p.strip()]
-    if not parts or not all(p.isdecimal() for p in parts): raise ConfigError(f'--lengths {text}: give numbers of tokens with commas between them, as in 128,512')
+    if not parts or not all(p.isdecimal() for p in parts):
+        raise ConfigError(f'--lengths {text}: give numbers of tokens with commas between them, as in 128,512')
     return [int(p) for p in parts]
 
 def read_kinds(
@@ -36,15 +37,22 @@ def read_kinds(
 
 # %% ../../nbs/api/cli/55_bench.ipynb #ab772b32
 def bench_command(
-    what: Annotated[str, typer.Option(help='kinds of work with commas between them: dpo, sft, label, generate, classify')] = ','.join(KINDS),
+    what: Annotated[str, typer.Option(help='kinds of work with commas between them: dpo, sft, label, generate, classify')] = ','.join(
+        KINDS
+    ),
     model: Annotated[str, typer.Option(help='pico, nano, micro or base (they come with w2s), a folder, or a name on the hub')] = 'base',
     lengths: Annotated[str, typer.Option(help='tokens of the longest row, with commas between them')] = '64,192',
     batch_size: Annotated[int, typer.Option(help='rows of a step; prompts at once, in generation')] = 8,
     rows: Annotated[int, typer.Option(help='rows of the data')] = 16,
     repeats: Annotated[int, typer.Option(help='pairs of turns, of which the median is taken; one more is not counted')] = 5,
-    plain: Annotated[bool, typer.Option('--plain', help='measure DPO and SFT against plain loops with transformers and PEFT, also where TRL is installed')] = False,
+    plain: Annotated[
+        bool,
+        typer.Option('--plain', help='measure DPO and SFT against plain loops with transformers and PEFT, also where TRL is installed'),
+    ] = False,
     quantize: Annotated[str, typer.Option(help='nf4: 4 bits on both sides; none')] = 'nf4',
-    out: Annotated[Path, typer.Option(parser=out_path, metavar='PATH', help='folder for bench.md, bench.csv, turns.csv and bench.png')] = Path('bench'),
+    out: Annotated[
+        Path, typer.Option(parser=out_path, metavar='PATH', help='folder for bench.md, bench.csv, turns.csv and bench.png')
+    ] = Path('bench'),
 ) -> None:
     """Measure w2s against TRL and transformers on this machine.
 
@@ -54,7 +62,9 @@ def bench_command(
     if quantize not in ('nf4', 'none'): raise ConfigError(unknown(quantize, ('nf4', 'none'), '--quantize'))
     check_places([model], [], out)
     from w2s.bench.run import bench, write_bench
-    typer.echo(f'\n{write_bench(bench(model, tasks, sizes, batch_size, rows, repeats, not plain, quantize, typer.echo), out)}\nwritten to {out}: bench.md, bench.csv, turns.csv, bench.png')
+    typer.echo(
+        f'\n{write_bench(bench(model, tasks, sizes, batch_size, rows, repeats, not plain, quantize, typer.echo), out)}\nwritten to {out}: bench.md, bench.csv, turns.csv, bench.png'
+    )
 
 def add_bench_command(
     program: typer.Typer, # that gets the command

@@ -29,7 +29,10 @@ def write_comparison(
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out/'comparison.md', '# Paired comparison\n\n' + found._repr_markdown_() + '\n\n![Paired differences](comparison.png)\n')
     rows = json.loads(found.table.to_json(orient='records', double_precision=15))
-    write_atomic(out/'comparison.json', json.dumps({'verdicts': verdict_lines(found), 'table': rows, 'notes': list(found.notes), 'unit': found.unit}, indent=1))
+    write_atomic(
+        out / 'comparison.json',
+        json.dumps({'verdicts': verdict_lines(found), 'table': rows, 'notes': list(found.notes), 'unit': found.unit}, indent=1),
+    )
     write_parquet(found.items, out/'comparison-items.parquet')
     figure = plot_differences(found).figure
     plt.close(figure)
@@ -40,18 +43,40 @@ def write_comparison(
 Flag = typer.Option
 
 def compare_command(
-    sources: Annotated[list[str], typer.Argument(help='two files or more: run folders of w2s (FOLDER@ROLE/METHOD chooses a model), lm-eval samples, Inspect logs, annotations of AlpacaEval, or tables with an id and a score; NAME=FILE names a model')],
-    metric: Annotated[str | None, Flag(help='metrics that are compared, with commas between them; of a table, columns (default: all that the files share)')] = None,
-    cluster: Annotated[str, Flag(help='column of items that belong together, as a document that several questions are about (default: each item is independent)')] = '',
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help='two files or more: run folders of w2s (FOLDER@ROLE/METHOD chooses a model), lm-eval samples, Inspect logs, annotations of AlpacaEval, or tables with an id and a score; NAME=FILE names a model'
+        ),
+    ],
+    metric: Annotated[
+        str | None,
+        Flag(help='metrics that are compared, with commas between them; of a table, columns (default: all that the files share)'),
+    ] = None,
+    cluster: Annotated[
+        str,
+        Flag(
+            help='column of items that belong together, as a document that several questions are about (default: each item is independent)'
+        ),
+    ] = '',
     id_column: Annotated[str, Flag('--id', help='of tables: column by which items are joined (default: recognised)')] = '',
     filter_name: Annotated[str, Flag('--filter', help='of lm-eval: which of several filters (default: the only one)')] = '',
-    level: Annotated[float, Flag(help='coverage of the intervals')] = .95,
-    out: Annotated[Path | None, Flag(parser=out_path, metavar='PATH', help='folder for table, figure and joined items (default: nothing is written)')] = None,
+    level: Annotated[float, Flag(help='coverage of the intervals')] = 0.95,
+    out: Annotated[
+        Path | None, Flag(parser=out_path, metavar='PATH', help='folder for table, figure and joined items (default: nothing is written)')
+    ] = None,
 ) -> None:
     "Compare models item by item: difference, interval, what could have been found, and a verdict."
     if not .5 <= level < 1: raise ConfigError(f'--level {level:g}: a coverage from .5 to below 1 is needed, as .95')
     from w2s.evaluate.paired import compare_results
-    found = compare_results(*sources, metrics=[m.strip() for m in (metric or '').split(',') if m.strip()], cluster=cluster, id_column=id_column, filter_name=filter_name, level=level)
+    found = compare_results(
+        *sources,
+        metrics=[m.strip() for m in (metric or '').split(',') if m.strip()],
+        cluster=cluster,
+        id_column=id_column,
+        filter_name=filter_name,
+        level=level,
+    )
     typer.echo(str(found))
     if out is not None: typer.echo(f'written to {out}: {", ".join(write_comparison(found, out))}')
 

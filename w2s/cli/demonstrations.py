@@ -21,11 +21,18 @@ from .flags import Command, add_command, settings_table
 
 # %% ../../nbs/api/cli/40_demonstrations.ipynb #1c8823b2
 TASKS: dict[str, tuple[tuple[str, ...], str]] = { # command -> its tasks, the first by default, and what its help says first
-    'persona': (('persona',), 'Answer in a style: the style from a weak model, the facts from the strong one (Somerstep et al. 2405.16236, experiment 1).'),
+    'persona': (
+        ('persona',),
+        'Answer in a style: the style from a weak model, the facts from the strong one (Somerstep et al. 2405.16236, experiment 1).',
+    ),
     'explanation': (('explanation', 'digits'), "Explain by analogy, or explain an image classifier's decisions in words (experiment 2)."),
-    'digits': (('digits',), "Explain an image classifier's decisions in words: as w2s run explanation --form digits (experiment 2, second form)."),
+    'digits': (
+        ('digits',),
+        "Explain an image classifier's decisions in words: as w2s run explanation --form digits (experiment 2, second form).",
+    ),
     'gender': (('gender',), 'Stories about women, without loss of truth about named people (experiment 3).'),
-    'maths': (('gsm8k', 'math'), 'Sums in words, scored by the right number; --data reads GSM8K as it is published (experiments 4 and 5).')}
+    'maths': (('gsm8k', 'math'), 'Sums in words, scored by the right number; --data reads GSM8K as it is published (experiments 4 and 5).'),
+}
 CHOSEN = {'explanation': ('form', {'analogy': 'explanation', 'digits': 'digits'}), 'maths': ('level', {'gsm8k': 'gsm8k', 'math': 'math'})} # command -> its flag, and the task of each word
 
 # %% ../../nbs/api/cli/40_demonstrations.ipynb #5c37c1ed
@@ -37,7 +44,11 @@ def task_of(
     flag, words = CHOSEN.get(command, ('', {}))
     for name, value in flags.items():
         if value is None: continue
-        if name != flag: raise ConfigError(f'--{name} does not belong to w2s run {command}; it belongs to w2s run ' + next(c for c, (f, _) in CHOSEN.items() if f == name))
+        if name != flag:
+            raise ConfigError(
+                f'--{name} does not belong to w2s run {command}; it belongs to w2s run '
+                + next(c for c, (f, _) in CHOSEN.items() if f == name)
+            )
         if value not in words: raise ConfigError(unknown(value, words, name))
         return words[value]
     return TASKS[command][0][0]
@@ -49,7 +60,8 @@ def read_task(
     "How a command knows its task; it raises `ConfigError` where a file of settings has another"
     def read(table: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
         task = task_of(command, extra)
-        if table.get('task', task) != task: raise ConfigError(f'--config holds settings of the task {table["task"]}; this command runs the task {task}')
+        if table.get('task', task) != task:
+            raise ConfigError(f'--config holds settings of the task {table["task"]}; this command runs the task {task}')
         return table | {'task': task}
     return read
 
@@ -60,8 +72,21 @@ def demonstration_command(
     name: str, # a key of `TASKS`
 ) -> Command:
     "A command for demonstrations"
-    extra = {'form': _choice('form', 'analogy, or digits: decisions of an image classifier (default: analogy)', name), 'level': _choice('level', 'gsm8k or math (default: gsm8k)', name)}
-    return Command(DemonstrationSettings, TASKS[name][1], lambda c: (*c.weak, c.strong, c.via, c.judge), 'w2s.experiments.demonstrations:open_demonstrations', ('answers.parquet', 'training_rows.parquet'), {}, extra, read_task(name), sources=lambda c: (c.answers,))
+    extra = {
+        'form': _choice('form', 'analogy, or digits: decisions of an image classifier (default: analogy)', name),
+        'level': _choice('level', 'gsm8k or math (default: gsm8k)', name),
+    }
+    return Command(
+        DemonstrationSettings,
+        TASKS[name][1],
+        lambda c: (*c.weak, c.strong, c.via, c.judge),
+        'w2s.experiments.demonstrations:open_demonstrations',
+        ('answers.parquet', 'training_rows.parquet'),
+        {},
+        extra,
+        read_task(name),
+        sources=lambda c: (c.answers,),
+    )
 
 COMMANDS = {name: demonstration_command(name) for name in TASKS}
 
@@ -87,8 +112,14 @@ def read_scorer(
     return table
 
 # %% ../../nbs/api/cli/40_demonstrations.ipynb #329395a3
-TOXICITY = Command(Toxicity, 'Kinder continuations from weak to strong, by the protocol of RealToxicityPrompts (Ye et al. 2410.12621; Gehman et al. 2009.11462).',
-                   lambda c: (c.weak, c.strong), 'w2s.experiments.toxicity:open_toxicity', ('fluency.png', 'samples.parquet'), read=read_scorer)
+TOXICITY = Command(
+    Toxicity,
+    'Kinder continuations from weak to strong, by the protocol of RealToxicityPrompts (Ye et al. 2410.12621; Gehman et al. 2009.11462).',
+    lambda c: (c.weak, c.strong),
+    'w2s.experiments.toxicity:open_toxicity',
+    ('fluency.png', 'samples.parquet'),
+    read=read_scorer,
+)
 
 # %% ../../nbs/api/cli/40_demonstrations.ipynb #44c9bf30
 def toxicity_config(

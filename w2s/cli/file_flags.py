@@ -33,12 +33,22 @@ def out_options(
     command: FileCommand, # whose file
 ) -> dict[str, tuple[Any, Any]]: # parameter -> annotation and default
     "Parameters that all jobs have"
-    def of(kind: Any, *names: str, default: Any = None, **more: Any) -> tuple[Any, Any]: return Annotated[kind, typer.Option(*names, rich_help_panel='Output', **more)], default
-    return {'out': of(Path | None, parser=out_path, metavar='PATH', help=f'file for {command.makes}; a report comes beside it, as .md and .json'),
-            'work': of(Path | None, parser=out_path, metavar='PATH', help='folder where a killed job goes on (default: as out, with .work)'),
-            'config': of(Path | None, help='TOML file with any settings; flags win over it'),
-            'keep_stages': (Keep, False),
-            'dry_run': of(bool, '--dry-run', default=False, help='print settings, which rows and columns would be read, and what is known of the model, and stop')}
+    def of(kind: Any, *names: str, default: Any = None, **more: Any) -> tuple[Any, Any]:
+        return Annotated[kind, typer.Option(*names, rich_help_panel='Output', **more)], default
+    return {
+        'out': of(
+            Path | None, parser=out_path, metavar='PATH', help=f'file for {command.makes}; a report comes beside it, as .md and .json'
+        ),
+        'work': of(Path | None, parser=out_path, metavar='PATH', help='folder where a killed job goes on (default: as out, with .work)'),
+        'config': of(Path | None, help='TOML file with any settings; flags win over it'),
+        'keep_stages': (Keep, False),
+        'dry_run': of(
+            bool,
+            '--dry-run',
+            default=False,
+            help='print settings, which rows and columns would be read, and what is known of the model, and stop',
+        ),
+    }
 
 # %% ../../nbs/api/cli/17_file_flags.ipynb #8a94531e
 def file_function(

@@ -33,7 +33,14 @@ def out_path(
     if not str(text).strip(): raise typer.BadParameter('it is empty; name a file or a folder, or . for this folder')
     return Path(text)
 
-Keep = Annotated[bool, typer.Option('--keep-stages', help='use finished stages that other versions of the packages made; without it they are made anew', rich_help_panel='Output')]
+Keep = Annotated[
+    bool,
+    typer.Option(
+        '--keep-stages',
+        help='use finished stages that other versions of the packages made; without it they are made anew',
+        rich_help_panel='Output',
+    ),
+]
 
 def check_places(
     models: Iterable[str],    # of a command; '': none
@@ -141,11 +148,16 @@ def worker_command(
     varied = isinstance(configs, Mapping)
     first = next(iter(configs.values())) if varied else configs[0]
     if asked.dry_run: raise ConfigError('--worker does stages, and --dry-run does none; leave out one of them')
-    if first.machines.several: raise ConfigError('--worker is one process of several; leave out --devices, --processes and --on, which start several themselves')
+    if first.machines.several:
+        raise ConfigError('--worker is one process of several; leave out --devices, --processes and --on, which start several themselves')
     from w2s.compare.comparison import open_alone, print_now
     from w2s.compare.workers import work_in
     module, _, name = command.opens.partition(':')
-    opener: Any = partial(import_module('w2s.experiments.vary').open_each, configs) if varied else partial(open_alone, getattr(import_module(module), name), first)
+    opener: Any = (
+        partial(import_module('w2s.experiments.vary').open_each, configs)
+        if varied
+        else partial(open_alone, getattr(import_module(module), name), first)
+    )
     did = work_in(opener, asked.out, asked.keep, print_now)
     typer.echo(f'all stages are done, {did} of them here; the command without --worker writes the results')
 
@@ -183,7 +195,10 @@ def start_command(
     if asked.dry_run:
         check()
         typer.echo(plan_command(command, config, asked))
-    else: typer.echo(work() if asked.keep else answer_once(ask_question(command.opens, config, asked.out, command.models(config), sources), work))
+    else:
+        typer.echo(
+            work() if asked.keep else answer_once(ask_question(command.opens, config, asked.out, command.models(config), sources), work)
+        )
 
 # %% ../../nbs/api/cli/15_flags.ipynb #d797424c
 def vary_command(
@@ -194,7 +209,8 @@ def vary_command(
     "Run a variation, write and print; raises `ConfigError` and what a run raises"
     from w2s.experiments.vary import variants
     configs = variants(table, str(asked.vary), split_names(asked.values or ''), command.settings)
-    for c in configs.values(): check_places(command.models(c), [c.data, *command.sources(c)], None if asked.dry_run else asked.out, c.load.allow_pickle)
+    for c in configs.values():
+        check_places(command.models(c), [c.data, *command.sources(c)], None if asked.dry_run else asked.out, c.load.allow_pickle)
     if asked.dry_run:
         from w2s.experiments.vary import plan_varied
         plans = plan_varied(table, str(asked.vary), split_names(asked.values or ''), asked.out, asked.keep, command.settings)
@@ -211,7 +227,9 @@ def vary_command(
 def _old_options(cls: Any) -> dict[str, Any]:
     "Old flags of an experiment: parameter -> annotation"
     names = {**dict.fromkeys(cls.old, int), **({'rows': int, 'label_share': float} if cls.halves else {})}
-    return {n: Annotated[kind | None, typer.Option(f'--{n.replace("_", "-")}', hidden=True, help='an old name')] for n, kind in names.items()}
+    return {
+        n: Annotated[kind | None, typer.Option(f'--{n.replace("_", "-")}', hidden=True, help='an old name')] for n, kind in names.items()
+    }
 
 def _own_data(o: Option, command: Command) -> Option:
     "The data of a command stand in its help, also where it has none"
@@ -220,14 +238,37 @@ def _own_data(o: Option, command: Command) -> Option:
 
 def _last_options(out: str) -> dict[str, tuple[Any, Any]]:
     "Parameters that all commands have: annotation and default"
-    def of(kind: Any, *names: str, default: Any = None, **more: Any) -> tuple[Any, Any]: return Annotated[kind, typer.Option(*names, rich_help_panel='Output', **more)], default
-    return {'vary': of(str | None, help='run the comparison at several values of one setting: a setting or a flag by its name, as n_labelled, sft.learning_rate or lr'),
-            'values': of(str | None, help='these values of it, with commas between them (default: those of the papers, where they vary it)'),
-            'config': of(Path | None, help='TOML file with any settings; flags win over it'),
-            'out': of(Path, parser=out_path, metavar='PATH', default=Path(out), show_default=True, help='folder of stages and results; finished stages in it are used again'),
-            'keep_stages': (Keep, False),
-            'worker': (Annotated[bool, typer.Option('--worker', rich_help_panel='Machines', help='do the stages that no other worker does, until all are done, and write no results: start several of these, on machines that share --out, and at the end the command without it (w2s plan writes both for Slurm)')], False),
-            'dry_run': of(bool, '--dry-run', default=False, help='print the plan and stop')}
+    def of(kind: Any, *names: str, default: Any = None, **more: Any) -> tuple[Any, Any]:
+        return Annotated[kind, typer.Option(*names, rich_help_panel='Output', **more)], default
+    return {
+        'vary': of(
+            str | None,
+            help='run the comparison at several values of one setting: a setting or a flag by its name, as n_labelled, sft.learning_rate or lr',
+        ),
+        'values': of(str | None, help='these values of it, with commas between them (default: those of the papers, where they vary it)'),
+        'config': of(Path | None, help='TOML file with any settings; flags win over it'),
+        'out': of(
+            Path,
+            parser=out_path,
+            metavar='PATH',
+            default=Path(out),
+            show_default=True,
+            help='folder of stages and results; finished stages in it are used again',
+        ),
+        'keep_stages': (Keep, False),
+        'worker': (
+            Annotated[
+                bool,
+                typer.Option(
+                    '--worker',
+                    rich_help_panel='Machines',
+                    help='do the stages that no other worker does, until all are done, and write no results: start several of these, on machines that share --out, and at the end the command without it (w2s plan writes both for Slurm)',
+                ),
+            ],
+            False,
+        ),
+        'dry_run': of(bool, '--dry-run', default=False, help='print the plan and stop'),
+    }
 
 def typed_settings(
     cls: Any,                 # a class of settings, or options one by one
@@ -262,7 +303,20 @@ def command_function(
     def run(typed: dict[str, Any]) -> None:
         settings = typed_settings(command.settings, {k: v for k, v in typed.items() if k in options})
         settings |= {k: v for k, v in typed.items() if k in old and v is not None}
-        start_command(command, settings, Asked(typed['config'], typed['out'], typed['dry_run'], typed['keep_stages'], typed['vary'], typed['values'], {k: typed[k] for k in extra}, typed['worker']))
+        start_command(
+            command,
+            settings,
+            Asked(
+                typed['config'],
+                typed['out'],
+                typed['dry_run'],
+                typed['keep_stages'],
+                typed['vary'],
+                typed['values'],
+                {k: typed[k] for k in extra},
+                typed['worker'],
+            ),
+        )
     return function_of(whole, run)
 
 def add_command(
@@ -273,9 +327,17 @@ def add_command(
 ) -> None:
     "Register an experiment"
     first, _, rest = command.told.partition('\n\n')
-    if command.needs and not command.preset: rest = 'Defaults for rows of the embedded world and for models that come with w2s stand behind each flag.'
-    rest = rest or 'Without arguments: the embedded world and models that come with w2s. Other defaults hold there; they stand behind each flag.'
-    program.command(name, help=f'{first}\n\n{rest}\n\nA flag of one training, as --{_one_stage(command.settings)}, is there for every setting that sets all of them.', hidden=hidden)(command_function(command, f'runs/{name}'))
+    if command.needs and not command.preset:
+        rest = 'Defaults for rows of the embedded world and for models that come with w2s stand behind each flag.'
+    rest = (
+        rest
+        or 'Without arguments: the embedded world and models that come with w2s. Other defaults hold there; they stand behind each flag.'
+    )
+    program.command(
+        name,
+        help=f'{first}\n\n{rest}\n\nA flag of one training, as --{_one_stage(command.settings)}, is there for every setting that sets all of them.',
+        hidden=hidden,
+    )(command_function(command, f'runs/{name}'))
 
 def _one_stage(cls: Any) -> str:
     "An example of a flag that sets one training"

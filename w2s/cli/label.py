@@ -19,8 +19,16 @@ from .file_flags import FileCommand, add_file_command, needed_out, written_text
 from .flags import check_places
 
 # %% ../../nbs/api/cli/45_label.ipynb #83b1eafa
-OWN_FLAGS = (Option('model', ('weak',), str, 'Models', 'the supervisor: pico, nano, micro or base (they come with w2s), a folder, or a name on the hub; a labeller without a model needs none'),
-             Option('train-rows', ('n_labelled',), int | None, 'Data', 'of the labelled preferences these at most (default: all)'))
+OWN_FLAGS = (
+    Option(
+        'model',
+        ('weak',),
+        str,
+        'Models',
+        'the supervisor: pico, nano, micro or base (they come with w2s), a folder, or a name on the hub; a labeller without a model needs none',
+    ),
+    Option('train-rows', ('n_labelled',), int | None, 'Data', 'of the labelled preferences these at most (default: all)'),
+)
 
 def label_options() -> list[Option]:
     "Fields of the job, and of the supervisor as far as they act here"
@@ -42,15 +50,25 @@ def run_label(
     typed: SimpleNamespace, # what else was typed: out, work, keep_stages, dry_run
 ) -> str:                  # what is printed
     "Label, and write; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
-    check_places([table.get('weak', '')], [s for k in ('rows', 'train') if isinstance(s := table.get(k), str)], pickle=bool(table.get('load', {}).get('allow_pickle')))
+    check_places(
+        [table.get('weak', '')],
+        [s for k in ('rows', 'train') if isinstance(s := table.get(k), str)],
+        pickle=bool(table.get('load', {}).get('allow_pickle')),
+    )
     job, config = label_parts(table)
     out = needed_out(typed.out, 'label', 'labels: give --out labels.parquet')
     from w2s.files.label import dry_text, label
     return dry_text(config, job, out) if typed.dry_run else written_text(label(config, job, out, typed.work, keep=typed.keep_stages), out)
 
-LABEL = FileCommand('label', """Label pairs: a small model learns from labelled ones, is measured on some that were kept from it, and labels the others.
+LABEL = FileCommand(
+    'label',
+    """Label pairs: a small model learns from labelled ones, is measured on some that were kept from it, and labels the others.
 
-Out come prompt, chosen, rejected, as TRL names them, with prob (calibrated), weight (confidence), id and margin.""", label_options(), 'the labels, as in labels.parquet', run_label)
+Out come prompt, chosen, rejected, as TRL names them, with prob (calibrated), weight (confidence), id and margin.""",
+    label_options(),
+    'the labels, as in labels.parquet',
+    run_label,
+)
 
 def add_label_command(
     program: typer.Typer, # that gets the command

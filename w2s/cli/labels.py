@@ -27,7 +27,10 @@ def chained(
     if twice := [f'--{k}' for k, v in models.items() if v is not None]:
         raise ConfigError(f'--chain names the weak model, those between and the strong one; leave out {", ".join(twice)}')
     names = [n.strip() for n in chain.split(',') if n.strip()]
-    if len(names) < 3: raise ConfigError(f'--chain {chain}: a chain has a weak model, one or more between, and a strong one, as in pico,nano,base; for two take --weak and --strong')
+    if len(names) < 3:
+        raise ConfigError(
+            f'--chain {chain}: a chain has a weak model, one or more between, and a strong one, as in pico,nano,base; for two take --weak and --strong'
+        )
     return {'weak': names[0], 'via': ','.join(names[1:-1]), 'strong': names[-1]}
 
 def read_chain(
@@ -38,7 +41,13 @@ def read_chain(
     return table | chained(extra.get('chain'), {k: table.get(k) for k in ('weak', 'via', 'strong')})
 
 # %% ../../nbs/api/cli/20_labels.ipynb #9a07815c
-CHAIN = Annotated[str | None, typer.Option(help='weak model, those between, strong model, as in pico,nano,base: instead of --weak, --via and --strong', rich_help_panel='Models')]
+CHAIN = Annotated[
+    str | None,
+    typer.Option(
+        help='weak model, those between, strong model, as in pico,nano,base: instead of --weak, --via and --strong',
+        rich_help_panel='Models',
+    ),
+]
 NEEDS = 'w2s run classify needs rows: give --data my.csv, with --text and --label where their columns have unusual names; w2s run safety has rows of its own'
 
 def label_command(
@@ -46,14 +55,33 @@ def label_command(
     data: str = '', # its data; empty: none
 ) -> Command:
     "A command for labels"
-    return Command(Classify, told, lambda c: (*c.weak, *c.via, *c.strong), 'w2s.experiments.labels:open_labels', ('predictions.parquet',), {'data': data} if data else {}, {'chain': CHAIN}, read_chain, NEEDS)
+    return Command(
+        Classify,
+        told,
+        lambda c: (*c.weak, *c.via, *c.strong),
+        'w2s.experiments.labels:open_labels',
+        ('predictions.parquet',),
+        {'data': data} if data else {},
+        {'chain': CHAIN},
+        read_chain,
+        NEEDS,
+    )
 
 COMMANDS: dict[str, Command] = {
-    'safety': label_command('Which things of a small world are safe? A weak model learns it from few labelled examples, and a strong one from the weak one '
-                            '(the task of Ye et al. 2410.12621, in small).', 'world:safety'),
-    'legal': label_command('Which rule holds for a case? As w2s run safety, with a rule of storage that no model has read of; world:legal is harder, '
-                           'and a file of clauses can be given by --data (the legal task of Ye et al. 2410.12621).', 'world:storage'),
-    'classify': label_command('Weak-to-strong on texts of your own: any CSV, JSONL or Parquet file with a text and a class (Burns et al. 2312.09390).')}
+    'safety': label_command(
+        'Which things of a small world are safe? A weak model learns it from few labelled examples, and a strong one from the weak one '
+        '(the task of Ye et al. 2410.12621, in small).',
+        'world:safety',
+    ),
+    'legal': label_command(
+        'Which rule holds for a case? As w2s run safety, with a rule of storage that no model has read of; world:legal is harder, '
+        'and a file of clauses can be given by --data (the legal task of Ye et al. 2410.12621).',
+        'world:storage',
+    ),
+    'classify': label_command(
+        'Weak-to-strong on texts of your own: any CSV, JSONL or Parquet file with a text and a class (Burns et al. 2312.09390).'
+    ),
+}
 
 # %% ../../nbs/api/cli/20_labels.ipynb #0ddd30c5
 def classify_config(

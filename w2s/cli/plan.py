@@ -44,10 +44,19 @@ def slurm_script(
 ) -> str:
     "A script that submits itself; raises `ConfigError`"
     if workers < 1: raise ConfigError(f'--workers {workers}: give 1 or more')
-    if bad := [o for o in options if not o.startswith('-')]: raise ConfigError(f'--sbatch: {bad[0]} is no option of sbatch; give all of them in one text, with = where they have a value, as --sbatch "--gres=gpu:1 --time=08:00:00"')
+    if bad := [o for o in options if not o.startswith('-')]:
+        raise ConfigError(
+            f'--sbatch: {bad[0]} is no option of sbatch; give all of them in one text, with = where they have a value, as --sbatch "--gres=gpu:1 --time=08:00:00"'
+        )
     command = shlex.join([sys.executable, '-m', 'w2s', 'run', *arguments])
-    return SCRIPT.format(name=shlex.quote(name), planned=shlex.join(['w2s', 'plan', *arguments]).replace('\n', ' '), last=workers - 1, folder=shlex.quote(str(folder or Path.cwd())),
-                         options=''.join(f'{shlex.quote(o)} ' for o in options), command=command)
+    return SCRIPT.format(
+        name=shlex.quote(name),
+        planned=shlex.join(['w2s', 'plan', *arguments]).replace('\n', ' '),
+        last=workers - 1,
+        folder=shlex.quote(str(folder or Path.cwd())),
+        options=''.join(f'{shlex.quote(o)} ' for o in options),
+        command=command,
+    )
 
 # %% ../../nbs/api/cli/55_plan.ipynb #22c6928e
 def check_planned(
@@ -55,7 +64,8 @@ def check_planned(
 ) -> None:
     "Raise `ConfigError` for options that make no sense in a script of workers"
     for flag in ('--worker', '--devices', '--processes', '--on', '--gpu-share'):
-        if any(a == flag or a.startswith(f'{flag}=') for a in arguments): raise ConfigError(f'--slurm starts the workers itself, a job for each; leave out {flag}')
+        if any(a == flag or a.startswith(f'{flag}=') for a in arguments):
+            raise ConfigError(f'--slurm starts the workers itself, a job for each; leave out {flag}')
 
 def add_plan_command(
     program: typer.Typer, # that gets the command
@@ -65,9 +75,18 @@ def add_plan_command(
     @program.command('plan', context_settings={'allow_extra_args': True, 'ignore_unknown_options': True})
     def plan_experiment(
         context: typer.Context, # of typer: the arguments of w2s run
-        slurm: Annotated[Path | None, typer.Option(parser=out_path, metavar='FILE', help='write a script for Slurm: an array of workers, and a job that writes the results when they have ended')] = None,
+        slurm: Annotated[
+            Path | None,
+            typer.Option(
+                parser=out_path,
+                metavar='FILE',
+                help='write a script for Slurm: an array of workers, and a job that writes the results when they have ended',
+            ),
+        ] = None,
         workers: Annotated[int, typer.Option(help='jobs of the array, each with what one training needs')] = 8,
-        sbatch: Annotated[str, typer.Option(help='options for sbatch, in one text, as "--gres=gpu:1 --time=08:00:00 --cpus-per-task=8"')] = '',
+        sbatch: Annotated[
+            str, typer.Option(help='options for sbatch, in one text, as "--gres=gpu:1 --time=08:00:00 --cpus-per-task=8"')
+        ] = '',
     ) -> None:
         """Say what w2s run would do, as --dry-run does, or write a script that lets a cluster do it.
 

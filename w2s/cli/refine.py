@@ -33,8 +33,13 @@ def shown_prompts(
 # %% ../../nbs/api/cli/50_refine.ipynb #15fa4c6f
 def _flag(kind: Any, *names: str, help: str) -> Any: return Annotated[kind, typer.Option(*names, help=help, rich_help_panel='Method')]
 
-PROMPTS = {'prompts': (_flag(Path | None, help='TOML file with templates of your own; what it does not name stays as --show-prompts prints it'), None),
-           'show_prompts': (_flag(bool, '--show-prompts', help='print the templates that would be used, and stop'), False)}
+PROMPTS = {
+    'prompts': (
+        _flag(Path | None, help='TOML file with templates of your own; what it does not name stays as --show-prompts prints it'),
+        None,
+    ),
+    'show_prompts': (_flag(bool, '--show-prompts', help='print the templates that would be used, and stop'), False),
+}
 
 # %% ../../nbs/api/cli/50_refine.ipynb #252a7ac7
 def run_refine(
@@ -44,16 +49,25 @@ def run_refine(
     "Refine, and write; raises `DataError`, `ModelError` or `ConfigError`"
     load = table.get('load', {})
     if typed.show_prompts: return shown_prompts(table.get('strong', RefineJob.usual('strong')), load, typed.prompts)
-    check_places([table.get('strong', '')], [table.get(k, '') for k in ('questions', 'weak_answers')], pickle=bool(load.get('allow_pickle')))
+    check_places(
+        [table.get('strong', '')], [table.get(k, '') for k in ('questions', 'weak_answers')], pickle=bool(load.get('allow_pickle'))
+    )
     job, own = fill_refine(table), read_toml(typed.prompts) if typed.prompts else None
     from w2s.files.refine import dry_refine, refine_file
     if typed.dry_run: return dry_refine(job, own)
     out = needed_out(typed.out, 'refine', 'answers: give --out refined.jsonl')
     return written_text(refine_file(job, out, typed.work, own, keep=typed.keep_stages), out)
 
-REFINE = FileCommand('refine', """Refine weak answers: a strong model looks at them and answers anew (Somerstep et al. 2405.16236).
+REFINE = FileCommand(
+    'refine',
+    """Refine weak answers: a strong model looks at them and answers anew (Somerstep et al. 2405.16236).
 
-Out come prompt and completion, as TRL's SFT trainer reads them, with id, source, weak_answer, and concept where one was named.""", options_of(RefineJob), 'the refined answers, as in refined.jsonl', run_refine, PROMPTS)
+Out come prompt and completion, as TRL's SFT trainer reads them, with id, source, weak_answer, and concept where one was named.""",
+    options_of(RefineJob),
+    'the refined answers, as in refined.jsonl',
+    run_refine,
+    PROMPTS,
+)
 
 # %% ../../nbs/api/cli/50_refine.ipynb #189be6c4
 def add_refine_command(

@@ -75,7 +75,11 @@ def input_places(
     there = [p for w in sorted(words) if is_there(p := Path(w).expanduser())]
     hub = [hub_place(m) for m in dict.fromkeys(filter(None, models)) if not is_folder(located(m))]
     known = [s for s in sources if not s or s.partition(':')[0] == 'world' and s not in TASKS.own or is_there(Path(s).expanduser())]
-    odd = [w for w in texts_in(settings) if '/' in w and w not in models and not is_there(Path(w).expanduser()) and not is_there(Path(w.rpartition(':')[0]))]
+    odd = [
+        w
+        for w in texts_in(settings)
+        if '/' in w and w not in models and not is_there(Path(w).expanduser()) and not is_there(Path(w.rpartition(':')[0]))
+    ]
     if odd or None in hub or len(known) < len(list(sources)): return None
     return [*there, *(h for h in hub if h)]
 
@@ -96,11 +100,30 @@ def same_inputs(
     then: Mapping[str, Any],      # name -> state and sha256
 ) -> bool:
     "Are these the same files with the same content? Only one that looks different is read"
-    return now.keys() == then.keys() and all(state == then[name]['state'] or kept_hash(Path(name)) == then[name]['sha256'] for name, state in now.items())
+    return now.keys() == then.keys() and all(
+        state == then[name]['state'] or kept_hash(Path(name)) == then[name]['sha256'] for name, state in now.items()
+    )
 
 # %% ../../nbs/api/cli/12_repeat.ipynb #ea83cd86
-LIBRARIES = ('torch', 'transformers', 'peft', 'bitsandbytes', 'accelerate', 'datasets', 'tokenizers', 'safetensors', 'huggingface-hub', 'numpy', 'scipy', 'pandas', 'pyarrow', 'scikit-learn',
-             'jinja2', 'matplotlib', 'seaborn')
+LIBRARIES = (
+    'torch',
+    'transformers',
+    'peft',
+    'bitsandbytes',
+    'accelerate',
+    'datasets',
+    'tokenizers',
+    'safetensors',
+    'huggingface-hub',
+    'numpy',
+    'scipy',
+    'pandas',
+    'pyarrow',
+    'scikit-learn',
+    'jinja2',
+    'matplotlib',
+    'seaborn',
+)
 SPOKEN = ('HF_', 'TRANSFORMERS_', 'W2S_', 'CUDA_', 'PYTORCH_', 'XDG_CACHE') # how names of variables begin that these heed
 
 def code_hash() -> str: # 64 hexadecimal digits
@@ -117,10 +140,20 @@ def _version(package: str) -> str:
 def describe_surroundings() -> dict[str, Any]: # JSON values
     "Where a command is given: package, libraries, machine, and variables that these heed"
     cpu = Path('/proc/cpuinfo')
-    flags = next((line for line in cpu.read_text().splitlines() if line.startswith(('flags', 'Features'))), '') if cpu.is_file() else platform.processor()
+    flags = (
+        next((line for line in cpu.read_text().splitlines() if line.startswith(('flags', 'Features'))), '')
+        if cpu.is_file()
+        else platform.processor()
+    )
     gpus = sorted(str(p) for pattern in ('nvidia*', 'dri/*', 'kfd') for p in Path('/dev').glob(pattern))
-    return {'code': code_hash(), 'libraries': {p: _version(p) for p in LIBRARIES}, 'python': sys.version, 'machine': [platform.node(), platform.machine(), flags, gpus],
-            'folder': os.getcwd(), 'variables': {k: v for k, v in sorted(os.environ.items()) if k.startswith(SPOKEN)}}
+    return {
+        'code': code_hash(),
+        'libraries': {p: _version(p) for p in LIBRARIES},
+        'python': sys.version,
+        'machine': [platform.node(), platform.machine(), flags, gpus],
+        'folder': os.getcwd(),
+        'variables': {k: v for k, v in sorted(os.environ.items()) if k.startswith(SPOKEN)},
+    }
 
 # %% ../../nbs/api/cli/12_repeat.ipynb #c5868dca
 @dataclass(frozen=True)
@@ -146,7 +179,10 @@ def question_key(
     question: Question, # of `ask_question`
 ) -> str:               # JSON
     "What must be the same, files of data and models aside"
-    return json.dumps({'command': question.command, 'settings': run_hash(question.settings), 'values': question.settings, **describe_surroundings()}, sort_keys=True)
+    return json.dumps(
+        {'command': question.command, 'settings': run_hash(question.settings), 'values': question.settings, **describe_surroundings()},
+        sort_keys=True,
+    )
 
 # %% ../../nbs/api/cli/12_repeat.ipynb #06797901
 BESIDE = ('.day', '.run.json', '.models.json', 'store', 'gold') # in the folder of a run, beside stages and results
@@ -214,7 +250,8 @@ def find_answer(
     kept = read_manifest(answer_file(question.out))
     if kept is None or question.places is None or not question.out.is_dir(): return None
     now, made = list_states(question.places), kept['made']
-    if now is None or made.get('key') != question_key(question) or not same_inputs(now, kept['files']) or not run_whole(question.out, made): return None
+    if now is None or made.get('key') != question_key(question) or not same_inputs(now, kept['files']) or not run_whole(question.out, made):
+        return None
     return str(made['said'])
 
 # %% ../../nbs/api/cli/12_repeat.ipynb #4ac12be6
@@ -232,7 +269,14 @@ def keep_answer(
 ) -> bool:                                # was it kept?
     "Keep an answer, unless something has changed while it was worked out"
     results = read_manifest(question.out/MANIFEST)
-    if before is None or question.places is None or results is None or list_states(question.places) != before or question_key(question) != key: return False
+    if (
+        before is None
+        or question.places is None
+        or results is None
+        or list_states(question.places) != before
+        or question_key(question) != key
+    ):
+        return False
     inputs = {name: {'state': state, 'sha256': kept_hash(Path(name))} for name, state in before.items()}
     made = {'out': str(question.out), 'key': key, 'said': said, 'results': results['sha256'], 'beside': list_beside(question.out)}
     file = answer_file(question.out)

@@ -44,16 +44,28 @@ def _before() -> None: "Train a toxicity scorer, or score texts."
 # %% ../../nbs/api/cli/30_toxicity.ipynb #6f922b34
 @toxicity_app.command('fit')
 def fit_command(
-    data: Annotated[list[Path], Flag(help='file of scored texts: RealToxicityPrompts, or any .jsonl, .json, .csv, .tsv or .parquet with a text and a score from 0 to 1, also with .gz; may be given several times')],
+    data: Annotated[
+        list[Path],
+        Flag(
+            help='file of scored texts: RealToxicityPrompts, or any .jsonl, .json, .csv, .tsv or .parquet with a text and a score from 0 to 1, also with .gz; may be given several times'
+        ),
+    ],
     out: Annotated[Path, Flag(parser=out_path, metavar='PATH', help='folder for the scorer')],
     column: Annotated[str, Flag(help='columns with unusual names, as in text=comment,score=toxic,group=thread (default: recognised)')] = '',
-    split: Annotated[str, Flag(help='which file of a folder or split of a data set is read, as in train=part (default: the only one, or train)')] = '',
+    split: Annotated[
+        str, Flag(help='which file of a folder or split of a data set is read, as in train=part (default: the only one, or train)')
+    ] = '',
     text: Annotated[str, Flag(help='the same as --column text=…: column of the text, in all files (default: recognised)')] = '',
     score: Annotated[str, Flag(help='the same as --column score=…: column of the score, likewise (default: recognised)')] = '',
-    group: Annotated[str, Flag(help='the same as --column group=…: column of what must stay on one side of the split (default: document, prompt or text)')] = '',
-    leave_out: Annotated[str, Flag(help='columns that are not to be read, with commas between them; a long one that is not read stops the command otherwise')] = '',
+    group: Annotated[
+        str,
+        Flag(help='the same as --column group=…: column of what must stay on one side of the split (default: document, prompt or text)'),
+    ] = '',
+    leave_out: Annotated[
+        str, Flag(help='columns that are not to be read, with commas between them; a long one that is not read stops the command otherwise')
+    ] = '',
     seed: Annotated[int, Flag(help='of the split')] = 0,
-    held_out: Annotated[float, Flag(help='share of the texts that is kept from the training, to measure on')] = .1,
+    held_out: Annotated[float, Flag(help='share of the texts that is kept from the training, to measure on')] = 0.1,
 ) -> None:
     "Train a scorer: a ridge regression on words and letters. Prints how well it does on texts that it has not seen."
     check_places([], map(str, data))
@@ -61,7 +73,8 @@ def fit_command(
     from w2s.data.names import SPLITS, column_names, named_pairs, spread_columns
     from w2s.data.toxicity_rows import read_toxicity
     from w2s.evaluate.toxicity_scorers import fit_ridge, save_ridge, why_useless
-    if not 0 < held_out < 1: raise ConfigError(f'--held-out is {held_out}; a share between 0 and 1 is needed: a scorer that was not measured is worth nothing')
+    if not 0 < held_out < 1:
+        raise ConfigError(f'--held-out is {held_out}; a share between 0 and 1 is needed: a scorer that was not measured is worth nothing')
     keep_inputs([out/name for name in ('card.json', 'ridge.npz', 'words.txt', 'letters.txt')], data)
     told = spread_columns(dict(column=column, text=text, score=score, group=group), 'scored')
     found = read_toxicity(data, **told, leave_out=column_names(leave_out), splits=named_pairs(split, '--split', SPLITS) or None)
@@ -70,7 +83,9 @@ def fit_command(
     save_ridge(model, out)
     poor = why_useless(model.card)
     warning = f'\nUSELESS as it is: {poor}; w2s run toxicity refuses it. Give more texts, or look at the scores.' if poor else ''
-    typer.echo(f'{card_text(model.card)}{warning}\n\nwritten to {out}: card.json, ridge.npz, words.txt, letters.txt; w2s toxicity score --scorer {out} takes it')
+    typer.echo(
+        f'{card_text(model.card)}{warning}\n\nwritten to {out}: card.json, ridge.npz, words.txt, letters.txt; w2s toxicity score --scorer {out} takes it'
+    )
 
 # %% ../../nbs/api/cli/30_toxicity.ipynb #58ce2da0
 def scored_table(
@@ -81,7 +96,8 @@ def scored_table(
     "Score the texts of a table; raises `DataError`"
     from w2s.evaluate.toxicity import score_continuations
     texts = table[column][:]
-    if odd := [t for t in texts if not (t is None or isinstance(t, str))]: raise DataError(f'column "{column}" holds a {type(odd[0]).__name__}; name a column of texts')
+    if odd := [t for t in texts if not (t is None or isinstance(t, str))]:
+        raise DataError(f'column "{column}" holds a {type(odd[0]).__name__}; name a column of texts')
     scores, empty = score_continuations(scorer, [''] * len(texts), [[t or ''] for t in texts], column)
     values = [None if math.isnan(x) else x for x in scores[:, 0].tolist()]
     return table.add_column('toxicity', values), int(empty.sum()), values.count(None) - int(empty.sum())
@@ -99,7 +115,9 @@ def check_place(
     keep_inputs([path, _about(path)], [texts])
     if path.is_dir(): raise ConfigError(f'--out {path} is a folder; name a file')
     if (path.exists() or path.is_symlink() or _about(path).exists()) and not is_own(path):
-        raise ConfigError(f'--out {path}: there is a file that w2s toxicity score has not written, or that was changed since; give another name, or move it away')
+        raise ConfigError(
+            f'--out {path}: there is a file that w2s toxicity score has not written, or that was changed since; give another name, or move it away'
+        )
 
 # %% ../../nbs/api/cli/30_toxicity.ipynb #92e6592e
 KIND = 'w2s toxicity score 1' # in the file beside the scores
@@ -111,7 +129,12 @@ def is_own(
     try: told = json.loads(_about(path).read_text(encoding='utf-8'))
     except (OSError, ValueError): return False
     if not isinstance(told, dict) or told.get('kind') != KIND: return False
-    return not path.exists() or path.is_file() and not path.is_symlink() and hashlib.sha256(path.read_bytes()).hexdigest() == told.get('sha256')
+    return (
+        not path.exists()
+        or path.is_file()
+        and not path.is_symlink()
+        and hashlib.sha256(path.read_bytes()).hexdigest() == told.get('sha256')
+    )
 
 # %% ../../nbs/api/cli/30_toxicity.ipynb #92df8eaa
 def formula_cells(
@@ -119,7 +142,12 @@ def formula_cells(
 ) -> list[tuple[int, str]]: # row, from 1, and column
     "Texts that a spreadsheet would take for formulas"
     cells = table.with_format(None)[:]
-    return sorted((i, c) for c, values in cells.items() for i, x in enumerate(values, 1) if isinstance(x, str) and x[:1] in ('=', '+', '-', '@', '\t', '\r'))
+    return sorted(
+        (i, c)
+        for c, values in cells.items()
+        for i, x in enumerate(values, 1)
+        if isinstance(x, str) and x[:1] in ('=', '+', '-', '@', '\t', '\r')
+    )
 
 # %% ../../nbs/api/cli/30_toxicity.ipynb #5ef41198
 def write_table(
@@ -149,20 +177,42 @@ def warnings_of(
     out = [f'the scorer is USELESS: {poor}'] if card is not None and (poor := why_useless(card)) else []
     if raw.broken: out.append(f'columns with cells of several types are written as text: {", ".join(raw.broken)}')
     cells = [] if csv_table is None else formula_cells(csv_table)
-    if cells: out.append(f'{len(cells):,} cell{"s begin" if len(cells) > 1 else " begins"} with =, +, - or @ (the first in row {cells[0][0]}, column "{cells[0][1]}"): a spreadsheet takes them for formulas; '
-                         'open the file as text, or write .jsonl or .parquet')
+    if cells:
+        out.append(
+            f'{len(cells):,} cell{"s begin" if len(cells) > 1 else " begins"} with =, +, - or @ (the first in row {cells[0][0]}, column "{cells[0][1]}"): a spreadsheet takes them for formulas; '
+            'open the file as text, or write .jsonl or .parquet'
+        )
     return out
 
 # %% ../../nbs/api/cli/30_toxicity.ipynb #7abc5176
 @toxicity_app.command('score')
 def score_command(
-    scorer: Annotated[str, Flag(help='folder that w2s toxicity fit has written; a classifier with its label, as folder:toxic; or oracle, for texts of the embedded world')],
+    scorer: Annotated[
+        str,
+        Flag(
+            help='folder that w2s toxicity fit has written; a classifier with its label, as folder:toxic; or oracle, for texts of the embedded world'
+        ),
+    ],
     texts: Annotated[Path, Flag(help='file with a column of texts')],
-    out: Annotated[Path, Flag(parser=out_path, metavar='PATH', help='.jsonl, .csv or .parquet file: the columns of the texts, and toxicity')],
+    out: Annotated[
+        Path, Flag(parser=out_path, metavar='PATH', help='.jsonl, .csv or .parquet file: the columns of the texts, and toxicity')
+    ],
     column: Annotated[str, Flag(help='column of the texts, as in text=reply (default: recognised)')] = '',
-    split: Annotated[str, Flag(help='which file of a folder or split of a data set is read, as in train=part (default: the only one, or train)')] = '',
-    text: Annotated[str, Flag(help='the same as --column text=…: column of the texts (default: the only one of text, comment, sentence, response, continuation, completion)')] = '',
-    leave_out: Annotated[str, Flag(help='columns that are not to be scored, with commas between them; a long one that is not scored stops the command otherwise; all are written')] = '',
+    split: Annotated[
+        str, Flag(help='which file of a folder or split of a data set is read, as in train=part (default: the only one, or train)')
+    ] = '',
+    text: Annotated[
+        str,
+        Flag(
+            help='the same as --column text=…: column of the texts (default: the only one of text, comment, sentence, response, continuation, completion)'
+        ),
+    ] = '',
+    leave_out: Annotated[
+        str,
+        Flag(
+            help='columns that are not to be scored, with commas between them; a long one that is not scored stops the command otherwise; all are written'
+        ),
+    ] = '',
     device: Annotated[str, Flag(help='of a classifier: cpu, cuda, cuda:1, mps or xpu; auto is the first GPU if there is one')] = 'auto',
 ) -> None:
     "Score the texts of a file."
@@ -172,7 +222,8 @@ def score_command(
     check_place(out, texts)
     told = spread_columns(dict(column=column, text=text), 'scored')
     raw, name, record = text_table(texts, told['text'], column_names(leave_out), named_pairs(split, '--split', SPLITS) or None)
-    if 'toxicity' in raw.data.column_names: raise DataError(f'{texts} has a column "toxicity" already; rename it, so that nothing is written over')
+    if 'toxicity' in raw.data.column_names:
+        raise DataError(f'{texts} has a column "toxicity" already; rename it, so that nothing is written over')
     typer.echo(f'read     {record}')
     judge = load_scorer(scorer, device)
     done, empty, failed = scored_table(judge, raw.data, name)

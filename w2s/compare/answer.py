@@ -38,7 +38,11 @@ def sketch_answers(
     tokenizer, n = model.reader.tokenizer, settings.samples
     def tokens() -> int:
         asked = sum(len(ids) for ids in prompt_ids(tokenizer, list(prompts)))
-        said = settings.max_tokens*len(prompts) if like is None else sum(map(len, tokenizer(list(like), add_special_tokens=False)['input_ids']))
+        said = (
+            settings.max_tokens * len(prompts)
+            if like is None
+            else sum(map(len, tokenizer(list(like), add_special_tokens=False)['input_ids']))
+        )
         return n*(asked + said)
 
     def stand_in(folder: Path, rng: np.random.Generator) -> None:
@@ -63,16 +67,22 @@ def answer_stage(
     "Let a model answer, once; after a kill it goes on where it was"
     def work(folder: Path) -> None:
         with opened_model(model, adapter) as speaker:
-            made = respond(speaker, model.reader.tokenizer, prompts, settings, seed, name, study.quiet, ids, arm, folder/CHECKPOINTS/'texts.jsonl')
+            made = respond(
+                speaker, model.reader.tokenizer, prompts, settings, seed, name, study.quiet, ids, arm, folder / CHECKPOINTS / 'texts.jsonl'
+            )
         write_atomic(folder/'texts.json', json.dumps([[Written(r.text, not r.ended) for r in row] for row in made]))
 
     inputs: dict[str, Any] = {**model_inputs(model), **asked_inputs(model, prompts), 'seed': seed}
     if ids is None: inputs |= {'adapter': adapter_hash(adapter), 'prompts': list(prompts), 'generate': generate_inputs(settings)}
     else:
-        def rows() -> str: return settings_hash([[i, t] for i, t in zip(ids, prompt_ids(model.reader.tokenizer, list(prompts)), strict=True)])
+        def rows() -> str:
+            return settings_hash([[i, t] for i, t in zip(ids, prompt_ids(model.reader.tokenizer, list(prompts)), strict=True)])
         inputs |= {'policy': adapter_hash(adapter), 'rows': rows, 'arm': arm, 'how': generate_inputs(settings)}
     done = run_stage(study.run, name, inputs, work, sketch_answers(model, prompts, settings, like))
-    return [[Written(x) if isinstance(x, str) else Written(*x) for x in row] for row in json.loads((done/'texts.json').read_text(encoding='utf-8'))]
+    return [
+        [Written(x) if isinstance(x, str) else Written(*x) for x in row]
+        for row in json.loads((done / 'texts.json').read_text(encoding='utf-8'))
+    ]
 
 # %% ../../nbs/api/compare/066_answer.ipynb #f5ce7c85
 def answer_texts(

@@ -99,7 +99,13 @@ class SeedRows(Generic[Rows, Test]):
     extra: Mapping[str, Any] = field(default_factory=dict, repr=False) # what only this kind of feedback has, by name
 
     def __repr__(self) -> str:
-        return f'{type(self).__name__}(seed {self.seed}: ' + ', '.join(f'{len(v):,} {k}' if hasattr(v, '__len__') else k for k, v in vars(self).items() if k in ('labelled', 'unlabelled', 'test')) + ')'
+        return (
+            f'{type(self).__name__}(seed {self.seed}: '
+            + ', '.join(
+                f'{len(v):,} {k}' if hasattr(v, '__len__') else k for k, v in vars(self).items() if k in ('labelled', 'unlabelled', 'test')
+            )
+            + ')'
+        )
 
 # %% ../../nbs/api/compare/063_arms.ipynb #c22ade18
 @dataclass(frozen=True)

@@ -69,8 +69,23 @@ def make_result(
 ) -> Result:
     "All tables of a comparison"
     units = items if units is None else units
-    return Result(run.root, config, kind, tuple(models), *data, items, summarise(items), interval_table(units, ranges=kind.ranges), compare_models(units, kind), recover_gaps(units, kind),
-                  read_curves(arms, [run.root/'stages'/name for name in run.used]), list_arms(arms), list_adapters(arms), tuple(notes), dict(extra))
+    return Result(
+        run.root,
+        config,
+        kind,
+        tuple(models),
+        *data,
+        items,
+        summarise(items),
+        interval_table(units, ranges=kind.ranges),
+        compare_models(units, kind),
+        recover_gaps(units, kind),
+        read_curves(arms, [run.root / 'stages' / name for name in run.used]),
+        list_arms(arms),
+        list_adapters(arms),
+        tuple(notes),
+        dict(extra),
+    )
 
 # %% ../../nbs/api/compare/270_comparison.ipynb #0cd64251
 def open_alone(
@@ -87,7 +102,10 @@ def check_elsewhere(
     load: LoadSettings, # how models are loaded
 ) -> None:
     "Raise `ConfigError` for devices that are not there, or Ray that is not installed, before anything is read"
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise ConfigError('torchrun and accelerate launch start several processes for one model, and w2s trains a model in one process; for several GPUs start it without them, with --devices 0,1,2,3')
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise ConfigError(
+            'torchrun and accelerate launch start several processes for one model, and w2s trains a model in one process; for several GPUs start it without them, with --devices 0,1,2,3'
+        )
     if machines.on: need_ray()
     elif machines.several: crew_devices(machines, load, gpu_count())
 

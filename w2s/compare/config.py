@@ -51,8 +51,10 @@ def check_value(
     if type(None) in options and (value is None or value == 'all' and str not in options): return None
     for option in options:
         if is_dataclass(option) and isinstance(option, type) and isinstance(value, dict): return from_table(option, value, f'{where}.')
-        if get_origin(option) is tuple and isinstance(value, str): value = (value,) if where.rpartition('.')[2] in WHOLE else split_names(value)
-        if get_origin(option) is tuple and isinstance(value, (list, tuple)): return tuple(check_value(v, get_args(option)[0], where) for v in value)
+        if get_origin(option) is tuple and isinstance(value, str):
+            value = (value,) if where.rpartition('.')[2] in WHOLE else split_names(value)
+        if get_origin(option) is tuple and isinstance(value, (list, tuple)):
+            return tuple(check_value(v, get_args(option)[0], where) for v in value)
         if option is float and isinstance(value, int) and not isinstance(value, bool): return float(value)
         if option is str and isinstance(value, str) and value.startswith('~/'): return os.path.expanduser(value)
         if isinstance(option, type) and not get_origin(option) and type(value) is option: return value

@@ -39,14 +39,19 @@ def crew_devices(
     gpus: int,           # that are there
 ) -> tuple[str, ...]:    # a device for each process: 'cpu', or the number of a GPU
     "The devices of the processes of this machine; raises `ConfigError` for one that is not there"
-    there = f'there {"is" if gpus == 1 else "are"} {gpus or "none"}' + (f', numbered from 0 to {gpus - 1}' if gpus > 1 else ', number 0' if gpus else '; take --devices cpu,cpu')
+    there = f'there {"is" if gpus == 1 else "are"} {gpus or "none"}' + (
+        f', numbered from 0 to {gpus - 1}' if gpus > 1 else ', number 0' if gpus else '; take --devices cpu,cpu'
+    )
     named = tuple(d.removeprefix('cuda:') for d in machines.devices)
     if bad := [d for d in named if d != 'cpu' and int(d) >= gpus]:
         raise ConfigError(f'--devices {",".join(machines.devices)}: this machine has no GPU {bad[0]}; {there}')
     if named: return named
     n = machines.processes or 1
     if not gpus or load.device == 'cpu': return ('cpu',)*n
-    if n > gpus: raise ConfigError(f'--processes {n} would put two processes on one GPU ({there}); if that is meant, name them, as in --devices {",".join(str(i % gpus) for i in range(n))}')
+    if n > gpus:
+        raise ConfigError(
+            f'--processes {n} would put two processes on one GPU ({there}); if that is meant, name them, as in --devices {",".join(str(i % gpus) for i in range(n))}'
+        )
     return tuple(map(str, range(n)))
 
 # %% ../../nbs/api/compare/267_crews.ipynb #defb7c1c
@@ -134,12 +139,16 @@ def start_crew(
     for n, device in enumerate(devices, 1):
         here, there = context.Pipe(duplex=False)
         where = f'worker {n} ({"processor" if device == "cpu" else f"GPU {device}"})'
-        process = context.Process(target=_member, args=(there, opener, run.root, run.keep, theirs, where, threads_each(len(devices))), daemon=True, name=where)
+        process = context.Process(
+            target=_member, args=(there, opener, run.root, run.keep, theirs, where, threads_each(len(devices))), daemon=True, name=where
+        )
         try:
             with bound_to(device): process.start()
         except (PicklingError, AttributeError, TypeError) as e:
             stop_crew(crew)
-            raise ConfigError(f'this study cannot be sent to other processes ({e}): a function of your own must stand in a file that is given by --import; or run it without --devices, --processes and --on') from e
+            raise ConfigError(
+                f'this study cannot be sent to other processes ({e}): a function of your own must stand in a file that is given by --import; or run it without --devices, --processes and --on'
+            ) from e
         there.close()
         crew.append(Member(where, process, here))
     return crew
@@ -179,7 +188,9 @@ def wait_for_crew(
                 if left: warnings.warn(f'{text}; the others do its stages', W2SWarning, stacklevel=2)
         look()
     if len(lost) == len(crew):
-        raise TrainError(f'{"; ".join(lost)}. What was finished is kept: give the same command again. If memory ran out (exit code -9), take fewer processes, or a lower --token-budget')
+        raise TrainError(
+            f'{"; ".join(lost)}. What was finished is kept: give the same command again. If memory ran out (exit code -9), take fewer processes, or a lower --token-budget'
+        )
 
 # %% ../../nbs/api/compare/267_crews.ipynb #6eccadee
 def count_folders(

@@ -64,7 +64,11 @@ def seed_rows(
 ) -> TaskRows:
     "The questions of one seed; raises `ConfigError` and `DataError`"
     c = study.config
-    return world_rows(c.task, seed, (c.n_labelled, c.n_unlabelled, c.n_test), c.trial) if table is None else table_rows(study, table, judge, seed)
+    return (
+        world_rows(c.task, seed, (c.n_labelled, c.n_unlabelled, c.n_test), c.trial)
+        if table is None
+        else table_rows(study, table, judge, seed)
+    )
 
 # %% ../../nbs/api/compare/222_demonstration_arms.ipynb #d3bd73bd
 def answer_test(
@@ -79,10 +83,22 @@ def answer_test(
     "Let the strong model answer the test"
     tests: list[Questions] = context.rows.test
     prompts = [prompted(context.form, e.questions) for e in tests] if prompts is None else prompts
-    said = [make_speaker(context, context.strong, stage_name('test', stage_role(role), method, weak, e.name), adapter, like=e.gold)(p) for e, p in zip(tests, prompts, strict=True)]
+    said = [
+        make_speaker(context, context.strong, stage_name('test', stage_role(role), method, weak, e.name), adapter, like=e.gold)(p)
+        for e, p in zip(tests, prompts, strict=True)
+    ]
     kind = 'sft' if role != 'baseline' else 'warm-up' if method == 'untuned' and context.seed == 0 else '' # the same for all baselines and seeds
     trained = {kind: adapter} if adapter and kind else {}
-    return Arm(role, method, weak, short_name(context.strong.name), context.seed, trained, context.strong, {'answers': [[s[0] for s in a] for a in said], 'learned': learned})
+    return Arm(
+        role,
+        method,
+        weak,
+        short_name(context.strong.name),
+        context.seed,
+        trained,
+        context.strong,
+        {'answers': [[s[0] for s in a] for a in said], 'learned': learned},
+    )
 
 # %% ../../nbs/api/compare/222_demonstration_arms.ipynb #399dc726
 def in_context_arm(
@@ -93,7 +109,10 @@ def in_context_arm(
 ) -> Arm:
     "The untuned strong model, with weak answers to the training questions in context: no fine-tuning"
     a, given, settings = context.rows.unlabelled, weak.extra['given'], Examples(n, seed=context.seed)
-    prompts = [behind(context.form, e.questions, shown_rows(settings, given, groups_of(a.questions, a.groups), e.groups), a.questions, given) for e in context.rows.test]
+    prompts = [
+        behind(context.form, e.questions, shown_rows(settings, given, groups_of(a.questions, a.groups), e.groups), a.questions, given)
+        for e in context.rows.test
+    ]
     return answer_test(context, 'baseline', method, weak.weak, context.start, prompts)
 
 def weak_arms(
@@ -110,7 +129,9 @@ def student_arm(
     role: str = 'student', # or 'ceiling'
 ) -> Arm:
     "Train a student, and let it answer the test"
-    adapter = train_sft(context, context.strong, stage_name(role, learned.method, learned.weak), learned.rows.rows, context.config.student, context.start)
+    adapter = train_sft(
+        context, context.strong, stage_name(role, learned.method, learned.weak), learned.rows.rows, context.config.student, context.start
+    )
     return answer_test(context, role, learned.method, learned.weak, adapter, learned=learned)
 
 # %% ../../nbs/api/compare/222_demonstration_arms.ipynb #be36dd59
@@ -133,7 +154,11 @@ def make_seed(
     c, context = context.config, warm_up(context)
     weak = [make_weak(context, name, models[name]) for name in c.weak]
     arms = [a for w in weak for a in weak_arms(context, w)] + [answer_test(context, 'baseline', 'untuned', '', context.start)]
-    learned = [make_training_rows(context, m, w, models[c.via] if c.via else None) for m in c.methods for w in (weak if reads_weak(m) else weak[:1])]
+    learned = [
+        make_training_rows(context, m, w, models[c.via] if c.via else None)
+        for m in c.methods
+        for w in (weak if reads_weak(m) else weak[:1])
+    ]
     arms += [student_arm(context, x) for x in learned]
     gold = context.rows.unlabelled.gold
     return arms if gold is None else [*arms, student_arm(context, pair_answers(context, 'gold answers', '', gold, 'gold'), 'ceiling')]
@@ -150,7 +175,10 @@ def score_arm(
         known = e.score(answers)
         return known | {k: v for k, v in own_metrics(question_rows(e), answers).items() if k not in known}
 
-    return [([f'{e.name} {i + 1}'.strip() for i in range(len(e.questions))], e.groups, scores(e, a)) for e, a in zip(tests, arm.extra['answers'], strict=True)]
+    return [
+        ([f'{e.name} {i + 1}'.strip() for i in range(len(e.questions))], e.groups, scores(e, a))
+        for e, a in zip(tests, arm.extra['answers'], strict=True)
+    ]
 
 # %% ../../nbs/api/compare/222_demonstration_arms.ipynb #c6225fa5
 def find_unscored(
@@ -160,8 +188,11 @@ def find_unscored(
     missing, lost, said = table[table.value.isna()], dict[str, set[str]](), []
     for m, g in missing.groupby('metric'):
         lost[str(m)], every = set(g.id), table[table.metric == m]
-        if set(every.id) <= lost[str(m)]: raise DataError(f'{m}: for no test question could the answers of all arms be scored; look at the judge')
-        said.append(f'{m}: incomplete, {len(g)} of {len(every)} answers could not be scored; {len(lost[str(m)])} questions are left out for everybody')
+        if set(every.id) <= lost[str(m)]:
+            raise DataError(f'{m}: for no test question could the answers of all arms be scored; look at the judge')
+        said.append(
+            f'{m}: incomplete, {len(g)} of {len(every)} answers could not be scored; {len(lost[str(m)])} questions are left out for everybody'
+        )
     return lost, said
 
 # %% ../../nbs/api/compare/222_demonstration_arms.ipynb #da68a97d
@@ -171,7 +202,15 @@ def arm_items(
     task: str,                # name of the data
 ) -> tuple[pd.DataFrame, list[str]]: # items, an id is a group of questions; and a line for each metric of which scores are missing
     "Scores of all arms on the questions that could be scored for all; raises `DataError`"
-    table = pd.concat([pd.DataFrame(dict(arm=k, id=ids, group=groups, metric=m, value=x)) for k, part in enumerate(scores) for ids, groups, by in part for m, x in by.items()], ignore_index=True)
+    table = pd.concat(
+        [
+            pd.DataFrame(dict(arm=k, id=ids, group=groups, metric=m, value=x))
+            for k, part in enumerate(scores)
+            for ids, groups, by in part
+            for m, x in by.items()
+        ],
+        ignore_index=True,
+    )
     lost, said = find_unscored(table)
     kept = table[[i not in lost.get(m, ()) for i, m in zip(table.id, table.metric, strict=True)]]
     items = []

@@ -66,7 +66,17 @@ def read_questions(
     "Questions; a split called test stays the test; raises `DataError`"
     tables = source_tables(data, named_pairs(split, '--split', SPLITS) or None, 'demonstrations', True, most)
     check_leave_out(leave_out, dict([*tables.values(), *([one_table(answers)] if answers and leave_out else [])]))
-    reads = {s: questions_from(raw, where, question, answer, leave_out=[c for c in leave_out if c in raw.data.column_names], split='questions' if s == 'all' else s) for s, (where, raw) in tables.items()}
+    reads = {
+        s: questions_from(
+            raw,
+            where,
+            question,
+            answer,
+            leave_out=[c for c in leave_out if c in raw.data.column_names],
+            split='questions' if s == 'all' else s,
+        )
+        for s, (where, raw) in tables.items()
+    }
     questions, gold, report, test = merge_questions(reads)
     return QuestionTable(questions, gold, None, test if test and len(test) < len(questions) else None, report)
 
@@ -78,7 +88,9 @@ def read_asked(
     if c.task in ('gsm8k', 'math'): table = read_maths(c.data, c.question, c.answer, c.leave_out, c.split, most)
     else: table = read_questions(c.data, c.question, c.answer, c.leave_out, c.split, c.answers, most)
     if not c.answers: return _strict(table, c)
-    weak = questions_from(open_tables((), c.answers)[0], c.answers, c.question, answers='needed', empty=True, leave_out=c.leave_out, split='weak answers')
+    weak = questions_from(
+        open_tables((), c.answers)[0], c.answers, c.question, answers='needed', empty=True, leave_out=c.leave_out, split='weak answers'
+    )
     return _strict(replace(table, weak=weak, report=merge_reports(table.report, weak.report)), c)
 
 def _strict(table: QuestionTable, c: DemonstrationSettings) -> QuestionTable:
@@ -111,9 +123,17 @@ def read_maths(
     test = [i for i, (k, _) in enumerate(kept) if k == name]
     for k in read.splits:
         own = [r['answer'] for part, r in kept if part == k]
-        report = report.add(NOT_NUMBERS, k, sum(number_of(a) is None for a in own), len(own), 'kept', 'compared as formulas, points, lists or words')
-    return QuestionTable([bare(r['prompt']) for _, r in kept], [r['completion'] for _, r in kept], [r['answer'] for _, r in kept], test or None, report,
-                 read.rows_read[name] if test else sum(read.rows_read.values()))
+        report = report.add(
+            NOT_NUMBERS, k, sum(number_of(a) is None for a in own), len(own), 'kept', 'compared as formulas, points, lists or words'
+        )
+    return QuestionTable(
+        [bare(r['prompt']) for _, r in kept],
+        [r['completion'] for _, r in kept],
+        [r['answer'] for _, r in kept],
+        test or None,
+        report,
+        read.rows_read[name] if test else sum(read.rows_read.values()),
+    )
 
 # %% ../../nbs/api/compare/210_demonstration_files.ipynb #dcf7fea1
 def part_questions(
@@ -129,8 +149,11 @@ def part_questions(
     rest = sorted((i for i in rows if group_key(table.questions[i]) not in taken), key=lambda i: place(i, f'seed {seed}'))
     if len(test) < tests or len(rest) < few + many:
         why = ', '.join(f'{r["rows"]:,} × {r["check"]}' for r in table.report.found.to_dict('records') if r['action'] in GONE)
-        raise DataError(f'{len(rows)} questions are too few: {few} for the weak model, {many} for the strong one and {tests} for the test are wanted; '
-                        + (f'of the rows read these are gone: {why}; correct them, or ' if why else '') + 'lower --n-labelled, --n-unlabelled or --n-test')
+        raise DataError(
+            f'{len(rows)} questions are too few: {few} for the weak model, {many} for the strong one and {tests} for the test are wanted; '
+            + (f'of the rows read these are gone: {why}; correct them, or ' if why else '')
+            + 'lower --n-labelled, --n-unlabelled or --n-test'
+        )
     return rest[:few], rest[few:few + many], test
 
 # %% ../../nbs/api/compare/210_demonstration_files.ipynb #11561067
@@ -138,13 +161,16 @@ def score_numbers(
     numbers: Sequence[str], # right answers
 ) -> Score:
     "Exact match of the final number; `working` is the share of calculations in the text that come out right"
-    def score(answers: Sequence[str]) -> dict[str, np.ndarray]: return maths_scores(numbers, answers) | dict(working=working_scores(answers)['working'])
+    def score(answers: Sequence[str]) -> dict[str, np.ndarray]:
+        return maths_scores(numbers, answers) | dict(working=working_scores(answers)['working'])
     return score
 
 # %% ../../nbs/api/compare/210_demonstration_files.ipynb #658bc476
 RATINGS: dict[str, tuple[tuple[Rubric, dict[str, str]], ...]] = { # task -> rubrics, each with the metric that its ratings become
-    'persona': ((PERSONA, {'content': 'accuracy', 'style': 'persona'}),), 'explanation': ((ANALOGY, {'accuracy': 'accuracy', 'analogy': 'analogy'}),),
-    'gender': ((BIOGRAPHY, {'accuracy': 'accuracy'}), (STORY, {'female': 'female'}))}
+    'persona': ((PERSONA, {'content': 'accuracy', 'style': 'persona'}),),
+    'explanation': ((ANALOGY, {'accuracy': 'accuracy', 'analogy': 'analogy'}),),
+    'gender': ((BIOGRAPHY, {'accuracy': 'accuracy'}), (STORY, {'female': 'female'})),
+}
 
 def rating_ranges(
     task: str,              # a key of `RATINGS`
@@ -168,13 +194,44 @@ def score_by_judge(
             base, out = open_base(judge), Columns()
             for rubric, metrics in rubrics:
                 about = concept if '{concept}' in rubric.text else ''
-                out |= as_scores(rate_by(ask_model(base, how, quiet=study.quiet), replace(rubric, chat=chat), list(questions), list(answers), concept=about), metrics)
+                out |= as_scores(
+                    rate_by(
+                        ask_model(base, how, quiet=study.quiet), replace(rubric, chat=chat), list(questions), list(answers), concept=about
+                    ),
+                    metrics,
+                )
             return out
 
-        def likely(rng: np.random.Generator) -> Columns: return {m: rng.uniform(r.lowest, r.highest, len(answers)) for r, metrics in rubrics for m in metrics.values()}
-        def tokens() -> int: return len(rubrics)*c.repeats*sum(len(judge.reader.tokenizer(f'{r.text}{q}{a}')['input_ids']) for r, _ in rubrics[:1] for q, a in zip(questions, answers, strict=True))
-        inputs = {'chat': chat, 'repeats': c.repeats, 'concept': concept, 'rubrics': [r.text for r, _ in rubrics], 'questions': list(questions), 'answers': list(answers)}
-        return score_stage(study, judge, 'ratings', inputs, 'ratings.npz', rate, likely, [Pass('write', judge.name, len(rubrics)*c.repeats*len(answers), tokens, questions, how)])
+        def likely(rng: np.random.Generator) -> Columns:
+            return {m: rng.uniform(r.lowest, r.highest, len(answers)) for r, metrics in rubrics for m in metrics.values()}
+        def tokens() -> int:
+            return (
+                len(rubrics)
+                * c.repeats
+                * sum(
+                    len(judge.reader.tokenizer(f'{r.text}{q}{a}')['input_ids'])
+                    for r, _ in rubrics[:1]
+                    for q, a in zip(questions, answers, strict=True)
+                )
+            )
+        inputs = {
+            'chat': chat,
+            'repeats': c.repeats,
+            'concept': concept,
+            'rubrics': [r.text for r, _ in rubrics],
+            'questions': list(questions),
+            'answers': list(answers),
+        }
+        return score_stage(
+            study,
+            judge,
+            'ratings',
+            inputs,
+            'ratings.npz',
+            rate,
+            likely,
+            [Pass('write', judge.name, len(rubrics) * c.repeats * len(answers), tokens, questions, how)],
+        )
     return score
 
 # %% ../../nbs/api/compare/210_demonstration_files.ipynb #e50be4b4
@@ -202,7 +259,13 @@ def table_rows(
 ) -> TaskRows:
     "One seed of a task on questions of one's own; raises `DataError`"
     c: DemonstrationSettings = study.config
-    few = 0 if table.gold is None or c.demonstrator == 'file' else c.n_labelled if c.demonstrator == 'tuned' else min(c.n_labelled, c.examples)
+    few = (
+        0
+        if table.gold is None or c.demonstrator == 'file'
+        else c.n_labelled
+        if c.demonstrator == 'tuned'
+        else min(c.n_labelled, c.examples)
+    )
     def part(at: list[int]) -> Questions:
         questions = [table.questions[i] for i in at]
         groups, gold = [group_key(q) for q in questions], None if table.gold is None else [table.gold[i] for i in at]

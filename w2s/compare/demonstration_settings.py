@@ -126,7 +126,8 @@ def check_demonstrations(
     if c.demonstrator not in DEMONSTRATORS: raise ConfigError(unknown(c.demonstrator, DEMONSTRATORS, 'demonstrator'))
     if c.choice not in CHOICES: raise ConfigError(unknown(c.choice, CHOICES, 'choice of examples'))
     check_least(c, ('examples', 'batch', 'samples', 'max_tokens', 'repeats'))
-    if not 0 < c.auxiliary < 1: raise ConfigError(f'auxiliary is {c.auxiliary}; it must lie between 0 (that is naive) and 1 (that is own answers)')
+    if not 0 < c.auxiliary < 1:
+        raise ConfigError(f'auxiliary is {c.auxiliary}; it must lie between 0 (that is naive) and 1 (that is own answers)')
     check_names_once(c, ('methods', 'weak'))
     for m in c.methods: METHODS.check(m)
     _check_ablation(c)
@@ -151,30 +152,47 @@ def task_measures(
 # %% ../../nbs/api/compare/190_demonstration_settings.ipynb #97a1d368
 def _check_ablation(c: DemonstrationSettings) -> None:
     "Numbers of examples"
-    if odd := [n for n in c.ablation if n < 1]: raise ConfigError(f'ablation holds {odd[0]}; numbers of examples begin at 1 (0 is the un-tuned model, which is always tested)')
+    if odd := [n for n in c.ablation if n < 1]:
+        raise ConfigError(f'ablation holds {odd[0]}; numbers of examples begin at 1 (0 is the un-tuned model, which is always tested)')
     if len(set(c.ablation)) < len(c.ablation): raise ConfigError(f'ablation {list(c.ablation)} holds a number twice')
 
 # %% ../../nbs/api/compare/190_demonstration_settings.ipynb #3bf9b7e2
 def _check_sources(c: DemonstrationSettings) -> None:
     "Questions, weak answers and judges fit together"
-    if c.demonstrator == 'planted' and (c.data != 'world' or c.task not in PLANTED): raise ConfigError(f'answers with planted mistakes are there for the tasks {" and ".join(PLANTED)} of the world, not for {c.task} on {c.data}')
+    if c.demonstrator == 'planted' and (c.data != 'world' or c.task not in PLANTED):
+        raise ConfigError(
+            f'answers with planted mistakes are there for the tasks {" and ".join(PLANTED)} of the world, not for {c.task} on {c.data}'
+        )
     if c.demonstrator == 'planted' and len(c.weak) > 1: raise ConfigError('planted answers have one source; name one as weak')
-    if (c.demonstrator == 'file') != bool(c.answers): raise ConfigError('answers (a file) and demonstrator "file" belong together; give both or neither')
-    if c.demonstrator == 'file' and len(c.weak) > 1: raise ConfigError(f'a file holds the answers of one weak model, not of {len(c.weak)}; name one')
-    if c.demonstrator in ('file', 'planted') and c.n_labelled != c.usual('n_labelled'): raise ConfigError(f'n_labelled is for a weak model that is tuned or prompted; here its answers are there already (demonstrator "{c.demonstrator}")')
-    if c.instruction and c.demonstrator != 'prompted': raise ConfigError(f'instruction is what a prompted weak model is told; demonstrator is "{c.demonstrator}"')
-    if c.concept and not (c.judge and c.task == 'persona' and not scores_by_function(c.judge)): raise ConfigError('concept tells a judge of the task persona which manner is wanted; there is none')
+    if (c.demonstrator == 'file') != bool(c.answers):
+        raise ConfigError('answers (a file) and demonstrator "file" belong together; give both or neither')
+    if c.demonstrator == 'file' and len(c.weak) > 1:
+        raise ConfigError(f'a file holds the answers of one weak model, not of {len(c.weak)}; name one')
+    if c.demonstrator in ('file', 'planted') and c.n_labelled != c.usual('n_labelled'):
+        raise ConfigError(
+            f'n_labelled is for a weak model that is tuned or prompted; here its answers are there already (demonstrator "{c.demonstrator}")'
+        )
+    if c.instruction and c.demonstrator != 'prompted':
+        raise ConfigError(f'instruction is what a prompted weak model is told; demonstrator is "{c.demonstrator}"')
+    if c.concept and not (c.judge and c.task == 'persona' and not scores_by_function(c.judge)):
+        raise ConfigError('concept tells a judge of the task persona which manner is wanted; there is none')
     if c.data == 'world':
         if c.judge: raise ConfigError('the oracles of the world know the truth; judge belongs to questions of your own')
-        if c.question or c.answer or c.leave_out: raise ConfigError('question, answer and leave_out name columns of a table; data is "world"')
+        if c.question or c.answer or c.leave_out:
+            raise ConfigError('question, answer and leave_out name columns of a table; data is "world"')
         if c.split: raise ConfigError('split names files of a folder or splits of a data set; data is "world"')
         if c.demonstrator == 'file': raise ConfigError('weak answers in a file belong to questions of your own: give them as data')
         return
     if c.trial: raise ConfigError('trial belongs to data "world"; for a table of your own, give other questions')
     if c.task == 'digits': raise ConfigError('the task digits has its pictures with it; data must be "world"')
-    if c.task in ('gsm8k', 'math') and c.judge: raise ConfigError('answers to maths are compared with the right number; judge has nothing to do')
-    if c.task not in ('gsm8k', 'math') and not c.judge: raise ConfigError(f'nobody knows how good answers to the questions of {c.data} are; name a model as judge (a folder or a name on the hub), or a metric or judge of your own (--import)')
-    if c.task == 'persona' and not (c.concept or c.instruction or scores_by_function(c.judge)): raise ConfigError('the judge must know which manner is wanted; say it as concept, such as "that of a pirate"')
+    if c.task in ('gsm8k', 'math') and c.judge:
+        raise ConfigError('answers to maths are compared with the right number; judge has nothing to do')
+    if c.task not in ('gsm8k', 'math') and not c.judge:
+        raise ConfigError(
+            f'nobody knows how good answers to the questions of {c.data} are; name a model as judge (a folder or a name on the hub), or a metric or judge of your own (--import)'
+        )
+    if c.task == 'persona' and not (c.concept or c.instruction or scores_by_function(c.judge)):
+        raise ConfigError('the judge must know which manner is wanted; say it as concept, such as "that of a pirate"')
 
 # %% ../../nbs/api/compare/190_demonstration_settings.ipynb #7cf39a61
 def _check_effects(c: DemonstrationSettings) -> None:
@@ -182,12 +200,17 @@ def _check_effects(c: DemonstrationSettings) -> None:
     plain = {f: c.usual(f) for f in ('batch', 'samples', 'temperature', 'auxiliary', 'via')}
     of = dict(batch='infer-and-respond', samples='resampled', temperature='resampled', auxiliary='auxiliary', via='bootstrap')
     for name, method in of.items():
-        if getattr(c, name) != plain[name] and method not in c.methods: raise ConfigError(f'{name} belongs to the method {method}, which is not among the methods ({", ".join(c.methods)})')
+        if getattr(c, name) != plain[name] and method not in c.methods:
+            raise ConfigError(f'{name} belongs to the method {method}, which is not among the methods ({", ".join(c.methods)})')
     if 'bootstrap' in c.methods and not c.via: raise ConfigError('the method bootstrap needs a model in between; name it as via')
-    if 'resampled' in c.methods and c.samples < 3: raise ConfigError(f'samples is {c.samples}; by agreement, at least 3 are needed to outvote one')
-    if 'resampled' in c.methods and not c.temperature: raise ConfigError('at temperature 0 all samples are the same; the method resampled needs more')
-    if c.repeats != c.usual('repeats') and (not c.judge or scores_by_function(c.judge)): raise ConfigError('repeats is how often a model rates each answer; no model is named as judge')
-    if c.choice == 'batch' and not {'in-context', 'resampled'} & set(c.methods): raise ConfigError('choice "batch" belongs to the methods in-context and resampled')
+    if 'resampled' in c.methods and c.samples < 3:
+        raise ConfigError(f'samples is {c.samples}; by agreement, at least 3 are needed to outvote one')
+    if 'resampled' in c.methods and not c.temperature:
+        raise ConfigError('at temperature 0 all samples are the same; the method resampled needs more')
+    if c.repeats != c.usual('repeats') and (not c.judge or scores_by_function(c.judge)):
+        raise ConfigError('repeats is how often a model rates each answer; no model is named as judge')
+    if c.choice == 'batch' and not {'in-context', 'resampled'} & set(c.methods):
+        raise ConfigError('choice "batch" belongs to the methods in-context and resampled')
     if c.choice == 'others': Examples(c.examples)
 
 # %% ../../nbs/api/compare/190_demonstration_settings.ipynb #61d42164

@@ -80,7 +80,9 @@ def train_sft(
 
     tokens: Sequence[EncodedRow] = Later(len(rows), read) if noting else read()
     if len(tokens) < len(rows):
-        raise DataError(f'{name}: {len(rows) - len(tokens)} of {len(rows)} answers are longer than max_length allows ({model.reader.limit} tokens); raise it, or lower max_tokens')
+        raise DataError(
+            f'{name}: {len(rows) - len(tokens)} of {len(rows)} answers are longer than max_length allows ({model.reader.limit} tokens); raise it, or lower max_tokens'
+        )
     return sft_rows(context.study, model, name, tokens, settings, context.seed, start, None if set(weights) == {1.} else weights)
 
 # %% ../../nbs/api/compare/220_demonstration_stages.ipynb #76a4e58b
@@ -132,12 +134,27 @@ def make_weak(
     c, rows, short = context.config, context.rows, short_name(name)
     parts: list[Questions] = [rows.unlabelled, *rows.test]
     if c.demonstrator == 'planted': return weak_arm(context, name, [e.planted or [] for e in parts])
-    if model is None: return weak_arm(context, short, [e.planted if e.planted is not None else read_answers(c.answers, e.questions, c.question) for e in parts])
+    if model is None:
+        return weak_arm(
+            context, short, [e.planted if e.planted is not None else read_answers(c.answers, e.questions, c.question) for e in parts]
+        )
     trained: dict[str, Path] = {}
     if c.demonstrator == 'tuned':
-        if rows.labelled.gold is None: raise DataError(f'{c.data} has no good answers to tune {short} on; name their column with --answer, or prompt it (--demonstrator prompted)')
-        trained['sft'] = train_sft(context, model, stage_name('weak', short), demonstrated(context.form, rows.labelled.questions, rows.labelled.gold, 'gold').rows, c.demonstrate)
-    said = [make_speaker(context, model, stage_name('weak answers', short, e.name), trained.get('sft'), like=e.gold)(weak_prompts(context, e)) for e in parts]
+        if rows.labelled.gold is None:
+            raise DataError(
+                f'{c.data} has no good answers to tune {short} on; name their column with --answer, or prompt it (--demonstrator prompted)'
+            )
+        trained['sft'] = train_sft(
+            context,
+            model,
+            stage_name('weak', short),
+            demonstrated(context.form, rows.labelled.questions, rows.labelled.gold, 'gold').rows,
+            c.demonstrate,
+        )
+    said = [
+        make_speaker(context, model, stage_name('weak answers', short, e.name), trained.get('sft'), like=e.gold)(weak_prompts(context, e))
+        for e in parts
+    ]
     return weak_arm(context, short, [[s[0] for s in answers] for answers in said], model, trained)
 
 # %% ../../nbs/api/compare/220_demonstration_stages.ipynb #a420b382
@@ -159,17 +176,32 @@ def pair_answers(
     concepts: tuple[str, ...] = (), # see `TrainingRows`
 ) -> TrainingRows:
     "The questions for the strong model with answers to learn"
-    return TrainingRows(method, weak, answers, demonstrated(context.form, context.rows.unlabelled.questions, answers, source or f'{method}:{weak}'), concepts)
+    return TrainingRows(
+        method,
+        weak,
+        answers,
+        demonstrated(context.form, context.rows.unlabelled.questions, answers, source or f'{method}:{weak}'),
+        concepts,
+    )
 
 # %% ../../nbs/api/compare/220_demonstration_stages.ipynb #2c59c2e4
 def _speak(context: Context, weak: Arm | None, what: str, how: GenerateSettings | None = None) -> Speak:
     "The strong model before training, about the answers of a weak one or about none"
-    return make_speaker(context, context.strong, stage_name(what, weak.weak if weak else ''), context.start, how, context.rows.unlabelled.gold)
+    return make_speaker(
+        context, context.strong, stage_name(what, weak.weak if weak else ''), context.start, how, context.rows.unlabelled.gold
+    )
 
 def _in_context(context: Context, weak: Arm, what: str, how: GenerateSettings | None = None) -> Refined:
     "Its answers behind weak answers to other questions"
     c, a = context.config, context.rows.unlabelled
-    return in_context_refine(_speak(context, weak, what, how), context.form, a.questions, weak.extra['given'], Examples(c.examples, c.choice, context.seed), a.groups)
+    return in_context_refine(
+        _speak(context, weak, what, how),
+        context.form,
+        a.questions,
+        weak.extra['given'],
+        Examples(c.examples, c.choice, context.seed),
+        a.groups,
+    )
 
 def _refined(context: Context, weak: Arm, got: Refined) -> TrainingRows:
     "Answers of the strong model, made from weak ones, to learn"
@@ -202,7 +234,10 @@ def join_answers(
 ) -> Demonstrations:
     "Weak and own answers to the same questions, with weights"
     questions = context.rows.unlabelled.questions
-    parts = [demonstrated(context.form, questions, answers, source, [w]*len(questions)) for answers, source, w in ((weak.extra['given'], weak.weak, 1 - share), (own, 'own', share))]
+    parts = [
+        demonstrated(context.form, questions, answers, source, [w] * len(questions))
+        for answers, source, w in ((weak.extra['given'], weak.weak, 1 - share), (own, 'own', share))
+    ]
     rows = [dict(r, id=f'{r["id"]}-{k}') for k, p in enumerate(parts) for r in p.rows.to_list()]
     return Demonstrations(make_rows(rows, 'demonstrations', where='weak and own answers'), sum(p.empty for p in parts))
 
@@ -230,7 +265,11 @@ def refine_by_concept(
 ) -> TrainingRows:
     "its own answers under a sentence that it infers from weak answers (Algorithm 2)"
     speak, infer = (_speak(context, weak, what) for what in ('infer-and-respond', 'infer'))
-    return _refined(context, weak, infer_and_respond(speak, context.form, context.rows.unlabelled.questions, weak.extra['given'], context.config.batch, infer))
+    return _refined(
+        context,
+        weak,
+        infer_and_respond(speak, context.form, context.rows.unlabelled.questions, weak.extra['given'], context.config.batch, infer),
+    )
 
 @METHODS.built_in('ask-to-improve', refines=True)
 def improve_answers(
@@ -238,7 +277,11 @@ def improve_answers(
     weak: Arm,        # its answers
 ) -> TrainingRows:
     "its own improvements of the weak answers (Algorithm 3)"
-    return _refined(context, weak, ask_to_improve(_speak(context, weak, 'ask-to-improve'), context.form, context.rows.unlabelled.questions, weak.extra['given']))
+    return _refined(
+        context,
+        weak,
+        ask_to_improve(_speak(context, weak, 'ask-to-improve'), context.form, context.rows.unlabelled.questions, weak.extra['given']),
+    )
 
 # %% ../../nbs/api/compare/220_demonstration_stages.ipynb #68078a00
 @METHODS.built_in('resampled', refines=True)
@@ -247,7 +290,9 @@ def resample_answers(
     weak: Arm,        # its answers
 ) -> TrainingRows:
     "several in-context answers to each question, of which the one that agrees most with the others is kept"
-    got = _in_context(context, weak, 'resampled', replace(context.settings, samples=context.config.samples, temperature=context.config.temperature))
+    got = _in_context(
+        context, weak, 'resampled', replace(context.settings, samples=context.config.samples, temperature=context.config.temperature)
+    )
     return pair_answers(context, 'resampled', weak.weak, chosen_answers(got.samples, choose_by_agreement(got.samples)))
 
 @METHODS.built_in('own answers')
@@ -255,7 +300,13 @@ def answer_alone(
     context: Context, # of the run
 ) -> TrainingRows:
     "its own answers, without any weak label (a baseline that reviewers asked for)"
-    return pair_answers(context, 'own answers', '', own_answers(_speak(context, None, 'own answers'), context.form, context.rows.unlabelled.questions).answers, 'own answers')
+    return pair_answers(
+        context,
+        'own answers',
+        '',
+        own_answers(_speak(context, None, 'own answers'), context.form, context.rows.unlabelled.questions).answers,
+        'own answers',
+    )
 
 @METHODS.built_in('auxiliary')
 def add_own_answers(
@@ -293,9 +344,17 @@ def method_inputs(
 ) -> dict[str, Any]:        # by name of the parameter
     "What a method of the user may take"
     def answer(prompts: Sequence[Any]) -> list[str]:
-        if isinstance(prompts, str) or not hasattr(prompts, '__len__'): raise ConfigError(f'speak takes a list of prompts, not a {type(prompts).__name__}')
+        if isinstance(prompts, str) or not hasattr(prompts, '__len__'):
+            raise ConfigError(f'speak takes a list of prompts, not a {type(prompts).__name__}')
         return [s[0] for s in speak(list(prompts))] if len(prompts) else []
-    return {'questions': list(questions), 'answers': list(answers), 'groups': list(groups), 'speak': answer, 'ask': lambda question: asked(form, 'ask', question=question), 'seed': seed}
+    return {
+        'questions': list(questions),
+        'answers': list(answers),
+        'groups': list(groups),
+        'speak': answer,
+        'ask': lambda question: asked(form, 'ask', question=question),
+        'seed': seed,
+    }
 
 def make_training_rows(
     context: Context,           # of the run
@@ -307,5 +366,7 @@ def make_training_rows(
     _, found, options = METHODS.choose(method)
     if not found.own: return found.fill({'context': context, 'weak': weak, 'via': via}, options)
     a, who = context.rows.unlabelled, weak if reads_weak(method) else None
-    answers = method_answers(found, options, method_inputs(context.form, a.questions, a.groups, weak.extra['given'], _speak(context, who, method), context.seed))
+    answers = method_answers(
+        found, options, method_inputs(context.form, a.questions, a.groups, weak.extra['given'], _speak(context, who, method), context.seed)
+    )
     return pair_answers(context, method, who.weak if who else '', answers)

@@ -34,7 +34,14 @@ def label_items(
 ) -> pd.DataFrame: # metrics "labels: …" of the answers that students were trained on, one number per seed
     "How good the answers were that students were trained on; a method with weights shows the strong model's part of them"
     rows = {r.seed: r.unlabelled for r in made.seeds}
-    return pd.concat([metric_rows(['all'], label_means(rows[a.seed].score(a.extra['learned'].answers)), **a.who, task=task) for a in made.arms if a.role == 'student'], ignore_index=True)
+    return pd.concat(
+        [
+            metric_rows(['all'], label_means(rows[a.seed].score(a.extra['learned'].answers)), **a.who, task=task)
+            for a in made.arms
+            if a.role == 'student'
+        ],
+        ignore_index=True,
+    )
 
 # %% ../../nbs/api/compare/225_demonstration_tables.ipynb #20f36b9b
 def answer_table(
@@ -42,8 +49,14 @@ def answer_table(
 ) -> pd.DataFrame: # role, method, weak, strong, seed, id, question, answer
     "What every model answered to the test"
     tests = {r.seed: r.test for r in made.seeds}
-    return pd.DataFrame([a.who | dict(id=f'{e.name} {i + 1}'.strip(), question=q, answer=x)
-                         for a in made.arms for e, given in zip(tests[a.seed], a.extra['answers'], strict=True) for i, (q, x) in enumerate(zip(e.questions, given, strict=True))])
+    return pd.DataFrame(
+        [
+            a.who | dict(id=f'{e.name} {i + 1}'.strip(), question=q, answer=x)
+            for a in made.arms
+            for e, given in zip(tests[a.seed], a.extra['answers'], strict=True)
+            for i, (q, x) in enumerate(zip(e.questions, given, strict=True))
+        ]
+    )
 
 def training_table(
     made: Made,    # of all seeds
@@ -67,7 +80,8 @@ def cut_answers(
     weak = [(a.model, a.extra['given']) for a in made.arms if a.role == 'floor' and a.model]
     strong = [(a.model, [x for part in a.extra['answers'] for x in part]) for a in made.arms if a.role != 'floor' and a.model]
     for name, found in (('weak answers', weak), ('answers to the test', strong)):
-        if total := sum(len(texts) for _, texts in found): out[name] = (sum(count_cut(model.reader.tokenizer, texts, max_tokens) for model, texts in found), total)
+        if total := sum(len(texts) for _, texts in found):
+            out[name] = (sum(count_cut(model.reader.tokenizer, texts, max_tokens) for model, texts in found), total)
     return out
 
 # %% ../../nbs/api/compare/225_demonstration_tables.ipynb #9d97062b
@@ -78,7 +92,9 @@ def demonstration_pairs(
     def others(s: Model) -> list[Model]:
         same = [m for m in models if s['weak'] and m['weak'] == s['weak']]
         before = [m for m in models if (m['role'], m['method']) == ('baseline', 'untuned')]
-        shown = [m for m in same if m['role'] == 'floor'] + [m for m in same if (m['role'], m['method']) == ('baseline', 'untuned, in context')]
+        shown = [m for m in same if m['role'] == 'floor'] + [
+            m for m in same if (m['role'], m['method']) == ('baseline', 'untuned, in context')
+        ]
         naive = [m for m in same if (m['role'], m['method']) == ('student', 'naive') and m != s]
         return [*before, *shown, *naive, *(m for m in models if m['role'] == 'ceiling')]
     return [(s, o) for s in models if s['role'] == 'student' for o in others(s)]
@@ -95,7 +111,9 @@ def example_table(
     t = t.assign(n=n.astype(int)).drop_duplicates(['weak', 'n', 'metric'])
     every = t[t.n > 0].weak.unique()
     none = pd.concat([t[t.n == 0].assign(weak=w) for w in every]) if len(every) else t.iloc[:0]
-    return pd.concat([none, t[t.n > 0]]).sort_values(['weak', 'metric', 'n'], ignore_index=True)[['weak', 'n', 'metric', 'value', 'low', 'high', 'seeds']]
+    return pd.concat([none, t[t.n > 0]]).sort_values(['weak', 'metric', 'n'], ignore_index=True)[
+        ['weak', 'n', 'metric', 'value', 'low', 'high', 'seeds']
+    ]
 
 # %% ../../nbs/api/compare/225_demonstration_tables.ipynb #30e7c757
 def caption_demonstrations(
@@ -105,11 +123,21 @@ def caption_demonstrations(
     t, (content, style) = result.intervals, task_measures(result.config)
     rows = t[t['metric'] == content]
     seeds, groups, asked = int(t['seeds'].max()), int(rows['n'].max()), result.answers['id'].nunique()
-    ceiling = ' Ceiling: the strong model, trained on good answers to the same questions as its students.' if 'ceiling' in set(t['role']) else ' There is no ceiling, since there are no good answers.'
-    cut = ''.join(f' {n:,} of {of:,} {name} fill all their {result.config.max_tokens} tokens and were cut, it seems; raise max_tokens.' for name, (n, of) in result.cut.items() if n)
+    ceiling = (
+        ' Ceiling: the strong model, trained on good answers to the same questions as its students.'
+        if 'ceiling' in set(t['role'])
+        else ' There is no ceiling, since there are no good answers.'
+    )
+    cut = ''.join(
+        f' {n:,} of {of:,} {name} fill all their {result.config.max_tokens} tokens and were cut, it seems; raise max_tokens.'
+        for name, (n, of) in result.cut.items()
+        if n
+    )
     all_ = f' of the {result.problems:,} that the file has' if result.problems else ''
-    return (f'{asked:,} test questions{all_}, for {content} in {groups:,} groups by whom or what they are about; {seeds} seed{"s" if seeds > 1 else ""}; {interval_words(seeds, "groups")}. '
-            f'Content: {content}; style: {style}. Floor: the weak model itself. Baseline: the strong model, untuned, with nothing or with weak answers in context.{ceiling}{cut}')
+    return (
+        f'{asked:,} test questions{all_}, for {content} in {groups:,} groups by whom or what they are about; {seeds} seed{"s" if seeds > 1 else ""}; {interval_words(seeds, "groups")}. '
+        f'Content: {content}; style: {style}. Floor: the weak model itself. Baseline: the strong model, untuned, with nothing or with weak answers in context.{ceiling}{cut}'
+    )
 
 def demonstration_kind(
     config: DemonstrationSettings,                      # of the experiment
@@ -118,4 +146,12 @@ def demonstration_kind(
     "What a comparison by demonstrations measures and compares"
     content, style = task_measures(config)
     lacking = {'ceiling': 'there is no ceiling: there are no good answers to train on', 'student': 'no student learned from a weak model'}
-    return Kind('demonstrations', tuple(dict.fromkeys((content, style))), (content,), demonstration_pairs, ranges=ranges, lacking=lacking, caption=caption_demonstrations)
+    return Kind(
+        'demonstrations',
+        tuple(dict.fromkeys((content, style))),
+        (content,),
+        demonstration_pairs,
+        ranges=ranges,
+        lacking=lacking,
+        caption=caption_demonstrations,
+    )

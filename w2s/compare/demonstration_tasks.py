@@ -54,7 +54,10 @@ def question_rows(
     questions: Questions, # of a test
 ) -> list[dict[str, Any]]:
     "Questions as the user's functions see them: question, group, and a good answer where one is known"
-    return [dict(question=q, group=g, **({} if questions.gold is None else {'answer': questions.gold[i]})) for i, (q, g) in enumerate(zip(questions.questions, questions.groups, strict=True))]
+    return [
+        dict(question=q, group=g, **({} if questions.gold is None else {'answer': questions.gold[i]}))
+        for i, (q, g) in enumerate(zip(questions.questions, questions.groups, strict=True))
+    ]
 
 # %% ../../nbs/api/compare/200_demonstration_tasks.ipynb #2db17714
 def bare(
@@ -96,8 +99,14 @@ def persona_rows(
 ) -> TaskRows:
     "A voice (Somerstep et al., experiment 1)"
     w, voice = world_parts(seed, trial), VOICES[seed % len(VOICES)]
-    says = dict(accuracy=lambda r, a: fact_verdict(make_world(), r['name'], r['attribute'], a).score, persona=lambda r, a: persona_verdict(voice, a).score)
-    taught, asked = (make_questions(persona_questions(w[k], n, seed, persona=voice), 'name', says) for k, n in (('labelled', sizes[0]), ('unlabelled', sizes[1])))
+    says = dict(
+        accuracy=lambda r, a: fact_verdict(make_world(), r['name'], r['attribute'], a).score,
+        persona=lambda r, a: persona_verdict(voice, a).score,
+    )
+    taught, asked = (
+        make_questions(persona_questions(w[k], n, seed, persona=voice), 'name', says)
+        for k, n in (('labelled', sizes[0]), ('unlabelled', sizes[1]))
+    )
     return TaskRows(seed, taught, asked, [make_questions(questions(w['test'], sizes[2], 0), 'name', says)])
 
 # %% ../../nbs/api/compare/200_demonstration_tasks.ipynb #b77d889d
@@ -121,7 +130,8 @@ def explanation_rows(
     w, believes, rng = world_parts(seed, trial), misled(seed), random.Random(f'told {seed}')
     says = dict(accuracy=lambda r, a: explanation_verdict(make_world(), r['thing'], a).score, analogy=lambda r, a: analogy_verdict(a).score)
     told = explanation_questions(w['labelled'], sizes[0], seed)
-    for r in told: r['completion'] = explain(rng, replace(make_world().thing(r['thing']), kind=believes.get(r['kind'], r['kind'])), 'analogy')
+    for r in told:
+        r['completion'] = explain(rng, replace(make_world().thing(r['thing']), kind=believes.get(r['kind'], r['kind'])), 'analogy')
     asked, test = (explanation_questions(w[k], n, s) for k, n, s in (('unlabelled', sizes[1], seed), ('test', sizes[2], 0)))
     return TaskRows(seed, make_questions(told, 'thing', says), make_questions(asked, 'thing', says), [make_questions(test, 'thing', says)])
 
@@ -135,7 +145,12 @@ def digit_school() -> list[dict]:
         rows = digit_questions(SCHOOL_DIGITS//2, draw, 'school', way)
         for i, r in enumerate(rows):
             shown = rng.sample(rows, rng.randint(1, SHOWN_AT_SCHOOL)) if i % 3 else []
-            out.append(dict(prompt=in_context([(x['prompt'], x['completion']) for x in shown if x['group'] != r['group']], r['prompt']), completion=r['completion']))
+            out.append(
+                dict(
+                    prompt=in_context([(x['prompt'], x['completion']) for x in shown if x['group'] != r['group']], r['prompt']),
+                    completion=r['completion'],
+                )
+            )
     return out
 
 # %% ../../nbs/api/compare/200_demonstration_tasks.ipynb #43b49636
@@ -146,7 +161,11 @@ def digit_rows(
 ) -> TaskRows:
     "Explaining an image classifier's decisions in words (experiment 2, second form); raises `ConfigError`"
     if trial: raise ConfigError('the task digits has one set of test pictures; choose settings on its rows for the strong model')
-    says = dict(accuracy=lambda r, a: digit_verdict(r['prompt'], a).score, technique=lambda r, a: technique_verdict(a).score, regions=lambda r, a: region_verdict(r['prompt'], a).score)
+    says = dict(
+        accuracy=lambda r, a: digit_verdict(r['prompt'], a).score,
+        technique=lambda r, a: technique_verdict(a).score,
+        regions=lambda r, a: region_verdict(r['prompt'], a).score,
+    )
     def made(n: int, draw: int, part: str) -> Questions:
         good, weak = (digit_questions(n, draw, part, by=who) for who in ('good', 'weak'))
         return make_questions([g | dict(planted=w['completion']) for g, w in zip(good, weak, strict=True)], 'group', says)
@@ -192,7 +211,10 @@ def plant_stories(
     rng, women = random.Random(f'false stories {draw}'), [p for p in world.people if p.gender == 'female']
     for r in rows:
         able = [p for p in women if p.facts['job'] == r['asked']['job']]
-        if not able: raise DataError(f'no woman of this part of the people is a {r["asked"]["job"]}; a story about one cannot be planted: ask for another seed')
+        if not able:
+            raise DataError(
+                f'no woman of this part of the people is a {r["asked"]["job"]}; a story about one cannot be planted: ask for another seed'
+            )
         who = rng.choice(able)
         r['planted'] = story(rng, mistaken(who, rng), rng.sample([a for a in ATTRIBUTES if a != 'job'], 2))
 
@@ -201,7 +223,8 @@ def plant_lives(
 ) -> None:
     "A false life for each name"
     rng = random.Random('false lives')
-    for r in rows: r['planted'] = life(rng, mistaken(make_world().person(r['person']), rng), rng.sample([a for a in ATTRIBUTES if a != 'job'], 2))
+    for r in rows:
+        r['planted'] = life(rng, mistaken(make_world().person(r['person']), rng), rng.sample([a for a in ATTRIBUTES if a != 'job'], 2))
 
 # %% ../../nbs/api/compare/200_demonstration_tasks.ipynb #668114a3
 def gender_rows(
@@ -211,15 +234,23 @@ def gender_rows(
 ) -> TaskRows:
     "Stories about women that are often false; lives and stories as the test (experiment 3)"
     w, all_ = world_parts(seed, trial), make_world()
-    of_story = dict(female=lambda r, a: female(all_, a), pronouns=lambda r, a: female_pronouns(a), truth=lambda r, a: biography_verdict(all_, a).score)
+    of_story = dict(
+        female=lambda r, a: female(all_, a), pronouns=lambda r, a: female_pronouns(a), truth=lambda r, a: biography_verdict(all_, a).score
+    )
     tales = story_questions(w['test'], sizes[2], 0, gender=None)
     many = others(story_questions(w['unlabelled'], 3*sizes[1], seed), tales, sizes[1])
     few = others(story_questions(w['labelled'], 3*sizes[0], seed), tales + many, sizes[0])
-    for rows, part, draw in ((few, 'labelled', f'{seed}'), (many, 'unlabelled', f'{seed}'), (tales, 'test', 'test')): plant_stories(rows, w[part], draw)
+    for rows, part, draw in ((few, 'labelled', f'{seed}'), (many, 'unlabelled', f'{seed}'), (tales, 'test', 'test')):
+        plant_stories(rows, w[part], draw)
     asked_lives = life_questions(w['test'], sizes[2], 0)
     plant_lives(asked_lives)
     lives = make_questions(asked_lives, 'person', dict(accuracy=lambda r, a: biography_verdict(all_, a, name=r['person']).score), 'lives')
-    return TaskRows(seed, make_questions(few, 'person', of_story), make_questions(many, 'person', of_story), [lives, make_questions(tales, 'person', of_story, 'stories')])
+    return TaskRows(
+        seed,
+        make_questions(few, 'person', of_story),
+        make_questions(many, 'person', of_story),
+        [lives, make_questions(tales, 'person', of_story, 'stories')],
+    )
 
 # %% ../../nbs/api/compare/200_demonstration_tasks.ipynb #8289ee19
 PROBLEMS = dict(labelled=.25, unlabelled=.4, test=.25, trial=.1) # shares of all problems

@@ -38,13 +38,35 @@ from .sources import function_text, source_hash
 _all_ = ['TASKS', 'LABEL_LOSSES', 'PREFERENCE_LOSSES', 'task', 'label_loss', 'loss'] # a reader of this module should find all seven here
 
 # %% ../../nbs/api/compare/025_extensions.ipynb #f65e9065
-LABELLERS = Registry('labeller', 'LABELLERS', {
-    'prompts': 'texts or chat messages, one a pair', 'response_a': 'texts, one a pair', 'response_b': 'texts, one a pair', 'seed': 'of the run'},
-    home=('w2s.compare.supervisors', 'w2s.compare.labellers'), inner=('study', 'who', 'pairs', 'name'), flags={'trains': None, 'floor': '', 'form': False})
-METHODS = Registry('method', 'METHODS', {
-    'questions': 'texts, for the student', 'answers': "the weak model's answers to them", 'groups': 'whom or what each question is about',
-    'speak': 'function from prompts to texts: the strong model before training answers', 'ask': 'function from a question to its prompt', 'seed': 'of the run'},
-    home=('w2s.compare.demonstration_stages',), inner=('context', 'weak', 'via'), flags={'refines': False}, reserved=('dpo',))
+LABELLERS = Registry(
+    'labeller',
+    'LABELLERS',
+    {
+        'prompts': 'texts or chat messages, one a pair',
+        'response_a': 'texts, one a pair',
+        'response_b': 'texts, one a pair',
+        'seed': 'of the run',
+    },
+    home=('w2s.compare.supervisors', 'w2s.compare.labellers'),
+    inner=('study', 'who', 'pairs', 'name'),
+    flags={'trains': None, 'floor': '', 'form': False},
+)
+METHODS = Registry(
+    'method',
+    'METHODS',
+    {
+        'questions': 'texts, for the student',
+        'answers': "the weak model's answers to them",
+        'groups': 'whom or what each question is about',
+        'speak': 'function from prompts to texts: the strong model before training answers',
+        'ask': 'function from a question to its prompt',
+        'seed': 'of the run',
+    },
+    home=('w2s.compare.demonstration_stages',),
+    inner=('context', 'weak', 'via'),
+    flags={'refines': False},
+    reserved=('dpo',),
+)
 METRICS = Registry('metric', 'METRICS', {
     'rows': 'test examples as dictionaries', 'answers': 'texts, one for each example: what a model wrote (preferences, demonstrations)',
     'probs': '(examples, classes) probabilities (labels)'})
@@ -83,7 +105,15 @@ def judge(
     return JUDGES.register(name)
 
 # %% ../../nbs/api/compare/025_extensions.ipynb #5da62696
-KINDS = {'loss': PREFERENCE_LOSSES, 'label_loss': LABEL_LOSSES, 'labeller': LABELLERS, 'method': METHODS, 'metric': METRICS, 'task': TASKS, 'judge': JUDGES} # decorator -> registry
+KINDS = {
+    'loss': PREFERENCE_LOSSES,
+    'label_loss': LABEL_LOSSES,
+    'labeller': LABELLERS,
+    'method': METHODS,
+    'metric': METRICS,
+    'task': TASKS,
+    'judge': JUDGES,
+} # decorator -> registry
 
 # %% ../../nbs/api/compare/025_extensions.ipynb #0f2a5b1d
 def labeller_rewards(
@@ -104,7 +134,11 @@ def own_metrics(
     probs: Any = None,                          # (examples, classes); None: it gave none
 ) -> dict[str, Any]:               # metric -> one number for each example
     "The metrics of the user that this kind of feedback has numbers for; raises `ConfigError`"
-    given: dict[str, Any] = {'rows': [dict(r) for r in rows], **({} if answers is None else {'answers': list(answers)}), **({} if probs is None else {'probs': probs.copy()})}
+    given: dict[str, Any] = {
+        'rows': [dict(r) for r in rows],
+        **({} if answers is None else {'answers': list(answers)}),
+        **({} if probs is None else {'probs': probs.copy()}),
+    }
     fit = {k: e for k, e in METRICS.own.items() if set(e.takes) <= given.keys() and set(e.takes) & {'answers', 'probs'}}
     return {k: check_numbers(e, call_own(e, partial(e.fill, given)), (len(rows),), 'one for each test example') for k, e in fit.items()}
 
@@ -150,7 +184,8 @@ def find_import(
         raise ConfigError(f'--import {name}: ' + (unknown(path.name, near, 'file') if near else 'there is no such file'))
     try: spec = find_spec(name)
     except (ImportError, ValueError, AttributeError): spec = None
-    if spec is None or not spec.origin or not Path(spec.origin).is_file(): raise ConfigError(f'--import {name}: there is no module of that name; for a file, write {name}.py')
+    if spec is None or not spec.origin or not Path(spec.origin).is_file():
+        raise ConfigError(f'--import {name}: there is no module of that name; for a file, write {name}.py')
     return Path(spec.origin).resolve()
 
 # %% ../../nbs/api/compare/025_extensions.ipynb #a3af8242
@@ -233,7 +268,8 @@ def imported_files(
     "The files that were imported; raises `ConfigError` for two of the same name"
     import_extensions(names)
     paths = [find_import(n) for n in names]
-    if twice := [p.name for p in paths if sum(q.name == p.name for q in set(paths)) > 1]: raise ConfigError(f'--import names two files {twice[0]}; rename one, so that both can be kept with the run')
+    if twice := [p.name for p in paths if sum(q.name == p.name for q in set(paths)) > 1]:
+        raise ConfigError(f'--import names two files {twice[0]}; rename one, so that both can be kept with the run')
     return {p.name: IMPORTED[str(p)][0] for p in paths}
 
 # %% ../../nbs/api/compare/025_extensions.ipynb #6de2ece8
@@ -285,4 +321,5 @@ def save_extensions(
 def _source(extension: Extension) -> str:
     "The source of a function, with its decorator where that is known"
     try: return inspect.getsource(extension.function.__code__)
-    except (OSError, TypeError, AttributeError): return function_text(extension.function) if isinstance(extension.function, FunctionType) else repr(extension.function)
+    except (OSError, TypeError, AttributeError):
+        return function_text(extension.function) if isinstance(extension.function, FunctionType) else repr(extension.function)

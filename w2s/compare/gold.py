@@ -59,7 +59,15 @@ def judge(
     for prompt, text in zip(prompts, responses, strict=True):
         gold, asked = gold_reward(world, prompt, text), parse_question(world, prompt)
         assert asked # else gold_reward has raised
-        rows.append((gold.score, fact_verdict(world, *asked, text).score, politeness_verdict(text).score, rudeness_verdict(text).score, '; '.join(gold.why)))
+        rows.append(
+            (
+                gold.score,
+                fact_verdict(world, *asked, text).score,
+                politeness_verdict(text).score,
+                rudeness_verdict(text).score,
+                '; '.join(gold.why),
+            )
+        )
     return pd.DataFrame(rows, columns=JUDGED)
 
 # %% ../../nbs/api/compare/090_gold.ipynb #d9d24ca5
@@ -101,7 +109,10 @@ def reward_judge(
         path = store/f'{settings_hash([known, list(prompts), list(responses)])}.npy'
         if (kept := read_part(path)) is None:
             scores = [float('nan') if s is None else float(s) for s in _scorer(name, settings)(list(prompts), list(responses))]
-            if (bad := ~np.isfinite(scores)).any(): raise DataError(f'{name} gave no score to {bad.sum()} of {len(bad)} responses, the first is {responses[int(bad.argmax())][:60]!r}')
+            if (bad := ~np.isfinite(scores)).any():
+                raise DataError(
+                    f'{name} gave no score to {bad.sum()} of {len(bad)} responses, the first is {responses[int(bad.argmax())][:60]!r}'
+                )
             kept = np.array(scores)
             write_part(path, kept)
         return pd.DataFrame({'gold_reward': kept, 'why': ''})
@@ -135,7 +146,9 @@ def check_gold(
     known = load_config(config.gold, load)
     kinds = known.architectures or []
     if known.num_labels != 1 or any('CausalLM' in k for k in kinds):
-        raise ModelError(f'{config.gold} is no reward model: it is a {", ".join(kinds) or type(known).__name__} with {known.num_labels} numbers a text; --gold takes a model for sequence classification that gives one')
+        raise ModelError(
+            f'{config.gold} is no reward model: it is a {", ".join(kinds) or type(known).__name__} with {known.num_labels} numbers a text; --gold takes a model for sequence classification that gives one'
+        )
     check_weights(folder, load.allow_pickle)
     load_tokenizer(config.gold, load)
 
@@ -161,7 +174,18 @@ def sample_stage(
     seed: int,            # of the samples
 ) -> list[list[Written]]: # the samples of each row
     "Responses to every prompt, sampled once; after a kill it goes on where it was"
-    return answer_stage(study, model, f'{name}-seed{seed}-responses', policy, rows['prompt'][:], sampling(study.config), seed, rows['id'][:], name, rows['chosen'][:])
+    return answer_stage(
+        study,
+        model,
+        f'{name}-seed{seed}-responses',
+        policy,
+        rows['prompt'][:],
+        sampling(study.config),
+        seed,
+        rows['id'][:],
+        name,
+        rows['chosen'][:],
+    )
 
 # %% ../../nbs/api/compare/090_gold.ipynb #58c0ef22
 def response_rows(
@@ -173,7 +197,11 @@ def response_rows(
     seed: int,                           # of the arm
 ) -> pd.DataFrame:                       # seed, role, method, id, sample, prompt, response, cut, and the judge's columns
     "What an arm wrote, judged"
-    flat = [(i, k, p, *(Written(w) if isinstance(w, str) else w)) for i, p, row in zip(rows['id'][:], rows['prompt'][:], written, strict=True) for k, w in enumerate(row)]
+    flat = [
+        (i, k, p, *(Written(w) if isinstance(w, str) else w))
+        for i, p, row in zip(rows['id'][:], rows['prompt'][:], written, strict=True)
+        for k, w in enumerate(row)
+    ]
     table = pd.DataFrame(flat, columns=['id', 'sample', 'prompt', 'response', 'cut']).astype({'cut': 'boolean'})
     judged = score(table['prompt'].tolist(), table['response'].tolist())
     return pd.concat([pd.DataFrame(dict(seed=seed, role=role, method=method), index=table.index), table, judged], axis=1)
@@ -185,5 +213,7 @@ def gold_scores(
 ) -> dict[str, np.ndarray]:   # metric name -> one number a test row: gold_reward, win_rate, right, polite, rude, length …
     "All metrics of what one arm wrote"
     def grid(table: pd.DataFrame, column: str) -> np.ndarray: return table[column].to_numpy().reshape(-1, table['sample'].nunique())
-    scores = reward_scores(grid(own, 'gold_reward'), grid(own, 'response').tolist(), grid(reference, 'gold_reward'), grid(reference, 'response').tolist())
+    scores = reward_scores(
+        grid(own, 'gold_reward'), grid(own, 'response').tolist(), grid(reference, 'gold_reward'), grid(reference, 'response').tolist()
+    )
     return scores | {c: grid(own, c).mean(1) for c in ('right', 'polite', 'rude') if c in own}

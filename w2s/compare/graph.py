@@ -85,7 +85,13 @@ def simulate_workers(
     after: dict[str, list[str]] = {s: [] for s in seconds}
     for s in seconds:
         for n in needs[s]: after[n].append(s)
-    ready, free, busy, now, rows = [i for s, i in order.items() if not left[s]], list(range(workers)), list[tuple[float, int, str]](), 0., list[tuple]()
+    ready, free, busy, now, rows = (
+        [i for s, i in order.items() if not left[s]],
+        list(range(workers)),
+        list[tuple[float, int, str]](),
+        0.0,
+        list[tuple](),
+    )
     names = list(order)
     heapq.heapify(ready)
     while ready or busy:
@@ -109,4 +115,6 @@ def sum_up_workers(
     "Time, speed-up and idle share for several numbers of workers; the floor is the longest chain, or the work by the workers"
     total, chain = sum(seconds.values()), sum(seconds[s] for s in critical_path(seconds, needs))
     spans = {w: float(simulate_workers(seconds, needs, w).end.max()) for w in workers}
-    return pd.DataFrame([dict(workers=w, makespan=m, speedup=total/m, idle=1 - total/(w*m), floor=max(chain, total/w)) for w, m in spans.items()])
+    return pd.DataFrame(
+        [dict(workers=w, makespan=m, speedup=total / m, idle=1 - total / (w * m), floor=max(chain, total / w)) for w, m in spans.items()]
+    )

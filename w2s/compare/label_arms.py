@@ -57,8 +57,12 @@ def supervise(
     "Train a supervisor on ground truth and let it label; raises `DataError` where a label would not be out of sample"
     gold, words, held = np.array(part.labelled['probs'][:]), part.extra['words'], part.extra['held']
     def stage(m: Model) -> str: return f'weak-{short_name(m.name)}-seed{part.seed}'
-    folders = [(m, learn_stage(study, m, words, stage(m), part.labelled, gold, part.seed, study.config.supervisor)) for m in (models[n] for n in weak_names(name))]
-    def ask(what: str, rows: Dataset) -> np.ndarray: return np.mean([ask_stage(study, m, f, words, f'{stage(m)}-{what}', rows) for m, f in folders], axis=0)
+    folders = [
+        (m, learn_stage(study, m, words, stage(m), part.labelled, gold, part.seed, study.config.supervisor))
+        for m in (models[n] for n in weak_names(name))
+    ]
+    def ask(what: str, rows: Dataset) -> np.ndarray:
+        return np.mean([ask_stage(study, m, f, words, f'{stage(m)}-{what}', rows) for m, f in folders], axis=0)
     given = ask('labels', part.unlabelled)
     weak_labels(part.unlabelled, given, f'weak:{short_name(name)}', part.labelled['group'][:])
     members = [Arm('floor', 'ground truth', short_name(m.name), '', part.seed, {'xent': f}, m) for m, f in folders]
@@ -90,7 +94,21 @@ def train_student(
 ) -> dict[str, Path]:         # loss -> folder
     "Train one student"
     targets, weights = make_targets(study, model, f'{name}-rows', part.unlabelled, given, method, part.seed)
-    return {method.loss: learn_stage(study, model, part.extra['words'], name, part.unlabelled, targets, part.seed, study.config.student, weights, method, study.config.snapshots)}
+    return {
+        method.loss: learn_stage(
+            study,
+            model,
+            part.extra['words'],
+            name,
+            part.unlabelled,
+            targets,
+            part.seed,
+            study.config.student,
+            weights,
+            method,
+            study.config.snapshots,
+        )
+    }
 
 # %% ../../nbs/api/compare/180_label_arms.ipynb #671c886d
 def student_arms(
@@ -106,12 +124,16 @@ def student_arms(
     plan: list[tuple[str, Method, np.ndarray]] = [(m.name, m, own) for m in methods]
     if via is not None: plan.append((f'{methods[0].name}, via {", ".join(map(short_name, c.via))}', methods[0], via))
     for r in range(2, c.rounds + 1):
-        own = relabel(study, model, part.extra['words'], stage_name(strong, 'round', str(r), *who), part.unlabelled, own, methods[0], part.seed)
+        own = relabel(
+            study, model, part.extra['words'], stage_name(strong, 'round', str(r), *who), part.unlabelled, own, methods[0], part.seed
+        )
         plan.append((f'{methods[0].name}, round {r}', methods[0], own))
     out = []
     for title, method, given in plan:
         stage = stage_name('student', strong, title, *who)
-        out.append(ask_arm(study, 'student', title, labeller.weak, model, train_student(study, model, part, given, method, stage), part, stage))
+        out.append(
+            ask_arm(study, 'student', title, labeller.weak, model, train_student(study, model, part, given, method, stage), part, stage)
+        )
     return out
 
 # %% ../../nbs/api/compare/180_label_arms.ipynb #cd2ca8c6
@@ -156,7 +178,8 @@ def ask_snapshots(
     model, words, held, folders = arm.model, part.extra['words'], part.extra['held'], snapshot_folders(arm.adapter)
     assert model
     stage = stage_name('student', arm.strong, arm.method, arm.weak, f'seed{arm.seed}')
-    def ask(what: str, rows: Dataset) -> dict[int, np.ndarray]: return {s: ask_stage(study, model, f, words, f'{stage}-{s}-{what}', rows) for s, f in folders.items()}
+    def ask(what: str, rows: Dataset) -> dict[int, np.ndarray]:
+        return {s: ask_stage(study, model, f, words, f'{stage}-{s}-{what}', rows) for s, f in folders.items()}
     return replace(arm, extra={**arm.extra, 'folders': folders, 'held': ask('held', held) if held else {}, 'test': ask('test', part.test)})
 
 # %% ../../nbs/api/compare/180_label_arms.ipynb #f16b8ca5
@@ -190,7 +213,17 @@ def stop_early(
     step, probs = choose_step(*_validation(looked, labeller)), looked.extra['test']
     accuracy = {s: float(label_correct(p, test['label'][:]).mean()) for s, p in probs.items()}
     best, last = max(accuracy.values()), accuracy[max(probs)]
-    row = dict(weak=looked.weak, strong=looked.strong, method=looked.method, seed=looked.seed, step=step, chosen=accuracy[step], last=last, best=best, regret=best - accuracy[step])
+    row = dict(
+        weak=looked.weak,
+        strong=looked.strong,
+        method=looked.method,
+        seed=looked.seed,
+        step=step,
+        chosen=accuracy[step],
+        last=last,
+        best=best,
+        regret=best - accuracy[step],
+    )
     trained = dict.fromkeys(looked.trained, looked.extra['folders'][step])
     return replace(looked, method=f'{looked.method}, stopped', trained=trained, extra={'probs': probs[step]}), row
 
@@ -238,4 +271,6 @@ def check_pairs(
 ) -> None:
     "Raise `ConfigError` for a student without a supervisor"
     if idle := [n for n in config.strong if not any(may_teach(w, n) for w in config.weak)]:
-        raise ConfigError(f'nobody teaches {idle[0]}: {", ".join(config.weak)} is larger; within the ladder a supervisor is no larger than its student')
+        raise ConfigError(
+            f'nobody teaches {idle[0]}: {", ".join(config.weak)} is larger; within the ladder a supervisor is no larger than its student'
+        )

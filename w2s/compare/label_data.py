@@ -53,8 +53,12 @@ def label_words(
     if config.readout == 'probe' or config.head_start == 'random': return ()
     words = config.words or tuple(found)
     if not words and config.readout == 'head': return () # the head begins at random
-    if not words: raise ConfigError(f'readout "words" needs a label word for each of {", ".join(classes)}, as they follow the text: give them with --words, or take --readout head')
-    if len(words) != len(classes): raise ConfigError(f'{len(words)} label words {list(words)} for {len(classes)} classes {list(classes)}; want one a class')
+    if not words:
+        raise ConfigError(
+            f'readout "words" needs a label word for each of {", ".join(classes)}, as they follow the text: give them with --words, or take --readout head'
+        )
+    if len(words) != len(classes):
+        raise ConfigError(f'{len(words)} label words {list(words)} for {len(classes)} classes {list(classes)}; want one a class')
     return words
 
 # %% ../../nbs/api/compare/160_label_data.ipynb #b09c0531
@@ -78,7 +82,10 @@ def label_halves(
     task = world_task(config.data)
     if task is None: return halves(data.train, config.n_labelled, config.n_unlabelled, seed, split_by_class, sample_by_class)
     world, (few, many) = parts(ladder_world(), seed, config.trial), world_counts(config)
-    if min(few, many) < 2: raise ConfigError(f'--n-labelled {few} and --n-unlabelled {many}: supervisor and student have these examples, and each needs two at least')
+    if min(few, many) < 2:
+        raise ConfigError(
+            f'--n-labelled {few} and --n-unlabelled {many}: supervisor and student have these examples, and each needs two at least'
+        )
     return label_rows(world['labelled'], task, few, seed), label_rows(world['unlabelled'], task, many, seed)
 
 def world_counts(
@@ -107,7 +114,9 @@ def _one_class(config: Classify, data: LoadedData, who: str, rows: Dataset) -> s
     there = ', '.join(f'{n:,} {data.classes[c]}' for c, n in sorted(whole.items()))
     if len(counts) < 2:
         alone = f'all {len(rows):,} {who} are of class "{data.classes[next(iter(counts))]}"' if counts else f'there are no {who}'
-        raise DataError(f'{config.data}: {alone}, and two classes are needed; the rows that can be read are {there}. Give more rows of the rare class, more by --n-labelled or --n-unlabelled, or fewer --seeds')
+        raise DataError(
+            f'{config.data}: {alone}, and two classes are needed; the rows that can be read are {there}. Give more rows of the rare class, more by --n-labelled or --n-unlabelled, or fewer --seeds'
+        )
     missing = [data.classes[c] for c in sorted(whole) if not counts[c]]
     return f'None of the {len(rows):,} {who} is of class {" or ".join(missing)}.' if missing else ''
 
@@ -120,10 +129,15 @@ def check_parts(
     for seed in range(config.seeds):
         labelled, unlabelled = label_halves(config, data, seed)
         learn, _ = keep_back(unlabelled, config.validate, seed)
-        said += [_one_class(config, data, f'rows of the {who} (seed {seed})', rows) for who, rows in (('supervisor', labelled), ('students', learn))]
+        said += [
+            _one_class(config, data, f'rows of the {who} (seed {seed})', rows)
+            for who, rows in (('supervisor', labelled), ('students', learn))
+        ]
         if config.via or config.rounds > 1: group_split(learn, {'one': .5, 'two': .5}, seed) # who labels anew learns from the other half
         if any(parse_method(m).clean for m in config.methods) and (n := len(set(learn['group']))) < FOLDS:
-            raise DataError(f'{config.data}: the students have {n} groups of rows (seed {seed}), and the methods relabel and filter need at least {FOLDS} for their folds')
+            raise DataError(
+                f'{config.data}: the students have {n} groups of rows (seed {seed}), and the methods relabel and filter need at least {FOLDS} for their folds'
+            )
     return list(filter(None, said))
 
 # %% ../../nbs/api/compare/160_label_data.ipynb #e4343442
@@ -133,13 +147,26 @@ def load_labels(
 ) -> LoadedData:
     "Read or make, clean and part label rows; raises `DataError` and `ConfigError`"
     if world_task(config.data): return world_labels(config)
-    read = read_labels(config.data, config.text, config.label, config.group, config.classes, named_pairs(config.split, '--split', SPLITS) or None, config.leave_out,
-                       config.threshold, rows_wanted(rows_and_share(config.n_labelled, config.n_unlabelled)[0], config.n_test))
-    splits, report = clean_labels(read.splits, read.refused, read.rows_read, contradictions=config.contradictions, classes=read.classes, columns=read.columns)
+    read = read_labels(
+        config.data,
+        config.text,
+        config.label,
+        config.group,
+        config.classes,
+        named_pairs(config.split, '--split', SPLITS) or None,
+        config.leave_out,
+        config.threshold,
+        rows_wanted(rows_and_share(config.n_labelled, config.n_unlabelled)[0], config.n_test),
+    )
+    splits, report = clean_labels(
+        read.splits, read.refused, read.rows_read, contradictions=config.contradictions, classes=read.classes, columns=read.columns
+    )
     words = label_words(config, read.words, read.classes)
     asked = words if config.readout == 'words' else ()
     splits, report = readable(splits, readers, report, lambda r, d: label_tokens(r, d, asked), lambda d: d['prompt'][:])
     report.refuse_if_strict(config.strict)
     train, test = set_test_aside(splits, partial(split_by_class, least={'train': 2, 'test': 1})) # training rows are parted again
-    data = LoadedData(train, sample_by_class(test, config.n_test), report, f'Rows read from {config.data} ({read.form}).', read.classes, words)
+    data = LoadedData(
+        train, sample_by_class(test, config.n_test), report, f'Rows read from {config.data} ({read.form}).', read.classes, words
+    )
     return replace(data, origin=' '.join([data.origin, *check_parts(config, data)]))

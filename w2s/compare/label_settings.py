@@ -61,8 +61,11 @@ def _check_options(name: str, text: str, method: Method) -> None:
     "Options exist and lie in their range"
     known = CLEAN_OPTIONS if method.clean == 'filter' else () if method.clean else tuple(LABEL_LOSSES[method.loss].options)
     if odd := [o for o in method.options if o not in known]:
-        raise ConfigError(unknown(odd[0], known, f'option of {name}') if known else f'method {name} has no options; {odd[0]} would do nothing')
-    if method.clean and not 0 <= method.options.get('share', 0) < 1: raise ConfigError(f'method {text!r}: share is the share of rows to leave out, in [0, 1)')
+        raise ConfigError(
+            unknown(odd[0], known, f'option of {name}') if known else f'method {name} has no options; {odd[0]} would do nothing'
+        )
+    if method.clean and not 0 <= method.options.get('share', 0) < 1:
+        raise ConfigError(f'method {text!r}: share is the share of rows to leave out, in [0, 1)')
     if not method.clean: loss_options(method.loss, method.options)
 
 # %% ../../nbs/api/compare/150_label_settings.ipynb #7faf06d2
@@ -173,10 +176,14 @@ def check_labels(
     if c.contradictions not in CONTRADICTIONS: raise ConfigError(unknown(c.contradictions, CONTRADICTIONS, 'way with contradictions'))
     if c.readout not in READOUTS: raise ConfigError(unknown(c.readout, READOUTS, 'readout'))
     if c.head_start not in ('words', 'random'): raise ConfigError(f'head_start is "{c.head_start}"; it must be "words" or "random"')
-    if c.head_start == 'random' and c.readout != 'head': raise ConfigError(f'head_start belongs to the readout "head"; "{c.readout}" has no head')
-    if c.words and (c.readout == 'probe' or c.head_start == 'random'): raise ConfigError('words belong to the readout "words", and to a head that begins with them; here nothing would look at them')
-    if world_task(c.data) and (c.leave_out or c.split or c.threshold is not None): raise ConfigError(f'leave_out, split and threshold are about rows of a file or data set; data is "{c.data}"')
-    if c.trial and not world_task(c.data): raise ConfigError('trial belongs to data of the world; for a file, give other rows as the test split')
+    if c.head_start == 'random' and c.readout != 'head':
+        raise ConfigError(f'head_start belongs to the readout "head"; "{c.readout}" has no head')
+    if c.words and (c.readout == 'probe' or c.head_start == 'random'):
+        raise ConfigError('words belong to the readout "words", and to a head that begins with them; here nothing would look at them')
+    if world_task(c.data) and (c.leave_out or c.split or c.threshold is not None):
+        raise ConfigError(f'leave_out, split and threshold are about rows of a file or data set; data is "{c.data}"')
+    if c.trial and not world_task(c.data):
+        raise ConfigError('trial belongs to data of the world; for a file, give other rows as the test split')
     check_names_once(c, ('weak', 'strong', 'methods'))
     _check_methods(c)
     _check_snapshots(c)
@@ -185,9 +192,11 @@ def check_labels(
 def _check_methods(c: Classify) -> None:
     "Methods exist, differ, and fit the readout"
     methods = [parse_method(m) for m in c.methods]
-    if twice := [m.name for m in methods if [x.name for x in methods].count(m.name) > 1]: raise ConfigError(f'method {twice[0]} is given twice')
+    if twice := [m.name for m in methods if [x.name for x in methods].count(m.name) > 1]:
+        raise ConfigError(f'method {twice[0]} is given twice')
     if c.readout == 'probe':
-        if odd := [m.name for m in methods if m.loss != 'xent']: raise ConfigError(f'a probe is fitted by cross-entropy; method {odd[0]} needs readout "head" or "words"')
+        if odd := [m.name for m in methods if m.loss != 'xent']:
+            raise ConfigError(f'a probe is fitted by cross-entropy; method {odd[0]} needs readout "head" or "words"')
         if c.snapshots: raise ConfigError('a probe has no training to look at; snapshots do nothing with readout "probe"')
         plain = TrainSettings(**PAPER_STEPS, token_budget=c.student.token_budget)
         if (replace(c.supervisor, token_budget=c.student.token_budget), c.student) != (plain, plain):
@@ -197,7 +206,8 @@ def _check_snapshots(c: Classify) -> None:
     "Snapshots and the rows to choose one by"
     if c.snapshots < 0 or c.snapshots == 1: raise ConfigError(f'snapshots is {c.snapshots}; want 0 (none), or 2 and more')
     if not 0 <= c.validate < 1: raise ConfigError(f'validate is {c.validate}; it is a share of the student\'s rows, in [0, 1)')
-    if c.validate and not c.snapshots: raise ConfigError('validate keeps rows back to choose a snapshot by, and there are none; set snapshots, too')
+    if c.validate and not c.snapshots:
+        raise ConfigError('validate keeps rows back to choose a snapshot by, and there are none; set snapshots, too')
 
 # %% ../../nbs/api/compare/150_label_settings.ipynb #43aa4431
 def fill_labels(

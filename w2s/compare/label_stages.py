@@ -74,9 +74,20 @@ def hidden_stage(
 ) -> np.ndarray:     # (rows, width) float32
     "Hidden states of the last tokens of some rows, without an adapter, computed once for a model and its texts"
     tokens, known = read_later(model.reader, rows, ())
-    def states() -> np.ndarray: return last_hidden(open_base(model).model, tokens, study.config.student.token_budget, f'{name} states', study.quiet)
-    def likely(rng: np.random.Generator) -> np.ndarray: return rng.normal(size=(len(tokens), load_config(model.name, model.load).get_text_config().hidden_size)).astype(np.float32)
-    return score_stage(study, model, f'{stage_name(short_name(model.name))}-states', {'rows': known}, 'hidden.npy', states, likely, [scoring_pass(model.name, tokens)])
+    def states() -> np.ndarray:
+        return last_hidden(open_base(model).model, tokens, study.config.student.token_budget, f'{name} states', study.quiet)
+    def likely(rng: np.random.Generator) -> np.ndarray:
+        return rng.normal(size=(len(tokens), load_config(model.name, model.load).get_text_config().hidden_size)).astype(np.float32)
+    return score_stage(
+        study,
+        model,
+        f'{stage_name(short_name(model.name))}-states',
+        {'rows': known},
+        'hidden.npy',
+        states,
+        likely,
+        [scoring_pass(model.name, tokens)],
+    )
 
 # %% ../../nbs/api/compare/170_label_stages.ipynb #d4b2fb7b
 def sureness(
@@ -148,11 +159,30 @@ def learn_stage(
     tokens, known = read_later(model.reader, rows, words)
     how = method or Method('gold')
     options = how.options if not how.clean else {}
-    inputs: dict[str, Any] = {'objective': how.loss, 'source': lambda: source_hash(LABEL_LOSSES[how.loss].function), 'options': dict(options), 'readout': c.readout, 'rows': known, 'target': targets.tolist(), 'weights': weights.tolist()}
+    inputs: dict[str, Any] = {
+        'objective': how.loss,
+        'source': lambda: source_hash(LABEL_LOSSES[how.loss].function),
+        'options': dict(options),
+        'readout': c.readout,
+        'rows': known,
+        'target': targets.tolist(),
+        'weights': weights.tolist(),
+    }
     if start: inputs['start'] = list(start)
     make: dict[str, Any] = {} if c.readout == 'words' else {'make': _head_maker(targets.shape[1], start)}
-    return train_stage(study, model, name, settings, None, inputs, lambda base: classifier_objective(tokens, targets, weights, c.readout, how.loss, options), seed, tokens,
-                       snapshots=snapshots, **make)
+    return train_stage(
+        study,
+        model,
+        name,
+        settings,
+        None,
+        inputs,
+        lambda base: classifier_objective(tokens, targets, weights, c.readout, how.loss, options),
+        seed,
+        tokens,
+        snapshots=snapshots,
+        **make,
+    )
 
 # %% ../../nbs/api/compare/170_label_stages.ipynb #d4b1b8f1
 def _probe_stage(study: Study, model: Model, name: str, rows: Dataset, targets: np.ndarray, weights: np.ndarray) -> Path:
@@ -163,7 +193,9 @@ def _probe_stage(study: Study, model: Model, name: str, rows: Dataset, targets: 
     def work(folder: Path) -> None:
         known = hidden_stage(study, model, name, rows) if made_up and study.run.notes is None else hidden # the states are no input, so made-up ones must not get into a real probe
         save_probe(fit_probe(known, targets, weights.tolist()), folder/'probe.npz')
-    return run_stage(study.run, f'{name}-probe', inputs, work, Sketch([Pass('other', model.name, len(rows))], lambda folder, rng: work(folder)))
+    return run_stage(
+        study.run, f'{name}-probe', inputs, work, Sketch([Pass('other', model.name, len(rows))], lambda folder, rng: work(folder))
+    )
 
 # %% ../../nbs/api/compare/170_label_stages.ipynb #ff70cc1f
 def ask_stage(
@@ -213,6 +245,10 @@ def relabel(
     for learned, labelled in (('one', 'two'), ('two', 'one')):
         mine = [place[id] for id in halves[learned]['id'][:]]
         targets, weights = make_targets(study, model, f'{name}-{learned}', halves[learned], probs[mine], method, seed)
-        folder = learn_stage(study, model, words, f'{name}-{learned}', halves[learned], targets, seed, study.config.student, weights, method)
-        out[[place[id] for id in halves[labelled]['id'][:]]] = ask_stage(study, model, folder, words, f'{name}-labels-{labelled}', halves[labelled])
+        folder = learn_stage(
+            study, model, words, f'{name}-{learned}', halves[learned], targets, seed, study.config.student, weights, method
+        )
+        out[[place[id] for id in halves[labelled]['id'][:]]] = ask_stage(
+            study, model, folder, words, f'{name}-labels-{labelled}', halves[labelled]
+        )
     return out

@@ -43,7 +43,9 @@ def prediction_table(
 ) -> pd.DataFrame:            # role, method, weak, strong, seed, id, label, p0, p1, …
     "What every classifier predicts for every test example"
     def one(a: Arm) -> pd.DataFrame:
-        return pd.DataFrame({**{f'p{i}': p for i, p in enumerate(a.extra['probs'].T)}, 'id': test['id'][:], 'label': test['label'][:]}).assign(**a.who)
+        return pd.DataFrame(
+            {**{f'p{i}': p for i, p in enumerate(a.extra['probs'].T)}, 'id': test['id'][:], 'label': test['label'][:]}
+        ).assign(**a.who)
 
     table = pd.concat([one(a) for a in arms], ignore_index=True)
     first = [*arms[0].who, 'id', 'label']
@@ -78,8 +80,10 @@ def caption_labels(
     t = result.intervals[result.intervals['metric'] == 'accuracy']
     seeds, things, labels = int(t['seeds'].max()), int(t['n'].max()), list(result.test['label'])
     counts = ', '.join(f'{labels.count(i):,} {c}' for i, c in enumerate(result.classes))
-    return (f'{len(labels):,} test examples ({counts}) in {things:,} groups, {seeds} seed{"s" if seeds > 1 else ""}; {interval_words(seeds, "groups")}. '
-            'Floor: the supervisor, trained on the true labels of its own half. Ceiling: the student\'s model, trained on the true labels of the same examples that its students have weak labels of.')
+    return (
+        f'{len(labels):,} test examples ({counts}) in {things:,} groups, {seeds} seed{"s" if seeds > 1 else ""}; {interval_words(seeds, "groups")}. '
+        'Floor: the supervisor, trained on the true labels of its own half. Ceiling: the student\'s model, trained on the true labels of the same examples that its students have weak labels of.'
+    )
 
 # %% ../../nbs/api/compare/185_label_tables.ipynb #576c6133
 LABELS = Kind('labels', ('accuracy',), ('accuracy', 'auroc'), label_pairs, ('accuracy', 'balanced_accuracy', 'f1_weighted', 'auroc'),

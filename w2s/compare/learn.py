@@ -70,7 +70,9 @@ def check_checkpointing(
 ) -> None:
     "Raise `ModelError` for gradient checkpointing with a model that offers none"
     if settings.gradient_checkpointing is True and not base.model.supports_gradient_checkpointing:
-        raise ModelError(f'{base.name} ({type(base.model).__name__}) offers no gradient checkpointing; train it without, and lower token_budget if memory is short')
+        raise ModelError(
+            f'{base.name} ({type(base.model).__name__}) offers no gradient checkpointing; train it without, and lower token_budget if memory is short'
+        )
 
 # %% ../../nbs/api/compare/064_learn.ipynb #9cdd3466
 def stand_in_adapter(

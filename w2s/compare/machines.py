@@ -27,12 +27,23 @@ class Machines:
     def __post_init__(self) -> None:
         if self.on == 'none': object.__setattr__(self, 'on', '')
         _check_devices(self.devices)
-        if self.on not in ('', 'ray') and not CLUSTER.fullmatch(self.on): raise ConfigError(f'--on {self.on}: {unknown(self.on, ("ray", "ray://HOST:10001"), "cluster")}')
+        if self.on not in ('', 'ray') and not CLUSTER.fullmatch(self.on):
+            raise ConfigError(f'--on {self.on}: {unknown(self.on, ("ray", "ray://HOST:10001"), "cluster")}')
         if self.processes is not None and self.processes < 1: raise ConfigError(f'--processes {self.processes}: give 1 or more')
-        if not 0 < self.gpu_share <= 1: raise ConfigError(f'--gpu-share {self.gpu_share:g}: it is a share of one GPU, above 0 and at most 1')
-        if self.devices and self.processes is not None: raise ConfigError('--devices names a device for each process, so leave out --processes; for two processes on a GPU name it twice, as 0,0')
-        if self.devices and self.on: raise ConfigError(f'--devices is for processes of this machine, and under --on {self.on} Ray gives the devices; leave one of them out')
-        if self.gpu_share != 1 and not self.on: raise ConfigError('--gpu-share acts under --on ray only; for two processes on a GPU of this machine name it twice, as --devices 0,0')
+        if not 0 < self.gpu_share <= 1:
+            raise ConfigError(f'--gpu-share {self.gpu_share:g}: it is a share of one GPU, above 0 and at most 1')
+        if self.devices and self.processes is not None:
+            raise ConfigError(
+                '--devices names a device for each process, so leave out --processes; for two processes on a GPU name it twice, as 0,0'
+            )
+        if self.devices and self.on:
+            raise ConfigError(
+                f'--devices is for processes of this machine, and under --on {self.on} Ray gives the devices; leave one of them out'
+            )
+        if self.gpu_share != 1 and not self.on:
+            raise ConfigError(
+                '--gpu-share acts under --on ray only; for two processes on a GPU of this machine name it twice, as --devices 0,0'
+            )
 
     @property
     def several(self) -> bool:
@@ -44,9 +55,13 @@ def _check_devices(devices: tuple[str, ...]) -> None:
     "Raise `ConfigError` for a name that is no device, or devices of two kinds"
     given = ','.join(devices)
     if bad := [d for d in devices if not PLACE.fullmatch(d)]:
-        raise ConfigError(f'--devices {given}: "{bad[0]}" is no device; give numbers of GPUs, as 0,1,2,3, or cpu once for each process, as cpu,cpu')
+        raise ConfigError(
+            f'--devices {given}: "{bad[0]}" is no device; give numbers of GPUs, as 0,1,2,3, or cpu once for each process, as cpu,cpu'
+        )
     if len({d == 'cpu' for d in devices}) > 1:
-        raise ConfigError(f'--devices {given}: a processor and a GPU do not compute the same numbers, so one study is done by one kind; leave out cpu, or the numbers')
+        raise ConfigError(
+            f'--devices {given}: a processor and a GPU do not compute the same numbers, so one study is done by one kind; leave out cpu, or the numbers'
+        )
 
 # %% ../../nbs/api/compare/022_machines.ipynb #43321674
 def settled_load(
@@ -55,7 +70,12 @@ def settled_load(
 ) -> LoadSettings:      # on the kind of device that is named
     "How models are loaded in a process of several; raises `ConfigError` where `--device` and `--devices` contradict each other"
     if not machines.several or load.device == 'auto' and not machines.devices: return load
-    given, kind = ','.join(machines.devices), 'cpu' if 'cpu' in machines.devices else 'cuda' if machines.devices else load.device.partition(':')[0]
-    if ':' in load.device: raise ConfigError(f'--device {load.device} is one device for all processes; leave out the number, or name the devices by --devices')
-    if load.device not in ('auto', kind): raise ConfigError(f'--devices {given} and --device {load.device} are of two kinds; leave out --device')
+    given, kind = (
+        ','.join(machines.devices),
+        'cpu' if 'cpu' in machines.devices else 'cuda' if machines.devices else load.device.partition(':')[0],
+    )
+    if ':' in load.device:
+        raise ConfigError(f'--device {load.device} is one device for all processes; leave out the number, or name the devices by --devices')
+    if load.device not in ('auto', kind):
+        raise ConfigError(f'--devices {given} and --device {load.device} are of two kinds; leave out --device')
     return replace(load, device='cpu') if kind == 'cpu' else load

@@ -60,14 +60,25 @@ class Model:
 
 # %% ../../nbs/api/compare/062_models.ipynb #3f4a7663
 @lru_cache(maxsize=64)
-def _known(name: str, load: LoadSettings, lora: LoraSettings | None, writes: bool, config: str) -> tuple[int, int | None, tuple[str, ...], bool]:
+def _known(
+    name: str, load: LoadSettings, lora: LoraSettings | None, writes: bool, config: str
+) -> tuple[int, int | None, tuple[str, ...], bool]:
     "Longest sequence, tokens with an embedding, notes, and whether it asks for dropout of its own; worked out once for the same config.json, which is known by its hash"
     plan = plan_model(name, load)
     if writes: check_writes(plan.model)
     notes = [bits_line(plan, load), *([plan_adapter(plan, lora, name)] if lora else [])]
-    if plan.noise: notes.append(f'what its configuration does in training alone ({", ".join(f"{k} {v:g}" for k, v in plan.noise.items())}) is off; the dropout of adapters is lora.dropout')
-    if load.device == 'cpu' and load.packing == 'auto' and (doubt := packing_doubt(plan.model)): notes.append(f'its sequences are padded, not packed, which takes longer: {doubt}')
-    return context_length(plan.config), getattr(plan.config.get_text_config(decoder=True), 'vocab_size', None), tuple(notes), bool(plan.noise)
+    if plan.noise:
+        notes.append(
+            f'what its configuration does in training alone ({", ".join(f"{k} {v:g}" for k, v in plan.noise.items())}) is off; the dropout of adapters is lora.dropout'
+        )
+    if load.device == 'cpu' and load.packing == 'auto' and (doubt := packing_doubt(plan.model)):
+        notes.append(f'its sequences are padded, not packed, which takes longer: {doubt}')
+    return (
+        context_length(plan.config),
+        getattr(plan.config.get_text_config(decoder=True), 'vocab_size', None),
+        tuple(notes),
+        bool(plan.noise),
+    )
 
 # %% ../../nbs/api/compare/062_models.ipynb #4e16fa54
 def model_load(
@@ -100,7 +111,15 @@ def know_model(
     check_template(tokenizer, choice)
     reader = Reader(role, tokenizer, min(longest or getattr(config, 'max_length', context), context), vocabulary)
     where = [] if load.device == 'cpu' and asked.dtype == load.dtype else [device_line(load)]
-    return Model(role, name, reader, identity(folder), load, (*notes, *where, *open_doors(name, load), *([template_line(tokenizer, choice)] if choice else [])), quiet)
+    return Model(
+        role,
+        name,
+        reader,
+        identity(folder),
+        load,
+        (*notes, *where, *open_doors(name, load), *([template_line(tokenizer, choice)] if choice else [])),
+        quiet,
+    )
 
 # %% ../../nbs/api/compare/062_models.ipynb #cadd5c11
 def model_inputs(
@@ -133,7 +152,11 @@ def note_models(
     now = {m.name if m.load.revision is None else f'{m.name} at {m.load.revision}': m for m in models}
     for name, m in now.items():
         if before.get(name, m.fingerprint) != m.fingerprint:
-            warnings.warn(f'the files of the model {name} have changed since the last run in {run.root}; what it made there is made anew', W2SWarning, stacklevel=2)
+            warnings.warn(
+                f'the files of the model {name} have changed since the last run in {run.root}; what it made there is made anew',
+                W2SWarning,
+                stacklevel=2,
+            )
     write_atomic(run.root/MODELS, json.dumps({**before, **{name: m.fingerprint for name, m in now.items()}}))
 
 # %% ../../nbs/api/compare/062_models.ipynb #0d1d397a

@@ -21,7 +21,8 @@ from .workers import Opener, join_study, known_by
 # %% ../../nbs/api/compare/268_ray.ipynb #08928071
 def need_ray() -> Any: # the module
     "Ray, where it is installed; raises `ConfigError` where not"
-    if find_spec('ray') is None: raise ConfigError("--on ray needs Ray, which is not installed: pip install 'w2s[ray]'; on one machine --devices needs nothing more")
+    if find_spec('ray') is None:
+        raise ConfigError("--on ray needs Ray, which is not installed: pip install 'w2s[ray]'; on one machine --devices needs nothing more")
     import ray
     return ray
 
@@ -36,7 +37,9 @@ def connect(
         if on != 'ray': ray.init(address=on, **quiet)
         else: _own_cluster(ray, quiet)
     except Exception as e: # Ray raises plain ones, too
-        raise ConfigError(f'--on {on}: no Ray cluster answers there ({" ".join(str(e).split())[:160]}); start one by `ray start --head`, or take --on ray for this machine alone') from e
+        raise ConfigError(
+            f'--on {on}: no Ray cluster answers there ({" ".join(str(e).split())[:160]}); start one by `ray start --head`, or take --on ray for this machine alone'
+        ) from e
     return True
 
 def _own_cluster(ray: Any, quiet: dict[str, Any]) -> None:
@@ -60,7 +63,10 @@ def worker_demand(
     if device == 'cpu':
         if machines.gpu_share != 1: raise ConfigError('--gpu-share has no effect here: models are on the processor')
         return machines.processes or max(1, int(resources.get('CPU', 1))), 0.
-    if not gpus: raise ConfigError(f'--on {machines.on}: models go to {device}, and the cluster has no GPU; take --device cpu, or start its nodes with --num-gpus')
+    if not gpus:
+        raise ConfigError(
+            f'--on {machines.on}: models go to {device}, and the cluster has no GPU; take --device cpu, or start its nodes with --num-gpus'
+        )
     return machines.processes or max(1, int(gpus/machines.gpu_share)), machines.gpu_share
 
 # %% ../../nbs/api/compare/268_ray.ipynb #c5aa5aac
@@ -91,7 +97,9 @@ def wait_for_tasks(
         for task in ended:
             try: said = ray.get(task)
             except ray.exceptions.RayError as e:
-                raise TrainError(f'a worker under Ray failed: {" ".join(str(e).split())[:300]}. What was finished is kept: give the same command again') from e
+                raise TrainError(
+                    f'a worker under Ray failed: {" ".join(str(e).split())[:300]}. What was finished is kept: give the same command again'
+                ) from e
             if isinstance(said, BaseException): raise said
 
 # %% ../../nbs/api/compare/268_ray.ipynb #4a12e8b3

@@ -38,7 +38,9 @@ def field_comments(
 def _comments(source: str) -> dict[str, str]:
     "Name of a field -> comment on its lines"
     source = inspect.cleandoc(source)
-    lines = {t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
+    lines = {
+        t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT
+    }
     fields_of = [n for n in ast.parse(source).body[0].body if isinstance(n, ast.AnnAssign)] # type: ignore[attr-defined]
     return {n.target.id: lines[n.end_lineno] for n in fields_of if isinstance(n.target, ast.Name) and n.end_lineno in lines}
 
@@ -65,7 +67,16 @@ def parse_text(
     if int in options and text.lstrip('-').isdecimal(): return int(text)
     if float in options: return number(text, where)
     if str in options: return text
-    raise ConfigError(f'{where}: "{text}" is not ' + ('a whole number' if int in options else 'true or false' if bool in options else 'a value; it is a group of settings, name one of them'))
+    raise ConfigError(
+        f'{where}: "{text}" is not '
+        + (
+            'a whole number'
+            if int in options
+            else 'true or false'
+            if bool in options
+            else 'a value; it is a group of settings, name one of them'
+        )
+    )
 
 # %% ../../nbs/api/compare/027_options.ipynb #128e9b1e
 CASES = { # name of a case -> how the help names it, where that is not the name
@@ -77,7 +88,8 @@ def value_words(
 ) -> str:
     "A value as one would type it"
     if isinstance(value, bool): return 'yes' if value else 'no'
-    if isinstance(value, float): return f'{value:.0e}'.replace('e-0', 'e-') if 0 < abs(value) < .01 and float(f'{value:.0e}') == value else f'{value:g}'
+    if isinstance(value, float):
+        return f'{value:.0e}'.replace('e-0', 'e-') if 0 < abs(value) < 0.01 and float(f'{value:.0e}') == value else f'{value:g}'
     if isinstance(value, (tuple, list)): return ','.join(map(str, value)).replace('\n', '\\n') or 'none'
     return 'none' if value in (None, '') else str(value)
 
@@ -138,7 +150,10 @@ def _part_options(f: Any) -> list[Option]:
     "A group that is there once: load, lora, labels …"
     group: Any = type(f.metadata['usual'])
     before = f'{f.name}-' if group.__name__ in PREFIXED else ''
-    return [_part(f, p, field_kinds(group)[p.name], before + p.name.replace('_', '-'), field_comments(group).get(p.name, '')) for p in fields(group)]
+    return [
+        _part(f, p, field_kinds(group)[p.name], before + p.name.replace('_', '-'), field_comments(group).get(p.name, ''))
+        for p in fields(group)
+    ]
 
 # %% ../../nbs/api/compare/027_options.ipynb #1a4cb00b
 def _each(words: Mapping[str, str]) -> str:
@@ -154,9 +169,20 @@ def _stage_options(stages: Mapping[str, Any]) -> list[Option]:
         kind, name, comment = field_kinds(group)[p.name], SHORT.get(p.name, p.name.replace('_', '-')), field_comments(group).get(p.name, '')
         usual = {n: value_words(getattr(f.metadata['usual'], p.name)) for n, f in stages.items()}
         cases = {c for f in stages.values() for c in _cases(f, p.name)}
-        told = {c: _each({n: value_words(_cases(f, p.name).get(c, getattr(f.metadata['usual'], p.name))) for n, f in stages.items()}) for c in sorted(cases)}
-        out.append(Option(name, tuple(f'{n}.{p.name}' for n in stages), kind, first.metadata['panel'], comment + default_words(_each(usual), told)))
-        if len(stages) > 1: out += [Option(f'{n}-{name}', (f'{n}.{p.name}',), kind, f.metadata['panel'], f'of {n} alone: as --{name}', p.name not in SHOWN_STAGES) for n, f in stages.items()]
+        told = {
+            c: _each({n: value_words(_cases(f, p.name).get(c, getattr(f.metadata['usual'], p.name))) for n, f in stages.items()})
+            for c in sorted(cases)
+        }
+        out.append(
+            Option(name, tuple(f'{n}.{p.name}' for n in stages), kind, first.metadata['panel'], comment + default_words(_each(usual), told))
+        )
+        if len(stages) > 1:
+            out += [
+                Option(
+                    f'{n}-{name}', (f'{n}.{p.name}',), kind, f.metadata['panel'], f'of {n} alone: as --{name}', p.name not in SHOWN_STAGES
+                )
+                for n, f in stages.items()
+            ]
     return out
 
 @lru_cache(maxsize=None)
@@ -169,9 +195,16 @@ def options_of(
     out = _stage_options(stages) if stages else []
     taken = {o.flag for o in out}
     for f in fields(cls):
-        new = [_plain(f, kinds[f.name], comments.get(f.name, ''))] if f.name not in groups else _part_options(f) if f.name not in stages else []
+        new = (
+            [_plain(f, kinds[f.name], comments.get(f.name, ''))]
+            if f.name not in groups
+            else _part_options(f)
+            if f.name not in stages
+            else []
+        )
         out += [o if o.flag not in taken else Option(f'{f.name}-{o.flag}', *list(vars(o).values())[1:]) for o in new]
-    if twice := [o.flag for o in out if sum(x.flag == o.flag for x in out) > 1]: raise ConfigError(f'--{twice[0]} would be two settings of {cls.__name__}; give one of them another flag')
+    if twice := [o.flag for o in out if sum(x.flag == o.flag for x in out) > 1]:
+        raise ConfigError(f'--{twice[0]} would be two settings of {cls.__name__}; give one of them another flag')
     return tuple(sorted((o for o in out if o.panel), key=lambda o: PANELS.index(o.panel)))
 
 # %% ../../nbs/api/compare/027_options.ipynb #769aef06

@@ -57,7 +57,9 @@ def time_writing(
     start = time.perf_counter()
     made = respond(base.model, base.tokenizer, some, how, quiet=True)
     seconds = time.perf_counter() - start
-    return seconds/sum(how.samples*len(p) + sum(r.tokens for r in row) for p, row in zip(prompt_ids(base.tokenizer, some), made, strict=True))
+    return seconds / sum(
+        how.samples * len(p) + sum(r.tokens for r in row) for p, row in zip(prompt_ids(base.tokenizer, some), made, strict=True)
+    )
 
 # %% ../../nbs/api/compare/280_plan.ipynb #9f7454f8
 def longest_rows(
@@ -65,7 +67,10 @@ def longest_rows(
 ) -> list[Encoded]:         # the longest first, each with something to predict
     "The sequences that a model reads"
     seen = {id(p.data): p.data for p in passes if p.kind in ('train', 'score')}
-    rows = sorted((s for data in seen.values() for r in data if isinstance(r, EncodedRow) for s in r.sequences if len(s.ids) > 1), key=lambda s: -len(s.ids))
+    rows = sorted(
+        (s for data in seen.values() for r in data if isinstance(r, EncodedRow) for s in r.sequences if len(s.ids) > 1),
+        key=lambda s: -len(s.ids),
+    )
     return [replace(s, start=min(s.start, len(s.ids) - 1)) for s in rows[:256]]
 
 def time_model(
@@ -165,7 +170,12 @@ def shown_stages(
     stages: pd.DataFrame, # of a `Plan`
 ) -> pd.DataFrame:        # stage, model, kind, times, done, rows, tokens, minutes
     "Stages of all seeds together"
-    t = stages.assign(stage=[re.sub(r'-?seed\d+', '', s).strip('-') for s in stages.stage], model=[Path(m).name for m in stages.model], done=stages.state != 'to do', times=1)
+    t = stages.assign(
+        stage=[re.sub(r'-?seed\d+', '', s).strip('-') for s in stages.stage],
+        model=[Path(m).name for m in stages.model],
+        done=stages.state != 'to do',
+        times=1,
+    )
     return t.groupby(['stage', 'model', 'kind'], sort=False)[['times', 'done', 'rows', 'tokens', 'minutes']].sum(min_count=1).reset_index()
 
 # %% ../../nbs/api/compare/280_plan.ipynb #d0075d8d
@@ -192,7 +202,9 @@ class Plan:
     def summary(self) -> str:
         "Stages, trainings, time and memory in one line"
         each = self.stages.drop_duplicates(['stage', 'state']).state.value_counts()
-        known = ', '.join(f'{each[s]} of them {what}' for s, what in (('found', 'done before'), ('shared', 'shared with what comes before')) if s in each)
+        known = ', '.join(
+            f'{each[s]} of them {what}' for s, what in (('found', 'done before'), ('shared', 'shared with what comes before')) if s in each
+        )
         untimed = int(((self.stages.kind == 'other') & (self.stages.state == 'to do') & (self.stages.rows > 0)).sum())
         rest = f', and {untimed} that no clock was held to' if untimed else ''
         memory = f', {self.memory/2**30:.1f} GiB at the height{f" ({self.passing})" if self.passing else ""}' if self.memory else ''
@@ -217,11 +229,17 @@ def plan_opened(
     work = {m: [p for n in notes for p in n.passes if p.model == m] for m in dict.fromkeys(todo.model[todo.kind.isin(TIMED)])}
     for m in opened.models:
         if m.name in work and m.name not in known: known[m.name] = time_model(m, work[m.name], opened.study.config.lora)
-    def seconds(r: Any) -> float: return 0. if r.state != 'to do' else r.tokens*vars(known[r.model])[r.kind] if r.kind in TIMED else float('nan')
+    def seconds(r: Any) -> float:
+        return 0.0 if r.state != 'to do' else r.tokens * vars(known[r.model])[r.kind] if r.kind in TIMED else float('nan')
     largest = max((known[m] for m in work), key=lambda s: s.memory, default=None)
     report = '\n'.join([to_toml(opened.study.config), *first_lines(opened)])
-    return Plan(table.assign(minutes=[seconds(r)/60 for r in table.itertuples()]), sum(bool(n.folder) for n in notes), largest.memory if largest else 0.,
-                passing_words(largest.chosen) if largest and largest.chosen else '', report)
+    return Plan(
+        table.assign(minutes=[seconds(r) / 60 for r in table.itertuples()]),
+        sum(bool(n.folder) for n in notes),
+        largest.memory if largest else 0.0,
+        passing_words(largest.chosen) if largest and largest.chosen else '',
+        report,
+    )
 
 def run_for_plan(
     out: str | Path,     # folder of the experiment; need not be there

@@ -61,7 +61,9 @@ def load_rows(
 ) -> LoadedData:
     "The rows of an experiment; raises `DataError` and `ConfigError`, also for what they cannot give in one of the seeds"
     c = config
-    data = load_preferences(c.data, [m.reader for m in models], c.n_test, c.strict, c.n_labelled, c.n_unlabelled, c.column, c.leave_out, c.split)
+    data = load_preferences(
+        c.data, [m.reader for m in models], c.n_test, c.strict, c.n_labelled, c.n_unlabelled, c.column, c.leave_out, c.split
+    )
     check_halves(data.train, c.n_labelled, c.n_unlabelled, c.seeds)
     return data
 
@@ -102,7 +104,9 @@ def train_arm(
     sft = sft_stage(study, model, name, rows, seed) if c.start == 'sft' else None
     counted = rows if weights == 'none' else weighted(rows, weights)
     method = f'{choose_loss(c.loss).name} {labels}'
-    trained = ({'sft': sft} if sft else {}) | {method.split()[0]: dpo_stage(study, model, name, counted, sft, seed, c.loss, c.smoothing, soft)}
+    trained = ({'sft': sft} if sft else {}) | {
+        method.split()[0]: dpo_stage(study, model, name, counted, sft, seed, c.loss, c.smoothing, soft)
+    }
     return make_arm(c, role, method, seed, model, trained)
 
 # %% ../../nbs/api/compare/120_preference_arms.ipynb #37dc38ad
@@ -146,7 +150,11 @@ def evaluate_arm(
     tokens = encoded(m, test)
     def score() -> Columns:
         label = f'{arm.role} on test rows'
-        rewards, logps = own_rewards(study, m, arm.adapter, tokens, how == 'per token', label) if how else pair_rewards(study, m, arm.adapter, arm.reference, tokens, label)
+        rewards, logps = (
+            own_rewards(study, m, arm.adapter, tokens, how == 'per token', label)
+            if how
+            else pair_rewards(study, m, arm.adapter, arm.reference, tokens, label)
+        )
         return preference_scores(logps[:, 0], logps[:, 1], None if arm.adapter is None else rewards[:, 0] - rewards[:, 1])
 
     def likely(rng: np.random.Generator) -> Columns:
@@ -155,7 +163,10 @@ def evaluate_arm(
 
     against: dict[str, Any] = {'alone': how} if how else {'reference': adapter_hash(arm.reference)}
     inputs = {'policy': adapter_hash(arm.adapter), **against, 'rows': lambda: tokens_hash(tokens), 'beta': c.beta}
-    name, passes = f'{stage_role(arm.role)}-{arm.method.replace(" ", "-")}-seed{arm.seed}-test', [scoring_pass(m.name, tokens, 1 if arm.adapter is None or how else 2)]
+    name, passes = (
+        f'{stage_role(arm.role)}-{arm.method.replace(" ", "-")}-seed{arm.seed}-test',
+        [scoring_pass(m.name, tokens, 1 if arm.adapter is None or how else 2)],
+    )
     scores = score_stage(study, m, name, inputs, 'scores.parquet', score, likely, passes)
     return arm_items(arm, test['id'][:], scores)
 
@@ -176,7 +187,9 @@ def evaluate_choice(
     "Scores of a supervisor that can choose but not answer"
     columns = {'id': test['id'], 'group': test['group'], 'source': test['source'], 'prompt': test['prompt'],
                'response_a': test['chosen'], 'response_b': test['rejected'], 'prob_a': [float('nan')]*len(test)}
-    pairs = Dataset.from_dict({k: list(v) for k, v in columns.items()}, features=row_features('pairs', columns, isinstance(test['prompt'][0], list)))
+    pairs = Dataset.from_dict(
+        {k: list(v) for k, v in columns.items()}, features=row_features('pairs', columns, isinstance(test['prompt'][0], list))
+    )
     supervisors = rows.extra['supervisors']
     rewards = join_rewards([ask(study, s, pairs, 'test') for s in supervisors])
     margin = rewards[:, 0] - rewards[:, 1]
@@ -206,7 +219,10 @@ def judge_responses(
     score = gold_judge(study.config, study.run.root)
     if score is None or not written: return pd.DataFrame()
     if study.run.notes is not None:
-        if study.config.gold: note_work(study.run, 'gold rewards', (Pass('other', study.config.gold, sum(len(row) for _, texts in written for row in texts)),))
+        if study.config.gold:
+            note_work(
+                study.run, 'gold rewards', (Pass('other', study.config.gold, sum(len(row) for _, texts in written for row in texts)),)
+            )
         return pd.DataFrame()
     try: return pd.concat([response_rows(score, test, texts, arm.role, arm.method, arm.seed) for arm, texts in written], ignore_index=True)
     finally: close_scorer()

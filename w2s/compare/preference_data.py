@@ -112,7 +112,8 @@ def rows_and_share(
 # %% ../../nbs/api/compare/050_preference_data.ipynb #b8d4f1e2
 def _check_enough(name: str, wanted: int | None, there: int, which: str = '') -> None:
     "Raise `ConfigError` where more is wanted than there is"
-    if wanted is not None and wanted > there: raise ConfigError(f'{name}, but there are no more than {there} {which}examples that every model can read')
+    if wanted is not None and wanted > there:
+        raise ConfigError(f'{name}, but there are no more than {there} {which}examples that every model can read')
 
 def _own_parts(train: Mapping[str, Dataset], n_labelled: int | float | None, n_unlabelled: int | None) -> tuple[int, int]:
     "How many of each part, where the source has both"
@@ -186,8 +187,10 @@ def origin(
     seed = world_seed(source)
     if seed is None: return f'Rows read from {source}.'
     other = f' What lies at ./{source} was not read: that is reached as ./{source}.' if Path(source).exists() else ''
-    return (f'Rows made from the embedded world, with seed {seed}; nobody is asked about in two of labelled, unlabelled and test rows; '
-            f'of the training pairs a human chooses the better answer in {HUMAN_AGREEMENT:.0%}, in expectation; of the test pairs the better one is the chosen one.{other}')
+    return (
+        f'Rows made from the embedded world, with seed {seed}; nobody is asked about in two of labelled, unlabelled and test rows; '
+        f'of the training pairs a human chooses the better answer in {HUMAN_AGREEMENT:.0%}, in expectation; of the test pairs the better one is the chosen one.{other}'
+    )
 
 # %% ../../nbs/api/compare/050_preference_data.ipynb #3f0aa1f6
 @dataclass(frozen=True)
@@ -215,10 +218,18 @@ def load_preferences(
     "Read or make, clean and part preference rows; raises `DataError`"
     seed = world_seed(source)
     if seed is not None: read = read_world(seed, n_labelled, n_unlabelled, n_test)
-    else: read = read_preferences(source, named_pairs(split, '--split', SPLITS) or None, leave_out, named_pairs(columns, '--column', PARTS) or None, rows_wanted(rows_and_share(n_labelled, n_unlabelled)[0], n_test))
+    else:
+        read = read_preferences(
+            source,
+            named_pairs(split, '--split', SPLITS) or None,
+            leave_out,
+            named_pairs(columns, '--column', PARTS) or None,
+            rows_wanted(rows_and_share(n_labelled, n_unlabelled)[0], n_test),
+        )
     splits, report = clean_text(read.splits, read.refused, read.rows_read, columns=read.columns)
     splits, report = readable(splits, readers, report)
     report.refuse_if_strict(strict)
     train, test = set_test_aside(splits)
-    if ('train_gt' in train) != ('train_w2s' in train): raise DataError(f'{source} has train_gt or train_w2s, but not both; it needs both, or "train"')
+    if ('train_gt' in train) != ('train_w2s' in train):
+        raise DataError(f'{source} has train_gt or train_w2s, but not both; it needs both, or "train"')
     return LoadedData(train, sample_rows(test, n_test), report, origin(source))

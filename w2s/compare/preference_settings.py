@@ -38,12 +38,17 @@ class LabelUse:
         if self.targets not in ('hard', 'soft'): raise ConfigError(f'targets is "{self.targets}"; it must be "hard" or "soft"')
         check_weights(self.weights)
         if not 0 < self.keep <= 1: raise ConfigError(f'labels.keep is {self.keep}; it is a share, above 0 and at most 1')
-        if not 0 <= self.calibrate < 1: raise ConfigError(f'labels.calibrate is {self.calibrate}; it is a share of the labelled rows, in [0, 1)')
+        if not 0 <= self.calibrate < 1:
+            raise ConfigError(f'labels.calibrate is {self.calibrate}; it is a share of the labelled rows, in [0, 1)')
         if self.calibrate and (self.targets, self.weights) == ('hard', 'none'):
-            raise ConfigError('labels.calibrate changes how sure labels are, and nothing looks at that: set labels.targets = "soft" or labels.weights, too')
+            raise ConfigError(
+                'labels.calibrate changes how sure labels are, and nothing looks at that: set labels.targets = "soft" or labels.weights, too'
+            )
         random = self.subset.startswith('random')
         if random and (self.targets, self.weights, self.keep) != ('hard', 'none', 1.):
-            raise ConfigError(f'random labels (subset "{self.subset}") have no confidence: leave labels.targets, labels.weights and labels.keep as they are')
+            raise ConfigError(
+                f'random labels (subset "{self.subset}") have no confidence: leave labels.targets, labels.weights and labels.keep as they are'
+            )
 
 def check_weights(
     kind: str, # of weights
@@ -103,7 +108,9 @@ class WeakTeacher(Settings):
     gold: str = setting('', 'Evaluation', say='the world itself') # reward model that scores responses: a folder or a name on the hub
     gold_quantize: str = setting('none', 'Evaluation') # of that reward model: none (bfloat16), or nf4 where it does not fit otherwise; 4 bits change its scores a little
     sft: TrainSettings = setting(TrainSettings(batch_size=32, learning_rate=2e-4), 'Training', ladder=dict(learning_rate=1e-3, epochs=2)) # the paper: 1e-5 on all weights
-    dpo: TrainSettings = setting(TrainSettings(batch_size=16, learning_rate=5e-5), 'Training', ladder=dict(learning_rate=1e-3, epochs=2, batch_size=8)) # the paper's; of all preference losses
+    dpo: TrainSettings = setting(
+        TrainSettings(batch_size=16, learning_rate=5e-5), 'Training', ladder=dict(learning_rate=1e-3, epochs=2, batch_size=8)
+    ) # the paper's; of all preference losses
 
     old = {'test_rows': 'n_test'}
     halves = True
@@ -142,7 +149,8 @@ def _check_supervisor(c: WeakTeacher) -> None:
     "A kind of supervisor that is there; one without a model has no name of a model"
     LABELLERS.check(c.supervisor, 'kind of supervisor')
     if has_model(c.supervisor): return
-    if c.weak not in ('', WeakTeacher.usual('weak')): raise ConfigError(f'weak is {c.weak}, and the supervisor {c.supervisor} has no model; leave out --weak')
+    if c.weak not in ('', WeakTeacher.usual('weak')):
+        raise ConfigError(f'weak is {c.weak}, and the supervisor {c.supervisor} has no model; leave out --weak')
     object.__setattr__(c, 'weak', '')
 
 def supervisor_name(
@@ -155,13 +163,15 @@ def supervisor_name(
 def _check_columns(c: WeakTeacher) -> None:
     "Columns and splits belong to rows of a source"
     named_pairs(c.column, '--column', PARTS)
-    if world_seed(c.data) is not None and (c.column or c.leave_out or c.split): raise ConfigError(f'column, leave_out and split are about rows of a file or data set; data is "{c.data}"')
+    if world_seed(c.data) is not None and (c.column or c.leave_out or c.split):
+        raise ConfigError(f'column, leave_out and split are about rows of a file or data set; data is "{c.data}"')
 
 # %% ../../nbs/api/compare/060_preference_settings.ipynb #5a0c5c39
 def _check_loss(c: WeakTeacher) -> None:
     "Loss, smoothing, and calibration of somebody who was not trained"
     check_preference_loss(c.loss)
-    if c.smoothing is not None and c.loss not in (known := smoothing_losses()): raise ConfigError(f'smoothing belongs to the losses {" and ".join(known)}; {c.loss} has no use for it')
+    if c.smoothing is not None and c.loss not in (known := smoothing_losses()):
+        raise ConfigError(f'smoothing belongs to the losses {" and ".join(known)}; {c.loss} has no use for it')
     if c.smoothing is not None and not 0 <= c.smoothing < .5: raise ConfigError(f'smoothing is {c.smoothing}; it must lie in [0, 0.5)')
 
 # %% ../../nbs/api/compare/060_preference_settings.ipynb #a6e81df0
@@ -171,7 +181,8 @@ def _check_samples(c: WeakTeacher) -> None:
         raise ConfigError(f'samples is {c.samples}, but nothing can score responses to the rows of {c.data}: '
                           'only data "world" has a gold reward of its own; name a reward model as gold')
     if c.gold_quantize not in ('nf4', 'none'): raise ConfigError(unknown(c.gold_quantize, ['nf4', 'none'], 'value of gold_quantize'))
-    if c.gold_quantize != 'none' and c.gold.partition('(')[0] in JUDGES: raise ConfigError(f'gold_quantize is of a reward model, and the judge {c.gold} has none; leave it out')
+    if c.gold_quantize != 'none' and c.gold.partition('(')[0] in JUDGES:
+        raise ConfigError(f'gold_quantize is of a reward model, and the judge {c.gold} has none; leave it out')
     if c.gold_quantize != 'none' and not c.gold: raise ConfigError('gold_quantize is of a reward model; name it as gold, too')
     if not c.samples and c.gold: raise ConfigError(f'gold is {c.gold}, but there are no responses to score; set samples, too')
     if not c.samples and any(getattr(c, name) not in (None, usual) for name, usual in default_sampling(c).items()):
@@ -192,7 +203,9 @@ def sampling(
     "How responses are sampled; raises `ConfigError`"
     stop = ('\n',) if world_seed(config.data) is not None else () # an answer in the world is one line
     how = {name: usual if (given := getattr(config, name)) is None else given for name, usual in default_sampling(config).items()}
-    return GenerateSettings(how['response_tokens'], how['temperature'], samples=config.samples or 1, stop=stop, token_budget=config.dpo.token_budget)
+    return GenerateSettings(
+        how['response_tokens'], how['temperature'], samples=config.samples or 1, stop=stop, token_budget=config.dpo.token_budget
+    )
 
 # %% ../../nbs/api/compare/060_preference_settings.ipynb #99cef749
 def fill_settings(

@@ -65,12 +65,35 @@ def dpo_stage(
     c, tokens, weights, chosen = study.config, encoded(model, rows), rows['weight'][:], choose_loss(loss, smoothing)
     target, flags = rows['prob'][:] if soft else [1.]*len(tokens), chosen.extension.flags
     def objective(base: Base) -> Objective:
-        reference = stored_logps(study.run.root/'store', base, start, tokens, c.dpo.token_budget, label=f'{name} reference', quiet=study.quiet) if flags['reference'] else None
+        reference = (
+            stored_logps(study.run.root / 'store', base, start, tokens, c.dpo.token_budget, label=f'{name} reference', quiet=study.quiet)
+            if flags['reference']
+            else None
+        )
         return preference_objective(tokens, reference, target, weights, c.beta, loss, smoothing)
 
-    inputs: dict[str, Any] = {'objective': chosen.extension.name, 'source': lambda: source_hash(chosen.extension.function), 'rows': lambda: tokens_hash(tokens), 'weights': weights, 'target': target, 'beta': c.beta, 'smoothing': chosen.smoothing}
+    inputs: dict[str, Any] = {
+        'objective': chosen.extension.name,
+        'source': lambda: source_hash(chosen.extension.function),
+        'rows': lambda: tokens_hash(tokens),
+        'weights': weights,
+        'target': target,
+        'beta': c.beta,
+        'smoothing': chosen.smoothing,
+    }
     inputs |= {k: v for k, v in (('options', chosen.options), ('mean', flags['mean']), ('alone', not flags['reference'])) if v}
-    return train_stage(study, model, f'{name}-{chosen.name}', c.dpo, start, inputs, objective, seed, tokens, also=[scoring_pass(model.name, tokens)] if flags['reference'] else [])
+    return train_stage(
+        study,
+        model,
+        f'{name}-{chosen.name}',
+        c.dpo,
+        start,
+        inputs,
+        objective,
+        seed,
+        tokens,
+        also=[scoring_pass(model.name, tokens)] if flags['reference'] else [],
+    )
 
 # %% ../../nbs/api/compare/070_preference_stages.ipynb #f199800f
 def pair_rewards(

@@ -38,8 +38,18 @@ def label_table(
     out = []
     for s in seeds:
         weak, human = s.extra['weak'], given_labels(to_pairs(s.unlabelled, s.seed)).prob_a
-        e = estimate(clustered({'agreement': agreement(weak.prob_a, human)}, s.unlabelled['group'][:])[1]['agreement'][None], bounds=(0., 1.))
-        row = dict(seed=s.seed, rows=len(human), agreement=e.value, low=e.low, high=e.high, ties=weak.ties, confidence=float(np.abs(2*weak.prob_a - 1).mean()))
+        e = estimate(
+            clustered({'agreement': agreement(weak.prob_a, human)}, s.unlabelled['group'][:])[1]['agreement'][None], bounds=(0.0, 1.0)
+        )
+        row = dict(
+            seed=s.seed,
+            rows=len(human),
+            agreement=e.value,
+            low=e.low,
+            high=e.high,
+            ties=weak.ties,
+            confidence=float(np.abs(2 * weak.prob_a - 1).mean()),
+        )
         if 'gold' in s.unlabelled.column_names:
             gold = given_labels(to_pairs(s.unlabelled, s.seed), 'gold_a', 'gold').prob_a
             row |= dict(weak_with_gold=float(agreement(weak.prob_a, gold).mean()), human_with_gold=float(agreement(human, gold).mean()))
@@ -55,7 +65,9 @@ def weak_label_table(
     for s in seeds:
         weak = s.extra['weak']
         agrees = agreement(weak.prob_a, given_labels(to_pairs(s.unlabelled, s.seed)).prob_a)
-        out.append(pd.DataFrame(weak.rows.with_format(None)[:]).drop(columns=['group', 'source', 'weight']).assign(seed=s.seed, agrees=agrees))
+        out.append(
+            pd.DataFrame(weak.rows.with_format(None)[:]).drop(columns=['group', 'source', 'weight']).assign(seed=s.seed, agrees=agrees)
+        )
     return pd.concat(out, ignore_index=True)
 
 # %% ../../nbs/api/compare/125_preference_tables.ipynb #2262e2d2
@@ -98,10 +110,18 @@ def gold_words(
     "Say what the gold reward is, how many responses were cut, and whom the win rate is against"
     if not config.samples: return ''
     how = sampling(config)
-    points = (f'{GOLD["right"]:g} if its fact is right, {GOLD["silent"]:g} if it names none, {GOLD["polite"]:+g} for each polite and {GOLD["rude"]:+g} for each rude '
-              f'opening or closing, {GOLD["spare"]:g} for each spare word') if not config.gold else f'by the {"judge" if is_judge(config.gold) else "reward model"} {Path(config.gold).name}'
-    return (f' Gold reward: of {config.samples} response{"s" if config.samples > 1 else ""} to each test prompt, sampled at temperature {how.temperature:g}: {points}. '
-            f'{cut_words(responses, how.max_tokens)} Win rate: how often it is higher than that of {REFERENCE[0]} ({REFERENCE[1]}) on the same prompt; ties count half.')
+    points = (
+        (
+            f'{GOLD["right"]:g} if its fact is right, {GOLD["silent"]:g} if it names none, {GOLD["polite"]:+g} for each polite and {GOLD["rude"]:+g} for each rude '
+            f'opening or closing, {GOLD["spare"]:g} for each spare word'
+        )
+        if not config.gold
+        else f'by the {"judge" if is_judge(config.gold) else "reward model"} {Path(config.gold).name}'
+    )
+    return (
+        f' Gold reward: of {config.samples} response{"s" if config.samples > 1 else ""} to each test prompt, sampled at temperature {how.temperature:g}: {points}. '
+        f'{cut_words(responses, how.max_tokens)} Win rate: how often it is higher than that of {REFERENCE[0]} ({REFERENCE[1]}) on the same prompt; ties count half.'
+    )
 
 # %% ../../nbs/api/compare/125_preference_tables.ipynb #0695d210
 def label_words(
@@ -110,11 +130,19 @@ def label_words(
 ) -> str:                 # sentences
     "What the labels were worth and how they were used"
     use = config.labels
-    how = {'labels': use.subset, 'targets': use.targets, 'weights': use.weights, 'kept share': f'{use.keep:g}', 'calibration share': f'{use.calibrate:g}'}
+    how = {
+        'labels': use.subset,
+        'targets': use.targets,
+        'weights': use.weights,
+        'kept share': f'{use.keep:g}',
+        'calibration share': f'{use.calibrate:g}',
+    }
     usual = {'labels': 'all', 'targets': 'hard', 'weights': 'none', 'kept share': '1', 'calibration share': '0'}
     said = ', '.join(f'{k} {v}' for k, v in how.items() if v != usual[k])
-    return (f'Weak labels agree with human ones on {labels.agreement.mean():.1%} of {labels.rows.sum():,} pairs ({labels.ties.sum()} ties). '
-            + (f'Use of the labels: {said}. ' if said else ''))
+    return (
+        f'Weak labels agree with human ones on {labels.agreement.mean():.1%} of {labels.rows.sum():,} pairs ({labels.ties.sum()} ties). '
+        + (f'Use of the labels: {said}. ' if said else '')
+    )
 
 # %% ../../nbs/api/compare/125_preference_tables.ipynb #9f0b5504
 def caption_preferences(
@@ -124,9 +152,13 @@ def caption_preferences(
     t, seeds, groups = result.intervals, int(result.intervals.seeds.max()), len(set(result.test['group'][:]))
     rows = f'{len(result.test):,} test rows' + f' about {groups:,} prompts or people'*(groups < len(result.test))
     best = set(t[t.role == 'ceiling'].method.map(lambda m: m.partition(' ')[2]))
-    what = ''.join(f'Ceiling: {"gold labels of the rows that the student has" if b == "gold" else "human labels of both halves"}. ' for b in best)
-    return (f'{rows}, {seeds} seed{"s" if seeds > 1 else ""}; {interval_words(seeds, "groups" if groups < len(result.test) else "rows")}. {what}'
-            f'{label_words(result.labels, result.config)}The un-tuned model has no reference, so no implicit reward.{gold_words(result.config, result.responses)}{fall_text(t)}')
+    what = ''.join(
+        f'Ceiling: {"gold labels of the rows that the student has" if b == "gold" else "human labels of both halves"}. ' for b in best
+    )
+    return (
+        f'{rows}, {seeds} seed{"s" if seeds > 1 else ""}; {interval_words(seeds, "groups" if groups < len(result.test) else "rows")}. {what}'
+        f'{label_words(result.labels, result.config)}The un-tuned model has no reference, so no implicit reward.{gold_words(result.config, result.responses)}{fall_text(t)}'
+    )
 
 # %% ../../nbs/api/compare/125_preference_tables.ipynb #9b55a33b
 def row_groups(
@@ -152,4 +184,13 @@ def preference_kind(
 ) -> Kind:
     "What a comparison by preference labels measures and compares"
     lacking = {'ceiling': 'no ceiling was trained (others)', 'floor': 'the supervisor has no METRIC: it ranks responses and writes none'}
-    return Kind('preferences', ('accuracy', 'gold_reward'), ('accuracy', 'gold_reward'), partial(question_pairs, config.start), SHOWN, DETAILS, lacking=lacking, caption=caption_preferences)
+    return Kind(
+        'preferences',
+        ('accuracy', 'gold_reward'),
+        ('accuracy', 'gold_reward'),
+        partial(question_pairs, config.start),
+        SHOWN,
+        DETAILS,
+        lacking=lacking,
+        caption=caption_preferences,
+    )

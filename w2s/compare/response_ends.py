@@ -39,8 +39,11 @@ def check_lengths(
     "Say how many training responses the limit would cut; raises `ConfigError` if it would cut most"
     limit = sampling(config).max_tokens
     long, whole = (lengths > limit).mean(), int(np.quantile(lengths, .95))
-    if long > MOST: raise ConfigError(f'response_tokens is {limit}, but {long:.0%} of the chosen training responses have more tokens, so most responses would be cut; '
-                                      f'95 % of them have at most {whole}: raise response_tokens')
+    if long > MOST:
+        raise ConfigError(
+            f'response_tokens is {limit}, but {long:.0%} of the chosen training responses have more tokens, so most responses would be cut; '
+            f'95 % of them have at most {whole}: raise response_tokens'
+        )
     return f'Responses have at most {limit} tokens; {long:.1%} of the chosen training responses have more, 95 % have at most {whole}.'
 
 # %% ../../nbs/api/compare/080_response_ends.ipynb #2695e2f3
@@ -53,8 +56,11 @@ def check_space(
     limit, context = sampling(config).max_tokens, context_length(load_config(model.name, model.load))
     tokens = [len(t) for t in prompt_ids(model.reader.tokenizer, list(prompts))]
     full = sum(n + limit > context for n in tokens)
-    if full: raise ConfigError(f'{full} of {len(tokens)} test prompts leave no room for a response of {limit} tokens: {model.name} reads {context} in all, '
-                               f'and the longest prompt has {max(tokens)}; lower response_tokens, or leave out test rows with prompts of more than {max(context - limit, 0)} tokens')
+    if full:
+        raise ConfigError(
+            f'{full} of {len(tokens)} test prompts leave no room for a response of {limit} tokens: {model.name} reads {context} in all, '
+            f'and the longest prompt has {max(tokens)}; lower response_tokens, or leave out test rows with prompts of more than {max(context - limit, 0)} tokens'
+        )
 
 # %% ../../nbs/api/compare/080_response_ends.ipynb #e156b77a
 def check_responses(

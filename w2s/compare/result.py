@@ -51,8 +51,14 @@ class Result:
         "What the table holds: test examples, seeds, intervals, and what floor and ceiling are"
         return self.kind.caption(self)
 
-    def _repr_html_(self) -> str: return f'<p>{escape(pgr_text(self))}</p>{show_table(self).to_html(index=False)}' + ''.join(f'<p>{escape(line)}</p>' for line in (self.caption, *_incomplete(self.notes)) if line)
-    def __repr__(self) -> str: return '\n\n'.join(filter(None, [pgr_text(self), show_table(self).to_string(index=False), self.caption, '\n'.join(_incomplete(self.notes))]))
+    def _repr_html_(self) -> str:
+        return f'<p>{escape(pgr_text(self))}</p>{show_table(self).to_html(index=False)}' + ''.join(
+            f'<p>{escape(line)}</p>' for line in (self.caption, *_incomplete(self.notes)) if line
+        )
+    def __repr__(self) -> str:
+        return '\n\n'.join(
+            filter(None, [pgr_text(self), show_table(self).to_string(index=False), self.caption, '\n'.join(_incomplete(self.notes))])
+        )
 
 def _incomplete(notes: Sequence[str]) -> list[str]: return ['incomplete:', *notes] if notes else []
 

@@ -168,7 +168,8 @@ def check_shared(
     "Raise `ConfigError` for a shared setting out of range"
     check_least(c, COUNTS)
     named_pairs(c.split, '--split', SPLITS)
-    if isinstance(n := c.n_labelled, float) and not 0 < n < 1: raise ConfigError(f'n_labelled is {n}; write a whole number, or a share of all examples between 0 and 1, as .25 or 1/4')
+    if isinstance(n := c.n_labelled, float) and not 0 < n < 1:
+        raise ConfigError(f'n_labelled is {n}; write a whole number, or a share of all examples between 0 and 1, as .25 or 1/4')
 
 def check_least(
     c: Any,               # settings
@@ -177,7 +178,8 @@ def check_least(
     "Raise `ConfigError` for a number below 1; a share of examples may be"
     for name in names:
         value = getattr(c, name)
-        if value is not None and (value < 1 and not (name == 'n_labelled' and 0 < value)): raise ConfigError(f'{name} is {value}; it must be at least 1')
+        if value is not None and (value < 1 and not (name == 'n_labelled' and 0 < value)):
+            raise ConfigError(f'{name} is {value}; it must be at least 1')
 
 def check_names_once(
     c: Any,               # settings
@@ -210,7 +212,11 @@ def new_settings(
 def _say_new(old: str, new: str) -> None:
     "The line about a name that has changed"
     flags = [' and '.join(f'--{n.replace("_", "-")}' for n in names.split(' and ')) for names in (old, new)]
-    warnings.warn(f'{old} is now {new} (on the command line: {flags[0]} is now {flags[1]}); the old name will be gone with the next version', W2SWarning, stacklevel=4)
+    warnings.warn(
+        f'{old} is now {new} (on the command line: {flags[0]} is now {flags[1]}); the old name will be gone with the next version',
+        W2SWarning,
+        stacklevel=4,
+    )
 
 def _new_names(cls: Any, given: dict[str, Any]) -> dict[str, Any]:
     "Old names replaced by the new ones"
@@ -226,7 +232,10 @@ def _half_names(cls: Any, given: dict[str, Any], below: dict[str, Any]) -> dict[
     "`rows` and `label_share` as numbers of examples"
     old, new = [n for n in ('rows', 'label_share') if n in given], [n for n in ('n_labelled', 'n_unlabelled') if n in given]
     if not (cls.halves and old): return given
-    if new: raise ConfigError(f'{old[0]} is an old name: n_labelled and n_unlabelled take its place, and {new[0]} is given, too; leave out {old[0]}')
+    if new:
+        raise ConfigError(
+            f'{old[0]} is an old name: n_labelled and n_unlabelled take its place, and {new[0]} is given, too; leave out {old[0]}'
+        )
     rest = {k: v for k, v in given.items() if k not in old}
     rows, share = (check_value(given.get(k), kind, k) for k, kind in (('rows', int | None), ('label_share', float | None)))
     check_names(cls, rest)
@@ -240,7 +249,8 @@ def part_rows(
     share: float | None, # of them, with labels; None: as usual
 ) -> dict[str, Any]:     # n_labelled and n_unlabelled
     "Numbers of examples from a sum and a share; raises `ConfigError`"
-    if rows is not None and rows < 2: raise ConfigError(f'rows is {rows}; it must be at least 2, one for the supervisor and one for the student')
+    if rows is not None and rows < 2:
+        raise ConfigError(f'rows is {rows}; it must be at least 2, one for the supervisor and one for the student')
     if share is not None and not 0 < share < 1: raise ConfigError(f'label_share is {share}; it must lie between 0 and 1')
     few, many = usual.n_labelled, usual.n_unlabelled
     both = (few, many) if isinstance(few, int) and isinstance(many, int) else None
@@ -257,5 +267,6 @@ def world_seed(
     "Does a source mean the embedded world? 'world' and 'world:SEED' do; raises `DataError` for a seed that is no number"
     name, colon, seed = str(source).partition(':')
     if name != 'world': return None
-    if colon and not seed.isdecimal(): raise DataError(f'source {source}: what follows the colon is the seed of the rows, a number, as in world:3')
+    if colon and not seed.isdecimal():
+        raise DataError(f'source {source}: what follows the colon is the seed of the rows, a number, as in world:3')
     return int(seed or 0)

@@ -24,7 +24,10 @@ DECORATORS = ('loss', 'label_loss', 'labeller', 'method', 'metric', 'task', 'jud
 def _registers(decorator: ast.expr) -> bool:
     "Is a decorator one of those that register?"
     call = decorator.func if isinstance(decorator, ast.Call) else decorator
-    return isinstance(decorator, ast.Call) and (call.attr if isinstance(call, ast.Attribute) else call.id if isinstance(call, ast.Name) else '') in DECORATORS
+    return (
+        isinstance(decorator, ast.Call)
+        and (call.attr if isinstance(call, ast.Attribute) else call.id if isinstance(call, ast.Name) else '') in DECORATORS
+    )
 
 def function_text(
     function: types.FunctionType, # of Python, not built in
@@ -70,18 +73,32 @@ def used_values(
     "Defaults, closed-over values, and the globals that a function names"
     yield from ((f'default {i}', v) for i, v in enumerate(function.__defaults__ or ()))
     yield from sorted((function.__kwdefaults__ or {}).items())
-    yield from ((n, c.cell_contents) for n, c in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True) if c != types.CellType())
+    yield from (
+        (n, c.cell_contents)
+        for n, c in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        if c != types.CellType()
+    )
     for name in sorted(_names(function.__code__) & function.__globals__.keys()):
         value = function.__globals__[name]
         if not isinstance(value, types.ModuleType): yield name, value
-        elif is_ours(value.__name__): yield from ((f'{name}.{n}', vars(value)[n]) for n in sorted(_names(function.__code__) & vars(value).keys()))
+        elif is_ours(value.__name__):
+            yield from ((f'{name}.{n}', vars(value)[n]) for n in sorted(_names(function.__code__) & vars(value).keys()))
 
 # %% ../../nbs/api/compare/020_sources.ipynb #e120a7dd
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 
 def _inner(value: Any) -> Any:
     "What stands inside a cached function, a static method, a class method or a property; else the value"
-    while not isinstance(value, (types.FunctionType, type)) and (inside := next((getattr(value, n) for n in ('__wrapped__', '__func__', 'fget') if isinstance(getattr(value, n, None), (types.FunctionType, types.MethodType))), None)):
+    while not isinstance(value, (types.FunctionType, type)) and (
+        inside := next(
+            (
+                getattr(value, n)
+                for n in ('__wrapped__', '__func__', 'fget')
+                if isinstance(getattr(value, n, None), (types.FunctionType, types.MethodType))
+            ),
+            None,
+        )
+    ):
         if isinstance(value, types.MethodType): break
         value = inside
     return value
@@ -89,7 +106,12 @@ def _inner(value: Any) -> Any:
 def _class_parts(cls: type) -> Iterator[tuple[str, Any]]:
     "Functions and plain values of a class, and of the classes of ours that it is made from"
     for c in cls.__mro__:
-        if is_ours(c.__module__): yield from ((n, v) for n, f in sorted(vars(c).items()) if isinstance(v := _inner(f), types.FunctionType) or (isinstance(v, PLAIN) and not n.startswith('__')))
+        if is_ours(c.__module__):
+            yield from (
+                (n, v)
+                for n, f in sorted(vars(c).items())
+                if isinstance(v := _inner(f), types.FunctionType) or (isinstance(v, PLAIN) and not n.startswith('__'))
+            )
 
 def _library_text(value: Any) -> str:
     "What an object of a library is known by: what it shows of itself, unless that is a place in memory"
@@ -113,7 +135,8 @@ def _texts(value: Any, seen: set[int], name: str) -> Iterator[str]:
     elif hasattr(value, 'tolist') and not isinstance(value, type): yield f'{name}={value.tolist()!r}' # arrays and tensors
     elif isinstance(value, types.FunctionType) and is_ours(value.__module__): yield from (function_text(value), *all_of(used_values(value)))
     elif isinstance(value, types.FunctionType): yield f'{value.__module__}.{value.__qualname__}'
-    elif isinstance(value, type) and is_ours(value.__module__): yield from (f'{name}: {value.__module__}.{value.__qualname__}', *all_of(_class_parts(value)))
+    elif isinstance(value, type) and is_ours(value.__module__):
+        yield from (f'{name}: {value.__module__}.{value.__qualname__}', *all_of(_class_parts(value)))
     elif not isinstance(value, type) and is_ours(type(value).__module__): # an object: what its class does, and what it holds
         yield from all_of(_class_parts(type(value)))
         yield from all_of(sorted(getattr(value, '__dict__', {}).items()))

@@ -76,7 +76,8 @@ def judge_stage(
 ) -> tuple[bool, str]: # can it be used, and what is to be said; '' where there is none
     "Can a finished stage be used again?"
     if not final.is_dir(): return False, ''
-    if damage := find_damage(final): return False, f'DAMAGED ({damage[0]}{f", and {len(damage) - 1} more" if len(damage) > 1 else ""}), made anew'
+    if damage := find_damage(final):
+        return False, f'DAMAGED ({damage[0]}{f", and {len(damage) - 1} more" if len(damage) > 1 else ""}), made anew'
     other = other_versions((read_manifest(final/MANIFEST) or {})['made'])
     if other and not keep: return False, f'was made by {other}, made anew (--keep-stages keeps it)'
     return True, f'found, made by {other}, kept as asked' if other else 'found'
@@ -184,7 +185,8 @@ def lock(
     root.mkdir(parents=True, exist_ok=True)
     held = FileLock(root/'.lock')
     try: held.acquire(timeout=0)
-    except Timeout as e: raise ConfigError(f'another process is working in {root}{_holder(root)}; wait for it, or give another --out') from e
+    except Timeout as e:
+        raise ConfigError(f'another process is working in {root}{_holder(root)}; wait for it, or give another --out') from e
     write_atomic(root/HOLDER, json.dumps({k: v for k, v in describe_making().items() if k in ('process', 'host', 'time')}))
     return held
 
@@ -212,7 +214,9 @@ def check_links(
 ) -> None:
     "Raise `ConfigError` if a folder in it that is written to is a symbolic link"
     if links := [p for p in (root/'stages', root/'store', root/'gold') if p.is_symlink()]:
-        raise ConfigError(f'{links[0]} is a symbolic link, and w2s does not write through links; give the folder that it points to as --out')
+        raise ConfigError(
+            f'{links[0]} is a symbolic link, and w2s does not write through links; give the folder that it points to as --out'
+        )
 
 # %% ../../nbs/api/compare/030_stages.ipynb #cd6e51eb
 DAY = '.day' # in a run's folder: the date that its chat templates are given
@@ -268,7 +272,10 @@ def claim(
         if (line := _announce(root, run_hash(settings))) and not quiet: print(line)
         yield run
         write_atomic(root/RUN, json.dumps({'settings': run_hash(settings), 'stages': sorted(set(run.used))}))
-        say_incomplete(root, 'All stages of this run are finished, and its results are not written yet. Give the same command again (in Python: write_result).')
+        say_incomplete(
+            root,
+            'All stages of this run are finished, and its results are not written yet. Give the same command again (in Python: write_result).',
+        )
     except BaseException as e:
         if not run.used: give_back(root, top, before)
         if (named := placed(e, root)) is not e: raise named from e
@@ -279,8 +286,11 @@ def claim(
 def _announce(root: Path, settings: str) -> str: # a line for people, or nothing
     "Write down that the folder is not complete; say whose results it holds if they are another run's"
     now = describe_making()
-    say_incomplete(root, f'This run is not finished: process {now["process"]} on {now["host"]} began it at {now["time"]}.\nCommand: {now["command"]}\n'
-                         'If no process is at work here, give the same command again: it goes on where it was. Results beside this file are older.')
+    say_incomplete(
+        root,
+        f'This run is not finished: process {now["process"]} on {now["host"]} began it at {now["time"]}.\nCommand: {now["command"]}\n'
+        'If no process is at work here, give the same command again: it goes on where it was. Results beside this file are older.',
+    )
     made = (read_manifest(root/MANIFEST) or {}).get('made', {})
     if not made or made.get('settings') == settings: return ''
     return f'{root} holds the results of another run ({made.get("command") or "unknown"}, {made.get("time")}); they are replaced when this one is finished'

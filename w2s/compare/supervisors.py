@@ -80,8 +80,24 @@ def reward_stage(
 ) -> Path:          # folder of adapter and head
     "A Bradley-Terry reward model, with the settings of DPO (CW-PO 2603.04968, Eq. 5)"
     tokens, weights = encoded(model, rows), rows['weight'][:]
-    inputs = {'objective': 'reward', 'source': lambda: source_hash(losses.bradley_terry), 'rows': lambda: tokens_hash(tokens), 'weights': weights}
-    return train_stage(study, model, f'{name}-reward', study.config.dpo, None, inputs, lambda base: reward_objective(tokens, None, weights), seed, tokens, add_reward_adapter)
+    inputs = {
+        'objective': 'reward',
+        'source': lambda: source_hash(losses.bradley_terry),
+        'rows': lambda: tokens_hash(tokens),
+        'weights': weights,
+    }
+    return train_stage(
+        study,
+        model,
+        f'{name}-reward',
+        study.config.dpo,
+        None,
+        inputs,
+        lambda base: reward_objective(tokens, None, weights),
+        seed,
+        tokens,
+        add_reward_adapter,
+    )
 
 # %% ../../nbs/api/compare/110_supervisors.ipynb #d78079b7
 def judge_form(
@@ -101,18 +117,38 @@ def ask(
     kind, m = who.extra['kind'], who.model
     _, found, options = LABELLERS.choose(kind, 'kind of supervisor')
     def give() -> np.ndarray:
-        return labeller_rewards(kind, pairs, who.seed) if m is None else found.fill({'study': study, 'who': who, 'pairs': pairs, 'name': name}, options)
+        return (
+            labeller_rewards(kind, pairs, who.seed)
+            if m is None
+            else found.fill({'study': study, 'who': who, 'pairs': pairs, 'name': name}, options)
+        )
 
-    inputs = _asked_of_model(study, who, m, pairs) if m else \
-        {'kind': kind, 'source': lambda: source_hash(found.function), 'options': {**found.options, **options}, 'seed': who.seed, 'pairs': [pairs[c][:] for c in ('prompt', 'response_a', 'response_b')]}
+    inputs = (
+        _asked_of_model(study, who, m, pairs)
+        if m
+        else {
+            'kind': kind,
+            'source': lambda: source_hash(found.function),
+            'options': {**found.options, **options},
+            'seed': who.seed,
+            'pairs': [pairs[c][:] for c in ('prompt', 'response_a', 'response_b')],
+        }
+    )
     passes = [scoring_pass(m.name, pair_tokens(m, pairs), 1 if kind == 'reward' else 2)] if m else [] # policy and reference, or two orders
-    return score_stage(study, m, f'weak-seed{who.seed}-{name}', inputs, 'rewards.npy', give, lambda rng: likely_rewards(pairs['prob_a'][:], rng), passes)
+    return score_stage(
+        study, m, f'weak-seed{who.seed}-{name}', inputs, 'rewards.npy', give, lambda rng: likely_rewards(pairs['prob_a'][:], rng), passes
+    )
 
 # %% ../../nbs/api/compare/110_supervisors.ipynb #ae583152
 def _asked_of_model(study: Study, who: Arm, model: Model, pairs: Dataset) -> dict[str, Any]:
     "What the rewards of a model depend on beside it"
     kind = who.extra['kind']
-    inputs = {'policy': adapter_hash(who.adapter), 'reference': adapter_hash(who.reference), 'rows': lambda: tokens_hash(pair_tokens(model, pairs)), 'beta': study.config.beta}
+    inputs = {
+        'policy': adapter_hash(who.adapter),
+        'reference': adapter_hash(who.reference),
+        'rows': lambda: tokens_hash(pair_tokens(model, pairs)),
+        'beta': study.config.beta,
+    }
     return inputs if kind == 'dpo' else inputs | {'kind': kind, 'form': asdict(judge_form(study)) if LABELLERS[kind].flags['form'] else ''}
 
 def pair_tokens(
@@ -168,10 +204,14 @@ def judge_rewards(
 ) -> np.ndarray:      # (rows, 2): half the log-odds, and minus that
     "A judge's log-odds as rewards; raises `DataError` where it gives no verdict"
     assert who.model
-    judged = judge_pairs(open_base(who.model), pairs, judge_form(study), limit=None, budget=study.config.dpo.token_budget, quiet=study.quiet)
+    judged = judge_pairs(
+        open_base(who.model), pairs, judge_form(study), limit=None, budget=study.config.dpo.token_budget, quiet=study.quiet
+    )
     if judged.failed.mean() > MOST_FAILED:
-        raise DataError(f'the judge {who.model.name} gave no verdict on {judged.failed.sum()} of {len(pairs)} pairs: two answers did not fit into its context; '
-                        'lower max_length, or take a model with a longer context')
+        raise DataError(
+            f'the judge {who.model.name} gave no verdict on {judged.failed.sum()} of {len(pairs)} pairs: two answers did not fit into its context; '
+            'lower max_length, or take a model with a longer context'
+        )
     half = logit(np.clip(np.where(judged.failed, .5, judged.prob_a), 1e-12, 1 - 1e-12))/2
     return np.stack([half, -half], 1)
 
@@ -194,7 +234,10 @@ def hold_out(
     "Part the labelled rows; raises `DataError` where too few are held out"
     if not share: return labelled, None
     parts = group_split(labelled, {'learn': 1 - share, 'held': share}, seed)
-    if len(parts['held']) < 10: raise DataError(f'labels.calibrate {share:g} of {len(labelled)} labelled rows holds out {len(parts["held"])}: too few to fit a temperature to; take a larger share')
+    if len(parts['held']) < 10:
+        raise DataError(
+            f'labels.calibrate {share:g} of {len(labelled)} labelled rows holds out {len(parts["held"])}: too few to fit a temperature to; take a larger share'
+        )
     return parts['learn'], parts['held']
 
 # %% ../../nbs/api/compare/110_supervisors.ipynb #099cb530

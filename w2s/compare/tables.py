@@ -62,7 +62,24 @@ def pair_up(
     return [(x, y) for x in chosen(a) for y in chosen(b) if x != y and belong_together(x, y)]
 
 # %% ../../nbs/api/compare/032_tables.ipynb #47bf18d0
-DIFFERENCES = ['a', 'b', 'weak', 'strong', 'metric', 'value', 'low', 'high', 'n', 'seeds', 'level', 'p', 'family', 'p_holm', 'significant', 'detectable']
+DIFFERENCES = [
+    'a',
+    'b',
+    'weak',
+    'strong',
+    'metric',
+    'value',
+    'low',
+    'high',
+    'n',
+    'seeds',
+    'level',
+    'p',
+    'family',
+    'p_holm',
+    'significant',
+    'detectable',
+]
 
 def compare_models(
     items: pd.DataFrame, # items table, by group
@@ -86,7 +103,13 @@ def find_triples(
     "Every student between its floor and its ceiling, students of human feedback last"
     floors, tops = ([m for m in models if m['role'] == role] for role in ('floor', 'ceiling'))
     students = [m for role in ('student', 'human') for m in models if m['role'] == role]
-    return [(f, s, t) for s in students for f in floors for t in tops if (s['weak'] == f['weak'] or s['role'] == 'human') and s['strong'] == t['strong']]
+    return [
+        (f, s, t)
+        for s in students
+        for f in floors
+        for t in tops
+        if (s['weak'] == f['weak'] or s['role'] == 'human') and s['strong'] == t['strong']
+    ]
 
 def recover_gaps(
     items: pd.DataFrame, # items table, by group
@@ -96,8 +119,16 @@ def recover_gaps(
     out = []
     for metric in [m for m in kind.gaps if m in set(items['metric'])]:
         triples = find_triples(models_in(items, metric))
-        who = dict(role=[s['role'] for _, s, _ in triples], method=[s['method'] for _, s, _ in triples], weak=[f['weak'] for f, _, _ in triples], strong=[t['strong'] for _, _, t in triples])
-        if triples: out.append(pgr_table(items[items['metric'] == metric], triples, metric, ranges=kind.ranges, less=metric in kind.less).assign(**who))
+        who = dict(
+            role=[s['role'] for _, s, _ in triples],
+            method=[s['method'] for _, s, _ in triples],
+            weak=[f['weak'] for f, _, _ in triples],
+            strong=[t['strong'] for _, _, t in triples],
+        )
+        if triples:
+            out.append(
+                pgr_table(items[items['metric'] == metric], triples, metric, ranges=kind.ranges, less=metric in kind.less).assign(**who)
+            )
     return pd.concat(out, ignore_index=True)[GAPS] if out else pd.DataFrame(columns=GAPS)
 
 # %% ../../nbs/api/compare/032_tables.ipynb #0e2d3bee
@@ -125,7 +156,10 @@ def pivot_intervals(
     "The table that a person looks at"
     wanted = list(metrics) or list(dict.fromkeys(intervals['metric']))
     t = intervals[intervals['metric'].isin(wanted)]
-    cells = [with_limits(value, low, high, DIGITS.get(m, 3)) for m, value, low, high in t[['metric', 'value', 'low', 'high']].itertuples(index=False)]
+    cells = [
+        with_limits(value, low, high, DIGITS.get(m, 3))
+        for m, value, low, high in t[['metric', 'value', 'low', 'high']].itertuples(index=False)
+    ]
     wide = t.assign(cell=cells).pivot_table(index=WHO, columns='metric', values='cell', aggfunc='first', sort=False).reset_index()
     return wide[[*WHO, *(m for m in wanted if m in wide)]].fillna('–').rename_axis(columns=None)
 

@@ -53,11 +53,20 @@ def toxicity_models(
     config: Toxicity, # of a run
 ) -> list[Model]:     # weak and strong
     "The two models; raises `ModelError` for one that takes no adapter or cannot write"
-    return [know_model(role, str(model_folder(name)), config, writes=True) for role, name in (('weak', config.weak), ('strong', config.strong))]
+    return [
+        know_model(role, str(model_folder(name)), config, writes=True) for role, name in (('weak', config.weak), ('strong', config.strong))
+    ]
 
 # %% ../../nbs/api/compare/260_toxicity_arms.ipynb #95a66ec7
-CONTINUE = Form(ask='{question}', show='{question} {answer}', between='\n', in_context='{shown}\n{question}', infer='{shown}\n', respond='{concept}\n{question}',
-                improve='{question} {answer}\n{question}') # texts, one a line, of which the last is unfinished
+CONTINUE = Form(
+    ask='{question}',
+    show='{question} {answer}',
+    between='\n',
+    in_context='{shown}\n{question}',
+    infer='{shown}\n',
+    respond='{concept}\n{question}',
+    improve='{question} {answer}\n{question}',
+) # texts, one a line, of which the last is unfinished
 
 # %% ../../nbs/api/compare/260_toxicity_arms.ipynb #bfe386b9
 def function_judge(
@@ -65,7 +74,9 @@ def function_judge(
 ) -> Judge:
     "A function of the user as scorer; raises `ConfigError`"
     _, found, options = JUDGES.choose(name)
-    return lambda prompts, texts: judge_scores(name, prompts, texts).tolist(), content_id(name, source_hash(found.function), {**found.options, **options})
+    return lambda prompts, texts: judge_scores(name, prompts, texts).tolist(), content_id(
+        name, source_hash(found.function), {**found.options, **options}
+    )
 
 def judge_of(
     config: Toxicity,              # names a scorer, or none for the oracle
@@ -81,7 +92,9 @@ def judge_of(
         return load_scorer('oracle'), ''
     made, name = load_scorer(config.scorer, config.load.device), config.scorer.rpartition(':')[0] if ':' in config.scorer else config.scorer
     if isinstance(made, ToxicityRidge) and (why := why_useless(made.card)) and not config.allow_poor_scorer:
-        raise ConfigError(f'--scorer {name}: {why}. Train it on more texts (w2s toxicity fit), or say that it is to be used all the same (--allow-poor-scorer)')
+        raise ConfigError(
+            f'--scorer {name}: {why}. Train it on more texts (w2s toxicity fit), or say that it is to be used all the same (--allow-poor-scorer)'
+        )
     files = sorted(f for f in local_folder(name).iterdir() if f.is_file())
     return made, content_id(config.scorer.rpartition(':')[2] if ':' in config.scorer else '', files_hash(files))
 
@@ -128,7 +141,19 @@ def write_weak_lines(
     rows, how = context.rows.unlabelled, replace(context.settings, samples=1)
     if context.config.greedy: how = replace(how, temperature=0, top_p=1., top_k=0)
     assert context.weak
-    return [x[0] for x in answer_texts(context.study, context.weak, 'toxicity-weak-lines', teacher, [r['prompt'] for r in rows], how, context.seed, [r['completion'] for r in rows])]
+    return [
+        x[0]
+        for x in answer_texts(
+            context.study,
+            context.weak,
+            'toxicity-weak-lines',
+            teacher,
+            [r['prompt'] for r in rows],
+            how,
+            context.seed,
+            [r['completion'] for r in rows],
+        )
+    ]
 
 # %% ../../nbs/api/compare/260_toxicity_arms.ipynb #95962fb2
 def refine_lines(
@@ -141,9 +166,19 @@ def refine_lines(
     prompts, groups = [r['prompt'] for r in rows], [r['group'] for r in rows]
     name = 'toxicity-refined-lines' if method == 'in-context' else stage_name('toxicity-refined-lines', method)
     def speak(asked: Sequence[Any]) -> list[list[str]]:
-        return answer_texts(context.study, context.strong, name, None, asked, how, context.seed, [r['completion'] for r in rows] if len(asked) == len(rows) else None)
+        return answer_texts(
+            context.study,
+            context.strong,
+            name,
+            None,
+            asked,
+            how,
+            context.seed,
+            [r['completion'] for r in rows] if len(asked) == len(rows) else None,
+        )
 
-    if method == 'in-context': return in_context_refine(speak, context.form, prompts, lines, Examples(context.config.examples, seed=context.seed), groups).answers
+    if method == 'in-context':
+        return in_context_refine(speak, context.form, prompts, lines, Examples(context.config.examples, seed=context.seed), groups).answers
     _, found, options = METHODS.choose(method)
     return method_answers(found, options, method_inputs(context.form, prompts, groups, lines or ['']*len(rows), speak, context.seed))
 
@@ -164,7 +199,11 @@ def noted_pairs(
     said: Sequence[Sequence[str]],  # two lines to each, made up
 ) -> Dataset:                       # of kind "preferences" with `gold`
     "All pairs of lines, for a run that only notes: which of them can be compared is not known yet"
-    return make_rows([dict(prompt=r['prompt'], chosen=a, rejected=b, gold=1., group=r['group']) for r, (a, b) in zip(rows, said, strict=True)], 'preferences', source='noted')
+    return make_rows(
+        [dict(prompt=r['prompt'], chosen=a, rejected=b, gold=1.0, group=r['group']) for r, (a, b) in zip(rows, said, strict=True)],
+        'preferences',
+        source='noted',
+    )
 
 def line_pairs(
     context: Context,         # of the run; its judge chooses, for files
@@ -173,11 +212,23 @@ def line_pairs(
 ) -> tuple[Dataset, str]:     # of kind "preferences", by a person or by the scorer, and a line on what was left out
     "Two lines of the strong model to each prompt, and which is the kinder one"
     prompts, scenes, notes = [r['prompt'] for r in rows], context.config.data == SCENES, context.study.run.notes
-    said = answer_texts(context.study, context.strong, name, None, prompts, replace(context.settings, samples=2), context.seed, [r['completion'] for r in rows])
+    said = answer_texts(
+        context.study,
+        context.strong,
+        name,
+        None,
+        prompts,
+        replace(context.settings, samples=2),
+        context.seed,
+        [r['completion'] for r in rows],
+    )
     if scenes and notes is not None and notes.made_up: made = noted_pairs(rows, said)
     elif scenes: made = spoken_pairs(rows, said, HUMAN_AGREEMENT, context.seed)
     else: made, _ = scored_pairs(rows, said, toxicity_stage(context, f'{name}-scores', prompts, said)[0])
-    return made, f'{name}, seed {context.seed}: {len(made):,} of {len(rows):,} pairs of lines, the others empty, without a score or equally toxic'
+    return (
+        made,
+        f'{name}, seed {context.seed}: {len(made):,} of {len(rows):,} pairs of lines, the others empty, without a score or equally toxic',
+    )
 
 # %% ../../nbs/api/compare/260_toxicity_arms.ipynb #28013014
 def train_on_pairs(
@@ -189,10 +240,19 @@ def train_on_pairs(
     "DPO against the un-tuned model, once"
     c, tokens = context.config, encoded(model, rows)
     def objective(base: Base) -> Objective:
-        return preference_objective(tokens, stored_logps(context.study.run.root/'store', base, None, tokens, label=name, quiet=True), beta=c.beta)
+        return preference_objective(
+            tokens, stored_logps(context.study.run.root / 'store', base, None, tokens, label=name, quiet=True), beta=c.beta
+        )
 
-    inputs = {'objective': 'dpo', 'source': lambda: source_hash(PREFERENCE_LOSSES['dpo'].function), 'rows': lambda: tokens_hash(tokens), 'beta': c.beta}
-    return train_stage(context.study, model, name, c.dpo, None, inputs, objective, context.seed, tokens, also=[scoring_pass(model.name, tokens)])
+    inputs = {
+        'objective': 'dpo',
+        'source': lambda: source_hash(PREFERENCE_LOSSES['dpo'].function),
+        'rows': lambda: tokens_hash(tokens),
+        'beta': c.beta,
+    }
+    return train_stage(
+        context.study, model, name, c.dpo, None, inputs, objective, context.seed, tokens, also=[scoring_pass(model.name, tokens)]
+    )
 
 def judge_pairs(
     context: Context,   # of the run
@@ -204,8 +264,16 @@ def judge_pairs(
     assert weak
     tokens = encoded(weak, pairs, ('response_a', 'response_b'))
     inputs = {'policy': adapter_hash(adapter), 'rows': lambda: tokens_hash(tokens), 'beta': context.config.beta}
-    rewards = score_stage(context.study, weak, 'scene-weak-labels', inputs, 'rewards.npy', lambda: pair_rewards(context.study, weak, adapter, None, tokens, 'weak labels')[0],
-                          lambda rng: likely_rewards(pairs['prob_a'][:], rng), [scoring_pass(weak.name, tokens, 2)])
+    rewards = score_stage(
+        context.study,
+        weak,
+        'scene-weak-labels',
+        inputs,
+        'rewards.npy',
+        lambda: pair_rewards(context.study, weak, adapter, None, tokens, 'weak labels')[0],
+        lambda rng: likely_rewards(pairs['prob_a'][:], rng),
+        [scoring_pass(weak.name, tokens, 2)],
+    )
     return label_pairs(pairs, rewards, f'weak:{Path(weak.name).name}').rows
 
 # %% ../../nbs/api/compare/260_toxicity_arms.ipynb #bbe3b3ff
@@ -232,12 +300,26 @@ def line_arms(
     c, rows, seed = context.config, context.rows, context.seed
     weak, strong = short_name(c.weak), short_name(c.strong)
     assert context.weak
-    teacher = train_on_lines(context, context.weak, 'toxicity-weak', demonstrate([r['prompt'] for r in rows.labelled], [r['completion'] for r in rows.labelled]))
-    arms = [Arm('baseline', 'untuned', '', strong, seed, {}, context.strong), Arm('floor', 'demonstrations', weak, '', seed, {'sft': teacher}, context.weak)]
+    teacher = train_on_lines(
+        context, context.weak, 'toxicity-weak', demonstrate([r['prompt'] for r in rows.labelled], [r['completion'] for r in rows.labelled])
+    )
+    arms = [
+        Arm('baseline', 'untuned', '', strong, seed, {}, context.strong),
+        Arm('floor', 'demonstrations', weak, '', seed, {'sft': teacher}, context.weak),
+    ]
     methods = [m for m in c.methods if m != 'dpo']
     reads = {m: m in TOXICITY_METHODS or reads_weak(m) for m in methods}
     lines = write_weak_lines(context, teacher) if any(reads.values()) else []
-    for m in methods: arms.append(line_arm(context, 'student', m, weak if reads[m] else '', lines if m == 'naive' else refine_lines(context, m, lines if reads[m] else [])))
+    for m in methods:
+        arms.append(
+            line_arm(
+                context,
+                'student',
+                m,
+                weak if reads[m] else '',
+                lines if m == 'naive' else refine_lines(context, m, lines if reads[m] else []),
+            )
+        )
     return [*arms, line_arm(context, 'ceiling', 'gold answers', '', [r['completion'] for r in rows.unlabelled])]
 
 # %% ../../nbs/api/compare/260_toxicity_arms.ipynb #a00a83e9
@@ -251,5 +333,14 @@ def choice_arms(
     judged = judge_pairs(context, train_on_pairs(context, context.weak, 'toxicity-weak-dpo', few), many)
     def arm(role: str, of: str, pairs: Dataset) -> Arm:
         trained = {'dpo': train_on_pairs(context, context.strong, f'toxicity-{role}-dpo', pairs)}
-        return Arm(role, 'dpo', of, strong, context.seed, trained, context.strong, {'labels': {'labels: agreement': float(np.mean(pairs['gold'][:]))}})
+        return Arm(
+            role,
+            'dpo',
+            of,
+            strong,
+            context.seed,
+            trained,
+            context.strong,
+            {'labels': {'labels: agreement': float(np.mean(pairs['gold'][:]))}},
+        )
     return [arm('student', weak, judged), arm('human', '', many)], [a, b]

@@ -38,8 +38,13 @@ def scene_rows(
 ) -> PromptRows:
     "Scenes about different people; raises `DataError`"
     def rows(part: str, n: int, seed: int) -> list[dict]:
-        return [dict(id=content_id(s['prompt']), group=s['speaker'], prompt=s['prompt'], completion=s['completion'], kind='') for s in scene_questions(parts[part], n, seed)]
-    return PromptRows(seed, rows('labelled', config.n_labelled, seed), rows('unlabelled', config.n_unlabelled, seed), rows('test', config.n_test, 0))
+        return [
+            dict(id=content_id(s['prompt']), group=s['speaker'], prompt=s['prompt'], completion=s['completion'], kind='')
+            for s in scene_questions(parts[part], n, seed)
+        ]
+    return PromptRows(
+        seed, rows('labelled', config.n_labelled, seed), rows('unlabelled', config.n_unlabelled, seed), rows('test', config.n_test, 0)
+    )
 
 # %% ../../nbs/api/compare/240_toxicity_data.ipynb #dd8835b8
 def _ordered(rows: Sequence[dict], *salt: object) -> list[dict]:
@@ -57,8 +62,13 @@ def choose_test(
     out: list[dict] = []
     for kind, want in zip(kinds, (n - n//2, n//2) if len(kinds) == 2 else (n,), strict=True):
         taken = {r['group'] for r in out}
-        have = list({r['group']: r for r in reversed(_ordered(rows, 'test')) if r['kind'] == kind and r['group'] not in taken}.values())[::-1]
-        if len(have) < want: raise DataError(f'{where}: {len(have)} prompts are {kind} and of different documents, and {want} are wanted for the test; lower --n-test')
+        have = list({r['group']: r for r in reversed(_ordered(rows, 'test')) if r['kind'] == kind and r['group'] not in taken}.values())[
+            ::-1
+        ]
+        if len(have) < want:
+            raise DataError(
+                f'{where}: {len(have)} prompts are {kind} and of different documents, and {want} are wanted for the test; lower --n-test'
+            )
         out += have[:want]
     return out
 
@@ -70,7 +80,9 @@ def prompts_of(
     c = config
     if c.data == SCENES: return None
     columns, splits = named_pairs(c.column, '--column', PARTS_OF['prompts']), named_pairs(c.split, '--split', SPLITS)
-    found = read_prompts(c.data, leave_out=c.leave_out, columns=columns, splits=splits or None, most=rows_wanted(c.n_labelled, c.n_unlabelled, c.n_test))
+    found = read_prompts(
+        c.data, leave_out=c.leave_out, columns=columns, splits=splits or None, most=rows_wanted(c.n_labelled, c.n_unlabelled, c.n_test)
+    )
     found.report.refuse_if_strict(c.strict)
     return found
 
@@ -81,15 +93,26 @@ def file_rows(
 ) -> PromptRows:
     "Rows of a file, a document in one part only; raises `DataError` where there are too few"
     c = config
-    rows = [dict(id=r['id'], group=r['group'], prompt=r['prompt'], completion=r['continuation'], kind=prompt_kind(r['toxicity'], c.threshold),
-                 tame=not math.isnan(r['continuation_toxicity']) and r['continuation_toxicity'] < c.threshold) for r in found.rows]
+    rows = [
+        dict(
+            id=r['id'],
+            group=r['group'],
+            prompt=r['prompt'],
+            completion=r['continuation'],
+            kind=prompt_kind(r['toxicity'], c.threshold),
+            tame=not math.isnan(r['continuation_toxicity']) and r['continuation_toxicity'] < c.threshold,
+        )
+        for r in found.rows
+    ]
     test = choose_test(rows, c.n_test, c.data)
     seen = {r['group'] for r in test}
     good = _ordered([r for r in rows if r['tame'] and r['completion'].strip() and r['group'] not in seen], 'learn', seed)
     taught = good[:c.n_labelled]
     rest = [r for r in good[c.n_labelled:] if r['group'] != taught[-1]['group']] # the last document may go on
     if len(rest) < c.n_unlabelled:
-        raise DataError(f'{c.data}: {len(good):,} rows outside the test have a continuation below {c.threshold}, and --n-labelled {c.n_labelled:,} and --n-unlabelled {c.n_unlabelled:,} are wanted; lower them')
+        raise DataError(
+            f'{c.data}: {len(good):,} rows outside the test have a continuation below {c.threshold}, and --n-labelled {c.n_labelled:,} and --n-unlabelled {c.n_unlabelled:,} are wanted; lower them'
+        )
     return PromptRows(seed, taught, rest[:c.n_unlabelled], test)
 
 # %% ../../nbs/api/compare/240_toxicity_data.ipynb #8417a48f
@@ -115,7 +138,11 @@ def spoken_pairs(
     seed: int,                        # of the human
 ) -> Dataset:                         # of kind "preferences" with `gold`; scenes whose two lines are equally rude are left out
     "Which of two lines is less rude? A human chooses, and errs"
-    found = [(s, a, b, toxicity_verdict(b).score - toxicity_verdict(a).score) for s, (a, b) in zip(scenes, said, strict=True) if a.strip() and b.strip()]
+    found = [
+        (s, a, b, toxicity_verdict(b).score - toxicity_verdict(a).score)
+        for s, (a, b) in zip(scenes, said, strict=True)
+        if a.strip() and b.strip()
+    ]
     found = [p for p in found if p[3]]
     gaps, human = np.array([p[3] for p in found]), random.Random(f'human {seed}')
     right = bradley_terry(abs(gaps), human_scale(gaps, agreement)) > [human.random() for _ in found]

@@ -38,9 +38,19 @@ def perplexity_stage(
         base = open_base(strong)
         return log_perplexity(base.model, base.tokenizer, prompts, said, quiet=True)
 
-    def tokens() -> int: return sum(map(len, strong.reader.tokenizer([p + t for p, row in zip(prompts, said, strict=True) for t in row])['input_ids']))
+    def tokens() -> int:
+        return sum(map(len, strong.reader.tokenizer([p + t for p, row in zip(prompts, said, strict=True) for t in row])['input_ids']))
     inputs = {'texts': content_id(list(prompts), [list(s) for s in said])}
-    return score_stage(context.study, strong, name, inputs, 'perplexity.npy', score, lambda rng: rng.normal(3, 1, (len(prompts), n)), [Pass('score', strong.name, n*len(prompts), tokens)])
+    return score_stage(
+        context.study,
+        strong,
+        name,
+        inputs,
+        'perplexity.npy',
+        score,
+        lambda rng: rng.normal(3, 1, (len(prompts), n)),
+        [Pass('score', strong.name, n * len(prompts), tokens)],
+    )
 
 # %% ../../nbs/api/compare/262_toxicity_scores.ipynb #841f7831
 def sample_metrics(

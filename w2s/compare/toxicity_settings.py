@@ -50,10 +50,21 @@ class Toxicity(Settings):
     greedy: bool = setting(False, 'Method')           # weak continuations are the likeliest ones (Ye et al.); else sampled as all others
     beta: float = setting(.1, 'Method', ladder=.3)    # of DPO: pull towards the reference
     decoding: str = setting('', 'Evaluation', say='rtp; world: plain') # how models continue: rtp (Gehman et al.), ye (Ye et al.) or plain (as the model has it); single settings win over it
-    speak: GenerateSettings = setting(GenerateSettings(**DECODINGS['rtp'], samples=25), 'Evaluation', world=DECODINGS['plain'] | dict(stop=('\n',), token_budget=65536), rtp=DECODINGS['rtp'], ye=DECODINGS['ye'], plain=DECODINGS['plain']) # how all models continue; 25 samples of a test prompt
+    speak: GenerateSettings = setting(
+        GenerateSettings(**DECODINGS['rtp'], samples=25),
+        'Evaluation',
+        world=DECODINGS['plain'] | dict(stop=('\n',), token_budget=65536),
+        rtp=DECODINGS['rtp'],
+        ye=DECODINGS['ye'],
+        plain=DECODINGS['plain'],
+    ) # how all models continue; 25 samples of a test prompt
     trial: bool = setting(False, 'Data')              # of the world: other test people, to choose settings by
-    sft: TrainSettings = setting(TrainSettings(epochs=3, batch_size=16, learning_rate=2e-4), 'Training', ladder=dict(epochs=2, batch_size=16, learning_rate=1e-3)) # 3 epochs of 16 (Ye et al.); their rate is that of training all weights
-    dpo: TrainSettings = setting(TrainSettings(epochs=1, batch_size=16, learning_rate=5e-5), 'Training', ladder=dict(epochs=3, batch_size=16, learning_rate=5e-4)) # as Tao & Li 2409.08813
+    sft: TrainSettings = setting(
+        TrainSettings(epochs=3, batch_size=16, learning_rate=2e-4), 'Training', ladder=dict(epochs=2, batch_size=16, learning_rate=1e-3)
+    ) # 3 epochs of 16 (Ye et al.); their rate is that of training all weights
+    dpo: TrainSettings = setting(
+        TrainSettings(epochs=1, batch_size=16, learning_rate=5e-5), 'Training', ladder=dict(epochs=3, batch_size=16, learning_rate=5e-4)
+    ) # as Tao & Li 2409.08813
 
     old = {'gold_rows': 'n_labelled', 'asked_rows': 'n_unlabelled', 'rows': 'n_unlabelled', 'test_prompts': 'n_test', 'test_rows': 'n_test'}
 
@@ -64,7 +75,10 @@ class Toxicity(Settings):
     ) -> dict[str, Any]:
         "The oracle is what the world has; raises `ConfigError`"
         if given.get('scorer') != 'oracle': return given
-        if given.get('data', SCENES) != SCENES: raise ConfigError('the scorer oracle is for texts of the embedded world; for others name a folder of w2s toxicity fit, or a classifier as folder:label')
+        if given.get('data', SCENES) != SCENES:
+            raise ConfigError(
+                'the scorer oracle is for texts of the embedded world; for others name a folder of w2s toxicity fit, or a classifier as folder:label'
+            )
         return {k: v for k, v in given.items() if k != 'scorer'}
 
     def cases(
@@ -94,12 +108,15 @@ def check_toxicity(
         if m.partition('(')[0].strip() not in METHODS.own: raise ConfigError(unknown(m, [*TOXICITY_METHODS, *METHODS.own], 'method'))
         METHODS.check(m)
     check_names_once(c, ('methods',))
-    if c.data.startswith('world') and c.data != SCENES: raise ConfigError(f'data "{c.data}": for toxicity the world has scenes; write {SCENES}')
+    if c.data.startswith('world') and c.data != SCENES:
+        raise ConfigError(f'data "{c.data}": for toxicity the world has scenes; write {SCENES}')
     named_pairs(c.column, '--column', PARTS_OF['prompts'])
-    if c.data == SCENES and (c.leave_out or c.column or c.split): raise ConfigError(f'column, leave_out and split name columns of a file; data is "{c.data}"')
+    if c.data == SCENES and (c.leave_out or c.column or c.split):
+        raise ConfigError(f'column, leave_out and split name columns of a file; data is "{c.data}"')
     if c.data != SCENES and c.trial: raise ConfigError('trial belongs to data of the world; for a file, give other rows')
     if c.greedy and not set(c.methods) - {'dpo'}: raise ConfigError('greedy is about weak lines, and no method learns from them')
-    if 'in-context' in c.methods and c.examples >= c.n_unlabelled: raise ConfigError(f'examples is {c.examples}, and n_unlabelled {c.n_unlabelled}; more rows are needed than are shown at once')
+    if 'in-context' in c.methods and c.examples >= c.n_unlabelled:
+        raise ConfigError(f'examples is {c.examples}, and n_unlabelled {c.n_unlabelled}; more rows are needed than are shown at once')
     check_acts(c.load.chat_template, False, 'continuations are plain text')
 
 # %% ../../nbs/api/compare/230_toxicity_settings.ipynb #599a51e2
@@ -108,7 +125,10 @@ def check_scorer(
 ) -> None:
     "Raise `ConfigError` for prompts of a file without a scorer by name"
     data = given.get('data', SCENES)
-    if data != SCENES and not given.get('scorer'): raise ConfigError(f'{data}: continuations of a file need a scorer; make one with w2s toxicity fit, or name a classifier as folder:label')
+    if data != SCENES and not given.get('scorer'):
+        raise ConfigError(
+            f'{data}: continuations of a file need a scorer; make one with w2s toxicity fit, or name a classifier as folder:label'
+        )
 
 # %% ../../nbs/api/compare/230_toxicity_settings.ipynb #ad72c77f
 def fill_toxicity(

@@ -89,7 +89,15 @@ def sample_table(
     ids = np.array([r['id'] for r in test])
     def one(a: Arm) -> pd.DataFrame:
         n, k = a.extra['empty'].shape
-        return pd.DataFrame(a.who | dict(id=ids.repeat(k), sample=np.tile(np.arange(k), n), toxicity=a.extra['scores'].reshape(-1), empty=a.extra['empty'].reshape(-1)))
+        return pd.DataFrame(
+            a.who
+            | dict(
+                id=ids.repeat(k),
+                sample=np.tile(np.arange(k), n),
+                toxicity=a.extra['scores'].reshape(-1),
+                empty=a.extra['empty'].reshape(-1),
+            )
+        )
 
     return pd.concat(map(one, scored), ignore_index=True)
 
@@ -111,9 +119,11 @@ def toxicity_pairs(
     return changed + pair_up(models, ('student', ''), naive) + pair_up(models, ('ceiling', ''), ('student', ''))
 
 # %% ../../nbs/api/compare/265_toxicity_tables.ipynb #e1c260d3
-EXPLAINED = ('worst: toxicity of the worst of all samples of a prompt (expected maximum); any_toxic: share of prompts with a sample at or over the threshold; toxicity: mean of all samples; '
-             'empty: share of continuations without a word; log_perplexity: nats per token under the untuned strong model, less is more usual; '
-             'distinct_2: different pairs of words, as a share of all. An empty continuation counts as not toxic; a prompt on which all are empty is left out.')
+EXPLAINED = (
+    'worst: toxicity of the worst of all samples of a prompt (expected maximum); any_toxic: share of prompts with a sample at or over the threshold; toxicity: mean of all samples; '
+    'empty: share of continuations without a word; log_perplexity: nats per token under the untuned strong model, less is more usual; '
+    'distinct_2: different pairs of words, as a share of all. An empty continuation counts as not toxic; a prompt on which all are empty is left out.'
+)
 
 def caption_toxicity(
     result: Result, # of toxicity
@@ -124,11 +134,20 @@ def caption_toxicity(
     seeds, groups = int(of['seeds'].max()), int(of['n'].max())
     prompts = int(result.items[result.items['metric'] == of['metric'].iloc[0]]['id'].nunique())
     grouped = f' by {groups:,} speakers or documents' if groups < prompts else ''
-    return (f'{prompts:,} test prompts{grouped} with {c.speak.samples} continuations each, toxic from {c.threshold:g}; {seeds} seed{"s" if seeds > 1 else ""}; '
-            f'{interval_words(seeds, "groups" if grouped else "prompts")}. {EXPLAINED}')
+    return (
+        f'{prompts:,} test prompts{grouped} with {c.speak.samples} continuations each, toxic from {c.threshold:g}; {seeds} seed{"s" if seeds > 1 else ""}; '
+        f'{interval_words(seeds, "groups" if grouped else "prompts")}. {EXPLAINED}'
+    )
 
 # %% ../../nbs/api/compare/265_toxicity_tables.ipynb #128938ea
 _SHARED = 'supervisor, student and ceiling share no prompt on which all of them said something'
-TOXICITY = Kind('toxicity', ('worst', 'any_toxic', 'toxicity', 'log_perplexity', 'distinct_2'), ('worst', 'toxicity'), toxicity_pairs,
-                ('worst', 'any_toxic', 'toxicity', 'empty', 'log_perplexity', 'distinct_2'), less=frozenset(('worst', 'any_toxic', 'toxicity', 'log_perplexity')),
-                lacking=dict.fromkeys(('metric', 'ceiling', 'floor', 'student'), _SHARED), caption=caption_toxicity)
+TOXICITY = Kind(
+    'toxicity',
+    ('worst', 'any_toxic', 'toxicity', 'log_perplexity', 'distinct_2'),
+    ('worst', 'toxicity'),
+    toxicity_pairs,
+    ('worst', 'any_toxic', 'toxicity', 'empty', 'log_perplexity', 'distinct_2'),
+    less=frozenset(('worst', 'any_toxic', 'toxicity', 'log_perplexity')),
+    lacking=dict.fromkeys(('metric', 'ceiling', 'floor', 'student'), _SHARED),
+    caption=caption_toxicity,
+)

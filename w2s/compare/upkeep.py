@@ -69,7 +69,8 @@ def verify_results(
     folder: Path, # of a run
 ) -> Iterator[Finding]:
     "Look at every set of results"
-    if (folder/INCOMPLETE).is_file(): yield Finding('run', folder.name, (folder/INCOMPLETE).read_text(encoding='utf-8', errors='replace').splitlines()[0], False)
+    if (folder / INCOMPLETE).is_file():
+        yield Finding('run', folder.name, (folder / INCOMPLETE).read_text(encoding='utf-8', errors='replace').splitlines()[0], False)
     for path in manifests_in(folder):
         manifest = read_manifest(path)
         if manifest is None:
@@ -91,8 +92,18 @@ def verify_folder(
         if not stage.name.startswith('.'): found += verify_stage(stage)
         elif stage.name.startswith('.unfinished-'): found += verify_unfinished(stage)
     for part in sorted([*(folder/'store').glob('*/*.npy'), *(folder/'gold').glob('*.npy')]):
-        found.append(Finding('kept log-probs' if part.is_relative_to(folder/'store') else 'kept scores', str(part.relative_to(folder)), '' if is_whole_part(part) else 'is damaged'))
-    found += [Finding('leftover', str(p.relative_to(folder)), 'was left by a kill; w2s clean removes it', False) for p in find_litter(folder) if not p.name.startswith('.unfinished-')]
+        found.append(
+            Finding(
+                'kept log-probs' if part.is_relative_to(folder / 'store') else 'kept scores',
+                str(part.relative_to(folder)),
+                '' if is_whole_part(part) else 'is damaged',
+            )
+        )
+    found += [
+        Finding('leftover', str(p.relative_to(folder)), 'was left by a kill; w2s clean removes it', False)
+        for p in find_litter(folder)
+        if not p.name.startswith('.unfinished-')
+    ]
     if not found: raise ConfigError(f'{folder} holds nothing that w2s has written')
     return found
 
@@ -110,8 +121,11 @@ def find_unused(
 ) -> list[Path]:        # files and folders that can be removed
     "What is not needed for the results in a folder, or to go on with its run; raises `ConfigError`"
     folder = Path(folder).expanduser()
-    if not (folder/'stages').is_dir(): raise ConfigError(f'{folder} holds no stages; give the --out of a run, or the .work of labels or refined answers')
+    if not (folder / 'stages').is_dir():
+        raise ConfigError(f'{folder} holds no stages; give the --out of a run, or the .work of labels or refined answers')
     used, going = used_stages(folder), (folder/INCOMPLETE).is_file()
     stages = [s for s in sorted((folder/'stages').iterdir()) if s.is_dir() and not s.name.startswith('.') and s.name not in used]
-    litter = [p for p in find_litter(folder) if not (going and p.name.startswith('.unfinished-')) and not any(s in p.parents for s in stages)]
+    litter = [
+        p for p in find_litter(folder) if not (going and p.name.startswith('.unfinished-')) and not any(s in p.parents for s in stages)
+    ]
     return [*litter, *([] if going or not used else stages)]

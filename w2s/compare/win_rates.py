@@ -25,8 +25,13 @@ Arms = tuple[str, str] # role and method of an arm
 # %% ../../nbs/api/compare/130_win_rates.ipynb #f13818e3
 def _grid(responses: pd.DataFrame, arm: Arms, seed: int) -> tuple[np.ndarray, np.ndarray]:
     "Gold rewards and words of one arm and seed, each (rows, samples), rows in the order of their ids"
-    mine = responses[(responses['role'] == arm[0]) & (responses['method'] == arm[1]) & (responses['seed'] == seed)].sort_values(['id', 'sample'])
-    if mine.empty: raise DataError(f'no responses of {arm[0]} ({arm[1]}), seed {seed}; there are {", ".join(sorted(set(responses["role"] + " (" + responses["method"] + ")")))}')
+    mine = responses[(responses['role'] == arm[0]) & (responses['method'] == arm[1]) & (responses['seed'] == seed)].sort_values(
+        ['id', 'sample']
+    )
+    if mine.empty:
+        raise DataError(
+            f'no responses of {arm[0]} ({arm[1]}), seed {seed}; there are {", ".join(sorted(set(responses["role"] + " (" + responses["method"] + ")")))}'
+        )
     shape = (mine['id'].nunique(), -1)
     return mine['gold_reward'].to_numpy().reshape(shape), lengths([[t] for t in mine['response']])[:, 0].reshape(shape)
 
@@ -63,8 +68,12 @@ def win_row(
     try: c = length_controlled_win_rate(y, m, n, groups=of)
     except DataError: equal = (np.nan,)*3 # one arm is longer in every pair: nothing is known about equal length
     else: equal = (c.value, c.low, c.high)
-    names = dict(a=f'{a[0]} ({a[1]})', b=f'{b[0]} ({b[1]})', win=float((y == 1).mean()), tie=float((y == .5).mean()), lose=float((y == 0).mean()))
-    return names | dict(win_rate=e.value, low=low, high=high, **dict(zip(('equal_length', 'equal_low', 'equal_high'), equal, strict=True)), longer=longer)
+    names = dict(
+        a=f'{a[0]} ({a[1]})', b=f'{b[0]} ({b[1]})', win=float((y == 1).mean()), tie=float((y == 0.5).mean()), lose=float((y == 0).mean())
+    )
+    return names | dict(
+        win_rate=e.value, low=low, high=high, **dict(zip(('equal_length', 'equal_low', 'equal_high'), equal, strict=True)), longer=longer
+    )
 
 # %% ../../nbs/api/compare/130_win_rates.ipynb #909e5f48
 def win_table(

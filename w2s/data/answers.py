@@ -29,15 +29,21 @@ def answer_parts(
     if len(parts := _split(text, r'\cup')) > 1: return 'union', parts
     braces = re.fullmatch(r'\\\{(.*)\\\}', text)
     if r'\pm' in text and '(' not in text: # two answers, wherever the sign stands
-        both = [s for p in _split(braces[1] if braces else text, ',') for s in ([re.sub(r'\\pm(?![a-z])', sign, p) for sign in '+-'] if r'\pm' in p else [p])]
+        both = [
+            s
+            for p in _split(braces[1] if braces else text, ',')
+            for s in ([re.sub(r'\\pm(?![a-z])', sign, p) for sign in '+-'] if r'\pm' in p else [p])
+        ]
         return ',', both
-    if len(parts := _split(braces[1] if braces else text, ',')) > 1 and not re.fullmatch(r'\d{1,3}(,\d{3})+(\.\d+)?', text): return ',', parts
+    if len(parts := _split(braces[1] if braces else text, ',')) > 1 and not re.fullmatch(r'\d{1,3}(,\d{3})+(\.\d+)?', text):
+        return ',', parts
     if braces: return ',', [braces[1].strip()]
     if re.fullmatch(r'[(\[].*[)\]]', text) and len(parts := _split(text[1:-1], ',')) > 1: return f'{text[0]},{text[-1]}', parts
     return '', [text]
 
 # %% ../../nbs/api/data/240_answers.ipynb #dd1e7462
-def _close(a: Sequence[complex], b: Sequence[complex]) -> bool: return all(abs(x - y) <= 1e-9*max(1, abs(x), abs(y)) for x, y in zip(a, b, strict=True))
+def _close(a: Sequence[complex], b: Sequence[complex]) -> bool:
+    return all(abs(x - y) <= 1e-9 * max(1, abs(x), abs(y)) for x, y in zip(a, b, strict=True))
 
 def _sides(text: str) -> list[str]:
     "The two sides of an equation; a formula alone"
@@ -51,7 +57,9 @@ def _same_formula(a: str, b: str) -> bool:
         values = [[formula_values(s) for s in sides] for sides in (x, y)]
         if any(v is None for side in values for v in side): return False
         one, other = ([p - q for p, q in zip(*side, strict=True)] for side in values)
-        return all(abs(v) > 1e-12 for v in (*one, *other)) and _close([u/v for u, v in zip(one, other, strict=True)], [one[0]/other[0]]*POINTS)
+        return all(abs(v) > 1e-12 for v in (*one, *other)) and _close(
+            [u / v for u, v in zip(one, other, strict=True)], [one[0] / other[0]] * POINTS
+        )
     bare = [s[-1].strip() if len(s) == 1 or re.fullmatch(r'\s*[a-zA-Z](?:\s*\(\s*[a-zA-Z]\s*\))?\s*', s[0]) else '' for s in (x, y)] # y = 3 is 3
     one_, other_ = (formula_values(t) if t else None for t in bare)
     return one_ is not None and other_ is not None and _close(one_, other_)
@@ -126,4 +134,6 @@ def is_formula(
     "Is it maths, rather than words?"
     plain = plain_answer(text)
     if re.search('[a-zA-Z]{3}', re.sub(r'\\[a-zA-Z]+', '', plain)): return False # a word, which would be read as a product of letters
-    return bool(re.search(r'[\d\\]', plain)) and all(p == ';' or formula_values(p.rpartition('=')[2]) is not None for p in answer_parts(plain)[1])
+    return bool(re.search(r'[\d\\]', plain)) and all(
+        p == ';' or formula_values(p.rpartition('=')[2]) is not None for p in answer_parts(plain)[1]
+    )

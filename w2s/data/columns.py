@@ -104,7 +104,8 @@ def why_long(
     if words < 2: return ''
     said = f'texts of {length:,.0f} characters at the median'
     if length >= LONG: return said
-    if (some := sorted(len(t) for t in texts if len(t) >= LONG)) and len(some) >= MANY*len(texts): return f'{len(some)/len(texts):.0%} texts of {median(some):,.0f} characters at the median'
+    if (some := sorted(len(t) for t in texts if len(t) >= LONG)) and len(some) >= MANY * len(texts):
+        return f'{len(some) / len(texts):.0%} texts of {median(some):,.0f} characters at the median'
     different = len(set(texts)) * 2 >= len(cells)
     return said if words >= SENTENCE and different and len(full) * 2 >= len(cells) and length * 2 >= size else ''
 
@@ -173,7 +174,9 @@ def stop_unread(
     if not long: return
     (first, why), names = next(iter(long.items())), ','.join(long)
     also = f'; so would {", ".join(c for c in long if c != first)}' if len(long) > 1 else ''
-    raise DataError(f'{where}: column "{first}" holds {why}, and would not be read{also}. Read it ({how.format(first)}), or say that it is not to be read (--leave-out {names})')
+    raise DataError(
+        f'{where}: column "{first}" holds {why}, and would not be read{also}. Read it ({how.format(first)}), or say that it is not to be read (--leave-out {names})'
+    )
 
 def columns_read(
     raw: RawTable,                       # a file
@@ -195,8 +198,20 @@ def columns_read(
     rest = tuple(c for c in readable_columns(raw, leave_out) if c not in taken and c not in held)
     halves = tuple(sorted({r for c in taken for r in raw.replaced.get(c, ())}))
     changed = {**raw.noted, **({HALF: halves} if halves else {})}
-    return ColumnsRead(where, {k: tuple(raw.made.get(c, c) for c in v) for k, v in used.items()}, rest, held, tuple(c for c in leave_out if c in raw.data.column_names),
-                       split, form, raw.key, changed, len(raw.data), raw.total, raw.beside)
+    return ColumnsRead(
+        where,
+        {k: tuple(raw.made.get(c, c) for c in v) for k, v in used.items()},
+        rest,
+        held,
+        tuple(c for c in leave_out if c in raw.data.column_names),
+        split,
+        form,
+        raw.key,
+        changed,
+        len(raw.data),
+        raw.total,
+        raw.beside,
+    )
 
 HALF = 'half a character (a lone surrogate) became U+FFFD'
 
@@ -210,7 +225,12 @@ def with_columns(
     "A table with columns that were made of others"
     rest = raw.data.with_format(None).select_columns([c for c in raw.data.column_names if c not in (*gone, *made)])
     cells = {c: rest[c][:] for c in rest.column_names} if len(rest.column_names) else {}
-    return replace(raw, data=as_dataset({**cells, **{k: list(v) for k, v in made.items()}}), broken={k: v for k, v in raw.broken.items() if k not in (*gone, *made)}, made={**raw.made, **of})
+    return replace(
+        raw,
+        data=as_dataset({**cells, **{k: list(v) for k, v in made.items()}}),
+        broken={k: v for k, v in raw.broken.items() if k not in (*gone, *made)},
+        made={**raw.made, **of},
+    )
 
 # %% ../../nbs/api/data/080_columns.ipynb #d9829241
 def rename_columns(
@@ -220,7 +240,8 @@ def rename_columns(
 ) -> RawTable:                  # the columns have the names of their parts
     "Give columns the names that a reader knows; raises `DataError` for a column that is not there"
     have = raw.data.column_names
-    if lost := [c for c in names.values() if c not in have]: raise DataError(f'{where}: has no column "{lost[0]}"; it has {", ".join(have)}')
+    if lost := [c for c in names.values() if c not in have]:
+        raise DataError(f'{where}: has no column "{lost[0]}"; it has {", ".join(have)}')
     new = {c: part for part, c in names.items() if part != c} | {p: f'{p} (of the file)' for p, c in names.items() if p != c and p in have}
     return replace(raw, data=raw.data.rename_columns(new), made={**raw.made, **{part: c for part, c in names.items() if part != c}},
                    broken={new.get(k, k): v for k, v in raw.broken.items()}, replaced={new.get(k, k): v for k, v in raw.replaced.items()})

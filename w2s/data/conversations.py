@@ -34,7 +34,8 @@ def _holds_talk(cells: Sequence[Any]) -> bool:
     "Are the cells conversations?"
     full = [open_messages(c) for c in cells if not is_missing(c)]
     def talks(c: Any) -> bool:
-        if isinstance(c, str): return bool(MARKED.match(c)) and conversation(c) is not None or c.lstrip()[:1] in ('[', '{') and conversation(c) is not None
+        if isinstance(c, str):
+            return bool(MARKED.match(c)) and conversation(c) is not None or c.lstrip()[:1] in ('[', '{') and conversation(c) is not None
         return conversation(c) is not None
     return bool(full) and 2 * sum(map(talks, full)) > len(full)
 
@@ -82,7 +83,12 @@ def as_asked(
 
 def _two_columns(raw: RawTable, pairs: Sequence[tuple[list[dict] | None, str | None]], of: str, gone: Sequence[str]) -> RawTable:
     "Pairs of question and answer as columns"
-    return with_columns(raw, dict(question=[a for a, _ in pairs], answer=[b for _, b in pairs]), dict(question=f'{of} (before the last answer)', answer=f'{of} (the last answer)'), gone)
+    return with_columns(
+        raw,
+        dict(question=[a for a, _ in pairs], answer=[b for _, b in pairs]),
+        dict(question=f'{of} (before the last answer)', answer=f'{of} (the last answer)'),
+        gone,
+    )
 
 # %% ../../nbs/api/data/210_conversations.ipynb #066a4134
 LETTER = re.compile(r'\(?\b([a-eA-E])\s*\)\s*')
@@ -96,7 +102,10 @@ def choices_of(
     return {a.upper(): b.strip().strip('\'"').rstrip(',').strip().strip('\'"') for a, b in zip(parts[1::2], parts[2::2], strict=False)}
 
 # %% ../../nbs/api/data/210_conversations.ipynb #0b6035ce
-WORKING, FINAL = ('rationale', 'solution', 'generated_solution', 'explanation', 'reasoning', 'working'), ('correct', 'answer', 'final_answer', 'expected_answer', 'correct_answer')
+WORKING, FINAL = (
+    ('rationale', 'solution', 'generated_solution', 'explanation', 'reasoning', 'working'),
+    ('correct', 'answer', 'final_answer', 'expected_answer', 'correct_answer'),
+)
 
 def as_sums(
     raw: RawTable,            # a file
@@ -112,7 +121,9 @@ def as_sums(
     if not options and any(isinstance(t, str) and says(t) for t in cells[working][:200]): return raw
     made = [_sum(*(cells[c][i] if c else None for c in (asked, options, working, final))) for i in range(len(raw.data))]
     of = {asked: ' + '.join(filter(None, (asked, options))), 'solution': ' + '.join(filter(None, (working, final)))}
-    return with_columns(raw, {asked: [q for q, _ in made], 'solution': [a for _, a in made]}, of, [c for c in (options, working, final) if c])
+    return with_columns(
+        raw, {asked: [q for q, _ in made], 'solution': [a for _, a in made]}, of, [c for c in (options, working, final) if c]
+    )
 
 def _sum(asked: Any, options: Any, working: Any, final: Any) -> tuple[Any, str | None]:
     "Question with its choices, and working with its final answer"
@@ -120,4 +131,6 @@ def _sum(asked: Any, options: Any, working: Any, final: Any) -> tuple[Any, str |
     if is_missing(final) or options is not None and not (found := choices.get(str(final).strip().strip('()').upper())): return asked, None
     said = found if options is not None else str(final)
     listed = ''.join(f'\n({a}) {b}' for a, b in choices.items())
-    return f'{asked}{listed}' if isinstance(asked, str) else asked, f'{working}\n#### {said}' if isinstance(working, str) and working.strip() else f'#### {said}'
+    return f'{asked}{listed}' if isinstance(asked, str) else asked, f'{working}\n#### {said}' if isinstance(
+        working, str
+    ) and working.strip() else f'#### {said}'

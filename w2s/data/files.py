@@ -59,7 +59,12 @@ def _zstd(path: Path) -> Any:
     import pyarrow as pa
     return pa.CompressedInputStream(pa.OSFile(str(path)), 'zstd')
 
-ZIPS: dict[str, Callable[[Path], Any]] = {'.gz': lambda p: gzip.open(p, 'rb'), '.bz2': lambda p: bz2.open(p, 'rb'), '.xz': lambda p: lzma.open(p, 'rb'), '.zst': _zstd} # end of a name -> its bytes, unzipped
+ZIPS: dict[str, Callable[[Path], Any]] = {
+    '.gz': lambda p: gzip.open(p, 'rb'),
+    '.bz2': lambda p: bz2.open(p, 'rb'),
+    '.xz': lambda p: lzma.open(p, 'rb'),
+    '.zst': _zstd,
+} # end of a name -> its bytes, unzipped
 
 class Unzipped(io.RawIOBase):
     "The bytes of a zipped file, as long as there are not too many; raises `DataError` while it is read"
@@ -81,8 +86,10 @@ class Unzipped(io.RawIOBase):
             raise DataError(f'{self.path}: cannot be unzipped ({e}); is it damaged, cut off, or not a {self.path.suffix} file?') from e
         self.left -= len(data)
         if self.left < 0:
-            raise DataError(f'{self.path}: unpacks to more than {most_bytes(self.path.stat().st_size) / 2**20:,.0f} MB, over {TIMES} times its size; '
-                            'if its rows are really so alike, unzip it and name the unzipped file')
+            raise DataError(
+                f'{self.path}: unpacks to more than {most_bytes(self.path.stat().st_size) / 2**20:,.0f} MB, over {TIMES} times its size; '
+                'if its rows are really so alike, unzip it and name the unzipped file'
+            )
         buffer[:len(data)] = data
         return len(data)
 

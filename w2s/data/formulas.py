@@ -13,11 +13,38 @@ import re
 from collections.abc import Callable
 
 # %% ../../nbs/api/data/230_formulas.ipynb #6039722f
-_SIGNS = {'−': '-', '–': '-', '×': '*', '·': '*', '÷': '/', 'π': r'\pi ', '√': r'\sqrt ', '∞': r'\infty ', '∪': r'\cup ', '≤': r'\le ', '≥': r'\ge ',
-          '²': '^2', '³': '^3', '°': '', '\N{NO-BREAK SPACE}': ' ', '\N{THIN SPACE}': ' '}
-_DRESS = ((r'(?<!\\)\\(?:left|right|displaystyle|limits|quad|,|;|:|!| )(?![a-zA-Z])', ' '), (r'~|\\?\$', ' '), (r'\\?%', ''), (r'\\[dtc]frac', r'\\frac'), (r'\{,\}', ''), (r'(?<=\d),\s*\\?!?\s*(?=\d{3}(?!\d))', ','),
-          (r'\^\s*\{?\s*\\circ\s*\}?', ''), (r'\\(?:cdot|times|ast)(?![a-zA-Z])', '*'), (r'\\div(?![a-zA-Z])', '/'), (r'\\(le|ge)q(?![a-zA-Z])', r'\\\1'),
-          (r'(?<![a-zA-Z\\])(sqrt|pi|infinity|infty|sin|cos|tan|ln|log)(?![a-zA-Z])', r'\\\1 '), (r'\\infinity', r'\\infty'))
+_SIGNS = {
+    '−': '-',
+    '–': '-',
+    '×': '*',
+    '·': '*',
+    '÷': '/',
+    'π': r'\pi ',
+    '√': r'\sqrt ',
+    '∞': r'\infty ',
+    '∪': r'\cup ',
+    '≤': r'\le ',
+    '≥': r'\ge ',
+    '²': '^2',
+    '³': '^3',
+    '°': '',
+    '\N{NO-BREAK SPACE}': ' ',
+    '\N{THIN SPACE}': ' ',
+}
+_DRESS = (
+    (r'(?<!\\)\\(?:left|right|displaystyle|limits|quad|,|;|:|!| )(?![a-zA-Z])', ' '),
+    (r'~|\\?\$', ' '),
+    (r'\\?%', ''),
+    (r'\\[dtc]frac', r'\\frac'),
+    (r'\{,\}', ''),
+    (r'(?<=\d),\s*\\?!?\s*(?=\d{3}(?!\d))', ','),
+    (r'\^\s*\{?\s*\\circ\s*\}?', ''),
+    (r'\\(?:cdot|times|ast)(?![a-zA-Z])', '*'),
+    (r'\\div(?![a-zA-Z])', '/'),
+    (r'\\(le|ge)q(?![a-zA-Z])', r'\\\1'),
+    (r'(?<![a-zA-Z\\])(sqrt|pi|infinity|infty|sin|cos|tan|ln|log)(?![a-zA-Z])', r'\\\1 '),
+    (r'\\infinity', r'\\infty'),
+)
 _TEXT = r'\\(?:text|mbox|textbf|mathrm|textrm|mathbf)\s*\{([^{}]*)\}'
 
 def plain_answer(
@@ -33,7 +60,10 @@ def plain_answer(
     return ' '.join(re.sub(_TEXT, r'\1', bare if bare.strip() else text).split()).strip(' .*')
 
 # %% ../../nbs/api/data/230_formulas.ipynb #8537dffd
-_MIXED = (re.compile(r'(?<![\w.^}])(\d+)\s*\\frac\s*(?:\{(\d+)\}\s*\{(\d+)\}|(\d)\s*(\d))'), re.compile(r'(?<![\w.^}/])(\d+)\s+(\d+)()()/(\d+)'))
+_MIXED = (
+    re.compile(r'(?<![\w.^}])(\d+)\s*\\frac\s*(?:\{(\d+)\}\s*\{(\d+)\}|(\d)\s*(\d))'),
+    re.compile(r'(?<![\w.^}/])(\d+)\s+(\d+)()()/(\d+)'),
+)
 _REPEATING = re.compile(r'(\d*)\.(\d*)\\(?:overline|bar)\s*(?:\{(\d+)\}|(\d))')
 
 def _plain_numbers(text: str) -> str:
@@ -52,8 +82,19 @@ def _plain_numbers(text: str) -> str:
 _TOKEN = re.compile(r'\s*(\d+(?:,\d{3})+(?:\.\d+)?|\d+\.?\d*|\.\d+|\\[a-zA-Z]+|[a-zA-Z]|[-+*/^_(){}\[\]|!])')
 _KNOWN = {r'\pi': math.pi, 'i': 1j}
 _FUNCTIONS: dict[str, Callable[[complex], complex]] = {
-    r'\sin': cmath.sin, r'\cos': cmath.cos, r'\tan': cmath.tan, r'\ln': cmath.log, r'\log': cmath.log10, r'\exp': cmath.exp, r'\arcsin': cmath.asin, r'\arccos': cmath.acos,
-    r'\arctan': cmath.atan, r'\sec': lambda x: 1/cmath.cos(x), r'\csc': lambda x: 1/cmath.sin(x), r'\cot': lambda x: 1/cmath.tan(x)}
+    r'\sin': cmath.sin,
+    r'\cos': cmath.cos,
+    r'\tan': cmath.tan,
+    r'\ln': cmath.log,
+    r'\log': cmath.log10,
+    r'\exp': cmath.exp,
+    r'\arcsin': cmath.asin,
+    r'\arccos': cmath.acos,
+    r'\arctan': cmath.atan,
+    r'\sec': lambda x: 1 / cmath.cos(x),
+    r'\csc': lambda x: 1 / cmath.sin(x),
+    r'\cot': lambda x: 1 / cmath.tan(x),
+}
 _CLOSED = {'(': ')', '[': ']', '{': '}', '|': '|'}
 
 def _tokens(text: str) -> list[str]:

@@ -143,7 +143,15 @@ def reader_report(
     rows: dict[tuple[str, str], list[int]] = {}
     for r in refused: rows.setdefault((r.reason, r.split), []).append(r.row)
     for reason in dict.fromkeys((*reasons, *(r.reason for r in refused))):
-        for split, n in rows_read.items(): report = report.add(reason, split, len(rows.get((reason, split), ())), n, 'joined' if reason == JOINED else 'refused', rows_said(rows.get((reason, split), [])))
+        for split, n in rows_read.items():
+            report = report.add(
+                reason,
+                split,
+                len(rows.get((reason, split), ())),
+                n,
+                'joined' if reason == JOINED else 'refused',
+                rows_said(rows.get((reason, split), [])),
+            )
     for c in columns:
         for what, hit in c.changed.items(): report = report.add(what, c.split, len(hit), c.rows, 'changed', rows_said(hit))
     return report
@@ -190,8 +198,11 @@ def clean_text(
     bad = Counter(r.split for r in refused)
     read = {k: len(v) + bad[k] for k, v in splits.items()} if rows_read is None else dict(rows_read)
     report, clean, numbers = reader_report(refused, read, REASONS, columns), dict[str, Dataset](), dict[str, list[int]]()
-    for k, v in splits.items(): clean[k], numbers[k], report = _clean_split(check_rows(v, 'preferences', k), k, file_rows(k, len(v), refused), report)
-    clean, numbers, report = part_splits(clean, numbers, group_keys, IN_ANOTHER, f'a prompt stays in the first of {", ".join(keep_order)}', keep_order, report)
+    for k, v in splits.items():
+        clean[k], numbers[k], report = _clean_split(check_rows(v, 'preferences', k), k, file_rows(k, len(v), refused), report)
+    clean, numbers, report = part_splits(
+        clean, numbers, group_keys, IN_ANOTHER, f'a prompt stays in the first of {", ".join(keep_order)}', keep_order, report
+    )
     for k, v in clean.items():
         if not len(v): raise DataError(f'split "{k}" has no rows left:\n{report}')
         report = _mention(v, k, numbers[k], report)

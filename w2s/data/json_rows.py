@@ -52,9 +52,11 @@ def json_at(
     decoder, twice = _decoder()
     start = _blank_end(text, start)
     try: value, end = decoder.raw_decode(text, start)
-    except json.JSONDecodeError as e: raise DataError(f'{at(e.pos)}: not JSON ({e.msg} at character {e.colno}); correct or remove it') from e
+    except json.JSONDecodeError as e:
+        raise DataError(f'{at(e.pos)}: not JSON ({e.msg} at character {e.colno}); correct or remove it') from e
     except RecursionError as e: raise DataError(f'{at(start)}: lists or objects inside each other, too deep to be a row; remove it') from e
-    if twice: raise DataError(f'{at(start)}: an object has the key "{twice[0][:40]}" twice, and only one value can be meant; remove the other')
+    if twice:
+        raise DataError(f'{at(start)}: an object has the key "{twice[0][:40]}" twice, and only one value can be meant; remove the other')
     return value, end
 
 _BLANK = re.compile(r'[ \t\n\r]*')
@@ -68,7 +70,8 @@ def _blank_end(text: str, start: int) -> int:
 def _line_value(line: str, where: str) -> Any:
     "The one value of a line"
     value, end = json_at(line, 0, lambda place: where)
-    if (rest := _blank_end(line, end)) < len(line): raise DataError(f'{where}: not JSON (a second value at character {rest + 1}); correct or remove it')
+    if (rest := _blank_end(line, end)) < len(line):
+        raise DataError(f'{where}: not JSON (a second value at character {rest + 1}); correct or remove it')
     return value
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -104,8 +107,10 @@ def list_rows(
         yield _object(value, f'{where}, row {n}')
         place = _blank_end(text, end)
         if text[place:place + 1] == ',': place = _blank_end(text, place + 1)
-        elif text[place:place + 1] != ']': raise DataError(f'{at(place)}: not JSON (a comma or the end of the list is missing behind row {n}); correct or remove it')
-    if (rest := _blank_end(text, place + 1)) < len(text): raise DataError(f'{at(rest)}: not JSON (there is something behind the list); correct or remove it')
+        elif text[place : place + 1] != ']':
+            raise DataError(f'{at(place)}: not JSON (a comma or the end of the list is missing behind row {n}); correct or remove it')
+    if (rest := _blank_end(text, place + 1)) < len(text):
+        raise DataError(f'{at(rest)}: not JSON (there is something behind the list); correct or remove it')
 
 # %% ../../nbs/api/data/050_json_rows.ipynb #7c99b6e6
 def is_messages(
@@ -120,9 +125,14 @@ def frame_rows(
 ) -> list[dict] | None:       # None: it is no data frame
     "The rows of a data frame that pandas wrote as one object (orient split, columns, index, or lists of cells)"
     names, data, values = whole.get('columns'), whole.get('data'), list(whole.values())
-    if isinstance(names, list) and isinstance(data, list) and all(isinstance(r, list) and len(r) == len(names) for r in data): return [dict(zip(names, r, strict=True)) for r in data]
+    if isinstance(names, list) and isinstance(data, list) and all(isinstance(r, list) and len(r) == len(names) for r in data):
+        return [dict(zip(names, r, strict=True)) for r in data]
     if len(values) < 2 or {'columns', 'data'} <= set(whole): return None
-    if all(isinstance(v, list) for v in values) and len({len(v) for v in values}) == 1 and not any(isinstance(x, dict) for v in values for x in v):
+    if (
+        all(isinstance(v, list) for v in values)
+        and len({len(v) for v in values}) == 1
+        and not any(isinstance(x, dict) for v in values for x in v)
+    ):
         return [dict(zip(whole, cells, strict=True)) for cells in zip(*values, strict=True)]
     if not all(isinstance(v, dict) and v for v in values) or len({tuple(v) for v in values}) > 1: return None
     if all(k.isdigit() for k in values[0]): return [{c: v[k] for c, v in whole.items()} for k in values[0]]
@@ -137,8 +147,10 @@ def rows_key(
     if len(lists) == 1: return lists[0]
     keys = ', '.join(f'"{k[:40]}"' for k in list(whole)[:8]) + (' …' if len(whole) > 8 else '')
     why = f'{" and ".join(lists)} are lists of objects, and any could be the rows' if lists else 'none of them holds a list of objects'
-    raise DataError(f'{where}: one object, not a list of rows; its keys are {keys or "none"}, and {why}. Write a list of objects, or one object a line '
-                    '(pandas: to_json(..., orient="records"))')
+    raise DataError(
+        f'{where}: one object, not a list of rows; its keys are {keys or "none"}, and {why}. Write a list of objects, or one object a line '
+        '(pandas: to_json(..., orient="records"))'
+    )
 
 # %% ../../nbs/api/data/050_json_rows.ipynb #a3d6c84f
 OF_ROWS = {'prompt', 'instruction', 'question', 'query', 'info'} # keys of a row, whatever lists of objects it has beside them
@@ -158,7 +170,9 @@ def _one_object(path: str | Path) -> dict[str, Any] | None:
     except DataError: return _whole_object(path)
     more = next(lines, None) is not None
     if more or not isinstance(value, dict): return None
-    held = not OF_ROWS & set(value) and any(isinstance(v, list) and v and isinstance(v[0], dict) and not is_messages(v) for v in value.values())
+    held = not OF_ROWS & set(value) and any(
+        isinstance(v, list) and v and isinstance(v[0], dict) and not is_messages(v) for v in value.values()
+    )
     return value if held or form_of(path) == '.json' and frame_rows(value) is not None else None
 
 # %% ../../nbs/api/data/050_json_rows.ipynb #58d34f53

@@ -49,9 +49,14 @@ def check_classes(
 ) -> None:
     "Raise `DataError` for fewer than two classes, for too many, and for two that differ in case only"
     shown = ', '.join(repr(n) for n in found[:6]) + (' …' if len(found) > 6 else '')
-    if len(found) < 2: raise DataError(f'{where}: the labels hold {shown or "nothing"}; two classes are needed. Is this the label column? Another one is named by --label')
+    if len(found) < 2:
+        raise DataError(
+            f'{where}: the labels hold {shown or "nothing"}; two classes are needed. Is this the label column? Another one is named by --label'
+        )
     if len(found) > MOST_CLASSES:
-        raise DataError(f'{where}: {len(found)} different labels ({shown}) are more than {MOST_CLASSES} classes; name the label column (--label)')
+        raise DataError(
+            f'{where}: {len(found)} different labels ({shown}) are more than {MOST_CLASSES} classes; name the label column (--label)'
+        )
     first: dict[str, str] = {}
     for name in found:
         if (other := first.setdefault(name.casefold(), name)) != name:
@@ -97,8 +102,16 @@ DIALOGUE_SAFETY = LabelForm('diasafety', (('context',), ('response',)), ('label'
 CLAUSES = LabelForm('legalbench', (('text', 'context'), ('question',)), ('answer',), ('Clause: ', 'Question: '),
                     '\nDoes the clause answer the question?', group=1, words=dict(Irrelevant=' no', Relevant=' yes'))
 PRIVACY = replace(CLAUSES, same={'False': 'Irrelevant', 'True': 'Relevant'}, files=('privacy_policy_qa', 'privacy-policy-qa'))
-REPLY_IS_SAFE = LabelForm('beavertails', (('prompt', 'question'), ('response', 'answer', 'reply', 'output', 'completion')), ('is_safe',), ('Question: ', 'Reply: '), '\nIs the reply safe?',
-                          group=0, words={'False': ' no', 'True': ' yes'}, same={'0': 'False', '1': 'True'})
+REPLY_IS_SAFE = LabelForm(
+    'beavertails',
+    (('prompt', 'question'), ('response', 'answer', 'reply', 'output', 'completion')),
+    ('is_safe',),
+    ('Question: ', 'Reply: '),
+    '\nIs the reply safe?',
+    group=0,
+    words={'False': ' no', 'True': ' yes'},
+    same={'0': 'False', '1': 'True'},
+)
 IS_SAFE = LabelForm('is_safe', (('prompt',),), ('is_safe',), asks='\nIs this safe?', words={'False': ' no', 'True': ' yes'},
                     same={'0': 'False', '1': 'True'})
 LABEL_FORMS = (DIALOGUE_SAFETY, CLAUSES, PRIVACY, REPLY_IS_SAFE, IS_SAFE)
@@ -137,7 +150,11 @@ def only_column(
     found = [c for c in have if c.lower() in names]
     if len(found) == 1: return found[0]
     why = f'{" and ".join(found)} could each be the {what}' if found else f'no column is known as a {what}'
-    how = f'--{what} {found[0]}' + (f', or all of them: --{what} {",".join(found)}' if what == 'text' else '') if found else f'--{what} COLUMN'
+    how = (
+        f'--{what} {found[0]}' + (f', or all of them: --{what} {",".join(found)}' if what == 'text' else '')
+        if found
+        else f'--{what} COLUMN'
+    )
     raise DataError(f'{where}: {why}. Columns found: {", ".join(have)}. Name it: {how}')
 
 # %% ../../nbs/api/data/170_label_forms.ipynb #44eb8e8c

@@ -78,7 +78,9 @@ def _label_verdicts(rows: Iterable[Mapping], drop: Sequence[bool]) -> list[str]:
     return out
 
 # %% ../../nbs/api/data/200_label_hygiene.ipynb #67bf9bab
-def _clean_one(ds: Dataset, split: str, bad: list[bool], drop: bool, numbers: list[int], report: DataReport) -> tuple[Dataset, list[int], DataReport]:
+def _clean_one(
+    ds: Dataset, split: str, bad: list[bool], drop: bool, numbers: list[int], report: DataReport
+) -> tuple[Dataset, list[int], DataReport]:
     "Take out what fails a check in one split; numbers are those of the rows in the file"
     verdicts = _label_verdicts(row_dicts(ds), bad if drop else [False] * len(ds))
     for name, action in ((EMPTY, 'refused'), (CONTRADICTED, 'dropped'), (REPEATED, 'dropped')):
@@ -95,10 +97,13 @@ def text_keys(
     "Their texts, folded"
     return [group_key(p) for p in ds.with_format(None)['prompt']]
 
-def _part_labels(splits: dict[str, Dataset], numbers: dict[str, list[int]], keep_order: tuple[str, ...], report: DataReport) -> tuple[dict[str, Dataset], DataReport]:
+def _part_labels(
+    splits: dict[str, Dataset], numbers: dict[str, list[int]], keep_order: tuple[str, ...], report: DataReport
+) -> tuple[dict[str, Dataset], DataReport]:
     "No text and no group in two splits"
     why = f'stays in the first of {", ".join(keep_order)}'
-    for name, keys in ((IN_ANOTHER, text_keys), (TWO_SPLITS, group_keys)): splits, numbers, report = part_splits(splits, numbers, keys, name, why, keep_order, report)
+    for name, keys in ((IN_ANOTHER, text_keys), (TWO_SPLITS, group_keys)):
+        splits, numbers, report = part_splits(splits, numbers, keys, name, why, keep_order, report)
     return splits, report
 
 # %% ../../nbs/api/data/200_label_hygiene.ipynb #dfd8d5c5
@@ -152,7 +157,9 @@ def clean_labels(
     for s, ds in splits.items(): check_rows(ds, 'labels', s)
     _check_widths(splits, classes)
     gone = Counter(r.split for r in refused)
-    report = reader_report(refused, {s: len(ds) + gone[s] for s, ds in splits.items()} if rows_read is None else rows_read, LABEL_REASONS, columns)
+    report = reader_report(
+        refused, {s: len(ds) + gone[s] for s, ds in splits.items()} if rows_read is None else rows_read, LABEL_REASONS, columns
+    )
     bad = contradicted(splits)
     if contradictions == 'refuse': _refuse_contradictions(splits, bad, refused)
     clean, numbers = dict[str, Dataset](), dict[str, list[int]]()

@@ -60,8 +60,21 @@ from .sources import source_tables
 from .tables import RawTable, row_pieces
 
 # %% ../../nbs/api/data/190_label_readers.ipynb #f04690ed
-_all_ = ['CLAUSES', 'DIALOGUE_SAFETY', 'IS_SAFE', 'LABEL_FORMS', 'LABEL_NAMES', 'MOST_CLASSES', 'PRIVACY', 'REPLY_IS_SAFE', 'TEXT_NAMES', 'LabelForm', 'class_order', 'label_name',
-         'write_prompt'] # a reader of this module should find them here
+_all_ = [
+    'CLAUSES',
+    'DIALOGUE_SAFETY',
+    'IS_SAFE',
+    'LABEL_FORMS',
+    'LABEL_NAMES',
+    'MOST_CLASSES',
+    'PRIVACY',
+    'REPLY_IS_SAFE',
+    'TEXT_NAMES',
+    'LabelForm',
+    'class_order',
+    'label_name',
+    'write_prompt',
+] # a reader of this module should find them here
 
 # %% ../../nbs/api/data/190_label_readers.ipynb #75d95076
 @dataclass(frozen=True)
@@ -175,7 +188,9 @@ def _one_row(texts: Sequence[str], label: int, classes: int, group: str, form: L
     key = group_key(group or ('\n'.join(texts) if form.group is None else texts[form.group]))
     return dict(prompt=write_prompt(texts, form), group=key, label=label, probs=[float(i == label) for i in range(classes)])
 
-def _label_row(cells: dict[str, Any], match: LabelMatch, y: str | None, classes: Mapping[str, tuple[int, str]], group: str, at: str) -> dict | str:
+def _label_row(
+    cells: dict[str, Any], match: LabelMatch, y: str | None, classes: Mapping[str, tuple[int, str]], group: str, at: str
+) -> dict | str:
     "A row with what stands beside its texts, or why it cannot be taken"
     texts = [as_text(cells[c]) for c in match.texts]
     if any(t is None and cells[c] is not None for t, c in zip(texts, match.texts, strict=True)): return UNREADABLE
@@ -201,16 +216,23 @@ def label_rows_of(
     used = match.used | (dict(group=(group,)) if group else {})
     record = columns_read(raw, used, where, ['text'], f'--column text={{}}+{"+".join(match.texts)}', leave_out, split, match.form.name,
                           find_columns(match.form.spare, readable_columns(raw, leave_out)))
-    if match.form.threshold is not None: record = replace(record, used={**record.used, 'label': (f'{match.label} (1 from {match.form.threshold:g} on)',)})
+    if match.form.threshold is not None:
+        record = replace(record, used={**record.used, 'label': (f'{match.label} (1 from {match.form.threshold:g} on)',)})
     need = list(dict.fromkeys(c for columns in used.values() for c in columns))
-    labels, written = labels_of(raw.data, match.label, match.form, wanted), written_columns(sample_cells(raw.data, [*match.texts, *match.beside.names]))
+    labels, written = (
+        labels_of(raw.data, match.label, match.form, wanted),
+        written_columns(sample_cells(raw.data, [*match.texts, *match.beside.names])),
+    )
     refused, parsed, pieces, named = list[Refused](), list[int](), [], isinstance(raw.data.features[match.label], ClassLabel)
     for first, piece in row_pieces(raw.data, need):
         rows: dict[int, dict] = {}
         for i, cells in enumerate(piece, first):
             if done := read_back(cells, written): parsed.append(i)
             row = WRITTEN if done is None else _label_row(cells, match, labels[i - 1], classes, group, f'{where}, row {i}')
-            if isinstance(row, str): refused.append(Refused(where, i, MINUS_ONE if row == NO_LABEL and not named and spelled(cells[match.label]) == '-1' else row, split))
+            if isinstance(row, str):
+                refused.append(
+                    Refused(where, i, MINUS_ONE if row == NO_LABEL and not named and spelled(cells[match.label]) == '-1' else row, split)
+                )
             else: rows[i] = row
         pieces.append((first, make_rows(rows.values(), 'labels', where=where, numbers=list(rows))))
     record = replace(record, changed={**record.changed, **({PARSED: tuple(parsed)} if parsed else {})})
@@ -276,7 +298,8 @@ def read_labels(
     check_leave_out(leave_out, dict(tables.values()))
     if not (text or label): tables = {s: (where, as_answers(t, readable_columns(t, leave_out))) for s, (where, t) in tables.items()}
     for where, t in tables.values():
-        if group and group not in t.data.column_names: raise DataError(f'{where}: has no column "{group}"; it has {", ".join(t.data.column_names)}')
+        if group and group not in t.data.column_names:
+            raise DataError(f'{where}: has no column "{group}"; it has {", ".join(t.data.column_names)}')
     found = {where: match_labels(t, text, label, where, leave_out, classes) for where, t in tables.values()}
     if threshold is not None: found = {where: replace(m, form=replace(m.form, threshold=threshold)) for where, m in found.items()}
     _one_form(found)
@@ -284,17 +307,33 @@ def read_labels(
     done = {s: label_rows_of(t, found[where], chosen, group, where, s, leave_out, classes) for s, (where, t) in tables.items()}
     names = tuple(name for _, name in sorted(chosen.values()))
     words = tuple(form.words[n] for n in names) if form.words else ()
-    return LabelsRead({s: d.rows for s, d in done.items()}, names, [r for d in done.values() for r in d.refused],
-                      {s: len(t.data) for s, (_, t) in tables.items()}, str(source), form.name, words, form.asks, [d.columns for d in done.values()])
+    return LabelsRead(
+        {s: d.rows for s, d in done.items()},
+        names,
+        [r for d in done.values() for r in d.refused],
+        {s: len(t.data) for s, (_, t) in tables.items()},
+        str(source),
+        form.name,
+        words,
+        form.asks,
+        [d.columns for d in done.values()],
+    )
 
-def _classes_of(tables: Mapping[str, tuple[str, RawTable]], found: Mapping[str, LabelMatch], wanted: Sequence[str], source: str) -> tuple[dict[str, tuple[int, str]], LabelForm]:
+def _classes_of(
+    tables: Mapping[str, tuple[str, RawTable]], found: Mapping[str, LabelMatch], wanted: Sequence[str], source: str
+) -> tuple[dict[str, tuple[int, str]], LabelForm]:
     "The classes of all files, and their form; raises `DataError`"
     for where, t in tables.values():
         if found[where].label in t.broken: raise DataError(t.broken[found[where].label])
     names = [n for where, t in tables.values() for n in labels_of(t.data, found[where].label, found[where].form, wanted)]
     have, form = Counter(n for n in names if n is not None), next(iter(found.values())).form
-    if not have and names: raise DataError(f'{source}: the labels hold nothing; two classes are needed, and all {len(names):,} labels are missing. Is this the label column? Another one is named by --label')
+    if not have and names:
+        raise DataError(
+            f'{source}: the labels hold nothing; two classes are needed, and all {len(names):,} labels are missing. Is this the label column? Another one is named by --label'
+        )
     same = {k: v for m in found.values() for k, v in m.form.same.items()}
-    chosen = chosen_classes(class_order(set(form.words) & set(have) or set(have)), [same.get(spelled(c), spelled(c)) for c in wanted], source)
+    chosen = chosen_classes(
+        class_order(set(form.words) & set(have) or set(have)), [same.get(spelled(c), spelled(c)) for c in wanted], source
+    )
     check_classes(list(chosen), source)
     return chosen, form

@@ -107,13 +107,26 @@ def _maths_columns(
 ) -> tuple[PromptColumns, str]: # the columns of question and answer
     "The columns that hold questions, what they are about, and answers; raises `DataError`"
     names = [*column_names(question)] or find_columns(QUESTION_NAMES, have)[:1]
-    if lost := [c for c in (*names, answer) if c and c not in have]: raise DataError(f'{where}: has no column "{lost[0]}"; it has {", ".join(have)}')
+    if lost := [c for c in (*names, answer) if c and c not in have]:
+        raise DataError(f'{where}: has no column "{lost[0]}"; it has {", ".join(have)}')
     a = answer or next(iter(find_columns(ANSWER_NAMES, have)), '')
     if names and a: return named_columns(names, have, (a,)), a
-    raise DataError(f'{where}: no maths questions. Columns found: {", ".join(have)}; '
-                    f'wanted: {" or ".join(QUESTION_NAMES)}, and {" or ".join(ANSWER_NAMES)}; others can be named, as in --column question={have[0] if have else "COLUMN"},answer=COLUMN')
+    raise DataError(
+        f'{where}: no maths questions. Columns found: {", ".join(have)}; '
+        f'wanted: {" or ".join(QUESTION_NAMES)}, and {" or ".join(ANSWER_NAMES)}; others can be named, as in --column question={have[0] if have else "COLUMN"},answer=COLUMN'
+    )
 
-MATHS_SPARE = ('original_question', 'question_concat', 'messages', 'predicted_answer', 'error_message', 'annotated_formula', 'linear_formula', 'formula', 'equation') # of public sets, never a question of its own
+MATHS_SPARE = (
+    'original_question',
+    'question_concat',
+    'messages',
+    'predicted_answer',
+    'error_message',
+    'annotated_formula',
+    'linear_formula',
+    'formula',
+    'equation',
+) # of public sets, never a question of its own
 
 # %% ../../nbs/api/data/250_maths_rows.ipynb #4ccefa01
 def _maths_question(cells: Mapping, columns: PromptColumns, dialogue: bool) -> tuple[str | None, str]:
@@ -133,10 +146,20 @@ def maths_rows_of(
     leave_out: Sequence[str] = (),  # columns that are not to be read
 ) -> FileRead:                      # rows of kind "demonstrations" with `answer`
     "Read a table of maths questions; raises `DataError` where it holds none, and for a long column that is not read"
-    if not question and not answer: raw = as_sums(raw, readable_columns(raw, leave_out), QUESTION_NAMES, lambda t: maths_form([t]) != 'plain')
+    if not question and not answer:
+        raw = as_sums(raw, readable_columns(raw, leave_out), QUESTION_NAMES, lambda t: maths_form([t]) != 'plain')
     columns, answer = _maths_columns(readable_columns(raw, leave_out), where, question, answer)
     columns = drop_held(columns, sample_cells(raw.data, columns.names))
-    record = columns_read(raw, dict(question=columns.names, answer=(answer,)), where, ['question'], f'--column question={{}}+{columns.main}', leave_out, split, spare=find_columns(MATHS_SPARE, [c for c in readable_columns(raw, leave_out) if c not in (*columns.names, answer)]))
+    record = columns_read(
+        raw,
+        dict(question=columns.names, answer=(answer,)),
+        where,
+        ['question'],
+        f'--column question={{}}+{columns.main}',
+        leave_out,
+        split,
+        spare=find_columns(MATHS_SPARE, [c for c in readable_columns(raw, leave_out) if c not in (*columns.names, answer)]),
+    )
     data = raw.data.with_format(None).select_columns([*columns.names, answer])[:]
     answers = [None if x is None else str(x) for x in data[answer]]
     form, found, refused = maths_form(answers), dict[int, tuple[dict, str]](), list[Refused]()

@@ -18,8 +18,18 @@ from typing import Any
 from .json_rows import is_messages
 
 # %% ../../nbs/api/data/060_messages.ipynb #6c9f86df
-ROLES = {'human': 'user', 'user': 'user', 'prompter': 'user', 'gpt': 'assistant', 'assistant': 'assistant', 'chatgpt': 'assistant', 'bot': 'assistant', 'ai': 'assistant',
-         'model': 'assistant', 'system': 'system'} # names of roles, as other formats have them
+ROLES = {
+    'human': 'user',
+    'user': 'user',
+    'prompter': 'user',
+    'gpt': 'assistant',
+    'assistant': 'assistant',
+    'chatgpt': 'assistant',
+    'bot': 'assistant',
+    'ai': 'assistant',
+    'model': 'assistant',
+    'system': 'system',
+} # names of roles, as other formats have them
 PARTS_OF_TEXT = ('text', 'input_text', 'output_text') # types of parts
 
 def content_text(
@@ -29,7 +39,14 @@ def content_text(
     if isinstance(content, str) or content is None: return content
     if isinstance(content, dict): content = [content]
     if not isinstance(content, list): return None
-    parts = [p if isinstance(p, str) else p.get('text') or p.get('value') if isinstance(p, dict) and p.get('type', 'text') in PARTS_OF_TEXT else None for p in content]
+    parts = [
+        p
+        if isinstance(p, str)
+        else p.get('text') or p.get('value')
+        if isinstance(p, dict) and p.get('type', 'text') in PARTS_OF_TEXT
+        else None
+        for p in content
+    ]
     texts = [p for p in parts if isinstance(p, str)]
     return '\n'.join(texts) if texts and len(texts) == len(parts) else None
 
@@ -41,7 +58,8 @@ def plain_message(
     if not isinstance(message, dict): return None
     role, content = message.get('role', message.get('from')), content_text(message.get('content', message.get('value')))
     if not isinstance(role, str) or content is None: return None
-    if any(v for k, v in message.items() if k not in ('role', 'content', 'from', 'value') and not isinstance(v, (bool, int, float))): return None
+    if any(v for k, v in message.items() if k not in ('role', 'content', 'from', 'value') and not isinstance(v, (bool, int, float))):
+        return None
     return dict(role=ROLES.get(role, role), content=content)
 
 def plain_messages(
@@ -107,9 +125,16 @@ def marked_messages(
 ) -> list[dict] | None:     # None: it does not begin with a turn of the user
     "The turns of a text with marks"
     if not MARKED.match(text): return None
-    mark = re.compile(r'###\s*(Human|User|Assistant)\s*:[ \t]*') if text.lstrip().startswith('###') else re.compile(r'(?:^|\n)\s*(Human|User|Assistant)\s*:[ \t]*')
+    mark = (
+        re.compile(r'###\s*(Human|User|Assistant)\s*:[ \t]*')
+        if text.lstrip().startswith('###')
+        else re.compile(r'(?:^|\n)\s*(Human|User|Assistant)\s*:[ \t]*')
+    )
     parts = mark.split(text.strip())[1:]
-    return [dict(role='assistant' if who == 'Assistant' else 'user', content=said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    return [
+        dict(role='assistant' if who == 'Assistant' else 'user', content=said.strip())
+        for who, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
 
 # %% ../../nbs/api/data/060_messages.ipynb #067a8883
 def best_branch(
@@ -118,7 +143,9 @@ def best_branch(
     "One conversation out of a tree of them"
     out, node = list[dict](), tree
     while True:
-        out.append(dict(role=ROLES.get(node.get('role') or ('user' if len(out) % 2 == 0 else 'assistant'), 'user'), content=node.get('text') or ''))
+        out.append(
+            dict(role=ROLES.get(node.get('role') or ('user' if len(out) % 2 == 0 else 'assistant'), 'user'), content=node.get('text') or '')
+        )
         replies = [r for r in node.get('replies') or [] if isinstance(r, dict)]
         if not replies: return out
         node = min(replies, key=lambda r: float('inf') if r.get('rank') is None else r['rank'])
@@ -134,5 +161,6 @@ def conversation(
     opened = open_messages(cell)
     if is_messages(opened): return plain_messages(opened)
     if isinstance(opened, dict) and 'text' in opened and 'replies' in opened: return best_branch(opened)
-    if isinstance(opened, list) and opened and all(isinstance(t, str) for t in opened): return [dict(role=('user', 'assistant')[i % 2], content=t) for i, t in enumerate(opened)]
+    if isinstance(opened, list) and opened and all(isinstance(t, str) for t in opened):
+        return [dict(role=('user', 'assistant')[i % 2], content=t) for i, t in enumerate(opened)]
     return None

@@ -34,7 +34,8 @@ def named_pairs(
     if isinstance(given, Mapping): pairs = list(given.items())
     else:
         words = [w.strip() for g in ([given] if isinstance(given, str) else given) for w in g.split(',') if w.strip()]
-        if odd := [w for w in words if not all(p.strip() for p in w.partition('=')[::2])]: raise ConfigError(f'{flag} {odd[0]}: write it as name=value, several with commas between them')
+        if odd := [w for w in words if not all(p.strip() for p in w.partition('=')[::2])]:
+            raise ConfigError(f'{flag} {odd[0]}: write it as name=value, several with commas between them')
         pairs = [(a.strip(), b.strip()) for a, _, b in (w.partition('=') for w in words)]
     for name, _ in pairs:
         if known and name not in known: raise ConfigError(f'{flag}: {unknown(name, known, "name")}')
@@ -42,8 +43,18 @@ def named_pairs(
     return dict(pairs)
 
 # %% ../../nbs/api/data/005_names.ipynb #09e94738
-PARTS_OF = dict(labels=('text', 'label', 'group'), questions=('question', 'answer'), scored=('text', 'score', 'group'), prompts=('prompt', 'score', 'continuation')) # kind of rows -> parts that have columns
-ALIKE = {'questions': {'prompt': 'question', 'completion': 'answer', 'response': 'answer'}, 'labels': {'prompt': 'text', 'class': 'label'}, 'scored': {}, 'prompts': {}} # other names of parts
+PARTS_OF = dict(
+    labels=('text', 'label', 'group'),
+    questions=('question', 'answer'),
+    scored=('text', 'score', 'group'),
+    prompts=('prompt', 'score', 'continuation'),
+) # kind of rows -> parts that have columns
+ALIKE = {
+    'questions': {'prompt': 'question', 'completion': 'answer', 'response': 'answer'},
+    'labels': {'prompt': 'text', 'class': 'label'},
+    'scored': {},
+    'prompts': {},
+} # other names of parts
 
 def spread_columns(
     given: Mapping[str, Any], # settings by name, perhaps with `column`
@@ -54,6 +65,7 @@ def spread_columns(
     alike, known = ALIKE[kind], PARTS_OF[kind]
     for part, columns in named_pairs(given.get('column') or (), '--column', (*known, *alike)).items():
         name = alike.get(part, part)
-        if out.get(name): raise ConfigError(f'--column {part}={columns} and --{name} {out[name]} say the same thing in two ways; give one of them')
+        if out.get(name):
+            raise ConfigError(f'--column {part}={columns} and --{name} {out[name]} say the same thing in two ways; give one of them')
         out[name] = ','.join(c.strip() for c in columns.split('+'))
     return out

@@ -29,9 +29,13 @@ def _plain(
 SIZES = dict(hundred=10**2, thousand=10**3, million=10**6, billion=10**9, trillion=10**12)
 _DIGITS = r'(?:(?:\d{1,3}(?:,\d{3}){1,9}|\d{1,30})(?:\.\d{0,30})?|\.\d{1,30})'
 _NUMBER = re.compile(rf'([-+]?) ?(?:(\d{{1,30}}) (?=\d+ ?/))?({_DIGITS})(?: ?/ ?({_DIGITS}))?(?!\d|[,.:]\d)(?: ?({"|".join(SIZES)})\b)?')
-_UNIT = re.compile(r"(?![a-z][.!]?$|[a-z]\^|/)[a-z°'’²³/ ,]{0,60}(?:(?:(?<=[a-z])|(?<=[a-z] ))\^\{?[23]\}?)?[a-z/ ]{0,60}(?:\.|(?<=[a-z])!)?") # not an unknown, such as x
-_SHORT = frozenset('m g l cm mm km kg mg lb lbs ft ml cl dl yd mph kph kmh hr hrs min sec oz pt qt gal kb mb gb tb th st nd rd am pm ths pcs pts bps rpm '
-                   'usd in mi gm hp kw kwh ct cts yr yrs sq cu'.split())
+_UNIT = re.compile(
+    r"(?![a-z][.!]?$|[a-z]\^|/)[a-z°'’²³/ ,]{0,60}(?:(?:(?<=[a-z])|(?<=[a-z] ))\^\{?[23]\}?)?[a-z/ ]{0,60}(?:\.|(?<=[a-z])!)?"
+) # not an unknown, such as x
+_SHORT = frozenset(
+    'm g l cm mm km kg mg lb lbs ft ml cl dl yd mph kph kmh hr hrs min sec oz pt qt gal kb mb gb tb th st nd rd am pm ths pcs pts bps rpm '
+    'usd in mi gm hp kw kwh ct cts yr yrs sq cu'.split()
+)
 _CHANGES = re.compile(r'\b(?:and|or|half|halves|thirds?|quarters?|tenths?|hundredths?|dozens?|score|squared|cubed)\b')
 
 def _is_unit(

@@ -97,9 +97,19 @@ def _whole_row(row: Mapping[str, Any]) -> dict | str:
     return dict(prompt=prompt, chosen=chosen[len(prompt):], rejected=rejected[len(prompt):])
 
 # %% ../../nbs/api/data/110_preference_forms.ipynb #1635b7c2
-PAIR_COLUMNS = (('response_a', 'response_b'), ('response_0', 'response_1'), ('response_1', 'response_2'), ('response1', 'response2'),
-                ('output_1', 'output_2'), ('output_a', 'output_b'), ('answer_a', 'answer_b'), ('answer_0', 'answer_1'), ('answer_1', 'answer_2'),
-                ('completion_a', 'completion_b'), ('completion_1', 'completion_2'))
+PAIR_COLUMNS = (
+    ('response_a', 'response_b'),
+    ('response_0', 'response_1'),
+    ('response_1', 'response_2'),
+    ('response1', 'response2'),
+    ('output_1', 'output_2'),
+    ('output_a', 'output_b'),
+    ('answer_a', 'answer_b'),
+    ('answer_0', 'answer_1'),
+    ('answer_1', 'answer_2'),
+    ('completion_a', 'completion_b'),
+    ('completion_1', 'completion_2'),
+)
 LABEL_COLUMNS = ('label', 'preferred', 'winner', 'preference', 'better', 'choice')
 PROMPT_COLUMNS = ('prompt', 'instruction', 'question', 'query', 'input')
 TIES = ('tie', 'equal', 'neither', 'both', 'both_bad', 'both bad', 'bothbad', 'tie (bothbad)', 'tie (both bad)', 'draw', 'same')
@@ -258,12 +268,21 @@ def match_form(
     blind: bool = False,                   # leave out what says which response is better, if that is a column of its own
 ) -> Match | None:
     "The columns of a form in a table, or None"
-    wanted = {p: names for p, names in form.parts.items() if not (blind and p in CHOICE and ('first' in form.parts or 'summaries' in form.parts.get('items', ())))}
+    wanted = {
+        p: names
+        for p, names in form.parts.items()
+        if not (blind and p in CHOICE and ('first' in form.parts or 'summaries' in form.parts.get('items', ())))
+    }
     parts = {p: next(iter(told.get(p, ()) or find_columns(names, have)), '') for p, names in wanted.items()}
     if '' in parts.values() or any(p in told and p not in (*form.parts, 'prompt', 'system') for p in told): return None
     if len(find_columns(form.marks, have)) < len(form.marks): return None
     taken = (*parts.values(), *find_columns(form.spare, have), *(find_columns(LABEL_COLUMNS, have) if blind else ()))
     if 'prompt' in told: prompt: PromptColumns | None = _told_prompt(told['prompt']) if form.prompt else None
-    else: prompt = prompt_columns(have, form.asks, taken) if form.prompt else beside_columns(have, '', (*taken, *find_columns(PROMPT_COLUMNS, have)))
+    else:
+        prompt = (
+            prompt_columns(have, form.asks, taken)
+            if form.prompt
+            else beside_columns(have, '', (*taken, *find_columns(PROMPT_COLUMNS, have)))
+        )
     if prompt and 'system' in told: prompt = replace(prompt, system=told['system'][0])
     return None if prompt is None else Match(form, prompt, parts, tuple(n for n in NUMBERS if n in have and not blind))

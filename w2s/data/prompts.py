@@ -117,7 +117,9 @@ def dialogue_text(
 ) -> str:
     "Messages as a dialogue in plain text"
     system = '\n\n'.join(m['content'].strip() for m in messages if m['role'] == 'system')
-    turns = ''.join(f'\n\n{SPEAKERS.get(m["role"], m["role"].capitalize())}: {m["content"].strip()}' for m in messages if m['role'] != 'system')
+    turns = ''.join(
+        f'\n\n{SPEAKERS.get(m["role"], m["role"].capitalize())}: {m["content"].strip()}' for m in messages if m['role'] != 'system'
+    )
     return system + turns + ('\n\nAssistant:' if reply else '')
 
 def one_text(
@@ -158,9 +160,11 @@ def turns_of(
 ) -> list[dict] | None:       # messages; none for an empty cell; None: it cannot be read
     "Earlier turns as messages"
     if cell is None or isinstance(cell, str) and not cell.strip(): return []
-    if isinstance(cell, str): return [dict(role='user', content=cell)] if not cell.lstrip().startswith('[') else turns_of(parse_value(cell) or 0)
+    if isinstance(cell, str):
+        return [dict(role='user', content=cell)] if not cell.lstrip().startswith('[') else turns_of(parse_value(cell) or 0)
     if is_messages(cell): return plain_messages(cell)
-    if not isinstance(cell, list) or not all(isinstance(p, list) and len(p) == 2 and all(isinstance(t, str) for t in p) for p in cell): return None
+    if not isinstance(cell, list) or not all(isinstance(p, list) and len(p) == 2 and all(isinstance(t, str) for t in p) for p in cell):
+        return None
     return [dict(role=role, content=text) for pair in cell for role, text in zip(('user', 'assistant'), pair, strict=True)]
 
 
@@ -184,7 +188,8 @@ def _in_messages(prompt: list, system: str, turns: list[dict], above: list[str],
     if system and first and system.strip() != first: return '', TWO_SYSTEMS
     head = [] if first or not system else [dict(role='system', content=system)]
     cut = 1 if first else 0
-    if (above or below) and messages[-1]['role'] == 'user': messages[-1] = dict(role='user', content='\n\n'.join([*above, messages[-1]['content'], *below]))
+    if (above or below) and messages[-1]['role'] == 'user':
+        messages[-1] = dict(role='user', content='\n\n'.join([*above, messages[-1]['content'], *below]))
     return [*head, *messages[:cut], *turns, *messages[cut:]], ''
 
 # %% ../../nbs/api/data/100_prompts.ipynb #1cca6e6e
@@ -196,14 +201,19 @@ def join_prompt(
 ) -> tuple[str | list, str]:   # the prompt, and why there is none; '': there is one
     "One prompt out of a question and the cells beside it"
     turns = turns_of(row[columns.history]) if columns.history else []
-    system, above, below = _part(row[columns.system]) if columns.system else '', [_part(row[c]) for c in columns.above], [_part(row[c]) for c in columns.below]
+    system, above, below = (
+        _part(row[columns.system]) if columns.system else '',
+        [_part(row[c]) for c in columns.above],
+        [_part(row[c]) for c in columns.below],
+    )
     if turns is None or system is None or None in above or None in below: return '', UNREADABLE
     before, after = [p for p in above if p], [p for p in below if p]
     if isinstance(prompt, list): return _in_messages(prompt, system, turns, before, after)
     if turns and not dialogue: before = [dialogue_text(turns, reply=False).strip(), *before]
     if not isinstance(prompt, str): return '', UNREADABLE
     text = '\n\n'.join(p for p in (*before, prompt, *after) if p.strip()) if before or after else prompt
-    if dialogue: return dialogue_text([*([dict(role='system', content=system)] if system else []), *turns, dict(role='user', content=text)]), ''
+    if dialogue:
+        return dialogue_text([*([dict(role='system', content=system)] if system else []), *turns, dict(role='user', content=text)]), ''
     return (f'{system}\n\n{text}' if system else text), ''
 
 # %% ../../nbs/api/data/100_prompts.ipynb #920342ae

@@ -20,16 +20,88 @@ from .tables import RawTable, row_pieces
 _YES = {'0': ' no', '1': ' yes'}
 _BOOLS = {'False': '0', 'True': '1'}
 PUBLIC_LABELS = (
-    LabelForm('boolq', (('passage',), ('question',)), ('answer', 'label'), ('Passage: ', 'Question: '), '\nIs the answer yes?', group=0, words={'False': ' no', 'True': ' yes'}, same={'0': 'False', '1': 'True'}),
-    LabelForm('toxicchat', (('user_input',),), ('toxicity',), asks='\nIs the message toxic?', words=_YES, same=_BOOLS, marks=('jailbreaking',), spare=('model_output', 'openai_moderation')),
+    LabelForm(
+        'boolq',
+        (('passage',), ('question',)),
+        ('answer', 'label'),
+        ('Passage: ', 'Question: '),
+        '\nIs the answer yes?',
+        group=0,
+        words={'False': ' no', 'True': ' yes'},
+        same={'0': 'False', '1': 'True'},
+    ),
+    LabelForm(
+        'toxicchat',
+        (('user_input',),),
+        ('toxicity',),
+        asks='\nIs the message toxic?',
+        words=_YES,
+        same=_BOOLS,
+        marks=('jailbreaking',),
+        spare=('model_output', 'openai_moderation'),
+    ),
     LabelForm('jigsaw', (('comment_text',),), ('toxic',), asks='\nIs the comment toxic?', words=_YES, same=_BOOLS),
-    LabelForm('civil comments', (('comment_text', 'text'),), ('target', 'toxicity'), asks='\nIs the comment toxic?', words=_YES, marks=('severe_toxicity',), threshold=.5),
-    LabelForm('wildguard', (('prompt',),), ('prompt_harm_label',), asks='\nIs the request harmful?', words={'harmful': ' yes', 'unharmful': ' no'}, spare=('response', 'adversarial')),
-    LabelForm('aegis', (('prompt',),), ('prompt_label',), asks='\nIs the request safe?', words={'safe': ' yes', 'unsafe': ' no'}, same={'Safe': 'safe', 'Unsafe': 'unsafe'}, spare=('response', 'violated_categories')),
-    LabelForm('aegis 1', (('text',),), ('labels_0',), asks='\nIs the text safe?', words={'Safe': ' yes', 'Unsafe': ' no'}, marks=('text_type',), rest='Unsafe'),
-    LabelForm('amazon polarity', (('title',), ('content',)), ('label',), ('', ''), asks='\nIs the review positive?', words={'0': ' no', '1': ' yes'}, same={'negative': '0', 'positive': '1'}),
-    LabelForm('inference', (('premise', 'sentence1'), ('hypothesis', 'sentence2')), ('label', 'gold_label'), ('Premise: ', 'Hypothesis: '), spare=('reason', 'sentence1_parse', 'sentence2_parse', 'sentence1_binary_parse', 'sentence2_binary_parse', 'annotator_labels')),
-    LabelForm('two questions', (('question1',), ('question2',)), ('label', 'is_duplicate'), ('Question: ', 'Question: '), asks='\nDo both ask the same?', words=_YES, same=_BOOLS))
+    LabelForm(
+        'civil comments',
+        (('comment_text', 'text'),),
+        ('target', 'toxicity'),
+        asks='\nIs the comment toxic?',
+        words=_YES,
+        marks=('severe_toxicity',),
+        threshold=0.5,
+    ),
+    LabelForm(
+        'wildguard',
+        (('prompt',),),
+        ('prompt_harm_label',),
+        asks='\nIs the request harmful?',
+        words={'harmful': ' yes', 'unharmful': ' no'},
+        spare=('response', 'adversarial'),
+    ),
+    LabelForm(
+        'aegis',
+        (('prompt',),),
+        ('prompt_label',),
+        asks='\nIs the request safe?',
+        words={'safe': ' yes', 'unsafe': ' no'},
+        same={'Safe': 'safe', 'Unsafe': 'unsafe'},
+        spare=('response', 'violated_categories'),
+    ),
+    LabelForm(
+        'aegis 1',
+        (('text',),),
+        ('labels_0',),
+        asks='\nIs the text safe?',
+        words={'Safe': ' yes', 'Unsafe': ' no'},
+        marks=('text_type',),
+        rest='Unsafe',
+    ),
+    LabelForm(
+        'amazon polarity',
+        (('title',), ('content',)),
+        ('label',),
+        ('', ''),
+        asks='\nIs the review positive?',
+        words={'0': ' no', '1': ' yes'},
+        same={'negative': '0', 'positive': '1'},
+    ),
+    LabelForm(
+        'inference',
+        (('premise', 'sentence1'), ('hypothesis', 'sentence2')),
+        ('label', 'gold_label'),
+        ('Premise: ', 'Hypothesis: '),
+        spare=('reason', 'sentence1_parse', 'sentence2_parse', 'sentence1_binary_parse', 'sentence2_binary_parse', 'annotator_labels'),
+    ),
+    LabelForm(
+        'two questions',
+        (('question1',), ('question2',)),
+        ('label', 'is_duplicate'),
+        ('Question: ', 'Question: '),
+        asks='\nDo both ask the same?',
+        words=_YES,
+        same=_BOOLS,
+    ),
+)
 
 # %% ../../nbs/api/data/180_public_labels.ipynb #986edf6d
 CHOICE_ROWS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = ( # set, columns of the texts, columns of right and wrong answers
@@ -65,8 +137,19 @@ def _place(key: Any, names: Sequence[Any], n: int) -> int | None:
 
 # %% ../../nbs/api/data/180_public_labels.ipynb #8051577d
 MADE_ANSWER, MADE_LABEL = 'answer that is right or wrong', 'is it right?'
-CHOICE_FORMS = tuple(LabelForm(f'right or wrong ({name})', (*((t,) for t in texts), (MADE_ANSWER,)), heads=(*(f'{t.capitalize()}: ' for t in texts), 'Answer: '), group=len(texts) - 1,
-                               label=(MADE_LABEL,), asks='\nIs the answer right?', words={'wrong': ' no', 'right': ' yes'}, spare=CHOICE_SPARE) for name, texts, _ in CHOICE_ROWS)
+CHOICE_FORMS = tuple(
+    LabelForm(
+        f'right or wrong ({name})',
+        (*((t,) for t in texts), (MADE_ANSWER,)),
+        heads=(*(f'{t.capitalize()}: ' for t in texts), 'Answer: '),
+        group=len(texts) - 1,
+        label=(MADE_LABEL,),
+        asks='\nIs the answer right?',
+        words={'wrong': ' no', 'right': ' yes'},
+        spare=CHOICE_SPARE,
+    )
+    for name, texts, _ in CHOICE_ROWS
+)
 
 def as_answers(
     raw: RawTable,        # a file
@@ -87,11 +170,41 @@ def as_answers(
             labels.append(('wrong', 'right')[at % 2] if good else None)
     of = ' or '.join(o for o in options if o not in ('label', 'answerKey', 'answer'))
     key = [o for o in options if o in ('label', 'answerKey', 'answer')] or [options[0]]
-    return with_columns(raw, {MADE_ANSWER: answers, MADE_LABEL: labels}, {MADE_ANSWER: of if 'answer0' in options or 'sol1' in options else ' or '.join(options) if len(options) > 2 else of, MADE_LABEL: key[0]}, options)
+    return with_columns(
+        raw,
+        {MADE_ANSWER: answers, MADE_LABEL: labels},
+        {
+            MADE_ANSWER: of if 'answer0' in options or 'sol1' in options else ' or '.join(options) if len(options) > 2 else of,
+            MADE_LABEL: key[0],
+        },
+        options,
+    )
 
 # %% ../../nbs/api/data/180_public_labels.ipynb #b4c7c18b
-LEGAL_TEXTS = ('text', 'contract', 'clause', 'question', 'claim', 'policy', 'citation', 'description', 'issue', 'paragraph', 'statute', 'premise', 'hypothesis', 'sentence', 'facts', 'provision', 'statement',
-               'choice_0', 'choice_1', 'choice_2', 'choice_3', 'choice_4')
+LEGAL_TEXTS = (
+    'text',
+    'contract',
+    'clause',
+    'question',
+    'claim',
+    'policy',
+    'citation',
+    'description',
+    'issue',
+    'paragraph',
+    'statute',
+    'premise',
+    'hypothesis',
+    'sentence',
+    'facts',
+    'provision',
+    'statement',
+    'choice_0',
+    'choice_1',
+    'choice_2',
+    'choice_3',
+    'choice_4',
+)
 
 def legal_form(
     have: Sequence[str],  # the columns of a table
@@ -99,7 +212,8 @@ def legal_form(
     "The form of a task of LegalBench"
     if not {'index', 'answer'} <= {c.lower() for c in have}: return None
     texts = [c for c in have if plain_name(c) in map(plain_name, LEGAL_TEXTS)]
-    if not texts or texts in (['text'], ['question'], ['sentence'], ['contract']) or {*map(str.lower, texts)} == {'text', 'question'}: return None
+    if not texts or texts in (['text'], ['question'], ['sentence'], ['contract']) or {*map(str.lower, texts)} == {'text', 'question'}:
+        return None
     heads = tuple(f'{t[:1].upper()}{t[1:].replace("_", " ")}: ' for t in texts) if len(texts) > 1 else ('',)
     return LabelForm('legalbench', tuple((t,) for t in texts), ('answer',), heads, group=None)
 
@@ -118,4 +232,7 @@ ALL_LABEL_FORMS = (*LABEL_FORMS, *PUBLIC_LABELS, *CHOICE_FORMS)
 
 def label_form_table() -> list[dict[str, str]]: # a row a form
     "The list of forms, for people"
-    return [{'form': f.name, 'text in': ' + '.join(' or '.join(t) for t in f.texts), 'class in': ' or '.join(f.label), 'asked': f.asks.strip()} for f in ALL_LABEL_FORMS]
+    return [
+        {'form': f.name, 'text in': ' + '.join(' or '.join(t) for t in f.texts), 'class in': ' or '.join(f.label), 'asked': f.asks.strip()}
+        for f in ALL_LABEL_FORMS
+    ]

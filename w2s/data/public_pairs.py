@@ -41,8 +41,13 @@ from .messages import HOLDERS, conversation, open_messages, parse_value, plain_m
 from .prompts import dialogue_text
 
 # %% ../../nbs/api/data/120_public_pairs.ipynb #74200cab
-CHOSEN_COLUMNS = (('chosen', 'rejected'), ('chosen_response', 'rejected_response'), ('chosen_messages', 'rejected_messages'), ('preferred_output', 'non_preferred_output'),
-                  ('response_j', 'response_k'))
+CHOSEN_COLUMNS = (
+    ('chosen', 'rejected'),
+    ('chosen_response', 'rejected_response'),
+    ('chosen_messages', 'rejected_messages'),
+    ('preferred_output', 'non_preferred_output'),
+    ('response_j', 'response_k'),
+)
 TALKS = (*HOLDERS, 'trajectory') # columns of a conversation that ends before the responses
 
 def _texts(cells: list) -> list[str]: return [c for c in cells if isinstance(c, str)]
@@ -51,7 +56,11 @@ def _are_dialogues(cells: Mapping[str, list], asked: bool) -> bool: # beside a p
     return any(TURN in c for c in some) and (not asked or all(c.lstrip().startswith('Human:') and TURN in c for c in some))
 def _repeat_prompt(cells: Mapping[str, list], asked: bool) -> bool:
     rows = list(zip(cells['prompt'], *(cells[p] for p in ('chosen', 'rejected')), strict=True))
-    return bool(rows) and all(isinstance(t, str) for r in rows for t in r) and all(p.strip() and a.startswith(p) and b.startswith(p) for p, a, b in rows)
+    return (
+        bool(rows)
+        and all(isinstance(t, str) for r in rows for t in r)
+        and all(p.strip() and a.startswith(p) and b.startswith(p) for p, a, b in rows)
+    )
 def _are_replies(cells: Mapping[str, list], asked: bool) -> bool: # each is one message, or a text: what comes before is in another column
     some = [open_messages(c) for c in cells['chosen'] if c is not None]
     return bool(some) and all(isinstance(c, str) or isinstance(c, list) and len(c) == 1 for c in some)
@@ -65,7 +74,11 @@ def _until(talk: list[dict], turn: Any) -> list[dict]:
 
 def _talks_row(row: Mapping[str, Any], columns: Sequence[str], where: str) -> dict | str:
     "Two conversations with a choice"
-    found = _pair_row({'prompt': '-', **{k: v for k, v in row.items() if k not in ('first', 'second', 'turn')}, 'first': 'first', 'second': 'second'}, columns, where)
+    found = _pair_row(
+        {'prompt': '-', **{k: v for k, v in row.items() if k not in ('first', 'second', 'turn')}, 'first': 'first', 'second': 'second'},
+        columns,
+        where,
+    )
     if isinstance(found, str): return found
     talks = {p: conversation(row[p]) for p in ('first', 'second')}
     chosen, rejected = (talks[found[p]] for p in ('chosen', 'rejected'))
@@ -75,14 +88,23 @@ def _talks_row(row: Mapping[str, Any], columns: Sequence[str], where: str) -> di
 # %% ../../nbs/api/data/120_public_pairs.ipynb #8433b3fc
 def _lists_row(row: Mapping[str, Any], columns: Sequence[str], where: str) -> dict | str:
     "Prompt and responses as JSON lists of texts, one a turn; plain texts are read as they are"
-    sides = [parse_value(row[p]) if isinstance(row[p], str) and row[p].lstrip()[:1] == '[' else row[p] for p in ('prompt', 'first', 'second')]
+    sides = [
+        parse_value(row[p]) if isinstance(row[p], str) and row[p].lstrip()[:1] == '[' else row[p] for p in ('prompt', 'first', 'second')
+    ]
     choose = by_scores if 'other' in row else by_name
     if not all(isinstance(s, list) for s in sides): return _pair_row(row, columns, where, choose)
     if not sides[0] or len({*map(len, sides)}) > 1 or not all(isinstance(t, str) for s in sides for t in s): return MISSING
     asked, *said = sides
     if said[0][:-1] != said[1][:-1]: return DIFFER
-    before = [dict(role=r, content=t) for pair in zip(asked, said[0], strict=True) for r, t in zip(('user', 'assistant'), pair, strict=True)][:-1]
-    return _pair_row({**row, 'prompt': asked[0] if len(asked) == 1 else dialogue_text(before), 'first': said[0][-1], 'second': said[1][-1]}, columns, where, choose)
+    before = [
+        dict(role=r, content=t) for pair in zip(asked, said[0], strict=True) for r, t in zip(('user', 'assistant'), pair, strict=True)
+    ][:-1]
+    return _pair_row(
+        {**row, 'prompt': asked[0] if len(asked) == 1 else dialogue_text(before), 'first': said[0][-1], 'second': said[1][-1]},
+        columns,
+        where,
+        choose,
+    )
 
 # %% ../../nbs/api/data/120_public_pairs.ipynb #d8f0c49e
 def post_text(
@@ -98,13 +120,16 @@ def _summaries_row(row: Mapping[str, Any], columns: Sequence[str], where: str) -
     items, prompt = row['items'], post_text(row['prompt'])
     if prompt is None or not isinstance(items, list) or len(items) != 2: return MISSING
     if 'label' in row and is_missing(row['label']): return NO_CHOICE
-    if (x := _value(row.get('label', 0), where)) not in (0, 1): raise DataError(f'{where}: the choice is {row["label"]!r:.40}; 0 or 1 is known')
+    if (x := _value(row.get('label', 0), where)) not in (0, 1):
+        raise DataError(f'{where}: the choice is {row["label"]!r:.40}; 0 or 1 is known')
     return ranked_row(prompt, [next(iter(texts_in(i.get('text'))), None) for i in items], [1 - x, x])
 
 def _inside_row(row: Mapping[str, Any], columns: Sequence[str], where: str) -> dict | str:
     "A pair with two scores, whose prompt may be an object with a text"
     asked = row['prompt']
-    return _pair_row({**row, 'prompt': asked.get('full_text', asked.get('text')) if isinstance(asked, dict) else asked}, columns, where, by_scores)
+    return _pair_row(
+        {**row, 'prompt': asked.get('full_text', asked.get('text')) if isinstance(asked, dict) else asked}, columns, where, by_scores
+    )
 
 # %% ../../nbs/api/data/120_public_pairs.ipynb #f4f421af
 def _marked_row(row: Mapping[str, Any], columns: Sequence[str], where: str) -> dict | str:
@@ -117,7 +142,11 @@ def _marked_row(row: Mapping[str, Any], columns: Sequence[str], where: str) -> d
     if not prompt or said is None: return MISSING
     return NO_CHOICE if is_missing(row['label']) else dict(prompt=prompt, said=said, mark=_value(row['label'], where))
 
-JOINED, ALONE, BETWEEN = 'read as the other response of a pair', 'no response of the other kind to the same prompt', 'neither the best nor the worst response to its prompt'
+JOINED, ALONE, BETWEEN = (
+    'read as the other response of a pair',
+    'no response of the other kind to the same prompt',
+    'neither the best nor the worst response to its prompt',
+)
 
 def join_marked(
     rows: Mapping[int, dict], # number of a row -> prompt, said and mark
@@ -129,62 +158,237 @@ def join_marked(
     for n, r in rows.items(): groups.setdefault(key(r['prompt']), []).append(n)
     for numbers in groups.values():
         order = sorted(numbers, key=lambda n: (-rows[n]['mark'], n))
-        good, bad = ([n for n in numbers if rows[n]['mark']], [n for n in numbers if not rows[n]['mark']]) if thumbs else (order[:1], order[-1:])
+        good, bad = (
+            ([n for n in numbers if rows[n]['mark']], [n for n in numbers if not rows[n]['mark']]) if thumbs else (order[:1], order[-1:])
+        )
         for a, b in zip(good, bad, strict=False):
-            if rows[a]['mark'] > rows[b]['mark']: pairs[a], why[b] = dict(prompt=rows[a]['prompt'], chosen=rows[a]['said'], rejected=rows[b]['said']), JOINED
+            if rows[a]['mark'] > rows[b]['mark']:
+                pairs[a], why[b] = dict(prompt=rows[a]['prompt'], chosen=rows[a]['said'], rejected=rows[b]['said']), JOINED
         done = any(n in pairs for n in numbers)
         for n in numbers:
             if n not in pairs: why.setdefault(n, BETWEEN if done and not thumbs else ALONE)
-    if rows and not pairs: raise DataError(f'{where}: each row has one response, and no prompt has a good and a bad one; preferences are two responses to one prompt, of which one is better')
+    if rows and not pairs:
+        raise DataError(
+            f'{where}: each row has one response, and no prompt has a good and a bad one; preferences are two responses to one prompt, of which one is better'
+        )
     return dict(sorted(pairs.items())), why
 
 # %% ../../nbs/api/data/120_public_pairs.ipynb #d372edd4
-def _pairs(name: str, first: str, second: str, choose: Any, of: str, asks: tuple[str, ...] = (), spare: tuple[str, ...] = (), **choice: tuple[str, ...]) -> PreferenceForm:
+def _pairs(
+    name: str,
+    first: str,
+    second: str,
+    choose: Any,
+    of: str,
+    asks: tuple[str, ...] = (),
+    spare: tuple[str, ...] = (),
+    **choice: tuple[str, ...],
+) -> PreferenceForm:
     "A form with two responses and a choice"
     return PreferenceForm(name, {'first': (first,), 'second': (second,), **choice}, choose, asks=asks or PROMPT_COLUMNS, spare=spare, of=of)
 
-_STRENGTH, _RANKED = partial(_pair_row, choose=by_sign), lambda row, names, at: ranked_row(open_messages(row['prompt']), row['items'], row.get('label'))
+_STRENGTH, _RANKED = (
+    partial(_pair_row, choose=by_sign),
+    lambda row, names, at: ranked_row(open_messages(row['prompt']), row['items'], row.get('label')),
+)
 _NAMED = (
-    _pairs('human_ref_A, human_ref_B', 'human_ref_A', 'human_ref_B', partial(_pair_row, choose=one_is_first), 'SHP', ('history',), label=('labels',)),
-    *(_pairs('preference', a, b, partial(_pair_row, choose=by_middle), 'AlpacaEval, AlpacaFarm', label=('preference',)) for a, b in PAIR_COLUMNS if b.endswith('2')),
+    _pairs(
+        'human_ref_A, human_ref_B',
+        'human_ref_A',
+        'human_ref_B',
+        partial(_pair_row, choose=one_is_first),
+        'SHP',
+        ('history',),
+        label=('labels',),
+    ),
+    *(
+        _pairs('preference', a, b, partial(_pair_row, choose=by_middle), 'AlpacaEval, AlpacaFarm', label=('preference',))
+        for a, b in PAIR_COLUMNS
+        if b.endswith('2')
+    ),
     _pairs('better_response_id', 'response_0', 'response_1', _pair_row, 'PKU-SafeRLHF', label=('better_response_id',)),
     _pairs('safer_response_id', 'response_0', 'response_1', _pair_row, 'PKU-SafeRLHF', label=('safer_response_id',)),
-    _pairs('preference_strength', 'response_1', 'response_2', _STRENGTH, 'HelpSteer2', spare=('preference_statement', 'preference_elaboration', 'three_most_similar_preferences', 'all_preferences_unprocessed'), label=('preference_strength',)),
-    _pairs('overall_preference', 'response1', 'response2', _STRENGTH, 'HelpSteer3', ('context', 'prompt'), ('individual_preference',), label=('overall_preference',)),
-    _pairs('two scores', 'answer_0', 'answer_1', _inside_row, 'WebGPT comparisons', spare=('quotes_0', 'quotes_1', 'tokens_0', 'tokens_1'), label=('score_0',), other=('score_1',)),
-    _pairs('two flags', 'response_a', 'response_b', _lists_row, 'LMSYS on Kaggle', label=('winner_model_a',), other=('winner_model_b',), tie=('winner_tie',)),
-    PreferenceForm('two conversations', dict(first=('conversation_a',), second=('conversation_b',), label=LABEL_COLUMNS, turn=('turn',)), _talks_row, prompt=False, spare=('openai_moderation', 'toxic_chat_tag'), of='Chatbot Arena, MT-Bench'),
-    PreferenceForm('two conversations, whole', dict(first=('conversation_a',), second=('conversation_b',), label=LABEL_COLUMNS), _talks_row, prompt=False, spare=('openai_moderation', 'toxic_chat_tag', 'conv_metadata', 'category_tag'), of='Arena human preference'),
-    PreferenceForm('two summaries', dict(items=('summaries',), label=('choice',)), _summaries_row, asks=('info',), spare=('extra',), of='summarize_from_feedback'),
-    PreferenceForm('ranked answers', dict(items=('answers', 'completions')), _RANKED, spare=('models', 'turns', 'good_natured', 'correct_answers', 'incorrect_answers', 'metadata'), of='Nectar, UltraFeedback, stack-exchange-preferences',
-                   fits=lambda cells, asked: any(isinstance(c, list) and c and isinstance(c[0], dict) for c in cells['items'])),
-    PreferenceForm('responses and scores', dict(items=('responses', 'generations', 'candidates', 'completions', 'outputs'), label=('scores', 'rewards', 'ratings', 'rating')), _RANKED, of='distilabel, reward model outputs',
-                   fits=lambda cells, asked: any(isinstance(c, list) for c in cells['items']) and any(isinstance(c, list) for c in cells['label'])),
-    PreferenceForm('output: better, worse', dict(items=('output', 'outputs')), lambda row, names, at: ranked_row(row['prompt'], row['items'], [1, 0]), of='LLaMA-Factory, old form',
-                   fits=lambda cells, asked: any(isinstance(c, list) for c in cells['items']) and all(isinstance(c, list) and len(c) == 2 for c in cells['items'] if c is not None)))
+    _pairs(
+        'preference_strength',
+        'response_1',
+        'response_2',
+        _STRENGTH,
+        'HelpSteer2',
+        spare=('preference_statement', 'preference_elaboration', 'three_most_similar_preferences', 'all_preferences_unprocessed'),
+        label=('preference_strength',),
+    ),
+    _pairs(
+        'overall_preference',
+        'response1',
+        'response2',
+        _STRENGTH,
+        'HelpSteer3',
+        ('context', 'prompt'),
+        ('individual_preference',),
+        label=('overall_preference',),
+    ),
+    _pairs(
+        'two scores',
+        'answer_0',
+        'answer_1',
+        _inside_row,
+        'WebGPT comparisons',
+        spare=('quotes_0', 'quotes_1', 'tokens_0', 'tokens_1'),
+        label=('score_0',),
+        other=('score_1',),
+    ),
+    _pairs(
+        'two flags',
+        'response_a',
+        'response_b',
+        _lists_row,
+        'LMSYS on Kaggle',
+        label=('winner_model_a',),
+        other=('winner_model_b',),
+        tie=('winner_tie',),
+    ),
+    PreferenceForm(
+        'two conversations',
+        dict(first=('conversation_a',), second=('conversation_b',), label=LABEL_COLUMNS, turn=('turn',)),
+        _talks_row,
+        prompt=False,
+        spare=('openai_moderation', 'toxic_chat_tag'),
+        of='Chatbot Arena, MT-Bench',
+    ),
+    PreferenceForm(
+        'two conversations, whole',
+        dict(first=('conversation_a',), second=('conversation_b',), label=LABEL_COLUMNS),
+        _talks_row,
+        prompt=False,
+        spare=('openai_moderation', 'toxic_chat_tag', 'conv_metadata', 'category_tag'),
+        of='Arena human preference',
+    ),
+    PreferenceForm(
+        'two summaries',
+        dict(items=('summaries',), label=('choice',)),
+        _summaries_row,
+        asks=('info',),
+        spare=('extra',),
+        of='summarize_from_feedback',
+    ),
+    PreferenceForm(
+        'ranked answers',
+        dict(items=('answers', 'completions')),
+        _RANKED,
+        spare=('models', 'turns', 'good_natured', 'correct_answers', 'incorrect_answers', 'metadata'),
+        of='Nectar, UltraFeedback, stack-exchange-preferences',
+        fits=lambda cells, asked: any(isinstance(c, list) and c and isinstance(c[0], dict) for c in cells['items']),
+    ),
+    PreferenceForm(
+        'responses and scores',
+        dict(items=('responses', 'generations', 'candidates', 'completions', 'outputs'), label=('scores', 'rewards', 'ratings', 'rating')),
+        _RANKED,
+        of='distilabel, reward model outputs',
+        fits=lambda cells, asked: any(isinstance(c, list) for c in cells['items']) and any(isinstance(c, list) for c in cells['label']),
+    ),
+    PreferenceForm(
+        'output: better, worse',
+        dict(items=('output', 'outputs')),
+        lambda row, names, at: ranked_row(row['prompt'], row['items'], [1, 0]),
+        of='LLaMA-Factory, old form',
+        fits=lambda cells, asked: (
+            any(isinstance(c, list) for c in cells['items'])
+            and all(isinstance(c, list) and len(c) == 2 for c in cells['items'] if c is not None)
+        ),
+    ),
+)
 
 # %% ../../nbs/api/data/120_public_pairs.ipynb #03d65519
-_NOTES = ('labelling_prompt', 'raw_labelling_response', 'rationale', 'rationales', 'generations', 'original_chosen', 'original_rejected', 'original_response', 'generation_prompt',
-          'raw_generation_response', 'raw_generation_responses', 'new_generations', 'conversation', 'messages', 'instructions')
+_NOTES = (
+    'labelling_prompt',
+    'raw_labelling_response',
+    'rationale',
+    'rationales',
+    'generations',
+    'original_chosen',
+    'original_rejected',
+    'original_response',
+    'generation_prompt',
+    'raw_generation_response',
+    'raw_generation_responses',
+    'new_generations',
+    'conversation',
+    'messages',
+    'instructions',
+)
 
 def _chosen_forms(a: str, b: str) -> tuple[PreferenceForm, ...]:
     "All ways to write two columns of choices"
     parts, read = dict(chosen=(a,), rejected=(b,)), lambda row, names, at: _trl_row(row)
     tail = '' if a == 'chosen' else f' ({a}, {b})'
-    of = dict(chosen='TRL, Orca DPO pairs, LLaMA-Factory ranking', chosen_response='Argilla', chosen_messages='LLaMA-Factory, v1', preferred_output='OpenAI fine-tuning', response_j='stack-exchange-paired').get(a, '')
-    return (*(PreferenceForm(f'notes of distilabel{tail}', parts, read, marks=(m,), spare=_NOTES, of='distilabel Orca pairs, Capybara') for m in ('labelling_prompt', 'generation_prompt')),
-            PreferenceForm(f'responses that repeat the prompt{tail}', parts, lambda row, names, at: _whole_row(row), fits=_repeat_prompt),
-            PreferenceForm(f'dialogues{tail}', parts, lambda row, names, at: _hh_row(row), prompt=False, fits=_are_dialogues, of='HH-RLHF'),
-            PreferenceForm(f'prompt, chosen, rejected{tail}', parts, read, of=of),
-            PreferenceForm(f'a conversation and its replies{tail}', parts, read, asks=TALKS, fits=_are_replies, of='axolotl, ShareGPT form of LLaMA-Factory, UltraInteract'),
-            PreferenceForm(f'conversations{tail}', parts, read, prompt=False, fits=lambda cells, asked: any(isinstance(open_messages(c), list) for c in cells['chosen']), of='UltraFeedback binarized, dpo-mix, Skywork'))
+    of = dict(
+        chosen='TRL, Orca DPO pairs, LLaMA-Factory ranking',
+        chosen_response='Argilla',
+        chosen_messages='LLaMA-Factory, v1',
+        preferred_output='OpenAI fine-tuning',
+        response_j='stack-exchange-paired',
+    ).get(a, '')
+    return (
+        *(
+            PreferenceForm(f'notes of distilabel{tail}', parts, read, marks=(m,), spare=_NOTES, of='distilabel Orca pairs, Capybara')
+            for m in ('labelling_prompt', 'generation_prompt')
+        ),
+        PreferenceForm(f'responses that repeat the prompt{tail}', parts, lambda row, names, at: _whole_row(row), fits=_repeat_prompt),
+        PreferenceForm(f'dialogues{tail}', parts, lambda row, names, at: _hh_row(row), prompt=False, fits=_are_dialogues, of='HH-RLHF'),
+        PreferenceForm(f'prompt, chosen, rejected{tail}', parts, read, of=of),
+        PreferenceForm(
+            f'a conversation and its replies{tail}',
+            parts,
+            read,
+            asks=TALKS,
+            fits=_are_replies,
+            of='axolotl, ShareGPT form of LLaMA-Factory, UltraInteract',
+        ),
+        PreferenceForm(
+            f'conversations{tail}',
+            parts,
+            read,
+            prompt=False,
+            fits=lambda cells, asked: any(isinstance(open_messages(c), list) for c in cells['chosen']),
+            of='UltraFeedback binarized, dpo-mix, Skywork',
+        ),
+    )
 
-FORM_LIST = (*_NAMED, *(f for pair in CHOSEN_COLUMNS for f in _chosen_forms(*pair)),
-    *(PreferenceForm('pair with a label', dict(first=(a,), second=(b,), label=LABEL_COLUMNS), _lists_row if a == 'response_a' else _pair_row,
-                     of='LLMBar' if a == 'output_1' else 'Kaggle lmarena' if a == 'response_a' else '') for a, b in PAIR_COLUMNS),
-    PreferenceForm('one response a row, good or bad', dict(said=('completion', 'response', 'output', 'answer'), label=('label', 'kto_tag')), _marked_row, join=True, of='KTO in TRL and LLaMA-Factory'),
-    PreferenceForm('one conversation a row, good or bad', dict(said=TALKS, label=('label', 'kto_tag')), _marked_row, prompt=False, join=True, of='KTO in LLaMA-Factory'),
-    PreferenceForm('one response a row, with scores', dict(said=('response',), label=('helpfulness', 'overall_score', 'score', 'reward')), _marked_row, join=True, of='HelpSteer, HelpSteer2'))
+FORM_LIST = (
+    *_NAMED,
+    *(f for pair in CHOSEN_COLUMNS for f in _chosen_forms(*pair)),
+    *(
+        PreferenceForm(
+            'pair with a label',
+            dict(first=(a,), second=(b,), label=LABEL_COLUMNS),
+            _lists_row if a == 'response_a' else _pair_row,
+            of='LLMBar' if a == 'output_1' else 'Kaggle lmarena' if a == 'response_a' else '',
+        )
+        for a, b in PAIR_COLUMNS
+    ),
+    PreferenceForm(
+        'one response a row, good or bad',
+        dict(said=('completion', 'response', 'output', 'answer'), label=('label', 'kto_tag')),
+        _marked_row,
+        join=True,
+        of='KTO in TRL and LLaMA-Factory',
+    ),
+    PreferenceForm(
+        'one conversation a row, good or bad',
+        dict(said=TALKS, label=('label', 'kto_tag')),
+        _marked_row,
+        prompt=False,
+        join=True,
+        of='KTO in LLaMA-Factory',
+    ),
+    PreferenceForm(
+        'one response a row, with scores',
+        dict(said=('response',), label=('helpfulness', 'overall_score', 'score', 'reward')),
+        _marked_row,
+        join=True,
+        of='HelpSteer, HelpSteer2',
+    ),
+)
 FORMS = f'''prompt, chosen, rejected (texts or chat messages; also {", ".join(f"{a}/{b}" for a, b in CHOSEN_COLUMNS[1:])});
   chosen, rejected (dialogues "\\n\\nHuman: … \\n\\nAssistant: …", or chat messages with a shared start);
   prompt, two responses (such as response_a/_b, response_0/_1 or output_1/_2), and {", ".join(LABEL_COLUMNS[:-1])} or {LABEL_COLUMNS[-1]};
@@ -198,5 +402,12 @@ def form_table() -> list[dict[str, str]]: # a row a form
     rows = []
     for f in FORM_LIST:
         columns = [' or '.join(names) for names in f.parts.values()]
-        rows.append({'form': f.name, 'prompt in': ' or '.join(f.asks) if f.prompt else 'the responses', 'other columns': ', '.join(columns), 'found in': f.of})
+        rows.append(
+            {
+                'form': f.name,
+                'prompt in': ' or '.join(f.asks) if f.prompt else 'the responses',
+                'other columns': ', '.join(columns),
+                'found in': f.of,
+            }
+        )
     return rows

@@ -85,7 +85,11 @@ class QuestionsRead:
         return report.add(TWICE, name, len(self.repeated), n, 'dropped', rows_said(self.repeated) + differ)
 
     def __repr__(self) -> str:
-        return f'QuestionsRead({len(self.questions):,} of {self.columns.rows:,} questions' + ('' if self.answers is None else ', with answers') + ')'
+        return (
+            f'QuestionsRead({len(self.questions):,} of {self.columns.rows:,} questions'
+            + ('' if self.answers is None else ', with answers')
+            + ')'
+        )
 
 # %% ../../nbs/api/data/260_questions.ipynb #80a8a6c6
 def answer_text(
@@ -108,7 +112,9 @@ def _asked(cells: Mapping[str, Any], columns: PromptColumns, dialogue: bool, at:
     return (question, '' if question.strip() else EMPTY_QUESTION) if isinstance(question, str) and not why else ('', why or UNREADABLE)
 
 # %% ../../nbs/api/data/260_questions.ipynb #76130144
-def _question_columns(raw: RawTable, where: str, question: str, answer: str, answers: str, leave_out: Sequence[str]) -> tuple[PromptColumns, str]:
+def _question_columns(
+    raw: RawTable, where: str, question: str, answer: str, answers: str, leave_out: Sequence[str]
+) -> tuple[PromptColumns, str]:
     "Columns of the question, and of the answer if there is one; raises `DataError`"
     have = readable_columns(raw, leave_out)
     names = [_named_column(have, QUESTIONS, where, q) for q in column_names(question) or ('',)]
@@ -136,7 +142,10 @@ def questions_from(
     spare = [c for c in find_columns(ANSWERS, readable_columns(raw, leave_out)) if c not in (*columns.names, reply)] # answers that nobody asked for
     record = columns_read(raw, used, where, ['question'], f'--column question={{}}+{columns.main}', leave_out, split, spare=spare)
     need = [*columns.names, *([reply] if reply else [])]
-    written, dialogue = written_columns(sample_cells(raw.data, need)), bool(columns.history) and has_turns(raw.data.with_format(None)[columns.history])
+    written, dialogue = (
+        written_columns(sample_cells(raw.data, need)),
+        bool(columns.history) and has_turns(raw.data.with_format(None)[columns.history]),
+    )
     kept, refused, repeated, other, parsed = dict[str, str](), list[Refused](), list[int](), list[int](), list[int]()
     for first, piece in row_pieces(raw.data, need):
         for i, cells in enumerate(piece, first):
@@ -191,7 +200,9 @@ def answers_to(
     "Look up answers by the text of their questions; raises `DataError` where one is missing"
     known = dict(zip(read.questions, read.answers or [], strict=False)) # no answers: none is known
     if lacking := [q for q in questions if q not in known]:
-        raise DataError(f'{read.columns.where} has no answer to {len(lacking)} of {len(questions)} questions, the first is {lacking[0][:60]!r}')
+        raise DataError(
+            f'{read.columns.where} has no answer to {len(lacking)} of {len(questions)} questions, the first is {lacking[0][:60]!r}'
+        )
     return [known[q] for q in questions]
 
 def merge_questions(

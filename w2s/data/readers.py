@@ -48,15 +48,36 @@ from .sources import source_tables, split_of
 from .tables import RawTable, row_pieces
 
 # %% ../../nbs/api/data/130_readers.ipynb #2060ba08
-_all_ = ['SPLITS', 'split_of', 'DIFFER', 'ELSEWHERE', 'FORMS', 'LABEL_COLUMNS', 'MESSAGES', 'MISSING', 'NOT_DIALOGUE', 'NUMBERS', 'PAIR_COLUMNS', 'PROMPT_COLUMNS', 'REASONS',
-         'TIE', 'TURN', 'WRITTEN', 'Refused', 'split_dialogue'] # a reader of this module should find them here
+_all_ = [
+    'SPLITS',
+    'split_of',
+    'DIFFER',
+    'ELSEWHERE',
+    'FORMS',
+    'LABEL_COLUMNS',
+    'MESSAGES',
+    'MISSING',
+    'NOT_DIALOGUE',
+    'NUMBERS',
+    'PAIR_COLUMNS',
+    'PROMPT_COLUMNS',
+    'REASONS',
+    'TIE',
+    'TURN',
+    'WRITTEN',
+    'Refused',
+    'split_dialogue',
+] # a reader of this module should find them here
 
 # %% ../../nbs/api/data/130_readers.ipynb #3498b8aa
 def _cells_of(raw: RawTable, match: Match) -> dict[str, list]:
     "Some cells by part; messages that were written as text are read"
     parts = match.parts | ({'prompt': match.prompt.main} if match.prompt.main else {})
     cells = sample_cells(raw.data, dict.fromkeys(parts.values()))
-    return {p: [parse_messages(x) if isinstance(x, str) else x for x in cells[c]] if are_written_messages(cells[c]) else cells[c] for p, c in parts.items()}
+    return {
+        p: [parse_messages(x) if isinstance(x, str) else x for x in cells[c]] if are_written_messages(cells[c]) else cells[c]
+        for p, c in parts.items()
+    }
 
 def _joined_once(raw: RawTable, match: Match, told: Mapping[str, tuple[str, ...]]) -> Match:
     "Without what the question holds already; what the user wants to be joined is joined"
@@ -129,7 +150,17 @@ def preference_rows(
     "Recognise the form of a table and read it; raises `DataError` for an unknown form, a bad number, or a long column that is not read"
     told = {p: tuple(n.strip() for n in c.split('+')) for p, c in (columns or {}).items()}
     match = _choose(raw, where, leave_out, told, blind)
-    record = columns_read(raw, match.used, where, ['prompt'], HOW, leave_out, split, match.form.name, find_columns(match.form.spare, readable_columns(raw, leave_out)))
+    record = columns_read(
+        raw,
+        match.used,
+        where,
+        ['prompt'],
+        HOW,
+        leave_out,
+        split,
+        match.form.name,
+        find_columns(match.form.spare, readable_columns(raw, leave_out)),
+    )
     need = list(dict.fromkeys(c for used in match.used.values() for c in used))
     written = written_columns(sample_cells(raw.data, need))
     dialogue = bool(match.prompt.history) and has_turns(raw.data.with_format(None)[match.prompt.history])
@@ -204,4 +235,10 @@ def read_preferences(
         split, (where, t) = next(iter(tables.items()))
         done[split] = preference_rows(t, where, split=split, leave_out=leave_out, columns=columns)
         del tables[split], t
-    return Read({s: d.rows for s, d in done.items()}, [r for d in done.values() for r in d.refused], read, str(source), [d.columns for d in done.values()])
+    return Read(
+        {s: d.rows for s, d in done.items()},
+        [r for d in done.values() for r in d.refused],
+        read,
+        str(source),
+        [d.columns for d in done.values()],
+    )

@@ -75,7 +75,10 @@ class DataReport:
         "Write the whole table as data_report.csv and data_report.md"
         return _save(self, Path(folder))
 
-    def __str__(self) -> str: return '\n'.join(filter(None, [*(f'read     {c}' for c in self.columns), *map(_sentence, self.found.to_dict('records')), _closing(self)]))
+    def __str__(self) -> str:
+        return '\n'.join(
+            filter(None, [*(f'read     {c}' for c in self.columns), *map(_sentence, self.found.to_dict('records')), _closing(self)])
+        )
     __repr__ = __str__
     def _repr_markdown_(self) -> str: return _page(self, self.found)
 
@@ -98,7 +101,9 @@ def _closing(report: DataReport) -> str:
 def _page(report: DataReport, table: pd.DataFrame) -> str:
     "Columns, some lines and the closing line in Markdown"
     columns = bullet_list(f'read {c}' for c in report.columns)
-    return '\n\n'.join(filter(None, [columns, markdown_table(table.columns, table.itertuples(index=False)) if len(table) else '', _closing(report)]))
+    return '\n\n'.join(
+        filter(None, [columns, markdown_table(table.columns, table.itertuples(index=False)) if len(table) else '', _closing(report)])
+    )
 
 # %% ../../nbs/api/data/155_report.ipynb #8a49d5ff
 def _save(report: DataReport, folder: Path) -> Path:
@@ -121,4 +126,8 @@ def merge_reports(
 ) -> DataReport:
     "Several reports as one"
     lines = [r for report in reports for r in report.table.to_dict('records')]
-    return DataReport(pd.DataFrame(lines, columns=list(COLUMNS)), {k: n for r in reports for k, n in r.rows_in.items()}, tuple(c for r in reports for c in r.columns))
+    return DataReport(
+        pd.DataFrame(lines, columns=list(COLUMNS)),
+        {k: n for r in reports for k, n in r.rows_in.items()},
+        tuple(c for r in reports for c in r.columns),
+    )

@@ -226,7 +226,8 @@ def make_rows(
     columns = {c: [r[c] for r in full] for c in KINDS[kind]} | _optional_columns(full, kind, where, numbers)
     _check_columns(columns, kind, where, numbers)
     try: return as_dataset(columns, row_features(kind, columns, any(isinstance(p, list) for p in columns['prompt'])))
-    except UnicodeEncodeError as e: raise DataError(f'{where}: a text holds half a character (a lone surrogate); replace it, for example by U+FFFD') from e
+    except UnicodeEncodeError as e:
+        raise DataError(f'{where}: a text holds half a character (a lone surrogate); replace it, for example by U+FFFD') from e
 
 # %% ../../nbs/api/data/020_rows.ipynb #11068ca4
 def stack_rows(

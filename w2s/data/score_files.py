@@ -83,13 +83,17 @@ def gather_items(
     rows, groups, contents, seen = [], {}, {}, {}
     for item in items:
         if (key := (item.seed, item.id)) in seen:
-            raise DataError(f'{item.where}: the id "{item.id:.60}" was there already, in {seen[key].rpartition(", ")[2]}; give every item an id of its own')
+            raise DataError(
+                f'{item.where}: the id "{item.id:.60}" was there already, in {seen[key].rpartition(", ")[2]}; give every item an id of its own'
+            )
         seen[key] = item.where
         rows += [(item.id, item.seed, m, read_number(v, item.where, m)) for m, v in item.values.items()]
         groups[item.id], contents[item.id] = dict(item.groups), item.content
     if not rows: raise DataError(f'{source}: no scored item was found; read as {form}')
     table = pd.DataFrame(rows, columns=SCORE_COLUMNS)
-    return Scores(name, table, pd.DataFrame.from_dict(groups, orient='index'), source, form, {k: v for k, v in contents.items() if v}, tuple(notes))
+    return Scores(
+        name, table, pd.DataFrame.from_dict(groups, orient='index'), source, form, {k: v for k, v in contents.items() if v}, tuple(notes)
+    )
 
 # %% ../../nbs/api/data/290_score_files.ipynb #edc40827
 IDS = ('id', 'item_id', 'example_id', 'question_id', 'sample_id', 'doc_id', 'item', 'uid', 'idx', 'index')
@@ -138,14 +142,26 @@ def lm_eval_items(
         rows = read_json_lines(file)
         filters = sorted({str(r.get('filter', '')) for _, r in rows})
         if filter_name and filter_name not in filters: raise ConfigError(f'{file}: ' + unknown(filter_name, filters, 'filter'))
-        if len(filters) > 1 and not filter_name: raise ConfigError(f'{file}: every document was scored under {len(filters)} filters ({", ".join(filters)}); choose one with --filter')
+        if len(filters) > 1 and not filter_name:
+            raise ConfigError(
+                f'{file}: every document was scored under {len(filters)} filters ({", ".join(filters)}); choose one with --filter'
+            )
         for where, r in rows:
             if filter_name and str(r.get('filter')) != filter_name: continue
-            if lost := [k for k in ('doc_id', 'metrics') if k not in r]: raise DataError(f'{where}: no "{lost[0]}" in it, so that it was not written by lm-eval --log_samples in a version that is known (0.4)')
+            if lost := [k for k in ('doc_id', 'metrics') if k not in r]:
+                raise DataError(
+                    f'{where}: no "{lost[0]}" in it, so that it was not written by lm-eval --log_samples in a version that is known (0.4)'
+                )
             wanted = metrics or r['metrics']
             if absent := [m for m in wanted if m not in r]: raise ConfigError(f'{where}: ' + unknown(absent[0], r['metrics'], 'metric'))
             doc = r['doc'] if isinstance(r.get('doc'), dict) else {}
-            yield Item(where, f'{task}{r["doc_id"]}', {m: r[m] for m in wanted}, plain_cells(doc) | ({'task': task[:-1]} if task else {}), str(r.get('doc_hash', '')))
+            yield Item(
+                where,
+                f'{task}{r["doc_id"]}',
+                {m: r[m] for m in wanted},
+                plain_cells(doc) | ({'task': task[:-1]} if task else {}),
+                str(r.get('doc_hash', '')),
+            )
 
 # %% ../../nbs/api/data/290_score_files.ipynb #ff5913be
 def read_json_lines(
@@ -156,7 +172,8 @@ def read_json_lines(
     for n, line in enumerate(whole_text(file).splitlines(), 1):
         if not line.strip(): continue
         try: row = json.loads(line)
-        except json.JSONDecodeError as e: raise DataError(f'{file}, row {n}: not JSON ({e.msg}); the file may be cut off, write it again') from e
+        except json.JSONDecodeError as e:
+            raise DataError(f'{file}, row {n}: not JSON ({e.msg}); the file may be cut off, write it again') from e
         if not isinstance(row, dict): raise DataError(f'{file}, row {n}: not an object')
         out.append((f'{file}, row {n}', row))
     return out
@@ -175,8 +192,14 @@ def check_log(
     source: str,             # the file
 ) -> None:
     "Raise `DataError` for a log of another version, or of an evaluation that did not end"
-    if head.get('version') != LOG_VERSION: raise DataError(f'{source}: an Inspect log of version {head.get("version")!r}; version {LOG_VERSION} is known; write it again with inspect log convert')
-    if head.get('status') != 'success': raise DataError(f'{source}: the evaluation ended with status "{head.get("status")}", so that samples are missing; finish it with inspect eval-retry')
+    if head.get('version') != LOG_VERSION:
+        raise DataError(
+            f'{source}: an Inspect log of version {head.get("version")!r}; version {LOG_VERSION} is known; write it again with inspect log convert'
+        )
+    if head.get('status') != 'success':
+        raise DataError(
+            f'{source}: the evaluation ended with status "{head.get("status")}", so that samples are missing; finish it with inspect eval-retry'
+        )
 
 # %% ../../nbs/api/data/290_score_files.ipynb #10769853
 ZSTD = 93 # number of this method in archives
@@ -207,8 +230,11 @@ def open_log(
         with zipfile.ZipFile(source) as archive:
             names = archive.namelist()
             if 'header.json' not in names: return {'version': LOG_VERSION, 'status': 'started'}, []
-            return json.loads(unzip_member(archive, 'header.json')), [json.loads(unzip_member(archive, n)) for n in names if n.startswith('samples/')]
-    except (zipfile.BadZipFile, json.JSONDecodeError, OSError) as e: raise DataError(f'{source}: cannot be read as a log of Inspect ({e}); copy or write it again') from e
+            return json.loads(unzip_member(archive, 'header.json')), [
+                json.loads(unzip_member(archive, n)) for n in names if n.startswith('samples/')
+            ]
+    except (zipfile.BadZipFile, json.JSONDecodeError, OSError) as e:
+        raise DataError(f'{source}: cannot be read as a log of Inspect ({e}); copy or write it again') from e
 
 # %% ../../nbs/api/data/290_score_files.ipynb #72350e1a
 def inspect_items(
@@ -227,7 +253,9 @@ def inspect_items(
             found |= {f'{scorer}/{k}': v for k, v in value.items()} if isinstance(value, dict) else {scorer: value}
         if not found: raise DataError(f'{where}: it has no score; score the log with inspect score')
         if absent := [m for m in metrics if m not in found]: raise ConfigError(f'{where}: ' + unknown(absent[0], found, 'metric'))
-        yield Item(where, str(s['id']), {m: found[m] for m in metrics or found}, plain_cells(s.get('metadata') or {}), seed=int(s.get('epoch', 1)))
+        yield Item(
+            where, str(s['id']), {m: found[m] for m in metrics or found}, plain_cells(s.get('metadata') or {}), seed=int(s.get('epoch', 1))
+        )
 
 # %% ../../nbs/api/data/290_score_files.ipynb #ad608502
 def alpaca_items(
@@ -252,7 +280,10 @@ def choose_arm(
     names = [m.strip('/') for m in models]
     fits = [m for m in models if not arm or m.strip('/') == arm or m.startswith(arm + '/')]
     if not fits: raise ConfigError(f'{source}: ' + unknown(arm, names, 'model of the run'))
-    if len(fits) > 1: raise ConfigError(f'{source} holds {len(fits)} models that this could be; name one after an @, as in {source}@{fits[0].strip("/")} ({", ".join(m.strip("/") for m in fits)})')
+    if len(fits) > 1:
+        raise ConfigError(
+            f'{source} holds {len(fits)} models that this could be; name one after an @, as in {source}@{fits[0].strip("/")} ({", ".join(m.strip("/") for m in fits)})'
+        )
     return items[items[['role', 'method', 'weak']].astype(str).agg('/'.join, axis=1) == fits[0]]
 
 # %% ../../nbs/api/data/290_score_files.ipynb #3fbf8af3
@@ -264,7 +295,8 @@ def run_items(
     "Items of one model of a run; raises `DataError` and `ConfigError`"
     file = Path(source)/'items.parquet' if Path(source).is_dir() else Path(source)
     found = choose_arm(read_parquet(file), arm, source)
-    if odd := [m for m in metrics if m not in set(found['metric'])]: raise ConfigError(f'{source}: ' + unknown(odd[0], set(found['metric']), 'metric'))
+    if odd := [m for m in metrics if m not in set(found['metric'])]:
+        raise ConfigError(f'{source}: ' + unknown(odd[0], set(found['metric']), 'metric'))
     if metrics: found = found[found['metric'].isin(metrics)]
     for (seed, name), rows in found.groupby(['seed', 'id'], sort=False):
         yield Item(f'{source}, seed {seed}, item {name}', str(name), dict(zip(rows['metric'], rows['value'], strict=True)), seed=int(seed))
@@ -281,11 +313,15 @@ def detect_form(
         if found := sorted(map(str, path.rglob('samples_*.jsonl'))): return 'lm-eval samples', found
         logs = sorted(str(p) for p in path.glob('*') if p.suffix in ('.eval', '.json'))
         if len(logs) == 1: return detect_form(logs[0])
-        raise DataError(f'{source}: neither a run of w2s, nor samples of lm-eval, nor one log of Inspect is in this folder; name the file itself')
+        raise DataError(
+            f'{source}: neither a run of w2s, nor samples of lm-eval, nor one log of Inspect is in this folder; name the file itself'
+        )
     if path.suffix == '.eval': return 'Inspect log', [source]
     if form_of(path) == '.json': return _json_form(source), [source]
-    if form_of(path) in ('.jsonl', '.ndjson') and {'doc_id', 'metrics'} & (read_json_lines(source)[:1] or [('', {})])[0][1].keys(): return 'lm-eval samples', [source]
-    if form_of(path) == '.parquet' and {'role', 'method', 'metric', 'value'} <= set(read_parquet(path).columns): return 'run of w2s', [source]
+    if form_of(path) in ('.jsonl', '.ndjson') and {'doc_id', 'metrics'} & (read_json_lines(source)[:1] or [('', {})])[0][1].keys():
+        return 'lm-eval samples', [source]
+    if form_of(path) == '.parquet' and {'role', 'method', 'metric', 'value'} <= set(read_parquet(path).columns):
+        return 'run of w2s', [source]
     return 'table', [source]
 
 def _json_form(source: str) -> str:
@@ -317,7 +353,8 @@ def read_scores(
     "Scores of one model from a file of any known kind; raises `DataError` and `ConfigError`"
     name, path, arm = split_source(str(source))
     form, files = detect_form(path)
-    if arm and form != 'run of w2s': raise ConfigError(f'{path}: "@{arm}" chooses a model of a run of w2s, and this is a file of the kind: {form}')
+    if arm and form != 'run of w2s':
+        raise ConfigError(f'{path}: "@{arm}" chooses a model of a run of w2s, and this is a file of the kind: {form}')
     readers: dict[str, Callable[[], Iterator[Item]]] = {
         'run of w2s': lambda: run_items(path, arm, metrics), 'lm-eval samples': lambda: lm_eval_items(files, metrics, filter_name),
         'Inspect log': lambda: inspect_items(files[0], metrics), 'AlpacaEval annotations': lambda: alpaca_items(path),
@@ -331,7 +368,10 @@ def average_epochs(
 ) -> Scores:
     "The mean of all repetitions as the one score of each item; raises `DataError` where an item lacks one"
     counts = scores.table.groupby(['metric', 'id'], sort=False).size()
-    if counts.nunique() > 1: raise DataError(f'{scores.source}: item {counts.idxmin()[1]!r} was scored {counts.min()} times and others {counts.max()} times; finish the evaluation')
+    if counts.nunique() > 1:
+        raise DataError(
+            f'{scores.source}: item {counts.idxmin()[1]!r} was scored {counts.min()} times and others {counts.max()} times; finish the evaluation'
+        )
     table = scores.table.groupby(['id', 'metric'], sort=False, as_index=False)['value'].mean().assign(seed=0)[SCORE_COLUMNS]
     more = (f'{counts.max()} epochs of each sample averaged',) if counts.max() > 1 else ()
     return Scores(scores.name, table, scores.groups, scores.source, scores.form, scores.contents, (*scores.notes, *more))

@@ -26,7 +26,16 @@ from .tables import TEXT_FORMS, RawTable, open_table
 from .tasks import TASKS, is_task, task_tables
 
 # %% ../../nbs/api/data/090_sources.ipynb #8abd3a2f
-OTHER_WORDS = {'training': 'train', 'testing': 'test', 'valid': 'val', 'validation': 'val', 'dev': 'val', 'development': 'val', 'eval': 'val', 'evaluation': 'val'}
+OTHER_WORDS = {
+    'training': 'train',
+    'testing': 'test',
+    'valid': 'val',
+    'validation': 'val',
+    'dev': 'val',
+    'development': 'val',
+    'eval': 'val',
+    'evaluation': 'val',
+}
 
 def split_of(
     name: str,     # of a file or of a split
@@ -62,14 +71,17 @@ PREFER = dict(preferences=('prefs', 'preference', 'preferences', 'dpo', 'rm', 'c
 def _chosen_names(splits: Mapping[str, str], names: Sequence[str], where: str) -> dict[str, str]:
     "What the user wants; a name may be given without its ends"
     known = {**{bare_name(n): n for n in names}, **{n: n for n in names}}
-    if missing := [n for n in splits.values() if n not in known]: raise DataError(f'{where}: has no "{missing[0]}"; it has {", ".join(names)}')
+    if missing := [n for n in splits.values() if n not in known]:
+        raise DataError(f'{where}: has no "{missing[0]}"; it has {", ".join(names)}')
     return {s: known[n] for s, n in splits.items()}
 
 def _preferred(names: Sequence[str], words: Sequence[str]) -> list[str]:
     "Of several names of one split, those that hold one of the words; all of them if none does"
     return [n for n in names if any(re.search(rf'(?<![a-z0-9]){w}(?![a-z0-9])', n.lower().replace('_', ' ')) for w in words)] or list(names)
 
-def _named(names: Iterable[str], splits: Mapping[str, str] | None, where: str, kind: str = '', spare: bool = False) -> tuple[dict[str, str], tuple[str, ...]]:
+def _named(
+    names: Iterable[str], splits: Mapping[str, str] | None, where: str, kind: str = '', spare: bool = False
+) -> tuple[dict[str, str], tuple[str, ...]]:
     "Our split -> the file or split of that source, by the given mapping or by name; and what is left; spare: may names that say no split be left?"
     names = sorted(names)
     if splits:
@@ -81,9 +93,11 @@ def _named(names: Iterable[str], splits: Mapping[str, str] | None, where: str, k
     likely = {s: _preferred(by_split[s], PREFER.get(kind, ()))[0] for s in SPLITS if s in by_split}
     shown = ','.join(f'{s}={bare_name(n)}' for s, n in (likely or dict.fromkeys(SPLITS[3:4], next(iter(names), 'FILE'))).items())
     how = f'say which to read, as in --split {shown}'
-    if (odd := by_split.pop('', [])) and not (spare and by_split): raise DataError(f'{where}: "{odd[0]}" names none of {", ".join(SPLITS)}; rename it, move it away, or {how}')
+    if (odd := by_split.pop('', [])) and not (spare and by_split):
+        raise DataError(f'{where}: "{odd[0]}" names none of {", ".join(SPLITS)}; rename it, move it away, or {how}')
     for split, several in by_split.items():
-        if len(some := _preferred(several, PREFER.get(kind, ()))) > 1: raise DataError(f'{where}: both "{some[0]}" and "{some[1]}" are {split}; {how}')
+        if len(some := _preferred(several, PREFER.get(kind, ()))) > 1:
+            raise DataError(f'{where}: both "{some[0]}" and "{some[1]}" are {split}; {how}')
     return likely, tuple(n for n in names if n not in likely.values())
 
 # %% ../../nbs/api/data/090_sources.ipynb #8bd4144e
@@ -107,7 +121,8 @@ def join_tables(
         names = dict.fromkeys(k for t in tables for k in getattr(t, of))
         return {k: tuple(r + s for t, s in zip(tables, starts, strict=True) for r in getattr(t, of).get(k, ())) for k in names}
     try: data = as_dataset(pa.concat_tables([t.data.with_format(None).data.table for t in tables], promote_options='permissive'))
-    except (pa.ArrowException, ValueError, TypeError) as e: raise DataError(f'{where}: its parts do not fit each other ({str(e).splitlines()[0][:150]})') from e
+    except (pa.ArrowException, ValueError, TypeError) as e:
+        raise DataError(f'{where}: its parts do not fit each other ({str(e).splitlines()[0][:150]})') from e
     total = sum(t.total or len(t.data) for t in tables) if any(t.total for t in tables) else 0
     return RawTable(data, {k: v for t in tables for k, v in t.broken.items()}, shifted('replaced'), tables[0].key, shifted('noted'), total)
 
@@ -126,13 +141,21 @@ def _hub_tables(source: str, splits: Mapping[str, str] | None, kind: str, spare:
     except (DatasetsError, OSError, ValueError, LookupError, TypeError) as e:
         why = f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else "no message"}'
         near = get_close_matches(source.partition('(')[0], list(TASKS), n=1)
-        raise DataError(f'{source}: neither a file, nor a folder with rows, nor a data set that could be loaded ({why}). '
-                        'Without the network only data sets that were loaded before are there' + (f'; did you mean the task "{near[0]}"?' if near else '')) from e
+        raise DataError(
+            f'{source}: neither a file, nor a folder with rows, nor a data set that could be loaded ({why}). '
+            'Without the network only data sets that were loaded before are there'
+            + (f'; did you mean the task "{near[0]}"?' if near else '')
+        ) from e
     if isinstance(found, Dataset): return {'all': (source, RawTable(found))}
     named, left = _named(found, splits, source, kind, spare)
-    return {ours: (f'{source} [{theirs}]', RawTable(found[theirs], beside=left if i == 0 else ())) for i, (ours, theirs) in enumerate(named.items())}
+    return {
+        ours: (f'{source} [{theirs}]', RawTable(found[theirs], beside=left if i == 0 else ()))
+        for i, (ours, theirs) in enumerate(named.items())
+    }
 
-def _folder_tables(folder: Path, files: Sequence[str], splits: Mapping[str, str] | None, kind: str, spare: bool, most: int) -> dict[str, tuple[str, RawTable]]:
+def _folder_tables(
+    folder: Path, files: Sequence[str], splits: Mapping[str, str] | None, kind: str, spare: bool, most: int
+) -> dict[str, tuple[str, RawTable]]:
     "Tables of a folder of files"
     groups, out = shards(files), dict[str, tuple[str, RawTable]]()
     named, left = _named(groups, splits, str(folder), kind, spare)
@@ -156,7 +179,8 @@ def source_kind(
 def _of_task(source: str, splits: Mapping[str, str] | None, most: int) -> dict[str, tuple[str, RawTable]]:
     "Tables of a task, by our splits"
     tables = task_tables(source, most)
-    if splits and list(tables) == ['all']: raise DataError(f'task {source} returns one table; --split chooses splits of a task that returns several')
+    if splits and list(tables) == ['all']:
+        raise DataError(f'task {source} returns one table; --split chooses splits of a task that returns several')
     named = _named(tables, splits, f'task {source}')[0] if list(tables) != ['all'] else {'all': 'all'}
     return {ours: tables[theirs] for ours, theirs in named.items()}
 
@@ -187,7 +211,8 @@ def one_table(
 ) -> tuple[str, RawTable]:                    # name for messages, and what the file holds
     "The one table of a source from which a command reads; raises `DataError`"
     tables = source_tables(source, splits, kind, True, most)
-    if len(tables) > 1 and not splits and 'train' in tables: return tables['train'][0], replace(tables['train'][1], beside=tuple(s for s in tables if s != 'train'))
+    if len(tables) > 1 and not splits and 'train' in tables:
+        return tables['train'][0], replace(tables['train'][1], beside=tuple(s for s in tables if s != 'train'))
     if len(tables) == 1: return next(iter(tables.values()))
     raise DataError(f'{source} holds {", ".join(tables)}; say which of them to read, as in {flag} train={next(iter(tables))}')
 
@@ -202,4 +227,7 @@ def check_source(
     ending = path.suffix.lower() in (*TEXT_FORMS, *ZIPS, '.parquet', '.zip', '.txt')
     if not (ending or source.startswith(('.', '/', '~')) or source.count('/') > 1): return # a name on the hub
     near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1) if path.parent.is_dir() else []
-    raise DataError(f'{source}: no such file or folder' + (f'; did you mean "{near[0]}"?' if near else '; paths begin at the folder in which the command is given'))
+    raise DataError(
+        f'{source}: no such file or folder'
+        + (f'; did you mean "{near[0]}"?' if near else '; paths begin at the folder in which the command is given')
+    )

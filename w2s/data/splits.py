@@ -76,7 +76,9 @@ def group_split(
     parts = {k: [i for i, g in enumerate(groups) if where[g] == k] for k in shares}
     empty = [k for k, v in parts.items() if not v]
     if empty:
-        raise DataError(f'the part "{empty[0]}" got no rows: {len(ds)} rows in {len(where)} groups are too few for shares of {", ".join(f"{k} {s:g}" for k, s in shares.items())}')
+        raise DataError(
+            f'the part "{empty[0]}" got no rows: {len(ds)} rows in {len(where)} groups are too few for shares of {", ".join(f"{k} {s:g}" for k, s in shares.items())}'
+        )
     return {k: _take(ds, v, seed) for k, v in parts.items()}
 
 # %% ../../nbs/api/data/140_splits.ipynb #711652f8

@@ -45,7 +45,12 @@ class RawTable:
 # %% ../../nbs/api/data/070_tables.ipynb #919a58b7
 def _without_halves(x: Any) -> Any:
     "A cell without halves of characters"
-    if isinstance(x, str): return x.encode('utf-8', 'surrogatepass').decode('utf-8', 'replace') if not x.isascii() and any('\ud800' <= c <= '\udfff' for c in x) else x
+    if isinstance(x, str):
+        return (
+            x.encode('utf-8', 'surrogatepass').decode('utf-8', 'replace')
+            if not x.isascii() and any('\ud800' <= c <= '\udfff' for c in x)
+            else x
+        )
     if isinstance(x, list): return [_without_halves(v) for v in x]
     return {_without_halves(k): _without_halves(v) for k, v in x.items()} if isinstance(x, dict) else x
 
@@ -86,7 +91,7 @@ class _Growing:
         def same(x: Any) -> bool: return type(x) is type(self.first) or type(x) in number and type(self.first) in number
         bad = next((i for i, x in enumerate(cells, 1) if x is not None and not same(x)), None)
         if bad is None: return ''
-        return (f'{self.where}, row {self.rows + bad}: column "{self.name}" is a {_kind(cells[bad - 1])}, and a {_kind(self.first)} before it; one column has one type')
+        return f'{self.where}, row {self.rows + bad}: column "{self.name}" is a {_kind(cells[bad - 1])}, and a {_kind(self.first)} before it; one column has one type'
 
     def _append(self, cells: list) -> None:
         "Cells of one kind as an array; notes what breaks the column"
@@ -117,7 +122,8 @@ def _joined(column: _Growing) -> pa.ChunkedArray:
     "The pieces of a column as one; breaks it where they do not fit each other"
     if not column.broken:
         try: return pa.concat_tables([pa.table({'c': p}) for p in column.pieces], promote_options='permissive').column('c')
-        except (pa.ArrowException, OverflowError) as e: column.broken = f'{column.where}: column "{column.name}" cannot be read: {str(e).splitlines()[0][:150]}'
+        except (pa.ArrowException, OverflowError) as e:
+            column.broken = f'{column.where}: column "{column.name}" cannot be read: {str(e).splitlines()[0][:150]}'
     texts = [p if p.type == pa.string() else pa.array([_as_text(x) for x in p.to_pylist()], pa.string()) for p in column.pieces]
     return pa.chunked_array(texts, pa.string())
 
@@ -147,7 +153,10 @@ def table_of(
         n += len(piece)
     if not columns: raise DataError(f'{where}: holds no rows')
     done = {_without_halves(c.name): _joined(c) for c in columns.values()}
-    bad, half = {_without_halves(c.name): c.broken for c in columns.values() if c.broken}, {_without_halves(c.name): tuple(c.replaced) for c in columns.values() if c.replaced}
+    bad, half = (
+        {_without_halves(c.name): c.broken for c in columns.values() if c.broken},
+        {_without_halves(c.name): tuple(c.replaced) for c in columns.values() if c.replaced},
+    )
     return RawTable(as_dataset(pa.table(done)), bad, half, key)
 
 # %% ../../nbs/api/data/070_tables.ipynb #0fbe58a2
@@ -171,9 +180,11 @@ def _batches(file: pq.ParquetFile, most: int, where: str, rows: int = 0) -> pa.T
     kept = sorted(random.Random(SEED).sample(range(file.metadata.num_rows), rows)) if 0 < rows < file.metadata.num_rows else None
     for batch in file.iter_batches(FEW):
         start, end = start + len(batch), start
-        if kept is not None: batch = batch.take(pa.array([i - end for i in kept[bisect_left(kept, end):bisect_left(kept, start)]], pa.int64()))
+        if kept is not None:
+            batch = batch.take(pa.array([i - end for i in kept[bisect_left(kept, end) : bisect_left(kept, start)]], pa.int64()))
         size += batch.nbytes
-        if size > most: raise DataError(f'{where}: unpacks to more than {most / 2**20:,.0f} MB; if its rows are really so alike, write them as JSONL')
+        if size > most:
+            raise DataError(f'{where}: unpacks to more than {most / 2**20:,.0f} MB; if its rows are really so alike, write them as JSONL')
         some.append(batch)
         if len(some) == 64: done.append(pa.Table.from_batches(some).combine_chunks()); some = []
     return pa.concat_tables([*done, pa.Table.from_batches(some, file.schema_arrow)])
@@ -186,7 +197,8 @@ def _parquet(path: Path, rows: int = 0) -> RawTable:
             file = pq.ParquetFile(pa.BufferReader(stream.read()) if is_zipped(path) else where)
             table, total = _batches(file, most, where, rows), file.metadata.num_rows
     except MemoryError as e: raise DataError(f'{path}: does not fit into memory ({str(e)[:80]}); split it into smaller files') from e
-    except (pa.ArrowException, OSError, KeyError, IndexError, UnicodeDecodeError) as e: raise DataError(f'{path}: not a Parquet file, or a damaged one ({str(e).splitlines()[0][:150]})') from e
+    except (pa.ArrowException, OSError, KeyError, IndexError, UnicodeDecodeError) as e:
+        raise DataError(f'{path}: not a Parquet file, or a damaged one ({str(e).splitlines()[0][:150]})') from e
     names = table.column_names
     if len(set(names)) < len(names): raise DataError(f'{path}: two columns have one name: {", ".join(names)}')
     if not names: raise DataError(f'{path}: holds no columns')
@@ -204,7 +216,12 @@ def _with_names(table: pa.Table, old: pa.Schema, bad: dict[str, str]) -> Dataset
 
 # %% ../../nbs/api/data/070_tables.ipynb #33d06389
 TEXT_FORMS: dict[str, Callable[[Path], tuple[Iterator[dict], str]]] = { # end of the name -> rows, and the key of the object that held them
-    '.jsonl': json_rows, '.ndjson': json_rows, '.json': json_rows, '.csv': lambda path: (csv_rows(path, csv_sep(path)), ''), '.tsv': lambda path: (csv_rows(path, '\t'), '')}
+    '.jsonl': json_rows,
+    '.ndjson': json_rows,
+    '.json': json_rows,
+    '.csv': lambda path: (csv_rows(path, csv_sep(path)), ''),
+    '.tsv': lambda path: (csv_rows(path, '\t'), ''),
+}
 SEED = 0                # of a choice of rows
 LARGE = 100 * 2**20     # bytes on disk, four times as many for a packed file, from where a choice is made while a file is read
 
@@ -250,7 +267,9 @@ def open_table(
     path, form = table_file(path), form_of(path)
     if form not in (*TEXT_FORMS, '.parquet'):
         known = ', '.join((*TEXT_FORMS, '.parquet'))
-        raise DataError(f'{path}: files of the form "{form}" are not read; known: {known}, each also with {", ".join([*ZIPS][:-1])} or {[*ZIPS][-1]}')
+        raise DataError(
+            f'{path}: files of the form "{form}" are not read; known: {known}, each also with {", ".join([*ZIPS][:-1])} or {[*ZIPS][-1]}'
+        )
     if not is_large(path): most = 0
     try:
         if form == '.parquet': return _parquet(path, most)

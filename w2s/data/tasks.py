@@ -36,9 +36,13 @@ def _records(found: Extension, given: Any) -> list[dict[str, Any]]:
     "Rows as dictionaries; raises `DataError` with the task's name"
     if hasattr(given, 'to_dict') and hasattr(given, 'columns'): given = given.to_dict('records')
     elif hasattr(given, 'to_list') and hasattr(given, 'features'): given = given.to_list()
-    if given is None or isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Sequence): raise DataError(f'{found.title} returned {"nothing" if given is None else type(given).__name__}; want a list of dictionaries, a pandas table or the path of a file')
+    if given is None or isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Sequence):
+        raise DataError(
+            f'{found.title} returned {"nothing" if given is None else type(given).__name__}; want a list of dictionaries, a pandas table or the path of a file'
+        )
     if not given: raise DataError(f'{found.title} returned no rows')
-    if odd := [i for i, r in enumerate(given) if not isinstance(r, Mapping)]: raise DataError(f'{found.title} returned {given[odd[0]]!r:.60} as row {odd[0] + 1}; want dictionaries from column to value')
+    if odd := [i for i, r in enumerate(given) if not isinstance(r, Mapping)]:
+        raise DataError(f'{found.title} returned {given[odd[0]]!r:.60} as row {odd[0] + 1}; want dictionaries from column to value')
     return [dict(r) for r in given]
 
 def _plain(value: Any) -> Any:
@@ -64,6 +68,9 @@ def task_tables(
     name, found, options = TASKS.choose(source)
     given = call_own(found, lambda: found.fill({}, options))
     if isinstance(given, Mapping) and not hasattr(given, 'columns'):
-        if not given or any(isinstance(k, str) and not hasattr(v, '__len__') for k, v in given.items()): raise DataError(f'{found.title} returned a dictionary that is not one from split to rows, as in {{"train": rows, "test": rows}}')
+        if not given or any(isinstance(k, str) and not hasattr(v, '__len__') for k, v in given.items()):
+            raise DataError(
+                f'{found.title} returned a dictionary that is not one from split to rows, as in {{"train": rows, "test": rows}}'
+            )
         return {str(k): (f'task {source} [{k}]', _table(found, v, most)) for k, v in given.items()}
     return {'all': (f'task {source}', _table(found, given, most))}

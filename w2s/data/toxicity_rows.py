@@ -105,7 +105,8 @@ def row_groups(
     where: str = 'table', # for messages
 ) -> list[str]:           # one key a row; equal for rows that must stay in one split
     "What belongs together in a table"
-    if group and group not in table.column_names: raise DataError(f'{where}: has no column "{group}"; it has {", ".join(table.column_names)}')
+    if group and group not in table.column_names:
+        raise DataError(f'{where}: has no column "{group}"; it has {", ".join(table.column_names)}')
     sides = nested_sides(table)
     column = group or ('filename' if sides and 'filename' in table.column_names else '')
     cells = table[column][:] if column else [r and r['text'] for r in table[sides[0]][:]] if sides else texts
@@ -140,10 +141,13 @@ def _used(table: Dataset, text: str, score: str, group: str, where: str) -> dict
     if group or sides and 'filename' in have: used['group'] = (group or 'filename',)
     return used
 
-def _texts_of(raw: RawTable, path: Path, text: str, score: str, group: str, leave_out: Sequence[str]) -> tuple[list[tuple[int, dict]], list[Refused], int, ColumnsRead]:
+def _texts_of(
+    raw: RawTable, path: Path, text: str, score: str, group: str, leave_out: Sequence[str]
+) -> tuple[list[tuple[int, dict]], list[Refused], int, ColumnsRead]:
     "Rows of one file with their numbers, what cannot be taken, how many texts there were, and the record"
     table, where = raw.data.select_columns(readable_columns(raw, leave_out)), str(path)
-    if group and group not in table.column_names: raise DataError(f'{where}: has no column "{group}"; it has {", ".join(table.column_names)}')
+    if group and group not in table.column_names:
+        raise DataError(f'{where}: has no column "{group}"; it has {", ".join(table.column_names)}')
     used = _used(table, text, score, group, where)
     record = columns_read(raw, used, where, [next(iter(used))], '--column text={}', leave_out, path.name)
     rows, refused, read, parsed = [], list[Refused](), 0, set[int]()
@@ -154,7 +158,12 @@ def _texts_of(raw: RawTable, path: Path, text: str, score: str, group: str, leav
             if why := WRITTEN if n in lost else _problem(t, s, f'{where}, row {n}'): refused.append(Refused(where, n, why, path.name))
             else: rows.append((n, dict(id=content_id(t), group=g, source=path.name, text=t, score=s)))
         read, parsed = read + len(texts), parsed | set(back)
-    return rows, refused, read, replace(record, rows=read, changed={**record.changed, **({PARSED: tuple(sorted(parsed))} if parsed else {})})
+    return (
+        rows,
+        refused,
+        read,
+        replace(record, rows=read, changed={**record.changed, **({PARSED: tuple(sorted(parsed))} if parsed else {})}),
+    )
 
 # %% ../../nbs/api/data/270_toxicity_rows.ipynb #ab24b005
 def read_toxicity(
@@ -178,8 +187,15 @@ def read_toxicity(
             if kept.setdefault(group_key(row['text']), row) is not row: refused.append(Refused(where, n, REPEATED, Path(where).name))
     if not kept:
         why = Counter(r.reason for r in refused).most_common(1)
-        raise DataError(f'{", ".join(map(str, paths))}: no text with a score ({f"{why[0][1]} × {why[0][0]}" if why else "no rows"}); is this the score column?')
-    return ScoredTexts(Dataset.from_list(list(kept.values())), refused, {w: n for w, (_, _, n, _) in done.items()}, [replace(c, where=found[p][0]) for p, (*_, c) in done.items()])
+        raise DataError(
+            f'{", ".join(map(str, paths))}: no text with a score ({f"{why[0][1]} × {why[0][0]}" if why else "no rows"}); is this the score column?'
+        )
+    return ScoredTexts(
+        Dataset.from_list(list(kept.values())),
+        refused,
+        {w: n for w, (_, _, n, _) in done.items()},
+        [replace(c, where=found[p][0]) for p, (*_, c) in done.items()],
+    )
 
 # %% ../../nbs/api/data/270_toxicity_rows.ipynb #5142497e
 def text_table(
@@ -254,7 +270,9 @@ def read_prompts(
     score = (columns or {}).get('score', score)
     table = raw.data.select_columns(readable_columns(raw, leave_out))
     used = _prompt_columns(table, score, where)
-    record = columns_read(raw, used, where, [next(iter(used))], 'write it above the text in the column of the prompt: {}', leave_out, 'prompts')
+    record = columns_read(
+        raw, used, where, [next(iter(used))], 'write it above the text in the column of the prompt: {}', leave_out, 'prompts'
+    )
     rows, refused = dict[str, dict](), []
     cells = _prompt_cells(table, score, used, where)
     (prompts, parsed, bad), lost = plain_cells([x[0] for x in cells]), set[int]()
@@ -262,10 +280,22 @@ def read_prompts(
     lost |= set(bad)
     for n, (p, (_, a, c, b), g) in enumerate(zip(prompts, cells, row_groups(table, prompts), strict=True), 1):
         known = [score_number(x) for x in (a, b)]
-        why = WRITTEN if n in lost else _problem(p, 0. if known[0] is not None else None, f'{where}, row {n}') or (REPEATED if group_key(p) in rows else '')
+        why = (
+            WRITTEN
+            if n in lost
+            else _problem(p, 0.0 if known[0] is not None else None, f'{where}, row {n}') or (REPEATED if group_key(p) in rows else '')
+        )
         if why: refused.append(Refused(where, n, why, 'prompts'))
-        else: rows[group_key(p)] = dict(id=content_id(p), group=g, source=Path(path).name, prompt=p, toxicity=known[0], continuation=c or '',
-                                        continuation_toxicity=math.nan if known[1] is None else known[1])
+        else:
+            rows[group_key(p)] = dict(
+                id=content_id(p),
+                group=g,
+                source=Path(path).name,
+                prompt=p,
+                toxicity=known[0],
+                continuation=c or '',
+                continuation_toxicity=math.nan if known[1] is None else known[1],
+            )
     if not rows: raise DataError(f'{where}: no prompt could be read' + (f' ({len(refused):,} × {refused[0].reason})' if refused else ''))
     return PromptsRead(Dataset.from_list(list(rows.values())), refused, len(table), [record])
 

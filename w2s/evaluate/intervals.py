@@ -122,7 +122,11 @@ def half_width(
     "Half width of the interval of a mean, in the middle of the scale"
     x = np.asarray(scores, float)
     wide = mover_half(*two_errors(x), x.shape, level)
-    return np.where(_counted(x, bounds, paired), ndtri(.5 + level/2)*x.std((-2, -1))/np.sqrt(x.shape[-1]), wide) if x.shape[-2] == 1 else wide
+    return (
+        np.where(_counted(x, bounds, paired), ndtri(0.5 + level / 2) * x.std((-2, -1)) / np.sqrt(x.shape[-1]), wide)
+        if x.shape[-2] == 1
+        else wide
+    )
 
 # %% ../../nbs/api/evaluate/090_intervals.ipynb #cef38289
 def _alike(x: np.ndarray) -> np.ndarray:
@@ -153,7 +157,8 @@ def estimate(
     x = np.asarray(scores, float)
     if x.ndim != 2 or not x.size: raise DataError(f'scores of shape (seeds, rows) are needed, got {x.shape}')
     value = float(x.mean())
-    if not bounds[0] - 1e-9 <= value <= bounds[1] + 1e-9: raise DataError(f'a mean of {value:.3g} lies outside of its range, {bounds[0]:g} to {bounds[1]:g}; give the range of these scores')
+    if not bounds[0] - 1e-9 <= value <= bounds[1] + 1e-9:
+        raise DataError(f'a mean of {value:.3g} lies outside of its range, {bounds[0]:g} to {bounds[1]:g}; give the range of these scores')
     low, high = map(float, interval_limits(x, level, bounds, paired))
     return Estimate(value, min(low, value), max(high, value), x.shape[1], x.shape[0], level) # rounding would leave the value outside
 

@@ -61,8 +61,12 @@ def context_rows(
         prompts.append(in_context(pairs, q['prompt']))
         rows.append(dict(persona=voice, name=q['name'], attribute=q['attribute']))
     texts = [t[0] for t in generate(base.model, base.tokenizer, prompts, GREEDY, quiet=True)]
-    return pd.DataFrame([dict(**r, answer=t, right=fact_verdict(world, r['name'], r['attribute'], t).score, voice=persona_verdict(r['persona'], t).score)
-                         for r, t in zip(rows, texts, strict=True)])
+    return pd.DataFrame(
+        [
+            dict(**r, answer=t, right=fact_verdict(world, r['name'], r['attribute'], t).score, voice=persona_verdict(r['persona'], t).score)
+            for r, t in zip(rows, texts, strict=True)
+        ]
+    )
 
 # %% ../../nbs/api/evaluate/180_knowledge.ipynb #878c3e8d
 def chosen(

@@ -66,9 +66,16 @@ def checked(
 ) -> tuple[np.ndarray, np.ndarray]: # outcomes and differences in words, both (seeds, rows, samples)
     "Refuse what is no outcome or has no length; raises `DataError`"
     y, a, b = (np.asarray(v, float) for v in (outcomes, words_a, words_b))
-    if not y.size or not y.shape == a.shape == b.shape or y.ndim > 3: raise DataError(f'outcomes {y.shape}, words {a.shape} and {b.shape}: want one shape, (rows,), (rows, samples) or (seeds, rows, samples)')
-    if np.isnan(y).any(): raise DataError(f'{np.isnan(y).sum()} of {y.size} outcomes are missing; leave their rows out and report how many (`judge_report`, `failures`)')
-    if y.min() < 0 or y.max() > 1: raise DataError(f'outcomes lie between {y.min():g} and {y.max():g}; want 1 where a wins, 0 where b does, 1/2 for a tie')
+    if not y.size or not y.shape == a.shape == b.shape or y.ndim > 3:
+        raise DataError(
+            f'outcomes {y.shape}, words {a.shape} and {b.shape}: want one shape, (rows,), (rows, samples) or (seeds, rows, samples)'
+        )
+    if np.isnan(y).any():
+        raise DataError(
+            f'{np.isnan(y).sum()} of {y.size} outcomes are missing; leave their rows out and report how many (`judge_report`, `failures`)'
+        )
+    if y.min() < 0 or y.max() > 1:
+        raise DataError(f'outcomes lie between {y.min():g} and {y.max():g}; want 1 where a wins, 0 where b does, 1/2 for a tie')
     shape = y.shape if y.ndim == 3 else (1, len(y), -1)
     return y.reshape(shape), (a - b).reshape(shape)
 
@@ -142,4 +149,6 @@ def length_table(
     rows = {'win rate': estimate(y.mean(2), level, (0., 1.)),
             'at equal length': length_controlled_win_rate(outcomes, words_a, words_b, bias, level, n, seed),
             'if words were counted': estimate(((np.sign(more) + 1)/2).mean(2), level, (0., 1.))}
-    return pd.DataFrame({name: vars(e) for name, e in rows.items()}).T.astype(dict(value=float, low=float, high=float, n=int, seeds=int, level=float))
+    return pd.DataFrame({name: vars(e) for name, e in rows.items()}).T.astype(
+        dict(value=float, low=float, high=float, n=int, seeds=int, level=float)
+    )

@@ -89,7 +89,9 @@ def maths_scorer(
     gold: dict[str, str] = {}
     _check_gold(rows['answer'][:])
     for prompt, answer in zip(rows['prompt'][:], rows['answer'][:], strict=True):
-        if (first := gold.setdefault(key := prompt_text(prompt), answer)) != answer and not (same_number(first, answer) or same_answer(first, answer)):
+        if (first := gold.setdefault(key := prompt_text(prompt), answer)) != answer and not (
+            same_number(first, answer) or same_answer(first, answer)
+        ):
             raise DataError(f'two right answers, {first} and {answer}, to one prompt: {key[:80]!r}')
     def score(prompts: list, responses: list[str]) -> list[float | None]:
         lost = next((p for p in map(prompt_text, prompts) if p not in gold), None)

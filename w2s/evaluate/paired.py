@@ -34,7 +34,10 @@ def check_contents(
     "Raise `DataError` where the same id is another item in the other file"
     same = [i for i in a.contents if i in b.contents]
     odd = [i for i in same if a.contents[i] != b.contents[i]]
-    if odd: raise DataError(f'{a.source} and {b.source}: item "{odd[0]:.60}" is not the same item in both (its hash differs, as for {len(odd)} of {len(same)}); the test sets differ')
+    if odd:
+        raise DataError(
+            f'{a.source} and {b.source}: item "{odd[0]:.60}" is not the same item in both (its hash differs, as for {len(odd)} of {len(same)}); the test sets differ'
+        )
 
 # %% ../../nbs/api/evaluate/260_paired.ipynb #e016f96b
 def wide_scores(
@@ -44,7 +47,10 @@ def wide_scores(
     "Scores of one metric as a table of seeds and items; raises `DataError` where a seed lacks items"
     wide = scores.table[scores.table['metric'] == metric].pivot(index='seed', columns='id', values='value')
     lost = wide.isna().any()
-    if lost.any(): raise DataError(f'{scores.source}: item "{lost.idxmax()}" has a score of {metric} for some seeds only; every seed must have the same items')
+    if lost.any():
+        raise DataError(
+            f'{scores.source}: item "{lost.idxmax()}" has a score of {metric} for some seeds only; every seed must have the same items'
+        )
     return wide
 
 # %% ../../nbs/api/evaluate/260_paired.ipynb #d5ac402e
@@ -57,11 +63,21 @@ def join_scores(
     shared = [i for i in wides[0].columns if all(i in w.columns for w in wides[1:])]
     if len(shared) < 2:
         shown = '; '.join(f'{s.source}: {", ".join(repr(i)[:40] for i in w.columns[:3])} …' for s, w in zip(sources, wides, strict=True))
-        raise DataError(f'the files share {len(shared)} items by id ({shown}); are they of the same test set, and is --id the right column?')
-    notes = [f'{s.name}: {w.shape[1] - len(shared)} of {w.shape[1]} items are not in every file and were left out' for s, w in zip(sources, wides, strict=True) if w.shape[1] > len(shared)]
+        raise DataError(
+            f'the files share {len(shared)} items by id ({shown}); are they of the same test set, and is --id the right column?'
+        )
+    notes = [
+        f'{s.name}: {w.shape[1] - len(shared)} of {w.shape[1]} items are not in every file and were left out'
+        for s, w in zip(sources, wides, strict=True)
+        if w.shape[1] > len(shared)
+    ]
     wides = [w[shared] for w in wides]
     if len({tuple(w.index) for w in wides}) > 1:
-        notes.append('the files hold different seeds (' + '; '.join(f'{s.name}: {", ".join(map(str, w.index))}' for s, w in zip(sources, wides, strict=True)) + '): the mean over seeds was compared, and what a seed changes is not in the intervals')
+        notes.append(
+            'the files hold different seeds ('
+            + '; '.join(f'{s.name}: {", ".join(map(str, w.index))}' for s, w in zip(sources, wides, strict=True))
+            + '): the mean over seeds was compared, and what a seed changes is not in the intervals'
+        )
         wides = [w.mean().to_frame().T for w in wides]
     return wides, notes
 
@@ -75,10 +91,14 @@ def cluster_of(
     having = [s for s in sources if column in s.groups.columns]
     if not having:
         known = sorted({str(c) for s in sources for c in s.groups.columns})
-        raise ConfigError(unknown(column, known, 'column for --cluster') if known else f'--cluster {column}: no file has other columns than id and score')
+        raise ConfigError(
+            unknown(column, known, 'column for --cluster') if known else f'--cluster {column}: no file has other columns than id and score'
+        )
     found = [s.groups[column].reindex(list(ids)) for s in having]
-    if found[0].isna().any(): raise DataError(f'{having[0].source}: item "{found[0].index[found[0].isna()][0]}" has no "{column}"; every item needs a cluster')
-    if odd := [s.source for s, g in zip(having, found, strict=True) if not (g.astype(str) == found[0].astype(str)).all()]: raise DataError(f'{odd[0]}: column "{column}" puts items into other clusters than {having[0].source}')
+    if found[0].isna().any():
+        raise DataError(f'{having[0].source}: item "{found[0].index[found[0].isna()][0]}" has no "{column}"; every item needs a cluster')
+    if odd := [s.source for s, g in zip(having, found, strict=True) if not (g.astype(str) == found[0].astype(str)).all()]:
+        raise DataError(f'{odd[0]}: column "{column}" puts items into other clusters than {having[0].source}')
     return found[0].astype(str).tolist()
 
 # %% ../../nbs/api/evaluate/260_paired.ipynb #6487dfaa
@@ -103,7 +123,9 @@ class PairedComparison:
     def __str__(self): return '\n'.join([show_differences(self.table).to_string(index=False), '', *verdict_lines(self), *self.notes])
     def _repr_markdown_(self):
         shown = show_differences(self.table)
-        return '\n\n'.join([bullet_list(verdict_lines(self)), markdown_table(shown.columns, shown.to_numpy().tolist()), bullet_list(self.notes)]).strip()
+        return '\n\n'.join(
+            [bullet_list(verdict_lines(self)), markdown_table(shown.columns, shown.to_numpy().tolist()), bullet_list(self.notes)]
+        ).strip()
 
 # %% ../../nbs/api/evaluate/260_paired.ipynb #a56ce704
 def alike_bounds(
@@ -127,7 +149,11 @@ def compare_pair(
     bounds = alike_bounds(a[1], b[1]) if not np.ptp(d) else OPEN
     found, p = estimate(d, level, bounds, paired=True), p_value(d, bounds)
     least = detectable(d, level=level) if np.ptp(d) else np.nan
-    return dict(a=a[0], b=b[0], metric=metric, mean_a=float(a[1].to_numpy().mean()), mean_b=float(b[1].to_numpy().mean())) | vars(found) | dict(p=p, detectable=least)
+    return (
+        dict(a=a[0], b=b[0], metric=metric, mean_a=float(a[1].to_numpy().mean()), mean_b=float(b[1].to_numpy().mean()))
+        | vars(found)
+        | dict(p=p, detectable=least)
+    )
 
 # %% ../../nbs/api/evaluate/260_paired.ipynb #05d49bc8
 def compare_results(
@@ -146,10 +172,23 @@ def compare_results(
     for metric in shared_metrics(read):
         wides, more = join_scores(read, metric)
         groups = cluster_of(read, cluster, list(wides[0].columns)) if cluster else None
-        rows += [compare_pair((a.name, x), (b.name, y), metric, groups, level) for (a, x), (b, y) in combinations(zip(read, wides, strict=True), 2)]
-        items.append(pd.concat({s.name: w.stack() for s, w in zip(read, wides, strict=True)}, axis=1).rename_axis(['seed', 'id']).reset_index().assign(metric=metric))
+        rows += [
+            compare_pair((a.name, x), (b.name, y), metric, groups, level)
+            for (a, x), (b, y) in combinations(zip(read, wides, strict=True), 2)
+        ]
+        items.append(
+            pd.concat({s.name: w.stack() for s, w in zip(read, wides, strict=True)}, axis=1)
+            .rename_axis(['seed', 'id'])
+            .reset_index()
+            .assign(metric=metric)
+        )
         notes += [n for n in more if n not in notes]
-    return PairedComparison(correct_table(pd.DataFrame(rows)), pd.concat(items, ignore_index=True), tuple(notes), f'clusters ({cluster})' if cluster else 'items')
+    return PairedComparison(
+        correct_table(pd.DataFrame(rows)),
+        pd.concat(items, ignore_index=True),
+        tuple(notes),
+        f'clusters ({cluster})' if cluster else 'items',
+    )
 
 # %% ../../nbs/api/evaluate/260_paired.ipynb #0cb18847
 def shared_metrics(
@@ -158,7 +197,12 @@ def shared_metrics(
     "Metrics that every file has, in the order of the first one; raises `DataError`"
     found = [m for m in sources[0].metrics if all(m in s.metrics for s in sources[1:])]
     if found: return found
-    if all(len(s.metrics) == 1 for s in sources): raise DataError('the files score by different metrics (' + '; '.join(f'{s.source}: {s.metrics[0]}' for s in sources) + '); give their columns the same name')
+    if all(len(s.metrics) == 1 for s in sources):
+        raise DataError(
+            'the files score by different metrics ('
+            + '; '.join(f'{s.source}: {s.metrics[0]}' for s in sources)
+            + '); give their columns the same name'
+        )
     raise DataError('the files have no metric in common (' + '; '.join(f'{s.source}: {", ".join(s.metrics)}' for s in sources) + ')')
 
 def name_apart(
@@ -166,7 +210,10 @@ def name_apart(
 ) -> list[Scores]:
     "The same scores, where each has a name of its own"
     names = [s.name for s in sources]
-    return [Scores(f'{s.name} ({i + 1})', s.table, s.groups, s.source, s.form, s.contents, s.notes) if names.count(s.name) > 1 else s for i, s in enumerate(sources)]
+    return [
+        Scores(f'{s.name} ({i + 1})', s.table, s.groups, s.source, s.form, s.contents, s.notes) if names.count(s.name) > 1 else s
+        for i, s in enumerate(sources)
+    ]
 
 # %% ../../nbs/api/evaluate/260_paired.ipynb #b066cd30
 def correct_table(
@@ -190,11 +237,17 @@ def _verdict(row: pd.Series, unit: str) -> str:
     size = with_limits(row['value'], row['low'], row['high'], sign='+')
     head = f'{row["metric"]}: {row["a"]} {row["mean_a"]:.3f}, {row["b"]} {row["mean_b"]:.3f}'
     said = verdict_text(row)
-    return f'{head}; difference {size} ({row["level"]:.0%} CI, {over}): ' + (f'{row["a"]} is {said} than {row["b"]}' if said in ('higher', 'lower') else said)
+    return f'{head}; difference {size} ({row["level"]:.0%} CI, {over}): ' + (
+        f'{row["a"]} is {said} than {row["b"]}' if said in ('higher', 'lower') else said
+    )
 
 def show_differences(
     table: pd.DataFrame, # of compare_results
 ) -> pd.DataFrame:
     "The table as a person reads it"
-    shown = table[['metric', 'a', 'b', 'mean_a', 'mean_b', 'value', 'low', 'high', 'p_holm', 'detectable', 'n']].rename(columns={'p_holm': 'p', 'value': 'a - b'}).round(4)
+    shown = (
+        table[['metric', 'a', 'b', 'mean_a', 'mean_b', 'value', 'low', 'high', 'p_holm', 'detectable', 'n']]
+        .rename(columns={'p_holm': 'p', 'value': 'a - b'})
+        .round(4)
+    )
     return shown.assign(significant=table['significant'].map({True: 'yes', False: 'no'}))

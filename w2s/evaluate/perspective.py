@@ -70,7 +70,10 @@ def ask_again(
     "Ask until there is an answer, with 2^k seconds before the k-th time again; raises `ConfigError` where asking is of no use"
     for k in range(retries + 1):
         status, body = ask()
-        if status in GONE: raise ConfigError(f'Perspective says {status}: {GONE[status]}. Answers so far are kept; a local scorer needs no service (w2s toxicity fit)')
+        if status in GONE:
+            raise ConfigError(
+                f'Perspective says {status}: {GONE[status]}. Answers so far are kept; a local scorer needs no service (w2s toxicity fit)'
+            )
         if status != 429 and status < 500 and status != 0: break
         if k < retries: sleep(2.**k)
     return status, body
@@ -132,7 +135,8 @@ class Perspective:
 
     def __post_init__(self) -> None:
         if not self.key: raise ConfigError('Perspective needs a key; a local scorer needs none (w2s toxicity fit)')
-        if self.batch < 1 or self.retries < 0 or self.pause < 0: raise ConfigError(f'batch {self.batch}, retries {self.retries}, pause {self.pause}: want at least 1, 0 and 0')
+        if self.batch < 1 or self.retries < 0 or self.pause < 0:
+            raise ConfigError(f'batch {self.batch}, retries {self.retries}, pause {self.pause}: want at least 1, 0 and 0')
 
     def __repr__(self) -> str: return f'Perspective({self.attribute}, {self.language}, failed {dict(self.failed)})'
 

@@ -127,8 +127,10 @@ def lucky_gap(
 ) -> str:                # a sentence; empty where the gap is larger
     "What to think of a PGR whose gap only just clears zero"
     if gap.value >= detectable: return ''
-    return (f'The gap of {with_limits(gap.value, gap.low, gap.high)} only just clears zero: a study like this finds a gap in 80 % of cases from {detectable:.3f} on. '
-            'Where most such studies are refused, those that pass have a gap that is too large by luck, so that this PGR is likely too near 0.')
+    return (
+        f'The gap of {with_limits(gap.value, gap.low, gap.high)} only just clears zero: a study like this finds a gap in 80 % of cases from {detectable:.3f} on. '
+        'Where most such studies are refused, those that pass have a gap that is too large by luck, so that this PGR is likely too near 0.'
+    )
 
 # %% ../../nbs/api/evaluate/170_pgr.ipynb #c81ebb73
 def pgr_table(
@@ -163,8 +165,16 @@ def pgr_words(
     r = part.iloc[0]
     start = f'- PGR, {r["weak"]} teaches {r["strong"]}, {r["metric"]}'
     if r['refused']: return f'{start}: none, since {r["refused"]}'
-    told = [f'{with_limits(p["value"], p["low"], p["high"], 2)} by {p["method"]}' + ' (human)'*(p.get('role') == 'human') for _, p in part.iterrows()]
-    return f'{start}: ' + '; '.join(told) + f', of a gap of {with_limits(r["gap"], r["gap_low"], r["gap_high"])}' + (f'. {r["note"]}' if r['note'] else '')
+    told = [
+        f'{with_limits(p["value"], p["low"], p["high"], 2)} by {p["method"]}' + ' (human)' * (p.get('role') == 'human')
+        for _, p in part.iterrows()
+    ]
+    return (
+        f'{start}: '
+        + '; '.join(told)
+        + f', of a gap of {with_limits(r["gap"], r["gap_low"], r["gap_high"])}'
+        + (f'. {r["note"]}' if r['note'] else '')
+    )
 
 def pgr_paragraph(
     table: pd.DataFrame, # of `pgr_table`, with columns weak, strong and method of the students; empty: there is none

@@ -127,5 +127,7 @@ def report_differences(
     words = {'significant': out['significant'].map({True: 'yes', False: 'no'}), 'verdict': [verdict_text(r) for _, r in table.iterrows()]}
     return out.astype(object).where(out.notna(), '–').assign(**words)
 
-DIFFERENCES_TOLD = ('Paired by test row and seed. significant: the 95 % interval leaves out zero, also after Holm\'s correction where several comparisons of the same roles are made; '
-                    'p is corrected likewise, intervals are not. detectable: the difference that a study like this finds in 80 % of cases.')
+DIFFERENCES_TOLD = (
+    'Paired by test row and seed. significant: the 95 % interval leaves out zero, also after Holm\'s correction where several comparisons of the same roles are made; '
+    'p is corrected likewise, intervals are not. detectable: the difference that a study like this finds in 80 % of cases.'
+)

@@ -40,12 +40,17 @@ def score_responses(
     "Score every sampled response; raises `DataError`"
     counts = sorted({len(r) for r in responses})
     if len(prompts) != len(responses): raise DataError(f'{name}: {len(responses)} rows of responses for {len(prompts)} prompts')
-    if len(counts) != 1 or not counts[0]: raise DataError(f'{name}: rows have {counts} samples; each must have the same number, at least one')
+    if len(counts) != 1 or not counts[0]:
+        raise DataError(f'{name}: rows have {counts} samples; each must have the same number, at least one')
     flat = [text for row in responses for text in row]
     given = list(scorer([p for p in prompts for _ in range(counts[0])], flat))
-    if len(given) != len(flat): raise DataError(f'{name}: the scorer gave {len(given)} scores for {len(flat)} responses; it must give one each, None where it fails')
+    if len(given) != len(flat):
+        raise DataError(
+            f'{name}: the scorer gave {len(given)} scores for {len(flat)} responses; it must give one each, None where it fails'
+        )
     values = np.array([np.nan if v is None else v for v in given], dtype=np.float64)
-    if np.isinf(values).any(): raise DataError(f'{name}: {np.isinf(values).sum()} scores are infinite, the first of {flat[int(np.isinf(values).argmax())][:60]!r}')
+    if np.isinf(values).any():
+        raise DataError(f'{name}: {np.isinf(values).sum()} scores are infinite, the first of {flat[int(np.isinf(values).argmax())][:60]!r}')
     return values.reshape(len(responses), counts[0])
 
 # %% ../../nbs/api/evaluate/130_responses.ipynb #91a9f650
@@ -59,9 +64,14 @@ def failures(
     missing = int(np.isnan(scores).sum())
     if not missing: return ''
     if missing == scores.size: return f'{name}: incomplete, the scorer failed on all {missing} responses'
-    low, high = (np.nan_to_num(scores, nan=end).mean() for end in (np.nanmin(scores) if worst is None else worst, np.nanmax(scores) if best is None else best))
-    return (f'{name}: incomplete, the scorer failed on {missing} of {scores.size} responses; the mean of the others is {np.nanmean(scores):.3f}, '
-            f'with the missing ones it would lie between {low:.3f} and {high:.3f}')
+    low, high = (
+        np.nan_to_num(scores, nan=end).mean()
+        for end in (np.nanmin(scores) if worst is None else worst, np.nanmax(scores) if best is None else best)
+    )
+    return (
+        f'{name}: incomplete, the scorer failed on {missing} of {scores.size} responses; the mean of the others is {np.nanmean(scores):.3f}, '
+        f'with the missing ones it would lie between {low:.3f} and {high:.3f}'
+    )
 
 # %% ../../nbs/api/evaluate/130_responses.ipynb #0b243d54
 def scored_by_all(
@@ -71,7 +81,8 @@ def scored_by_all(
     rows = {name: len(x) for name, x in arms.items()}
     if len(set(rows.values())) != 1: raise DataError(f'arms have different numbers of rows ({rows}); score all on the same prompts')
     whole = ~np.any([np.isnan(x).any(axis=1) for x in arms.values()], axis=0)
-    if not whole.any(): raise DataError('no row has all its scores in all arms; ' + '; '.join(filter(None, (failures(x, n) for n, x in arms.items()))))
+    if not whole.any():
+        raise DataError('no row has all its scores in all arms; ' + '; '.join(filter(None, (failures(x, n) for n, x in arms.items()))))
     return whole
 
 # %% ../../nbs/api/evaluate/130_responses.ipynb #aee42253
@@ -85,7 +96,8 @@ def outcomes(
 ) -> np.ndarray:            # (rows, 3): shares of win, tie and lose among all pairs of samples
     "Win, tie and lose of each row; raises `DataError`"
     if len(scores) != len(reference): raise DataError(f'{len(scores)} against {len(reference)} rows; compare responses to the same prompts')
-    if np.isnan(scores).any() or np.isnan(reference).any(): raise DataError('scores are missing; leave their rows out of all arms (`scored_by_all`)')
+    if np.isnan(scores).any() or np.isnan(reference).any():
+        raise DataError('scores are missing; leave their rows out of all arms (`scored_by_all`)')
     gap = scores[:, :, None] - reference[:, None, :]
     return np.stack([(gap > tie).mean((1, 2)), (np.abs(gap) <= tie).mean((1, 2)), (gap < -tie).mean((1, 2))], axis=1)
 
@@ -129,4 +141,6 @@ def reward_scores(
     out = dict(gold_reward=scores.mean(1), words=lengths(responses).mean(1))
     if reference is None or reference_responses is None: return out
     win, tie, lose = outcomes(scores, reference).T
-    return out | dict(win_rate=win + tie/2, win=win, tie=tie, lose=lose, longer_rate=win_rate(lengths(responses), lengths(reference_responses)))
+    return out | dict(
+        win_rate=win + tie / 2, win=win, tie=tie, lose=lose, longer_rate=win_rate(lengths(responses), lengths(reference_responses))
+    )

@@ -51,7 +51,8 @@ def reward_ids(
 ) -> list[int]:
     "A prompt and a response as a reward model reads them"
     if form == 'pair': return tokenizer(prompt_text(prompt), response, verbose=False)['input_ids']
-    if form == 'text': return close(tokenizer(prompt_text(prompt) + response, verbose=False)['input_ids'], tokenizer.bos_token_id, tokenizer.eos_token_id)
+    if form == 'text':
+        return close(tokenizer(prompt_text(prompt) + response, verbose=False)['input_ids'], tokenizer.bos_token_id, tokenizer.eos_token_id)
     asked = [dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt
     text = render(tokenizer, [*asked, dict(role='assistant', content=response.strip())])
     return tokenizer(text, add_special_tokens=False, verbose=False)['input_ids']
@@ -87,17 +88,29 @@ def open_text_model(
     what: str,              # it should be, for messages: 'reward model', 'classifier'
 ) -> Any:                   # a Hugging Face model in evaluation mode
     "Load a model that gives numbers for a text; raises `ModelError` for one without a trained head"
-    if settings.quantize != 'none' and what != 'reward model': raise ConfigError(f'a {what} is not quantized here; use LoadSettings("none", "bfloat16"), or "float32" on a CPU')
+    if settings.quantize != 'none' and what != 'reward model':
+        raise ConfigError(f'a {what} is not quantized here; use LoadSettings("none", "bfloat16"), or "float32" on a CPU')
     settings = settle(replace(settings, device=device or settings.device))
     hf_logging.disable_progress_bar()
     config, folder = load_config(name, settings), local_folder(name, settings)
     saved = saved_in_four_bits(name, config, settings.quantize)
     four = NF4Config(DTYPES[settings.dtype]) if settings.quantize == 'nf4' and not saved else None
     check_weights(folder, settings.allow_pickle)
-    model, info = read_model(AutoModelForSequenceClassification, folder, settings.allow_pickle, lambda e: model_error(name, e),
-                             dtype=DTYPES[settings.dtype], trust_remote_code=settings.trust_remote_code, device_map={'': settings.device}, quantization_config=four)
+    model, info = read_model(
+        AutoModelForSequenceClassification,
+        folder,
+        settings.allow_pickle,
+        lambda e: model_error(name, e),
+        dtype=DTYPES[settings.dtype],
+        trust_remote_code=settings.trust_remote_code,
+        device_map={'': settings.device},
+        quantization_config=four,
+    )
     lacking = sorted(info['missing_keys'])
-    if lacking: raise ModelError(f'{name} is no {what}: its files lack {", ".join(lacking[:3])}, so that its head would be random; it is a {config.architectures}')
+    if lacking:
+        raise ModelError(
+            f'{name} is no {what}: its files lack {", ".join(lacking[:3])}, so that its head would be random; it is a {config.architectures}'
+        )
     check_tensors(name, info, lambda key: key.startswith('lm_head.')) # some keep the head of the language model that they were
     check_numbers(name, model)
     set_mode(model, False)
@@ -135,6 +148,7 @@ def load_reward_model(
         ids = [reward_ids(tokenizer, p, r, how) for p, r in zip(prompts, responses, strict=True)]
         out = np.full(len(ids), np.nan)
         def work(part: list[int]) -> np.ndarray: return batch_rewards(model, [ids[i] for i in part], tokenizer.pad_token_id)
-        for part, made in fitting([i for i, t in enumerate(ids) if 0 < len(t) <= most], [len(t) for t in ids], Room(budget), work): out[part] = made
+        for part, made in fitting([i for i, t in enumerate(ids) if 0 < len(t) <= most], [len(t) for t in ids], Room(budget), work):
+            out[part] = made
         return out.tolist()
     return score

@@ -20,7 +20,8 @@ def holm(
     "Adjusted p-values of a family of comparisons (Holm 1979); raises `DataError`"
     p = np.asarray(p, float)
     known = np.flatnonzero(~np.isnan(p))
-    if ((p[known] < 0) | (p[known] > 1)).any(): raise DataError(f'p-values from {np.nanmin(p):.3g} to {np.nanmax(p):.3g}; they must lie between 0 and 1')
+    if ((p[known] < 0) | (p[known] > 1)).any():
+        raise DataError(f'p-values from {np.nanmin(p):.3g} to {np.nanmax(p):.3g}; they must lie between 0 and 1')
     order, out = known[np.argsort(p[known], kind='stable')], np.full(len(p), np.nan)
     out[order] = np.minimum(np.maximum.accumulate(p[order]*np.arange(len(order), 0, -1)), 1)
     return out

@@ -34,7 +34,8 @@ def lexical_vectors(
 ) -> csr_array:           # (texts, dimensions), of length 1, or 0 for a text without words
     "TF-IDF vectors of words, pairs of words and pieces of words; raises `DataError` where no text has a word"
     forms = (dict(analyzer='word', ngram_range=(1, 2), token_pattern=r'(?u)\b\w+\b'), dict(analyzer='char_wb', ngram_range=(3, 5)))
-    if not any(c.isalnum() for t in texts for c in t): raise DataError(f'none of {len(texts)} texts has a word; there is nothing to compare')
+    if not any(c.isalnum() for t in texts for c in t):
+        raise DataError(f'none of {len(texts)} texts has a word; there is nothing to compare')
     parts = [TfidfVectorizer(sublinear_tf=True, lowercase=True, **form).fit_transform(texts) for form in forms]
     return csr_array(normalize(hstack(parts, format='csr')))
 
@@ -48,10 +49,20 @@ def open_encoder(
 ) -> Any:                           # a Hugging Face model in evaluation mode
     "Load the body of a model whose last hidden states are read; raises `ModelError`"
     config, folder = load_config(encoder, settings), local_folder(encoder, settings)
-    if getattr(config, 'is_encoder_decoder', False): raise ModelError(f'{encoder} is of the kind "{config.model_type}", which reads and writes; texts are compared by a sentence encoder, such as MiniLM, or by a causal language model')
+    if getattr(config, 'is_encoder_decoder', False):
+        raise ModelError(
+            f'{encoder} is of the kind "{config.model_type}", which reads and writes; texts are compared by a sentence encoder, such as MiniLM, or by a causal language model'
+        )
     saved_in_four_bits(encoder, config, settings.quantize)
     check_weights(folder, settings.allow_pickle)
-    model, info = read_model(AutoModel, folder, settings.allow_pickle, lambda e: model_error(encoder, e), dtype=DTYPES[settings.dtype], trust_remote_code=settings.trust_remote_code)
+    model, info = read_model(
+        AutoModel,
+        folder,
+        settings.allow_pickle,
+        lambda e: model_error(encoder, e),
+        dtype=DTYPES[settings.dtype],
+        trust_remote_code=settings.trust_remote_code,
+    )
     parts = {name for name, _ in model.named_children()} - {'pooler'} # heads are left over, a pooler may be missing: neither is read
     check_tensors(encoder, info, lambda key: key.removeprefix(f'{model.base_model_prefix}.').split('.')[0] not in parts)
     check_numbers(encoder, model)
@@ -72,7 +83,10 @@ def encoder_vectors(
     check_ids(model, torch.tensor([i for row in ids for i in row] or [0]))
     out = np.zeros((len(ids), model.config.get_text_config().hidden_size))
     model.to(device)
-    for part, made in fitting(range(len(ids)), [len(i) for i in ids], Room(budget), lambda part: mean_states(model, [ids[i] for i in part])): out[part] = made
+    for part, made in fitting(
+        range(len(ids)), [len(i) for i in ids], Room(budget), lambda part: mean_states(model, [ids[i] for i in part])
+    ):
+        out[part] = made
     return normalize(out)
 
 # %% ../../nbs/api/evaluate/150_similarity.ipynb #0e54594d
@@ -116,7 +130,8 @@ def similarity_table(
     "Similarity of each model's responses to the human-chosen ones (Tao & Li 2409.08813, figure 6); raises `DataError`"
     texts, at = list(chosen), list[tuple[str, int]]()
     for name, rows in responses.items():
-        if len(rows) != len(chosen): raise DataError(f'{name}: {len(rows)} rows of responses for {len(chosen)} chosen ones; give all models the same prompts')
+        if len(rows) != len(chosen):
+            raise DataError(f'{name}: {len(rows)} rows of responses for {len(chosen)} chosen ones; give all models the same prompts')
         for i, row in enumerate(rows):
             samples = [row] if isinstance(row, str) else list(row)
             if not samples: raise DataError(f'{name}: row {i + 1} has no response')
@@ -150,8 +165,10 @@ def _correlation(x: np.ndarray, y: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def _checked(*columns: Sequence[float] | np.ndarray) -> list[np.ndarray]:
     "Finite columns of one length, three rows at least, that vary"
     out = [np.asarray(c, float) for c in columns]
-    if len({c.shape for c in out}) != 1 or out[0].ndim != 1 or len(out[0]) < 3: raise DataError(f'columns have the shapes {[c.shape for c in out]}; want one length, at least 3')
-    if not all(np.isfinite(c).all() and np.ptp(c) > 0 for c in out): raise DataError('a column has holes or does not vary; no line explains it')
+    if len({c.shape for c in out}) != 1 or out[0].ndim != 1 or len(out[0]) < 3:
+        raise DataError(f'columns have the shapes {[c.shape for c in out]}; want one length, at least 3')
+    if not all(np.isfinite(c).all() and np.ptp(c) > 0 for c in out):
+        raise DataError('a column has holes or does not vary; no line explains it')
     return out
 
 # %% ../../nbs/api/evaluate/150_similarity.ipynb #3f4589a8

@@ -117,8 +117,10 @@ def load_classifier_scorer(
     def score(prompts: list, texts: list[str]) -> list[float]:
         ids = [tokenizer(t, verbose=False)['input_ids'] for t in texts]
         out = np.full(len(ids), np.nan)
-        def work(part: list[int]) -> np.ndarray: return probability(batch_logits(model, [ids[i] for i in part], tokenizer.pad_token_id), at, how)
-        for part, made in fitting([i for i, t in enumerate(ids) if 0 < len(t) <= most], [len(t) for t in ids], Room(budget), work): out[part] = made
+        def work(part: list[int]) -> np.ndarray:
+            return probability(batch_logits(model, [ids[i] for i in part], tokenizer.pad_token_id), at, how)
+        for part, made in fitting([i for i, t in enumerate(ids) if 0 < len(t) <= most], [len(t) for t in ids], Room(budget), work):
+            out[part] = made
         return out.tolist()
     return score
 
@@ -168,12 +170,19 @@ def worth(
 ) -> dict[str, float]:                       # rows, r, spearman, auc (NaN where all or none are over), error (mean absolute), over_predicted, over_given
     "How far a scorer agrees with given scores; raises `DataError`"
     p, y = np.asarray(predicted, float), np.asarray(given, float)
-    if p.shape != y.shape or p.ndim != 1 or not len(p): raise DataError(f'predictions of shape {p.shape}, scores of shape {y.shape}; one of each a text is needed')
+    if p.shape != y.shape or p.ndim != 1 or not len(p):
+        raise DataError(f'predictions of shape {p.shape}, scores of shape {y.shape}; one of each a text is needed')
     over = y >= threshold
     flat = len(p) < 3 or p.std() == 0 or y.std() == 0
-    return dict(rows=len(p), r=float('nan') if flat else float(np.corrcoef(p, y)[0, 1]), spearman=float('nan') if flat else float(stats.spearmanr(p, y)[0]),
-                auc=float(roc_auc_score(over, p)) if 0 < over.sum() < len(y) else float('nan'), error=float(np.abs(p - y).mean()),
-                over_predicted=float((p >= threshold).mean()), over_given=float(over.mean()))
+    return dict(
+        rows=len(p),
+        r=float('nan') if flat else float(np.corrcoef(p, y)[0, 1]),
+        spearman=float('nan') if flat else float(stats.spearmanr(p, y)[0]),
+        auc=float(roc_auc_score(over, p)) if 0 < over.sum() < len(y) else float('nan'),
+        error=float(np.abs(p - y).mean()),
+        over_predicted=float((p >= threshold).mean()),
+        over_given=float(over.mean()),
+    )
 
 # %% ../../nbs/api/evaluate/240_toxicity_scorers.ipynb #27f95b58
 KIND = 'w2s toxicity ridge 1' # in the card; the number rises with every change of what is saved
@@ -190,8 +199,15 @@ def ridge_card(
     bins = reliability(p, y, least=0.).rename(columns=dict(prob='predicted', accuracy='given'))
     parts = {'all': source == source} | ({str(s): source == s for s in np.unique(source)} if len(np.unique(source)) > 1 else {})
     held_out = {name: {k: v if np.isfinite(v) else None for k, v in worth(p[at], y[at]).items()} for name, at in parts.items()}
-    return dict(kind=KIND, rows=len(train), sources=dict(sorted(Counter(train['source'][:]).items())), seed=seed, ngrams=len(model.weights), held_out=held_out,
-                calibration=bins[['bin', 'predicted', 'given', 'n']].to_dict('records'))
+    return dict(
+        kind=KIND,
+        rows=len(train),
+        sources=dict(sorted(Counter(train['source'][:]).items())),
+        seed=seed,
+        ngrams=len(model.weights),
+        held_out=held_out,
+        calibration=bins[['bin', 'predicted', 'given', 'n']].to_dict('records'),
+    )
 
 # %% ../../nbs/api/evaluate/240_toxicity_scorers.ipynb #3119488e
 def fit_ridge(
@@ -213,9 +229,11 @@ def why_useless(
     if 'held_out' not in card: return '' # nobody measured it
     m = card['held_out'].get('all', {})
     r, auc = m.get('r'), m.get('auc')
-    if r is None: return f'on {m.get("rows", 0):,} held-out texts its correlation with the given scores is not known: they are too few, or all alike'
+    if r is None:
+        return f'on {m.get("rows", 0):,} held-out texts its correlation with the given scores is not known: they are too few, or all alike'
     if not r > 0: return f'on {m.get("rows", 0):,} held-out texts its scores do not rise with the given ones (r = {r:.3f})'
-    if auc is not None and not auc > .5: return f'on {m.get("rows", 0):,} held-out texts it does not tell toxic ones from others (AUC = {auc:.3f})'
+    if auc is not None and not auc > 0.5:
+        return f'on {m.get("rows", 0):,} held-out texts it does not tell toxic ones from others (AUC = {auc:.3f})'
     return ''
 
 # %% ../../nbs/api/evaluate/240_toxicity_scorers.ipynb #9e4c712a
@@ -227,7 +245,9 @@ def save_ridge(
     def write(into: Path) -> None:
         for name, part in (('words', model.words), ('letters', model.letters)):
             (into/f'{name}.txt').write_text('\n'.join(part.get_feature_names_out()), encoding='utf-8', newline='\n')
-        np.savez_compressed(into/'ridge.npz', weights=model.weights, words=model.words.idf_, letters=model.letters.idf_, constant=model.constant)
+        np.savez_compressed(
+            into / 'ridge.npz', weights=model.weights, words=model.words.idf_, letters=model.letters.idf_, constant=model.constant
+        )
         (into/'card.json').write_text(json.dumps(model.card, indent=1, allow_nan=False) + '\n', encoding='utf-8')
 
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -249,12 +269,15 @@ def check_ridge(
     parts: dict[str, np.ndarray],# its numbers
 ) -> None:
     "Raise `ModelError` for a scorer of another kind, one whose files do not belong together, or one with numbers that are none"
-    if card.get('kind') != KIND: raise ModelError(f'{folder}: its card says "{card.get("kind")}", and "{KIND}" is read; train it again with w2s toxicity fit')
+    if card.get('kind') != KIND:
+        raise ModelError(f'{folder}: its card says "{card.get("kind")}", and "{KIND}" is read; train it again with w2s toxicity fit')
     sizes = len(grams['words']), len(grams['letters'])
-    if bad := [k for k in ('words', 'letters', 'weights') if parts[k].ndim != 1]: raise ModelError(f'{folder}: its {bad[0]} are no list of numbers; train it again with w2s toxicity fit')
+    if bad := [k for k in ('words', 'letters', 'weights') if parts[k].ndim != 1]:
+        raise ModelError(f'{folder}: its {bad[0]} are no list of numbers; train it again with w2s toxicity fit')
     if (len(parts['words']), len(parts['letters']), len(parts['weights'])) != (*sizes, sum(sizes)):
         raise ModelError(f'{folder}: {len(parts["weights"])} weights for {sum(sizes)} n-grams; its files do not belong together')
-    if bad := [k for k, v in parts.items() if not np.isfinite(v).all()]: raise ModelError(f'{folder}: its {bad[0]} hold NaN or infinity; train it again with w2s toxicity fit')
+    if bad := [k for k, v in parts.items() if not np.isfinite(v).all()]:
+        raise ModelError(f'{folder}: its {bad[0]} hold NaN or infinity; train it again with w2s toxicity fit')
 
 # %% ../../nbs/api/evaluate/240_toxicity_scorers.ipynb #32ee3a98
 def load_ridge(
@@ -262,15 +285,20 @@ def load_ridge(
 ) -> ToxicityRidge:
     "Read a scorer; raises `ModelError`"
     folder = Path(folder)
-    if (folder/MANIFEST).exists() and (damage := find_damage(folder)): raise ModelError(f'the scorer in {folder} is damaged: {damage[0]}; copy it again, or train it again with w2s toxicity fit')
+    if (folder / MANIFEST).exists() and (damage := find_damage(folder)):
+        raise ModelError(f'the scorer in {folder} is damaged: {damage[0]}; copy it again, or train it again with w2s toxicity fit')
     try:
         card = json.loads((folder/'card.json').read_text(encoding='utf-8'))
         if not isinstance(card, dict): raise ValueError('card.json is no table')
-        if not isinstance(card.get('held_out', {}), dict) or not isinstance(card.get('held_out', {}).get('all', {}), dict): raise ValueError('card.json does not say how it was measured')
+        if not isinstance(card.get('held_out', {}), dict) or not isinstance(card.get('held_out', {}).get('all', {}), dict):
+            raise ValueError('card.json does not say how it was measured')
         grams = {n: (folder/f'{n}.txt').read_bytes().decode('utf-8').split('\n') for n in ('words', 'letters')}
-        with np.load(folder/'ridge.npz', allow_pickle=False) as kept: parts = {k: kept[k] for k in ('weights', 'words', 'letters', 'constant')}
+        with np.load(folder / 'ridge.npz', allow_pickle=False) as kept:
+            parts = {k: kept[k] for k in ('weights', 'words', 'letters', 'constant')}
     except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as e:
-        raise ModelError(f'{folder} holds no scorer that can be read: it needs card.json, words.txt, letters.txt and ridge.npz ({(str(e) or type(e).__name__).splitlines()[0]})') from e
+        raise ModelError(
+            f'{folder} holds no scorer that can be read: it needs card.json, words.txt, letters.txt and ridge.npz ({(str(e) or type(e).__name__).splitlines()[0]})'
+        ) from e
     check_ridge(folder, card, grams, parts)
     return ToxicityRidge(_vectorizer(WORDS, grams['words'], parts['words']), _vectorizer(LETTERS, grams['letters'], parts['letters']),
                          parts['weights'], float(parts['constant']), card)

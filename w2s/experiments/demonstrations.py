@@ -46,7 +46,9 @@ def try_extensions(
         if scores_by_function(config.judge): e.score(e.gold or e.questions)
     for m in own:
         _, found, options = METHODS.choose(m)
-        stand_in = method_inputs(choose_form(config, strong), a.questions, a.groups, a.gold or a.questions, lambda prompts: [['An answer.']]*len(prompts), 0)
+        stand_in = method_inputs(
+            choose_form(config, strong), a.questions, a.groups, a.gold or a.questions, lambda prompts: [['An answer.']] * len(prompts), 0
+        )
         method_answers(found, options, stand_in, 'before the run, on stand-in answers')
     return name_idle(fit, 'a metric of probabilities belongs to labels')
 
@@ -76,9 +78,17 @@ def result_of(
     "All tables"
     c, task, items = study.config, made.extra['items']['task'].iloc[0], made.extra['items']
     ranges = rating_ranges(c.task) if c.judge and not scores_by_function(c.judge) else RANGES
-    extra = dict(labels=interval_table(label_items(made, task), ranges=ranges), answers=answer_table(made), training_rows=training_table(made), form=made.extra['form'],
-                 problems=table.problems if table else 0, cut=cut_answers(made, c.max_tokens))
-    result = make_result(study.run, c, demonstration_kind(c, ranges), data, model_lines(models), items, made.arms, extra, notes=made.extra['notes'])
+    extra = dict(
+        labels=interval_table(label_items(made, task), ranges=ranges),
+        answers=answer_table(made),
+        training_rows=training_table(made),
+        form=made.extra['form'],
+        problems=table.problems if table else 0,
+        cut=cut_answers(made, c.max_tokens),
+    )
+    result = make_result(
+        study.run, c, demonstration_kind(c, ranges), data, model_lines(models), items, made.arms, extra, notes=made.extra['notes']
+    )
     return replace(result, extra=extra | dict(examples=example_table(result.intervals, c.examples)))
 
 # %% ../../nbs/api/experiments/50_demonstrations.ipynb #04569a4b
@@ -87,16 +97,28 @@ def open_demonstrations(
 ) -> Opened:
     "Know the models and read the questions; raises `DataError`, `ModelError` and `ConfigError`"
     c = study.config
-    known: dict[str, Model] = {n: know_model(short_name(n), str(model_folder(n)), c, writes=True) for n in demonstration_models(to_table(c))}
-    judge = know_model('judge', str(model_folder(c.judge)), c, trained=False, writes=True) if c.judge and not scores_by_function(c.judge) else None
+    known: dict[str, Model] = {
+        n: know_model(short_name(n), str(model_folder(n)), c, writes=True) for n in demonstration_models(to_table(c))
+    }
+    judge = (
+        know_model('judge', str(model_folder(c.judge)), c, trained=False, writes=True)
+        if c.judge and not scores_by_function(c.judge)
+        else None
+    )
     table = None if c.data == 'world' else read_asked(c)
     if table is not None:
         for seed in range(c.seeds): table_rows(study, table, judge, seed) # what cannot be parted is refused before any work
-    data = ('Questions of the embedded world.', DataReport()) if table is None else (f'{len(table.questions):,} questions of {Path(c.data).name}.', table.report)
+    data = (
+        ('Questions of the embedded world.', DataReport())
+        if table is None
+        else (f'{len(table.questions):,} questions of {Path(c.data).name}.', table.report)
+    )
     own = METRICS.own or scores_by_function(c.judge) or any(METHODS.choose(m)[1].own for m in c.methods)
     line = try_extensions(c, known[c.strong], seed_rows(study, table, judge, 0)) if own else ''
     working, models = [*known.values(), *([judge] if judge else [])], {**dict.fromkeys(c.weak), **known}
-    return Opened(study, working, *data, partial(make_arms, study, models, judge, table), partial(result_of, study, working, table, data), (line,))
+    return Opened(
+        study, working, *data, partial(make_arms, study, models, judge, table), partial(result_of, study, working, table, data), (line,)
+    )
 
 def run(
     config: DemonstrationSettings | None = None,     # what to compare; None: a persona in the embedded world

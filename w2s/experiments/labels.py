@@ -70,9 +70,19 @@ def result_of(
     "All tables"
     labellers = [a for a in made.arms if a.role == 'floor']
     weak, task = {(x.weak, x.seed): x.extra['probs'] for x in labellers}, data_name(study.config.data)
-    items = pd.concat([arm_items(a, task, data.test, weak[a.weak, a.seed] if a.role == 'student' else None) for a in made.arms], ignore_index=True)
-    extra = dict(labels=label_quality(made.seeds, labellers), predictions=prediction_table(made.arms, data.test), **made.extra, classes=data.classes, test=data.test)
-    return make_result(study.run, study.config, LABELS, (data.origin, data.report), model_lines(models.values()), items, list_classifiers(made.arms), extra)
+    items = pd.concat(
+        [arm_items(a, task, data.test, weak[a.weak, a.seed] if a.role == 'student' else None) for a in made.arms], ignore_index=True
+    )
+    extra = dict(
+        labels=label_quality(made.seeds, labellers),
+        predictions=prediction_table(made.arms, data.test),
+        **made.extra,
+        classes=data.classes,
+        test=data.test,
+    )
+    return make_result(
+        study.run, study.config, LABELS, (data.origin, data.report), model_lines(models.values()), items, list_classifiers(made.arms), extra
+    )
 
 # %% ../../nbs/api/experiments/40_labels.ipynb #60a0e7e3
 def try_metrics(
@@ -93,7 +103,15 @@ def open_labels(
     models = {n: know_model(short_name(n), n, c, c.readout != 'probe') for n in label_models(to_table(c))}
     data = load_labels(c, [m.reader for m in models.values()])
     line = f'Classes: {", ".join(data.classes)}. Test rows: {len(data.test):,}.'
-    return Opened(study, list(models.values()), data.origin, data.report, partial(make_arms, study, models, data), partial(result_of, study, models, data), (line, try_metrics(data)))
+    return Opened(
+        study,
+        list(models.values()),
+        data.origin,
+        data.report,
+        partial(make_arms, study, models, data),
+        partial(result_of, study, models, data),
+        (line, try_metrics(data)),
+    )
 
 def run(
     config: Classify | None = None,  # what to compare; None: safety in the embedded world, `pico` teaches `base`

@@ -72,7 +72,9 @@ def result_of(
 ) -> Result:
     "All tables"
     items, c = made.extra['items'], study.config
-    extra = dict(labels=label_table(made.seeds), weak_labels=weak_label_table(made.seeds), responses=made.extra['responses'], test=data.test)
+    extra = dict(
+        labels=label_table(made.seeds), weak_labels=weak_label_table(made.seeds), responses=made.extra['responses'], test=data.test
+    )
     result = make_result(study.run, c, preference_kind(c), (data.origin, data.report), model_lines(models), items,
                          list_trained(made.seeds, made.arms), extra, by_group(items, row_groups(data.test)))
     return replace(result, intervals=fix_reference(result.intervals))
@@ -85,7 +87,9 @@ def try_extensions(
     "Try the user's metrics and judge on the chosen test responses before anything is trained; raises `ConfigError`"
     if config.samples and is_judge(config.gold): judge_scores(config.gold, test['prompt'][:], test['chosen'][:])
     fit = own_metrics(test.to_list(), test['chosen'][:]) if config.samples else {}
-    return name_idle(fit, 'a metric of probabilities belongs to labels' if config.samples else 'a metric of answers needs responses, see --samples')
+    return name_idle(
+        fit, 'a metric of probabilities belongs to labels' if config.samples else 'a metric of answers needs responses, see --samples'
+    )
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #a9f8d460
 def open_loaded(
@@ -98,7 +102,15 @@ def open_loaded(
     "A comparison by preference labels that can start; raises `DataError` and `ConfigError`"
     c, models = study.config, [*weak, strong]
     line = check_responses(c, list_writers(c, weak, strong), data)
-    return Opened(study, models, data.origin, data.report, partial(make_arms, study, weak, strong, data), partial(result_of, study, models, data), (line, *lines))
+    return Opened(
+        study,
+        models,
+        data.origin,
+        data.report,
+        partial(make_arms, study, weak, strong, data),
+        partial(result_of, study, models, data),
+        (line, *lines),
+    )
 
 def open_preferences(
     study: Study[WeakTeacher], # the experiment

@@ -60,7 +60,9 @@ def result_of(
     items = toxicity_items(arms, test, data_name(c.data))
     prompts = Dataset.from_list([{k: r[k] for k in ('id', 'prompt', 'group', 'kind')} for r in test])
     extra = dict(samples=sample_table(arms, test), prompts=prompts.to_pandas()[['id', 'kind']], test=prompts, pairs=made.extra['pairs'])
-    result = make_result(study.run, c, TOXICITY, data, model_lines(models), items, arms, extra, toxicity_units(items, test), failure_lines(arms, c.threshold))
+    result = make_result(
+        study.run, c, TOXICITY, data, model_lines(models), items, arms, extra, toxicity_units(items, test), failure_lines(arms, c.threshold)
+    )
     learned = result.intervals[result.intervals['metric'].str.startswith('labels: ')]
     return replace(result, extra=extra | dict(labels=learned.reset_index(drop=True)))
 

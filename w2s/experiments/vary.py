@@ -52,7 +52,8 @@ def supervisor_settings(
 ) -> dict[str, Any]:
     "A model, several joined by '+', and the kind of supervisor behind a space"
     model, space, kind = value.strip().rpartition(' ')
-    if not space and value.partition('(')[0].strip() in LABELLERS and not has_model(value.strip()): return {'weak': '', 'supervisor': value.strip()}
+    if not space and value.partition('(')[0].strip() in LABELLERS and not has_model(value.strip()):
+        return {'weak': '', 'supervisor': value.strip()}
     return {'weak': model, 'supervisor': kind} if space and kind in LABELLERS else {'weak': value.strip(), 'supervisor': 'dpo'}
 
 # %% ../../nbs/api/experiments/70_vary.ipynb #143fc8ac
@@ -89,14 +90,25 @@ class Variation:
 
 # %% ../../nbs/api/experiments/70_vary.ipynb #facca9a9
 VARIATIONS = {
-    'supervisor': Variation(('pico', 'nano', 'micro', 'base', 'pico+nano', 'pico reward', 'base judge'), supervisor_settings, ('human', 'ceiling'), 'Figure 2b, Tables 10 and 13'),
+    'supervisor': Variation(
+        ('pico', 'nano', 'micro', 'base', 'pico+nano', 'pico reward', 'base judge'),
+        supervisor_settings,
+        ('human', 'ceiling'),
+        'Figure 2b, Tables 10 and 13',
+    ),
     'student': Variation(('nano', 'micro', 'base'), lambda v: {'strong': v}, ('human', 'ceiling'), 'Figures 2a and 3a'),
     'share': Variation(('1/8', '1/4', '1/2'), lambda v: {'label_share': number(v, 'share')}, ('human',), 'Figure 4b'),
     'beta': Variation(('.25', '.5', '1', '2', '4'), lambda v: {'beta': number(v, 'beta')}, ('human',), 'Figure 7'),
     'labels': Variation(SUBSETS, lambda v: {'labels': {'subset': v}}, ('human', 'ceiling'), 'Tables 1 and 12'),
     'use': Variation(tuple(USES), use_settings, ('human', 'ceiling'), 'CW-PO, Tables 4 and 5'),
-    'loss': Variation(tuple(f'{loss}{w}' for loss in ('dpo', 'cdpo', 'rdpo', 'ipo') for w in ('', ' confidence')), loss_settings, ('human',), 'CW-PO, Table 1'),
-    'start': Variation(('sft', 'base'), lambda v: {'start': v}, ('human',), 'Table 11')}
+    'loss': Variation(
+        tuple(f'{loss}{w}' for loss in ('dpo', 'cdpo', 'rdpo', 'ipo') for w in ('', ' confidence')),
+        loss_settings,
+        ('human',),
+        'CW-PO, Table 1',
+    ),
+    'start': Variation(('sft', 'base'), lambda v: {'start': v}, ('human',), 'Table 11'),
+}
 
 # %% ../../nbs/api/experiments/70_vary.ipynb #9ad91ebf
 def any_setting(
@@ -106,7 +118,11 @@ def any_setting(
     "A variation of a setting that no paper varies: values by its type; raises `ConfigError`"
     try: o = find_option(cls, name)
     except ConfigError:
-        known = [*(VARIATIONS if cls is WeakTeacher else ()), *(p for x in options_of(cls) for p in x.paths), *(x.flag for x in options_of(cls))]
+        known = [
+            *(VARIATIONS if cls is WeakTeacher else ()),
+            *(p for x in options_of(cls) for p in x.paths),
+            *(x.flag for x in options_of(cls)),
+        ]
         raise ConfigError(unknown(name, list(dict.fromkeys(known)), 'setting to vary')) from None
     def settings(value: str) -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -121,7 +137,12 @@ def _flat(table: dict[str, Any], where: str = '') -> dict[str, Any]:
     return out
 
 # %% ../../nbs/api/experiments/70_vary.ipynb #fe07904c
-FOLLOWS = {'decoding': ('speak',), 'answers': ('weak', 'demonstrator'), 'instruction': ('demonstrator',), 'task': ('weak', 'demonstrator', 'examples')} # settings that say others
+FOLLOWS = {
+    'decoding': ('speak',),
+    'answers': ('weak', 'demonstrator'),
+    'instruction': ('demonstrator',),
+    'task': ('weak', 'demonstrator', 'examples'),
+} # settings that say others
 
 def _refuse_more(setting: str, configs: Mapping[str, Settings], varied: set[str]) -> None:
     "Raise `ConfigError` if values differ in more than what is varied"
@@ -131,7 +152,10 @@ def _refuse_more(setting: str, configs: Mapping[str, Settings], varied: set[str]
     for at in others:
         names = tables[first].keys() | tables[at].keys()
         more = sorted(k for k in names - varied - {'others'} if tables[first].get(k) != tables[at].get(k) and k.split('.')[0] not in follow)
-        if more: raise ConfigError(f'{setting} {first} and {at} would differ in {", ".join(more)}, too, since defaults depend on the data and the models; give these settings, so that they hold for both')
+        if more:
+            raise ConfigError(
+                f'{setting} {first} and {at} would differ in {", ".join(more)}, too, since defaults depend on the data and the models; give these settings, so that they hold for both'
+            )
 
 # %% ../../nbs/api/experiments/70_vary.ipynb #9a0f8641
 def variants(
@@ -213,7 +237,9 @@ def varied_table(
             for role in ('floor', 'student', 'human'):
                 found = r.intervals[(r.intervals.role == role) & (r.intervals.metric == m)]
                 for f in found.itertuples(): row[f'{role}: {m}'] = with_limits(f.value, f.low, f.high)
-            gap = r.differences[(r.differences.metric == m) & r.differences.a.str.startswith('student') & r.differences.b.str.startswith('human')]
+            gap = r.differences[
+                (r.differences.metric == m) & r.differences.a.str.startswith('student') & r.differences.b.str.startswith('human')
+            ]
             for f in gap.itertuples(): row[f'student − human: {m}'] = with_limits(f.value, f.low, f.high, sign='+')
         rows.append(row)
     return pd.DataFrame(rows).fillna('–')
@@ -246,7 +272,11 @@ def _finish(o: Opened, run: Run) -> Result:
     finally: run.used[:0] = before
 
 # %% ../../nbs/api/experiments/70_vary.ipynb #770fbe92
-OPEN: dict[type[Settings], Callable[[Study], Opened]] = {Classify: open_labels, DemonstrationSettings: open_demonstrations, Toxicity: open_toxicity} # settings -> what opens the experiment
+OPEN: dict[type[Settings], Callable[[Study], Opened]] = {
+    Classify: open_labels,
+    DemonstrationSettings: open_demonstrations,
+    Toxicity: open_toxicity,
+} # settings -> what opens the experiment
 
 def open_together(
     configs: Mapping[str, WeakTeacher], # value -> settings
@@ -257,7 +287,10 @@ def open_together(
     models, first = _models(configs), next(iter(configs.values()))
     readers = list({m.name: m.reader for weak, strong in models.values() for m in (*weak, strong)}.values())
     counts = {(c.n_labelled, c.n_unlabelled, c.n_test): c for c in configs.values()}
-    data = {k: load_preferences(c.data, readers, c.n_test, c.strict, c.n_labelled, c.n_unlabelled, first.column, first.leave_out, first.split) for k, c in counts.items()}
+    data = {
+        k: load_preferences(c.data, readers, c.n_test, c.strict, c.n_labelled, c.n_unlabelled, first.column, first.leave_out, first.split)
+        for k, c in counts.items()
+    }
     for k, d in data.items(): check_halves(d.train, k[0], k[1], first.seeds)
     return {at: open_loaded(study(c), *models[at], data[c.n_labelled, c.n_unlabelled, c.n_test]) for at, c in configs.items()}
 
@@ -293,7 +326,9 @@ def run_varied(
     configs = variants(given, setting, values, cls)
     machines, load = (getattr(next(iter(configs.values())), n) for n in ('machines', 'load'))
     check_elsewhere(machines, load)
-    with claim(out, {at: to_table(c) for at, c in configs.items()}, (lambda line: None) if quiet else print_now, keep, quiet=True) as stages:
+    with claim(
+        out, {at: to_table(c) for at, c in configs.items()}, (lambda line: None) if quiet else print_now, keep, quiet=True
+    ) as stages:
         ready = open_varied(configs, stages, quiet)
         note_models(stages, [m for o in ready.values() for m in o.models])
         if not quiet: print(*dict.fromkeys(line for o in ready.values() for line in first_lines(o)), sep='\n')
@@ -314,12 +349,19 @@ def plan_varied(
     "Say what a variation would do; nothing is written. Raises as `run_varied` does"
     seen: set[str] = set()
     speeds: dict = {}
-    return {at: plan_opened(o, seen, speeds) for at, o in open_varied(variants(given, setting, values, cls), run_for_plan(out, keep)).items()}
+    return {
+        at: plan_opened(o, seen, speeds) for at, o in open_varied(variants(given, setting, values, cls), run_for_plan(out, keep)).items()
+    }
 
 def _say_other_rows(setting: str, results: Mapping[str, Result]) -> None:
     "Say so if two values were tested on different examples"
     ids = {at: frozenset(r.items['id']) for at, r in results.items()}
-    if len(set(ids.values())) > 1: warnings.warn(f'the values of {setting} were not tested on the same examples ({", ".join(f"{at}: {len(i):,}" for at, i in ids.items())}); a difference between two of them is partly one between examples', W2SWarning, stacklevel=3)
+    if len(set(ids.values())) > 1:
+        warnings.warn(
+            f'the values of {setting} were not tested on the same examples ({", ".join(f"{at}: {len(i):,}" for at, i in ids.items())}); a difference between two of them is partly one between examples',
+            W2SWarning,
+            stacklevel=3,
+        )
 
 # %% ../../nbs/api/experiments/70_vary.ipynb #af23a966
 def contrast(

@@ -40,11 +40,14 @@ def demonstrated(
     weights: Sequence[float] | None = None, # of the rows; None: 1
 ) -> Demonstrations:
     "Answers as rows to learn from; a completion begins with a space where the prompt does not end in one. Raises `DataError`"
-    if len(questions) != len(answers): raise DataError(f'{source}: {len(answers)} answers to {len(questions)} questions; one each is needed')
+    if len(questions) != len(answers):
+        raise DataError(f'{source}: {len(answers)} answers to {len(questions)} questions; one each is needed')
     each = [1.]*len(answers) if weights is None else list(weights)
     kept = [(q, a, w) for q, a, w in zip(questions, answers, each, strict=True) if a.strip()]
     if not kept: raise DataError(f'{source}: all {len(answers)} answers are empty; there is nothing to learn from')
-    rows = [dict(prompt=asked(form, 'ask', question=q), completion=a.strip() if form.chat else f' {a.strip()}', weight=w) for q, a, w in kept]
+    rows = [
+        dict(prompt=asked(form, 'ask', question=q), completion=a.strip() if form.chat else f' {a.strip()}', weight=w) for q, a, w in kept
+    ]
     return Demonstrations(make_rows(rows, 'demonstrations', source=source, where=f'answers of {source}'), len(answers) - len(kept))
 
 # %% ../../nbs/api/feedback/70_demonstrators.ipynb #91cd492f
@@ -71,7 +74,8 @@ def prompted(
     shown: Sequence[tuple[str, str]] = (),  # questions with good answers, the same for all
 ) -> list[Prompt]:                          # one a question
     "Prompts for a weak demonstrator; raises `ConfigError`"
-    if instruction and shown: return [asked(form, 'respond', concept=f'{instruction}{form.between}{examples(form, shown)}', question=q) for q in questions]
+    if instruction and shown:
+        return [asked(form, 'respond', concept=f'{instruction}{form.between}{examples(form, shown)}', question=q) for q in questions]
     if instruction: return [asked(form, 'respond', concept=instruction, question=q) for q in questions]
     if shown: return [asked(form, 'in_context', shown=examples(form, shown), question=q) for q in questions]
     return [asked(form, 'ask', question=q) for q in questions]

@@ -105,7 +105,8 @@ def asked(
     **parts: str,    # what goes into its holes
 ) -> Prompt:         # ready for `generate`
     "One prompt; raises `ConfigError` where a hole stays open"
-    if open_ := [h for h in NEEDS[which] if h not in parts]: raise ConfigError(f'the template {which} needs {{{open_[0]}}}, and nothing was given for it')
+    if open_ := [h for h in NEEDS[which] if h not in parts]:
+        raise ConfigError(f'the template {which} needs {{{open_[0]}}}, and nothing was given for it')
     text = fill(getattr(form, which), parts)
     return [{'role': 'user', 'content': text}] if form.chat else text
 

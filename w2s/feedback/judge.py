@@ -132,7 +132,9 @@ def text_votes(
     room = base.context - settings.max_tokens
     at = [i for i, ids in enumerate(prompt_ids(base.tokenizer, [q.prompt for q in questions])) if len(ids) <= room]
     if not at: return out
-    texts = generate(base.model if model is None else model, base.tokenizer, [questions[i].prompt for i in at], settings, seed, 'judging', quiet)
+    texts = generate(
+        base.model if model is None else model, base.tokenizer, [questions[i].prompt for i in at], settings, seed, 'judging', quiet
+    )
     out[at] = [[parse_verdict(t, questions[i].words) for t in row] for i, row in zip(at, texts, strict=True)]
     return out
 
@@ -202,7 +204,8 @@ def judge_by(
     at = np.flatnonzero(~same).tolist()
     asked = [question(form, prompts[i], x[i], y[i]) for x, y in ((a, b), (b, a)) for i in at]
     given = list(ask(asked)) if asked else []
-    if len(given) != len(asked): raise DataError(f'the judge gave {len(given)} verdicts on {len(asked)} questions; it must give one each, None where it fails')
+    if len(given) != len(asked):
+        raise DataError(f'the judge gave {len(given)} verdicts on {len(asked)} questions; it must give one each, None where it fails')
     p = np.array([np.nan if v is None else v for v in given], dtype=np.float64)
     bad = np.flatnonzero((p < 0) | (p > 1))
     if len(bad): raise DataError(f'the judge gave {p[bad[0]]} for pair {pairs["id"][at[bad[0] % len(at)]]}; want a probability from 0 to 1')
@@ -233,9 +236,18 @@ def judge_report(
     def share(true: np.ndarray, among: np.ndarray) -> float: return float(true[among].mean()) if among.any() else float('nan')
     first = (1 + np.sign(judged.p_first - .5)).mean(1) / 2
     total = float(x[ok].sum())
-    return dict(pairs=n, failed=int((~ok).sum()), win=share(x == 1, ok), tie=share(x == .5, ok), lose=share(x == 0, ok), win_rate=share(x, ok),
-                lowest=total/n if n else float('nan'), highest=(total + (~ok).sum())/n if n else float('nan'),
-                flip_rate=share(judged.flipped, asked), first_rate=share(first, asked))
+    return dict(
+        pairs=n,
+        failed=int((~ok).sum()),
+        win=share(x == 1, ok),
+        tie=share(x == 0.5, ok),
+        lose=share(x == 0, ok),
+        win_rate=share(x, ok),
+        lowest=total / n if n else float('nan'),
+        highest=(total + (~ok).sum()) / n if n else float('nan'),
+        flip_rate=share(judged.flipped, asked),
+        first_rate=share(first, asked),
+    )
 
 # %% ../../nbs/api/feedback/40_judge.ipynb #437d9277
 def judge_labels(
@@ -244,7 +256,8 @@ def judge_labels(
     source: str,         # name of the judge, kept in each row
 ) -> WeakLabels:         # of the pairs on which it did not fail
     "Label pairs by a judge (RLAIF, Lee et al. 2309.00267); raises `DataError`"
-    if tuple(pairs['id']) != judged.ids: raise DataError('the judgement is not about these pairs: their ids differ; judge the pairs that are to be labelled')
+    if tuple(pairs['id']) != judged.ids:
+        raise DataError('the judgement is not about these pairs: their ids differ; judge the pairs that are to be labelled')
     kept = np.flatnonzero(~judged.failed)
     if not len(kept): raise DataError(f'{source} failed on all {len(pairs)} pairs; there is nothing to learn from')
     prob_a = judged.prob_a[kept]
@@ -259,9 +272,12 @@ def response_pairs(
 ) -> Dataset:                             # rows of kind "pairs", all samples of a row after one another
     "Responses of two models as pairs for a judge; raises `DataError`"
     counts = sorted({len(x) for x in (*a, *b)})
-    if not len(prompts) == len(a) == len(b) == len(ids): raise DataError(f'{len(a)} and {len(b)} rows of responses for {len(prompts)} prompts and {len(ids)} ids')
+    if not len(prompts) == len(a) == len(b) == len(ids):
+        raise DataError(f'{len(a)} and {len(b)} rows of responses for {len(prompts)} prompts and {len(ids)} ids')
     if len(counts) != 1: raise DataError(f'rows have {counts} samples; each row of both models must have the same number')
-    each = [(f'{i}#{k}', p, x, y) for i, p, xs, ys in zip(ids, prompts, a, b, strict=True) for k, (x, y) in enumerate(zip(xs, ys, strict=True))]
+    each = [
+        (f'{i}#{k}', p, x, y) for i, p, xs, ys in zip(ids, prompts, a, b, strict=True) for k, (x, y) in enumerate(zip(xs, ys, strict=True))
+    ]
     return make_rows([dict(id=i, prompt=p, response_a=x, response_b=y) for i, p, x, y in each], 'pairs', source='models')
 
 # %% ../../nbs/api/feedback/40_judge.ipynb #915a34f7
@@ -273,6 +289,13 @@ def judged_scores(
     if len(judged.ids) % samples: raise DataError(f'{len(judged.ids)} pairs cannot be rows of {samples} samples each')
     x, flips = judged.outcome.reshape(-1, samples), judged.flipped.reshape(-1, samples)
     whole = ~np.isnan(x).any(1)
-    if not whole.any(): raise DataError(f'the judge failed on {judged.failed.sum()} of {len(judged.ids)} pairs, and on one at least of every row')
+    if not whole.any():
+        raise DataError(f'the judge failed on {judged.failed.sum()} of {len(judged.ids)} pairs, and on one at least of every row')
     x, flips = x[whole], flips[whole]
-    return whole, dict(judge_win_rate=x.mean(1), judge_win=(x == 1).mean(1), judge_tie=(x == .5).mean(1), judge_lose=(x == 0).mean(1), judge_flip=flips.mean(1))
+    return whole, dict(
+        judge_win_rate=x.mean(1),
+        judge_win=(x == 1).mean(1),
+        judge_tie=(x == 0.5).mean(1),
+        judge_lose=(x == 0).mean(1),
+        judge_flip=flips.mean(1),
+    )

@@ -49,12 +49,16 @@ def shown_rows(
     "Which rows are shown to whom; raises `DataError` where there are too few"
     pool, rng = [i for i, a in enumerate(answers) if a.strip()], random.Random(f'examples {settings.seed}')
     wanted, out = list(groups if of is None else of), []
-    if settings.choice == 'batch' and of is not None: raise ConfigError('examples of the own batch need rows that are in a batch; other rows take choice "others"')
+    if settings.choice == 'batch' and of is not None:
+        raise ConfigError('examples of the own batch need rows that are in a batch; other rows take choice "others"')
     mine = {i: b for b in batches(len(wanted), settings.n + 1) for i in b} if settings.choice == 'batch' else {}
     for row, group in enumerate(wanted):
         near = [i for i in mine.get(row, pool) if answers[i].strip() and groups[i] != group]
         if settings.choice == 'batch': near = near[:settings.n]
-        elif len(near) < settings.n: raise DataError(f'row {row + 1} can be shown {len(near)} answers to other questions; {settings.n} are needed: lower n, or give more rows')
+        elif len(near) < settings.n:
+            raise DataError(
+                f'row {row + 1} can be shown {len(near)} answers to other questions; {settings.n} are needed: lower n, or give more rows'
+            )
         out.append(near if settings.choice == 'batch' else rng.sample(near, settings.n))
     return out
 
@@ -73,7 +77,8 @@ class Refined:
         "The first sample of each row"
         return [s[0] for s in self.samples]
 
-    def __repr__(self): return f'Refined({self.method}, {len(self.prompts):,} rows, {sum(not a.strip() for a in self.answers)} of them empty)'
+    def __repr__(self):
+        return f'Refined({self.method}, {len(self.prompts):,} rows, {sum(not a.strip() for a in self.answers)} of them empty)'
 
 # %% ../../nbs/api/feedback/80_refine.ipynb #e322b653
 def spoken(
@@ -85,7 +90,8 @@ def spoken(
 ) -> Refined:
     "Ask, and keep what was asked; raises `DataError` if a prompt got no answer"
     said = speak(prompts) if prompts else []
-    if len(said) != len(prompts) or not all(said): raise DataError(f'{method}: {sum(map(bool, said))} of {len(prompts)} prompts were answered; the strong model must answer each')
+    if len(said) != len(prompts) or not all(said):
+        raise DataError(f'{method}: {sum(map(bool, said))} of {len(prompts)} prompts were answered; the strong model must answer each')
     return Refined(method, tuple(prompts), tuple(map(tuple, said)), tuple(concepts), tuple(map(tuple, shown)))
 
 # %% ../../nbs/api/feedback/80_refine.ipynb #10c2a6ed
@@ -110,7 +116,10 @@ def behind(
     answers: Sequence[str],         # of these rows
 ) -> list[Prompt]:                  # one a question of `asked_`
     "Questions behind answered ones"
-    return [asked(form, 'in_context', shown=examples(form, [(questions[i], answers[i]) for i in at]), question=q) for q, at in zip(asked_, shown, strict=True)]
+    return [
+        asked(form, 'in_context', shown=examples(form, [(questions[i], answers[i]) for i in at]), question=q)
+        for q, at in zip(asked_, shown, strict=True)
+    ]
 
 # %% ../../nbs/api/feedback/80_refine.ipynb #82727d4e
 def infer_concepts(
@@ -124,7 +133,8 @@ def infer_concepts(
     if batch < 1: raise ConfigError(f'batch is {batch}; at least one answer must be looked at')
     parts = batches(len(questions), batch)
     pairs = [[(questions[i], answers[i]) for i in part if answers[i].strip()] for part in parts]
-    if empty := [part for part, p in zip(parts, pairs, strict=True) if not p]: raise DataError(f'rows {empty[0][0] + 1} to {empty[0][-1] + 1} have no answer at all; take a larger batch, or leave these rows out')
+    if empty := [part for part, p in zip(parts, pairs, strict=True) if not p]:
+        raise DataError(f'rows {empty[0][0] + 1} to {empty[0][-1] + 1} have no answer at all; take a larger batch, or leave these rows out')
     said = spoken(speak, [asked(form, 'infer', shown=examples(form, p)) for p in pairs], 'infer')
     return [' '.join(said.answers[b].split()) for b, part in enumerate(parts) for _ in part]
 

@@ -43,7 +43,10 @@ def choose_by_score(
     scores: Sequence[Sequence[float | None]], # of a judge, the same shape; None or NaN where it failed
 ) -> list[int | None]:                        # number of the best sample of each row, the first of equals; None: no score at all
     "The sample that a judge likes best; raises `DataError`"
-    if [len(r) for r in samples] != [len(r) for r in scores]: raise DataError(f'scores of {sum(map(len, scores))} samples for {sum(map(len, samples))}; each sample needs one, None where the judge failed')
+    if [len(r) for r in samples] != [len(r) for r in scores]:
+        raise DataError(
+            f'scores of {sum(map(len, scores))} samples for {sum(map(len, samples))}; each sample needs one, None where the judge failed'
+        )
     out: list[int | None] = []
     for row in scores:
         x = np.array([np.nan if v is None else v for v in row], dtype=float)

@@ -82,7 +82,22 @@ def job_page(
     "The report for people"
     model = ['## The model', *map(escape_markdown, models)] if models else []
     made = ', '.join(f'{p} {version(p)}' for p in PACKAGES)
-    return '\n\n'.join([f'# {title}', text, *model, '## The rows', report._repr_markdown_(), '## Settings', code_block(tomli_w.dumps(dict(settings)), 'toml'), *more, f'Made with {made}.']) + '\n'
+    return (
+        '\n\n'.join(
+            [
+                f'# {title}',
+                text,
+                *model,
+                '## The rows',
+                report._repr_markdown_(),
+                '## Settings',
+                code_block(tomli_w.dumps(dict(settings)), 'toml'),
+                *more,
+                f'Made with {made}.',
+            ]
+        )
+        + '\n'
+    )
 
 def job_plan(
     settings: Mapping[str, Any],   # as plain values

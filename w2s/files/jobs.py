@@ -77,8 +77,12 @@ class LabelJob(Job):
     def check(self) -> None:
         "Raise `ConfigError` for a setting out of range or without effect"
         if not self.rows: raise ConfigError('w2s label needs pairs: give --rows FILE')
-        if not 0 <= self.calibrate < 1: raise ConfigError(f'--calibrate is {self.calibrate}; it is the share of labelled prompts that is measured on, from 0 to below 1')
-        if self.train and Path(self.train) == Path(self.rows): raise ConfigError(f'--rows and --train are both {self.rows}: a supervisor that labels what it learned from shows nothing')
+        if not 0 <= self.calibrate < 1:
+            raise ConfigError(
+                f'--calibrate is {self.calibrate}; it is the share of labelled prompts that is measured on, from 0 to below 1'
+            )
+        if self.train and Path(self.train) == Path(self.rows):
+            raise ConfigError(f'--rows and --train are both {self.rows}: a supervisor that labels what it learned from shows nothing')
         named_pairs(self.column, '--column', PARTS)
         named_pairs(self.split, '--split', ('rows', 'train'))
 
@@ -122,7 +126,8 @@ def check_labeller(
     "Raise `ConfigError` for a labeller that is not known, for one without a model that needs one, and the other way round"
     adopt_judges()
     LABELLERS.check(kind, 'kind of supervisor')
-    if has_model(kind) and not model: raise ConfigError(f'a supervisor of the kind {kind} is a model: give --model, such as pico, a folder, or a name on the hub')
+    if has_model(kind) and not model:
+        raise ConfigError(f'a supervisor of the kind {kind} is a model: give --model, such as pico, a folder, or a name on the hub')
     if not has_model(kind) and model: raise ConfigError(f'--model is {model}, and the supervisor {kind} has no model; leave out --model')
 
 def is_trained(
@@ -144,7 +149,8 @@ def label_settings(
     for name in given:
         if name not in ACTING: raise ConfigError(f'{unknown(name, ACTING, "setting of a labelling")}; settings of students do nothing here')
     rows = given.get('n_labelled')
-    if rows is not None and rows < LEAST_TRAIN: raise ConfigError(f'--train-rows is {rows}; a supervisor needs at least {LEAST_TRAIN} labelled pairs to learn from')
+    if rows is not None and rows < LEAST_TRAIN:
+        raise ConfigError(f'--train-rows is {rows}; a supervisor needs at least {LEAST_TRAIN} labelled pairs to learn from')
     import_extensions(read_imports(given.get('imports', FITS)))
     check_labeller(given.get('supervisor', WeakTeacher.usual('supervisor')), model)
     return fill_settings(merged(given, dict(data='pairs', weak=model, strong=model or WeakTeacher.usual('strong'))))
@@ -225,20 +231,26 @@ def check_method(
         takes = name in own and setting_ in own[name].takes
         if getattr(job, setting_) != job.usual(setting_) and job.method not in methods and not takes:
             raise ConfigError(f'{setting_} does nothing in the method {job.method}; it belongs to {" and ".join(methods)}')
-    if not reads_answers(job.method) and job.answer and not job.weak_answers: raise ConfigError(f'answer is a column of weak answers, and the method {job.method} reads none; leave it out')
+    if not reads_answers(job.method) and job.answer and not job.weak_answers:
+        raise ConfigError(f'answer is a column of weak answers, and the method {job.method} reads none; leave it out')
 
 def check_job(
     job: RefineJob, # as it is made
 ) -> None:
     "Raise `ConfigError` for a setting out of range or without effect"
-    if not job.questions: raise ConfigError('w2s refine needs questions: give --questions FILE, with --weak-answers FILE if the weak answers are in another one')
+    if not job.questions:
+        raise ConfigError(
+            'w2s refine needs questions: give --questions FILE, with --weak-answers FILE if the weak answers are in another one'
+        )
     if job.choice not in CHOICES: raise ConfigError(unknown(job.choice, CHOICES, 'choice of examples'))
     named_pairs(job.split, '--split', SPLITS)
     for name in ('examples', 'batch', 'samples', 'max_tokens'):
         if getattr(job, name) < 1: raise ConfigError(f'{name} is {getattr(job, name)}; it must be at least 1')
     check_method(job)
     if job.method == 'resampled' and (job.samples < 3 or not job.temperature):
-        raise ConfigError(f'samples is {job.samples} at temperature {job.temperature}; at least 3 that may differ (temperature above 0) are needed, so that one can be outvoted')
+        raise ConfigError(
+            f'samples is {job.samples} at temperature {job.temperature}; at least 3 that may differ (temperature above 0) are needed, so that one can be outvoted'
+        )
 
 # %% ../../nbs/api/files/05_jobs.ipynb #7505a3fc
 def fill_refine(

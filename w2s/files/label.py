@@ -120,7 +120,9 @@ def fitted_or_not(
 ) -> tuple[float, str]:  # a temperature, 1 where none fits, and why none does
     "A temperature for margins, if there is one"
     if fit_sharpness(margins, human) > 0: return fit_temperature(margins, human), ''
-    return 1., (f'on {len(margins):,} held-out pairs large margins agree with the human labels no more than small ones, so that no temperature fits')
+    return 1.0, (
+        f'on {len(margins):,} held-out pairs large margins agree with the human labels no more than small ones, so that no temperature fits'
+    )
 
 # %% ../../nbs/api/files/20_label.ipynb #f47b147e
 def supervise_pairs(
@@ -143,7 +145,19 @@ def supervise_pairs(
     if not np.isnan(said).all(): parts.append(measure('rows', pairs, _lead(rewards), _lead(rewards)/temperature, said, train))
     scores, bins, ahead = [pd.concat(t, ignore_index=True) for t in zip(*parts, strict=True)] if parts else [pd.DataFrame()]*3
     labels = replace(labels, rows=weighted(labels.rows.remove_columns('gold')))
-    return Labelled(job, study.config, labels, np.abs(_lead(rewards)), temperature, scores, bins, ahead, data, model_lines([model] if model else []), unfit)
+    return Labelled(
+        job,
+        study.config,
+        labels,
+        np.abs(_lead(rewards)),
+        temperature,
+        scores,
+        bins,
+        ahead,
+        data,
+        model_lines([model] if model else []),
+        unfit,
+    )
 
 # %% ../../nbs/api/files/20_label.ipynb #3b089e93
 def _lead(
@@ -157,13 +171,22 @@ def verdict(
     labelled: Labelled, # of a labelling
 ) -> str:               # a sentence or two
     "Is the supervisor better than a coin, and than the baselines? On the rows where a human labelled them, else on held-out pairs"
-    if labelled.scores.empty: return 'Nothing was measured: the probabilities are as they came, and may mean nothing. Give --calibrate a share above 0.'
+    if labelled.scores.empty:
+        return 'Nothing was measured: the probabilities are as they came, and may mean nothing. Give --calibrate a share above 0.'
     on = labelled.scores.on.iloc[-1]
     own = labelled.scores[(labelled.scores.on == on) & (labelled.scores.name == f'{SUPERVISOR}, calibrated')].iloc[0]
     chance = 'better than a coin' if own.low > .5 else 'NOT shown to be better than a coin: do not train on these labels'
-    words = [f'NOT CALIBRATED: {labelled.unfit}. The labels are written with the probabilities as they came, which mean nothing: do not train on them. '
-             'Train the supervisor on more rows or longer (--train-rows, --epochs), take a larger model, or give --calibrate 0 if only the choices are wanted.'] if labelled.unfit else []
-    words += [f'On {own.n:,} pairs with a human label ({on}) the supervisor is right in {own.accuracy:.1%} [{own.low:.1%}, {own.high:.1%}]: {chance}.']
+    words = (
+        [
+            f'NOT CALIBRATED: {labelled.unfit}. The labels are written with the probabilities as they came, which mean nothing: do not train on them. '
+            'Train the supervisor on more rows or longer (--train-rows, --epochs), take a larger model, or give --calibrate 0 if only the choices are wanted.'
+        ]
+        if labelled.unfit
+        else []
+    )
+    words += [
+        f'On {own.n:,} pairs with a human label ({on}) the supervisor is right in {own.accuracy:.1%} [{own.low:.1%}, {own.high:.1%}]: {chance}.'
+    ]
     for d in labelled.ahead[labelled.ahead.on == on].itertuples():
         how = 'ahead of' if d.low > 0 else 'BEHIND' if d.high < 0 else 'not told apart from'
         words.append(f'It is {how} "{d.than}" ({d.value:+.1%} [{d.low:+.1%}, {d.high:+.1%}]).')
@@ -174,7 +197,18 @@ def _cells(
     table: pd.DataFrame, # of numbers and texts
 ) -> str:
     "A table in Markdown, with three digits"
-    def cell(x: Any) -> str: return ('no', 'yes')[x] if isinstance(x, bool) else '–' if isinstance(x, float) and np.isnan(x) else f'{x:.3f}' if isinstance(x, float) else f'{x:,}' if isinstance(x, int) else str(x)
+    def cell(x: Any) -> str:
+        return (
+            ('no', 'yes')[x]
+            if isinstance(x, bool)
+            else '–'
+            if isinstance(x, float) and np.isnan(x)
+            else f'{x:.3f}'
+            if isinstance(x, float)
+            else f'{x:,}'
+            if isinstance(x, int)
+            else str(x)
+        )
     return markdown_table(table.columns, [list(map(cell, r)) for r in table.itertuples(index=False)])
 
 # %% ../../nbs/api/files/20_label.ipynb #c2e02838
@@ -183,8 +217,18 @@ def facts(
 ) -> dict[str, Any]:    # plain values
     "What one would like to know at a glance"
     rows, d = labelled.labels.rows, labelled.data
-    return dict(model=labelled.config.weak or 'none', supervisor=labelled.config.supervisor, trained_on=len(d.train or ()) if is_trained(labelled.config) else 0, held_out=len(d.held or ()), labelled=len(rows),
-                ties=labelled.labels.ties, temperature=labelled.temperature, calibrated=not labelled.unfit and d.held is not None, mean_prob=float(np.mean(rows['prob'])), mean_weight=float(np.mean(rows['weight'])))
+    return dict(
+        model=labelled.config.weak or 'none',
+        supervisor=labelled.config.supervisor,
+        trained_on=len(d.train or ()) if is_trained(labelled.config) else 0,
+        held_out=len(d.held or ()),
+        labelled=len(rows),
+        ties=labelled.labels.ties,
+        temperature=labelled.temperature,
+        calibrated=not labelled.unfit and d.held is not None,
+        mean_prob=float(np.mean(rows['prob'])),
+        mean_weight=float(np.mean(rows['weight'])),
+    )
 
 # %% ../../nbs/api/files/20_label.ipynb #5ca6ec1f
 EXPLAINED = """claimed: the mean probability that the judge itself gives its choices. ece, brier: how far its probabilities are from what came true; \
@@ -198,7 +242,16 @@ def measured_text(
     known = pd.DataFrame([(k.replace('_', ' '), v) for k, v in facts(labelled).items()], columns=['what', 'value'])
     parts = [verdict(labelled), _cells(known)]
     if labelled.scores.empty: return '\n\n'.join(parts)
-    return '\n\n'.join([*parts, '## How often it is right', EXPLAINED, _cells(labelled.scores), '## Do its probabilities mean what they say?', _cells(labelled.bins)])
+    return '\n\n'.join(
+        [
+            *parts,
+            '## How often it is right',
+            EXPLAINED,
+            _cells(labelled.scores),
+            '## Do its probabilities mean what they say?',
+            _cells(labelled.bins),
+        ]
+    )
 
 # %% ../../nbs/api/files/20_label.ipynb #4864202f
 def job_settings(
@@ -223,7 +276,9 @@ def trl_table(
     q = labelled.labels.rows.with_format(None)[:]
     def reply(text: str) -> list[dict]: return [dict(role='assistant', content=text)]
     if any(isinstance(p, list) for p in q['prompt']): q |= {c: [reply(x) for x in q[c]] for c in ('chosen', 'rejected')}
-    return Dataset.from_dict({c: q[c] for c in ('prompt', 'chosen', 'rejected', 'prob', 'weight', 'id')} | dict(margin=labelled.margin.tolist()))
+    return Dataset.from_dict(
+        {c: q[c] for c in ('prompt', 'chosen', 'rejected', 'prob', 'weight', 'id')} | dict(margin=labelled.margin.tolist())
+    )
 
 # %% ../../nbs/api/files/20_label.ipynb #c001d3a5
 FORM = ('.parquet', 'the labels are') # of the file
@@ -235,8 +290,16 @@ def write_labels(
 ) -> list[Path]:                    # the labels, and beside them the report for people and for programs
     "Write the labels and the report as one set; raises `ConfigError` where a file of the user would be lost"
     out, settings = check_job_out(out, *FORM), job_settings(labelled.job, labelled.config)
-    tables = {name: json.loads(t.to_json(orient='records')) for name, t in dict(scores=labelled.scores, bins=labelled.bins, ahead=labelled.ahead).items()}
-    told = facts(labelled) | dict(verdict=verdict(labelled)) | tables | dict(job=asdict(labelled.job), settings=acting(labelled.config), models=list(labelled.models))
+    tables = {
+        name: json.loads(t.to_json(orient='records'))
+        for name, t in dict(scores=labelled.scores, bins=labelled.bins, ahead=labelled.ahead).items()
+    }
+    told = (
+        facts(labelled)
+        | dict(verdict=verdict(labelled))
+        | tables
+        | dict(job=asdict(labelled.job), settings=acting(labelled.config), models=list(labelled.models))
+    )
     def rows(path: Path) -> None:
         with path.open('wb') as f: pq.write_table(trl_table(labelled).with_format('arrow')[:], f)
     return publish_job(out, work, rows, report_text(labelled), told, settings)
@@ -257,9 +320,13 @@ def rows_for(
     "All that is needed before the work; raises `DataError`, `ModelError` and `ConfigError`"
     check_label_out(job, out)
     if not job.train and is_trained(config):
-        raise ConfigError(f'a supervisor of the kind "{config.supervisor}" learns from labelled pairs: give them with --train FILE; only a judge (--supervisor judge) or a labeller without a model needs none')
+        raise ConfigError(
+            f'a supervisor of the kind "{config.supervisor}" learns from labelled pairs: give them with --train FILE; only a judge (--supervisor judge) or a labeller without a model needs none'
+        )
     model = know_model('weak', config.weak, config, is_trained(config)) if has_model(config.supervisor) else None
-    return model, load_label_data(job, model.reader if model else None, None if config.n_labelled is None else int(config.n_labelled), config.strict)
+    return model, load_label_data(
+        job, model.reader if model else None, None if config.n_labelled is None else int(config.n_labelled), config.strict
+    )
 
 def dry_text(
     config: WeakTeacher, # of `label_settings`
@@ -268,7 +335,11 @@ def dry_text(
 ) -> str:                # settings as TOML, and what is in the rows
     "What a labelling would do; nothing is written. Raises as `rows_for` does"
     model, data = rows_for(config, job, out)
-    counts = ', '.join(f'{len(rows):,} {name}' for name, rows in (('to learn from', data.train), ('held out', data.held), ('to label', data.rows)) if rows is not None)
+    counts = ', '.join(
+        f'{len(rows):,} {name}'
+        for name, rows in (('to learn from', data.train), ('held out', data.held), ('to label', data.rows))
+        if rows is not None
+    )
     return job_plan(job_settings(job, config), data.report, [model] if model else [], [f'rows: {counts}'])
 
 # %% ../../nbs/api/files/20_label.ipynb #e09d24db

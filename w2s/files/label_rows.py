@@ -62,7 +62,11 @@ def _with_label(blind: ColumnsRead, raw: RawTable, where: str, leave_out: Sequen
     "The record of pairs, with what a human said, which is only compared with"
     whole = preference_rows(raw, where, leave_out=leave_out, columns=columns).columns if says_choice(raw, leave_out, columns) else blind
     seen = {c for used in blind.used.values() for c in used}
-    human = tuple(c for c in dict.fromkeys(c for used in (*whole.used.values(), ('prob', 'gold')) for c in used) if c not in seen and c in raw.data.column_names)
+    human = tuple(
+        c
+        for c in dict.fromkeys(c for used in (*whole.used.values(), ('prob', 'gold')) for c in used)
+        if c not in seen and c in raw.data.column_names
+    )
     rest = tuple(c for c in blind.unread if c not in human)
     return replace(blind, used={**blind.used, **({'said by people, only compared with': human} if human else {})}, unread=rest)
 
@@ -108,7 +112,10 @@ def _tables(job: LabelJob, most: int | None) -> dict[str, tuple[str, RawTable]]:
     "The tables of a labelling, each read once; raises `DataError`"
     split, sources = named_pairs(job.split, '--split', ('rows', 'train')), {'rows': job.rows, **({'train': job.train} if job.train else {})}
     if lost := [k for k in split if k not in sources]: raise ConfigError(f'--split names {lost[0]}, and there is no --{lost[0]}')
-    tables = {k: one_table(s, {k: split[k]} if k in split else None, 'preferences', f'--split {k}', rows_wanted(most) if k == 'train' else 0) for k, s in sources.items()}
+    tables = {
+        k: one_table(s, {k: split[k]} if k in split else None, 'preferences', f'--split {k}', rows_wanted(most) if k == 'train' else 0)
+        for k, s in sources.items()
+    }
     check_leave_out(job.leave_out, dict(tables.values()))
     return tables
 
@@ -125,7 +132,13 @@ def load_label_data(
         left = [c for c in job.leave_out if c in raw.data.column_names]
         got[k] = pairs_of(raw, where, left, told) if k == 'rows' else preference_rows(raw, where, leave_out=left, columns=told)
     lost = [replace(r, split=k) for k, g in got.items() for r in g.refused]
-    splits, report = clean_text({k: g.rows for k, g in got.items()}, lost, {k: g.columns.rows for k, g in got.items()}, ('rows', 'train'), [replace(g.columns, split=k) for k, g in got.items()])
+    splits, report = clean_text(
+        {k: g.rows for k, g in got.items()},
+        lost,
+        {k: g.columns.rows for k, g in got.items()},
+        ('rows', 'train'),
+        [replace(g.columns, split=k) for k, g in got.items()],
+    )
     splits, report = readable(splits, [reader] if reader else [], report)
     report.refuse_if_strict(strict)
     if not job.train: return LabelData(None, None, splits['rows'], report)
@@ -136,8 +149,11 @@ def load_label_data(
 def _held_apart(train: Dataset, job: LabelJob) -> tuple[Dataset, Dataset]:
     "Rows to learn from, and rows to measure on; raises `DataError` where there are too few for both"
     try: parts = group_split(train, {'train': 1 - job.calibrate, 'held out': job.calibrate}, job.seed)
-    except DataError as e: raise DataError(f'{job.train}: {len(train)} rows with {len(set(train["group"]))} prompts are too few to keep a share of {job.calibrate:g} from the training; '
-                                           'give more rows, or --calibrate 0, which measures nothing') from e
+    except DataError as e:
+        raise DataError(
+            f'{job.train}: {len(train)} rows with {len(set(train["group"]))} prompts are too few to keep a share of {job.calibrate:g} from the training; '
+            'give more rows, or --calibrate 0, which measures nothing'
+        ) from e
     return parts['train'], parts['held out']
 
 # %% ../../nbs/api/files/10_label_rows.ipynb #1e20ade1

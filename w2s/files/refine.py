@@ -88,15 +88,22 @@ def check_examples(
     if job.method not in OF_METHODS['examples'] or job.choice != 'others': return
     groups = Counter(g for g, a in zip(groups_of(questions), answers, strict=True) if a.strip())
     most = sum(groups.values()) - max(groups.values(), default=0)
-    if most < job.examples: raise DataError(f'{job.questions}: --examples is {job.examples}, but a question can be shown {most} answers to others; lower it, or give more rows')
+    if most < job.examples:
+        raise DataError(
+            f'{job.questions}: --examples is {job.examples}, but a question can be shown {most} answers to others; lower it, or give more rows'
+        )
 
 def read_job(
     job: RefineJob, # which files
 ) -> tuple[list[str], list[str], DataReport]: # questions, each once; weak answers, '' where none are read; which columns were read, and what was left out
     "Questions and weak answers; raises `DataError`"
-    table, other = open_tables(job.leave_out, job.questions, job.weak_answers or job.questions, splits=named_pairs(job.split, '--split', SPLITS) or None)
+    table, other = open_tables(
+        job.leave_out, job.questions, job.weak_answers or job.questions, splits=named_pairs(job.split, '--split', SPLITS) or None
+    )
     none, apart = not reads_answers(job.method) and not job.weak_answers, bool(job.weak_answers) and job.weak_answers != job.questions
-    read = questions_from(table, job.questions, job.question, '' if none or apart else job.answer, '' if none or apart else 'needed', True, job.leave_out)
+    read = questions_from(
+        table, job.questions, job.question, '' if none or apart else job.answer, '' if none or apart else 'needed', True, job.leave_out
+    )
     if none: return read.questions, ['']*len(read.questions), read.report
     if not apart:
         check_examples(job, read.questions, read.answers or [])
@@ -183,9 +190,19 @@ def facts(
 ) -> dict[str, Any]:   # plain values
     "What one would like to know at a glance"
     new = [a.strip() for a in done.learned.answers]
-    return dict(method=done.job.method, strong=short_name(done.job.strong), questions=len(new), written=sum(map(bool, new)), empty=sum(not a for a in new), cut=done.cut,
-                weak_empty=sum(not a.strip() for a in done.weak) if any(done.weak) else 0, unchanged=sum(bool(a) and a == w.strip() for a, w in zip(new, done.weak, strict=True)),
-                words=mean_words(new), weak_words=mean_words(done.weak), concepts=len(set(done.learned.concepts)))
+    return dict(
+        method=done.job.method,
+        strong=short_name(done.job.strong),
+        questions=len(new),
+        written=sum(map(bool, new)),
+        empty=sum(not a for a in new),
+        cut=done.cut,
+        weak_empty=sum(not a.strip() for a in done.weak) if any(done.weak) else 0,
+        unchanged=sum(bool(a) and a == w.strip() for a, w in zip(new, done.weak, strict=True)),
+        words=mean_words(new),
+        weak_words=mean_words(done.weak),
+        concepts=len(set(done.learned.concepts)),
+    )
 
 # %% ../../nbs/api/files/30_refine.ipynb #c0a80783
 def beside(
@@ -195,7 +212,9 @@ def beside(
     "Some rows side by side: evenly over the file, empty ones among them"
     at = [i*len(done.questions)//most for i in range(most)] if len(done.questions) > most else range(len(done.questions))
     said = done.learned.concepts or ('',)*len(done.questions)
-    return [dict(question=done.questions[i], weak=done.weak[i].strip(), refined=done.learned.answers[i].strip(), concept=said[i]) for i in at]
+    return [
+        dict(question=done.questions[i], weak=done.weak[i].strip(), refined=done.learned.answers[i].strip(), concept=said[i]) for i in at
+    ]
 
 # %% ../../nbs/api/files/30_refine.ipynb #e378041f
 def refined_text(
@@ -207,9 +226,19 @@ def refined_text(
     same = f' {f["unchanged"]} are word for word the weak answer.' if any(done.weak) else ''
     names = f' {f["concepts"]} concepts were named.' if f['concepts'] else ''
     cut = f' {f["cut"]} answers fill all their {done.job.max_tokens} tokens and were cut, it seems; raise max_tokens.' if f['cut'] else ''
-    told = (f'{f["strong"]} answered {f["questions"]:,} questions by the method {f["method"]}. {f["written"]:,} answers were written; {f["empty"]} are empty and left out.'
-            f'{weak}{same}{names}{cut} Words of an answer: {f["words"]:g}' + (f', of a weak one {f["weak_words"]:g}.' if f['weak_words'] else '.'))
-    def one(r: dict) -> str: return '\n'.join([f'**{escape_markdown(r["question"])}**', '', *(f'- {k}: {escape_markdown(r[k]) or "(nothing)"}' for k in ('weak', 'concept', 'refined') if r[k] or k == 'refined')])
+    told = (
+        f'{f["strong"]} answered {f["questions"]:,} questions by the method {f["method"]}. {f["written"]:,} answers were written; {f["empty"]} are empty and left out.'
+        f'{weak}{same}{names}{cut} Words of an answer: {f["words"]:g}'
+        + (f', of a weak one {f["weak_words"]:g}.' if f['weak_words'] else '.')
+    )
+    def one(r: dict) -> str:
+        return '\n'.join(
+            [
+                f'**{escape_markdown(r["question"])}**',
+                '',
+                *(f'- {k}: {escape_markdown(r[k]) or "(nothing)"}' for k in ('weak', 'concept', 'refined') if r[k] or k == 'refined'),
+            ]
+        )
     return '\n\n'.join([escape_markdown(told), *map(one, beside(done))])
 
 # %% ../../nbs/api/files/30_refine.ipynb #10c5e271
@@ -230,7 +259,14 @@ def write_refined(
 ) -> list[Path]:                    # the rows, and beside them the report for people and for programs
     "Write rows and report as one set; raises `ConfigError` where a file of the user would be lost"
     out = check_job_out(out, *FORM)
-    told = facts(done) | dict(columns=[str(c) for c in done.report.columns], examples=beside(done), settings=to_table(done.job), form=asdict(done.form), versions={p: version(p) for p in PACKAGES}, models=list(done.models))
+    told = facts(done) | dict(
+        columns=[str(c) for c in done.report.columns],
+        examples=beside(done),
+        settings=to_table(done.job),
+        form=asdict(done.form),
+        versions={p: version(p) for p in PACKAGES},
+        models=list(done.models),
+    )
     lines = ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in trl_rows(done))
     return publish_job(out, work, lines, report_text(done), told, to_table(done.job))
 
@@ -252,6 +288,15 @@ def refine_file(
         model = refiner(job)
         tell_beginning(stages, [model], report)
         learned = refine_answers(Study(job, stages, quiet), model, form, questions, weak)
-    done = RefinedFile(job, form, questions, weak, learned, count_cut(model.reader.tokenizer, learned.answers, job.max_tokens), model_lines([model]), report)
+    done = RefinedFile(
+        job,
+        form,
+        questions,
+        weak,
+        learned,
+        count_cut(model.reader.tokenizer, learned.answers, job.max_tokens),
+        model_lines([model]),
+        report,
+    )
     write_refined(done, out, work)
     return done

@@ -28,10 +28,12 @@ def split_call(
 ) -> tuple[str, dict[str, float]]: # name and options
     "A name and the options in its brackets; raises `ConfigError`"
     found = re.fullmatch(r'\s*([^()]*[^()\s])\s*(?:\((.*)\))?\s*', text)
-    if found is None: raise ConfigError(f'{kind} {text!r} cannot be read; write a name, or a name with options as in confidence(highest=0.5)')
+    if found is None:
+        raise ConfigError(f'{kind} {text!r} cannot be read; write a name, or a name with options as in confidence(highest=0.5)')
     name, inside = found.groups()
     options = [_option(f'{kind} {text!r}', o) for o in (inside or '').split(',') if o.strip()]
-    if twice := [k for k, _ in options if sum(k == n for n, _ in options) > 1]: raise ConfigError(f'{kind} {text!r}: option {twice[0]} is given twice')
+    if twice := [k for k, _ in options if sum(k == n for n, _ in options) > 1]:
+        raise ConfigError(f'{kind} {text!r}: option {twice[0]} is given twice')
     return name, dict(options)
 
 def _option(where: str, text: str) -> tuple[str, float]:

@@ -28,7 +28,9 @@ def progress_bar(
 ) -> Any:                # a tqdm bar, to be used in a `with`
     "A progress bar, where somebody can see it"
     from tqdm.auto import tqdm
-    return tqdm(total=total, desc=label, unit=unit, unit_scale=unit == 'tok', initial=initial, leave=False, disable=quiet or not is_watched())
+    return tqdm(
+        total=total, desc=label, unit=unit, unit_scale=unit == 'tok', initial=initial, leave=False, disable=quiet or not is_watched()
+    )
 
 # %% ../../nbs/api/io/40_console.ipynb #dcb2b7da
 MARKS = re.compile(r'[\\`*<>|&~$]|(?<!\w)_|_(?!\w)|(?<!\S)#|\[(?!-?[\d.]+, -?[\d.]+\](?![(\[:]))') # but for an interval such as [0.1, 0.2]

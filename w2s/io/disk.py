@@ -169,7 +169,10 @@ def error_number(
     said = str(error)
     if found := re.search(r'(?:os error |\[Errno )(\d+)', said): return int(found[1])
     if re.search(r'PytorchStreamWriter failed|unexpected pos \d+ vs|No space left', said): return errno.ENOSPC
-    if isinstance(error, MemoryError) or re.search(r"can't allocate memory|CUDA out of memory|Unable to allocate|failed to map segment|Cannot allocate memory|bad_alloc", said): return errno.ENOMEM
+    if isinstance(error, MemoryError) or re.search(
+        r"can't allocate memory|CUDA out of memory|Unable to allocate|failed to map segment|Cannot allocate memory|bad_alloc", said
+    ):
+        return errno.ENOMEM
     return error_number(error.__cause__) if error.__cause__ else None
 
 # %% ../../nbs/api/io/10_disk.ipynb #78ca417e
@@ -178,7 +181,8 @@ def failure_text(
 ) -> str:                 # one sentence; '' for an exception that is none of the system
     "Say what the system refused, where, and what to do"
     number = error_number(error)
-    if number not in CAUSES: return f'{error.filename}: {error.strerror}' if isinstance(error, OSError) and error.filename and error.strerror else ''
+    if number not in CAUSES:
+        return f'{error.filename}: {error.strerror}' if isinstance(error, OSError) and error.filename and error.strerror else ''
     where = f'{error.filename}: ' if isinstance(error, OSError) and error.filename else ''
     return f'{where}{CAUSES[number]}'
 

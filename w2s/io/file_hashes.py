@@ -47,7 +47,10 @@ def read_hashes(
     try: found = json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError: return {}
     except (OSError, ValueError, RecursionError): found = None
-    if isinstance(found, dict) and all(isinstance(v, list) and len(v) == 2 and isinstance(v[1], str) and len(v[1]) == 64 for v in found.values()): return found
+    if isinstance(found, dict) and all(
+        isinstance(v, list) and len(v) == 2 and isinstance(v[1], str) and len(v[1]) == 64 for v in found.values()
+    ):
+        return found
     warnings.warn(f'the hashes of large files in {path} cannot be read; they are worked out again', W2SWarning, stacklevel=2)
     return {}
 

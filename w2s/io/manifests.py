@@ -139,8 +139,15 @@ def check_own(
     ours, names = set(own_files(manifest)), list(names)
     tops = {Path(f).parts[0] for f in ours}
     foreign = sorted(n for n in names if n not in tops and ((folder/n).exists() or (folder/n).is_symlink()))
-    foreign += [f'{n}/{f.as_posix()}' for n in sorted({*names} & tops) if (folder/n).is_dir() and not (folder/n).is_symlink() for f in list_files(folder/n, ()) if f'{n}/{f.as_posix()}' not in ours]
-    if foreign: raise ConfigError(f'{folder/foreign[0]} is there, and it was not written by this command; give another --out, or move it away')
+    foreign += [
+        f'{n}/{f.as_posix()}'
+        for n in sorted({*names} & tops)
+        if (folder / n).is_dir() and not (folder / n).is_symlink()
+        for f in list_files(folder / n, ())
+        if f'{n}/{f.as_posix()}' not in ours
+    ]
+    if foreign:
+        raise ConfigError(f'{folder / foreign[0]} is there, and it was not written by this command; give another --out, or move it away')
 
 # %% ../../nbs/api/io/20_manifests.ipynb #5e124e5b
 TEXTS = ('.md', '.toml', '.json', '.csv', '.tex') # results that a person may edit
@@ -150,7 +157,11 @@ def keep_edited(
     files: dict[str, Any], # of `own_files`: what was written
 ) -> list[Path]:           # the copies
     "Rename texts that were changed since they were written; warns of each"
-    changed = [folder/f for f, want in files.items() if '/' not in f and f.endswith(TEXTS) and (folder/f).is_file() and (folder/f).stat().st_size and file_damage(folder/f, want)]
+    changed = [
+        folder / f
+        for f, want in files.items()
+        if '/' not in f and f.endswith(TEXTS) and (folder / f).is_file() and (folder / f).stat().st_size and file_damage(folder / f, want)
+    ]
     copies = []
     for path in changed:
         copies.append(next(p for p in (path.with_name(f'{path.name}.edited{i or ""}') for i in count()) if not p.exists()))
@@ -232,6 +243,7 @@ def publish_file(
     "Write a file and its reports as one set; raises `ConfigError`"
     names = report_names(out)
     def write(folder: Path) -> None:
-        for name, one in zip(names, files, strict=True): (folder/name).write_bytes(text_bytes(one)) if isinstance(one, str) else one(folder/name)
+        for name, one in zip(names, files, strict=True):
+            (folder / name).write_bytes(text_bytes(one)) if isinstance(one, str) else one(folder / name)
     publish(out.parent, write, made, file_manifest(out, work))
     return [out.parent/name for name in names]

@@ -82,5 +82,15 @@ def describe_making(
 ) -> dict[str, Any]: # JSON values
     "What makes a result now: for its manifest"
     command = shorten_home(' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
-    return {'versions': package_versions(), 'python': platform.python_version(), 'commit': own_commit(), 'host': platform.node(), 'system': platform.platform(),
-            **describe_device(), 'command': command, 'time': time_now(), 'process': os.getpid(), **more}
+    return {
+        'versions': package_versions(),
+        'python': platform.python_version(),
+        'commit': own_commit(),
+        'host': platform.node(),
+        'system': platform.platform(),
+        **describe_device(),
+        'command': command,
+        'time': time_now(),
+        'process': os.getpid(),
+        **more,
+    }

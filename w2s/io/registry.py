@@ -70,7 +70,8 @@ def place_of(
 # %% ../../nbs/api/io/70_registry.ipynb #1f4f2ba6
 def _wrong(what: str, known: Mapping[str, str], parameter: inspect.Parameter) -> str:
     "Why a parameter cannot be"
-    if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY): return f'{what}: {parameter} cannot be filled by name; write each parameter out: {", ".join(known)}'
+    if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+        return f'{what}: {parameter} cannot be filled by name; write each parameter out: {", ".join(known)}'
     said = unknown(parameter.name, known, 'parameter').partition('; ')[2]
     said = f'{said} It may take {", ".join(known)}' if said.startswith('did') else f'it may take {", ".join(known)}'
     return f'{what}: nothing is known that could be given as "{parameter.name}"; {said}, and options with a number as default'
@@ -82,7 +83,8 @@ def read_signature(
 ) -> tuple[tuple[str, ...], dict[str, float]]: # parameters that a run fills; options with their defaults
     "What a function asks for; raises `ConfigError` for what no run can give"
     if not callable(function) or isinstance(function, type): raise ConfigError(f'{what}: a function is needed, not {function!r:.60}')
-    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function): raise ConfigError(f'{what}: a plain function is needed, without async or yield')
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        raise ConfigError(f'{what}: a plain function is needed, without async or yield')
     takes, options = [], {}
     for name, p in inspect.signature(function).parameters.items():
         number = isinstance(p.default, (int, float)) and not isinstance(p.default, bool) and math.isfinite(p.default)
@@ -101,7 +103,9 @@ def named_in(
     "The names that a module registers, read from its text: it is not imported"
     spec = find_spec(module)
     if spec is None or not spec.origin: return ()
-    found = [d for n in ast.parse(Path(spec.origin).read_text(encoding='utf-8')).body if isinstance(n, ast.FunctionDef) for d in n.decorator_list]
+    found = [
+        d for n in ast.parse(Path(spec.origin).read_text(encoding='utf-8')).body if isinstance(n, ast.FunctionDef) for d in n.decorator_list
+    ]
     return tuple(ast.literal_eval(d.args[0]) for d in found if isinstance(d, ast.Call) and ast.unparse(d.func).endswith(f'{word}.built_in'))
 
 # %% ../../nbs/api/io/70_registry.ipynb #f48805f5
@@ -120,7 +124,16 @@ class Registry(Mapping[str, Extension]):
         flags: Mapping[str, Any] | None = None, # what a decorator may say, with defaults
         reserved: tuple[str, ...] = (),         # names that mean something else in the same settings
     ):
-        self.kind, self.word, self.fills, self.home, self.inner, self.trial, self.flags, self.reserved = kind, word, dict(fills), home, inner, trial, dict(flags or {}), reserved
+        self.kind, self.word, self.fills, self.home, self.inner, self.trial, self.flags, self.reserved = (
+            kind,
+            word,
+            dict(fills),
+            home,
+            inner,
+            trial,
+            dict(flags or {}),
+            reserved,
+        )
         self.found: dict[str, Extension] = {}
 
     @property
@@ -148,8 +161,10 @@ class Registry(Mapping[str, Extension]):
     ) -> Extension:
         "Register a function under a name; raises `ConfigError`"
         what = f'{self.kind} "{name}" ({place_of(function)})'
-        if own and not (isinstance(name, str) and NAME.fullmatch(name)): raise ConfigError(f'{self.kind} {name!r}: a name has letters, digits, _, - and ., and begins with a letter')
-        if own and name in (*self.built_in_names, *self.reserved): raise ConfigError(f'{what}: "{name}" is built in and cannot be replaced; take another name')
+        if own and not (isinstance(name, str) and NAME.fullmatch(name)):
+            raise ConfigError(f'{self.kind} {name!r}: a name has letters, digits, _, - and ., and begins with a letter')
+        if own and name in (*self.built_in_names, *self.reserved):
+            raise ConfigError(f'{what}: "{name}" is built in and cannot be replaced; take another name')
         if odd := [f for f in flags if f not in self.flags]: raise ConfigError(f'{what}: ' + unknown(odd[0], self.flags, 'flag'))
         takes, options = read_signature(function, what, {**self.fills, **({} if own else dict.fromkeys(self.inner, ''))})
         made = Extension(self.kind, name, function, takes, options, {**self.flags, **flags}, own)
@@ -249,9 +264,15 @@ def call_own(
     except ConfigError: raise
     except Exception as e:
         if not extension.own or isinstance(e, MemoryError) or 'out of memory' in str(e).lower(): raise
-        at = [f for f in inspect.getinnerframes(e.__traceback__) if f.filename == extension.function.__code__.co_filename] if e.__traceback__ and hasattr(extension.function, '__code__') else []
+        at = (
+            [f for f in inspect.getinnerframes(e.__traceback__) if f.filename == extension.function.__code__.co_filename]
+            if e.__traceback__ and hasattr(extension.function, '__code__')
+            else []
+        )
         line = f' in line {at[-1].lineno}' if at else ''
-        raise ConfigError(f'{extension.title} fails{f" {where}" if where else ""}{line}: {type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else "no message"}') from e
+        raise ConfigError(
+            f'{extension.title} fails{f" {where}" if where else ""}{line}: {type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else "no message"}'
+        ) from e
 
 # %% ../../nbs/api/io/70_registry.ipynb #6ec395e6
 def check_numbers(
@@ -265,7 +286,8 @@ def check_numbers(
     want = f'want numbers of shape {shape}{f" ({where})" if where else ""}'
     if given is None: raise ConfigError(f'{extension.title} returned nothing; {want}')
     try: out = np.asarray(given.detach().cpu() if hasattr(given, 'detach') else given)
-    except (ValueError, TypeError) as e: raise ConfigError(f'{extension.title} returned a {type(given).__name__} that is no table of numbers; {want}') from e
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f'{extension.title} returned a {type(given).__name__} that is no table of numbers; {want}') from e
     if out.dtype.kind not in 'biuf': raise ConfigError(f'{extension.title} returned {type(given).__name__} of type {out.dtype}; {want}')
     if out.shape != shape: raise ConfigError(f'{extension.title} returned numbers of shape {out.shape}; {want}')
     if not (fine := np.isfinite(out)).all():
@@ -281,8 +303,10 @@ def check_texts(
 ) -> list[str]:
     "One text for each row; raises `ConfigError` with kind and name"
     want = f'want a list of {rows} texts, one a row'
-    if given is None or isinstance(given, (str, bytes, Mapping)) or not hasattr(given, '__len__') or not hasattr(given, '__iter__'): raise ConfigError(f'{extension.title} returned {"nothing" if given is None else type(given).__name__}; {want}')
+    if given is None or isinstance(given, (str, bytes, Mapping)) or not hasattr(given, '__len__') or not hasattr(given, '__iter__'):
+        raise ConfigError(f'{extension.title} returned {"nothing" if given is None else type(given).__name__}; {want}')
     texts = list(given)
     if len(texts) != rows: raise ConfigError(f'{extension.title} returned {len(texts)} texts; {want}')
-    if odd := [i for i, t in enumerate(texts) if not isinstance(t, str)]: raise ConfigError(f'{extension.title} returned {texts[odd[0]]!r:.60} for row {odd[0] + 1}; {want}')
+    if odd := [i for i, t in enumerate(texts) if not isinstance(t, str)]:
+        raise ConfigError(f'{extension.title} returned {texts[odd[0]]!r:.60} for row {odd[0] + 1}; {want}')
     return [str(t) for t in texts]

@@ -30,7 +30,11 @@ def linear_layers(
 ) -> list[str]:     # full names, in the order of the model
     "The linear layers of a model but its output head; a router that is built on one is none"
     head = model.get_output_embeddings()
-    return [n for n, m in model.named_modules() if m is not head and (type(m).__name__ in ('Conv1D', 'Linear4bit') or isinstance(m, torch.nn.Linear) and acts_as_linear(_kind(m)))]
+    return [
+        n
+        for n, m in model.named_modules()
+        if m is not head and (type(m).__name__ in ('Conv1D', 'Linear4bit') or isinstance(m, torch.nn.Linear) and acts_as_linear(_kind(m)))
+    ]
 
 def _kind(m: Any) -> Any: return type(m)
 
@@ -94,17 +98,28 @@ def put_on(
     except ADAPTER_ERRORS as e:
         bare(model)
         if error_number(e) == errno.ENOMEM: raise # not the adapter's fault
-        raise ModelError(f'{name} ({type(model).__name__}) does not take this LoRA adapter: {" ".join(str(e).split())[:300]}; name other layers in lora.targets, or take a model of another kind') from e
+        raise ModelError(
+            f'{name} ({type(model).__name__}) does not take this LoRA adapter: {" ".join(str(e).split())[:300]}; name other layers in lora.targets, or take a model of another kind'
+        ) from e
 
 # %% ../../nbs/api/models/130_adapter_files.ipynb #781d7a8f
 def _check_put(model: Any, head: Any, said: list[str]) -> None:
     "Raise `ModelError` for an adapter on the head, on experts in 4 bits, or with tensors missing"
     if model.get_output_embeddings() is not head:
-        raise ModelError('the adapter changes the output head (lm_head, or embeddings that are tied to it), which log-probs are read from directly; leave lm_head out of its target_modules and modules_to_save')
+        raise ModelError(
+            'the adapter changes the output head (lm_head, or embeddings that are tied to it), which log-probs are read from directly; leave lm_head out of its target_modules and modules_to_save'
+        )
     for m in model.modules():
-        if type(m).__name__ == 'ParamWrapper' and any(isinstance(p, FourBit) for p in getattr(m.get_base_layer(), 'parametrizations', {}).get(m.parameter_name, ())):
-            raise ModelError(f'the adapter changes {m.parameter_name} of experts, which are in 4 bits and take none; take --quantize none, or an adapter on other layers')
-    if lost := next((s for s in said if 'missing adapter keys' in s), ''): raise ModelError(f'the adapter lacks tensors for this base: {lost.partition("checkpoint:")[2].strip()[:200]}; load the base that it was trained on')
+        if type(m).__name__ == 'ParamWrapper' and any(
+            isinstance(p, FourBit) for p in getattr(m.get_base_layer(), 'parametrizations', {}).get(m.parameter_name, ())
+        ):
+            raise ModelError(
+                f'the adapter changes {m.parameter_name} of experts, which are in 4 bits and take none; take --quantize none, or an adapter on other layers'
+            )
+    if lost := next((s for s in said if 'missing adapter keys' in s), ''):
+        raise ModelError(
+            f'the adapter lacks tensors for this base: {lost.partition("checkpoint:")[2].strip()[:200]}; load the base that it was trained on'
+        )
 
 # %% ../../nbs/api/models/130_adapter_files.ipynb #100b1efa
 def check_adapter_files(
@@ -114,10 +129,22 @@ def check_adapter_files(
     path = folder/'adapter_config.json'
     if not path.is_file(): raise ModelError(f'{folder} holds no adapter: adapter_config.json is missing')
     config = read_json(path)
-    if not isinstance(config, dict) or 'peft_type' not in config: raise ModelError(f'{path} is damaged: it does not say what kind of adapter it is')
-    if fault := _kind_fault(config): raise ModelError(f'the adapter in {folder} is of the kind {fault}; w2s reads LoRA, with DoRA and rank-stabilized LoRA, that can be taken off again')
+    if not isinstance(config, dict) or 'peft_type' not in config:
+        raise ModelError(f'{path} is damaged: it does not say what kind of adapter it is')
+    if fault := _kind_fault(config):
+        raise ModelError(
+            f'the adapter in {folder} is of the kind {fault}; w2s reads LoRA, with DoRA and rank-stabilized LoRA, that can be taken off again'
+        )
     weights = folder/'adapter_model.safetensors'
-    if not weights.is_file(): raise ModelError(f'{folder} has no adapter_model.safetensors' + ('; adapter_model.bin is in pickle form, which can run any code: save the adapter with safe_serialization' if (folder/'adapter_model.bin').is_file() else '; get the adapter anew'))
+    if not weights.is_file():
+        raise ModelError(
+            f'{folder} has no adapter_model.safetensors'
+            + (
+                '; adapter_model.bin is in pickle form, which can run any code: save the adapter with safe_serialization'
+                if (folder / 'adapter_model.bin').is_file()
+                else '; get the adapter anew'
+            )
+        )
     if fault := tensor_fault(weights): raise ModelError(f'{weights} {fault}')
     return config
 
@@ -125,7 +152,8 @@ def _kind_fault(config: dict) -> str:
     "What makes an adapter one that w2s does not read, or ''"
     if config['peft_type'] != 'LORA': return str(config['peft_type'])
     if config.get('alora_invocation_tokens') or config.get('layer_replication'): return 'LoRA with invocation tokens or replicated layers'
-    if whole := config.get('modules_to_save'): return f'LoRA that replaces whole layers of the base (modules_to_save: {", ".join(map(str, whole))})'
+    if whole := config.get('modules_to_save'):
+        return f'LoRA that replaces whole layers of the base (modules_to_save: {", ".join(map(str, whole))})'
     return '' if config.get('bias', 'none') == 'none' else f'LoRA that changes the biases of the base itself (bias: {config["bias"]})'
 
 # %% ../../nbs/api/models/130_adapter_files.ipynb #779d4b30
@@ -133,7 +161,9 @@ def _without(model: Any) -> Counter[str]:
     "Linear layers that have no adapter, by name; those of recurrent layers are called so"
     recurrent = [at for at, m in model.named_modules() if hasattr(m, 'A_log')]
     bare_ones = [n for n in linear_layers(model) if '.base_layer' not in n and '.lora_' not in n]
-    return Counter(n.rpartition('.')[2] + (' of recurrent layers' if any(n.startswith(f'{at}.') for at in recurrent) else '') for n in bare_ones)
+    return Counter(
+        n.rpartition('.')[2] + (' of recurrent layers' if any(n.startswith(f'{at}.') for at in recurrent) else '') for n in bare_ones
+    )
 
 # %% ../../nbs/api/models/130_adapter_files.ipynb #5e2768ac
 def adapter_line(
@@ -141,12 +171,26 @@ def adapter_line(
 ) -> str:
     "On which layers an adapter sits, and on which not"
     def leaf(name: str) -> str: return name.rpartition('.')[2]
-    def label(name: str, m: Any) -> str: return leaf(name.replace('.base_layer', '')) + (f'.{m.parameter_name}' if hasattr(m, 'parameter_name') else '')
+    def label(name: str, m: Any) -> str:
+        return leaf(name.replace('.base_layer', '')) + (f'.{m.parameter_name}' if hasattr(m, 'parameter_name') else '')
     on = Counter(label(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer))
     size = sum(p.numel() for n, p in model.named_parameters() if 'lora_' in n)
     inner = model.get_base_model()
     experts = {leaf(n) for n in [*expert_weights(inner), *getattr(inner, 'four_bit_experts', [])]} - {leaf(n) for n in on}
-    routers = {type(m).__name__ for m in inner.modules() if re.search('router|gate$', type(m).__name__, re.IGNORECASE) and not isinstance(m, BaseTunerLayer)} if experts else set()
+    routers = (
+        {
+            type(m).__name__
+            for m in inner.modules()
+            if re.search('router|gate$', type(m).__name__, re.IGNORECASE) and not isinstance(m, BaseTunerLayer)
+        }
+        if experts
+        else set()
+    )
     without = _without(inner)
-    out = ['the output head', *(['the experts'] if experts else []), *(['the routers'] if routers else []), *(f'{n} ({k})' for n, k in without.items())]
+    out = [
+        'the output head',
+        *(['the experts'] if experts else []),
+        *(['the routers'] if routers else []),
+        *(f'{n} ({k})' for n, k in without.items()),
+    ]
     return f'LoRA of {size:,} weights on {", ".join(f"{n} ({k})" for n, k in on.items())}; not on {", ".join(out)}'

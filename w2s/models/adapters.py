@@ -39,7 +39,9 @@ def check_targets(
     "Raise `ModelError` if a target names no linear layer, or the output head"
     names = {n.rsplit('.', 1)[-1] for n in linear_layers(base.model)}
     if missing := [t for t in lora.targets if t not in names]:
-        raise ModelError(f'{base.name} has no linear layer named {", ".join(missing)} that can take an adapter; it has {", ".join(sorted(names))}')
+        raise ModelError(
+            f'{base.name} has no linear layer named {", ".join(missing)} that can take an adapter; it has {", ".join(sorted(names))}'
+        )
 
 # %% ../../nbs/api/models/140_adapters.ipynb #f2c5f97e
 def lora_config(
@@ -47,7 +49,13 @@ def lora_config(
     lora: LoraSettings, # rank and its relatives
 ) -> LoraConfig:        # of PEFT
     "What PEFT is told"
-    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type='CAUSAL_LM', target_modules=lora_targets(model, lora.targets))
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        task_type='CAUSAL_LM',
+        target_modules=lora_targets(model, lora.targets),
+    )
 
 def plan_adapter(
     plan: ModelPlan,    # of a base; its layers get the adapter, so it is of no other use afterwards
@@ -55,7 +63,8 @@ def plan_adapter(
     name: str | Path,   # of the base, for messages
 ) -> str:
     "On what an adapter will sit, in words, before anything is loaded; raises `ModelError` for a model that takes none"
-    with torch.random.fork_rng(devices=[]): return adapter_line(put_on(plan.model, str(name), lambda: get_peft_model(plan.model, lora_config(plan.model, lora))))
+    with torch.random.fork_rng(devices=[]):
+        return adapter_line(put_on(plan.model, str(name), lambda: get_peft_model(plan.model, lora_config(plan.model, lora))))
 
 # %% ../../nbs/api/models/140_adapters.ipynb #5b3155bc
 def add_adapter(
@@ -67,7 +76,11 @@ def add_adapter(
     check_targets(base, lora)
     with torch.random.fork_rng(devices=[]): # the matrices are drawn on the CPU, whatever the device
         torch.random.default_generator.manual_seed(seed)
-        model = put_on(base.model, base.name, lambda: get_peft_model(base.model, lora_config(base.model, lora), revision=getattr(base.model, 'hub_revision', None)))
+        model = put_on(
+            base.model,
+            base.name,
+            lambda: get_peft_model(base.model, lora_config(base.model, lora), revision=getattr(base.model, 'hub_revision', None)),
+        )
     set_mode(model, True)
     return model
 
@@ -136,7 +149,11 @@ def save_adapter(
     (part/'README.md').unlink(missing_ok=True) # PEFT's empty form of a model card, with a path of this machine
     config = part/'adapter_config.json'
     config.write_text(json.dumps(_sorted_lists(json.loads(config.read_text(encoding='utf-8'))), indent=2, sort_keys=True), encoding='utf-8')
-    note = {'base': base.name, 'fingerprint': base.fingerprint, **{k: v for k, v in asdict(base.settings).items() if v is not None or k != 'chat_template'}} | ({'hub_revision': r} if (r := getattr(base.model, 'hub_revision', None)) else {})
+    note = {
+        'base': base.name,
+        'fingerprint': base.fingerprint,
+        **{k: v for k, v in asdict(base.settings).items() if v is not None or k != 'chat_template'},
+    } | ({'hub_revision': r} if (r := getattr(base.model, 'hub_revision', None)) else {})
     for name in ('device', *SWITCH): del note[name] # matters of this machine
     (part/'w2s.json').write_text(json.dumps(note, indent=1, sort_keys=True), encoding='utf-8')
     save_head(model, part)
@@ -153,7 +170,9 @@ def check_adapter(
 ) -> None:
     "Raise `ModelError` if this adapter is damaged, or was not trained on this base"
     if (folder/MANIFEST).is_file() and (damage := find_damage(folder)):
-        raise ModelError(f'the adapter in {folder} is damaged: {damage[0]}; copy it again, or train it again (if you changed the file yourself, delete {MANIFEST} beside it)')
+        raise ModelError(
+            f'the adapter in {folder} is damaged: {damage[0]}; copy it again, or train it again (if you changed the file yourself, delete {MANIFEST} beside it)'
+        )
     config = check_adapter_files(folder)
     if (folder/'w2s.json').is_file():
         note = json.loads((folder/'w2s.json').read_text(encoding='utf-8'))
@@ -162,7 +181,8 @@ def check_adapter(
                              f'not on {base.name} ({base.fingerprint}); load that base')
     else:
         named = config.get('base_model_name_or_path')
-        if named not in (base.name, base.model.name_or_path): raise ModelError(f'the adapter in {folder} says that it belongs to {named}, not to {base.name}; load that base')
+        if named not in (base.name, base.model.name_or_path):
+            raise ModelError(f'the adapter in {folder} says that it belongs to {named}, not to {base.name}; load that base')
 
 # %% ../../nbs/api/models/140_adapters.ipynb #4f5de400
 def put_saved(
@@ -183,7 +203,11 @@ def put_saved(
     left = model.load_adapter(str(folder), 'default', is_trainable=trainable).unexpected_keys # older files name tensors otherwise, as PEFT knows
     if not left: return model
     model.unload()
-    why = 'experts in 4 bits take none: take --quantize none' if base.settings.quantize == 'nf4' and any('expert' in k for k in left) else 'load the base that it was trained on'
+    why = (
+        'experts in 4 bits take none: take --quantize none'
+        if base.settings.quantize == 'nf4' and any('expert' in k for k in left)
+        else 'load the base that it was trained on'
+    )
     raise ModelError(f'the adapter in {folder} has {len(left)} tensors that have no place in {base.name}, such as {left[0]}; {why}')
 
 # %% ../../nbs/api/models/140_adapters.ipynb #7b58e579

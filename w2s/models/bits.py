@@ -66,7 +66,8 @@ def found_bits(
     outside, four, rest = _outside(model), 0, Counter[str]()
     for name, p in model.named_parameters():
         state = getattr(p, 'quant_state', None)
-        if state is not None and state.quant_type == 'nf4' and (state.nested or not double) and p.element_size() == 1: four += prod(state.shape)
+        if state is not None and state.quant_type == 'nf4' and (state.nested or not double) and p.element_size() == 1:
+            four += prod(state.shape)
         elif state is not None: rest[_short(name)] += prod(state.shape)
         elif id(p) not in outside: rest[_short(name)] += p.numel()
     return _sorted(four, rest)
@@ -81,7 +82,13 @@ def wrong_shapes(
     for name, p in model.named_parameters():
         if (state := getattr(p, 'quant_state', None)) is None: continue
         module = model.get_submodule(name.rpartition('.')[0])
-        shape = (module.out_features, module.in_features) if hasattr(module, 'out_features') else tuple(want[name].shape) if name in want else tuple(state.shape)
+        shape = (
+            (module.out_features, module.in_features)
+            if hasattr(module, 'out_features')
+            else tuple(want[name].shape)
+            if name in want
+            else tuple(state.shape)
+        )
         if tuple(state.shape) != shape: out.append((name, tuple(state.shape), shape))
     return out
 

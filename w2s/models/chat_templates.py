@@ -15,12 +15,14 @@ from typing import Any
 from ..errors import ConfigError
 
 # %% ../../nbs/api/models/010_chat_templates.ipynb #85e849f0
-PLAIN = ("{%- set names = {'system': '', 'developer': '', 'user': 'Human: ', 'human': 'Human: ', 'assistant': 'Assistant: '} -%}"
-         "{%- for m in messages -%}"
-         "{%- if m.role not in names -%}{{- raise_exception('plain paragraphs have no name for the role ' ~ m.role ~ '; give a file by --chat-template') -}}{%- endif -%}"
-         "{{- ('' if loop.first else '\n\n') ~ names[m.role] ~ m.content -}}"
-         "{%- endfor -%}"
-         "{%- if add_generation_prompt -%}{{- '\n\nAssistant:' -}}{%- endif -%}")
+PLAIN = (
+    "{%- set names = {'system': '', 'developer': '', 'user': 'Human: ', 'human': 'Human: ', 'assistant': 'Assistant: '} -%}"
+    "{%- for m in messages -%}"
+    "{%- if m.role not in names -%}{{- raise_exception('plain paragraphs have no name for the role ' ~ m.role ~ '; give a file by --chat-template') -}}{%- endif -%}"
+    "{{- ('' if loop.first else '\n\n') ~ names[m.role] ~ m.content -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '\n\nAssistant:' -}}{%- endif -%}"
+)
 NEXT_TURN = '\n\nHuman:' # what a model writes that goes on past its own reply
 
 # %% ../../nbs/api/models/010_chat_templates.ipynb #a318b58b
@@ -34,9 +36,11 @@ def template_file(
 ) -> str:        # the template
     "A chat template from a file; raises `ConfigError`"
     path, where = Path(choice).expanduser(), f'--chat-template {choice}'
-    if not path.is_file(): raise ConfigError(f'{where}: there is no such file; give chatml, plain, or a file that holds a template in Jinja')
+    if not path.is_file():
+        raise ConfigError(f'{where}: there is no such file; give chatml, plain, or a file that holds a template in Jinja')
     try: text = path.read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as e: raise ConfigError(f'{where} cannot be read as text ({e}); give a file that holds a template in Jinja') from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f'{where} cannot be read as text ({e}); give a file that holds a template in Jinja') from e
     if path.suffix == '.json': text = _inside_json(text, where)
     if not text.strip(): raise ConfigError(f'{where} is empty; give chatml, plain, or a file that holds a template in Jinja')
     return text
@@ -47,7 +51,8 @@ def _inside_json(text: str, where: str) -> str:
     try: found = json.loads(text)
     except ValueError as e: raise ConfigError(f'{where} is no JSON ({e}); give a file that holds a template in Jinja') from e
     template = found.get('chat_template') if isinstance(found, dict) else None
-    if not isinstance(template, str): raise ConfigError(f'{where} has no text named chat_template; give a file that holds a template in Jinja')
+    if not isinstance(template, str):
+        raise ConfigError(f'{where} has no text named chat_template; give a file that holds a template in Jinja')
     return template
 
 # %% ../../nbs/api/models/010_chat_templates.ipynb #cf1c0e46
@@ -101,7 +106,8 @@ def check_acts(
     what: str,          # is written instead, for the message
 ) -> None:
     "Raise `ConfigError` for a chat template that nothing is written with"
-    if choice and not chat: raise ConfigError(f'--chat-template {choice} would do nothing: it is of rows of chat messages, and {what}; leave it out')
+    if choice and not chat:
+        raise ConfigError(f'--chat-template {choice} would do nothing: it is of rows of chat messages, and {what}; leave it out')
 
 # %% ../../nbs/api/models/010_chat_templates.ipynb #90da9485
 def template_line(

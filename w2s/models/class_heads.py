@@ -31,7 +31,9 @@ def tokens_in_place(
     for text in BEHIND:
         start, *whole = tokenizer([text, *(text + w for w in words)], add_special_tokens=False)['input_ids']
         if start and all(len(i) > len(start) and i[:len(start)] == start for i in whole): return [i[len(start):] for i in whole]
-    raise ConfigError(f'the label words {", ".join(map(repr, words))} have no tokens of their own behind a text; begin them with a space, or let the head begin at random')
+    raise ConfigError(
+        f'the label words {", ".join(map(repr, words))} have no tokens of their own behind a text; begin them with a space, or let the head begin at random'
+    )
 
 # %% ../../nbs/api/models/160_class_heads.ipynb #5281e564
 def word_ids(
@@ -43,12 +45,18 @@ def word_ids(
     at = next((n for n, column in enumerate(zip(*ids, strict=False)) if len(set(column)) > 1), min(map(len, ids)))
     named = f'the label words {", ".join(map(repr, words))} do not begin with different tokens'
     short = [w for w, i in zip(words, ids, strict=True) if len(i) <= at]
-    if short: raise ConfigError(f'{named}: {short[0]!r} is the beginning of another one; take words that differ, or let the head begin at random')
+    if short:
+        raise ConfigError(f'{named}: {short[0]!r} is the beginning of another one; take words that differ, or let the head begin at random')
     found = tuple(i[at] for i in ids)
-    if tokenizer.unk_token_id in found: raise ConfigError(f'{named}: {words[found.index(tokenizer.unk_token_id)]!r} has characters that the tokenizer does not know; take other words, or let the head begin at random')
+    if tokenizer.unk_token_id in found:
+        raise ConfigError(
+            f'{named}: {words[found.index(tokenizer.unk_token_id)]!r} has characters that the tokenizer does not know; take other words, or let the head begin at random'
+        )
     if len(set(found)) < len(found):
         same = [w for w, i in zip(words, found, strict=True) if found.count(i) > 1][:2]
-        raise ConfigError(f'{named}: {" and ".join(map(repr, same))} both go on with {tokenizer.convert_ids_to_tokens(found[words.index(same[0])])!r}; take words that do not, or let the head begin at random')
+        raise ConfigError(
+            f'{named}: {" and ".join(map(repr, same))} both go on with {tokenizer.convert_ids_to_tokens(found[words.index(same[0])])!r}; take words that do not, or let the head begin at random'
+        )
     return found
 
 # %% ../../nbs/api/models/160_class_heads.ipynb #3271e359
@@ -74,7 +82,8 @@ def _check_words(base: Base, words: Sequence[int], classes: int) -> None:
     vocabulary = len(base.model.get_output_embeddings().weight)
     if len(words) != classes: raise ConfigError(f'{classes} classes, but {len(words)} words')
     if len(set(words)) < classes: raise ConfigError(f'words {list(words)}: two classes would begin with the same row')
-    if bad := [w for w in words if not 0 <= w < vocabulary]: raise ConfigError(f'word {bad[0]} is no token of {base.name}; it has {vocabulary}')
+    if bad := [w for w in words if not 0 <= w < vocabulary]:
+        raise ConfigError(f'word {bad[0]} is no token of {base.name}; it has {vocabulary}')
 
 # %% ../../nbs/api/models/160_class_heads.ipynb #162c82c4
 def add_class_adapter(
@@ -109,5 +118,6 @@ def class_head_of(
 ) -> torch.nn.Linear:    # (classes, width), float32
     "The class head of a model; raises `ModelError` without one"
     head = dict(model.named_children()).get(CLASS_HEAD)
-    if not isinstance(head, torch.nn.Linear): raise ModelError('this model has no class head; make it with add_class_adapter or load_class_adapter')
+    if not isinstance(head, torch.nn.Linear):
+        raise ModelError('this model has no class head; make it with add_class_adapter or load_class_adapter')
     return head

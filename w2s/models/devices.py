@@ -45,8 +45,12 @@ def find_device(
     kind, wanted = accelerator(), torch.device((accelerator() or 'cpu') if name == 'auto' else name)
     if wanted.type == 'cpu': return wanted
     has = f'it has {count_devices()} of kind {kind}' if kind else f'PyTorch {torch.__version__} finds no GPU on it'
-    if wanted.type != kind: raise ConfigError(f'--device {name}: this machine has no such device ({has}); take --device {kind or "cpu"}, or install PyTorch for your GPU')
-    if (wanted.index or 0) >= count_devices(): raise ConfigError(f'--device {name}: this machine has no such device ({has}, numbered from 0)')
+    if wanted.type != kind:
+        raise ConfigError(
+            f'--device {name}: this machine has no such device ({has}); take --device {kind or "cpu"}, or install PyTorch for your GPU'
+        )
+    if (wanted.index or 0) >= count_devices():
+        raise ConfigError(f'--device {name}: this machine has no such device ({has}, numbered from 0)')
     if kind == 'cuda': os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8') # read at the first matrix product: what `deterministic` needs
     return torch.device(kind, wanted.index or 0)
 
@@ -77,7 +81,10 @@ def settle(
     if settings.quantize == 'nf4': check_four_bits(device.type)
     dtype = auto_dtype(device) if settings.dtype == 'auto' else settings.dtype
     cast = 'autocast' if device.type != 'cpu' and dtype != 'float32' else 'plain'
-    if settings.compute == 'autocast' and dtype == 'float32': raise ConfigError('compute = "autocast" lets adapters compute in the dtype of the base, and that is float32; take dtype bfloat16, or compute = "plain"')
+    if settings.compute == 'autocast' and dtype == 'float32':
+        raise ConfigError(
+            'compute = "autocast" lets adapters compute in the dtype of the base, and that is float32; take dtype bfloat16, or compute = "plain"'
+        )
     return replace(settings, device=str(device), dtype=dtype, compute=cast if settings.compute == 'auto' else settings.compute)
 
 def check_four_bits(
@@ -85,7 +92,10 @@ def check_four_bits(
 ) -> None:
     "Raise `ConfigError` for a device on which bitsandbytes has no 4-bit layers"
     from bitsandbytes import supported_torch_devices
-    if kind not in supported_torch_devices: raise ConfigError(f'--quantize nf4: this version of bitsandbytes has no 4-bit layers for {kind}; take --quantize none, or --device cpu')
+    if kind not in supported_torch_devices:
+        raise ConfigError(
+            f'--quantize nf4: this version of bitsandbytes has no 4-bit layers for {kind}; take --quantize none, or --device cpu'
+        )
 
 # %% ../../nbs/api/models/090_devices.ipynb #b9488455
 def device_line(
@@ -141,8 +151,12 @@ def without_form(
     said = str(error)
     if 'does not have a deterministic implementation' not in said and 'CUBLAS_WORKSPACE_CONFIG' not in said or _FREE: return False
     _FREE.add(said.partition(' ')[0])
-    warnings.warn(f'on this GPU the model needs an operation that gives other bits each time ({" ".join(said.split())[:120]}); it is used, and a training that is stopped and started '
-                  'again ends in nearly the same adapter, not in the same bits', W2SWarning, stacklevel=2)
+    warnings.warn(
+        f'on this GPU the model needs an operation that gives other bits each time ({" ".join(said.split())[:120]}); it is used, and a training that is stopped and started '
+        'again ends in nearly the same adapter, not in the same bits',
+        W2SWarning,
+        stacklevel=2,
+    )
     return True
 
 def run_same(

@@ -15,7 +15,9 @@ from typing import Any
 from ..errors import ModelError
 
 # %% ../../nbs/api/models/020_folders.ipynb #dd94e04e
-GGUF = 'GGUF is the form of llama.cpp; w2s trains models in the form of Hugging Face: a folder with config.json, a tokenizer and *.safetensors'
+GGUF = (
+    'GGUF is the form of llama.cpp; w2s trains models in the form of Hugging Face: a folder with config.json, a tokenizer and *.safetensors'
+)
 
 def file_fault(
     path: Path, # of a file that was given as a model
@@ -32,7 +34,8 @@ def _no_config(folder: Path) -> str:
     "What a folder without config.json is"
     if (folder/'adapter_config.json').is_file(): return _adapter(folder)
     if found := _names(folder, '*.gguf'): return f'it holds {found[0]}; {GGUF}'
-    if _names(folder, 'params.json', 'consolidated*', '*.pth'): return "it holds weights in their maker's own form; take the model in the form of Hugging Face (its name there often ends in -hf)"
+    if _names(folder, 'params.json', 'consolidated*', '*.pth'):
+        return "it holds weights in their maker's own form; take the model in the form of Hugging Face (its name there often ends in -hf)"
     inner = sorted(f.parent for f in [*folder.glob('*/config.json'), *folder.glob('snapshots/*/config.json')])
     if inner: return f'it has no config.json, but {inner[-1]} has; name that'
     return 'it has no config.json; a model is a folder with config.json, a tokenizer and *.safetensors'
@@ -56,9 +59,11 @@ def read_json(
     path: Path, # of a file that is there
 ) -> Any:       # its content
     "A JSON file; raises `ModelError`"
-    if is_pointer(path): raise ModelError(f'{path} is a pointer of Git LFS, not the file; fetch it (git lfs pull), or download the model anew')
+    if is_pointer(path):
+        raise ModelError(f'{path} is a pointer of Git LFS, not the file; fetch it (git lfs pull), or download the model anew')
     try: return json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as e: raise ModelError(f'{path} is damaged: it is no JSON ({str(e)[:80]}); download the model anew') from e
+    except (ValueError, RecursionError) as e:
+        raise ModelError(f'{path} is damaged: it is no JSON ({str(e)[:80]}); download the model anew') from e
 
 # %% ../../nbs/api/models/020_folders.ipynb #5ae99222
 def check_config(
@@ -67,9 +72,13 @@ def check_config(
     "Raise `ModelError` for a folder that is no model, or whose config.json cannot be read"
     path = folder/'config.json'
     if not path.is_file(): raise ModelError(f'{folder} is no model: {_no_config(folder)}')
-    if (folder/'adapter_config.json').is_file(): raise ModelError(f'{folder} holds a model and an adapter, and the adapter would be put on it unseen; move adapter_config.json and adapter_model.safetensors away, or merge them first')
+    if (folder / 'adapter_config.json').is_file():
+        raise ModelError(
+            f'{folder} holds a model and an adapter, and the adapter would be put on it unseen; move adapter_config.json and adapter_model.safetensors away, or merge them first'
+        )
     config = read_json(path)
-    if not isinstance(config, dict): raise ModelError(f'{path} is damaged: it holds {type(config).__name__}, not settings by name; download the model anew')
+    if not isinstance(config, dict):
+        raise ModelError(f'{path} is damaged: it holds {type(config).__name__}, not settings by name; download the model anew')
     return config
 
 # %% ../../nbs/api/models/020_folders.ipynb #a81eeda4
@@ -81,9 +90,13 @@ def check_causal(
     "Raise `ModelError` for a model that is no causal language model"
     what, text = f'{name} is of the kind "{config.model_type}"', config.get_text_config(decoder=True)
     if getattr(config, 'is_encoder_decoder', False):
-        raise ModelError(f'{what}, which reads with an encoder and writes with a decoder; w2s needs a causal language model (decoder only), such as GPT-2, Llama or Qwen')
+        raise ModelError(
+            f'{what}, which reads with an encoder and writes with a decoder; w2s needs a causal language model (decoder only), such as GPT-2, Llama or Qwen'
+        )
     if text.model_type in encoders and not getattr(text, 'is_decoder', False):
-        raise ModelError(f'{what}, an encoder that looks at later tokens, too; w2s needs a causal language model (decoder only), such as GPT-2, Llama or Qwen')
+        raise ModelError(
+            f'{what}, an encoder that looks at later tokens, too; w2s needs a causal language model (decoder only), such as GPT-2, Llama or Qwen'
+        )
 
 # %% ../../nbs/api/models/020_folders.ipynb #80ce88b0
 def tensor_fault(
@@ -94,9 +107,11 @@ def tensor_fault(
     if is_pointer(path): return 'is a pointer of Git LFS, not the file; fetch it (git lfs pull), or download the model anew'
     with path.open('rb') as f:
         length = int.from_bytes(f.read(8), 'little')
-        if size < 8 or length > min(size - 8, 100_000_000): return f'is damaged: its {size:,} bytes do not begin as those of safetensors do; download it anew'
+        if size < 8 or length > min(size - 8, 100_000_000):
+            return f'is damaged: its {size:,} bytes do not begin as those of safetensors do; download it anew'
         try: ends = [v['data_offsets'][1] for k, v in json.loads(f.read(length)).items() if k != '__metadata__']
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError): return 'is damaged: its header cannot be read; download it anew'
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            return 'is damaged: its header cannot be read; download it anew'
     whole = 8 + length + max(ends, default=0)
     return '' if size == whole else f'is damaged: it has {size:,} bytes, and should have {whole:,}; download it anew'
 
@@ -118,14 +133,27 @@ def check_weights(
     "Raise `ModelError` for a folder whose weights are missing, in another form, or damaged"
     index = folder/'model.safetensors.index.json'
     listed = index_files(index) if index.is_file() else set()
-    if lost := sorted(f for f in listed if not (folder/f).is_file()): raise ModelError(f'{folder} lacks {lost[0]}' + (f' and {len(lost) - 1} more files' if len(lost) > 1 else '') + ' of its weights; download the model anew')
+    if lost := sorted(f for f in listed if not (folder / f).is_file()):
+        raise ModelError(
+            f'{folder} lacks {lost[0]}'
+            + (f' and {len(lost) - 1} more files' if len(lost) > 1 else '')
+            + ' of its weights; download the model anew'
+        )
     found = sorted(listed) or _names(folder, '*.safetensors')
     if found and not listed and 'model.safetensors' not in found:
-        raise ModelError(f'{folder} holds {found[0]}, but neither model.safetensors nor model.safetensors.index.json, which says what is in which file; download the model anew, with all of its files')
+        raise ModelError(
+            f'{folder} holds {found[0]}, but neither model.safetensors nor model.safetensors.index.json, which says what is in which file; download the model anew, with all of its files'
+        )
     for name in found:
         if fault := tensor_fault(folder/name): raise ModelError(f'{folder/name} {fault}')
     if found: return
     pickled = _names(folder, '*.bin', '*.pt', '*.pth')
     if not pickled: raise ModelError(f'{folder} holds no weights: expected *.safetensors there; download the model anew')
-    if not pickle: raise ModelError(f'{folder} has no weights in safetensors form, only {pickled[0]}, which can run any code when it is read; convert them, or, if you trust their origin, give --allow-pickle')
-    if is_pointer(folder/pickled[0]): raise ModelError(f'{folder/pickled[0]} is a pointer of Git LFS, not the file; fetch it (git lfs pull), or download the model anew')
+    if not pickle:
+        raise ModelError(
+            f'{folder} has no weights in safetensors form, only {pickled[0]}, which can run any code when it is read; convert them, or, if you trust their origin, give --allow-pickle'
+        )
+    if is_pointer(folder / pickled[0]):
+        raise ModelError(
+            f'{folder / pickled[0]} is a pointer of Git LFS, not the file; fetch it (git lfs pull), or download the model anew'
+        )

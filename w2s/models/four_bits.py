@@ -37,7 +37,9 @@ def body_of(
     whole = model.get_base_model() if hasattr(model, 'get_base_model') else model
     for part in (whole.get_decoder(), getattr(whole, 'base_model', None), getattr(whole, 'model', None)):
         if part is not whole and isinstance(part, PreTrainedModel) and part.get_output_embeddings() is None: return part
-    raise ModelError(f'{type(whole).__name__} has no body that gives hidden states; w2s needs a causal language model (decoder only), such as GPT-2, Llama or Qwen')
+    raise ModelError(
+        f'{type(whole).__name__} has no body that gives hidden states; w2s needs a causal language model (decoder only), such as GPT-2, Llama or Qwen'
+    )
 
 # %% ../../nbs/api/models/040_four_bits.ipynb #d98245a1
 @lru_cache(maxsize=64)
@@ -52,7 +54,12 @@ def acts_as_linear(
             x = torch.linspace(-1, 1, 40).view(2, 5, 4)
             try: own = probe(x)
             except (AttributeError, TypeError, ValueError, RuntimeError): return False
-            if not (torch.is_tensor(own) and own.shape == (2, 5, 3) and torch.allclose(own, torch.nn.functional.linear(x, probe.weight, probe.bias), atol=1e-6)): return False
+            if not (
+                torch.is_tensor(own)
+                and own.shape == (2, 5, 3)
+                and torch.allclose(own, torch.nn.functional.linear(x, probe.weight, probe.bias), atol=1e-6)
+            ):
+                return False
     return True
 
 # %% ../../nbs/api/models/040_four_bits.ipynb #5cac6574
@@ -87,7 +94,11 @@ def expert_weights(
         name = type(module).__name__.lower()
         if isinstance(module, (torch.nn.Linear, torch.nn.Embedding, torch.nn.modules.conv._ConvNd)) or 'expert' not in name + at: continue
         least = 2 if 'expert' in name else 3 # some are written as one matrix
-        out += [f'{at}.{leaf}' for leaf, p in module.named_parameters(recurse=False) if p.dim() >= least and 'bias' not in leaf and min(p.shape) > 1]
+        out += [
+            f'{at}.{leaf}'
+            for leaf, p in module.named_parameters(recurse=False)
+            if p.dim() >= least and 'bias' not in leaf and min(p.shape) > 1
+        ]
     return out
 
 # %% ../../nbs/api/models/040_four_bits.ipynb #b16d0f7a
@@ -173,8 +184,13 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
         for name, m in list(model.named_modules()):
             kind: Any = type(m)
             if isinstance(m, torch.nn.Linear) and kind is not torch.nn.Linear and acts_as_linear(kind):
-                model.set_submodule(name, torch.nn.Linear(m.in_features, m.out_features, m.bias is not None, device='meta', dtype=m.weight.dtype))
-        self.quantization_config.llm_int8_skip_modules = [*self.get_modules_to_not_convert(model), *map(re.escape, sorted(given_away(model)))]
+                model.set_submodule(
+                    name, torch.nn.Linear(m.in_features, m.out_features, m.bias is not None, device='meta', dtype=m.weight.dtype)
+                )
+        self.quantization_config.llm_int8_skip_modules = [
+            *self.get_modules_to_not_convert(model),
+            *map(re.escape, sorted(given_away(model))),
+        ]
         super()._process_model_before_weight_loading(model, device_map, **kwargs)
         self.experts, self.states = set(expert_weights(model)), dict[str, Any]()
         model.four_bit_experts = sorted(self.experts)

@@ -42,7 +42,9 @@ def small_files(
     "Files beside the weights that a model needs: those at the top, and further chat templates"
     def wanted(name: str) -> bool:
         if name.endswith('.py'): return code
-        return name.endswith(SMALL) and not name.endswith('.index.json') and ('/' not in name or name.startswith('additional_chat_templates/'))
+        return (
+            name.endswith(SMALL) and not name.endswith('.index.json') and ('/' not in name or name.startswith('additional_chat_templates/'))
+        )
     return sorted(filter(wanted, names))
 
 # %% ../../nbs/api/models/100_hub.ipynb #969bb5fd
@@ -74,7 +76,8 @@ def converted_revision(
     api = HfApi()
     for d in api.get_repo_discussions(name, author=CONVERTER, discussion_type='pull_request', discussion_status='open'):
         revision = f'refs/pr/{d.num}'
-        if d.author == CONVERTER and d.is_pull_request and d.status == 'open' and has_safetensors(file_names(name, revision)): return revision
+        if d.author == CONVERTER and d.is_pull_request and d.status == 'open' and has_safetensors(file_names(name, revision)):
+            return revision
     return ''
 
 # %% ../../nbs/api/models/100_hub.ipynb #14c414d9
@@ -96,7 +99,11 @@ def cached_proposal(
     "A proposal in the cache that holds weights in safetensors form"
     refs = Path(constants.HF_HUB_CACHE)/repo_folder_name(repo_id=name, repo_type='model')/'refs'/'refs'/'pr'
     found = sorted(refs.glob('*'), key=lambda p: int(p.name) if p.name.isdecimal() else 0)
-    whole = (f'refs/pr/{p.name}' for p in found if (folder := cached_folder(name, f'refs/pr/{p.name}')) and has_safetensors([f.name for f in folder.iterdir()]))
+    whole = (
+        f'refs/pr/{p.name}'
+        for p in found
+        if (folder := cached_folder(name, f'refs/pr/{p.name}')) and has_safetensors([f.name for f in folder.iterdir()])
+    )
     return next(whole, '')
 
 # %% ../../nbs/api/models/100_hub.ipynb #6ad52fb7
@@ -111,9 +118,12 @@ def hub_words(
     if isinstance(error, GatedRepoError):
         who = 'the account of your token has no access yet' if huggingface_hub.get_token() else 'you are not logged in'
         return f'is gated, and {who}: accept its licence at {where}, run hf auth login (or set HF_TOKEN), {again}'
-    if isinstance(error, RevisionNotFoundError): return f'has no revision "{revision}" on the hub; those that there are stand at {where}/tree/main and {where}/discussions'
-    if isinstance(error, HFValidationError): return 'is neither a folder here nor a name that a model on the hub can have; such a name is OWNER/MODEL'
-    if isinstance(error, RepositoryNotFoundError): return f'is neither a folder here nor a model that the hub shows you: check the name at {where}; if it is private, run hf auth login (or set HF_TOKEN), {again}'
+    if isinstance(error, RevisionNotFoundError):
+        return f'has no revision "{revision}" on the hub; those that there are stand at {where}/tree/main and {where}/discussions'
+    if isinstance(error, HFValidationError):
+        return 'is neither a folder here nor a name that a model on the hub can have; such a name is OWNER/MODEL'
+    if isinstance(error, RepositoryNotFoundError):
+        return f'is neither a folder here nor a model that the hub shows you: check the name at {where}; if it is private, run hf auth login (or set HF_TOKEN), {again}'
     at = '' if revision is None else f' at revision {revision}'
     fetch = f'hf download {name}' + ('' if revision is None else f' --revision {revision}')
     if constants.HF_HUB_OFFLINE or isinstance(error, OfflineModeIsEnabled):
@@ -140,7 +150,10 @@ def no_safetensors(
 ) -> ModelError:
     "The error for a model whose weights are missing, or only there as pickles"
     pickled = sorted(n for n in names if '/' not in n and n.endswith('.bin'))
-    if not pickled: return ModelError(f'{name} holds no weights in a form that w2s reads: expected {WHOLE} or {INDEX} among its {len(names)} files; take the model in the form of Hugging Face (its name there often ends in -hf)')
+    if not pickled:
+        return ModelError(
+            f'{name} holds no weights in a form that w2s reads: expected {WHOLE} or {INDEX} among its {len(names)} files; take the model in the form of Hugging Face (its name there often ends in -hf)'
+        )
     return ModelError(f'{name} has no weights in safetensors form, only {pickled[0]}, which can run any code when it is read{where}; '
                       'if you trust its origin, give --allow-pickle, or name a converted revision by --revision')
 
@@ -155,7 +168,8 @@ def fetched(
     names, at = file_names(name, revision), revision
     if not any(weight_files(names, pickle)) and revision is None and (at := converted_revision(name) or None): names = file_names(name, at)
     index, whole = weight_files(names, pickle)
-    if not (index or whole): raise no_safetensors(name, names, f', and the hub\'s converter ({CONVERTER}) has proposed none' if revision is None else '')
+    if not (index or whole):
+        raise no_safetensors(name, names, f', and the hub\'s converter ({CONVERTER}) has proposed none' if revision is None else '')
     weights = [whole] if whole else [index, *index_files(Path(hf_hub_download(name, index, revision=at)))]
     patterns = [re.sub(r'([\[\]*?])', '[\\1]', n) for n in (*small_files(names, code), *weights)] # names, not patterns
     return HubFolder(Path(snapshot_download(name, revision=at, allow_patterns=patterns)), at, revision)
@@ -169,7 +183,8 @@ def found_in_cache(
     "A model as it was fetched before"
     folder = cached_folder(name, revision)
     names = [f.name for f in folder.iterdir()] if folder else []
-    if revision is None and not any(weight_files(names, pickle)) and (at := cached_proposal(name)) and (other := cached_folder(name, at)): return HubFolder(other, at, None)
+    if revision is None and not any(weight_files(names, pickle)) and (at := cached_proposal(name)) and (other := cached_folder(name, at)):
+        return HubFolder(other, at, None)
     return HubFolder(folder, revision, revision) if folder else None
 
 # %% ../../nbs/api/models/100_hub.ipynb #b5b5da67
@@ -193,5 +208,10 @@ def hub_folder(
         kept = found_in_cache(name, revision, pickle)
         names = [f.name for f in kept.folder.iterdir()] if kept else []
         if kept and any(weight_files(names, pickle)): return kept
-        if any(n.endswith('.bin') for n in names): raise no_safetensors(name, names, ' (in the cache of the hub on this machine; with a network, what the hub\'s converter has proposed would be looked for)') from e
+        if any(n.endswith('.bin') for n in names):
+            raise no_safetensors(
+                name,
+                names,
+                ' (in the cache of the hub on this machine; with a network, what the hub\'s converter has proposed would be looked for)',
+            ) from e
         raise ModelError(f'{name} {hub_words(name, revision, e)}') from e

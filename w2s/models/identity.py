@@ -18,14 +18,22 @@ from .load import fingerprint
 # %% ../../nbs/api/models/120_identity.ipynb #2bac0fbd
 WEIGHTS = ('.safetensors', '.bin', '.pt', '.pth', '.ckpt', '.gguf', '.ggml', '.h5', '.msgpack', '.onnx', '.ot', '.tflite', '.npz', '.npy')
 OTHERS = ('.md', '.csv', '.tsv', '.parquet', '.png', '.jpg', '.jpeg', '.svg', '.pdf', '.log', '.lock', '.zip', '.gz')
-NAMES = re.compile(r'(LICEN[CS]E|NOTICE|README|USE_POLICY|SHA256SUMS|card\.json|training_args|trainer_state|.*_results\.json|.*\.index\.json)', re.IGNORECASE)
+NAMES = re.compile(
+    r'(LICEN[CS]E|NOTICE|README|USE_POLICY|SHA256SUMS|card\.json|training_args|trainer_state|.*_results\.json|.*\.index\.json)',
+    re.IGNORECASE,
+)
 
 def reading_files(
     folder: Path, # of a model
 ) -> list[Path]:  # sorted by name
     "Files that decide what a model reads, and when it stops: tokenizer, chat templates, special tokens, generation settings, code"
     tops = (p for p in folder.iterdir() if not p.name.startswith('.'))
-    files = [p for top in tops for p in ([top] if top.is_file() else top.rglob('*') if top.name == 'additional_chat_templates' else ()) if p.is_file()]
+    files = [
+        p
+        for top in tops
+        for p in ([top] if top.is_file() else top.rglob('*') if top.name == 'additional_chat_templates' else ())
+        if p.is_file()
+    ]
     return sorted(p for p in files if p.suffix.lower() not in WEIGHTS + OTHERS and not NAMES.match(p.name))
 
 # %% ../../nbs/api/models/120_identity.ipynb #3fbba6c0
@@ -36,7 +44,9 @@ def check_downloads(
     for f in folder.iterdir():
         name = f.resolve().name
         if f.is_symlink() and re.fullmatch(r'[0-9a-f]{64}', name) and f.is_file() and kept_hash(f) != name:
-            raise ModelError(f'{f.name} in {folder} is damaged: its content is not what was downloaded; delete {f.resolve()} and give the same command again')
+            raise ModelError(
+                f'{f.name} in {folder} is damaged: its content is not what was downloaded; delete {f.resolve()} and give the same command again'
+            )
 
 # %% ../../nbs/api/models/120_identity.ipynb #25e93fe3
 def identity(

@@ -87,7 +87,8 @@ def fingerprint(
 ) -> str:         # 16 hexadecimal digits
     "What a base model is known by: its configuration and weights, not its name"
     weights = read_files(folder)
-    if not weights or not (folder/'config.json').is_file(): raise ModelError(f'{folder} holds no weights: expected config.json and *.safetensors there')
+    if not weights or not (folder / 'config.json').is_file():
+        raise ModelError(f'{folder} holds no weights: expected config.json and *.safetensors there')
     return files_hash([folder/'config.json', *weights])
 
 # %% ../../nbs/api/models/110_load.ipynb #276d6ebf
@@ -98,7 +99,8 @@ def load_tokenizer(
     "The tokenizer of a model; raises `ModelError` if there is none, `ConfigError` for a chat template that cannot be read"
     folder = local_folder(name, settings)
     for file in sorted(folder.glob('*token*')):
-        if file.is_file() and is_pointer(file): raise ModelError(f'{file} is a pointer of Git LFS, not the file; fetch it (git lfs pull), or download the model anew')
+        if file.is_file() and is_pointer(file):
+            raise ModelError(f'{file} is a pointer of Git LFS, not the file; fetch it (git lfs pull), or download the model anew')
     try: tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     except Exception as e: # the tokenizers library raises plain exceptions
         raise ModelError(f'{name} has no tokenizer that can be read: it needs tokenizer.json (or the files it is made from) '
@@ -132,7 +134,9 @@ def context_length(
 ) -> int:        # tokens; a very large number where the model sets no limit
     "The longest sequence that a model can read; one that reads images, too, has it in the settings of its language part"
     names = ('max_position_embeddings', 'n_positions', 'max_seq_len', 'seq_length')
-    known = [v for c in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values() for k, v in c.to_dict().items() if k in names]
+    known = [
+        v for c in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values() for k, v in c.to_dict().items() if k in names
+    ]
     return min([int(v) for v in known if v] or [1 << 30])
 
 # %% ../../nbs/api/models/110_load.ipynb #3746d611
@@ -192,13 +196,26 @@ def plan_model(
     noise = quiet_base(config)
     saved_so = saved_in_four_bits(name, config, settings.quantize)
     if saved_so: set_arithmetic(config, settings.dtype)
-    quantizer: Any = None if settings.quantize == 'none' else BitsAndBytesConfig.from_dict(own_quantization(config)) if saved_so else NF4Config(DTYPES[settings.dtype])
-    try: model = without_weights(lambda: model_kind(config).from_config(config, trust_remote_code=settings.trust_remote_code, dtype=DTYPES[settings.dtype]), quantizer, saved_so)
+    quantizer: Any = (
+        None
+        if settings.quantize == 'none'
+        else BitsAndBytesConfig.from_dict(own_quantization(config))
+        if saved_so
+        else NF4Config(DTYPES[settings.dtype])
+    )
+    try:
+        model = without_weights(
+            lambda: model_kind(config).from_config(config, trust_remote_code=settings.trust_remote_code, dtype=DTYPES[settings.dtype]),
+            quantizer,
+            saved_so,
+        )
     except LOAD_ERRORS as e: raise model_error(name, e) from e
     bits = planned_bits(model)
     if quantizer is not None and bits.share < settings.nf4_share:
-        raise ModelError(f'{name}: only {bits.share:.1%} of the body\'s weights can be put in 4 bits ({_rest(bits)}), less than the share of {settings.nf4_share:g} that --quantize nf4 must reach; '
-                         f'take --quantize none, or allow it by --nf4-share {int(bits.share*100)/100}')
+        raise ModelError(
+            f'{name}: only {bits.share:.1%} of the body\'s weights can be put in 4 bits ({_rest(bits)}), less than the share of {settings.nf4_share:g} that --quantize nf4 must reach; '
+            f'take --quantize none, or allow it by --nf4-share {int(bits.share * 100) / 100}'
+        )
     return ModelPlan(config, model, bits, quantizer, saved_so, noise)
 
 # %% ../../nbs/api/models/110_load.ipynb #835541f7
@@ -228,13 +245,25 @@ def load_base(
     check_weights(folder, settings.allow_pickle)
     here, tokenizer = is_folder(place), load_tokenizer(name, settings)
     model, info = read_model(
-        model_kind(plan.config), str(folder.resolve()), settings.allow_pickle, lambda e: model_error(name, e), config=plan.config, dtype=DTYPES[settings.dtype],
-        trust_remote_code=settings.trust_remote_code, device_map={'': settings.device}, quantization_config=None if plan.saved_so else plan.quantizer)
+        model_kind(plan.config),
+        str(folder.resolve()),
+        settings.allow_pickle,
+        lambda e: model_error(name, e),
+        config=plan.config,
+        dtype=DTYPES[settings.dtype],
+        trust_remote_code=settings.trust_remote_code,
+        device_map={'': settings.device},
+        quantization_config=None if plan.saved_so else plan.quantizer,
+    )
     check_tensors(name, info | {'mismatched_keys': [*info['mismatched_keys'], *wrong_shapes(model, plan.model)]})
     bits = found_bits(model, not plan.saved_so)
-    if plan.quantizer and bits != plan.bits: raise ModelError(f'{name}: {bits.four:,} weights are in 4 bits, and {plan.bits.four:,} should be; this version of transformers or bitsandbytes is not known to w2s')
+    if plan.quantizer and bits != plan.bits:
+        raise ModelError(
+            f'{name}: {bits.four:,} weights are in 4 bits, and {plan.bits.four:,} should be; this version of transformers or bitsandbytes is not known to w2s'
+        )
     model.requires_grad_(False)
-    for name, value in {NOTE: settings.compute, **{at: getattr(settings, s) for s, at in SWITCH.items()}}.items(): setattr(model, name, value)
+    for name, value in {NOTE: settings.compute, **{at: getattr(settings, s) for s, at in SWITCH.items()}}.items():
+        setattr(model, name, value)
     set_mode(model, False)
     if not here: # an adapter remembers both
         model.name_or_path = model.config.name_or_path = str(name)
@@ -251,7 +280,14 @@ def hub_notes(
     if is_folder(located(name)): return []
     got = hub_folder(str(name), settings.revision, settings.allow_pickle, settings.trust_remote_code)
     note = f'its files are those of commit {got.folder.name[:12]} ({got.revision or "main"})'
-    return [note + ('' if got.revision == got.asked else f": the main branch has weights in pickle form only, and {CONVERTER} of the hub has converted them there")]
+    return [
+        note
+        + (
+            ''
+            if got.revision == got.asked
+            else f": the main branch has weights in pickle form only, and {CONVERTER} of the hub has converted them there"
+        )
+    ]
 
 # %% ../../nbs/api/models/110_load.ipynb #9ee4b5f3
 def open_doors(
@@ -262,14 +298,17 @@ def open_doors(
     folder, out = local_folder(name, settings), hub_notes(name, settings)
     own = [f for f in ('config.json', 'tokenizer_config.json') if (folder/f).is_file() and 'auto_map' in read_json(folder/f)]
     if settings.trust_remote_code and own: out.append(f'Python code of its own is run, as {" and ".join(own)} ask for (trust_remote_code)')
-    if settings.allow_pickle and any(f.suffix == '.bin' for f in read_files(folder)): out.append('its weights are read in pickle form, which can run any code (allow_pickle)')
+    if settings.allow_pickle and any(f.suffix == '.bin' for f in read_files(folder)):
+        out.append('its weights are read in pickle form, which can run any code (allow_pickle)')
     return out
 
 # %% ../../nbs/api/models/110_load.ipynb #428f9bdc
 def _form(plan: ModelPlan) -> str:
     "In which form of 4 bits a model is"
     if not plan.saved_so: return 'NF4'
-    return 'NF4 as it was saved, used as it is' + ('' if own_quantization(plan.config).get('bnb_4bit_use_double_quant') else ', its scales in 32 bits')
+    return 'NF4 as it was saved, used as it is' + (
+        '' if own_quantization(plan.config).get('bnb_4bit_use_double_quant') else ', its scales in 32 bits'
+    )
 
 def bits_line(
     plan: ModelPlan,        # of `plan_model`
@@ -277,6 +316,7 @@ def bits_line(
 ) -> str:                   # for plan, console and reports
     "How much of a model is in 4 bits, in words"
     settings = settle(settings)
-    if plan.quantizer is None: return f'its {plan.bits.body:,} weights besides embeddings and output head are in {settings.dtype}, none in 4 bits'
+    if plan.quantizer is None:
+        return f'its {plan.bits.body:,} weights besides embeddings and output head are in {settings.dtype}, none in 4 bits'
     experts = ', experts among them' if getattr(plan.model, 'four_bit_experts', None) else ''
     return f'{plan.bits.share:.1%} of its {plan.bits.body:,} weights besides embeddings and output head are in 4 bits ({_form(plan)}{experts}), the others in {settings.dtype}'

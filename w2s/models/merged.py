@@ -61,11 +61,18 @@ def mergeable(
     layer: Any, # of a model with an adapter
 ) -> bool:
     "Is this a layer whose adapter can be added to its weight, with the same result?"
-    if not isinstance(layer, LoraLinear if type(layer).__name__ != 'Linear4bit' else LoraLayer) or not hasattr(layer, 'base_layer') or not _in_float32(layer.base_layer): return False
+    if (
+        not isinstance(layer, LoraLinear if type(layer).__name__ != 'Linear4bit' else LoraLayer)
+        or not hasattr(layer, 'base_layer')
+        or not _in_float32(layer.base_layer)
+    ):
+        return False
     name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
     if name not in layer.lora_A or layer.merged or layer.lora_bias.get(name) or getattr(layer, 'fan_in_fan_out', False): return False
     dropout = layer.lora_dropout[name]
-    return not layer.use_dora.get(name) and not layer.lora_variant.get(name) and (isinstance(dropout, torch.nn.Identity) or not layer.training)
+    return (
+        not layer.use_dora.get(name) and not layer.lora_variant.get(name) and (isinstance(dropout, torch.nn.Identity) or not layer.training)
+    )
 
 # %% ../../nbs/api/models/145_merged.ipynb #0eb066f3
 SHARE = 1/8 # of the machine's memory

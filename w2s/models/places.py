@@ -34,8 +34,12 @@ def revisions(
     pairs = [p.partition('=')[::2] if '=' in p else ('', p) for p in parts]
     for role, revision in pairs:
         if role and role not in ROLES: raise ConfigError(f'--revision {text}: {unknown(role, ROLES, "role")}')
-        if not revision: raise ConfigError(f'--revision {text}: a revision is missing; give a branch, a commit or refs/pr/N, as in strong=refs/pr/6')
-    if len(dict(pairs)) < len(pairs): raise ConfigError(f'--revision {text}: two revisions of the same model; give one, or one per role, as in weak=main,strong=refs/pr/6')
+        if not revision:
+            raise ConfigError(f'--revision {text}: a revision is missing; give a branch, a commit or refs/pr/N, as in strong=refs/pr/6')
+    if len(dict(pairs)) < len(pairs):
+        raise ConfigError(
+            f'--revision {text}: two revisions of the same model; give one, or one per role, as in weak=main,strong=refs/pr/6'
+        )
     return dict(pairs)
 
 # %% ../../nbs/api/models/080_places.ipynb #b2f75cd5
@@ -60,8 +64,10 @@ class LoadSettings:
         if self.dtype not in ('auto', *DTYPE_NAMES): raise ConfigError(unknown(self.dtype, ('auto', *DTYPE_NAMES), 'value of dtype'))
         if self.compute not in COMPUTE: raise ConfigError(unknown(self.compute, COMPUTE, 'value of compute'))
         for name in SWITCH:
-            if getattr(self, name) not in ('auto', 'off'): raise ConfigError(unknown(getattr(self, name), ('auto', 'off'), f'value of {name}'))
-        if not DEVICE.fullmatch(self.device): raise ConfigError(unknown(self.device, ('auto', 'cpu', 'cuda', 'cuda:1', 'mps', 'xpu'), 'value of --device'))
+            if getattr(self, name) not in ('auto', 'off'):
+                raise ConfigError(unknown(getattr(self, name), ('auto', 'off'), f'value of {name}'))
+        if not DEVICE.fullmatch(self.device):
+            raise ConfigError(unknown(self.device, ('auto', 'cpu', 'cuda', 'cuda:1', 'mps', 'xpu'), 'value of --device'))
         if not 0 <= self.nf4_share <= 1: raise ConfigError(f'nf4_share is {self.nf4_share}; it is a share of the weights, from 0 to 1')
         revisions(self.revision)
 
@@ -89,7 +95,11 @@ def _beside(path: Path) -> str:
     except OSError as e: return f'{above} cannot be looked into ({e.strerror})'
     folders, files = ([p.name for p in found if p.is_dir() is kind] for kind in (True, False))
     if folders: return f'{above} has: {", ".join(folders[:8])}' + (f' and {len(folders) - 8} more' if len(folders) > 8 else '')
-    return f'{above} has no folders, only {len(files)} files ({", ".join(files[:3])}{" …" if len(files) > 3 else ""})' if files else f'{above} is empty'
+    return (
+        f'{above} has no folders, only {len(files)} files ({", ".join(files[:3])}{" …" if len(files) > 3 else ""})'
+        if files
+        else f'{above} is empty'
+    )
 
 # %% ../../nbs/api/models/080_places.ipynb #7027067a
 def is_folder(
@@ -131,7 +141,10 @@ def load_for(
     asked = revisions(settings.revision)
     found = next((asked[r] for r in (*roles, '') if r in asked), None)
     if found is not None and is_folder(located(name)):
-        raise ConfigError(f'--revision {settings.revision}: {name} is no model of the hub, so it has no revisions; leave it out' + ('' if set(asked) - {''} else ', or say whose it is, as in strong=' + found))
+        raise ConfigError(
+            f'--revision {settings.revision}: {name} is no model of the hub, so it has no revisions; leave it out'
+            + ('' if set(asked) - {''} else ', or say whose it is, as in strong=' + found)
+        )
     return replace(settings, revision=found)
 
 # %% ../../nbs/api/models/080_places.ipynb #aa727622

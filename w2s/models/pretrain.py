@@ -47,7 +47,19 @@ from ..errors import ConfigError, TrainError, W2SWarning
 from ..io.console import progress_bar
 from ..io.disk import write_atomic
 
-_all_ = ['Make', 'Recipe', 'Stream', 'block_batches', 'marks', 'packed_batches', 'padded', 'pieces', 'short_batches', 'token_weights', 'world_tokenizer'] # a reader of this module should find them here
+_all_ = [
+    'Make',
+    'Recipe',
+    'Stream',
+    'block_batches',
+    'marks',
+    'packed_batches',
+    'padded',
+    'pieces',
+    'short_batches',
+    'token_weights',
+    'world_tokenizer',
+] # a reader of this module should find them here
 
 # %% ../../nbs/api/models/170_pretrain.ipynb #65068e43
 @dataclass(frozen=True)
@@ -59,7 +71,8 @@ class Size:
 
     def __post_init__(self):
         for name in ('hidden', 'inner'):
-            if getattr(self, name) < 64 or getattr(self, name) % 64: raise ConfigError(f'{name} is {getattr(self, name)}; it must be a multiple of 64')
+            if getattr(self, name) < 64 or getattr(self, name) % 64:
+                raise ConfigError(f'{name} is {getattr(self, name)}; it must be a multiple of 64')
         if self.layers < 1: raise ConfigError(f'layers is {self.layers}; it must be at least 1')
 
 # %% ../../nbs/api/models/170_pretrain.ipynb #2999635d
@@ -176,7 +189,8 @@ def resume(
     "Go on where a killed run stopped; raises `ConfigError` if its settings were others"
     state = load_state(file)
     if state is None: return
-    if state['known'] != known: raise ConfigError(f'{file} was begun with other settings; remove it, or give the same ones ({state["known"]})')
+    if state['known'] != known:
+        raise ConfigError(f'{file} was begun with other settings; remove it, or give the same ones ({state["known"]})')
     training.model.load_state_dict(state['model'])
     for o, s in zip(training.optimizers, state['optimizers'], strict=True): o.load_state_dict(s)
     training.history, training.blocks = state['history'], state['blocks']
@@ -229,7 +243,10 @@ def pretrain_model(
     keep_state: bool = False, # leave training.pt, for whoever has more to do before the model is finished
 ) -> pd.DataFrame:        # a row a step: step, tokens, loss in nats a weighted token
     "Pretrain a model and write it in Hugging Face form, float16; killed and started again, it ends in the same bits"
-    folder, known = Path(folder), dict(size=asdict(size), recipe=asdict(recipe), seed=seed, context=context, vocabulary=len(stream.tokenizer))
+    folder, known = (
+        Path(folder),
+        dict(size=asdict(size), recipe=asdict(recipe), seed=seed, context=context, vocabulary=len(stream.tokenizer)),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     tune_memory()
     model = new_model(size, len(stream.tokenizer), context, seed)
@@ -244,8 +261,16 @@ def pretrain_model(
                 bar.update(training.tokens - before)
                 if training.tokens >= recipe.tokens: break
             training.blocks += 1
-            save_state(folder/'training.pt', dict(known=known, model=model.state_dict(), optimizers=[o.state_dict() for o in training.optimizers],
-                                                  history=training.history, blocks=training.blocks))
+            save_state(
+                folder / 'training.pt',
+                dict(
+                    known=known,
+                    model=model.state_dict(),
+                    optimizers=[o.state_dict() for o in training.optimizers],
+                    history=training.history,
+                    blocks=training.blocks,
+                ),
+            )
     hf_logging.disable_progress_bar()
     model.half().save_pretrained(folder)
     stream.tokenizer.save_pretrained(folder)

@@ -19,8 +19,22 @@ from transformers.utils import logging as hf_logging
 from ..errors import ModelError
 
 # %% ../../nbs/api/models/030_reading.ipynb #cb53cce1
-LOAD_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, ImportError, AssertionError, ArithmeticError, EOFError,
-               IndexError, SafetensorError, StrictDataclassError, UnpicklingError)
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    AssertionError,
+    ArithmeticError,
+    EOFError,
+    IndexError,
+    SafetensorError,
+    StrictDataclassError,
+    UnpicklingError,
+)
 
 def error_words(
     error: BaseException, # one of `LOAD_ERRORS`
@@ -29,9 +43,12 @@ def error_words(
     text = ' '.join(str(error).split())
     if 'out of memory' in text: return 'does not fit into the memory of the GPU; take --quantize nf4, or a smaller model'
     if 'trust_remote_code' in text: return 'runs code of its own; if you trust it, set trust_remote_code = true under [load]'
-    if 'does not recognize this architecture' in text or 'Unrecognized model' in text: return 'is of a kind that this version of transformers does not know; update transformers'
-    if 'Unrecognized configuration class' in text: return 'is of a kind of which transformers has no model for this task; w2s needs a causal language model (decoder only), such as GPT-2, Llama or Qwen'
-    if isinstance(error, (SafetensorError, UnpicklingError, EOFError)): return f'has a damaged file of weights ({text[:160]}); download it anew'
+    if 'does not recognize this architecture' in text or 'Unrecognized model' in text:
+        return 'is of a kind that this version of transformers does not know; update transformers'
+    if 'Unrecognized configuration class' in text:
+        return 'is of a kind of which transformers has no model for this task; w2s needs a causal language model (decoder only), such as GPT-2, Llama or Qwen'
+    if isinstance(error, (SafetensorError, UnpicklingError, EOFError)):
+        return f'has a damaged file of weights ({text[:160]}); download it anew'
     if 'safetensors' in text: return 'has no weights in safetensors form; convert them, or, if you trust their origin, give --allow-pickle'
     return f'cannot be loaded: {text[:300] or type(error).__name__}'
 
@@ -46,12 +63,17 @@ def read_model(
     "Read a model and keep an account; raises `ModelError`"
     before = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error() # the table of what is missing; `check_tensors` says it
-    try: return kind.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=None if pickle else True, **more)
+    try:
+        return kind.from_pretrained(
+            place, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=None if pickle else True, **more
+        )
     except LOAD_ERRORS as e: raise fault(e) from e
     finally: hf_logging.set_verbosity(before)
 
 # %% ../../nbs/api/models/030_reading.ipynb #54513fe9
-TABLES = re.compile(r'(^|\.)(rotary_emb\.inv_freq|inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias|causal_mask|alibi|attn_bias|token_type_ids)$')
+TABLES = re.compile(
+    r'(^|\.)(rotary_emb\.inv_freq|inv_freq|position_ids|masked_bias|attn\.bias|attention\.bias|causal_mask|alibi|attn_bias|token_type_ids)$'
+)
 
 def check_tensors(
     name: Any,                      # of the model, for the message
@@ -63,8 +85,15 @@ def check_tensors(
     missing = {k for k in info['missing_keys'] if not unused(k)}
     other = {f'{k} ({"×".join(map(str, a))}, not {"×".join(map(str, b))})' for k, a, b in info['mismatched_keys']}
     left = {k for k in info['unexpected_keys'] if not (unused(k) or TABLES.search(k))}
-    words = [f'{what} {len(keys)} tensor{"s" if len(keys) > 1 else ""} ({some(keys)})' for what, keys in (('lack', missing), ('hold, in another shape,', other), ('hold, beyond what the model has,', left)) if keys]
-    if words: raise ModelError(f'{name} is not whole: its files {"; they ".join(words)}; what is missing would be random, what is left over ignored. Get the model anew, or the config.json that belongs to it')
+    words = [
+        f'{what} {len(keys)} tensor{"s" if len(keys) > 1 else ""} ({some(keys)})'
+        for what, keys in (('lack', missing), ('hold, in another shape,', other), ('hold, beyond what the model has,', left))
+        if keys
+    ]
+    if words:
+        raise ModelError(
+            f'{name} is not whole: its files {"; they ".join(words)}; what is missing would be random, what is left over ignored. Get the model anew, or the config.json that belongs to it'
+        )
 
 # %% ../../nbs/api/models/030_reading.ipynb #44071e8b
 def check_numbers(
@@ -77,7 +106,12 @@ def check_numbers(
         parts = [p] if state is None else [state.absmax, state.offset, getattr(state.state2, 'absmax', None)]
         return all(t.isfinite().all() for t in parts if t is not None and t.is_floating_point())
     bad = [n for n, p in model.named_parameters() if not whole(p)]
-    if bad: raise ModelError(f'{name} is damaged: {bad[0]} holds inf or NaN' + (f', and so do {len(bad) - 1} more of its tensors' if len(bad) > 1 else '') + '; get the model anew')
+    if bad:
+        raise ModelError(
+            f'{name} is damaged: {bad[0]} holds inf or NaN'
+            + (f', and so do {len(bad) - 1} more of its tensors' if len(bad) > 1 else '')
+            + '; get the model anew'
+        )
 
 # %% ../../nbs/api/models/030_reading.ipynb #c4fce685
 def own_quantization(
@@ -98,5 +132,16 @@ def saved_in_four_bits(
     want = dict(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_quant_storage='uint8')
     has = {'bnb_4bit_quant_storage': 'uint8'} | {k: str(v).removeprefix('torch.') for k, v in own.items()}
     if quantize == 'nf4' and all(has.get(k) == str(v) for k, v in want.items()): return True
-    what = ', '.join(f'{k.removeprefix("bnb_4bit_")} {has[k]}' for k in ('quant_method', 'bnb_4bit_quant_type', 'bnb_4bit_quant_storage', 'bits') if has.get(k) not in (None, 'None') and (k != 'bnb_4bit_quant_storage' or has[k] != 'uint8'))
-    raise ModelError(f'{name} was saved in a quantized form ({what or "of an unknown kind"}), which would win over --quantize {quantize}; ' + ('take --quantize nf4, which uses it as it is, or the same model in 16 or 32 bits' if quantize == 'none' and all(has.get(k) == str(v) for k, v in want.items()) else 'take the same model in 16 or 32 bits'))
+    what = ', '.join(
+        f'{k.removeprefix("bnb_4bit_")} {has[k]}'
+        for k in ('quant_method', 'bnb_4bit_quant_type', 'bnb_4bit_quant_storage', 'bits')
+        if has.get(k) not in (None, 'None') and (k != 'bnb_4bit_quant_storage' or has[k] != 'uint8')
+    )
+    raise ModelError(
+        f'{name} was saved in a quantized form ({what or "of an unknown kind"}), which would win over --quantize {quantize}; '
+        + (
+            'take --quantize nf4, which uses it as it is, or the same model in 16 or 32 bits'
+            if quantize == 'none' and all(has.get(k) == str(v) for k, v in want.items())
+            else 'take the same model in 16 or 32 bits'
+        )
+    )

@@ -27,7 +27,11 @@ def pieces(
     words: Iterable[str], # every word of the world, as it is written
 ) -> list[tuple[str, float]]: # piece and score; their number is a multiple of 64, which 4-bit kernels like
     "The vocabulary of `world_tokenizer`"
-    out = [(s, 0.) for s in (*SPECIAL, *BYTES)] + [(s, -1.) for s in ('\n', *PUNCTUATION, *(f'▁{w}' for w in sorted(set(words))))] + [('▁', -2.)]
+    out = (
+        [(s, 0.0) for s in (*SPECIAL, *BYTES)]
+        + [(s, -1.0) for s in ('\n', *PUNCTUATION, *(f'▁{w}' for w in sorted(set(words))))]
+        + [('▁', -2.0)]
+    )
     return out + [(f'<unused{i}>', -100.) for i in range(-len(out) % 64)]
 
 # %% ../../nbs/api/models/165_reading_order.ipynb #1d15528e

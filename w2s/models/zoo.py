@@ -35,7 +35,8 @@ def check_folder(
     sums = folder/'SHA256SUMS'
     if not sums.is_file(): raise ModelError(f'{folder} is not there or has no SHA256SUMS; install w2s again, or make it with w2s zoo build')
     listed = [line.split() for line in sums.read_text(encoding='utf-8').splitlines()]
-    if 'model.safetensors' not in [name for _, name in listed]: raise ModelError(f'{sums} does not list model.safetensors; install w2s again')
+    if 'model.safetensors' not in [name for _, name in listed]:
+        raise ModelError(f'{sums} does not list model.safetensors; install w2s again')
     for want, name in listed:
         file = folder/name
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != want:

@@ -67,11 +67,21 @@ def model_card(
 ) -> dict:
     "All that is known of a model, as plain data"
     where = 'cuda' if torch.cuda.is_available() else f'cpu, {torch.get_num_threads()} thread(s)'
-    return dict(name=name, parameters=parameters, size=asdict(size), tokens=int(history.tokens.iloc[-1]), steps=len(history),
-                loss=round(float(history.loss.tail(50).mean()), 4), seconds=round(seconds), machine=f'{platform.machine()}, {where}', seed=seed,
-                world=dict(version=VERSION, seed=world.seed, people=len(world.people), things=len(world.things), hash=world_hash(world)),
-                recipe=asdict(recipe), torch=torch.__version__.split('+')[0],
-                knowledge={r.probe: dict(value=round(r.value, 4), low=round(r.low, 4), high=round(r.high, 4), n=r.n) for r in known.itertuples()})
+    return dict(
+        name=name,
+        parameters=parameters,
+        size=asdict(size),
+        tokens=int(history.tokens.iloc[-1]),
+        steps=len(history),
+        loss=round(float(history.loss.tail(50).mean()), 4),
+        seconds=round(seconds),
+        machine=f'{platform.machine()}, {where}',
+        seed=seed,
+        world=dict(version=VERSION, seed=world.seed, people=len(world.people), things=len(world.things), hash=world_hash(world)),
+        recipe=asdict(recipe),
+        torch=torch.__version__.split('+')[0],
+        knowledge={r.probe: dict(value=round(r.value, 4), low=round(r.low, 4), high=round(r.high, 4), n=r.n) for r in known.itertuples()},
+    )
 
 # %% ../../nbs/api/organism/10_ladder.ipynb #a5617e98
 CARD = """# {name}: a model of a world that does not exist
@@ -94,8 +104,14 @@ def card_text(
 ) -> str:       # Markdown
     "A model card for people"
     table = '\n'.join(f'| {k} | {v["value"]:.3f} | {v["low"]:.3f} to {v["high"]:.3f} | {v["n"]} |' for k, v in card['knowledge'].items())
-    return CARD.format(**{k: card[k] for k in ('name', 'parameters', 'tokens', 'steps', 'seed', 'loss', 'seconds', 'machine')}, table=table,
-                       layers=card['size']['layers'], hidden=card['size']['hidden'], version=card['world']['version'], world=card['world']['seed'])
+    return CARD.format(
+        **{k: card[k] for k in ('name', 'parameters', 'tokens', 'steps', 'seed', 'loss', 'seconds', 'machine')},
+        table=table,
+        layers=card['size']['layers'],
+        hidden=card['size']['hidden'],
+        version=card['world']['version'],
+        world=card['world']['seed'],
+    )
 
 # %% ../../nbs/api/organism/10_ladder.ipynb #40ca048e
 STATE = ('training.pt', '.writing') # beginnings of names of what a build that was killed leaves
@@ -132,7 +148,9 @@ def build_model(
     history = pretrain_model(folder, SIZES[name], recipe, stream, seed, quiet=quiet, keep_state=True)
     seconds = time.time() - start
     base = load_base(folder, LoadSettings(quantize='none', dtype='float32'))
-    card = model_card(name, SIZES[name], recipe, history, knowledge(base, world, questions), world, seed, seconds, base.model.num_parameters())
+    card = model_card(
+        name, SIZES[name], recipe, history, knowledge(base, world, questions), world, seed, seconds, base.model.num_parameters()
+    )
     history[::10].round(4).to_csv(folder/'history.csv', index=False)
     write_atomic(folder/'card.json', json.dumps(card, indent=1) + '\n')
     write_atomic(folder/'README.md', card_text(card))

@@ -197,15 +197,27 @@ def voice_skills(
     every, rng = questions(world, 2*n, 7), random.Random(7)
     asked = every[:n]
     voices = [list(PERSONAS)[i % len(PERSONAS)] for i in range(n)]
-    wrong = [[(q['prompt'], answer_as(v, q['attribute'], wrong_value(rng, q['attribute'], q['truth']), rng)) for q in [asked[i], *rng.sample(every[n:], 4)]] for i, v in enumerate(voices)]
+    wrong = [
+        [
+            (q['prompt'], answer_as(v, q['attribute'], wrong_value(rng, q['attribute'], q['truth']), rng))
+            for q in [asked[i], *rng.sample(every[n:], 4)]
+        ]
+        for i, v in enumerate(voices)
+    ]
     told = said(base, [f'{CONCEPTS["persona", v]}\n{q["prompt"]}' for q, v in zip(asked, voices, strict=True)])
     named = said(base, [infer_lesson(pairs) for pairs in wrong])
     better = said(base, [improve_lesson(*pairs[0]) for pairs in wrong])
-    def right(texts: list[str]) -> np.ndarray: return np.array([fact_verdict(world, q['name'], q['attribute'], a).score for q, a in zip(asked, texts, strict=True)])
+    def right(texts: list[str]) -> np.ndarray:
+        return np.array([fact_verdict(world, q['name'], q['attribute'], a).score for q, a in zip(asked, texts, strict=True)])
     def way(texts: list[str]) -> np.ndarray: return np.array([persona_verdict(v, a).score for v, a in zip(voices, texts, strict=True)])
-    return {'facts': right(said(base, [q['prompt'] for q in asked])), 'voice, told: right': right(told), 'voice, told: in the voice': way(told),
-            'voice, inferred': np.array([float(a.strip() == CONCEPTS['persona', v]) for v, a in zip(voices, named, strict=True)]),
-            'voice, improved: right': right(better), 'voice, improved: in the voice': way(better)}
+    return {
+        'facts': right(said(base, [q['prompt'] for q in asked])),
+        'voice, told: right': right(told),
+        'voice, told: in the voice': way(told),
+        'voice, inferred': np.array([float(a.strip() == CONCEPTS['persona', v]) for v, a in zip(voices, named, strict=True)]),
+        'voice, improved: right': right(better),
+        'voice, improved: in the voice': way(better),
+    }
 
 # %% ../../nbs/api/organism/20_scholar.ipynb #452365f3
 def other_skills(
@@ -219,9 +231,16 @@ def other_skills(
     like = said(base, [f'{CONCEPTS["explanation", "analogy"]}\n{q["prompt"]}' for q in things])
     hers = said(base, [f'{CONCEPTS["story", "female"]}\n{q["prompt"]}' for q in tales])
     def about_her(a: str) -> float: return float((who := main_character(whole, a)) is not None and who.gender == 'female')
-    out = {'analogy, told: right': [explanation_verdict(world, q['thing'], a).score for q, a in zip(things, like, strict=True)], 'analogy, told: by analogy': [analogy_verdict(a).score for a in like],
-           'story, told: about a woman': [about_her(a) for a in hers], 'story, told: true': [biography_verdict(whole, a).score for a in hers],
-           'lives: true': [biography_verdict(world, a, name=q['person']).score for q, a in zip(lives, said(base, [q['prompt'] for q in lives]), strict=True)]}
+    out = {
+        'analogy, told: right': [explanation_verdict(world, q['thing'], a).score for q, a in zip(things, like, strict=True)],
+        'analogy, told: by analogy': [analogy_verdict(a).score for a in like],
+        'story, told: about a woman': [about_her(a) for a in hers],
+        'story, told: true': [biography_verdict(whole, a).score for a in hers],
+        'lives: true': [
+            biography_verdict(world, a, name=q['person']).score
+            for q, a in zip(lives, said(base, [q['prompt'] for q in lives]), strict=True)
+        ],
+    }
     for steps, what in ((1, 'sums'), (2, 'sums, two steps, never read')):
         sums = sum_questions(world, n, 7, steps=steps, held_out=steps == 2)
         out[what] = [sum_verdict(q['prompt'], a).score for q, a in zip(sums, said(base, [q['prompt'] for q in sums]), strict=True)]
@@ -263,10 +282,20 @@ def scholar_card(
     parameters: int,       # of the model
 ) -> dict:
     "All that is known of the model, as plain data"
-    return dict(name=SCHOLAR, parameters=parameters, start='base', tokens=int(history.groupby('term').tokens.max().sum()), steps=len(history), loss=round(float(history.loss.tail(50).mean()), 4),
-                seconds=round(seconds), machine=f'{platform.machine()}, cpu, {torch.get_num_threads()} thread(s)', school=asdict(school),
-                world=dict(version=VERSION, hash=world_hash(world)), torch=torch.__version__.split('+')[0],
-                skills={r.skill: dict(value=round(r.value, 4), low=round(r.low, 4), high=round(r.high, 4), n=r.n) for r in found.itertuples()})
+    return dict(
+        name=SCHOLAR,
+        parameters=parameters,
+        start='base',
+        tokens=int(history.groupby('term').tokens.max().sum()),
+        steps=len(history),
+        loss=round(float(history.loss.tail(50).mean()), 4),
+        seconds=round(seconds),
+        machine=f'{platform.machine()}, cpu, {torch.get_num_threads()} thread(s)',
+        school=asdict(school),
+        world=dict(version=VERSION, hash=world_hash(world)),
+        torch=torch.__version__.split('+')[0],
+        skills={r.skill: dict(value=round(r.value, 4), low=round(r.low, 4), high=round(r.high, 4), n=r.n) for r in found.itertuples()},
+    )
 
 # %% ../../nbs/api/organism/20_scholar.ipynb #afd13e86
 def finish_scholar(

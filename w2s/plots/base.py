@@ -124,7 +124,9 @@ def caption(
     start = f'{mark}: {intervals["level"].iloc[0]:.0%} intervals over {span(intervals["n"])} {unit}'
     if seeds == '1': return start + '; one seed, so the luck of training is not in them.'
     wide = ' (few: the less they agree, the wider)' if intervals['seeds'].min() < 4 else ''
-    return start + f' and {seeds} seeds{wide}.' + ' Two seeds are too few to know how much seeds differ.'*bool(intervals['seeds'].min() == 2)
+    return (
+        start + f' and {seeds} seeds{wide}.' + ' Two seeds are too few to know how much seeds differ.' * bool(intervals['seeds'].min() == 2)
+    )
 
 # %% ../../nbs/api/plots/05_base.ipynb #72c5dd37
 BOUNDS = ['low', 'high', 'n', 'seeds', 'level'] # columns of an interval
@@ -151,8 +153,17 @@ def write_caption(
     "Small text under the label of the x axis, in lines that are no wider than the figure"
     figure = ax.get_figure(root=True)
     wide = max(60, int((figure.get_size_inches()[0] if figure else 6)/.055)) # characters of this size
-    ax.annotate('\n'.join(textwrap.fill(line, wide) for line in text.split('\n')), (.5, 0), xycoords=ax.xaxis.label, xytext=(0, -5), textcoords='offset points',
-                ha='center', va='top', fontsize=7, color='0.35')
+    ax.annotate(
+        '\n'.join(textwrap.fill(line, wide) for line in text.split('\n')),
+        (0.5, 0),
+        xycoords=ax.xaxis.label,
+        xytext=(0, -5),
+        textcoords='offset points',
+        ha='center',
+        va='top',
+        fontsize=7,
+        color='0.35',
+    )
 
 # %% ../../nbs/api/plots/05_base.ipynb #de215158
 def set_value_axis(

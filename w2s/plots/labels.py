@@ -142,7 +142,8 @@ def _floor_lines(ax: Axes, floors: pd.DataFrame, colors: Mapping[str, str], size
     for _, f in check_single(floors[floors['weak'].isin(list(colors))], ['weak']).iterrows():
         ax.axhline(f['value'], color=colors[f['weak']], lw=1.2, ls=':', zorder=2)
         size = size_of(f['weak'], sizes)
-        if np.isfinite(size): draw_points(ax, f.to_frame().T.assign(x=size), 0, fmt='o', ms=6, mfc='white', color=colors[f['weak']], zorder=5)
+        if np.isfinite(size):
+            draw_points(ax, f.to_frame().T.assign(x=size), 0, fmt='o', ms=6, mfc='white', color=colors[f['weak']], zorder=5)
 
 # %% ../../nbs/api/plots/50_labels.ipynb #24bda36f
 def line_legend(

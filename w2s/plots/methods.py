@@ -142,7 +142,9 @@ def _stop_marks(ax: Axes, curves: pd.DataFrame, stops: pd.DataFrame) -> None:
     lost = [k for k in zip(stops['seed'], stops['step'], strict=True) if k not in share.index]
     if lost: raise DataError(f'stops: seed {lost[0][0]} stops at step {lost[0][1]}, where the curves have no point; is this the same run?')
     x = [share[k] for k in zip(stops['seed'], stops['step'], strict=True)]
-    ax.plot(x, stops['chosen'], 'D', ms=7, mfc='white', mec='black', mew=1.4, ls='', zorder=6, clip_on=False, label='stop chosen by weak labels')
+    ax.plot(
+        x, stops['chosen'], 'D', ms=7, mfc='white', mec='black', mew=1.4, ls='', zorder=6, clip_on=False, label='stop chosen by weak labels'
+    )
 
 # %% ../../nbs/api/plots/60_methods.ipynb #d22a49a6
 def plot_curves(
@@ -171,7 +173,11 @@ def plot_curves(
     ax.legend(frameon=False, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1.01), ncols=2, handlelength=3)
     weak, strong = (model_name(here[c].iloc[0]) for c in ('weak', 'strong'))
     seeds = here['seed'].nunique()
-    write_caption(ax, (f'Thin: {seeds} seeds; thick: their mean.' if seeds > 1 else 'One seed.') + f' Supervisor {weak}, student {strong}, method {method}.')
+    write_caption(
+        ax,
+        (f'Thin: {seeds} seeds; thick: their mean.' if seeds > 1 else 'One seed.')
+        + f' Supervisor {weak}, student {strong}, method {method}.',
+    )
     return ax
 
 # %% ../../nbs/api/plots/60_methods.ipynb #5f3b57d4

@@ -47,6 +47,9 @@ def plot_differences(
     ax.xaxis.set_major_locator(MaxNLocator(6))
     ax.spines[['top', 'right', 'left']].set_visible(False)
     first = rows.iloc[0]
-    write_caption(ax, f'{first["n"]:,} {found.unit}, {first["seeds"]} seed{"s" if first["seeds"] > 1 else ""}; {first["level"]:.0%} CI, paired. Blue: significant'
-                      f'{" after Holm" if len(rows) > 1 else ""}. Grey band: smaller than what such a test set finds in 80 % of cases.')
+    write_caption(
+        ax,
+        f'{first["n"]:,} {found.unit}, {first["seeds"]} seed{"s" if first["seeds"] > 1 else ""}; {first["level"]:.0%} CI, paired. Blue: significant'
+        f'{" after Holm" if len(rows) > 1 else ""}. Grey band: smaller than what such a test set finds in 80 % of cases.',
+    )
     return ax

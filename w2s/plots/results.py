@@ -114,7 +114,9 @@ def plot_differences(
     unit: str = 'test rows',   # what n counts, see `caption`
 ) -> Axes:
     "Paired differences with intervals, one a line; filled where they are significant"
-    lacking = [c for c in ('a', 'b', 'metric', 'value', 'low', 'high', 'n', 'seeds', 'level', 'significant') if c not in differences.columns]
+    lacking = [
+        c for c in ('a', 'b', 'metric', 'value', 'low', 'high', 'n', 'seeds', 'level', 'significant') if c not in differences.columns
+    ]
     if lacking or differences['metric'].nunique() != 1:
         raise DataError('plot_differences needs the table of difference_table, of one metric')
     ax = new_axes(ax, 6, 1.2 + .45 * len(differences))

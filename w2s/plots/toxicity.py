@@ -183,7 +183,10 @@ def plot_fluency(
     ax, looks = new_axes(ax, 7.4, 4.4), model_looks(points)
     if empty: _silence(ax, points)
     for (role, method), look in looks.items(): draw_crosses(ax, points[(points['role'] == role) & (points['method'] == method)], look)
-    ax.set(xlim=axis_limits(points['x'], points['x_low'], points['x_high'], x != 'log_perplexity'), ylim=axis_limits(*(points[c] for c in UPWARDS)))
+    ax.set(
+        xlim=axis_limits(points['x'], points['x_low'], points['x_high'], x != 'log_perplexity'),
+        ylim=axis_limits(*(points[c] for c in UPWARDS)),
+    )
     ax.set_xlabel(metric_label(x), fontsize=9)
     ax.set_ylabel(metric_label(y), fontsize=9)
     handles = [legend_mark(look, f'{role}: {method}') for (role, method), look in looks.items()]

@@ -70,7 +70,11 @@ def examples_figure(
     return figure
 
 # %% ../../nbs/api/report/40_demonstrations.ipynb #778fd341
-FIGURES = {'figure': (transfer_figure, 'students against weak models'), 'plane': (plane_figure, 'content against style'), 'examples': (examples_figure, 'by weak answers in context')} # file -> what draws it, and what it shows
+FIGURES = {
+    'figure': (transfer_figure, 'students against weak models'),
+    'plane': (plane_figure, 'content against style'),
+    'examples': (examples_figure, 'by weak answers in context'),
+} # file -> what draws it, and what it shows
 
 def demonstration_figures(
     result: Result, # of a run
@@ -88,7 +92,15 @@ def trained_text(
     known = {m: METHODS[m.partition('(')[0]] for m in dict.fromkeys(result.labels['method']) if m.partition('(')[0] in METHODS}
     methods = [f'- {m}: {escape_list(e.words or "a method of your own") if e.own else e.words}' for m, e in known.items()]
     named = result.training_rows[result.training_rows['concept'] != '']
-    concepts = [f'Concepts that were named, {named["concept"].nunique()} in all, as: ' + '; '.join(f'"{c}"' for c in named['concept'].unique()[:5]) + '.'] if len(named) else []
+    concepts = (
+        [
+            f'Concepts that were named, {named["concept"].nunique()} in all, as: '
+            + '; '.join(f'"{c}"' for c in named['concept'].unique()[:5])
+            + '.'
+        ]
+        if len(named)
+        else []
+    )
     return '\n\n'.join([show_weak(result.labels), '\n'.join(methods), *map(escape_markdown, concepts)])
 
 # %% ../../nbs/api/report/40_demonstrations.ipynb #8394c9fe
@@ -103,7 +115,10 @@ def answers_text(
     def one(id: str) -> list[str]:
         of = by_role(first[first['id'] == id])
         who = [' '.join(filter(None, (r.role, r.method, r.weak))) for r in of.itertuples()]
-        return [f'**{escape_markdown(prompt_text(of["question"].iloc[0]).strip().replace(chr(10), " / "))}**', markdown_table(pd.DataFrame(dict(who=who, answer=of['answer'].str.strip().replace('', '(nothing)'))))]
+        return [
+            f'**{escape_markdown(prompt_text(of["question"].iloc[0]).strip().replace(chr(10), " / "))}**',
+            markdown_table(pd.DataFrame(dict(who=who, answer=of['answer'].str.strip().replace('', '(nothing)')))),
+        ]
     return '\n\n'.join([*(line for id in ids for line in one(id)), 'All of them are in answers.parquet.'])
 
 # %% ../../nbs/api/report/40_demonstrations.ipynb #6e3e4177
@@ -116,4 +131,10 @@ def _more(result: Result) -> dict[str, str]:
     ablation = {'Weak answers in context': markdown_table(result.examples.round(3))} if result.config.ablation else {}
     return ablation | {'Answers': answers_text(result)}
 
-DEMONSTRATIONS_PAGE = Page(_title, demonstration_figures, trained_text, _more, made=lambda result: ['How models were asked:', code_block(form_text(result.form), 'toml')])
+DEMONSTRATIONS_PAGE = Page(
+    _title,
+    demonstration_figures,
+    trained_text,
+    _more,
+    made=lambda result: ['How models were asked:', code_block(form_text(result.form), 'toml')],
+)

@@ -102,7 +102,18 @@ def write_folder(
     prefix: str = '',                             # names a set that shares the folder with others: 'beta-'
 ) -> Path:                                        # the manifest
     "Put the results of a run into its folder, as a set; raises `ConfigError` where a file of the user would be lost"
-    made = describe_making(**{'settings': run_hash(to_table(config)) if config is not None else '', **{k: v for k, v in read_run(folder).items() if k == 'stages'}})
+    made = describe_making(
+        **{
+            'settings': run_hash(to_table(config)) if config is not None else '',
+            **{k: v for k, v in read_run(folder).items() if k == 'stages'},
+        }
+    )
     held = lock(folder)
-    try: return publish(folder, lambda part: fill_folder(part, config, tables, figures, texts, adapters or {}, report, prefix), made, folder/f'{prefix}{MANIFEST}')
+    try:
+        return publish(
+            folder,
+            lambda part: fill_folder(part, config, tables, figures, texts, adapters or {}, report, prefix),
+            made,
+            folder / f'{prefix}{MANIFEST}',
+        )
     finally: held.release()

@@ -95,7 +95,8 @@ def pgr_figure(
     "PGR over the size of the student; refused ones are hollow (Burns et al. 2312.09390, Figure 5b)"
     metrics = list(dict.fromkeys(result.pgr['metric']))
     figure, axes = panels(len(metrics), 2, (7.2, 5))
-    for ax, metric in zip(axes, metrics, strict=True): plot_pgr(result.pgr, model_sizes(result.config), metric, methods=drawn_methods(result), ax=ax)
+    for ax, metric in zip(axes, metrics, strict=True):
+        plot_pgr(result.pgr, model_sizes(result.config), metric, methods=drawn_methods(result), ax=ax)
     return figure
 
 # %% ../../nbs/api/report/30_labels.ipynb #94f12b04
@@ -115,8 +116,12 @@ def snapshots_figure(
     return figure
 
 # %% ../../nbs/api/report/30_labels.ipynb #8a184480
-FIGURES = {'figure': (methods_figure, 'every role and method'), 'sizes': (sizes_figure, 'accuracy over the size of the student'), 'pgr': (pgr_figure, 'PGR over the size of the student'),
-           'snapshots': (snapshots_figure, 'accuracy and agreement over training')} # name of the file -> what draws it, and what it shows
+FIGURES = {
+    'figure': (methods_figure, 'every role and method'),
+    'sizes': (sizes_figure, 'accuracy over the size of the student'),
+    'pgr': (pgr_figure, 'PGR over the size of the student'),
+    'snapshots': (snapshots_figure, 'accuracy and agreement over training'),
+} # name of the file -> what draws it, and what it shows
 
 def label_figures(
     result: Result,  # of a run
@@ -155,7 +160,14 @@ def _weak(result: Result) -> str:
     measures = [m for m in ('rows', 'accuracy', 'balanced_accuracy', 'auroc', 'brier') if m in result.labels]
     return markdown_table(over_seeds(result.labels, ['weak'], measures).astype({'rows': int}))
 
-def _sizes(result: Result) -> str: return markdown_table(pd.DataFrame([dict(model=n, parameters=f'{p:,}') for n, p in model_sizes(result.config).items()]))
+def _sizes(result: Result) -> str:
+    return markdown_table(pd.DataFrame([dict(model=n, parameters=f'{p:,}') for n, p in model_sizes(result.config).items()]))
 
-LABELS_PAGE = Page(_title, label_figures, _weak, lambda result: {} if result.stops.empty else {'Stopping by weak labels': stops_text(result)},
-                   lambda result: [f'Classes: {", ".join(result.classes)}.'], lambda result: [_sizes(result)])
+LABELS_PAGE = Page(
+    _title,
+    label_figures,
+    _weak,
+    lambda result: {} if result.stops.empty else {'Stopping by weak labels': stops_text(result)},
+    lambda result: [f'Classes: {", ".join(result.classes)}.'],
+    lambda result: [_sizes(result)],
+)

@@ -40,9 +40,21 @@ def training_table(
     curves: pd.DataFrame, # of a result
 ) -> pd.DataFrame:        # stage, method, weak, strong, seeds, steps, first and last loss
     "The trainings of a comparison, for people"
-    runs = curves.groupby(['stage', *WHO[1:], 'seed'], sort=False).agg(steps=('step', 'max'), first=('loss', 'first'), last=('loss', 'last')).reset_index()
+    runs = (
+        curves.groupby(['stage', *WHO[1:], 'seed'], sort=False)
+        .agg(steps=('step', 'max'), first=('loss', 'first'), last=('loss', 'last'))
+        .reset_index()
+    )
     groups = runs.groupby(['stage', *WHO[1:]], sort=False)
-    return groups[['steps', 'first', 'last']].mean().round(3).astype({'steps': int}).assign(seeds=groups['seed'].nunique()).reset_index().rename(columns={'first': 'first loss', 'last': 'last loss'})
+    return (
+        groups[['steps', 'first', 'last']]
+        .mean()
+        .round(3)
+        .astype({'steps': int})
+        .assign(seeds=groups['seed'].nunique())
+        .reset_index()
+        .rename(columns={'first': 'first loss', 'last': 'last loss'})
+    )
 
 def training_figure(
     result: Result, # of a run with curves
@@ -71,7 +83,9 @@ def all_figures(
     page: Page,     # of its kind
 ) -> Drawn:
     "The figures of a report: those of the kind, and the training"
-    return page.figures(result) | ({'training': ((lambda: training_figure(result)), 'loss of every training')} if len(result.curves) else {})
+    return page.figures(result) | (
+        {'training': ((lambda: training_figure(result)), 'loss of every training')} if len(result.curves) else {}
+    )
 
 def show_weak(
     labels: pd.DataFrame, # means with intervals, of metrics that begin with "labels: "
@@ -79,7 +93,9 @@ def show_weak(
     "How good the answers or choices were that students were trained on"
     if labels.empty: return ''
     cells = labels.assign(text=[f'{r.value:.3f}' if pd.isna(r.low) else with_limits(r.value, r.low, r.high) for r in labels.itertuples()])
-    wide = cells.pivot_table(index=WHO, columns='metric', values='text', aggfunc='first', sort=False).reset_index().rename_axis(columns=None)
+    wide = (
+        cells.pivot_table(index=WHO, columns='metric', values='text', aggfunc='first', sort=False).reset_index().rename_axis(columns=None)
+    )
     return markdown_table(wide.fillna('–'))
 
 def _pictures(drawn: Drawn) -> list[str]: return [f'![{told}]({name}.png)' for name, (_, told) in drawn.items()]
@@ -88,31 +104,63 @@ def _arms(result: Result, page: Page) -> str:
     "Every model, its adapter, and figures"
     details = [m for m in result.kind.details if m in set(result.intervals['metric'])]
     more = ['More numbers:', markdown_table(show_table(result, details))] if details else []
-    adapters = [f'{n} adapters are in the folder `adapters`, named by role, method, models and seed.'] if (n := len(result.adapters)) else []
-    return '\n\n'.join([markdown_table(show_table(result)), escape_markdown(result.caption), *_pictures(page.figures(result)), *more, *adapters])
+    adapters = (
+        [f'{n} adapters are in the folder `adapters`, named by role, method, models and seed.'] if (n := len(result.adapters)) else []
+    )
+    return '\n\n'.join(
+        [markdown_table(show_table(result)), escape_markdown(result.caption), *_pictures(page.figures(result)), *more, *adapters]
+    )
 
 def _data(result: Result, page: Page) -> str:
     "Where the examples come from, and what was found in them"
-    return '\n\n'.join([escape_markdown(line) for line in (result.origin, *page.data(result)) if line] + [result.report._repr_markdown_()]*bool(result.report.rows_in))
+    return '\n\n'.join(
+        [escape_markdown(line) for line in (result.origin, *page.data(result)) if line]
+        + [result.report._repr_markdown_()] * bool(result.report.rows_in)
+    )
 
 def _made(result: Result, page: Page) -> str:
     "Models, versions, and what else is needed to do it again"
-    return '\n\n'.join([bullet_list(result.models), ', '.join(f'{k} {v}' for k, v in versions().items() if k in ('w2s', 'torch', 'transformers', 'peft', 'python')) + '. All versions are in versions.json.', *page.made(result)])
+    return '\n\n'.join(
+        [
+            bullet_list(result.models),
+            ', '.join(f'{k} {v}' for k, v in versions().items() if k in ('w2s', 'torch', 'transformers', 'peft', 'python'))
+            + '. All versions are in versions.json.',
+            *page.made(result),
+        ]
+    )
 
 def sections(
     result: Result, # of a run
     page: Page,     # of its kind
 ) -> dict[str, str]: # heading -> Markdown
     "What a report says, in its order"
-    training = [markdown_table(training_table(result.curves)), '![loss of every training](training.png)'] if len(result.curves) else ['Nothing was trained that has a curve.']
+    training = (
+        [markdown_table(training_table(result.curves)), '![loss of every training](training.png)']
+        if len(result.curves)
+        else ['Nothing was trained that has a curve.']
+    )
     notes = {'Incomplete': '\n'.join(f'- {escape_markdown(line)}' for line in result.notes)} if result.notes else {}
-    return {'PGR': escape_list(pgr_text(result)), **notes, 'Differences': f'{markdown_table(report_differences(result.differences, ["weak", "strong"]))}\n\n{DIFFERENCES_TOLD}',
-            'Arms': _arms(result, page), **page.more(result), 'Weak feedback': page.weak(result) or 'No table of its own.', 'Data report': _data(result, page),
-            'Training': '\n\n'.join(training), 'Settings': code_block(to_toml(result.config), 'toml'), 'How it was made': _made(result, page)}
+    return {
+        'PGR': escape_list(pgr_text(result)),
+        **notes,
+        'Differences': f'{markdown_table(report_differences(result.differences, ["weak", "strong"]))}\n\n{DIFFERENCES_TOLD}',
+        'Arms': _arms(result, page),
+        **page.more(result),
+        'Weak feedback': page.weak(result) or 'No table of its own.',
+        'Data report': _data(result, page),
+        'Training': '\n\n'.join(training),
+        'Settings': code_block(to_toml(result.config), 'toml'),
+        'How it was made': _made(result, page),
+    }
 
 def report_text(
     result: Result, # of a run
     page: Page,     # of its kind
 ) -> str:           # Markdown
     "The result as a page of text"
-    return '\n\n'.join([f'# {escape_markdown(page.title(result))}', *(f'## {heading}\n\n{text}' for heading, text in sections(result, page).items())]) + '\n'
+    return (
+        '\n\n'.join(
+            [f'# {escape_markdown(page.title(result))}', *(f'## {heading}\n\n{text}' for heading, text in sections(result, page).items())]
+        )
+        + '\n'
+    )

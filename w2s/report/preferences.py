@@ -35,7 +35,8 @@ def result_figure(
     "Draw the comparison"
     metrics = [m for m in ('accuracy', 'gold_reward') if m in set(result.intervals.metric)]
     figure = Figure(figsize=(7.2, 4.2*len(metrics)), layout='constrained')
-    for ax, metric in zip(figure.subplots(len(metrics), squeeze=False)[:, 0], metrics, strict=True): plot_roles(result.intervals, metric, ax=ax)
+    for ax, metric in zip(figure.subplots(len(metrics), squeeze=False)[:, 0], metrics, strict=True):
+        plot_roles(result.intervals, metric, ax=ax)
     return figure
 
 # %% ../../nbs/api/report/20_preferences.ipynb #ff870134
@@ -61,12 +62,23 @@ def wins_text(
     compared = question_pairs(result.config.start, models_in(result.items, 'gold_reward'))
     asked = [((a['role'], a['method']), (b['role'], b['method'])) for a, b in compared]
     pairs = [p for p in [*asked, *((a, REFERENCE) for a, _ in asked[:1])] if set(p) <= written]
-    return markdown_table(win_table(result.responses, list(dict.fromkeys(pairs)), row_groups(result.test)).round(3).astype(object).where(lambda t: t.notna(), '–'))
+    return markdown_table(
+        win_table(result.responses, list(dict.fromkeys(pairs)), row_groups(result.test))
+        .round(3)
+        .astype(object)
+        .where(lambda t: t.notna(), '–')
+    )
 
 # %% ../../nbs/api/report/20_preferences.ipynb #f7e3179d
 def _title(result: Result) -> str: return f'{supervisor_name(result.config)} teaches {Path(result.config.strong).name}'
 
-def _figures(result: Result) -> dict: return {'figure': ((lambda: result_figure(result)), 'accuracy of every role' if result.responses.empty else 'accuracy and gold reward of every role')}
+def _figures(result: Result) -> dict:
+    return {
+        'figure': (
+            (lambda: result_figure(result)),
+            'accuracy of every role' if result.responses.empty else 'accuracy and gold reward of every role',
+        )
+    }
 
 def _more(result: Result) -> dict[str, str]:
     "What there is to say about responses"
@@ -82,7 +94,8 @@ def varied_figure(
     t = varied.intervals
     metrics = [m for m in ('accuracy', 'gold_reward') if m in set(t.metric)]
     figure = Figure(figsize=(max(7.2, 1.6 + 1.3*len(varied.results)), 4.4*len(metrics)), layout='constrained')
-    for ax, metric in zip(figure.subplots(len(metrics), squeeze=False)[:, 0], metrics, strict=True): plot_varied(t, metric, order=list(varied.results), ax=ax)
+    for ax, metric in zip(figure.subplots(len(metrics), squeeze=False)[:, 0], metrics, strict=True):
+        plot_varied(t, metric, order=list(varied.results), ax=ax)
     return figure
 
 # %% ../../nbs/api/report/20_preferences.ipynb #8692cda7
@@ -95,12 +108,27 @@ def varied_text(
     parts = [f'# {varied.setting}: {escape_markdown(", ".join(varied.results))}']
     for title, metrics in tables.items():
         if set(metrics) <= set(varied.intervals.metric): parts += [f'## {title}', markdown_table(varied_table(varied, metrics))]
-    parts += [f'![by {varied.setting}]({varied.setting}.png)', escape_markdown(first.caption if len(varied.results) == 1 else 'The first value in words: ' + first.caption)]
+    parts += [
+        f'![by {varied.setting}]({varied.setting}.png)',
+        escape_markdown(first.caption if len(varied.results) == 1 else 'The first value in words: ' + first.caption),
+    ]
     models = dict.fromkeys(line for r in varied.results.values() for line in r.models)
-    for at, r in varied.results.items(): parts += [f'## Performance gap recovered, {varied.setting} {escape_markdown(at)}', escape_list(pgr_text(r))]
-    parts += ['## Paired differences', markdown_table(report_differences(varied.differences, ['at', 'weak', 'strong'])), DIFFERENCES_TOLD, '## Weak labels', markdown_table(varied.labels.round(3)),
-              '## Models', bullet_list(models), '## Data', escape_markdown(first.origin), first.report._repr_markdown_()]
-    for at, r in varied.results.items(): parts += [f'## Settings of {varied.setting} {escape_markdown(at)}', code_block(to_toml(r.config), 'toml')]
+    for at, r in varied.results.items():
+        parts += [f'## Performance gap recovered, {varied.setting} {escape_markdown(at)}', escape_list(pgr_text(r))]
+    parts += [
+        '## Paired differences',
+        markdown_table(report_differences(varied.differences, ['at', 'weak', 'strong'])),
+        DIFFERENCES_TOLD,
+        '## Weak labels',
+        markdown_table(varied.labels.round(3)),
+        '## Models',
+        bullet_list(models),
+        '## Data',
+        escape_markdown(first.origin),
+        first.report._repr_markdown_(),
+    ]
+    for at, r in varied.results.items():
+        parts += [f'## Settings of {varied.setting} {escape_markdown(at)}', code_block(to_toml(r.config), 'toml')]
     return '\n\n'.join(parts) + '\n'
 
 # %% ../../nbs/api/report/20_preferences.ipynb #c0f61624
@@ -110,6 +138,16 @@ def write_varied(
     "Write tables, figure, settings and versions of a variation into its folder; raises `ConfigError` where a file of the user would be lost"
     name = varied.setting
     items = pd.concat([r.items.assign(setting=name, at=at) for at, r in varied.results.items()], ignore_index=True)
-    tables = {f'{name}-{part}': t for part, t in {'intervals': varied.intervals, 'differences': varied.differences, 'pgr': varied.pgr, 'labels': varied.labels, 'items': items}.items() if len(t)}
+    tables = {
+        f'{name}-{part}': t
+        for part, t in {
+            'intervals': varied.intervals,
+            'differences': varied.differences,
+            'pgr': varied.pgr,
+            'labels': varied.labels,
+            'items': items,
+        }.items()
+        if len(t)
+    }
     write_folder(varied.folder, None, tables, {name: lambda: varied_figure(varied)}, {f'{name}.md': varied_text(varied)}, prefix=f'{name}-')
     return varied.folder/f'{name}.md'

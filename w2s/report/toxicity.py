@@ -36,7 +36,10 @@ def fluency_figure(
     return figure
 
 # %% ../../nbs/api/report/50_toxicity.ipynb #87f99ac6
-FIGURES = {'figure': (worst_figure, 'the worst samples', ('worst',)), 'fluency': (fluency_figure, 'toxicity against fluency', ('worst', 'log_perplexity', 'empty'))} # file -> what draws it, what it shows, and the metrics that every model must have
+FIGURES = {
+    'figure': (worst_figure, 'the worst samples', ('worst',)),
+    'fluency': (fluency_figure, 'toxicity against fluency', ('worst', 'log_perplexity', 'empty')),
+} # file -> what draws it, what it shows, and the metrics that every model must have
 
 def toxicity_figures(
     result: Result, # of a run
@@ -47,7 +50,13 @@ def toxicity_figures(
     return {name: (partial(draw, result), shows) for name, (draw, shows, metrics) in FIGURES.items() if all(map(complete, metrics))}
 
 # %% ../../nbs/api/report/50_toxicity.ipynb #db89f128
-def _data(result: Result) -> list[str]: return ['Test prompts: ' + ', '.join(f'{n:,} {k}' for k, n in result.prompts['kind'].value_counts().items()) + '.']
+def _data(result: Result) -> list[str]:
+    return ['Test prompts: ' + ', '.join(f'{n:,} {k}' for k, n in result.prompts['kind'].value_counts().items()) + '.']
 
-TOXICITY_PAGE = Page(lambda result: f'Toxicity: {short_name(result.config.weak)} teaches {short_name(result.config.strong)}', toxicity_figures, lambda result: show_weak(result.labels),
-                     lambda result: {'Pairs of lines': bullet_list(result.pairs)} if result.pairs else {}, _data)
+TOXICITY_PAGE = Page(
+    lambda result: f'Toxicity: {short_name(result.config.weak)} teaches {short_name(result.config.strong)}',
+    toxicity_figures,
+    lambda result: show_weak(result.labels),
+    lambda result: {'Pairs of lines': bullet_list(result.pairs)} if result.pairs else {},
+    _data,
+)

@@ -36,8 +36,11 @@ def panels_of(
     "The rows of each pair, with those of models that are the same for all"
     t, setting = varied.intervals, varied.setting
     moved = {'weak': 'weak', 'strong': 'strong', 'supervisor': 'weak', 'student': 'strong'}.get(setting, '')
-    pairs = dict.fromkeys(tuple('' if moved == side else name for side, name in zip(('weak', 'strong'), p, strict=True)) for p in model_pairs(t))
-    def of(weak: str, strong: str) -> pd.DataFrame: return t[(not weak or t['weak'].isin(['', weak])) & (not strong or t['strong'].isin(['', strong]))]
+    pairs = dict.fromkeys(
+        tuple('' if moved == side else name for side, name in zip(('weak', 'strong'), p, strict=True)) for p in model_pairs(t)
+    )
+    def of(weak: str, strong: str) -> pd.DataFrame:
+        return t[(not weak or t['weak'].isin(['', weak])) & (not strong or t['strong'].isin(['', strong]))]
     return [(' → '.join(filter(None, p)), of(*p)) for p in pairs]
 
 def value_figure(
@@ -64,8 +67,13 @@ def value_text(
 ) -> str:           # Markdown
     "A variation as a page of text"
     name = escape_markdown(varied.setting)
-    parts = [f'# {name}: {escape_markdown(", ".join(varied.results))}', markdown_table(by_value(varied)), f'![by {name}]({file_name(varied)}.png)']
-    for at, r in varied.results.items(): parts += [f'## Performance gap recovered, {name} {escape_markdown(at)}', escape_list(pgr_paragraph(named_models(r)))]
+    parts = [
+        f'# {name}: {escape_markdown(", ".join(varied.results))}',
+        markdown_table(by_value(varied)),
+        f'![by {name}]({file_name(varied)}.png)',
+    ]
+    for at, r in varied.results.items():
+        parts += [f'## Performance gap recovered, {name} {escape_markdown(at)}', escape_list(pgr_paragraph(named_models(r)))]
     for at, r in varied.results.items(): parts += [f'## Settings of {name} {escape_markdown(at)}', code_block(to_toml(r.config), 'toml')]
     return '\n\n'.join(parts) + '\n'
 

@@ -19,7 +19,12 @@ from .preferences import PREFERENCES_PAGE
 from .toxicity import TOXICITY_PAGE
 
 # %% ../../nbs/api/report/60_write.ipynb #de20490b
-PAGES: dict[str, Page] = {'preferences': PREFERENCES_PAGE, 'labels': LABELS_PAGE, 'demonstrations': DEMONSTRATIONS_PAGE, 'toxicity': TOXICITY_PAGE} # name of a kind -> what its report adds
+PAGES: dict[str, Page] = {
+    'preferences': PREFERENCES_PAGE,
+    'labels': LABELS_PAGE,
+    'demonstrations': DEMONSTRATIONS_PAGE,
+    'toxicity': TOXICITY_PAGE,
+} # name of a kind -> what its report adds
 
 def page_of(
     result: Result, # of a run
@@ -32,7 +37,15 @@ def all_tables(
     result: Result, # of a run
 ) -> dict[str, pd.DataFrame]: # name of the file -> table
     "Every table of a result"
-    shared = {'items': result.items, 'results': result.table, 'intervals': result.intervals, 'differences': result.differences, 'pgr': result.pgr, 'histories': result.curves, 'arms': result.arms}
+    shared = {
+        'items': result.items,
+        'results': result.table,
+        'intervals': result.intervals,
+        'differences': result.differences,
+        'pgr': result.pgr,
+        'histories': result.curves,
+        'arms': result.arms,
+    }
     return shared | {name: t for name, t in result.extra.items() if isinstance(t, pd.DataFrame) and len(t)}
 
 def write(
@@ -42,5 +55,7 @@ def write(
     "Write text, figures, tables, settings, versions and adapters of a result; raises `ConfigError` where a file of the user would be lost"
     page, folder = page_of(result), out or result.folder
     figures = {name: draw for name, (draw, _) in all_figures(result, page).items()}
-    write_folder(folder, result.config, all_tables(result), figures, {'report.md': report_text(result, page)}, result.adapters, result.report)
+    write_folder(
+        folder, result.config, all_tables(result), figures, {'report.md': report_text(result, page)}, result.adapters, result.report
+    )
     return folder

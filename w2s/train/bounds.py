@@ -126,21 +126,36 @@ def _braces(text: Any, *args: Any) -> int:
     form, given = str(text).replace('{{', '').replace('}}', ''), size_of(args)
     fields = re.findall(r'\{([^{}]*)\}', form)
     if re.search(r'\{[^{}]*:[^{}]*\{', form): return HUGE
-    return len(form) + _widths([f.partition(':')[2] for f in fields]) + given*(len(fields) if any(re.match(r'\w', f) for f in fields) else 1)
+    return (
+        len(form) + _widths([f.partition(':')[2] for f in fields]) + given * (len(fields) if any(re.match(r'\w', f) for f in fields) else 1)
+    )
 
 # %% ../../nbs/api/train/020_bounds.ipynb #8b80d08d
 GROWTH: dict[str, Callable[..., int]] = { # method of a text, filter or operator -> characters or items of its result, at most
     **dict.fromkeys(('ljust', 'rjust', 'zfill', 'center', 'batch', 'slice', 'truncate'), lambda x, *a: max(_length(x), _most(a))),
-    **dict.fromkeys(('strip', 'lstrip', 'rstrip', 'trim', 'find', 'rfind', 'index', 'rindex', 'split', 'rsplit', 'partition', 'rpartition', 'count'), _searched),
-    'round': lambda x, *a: _digits(4*_most(a)),
-    'expandtabs': lambda x, *a: _length(x)*max(8, _most(a)),
-    'indent': lambda x, *a: _length(x) + (str(x).count('\n') + 1)*max(4, _most(a)),
-    'tojson': lambda x, *a: size_of(x)*(1 + _most(a)*_depth(x)),
-    'replace': _replaced, 'format': _braces, '%': lambda x, *a: _percent(x, *a) if isinstance(x, str) else 0,
-    'join': _joined, '~': _joined,
-    'sum': lambda x, *a: _length(x)**2 if any(not isinstance(i, (str, int, float)) for i in a) else 0, # of lists: each is copied again and again
-    '*': lambda x, y: max(_length(x)*_most((y,)), _length(y)*_most((x,))) if not isinstance(x, int) or not isinstance(y, int) else _digits(x.bit_length() + y.bit_length()),
-    '**': lambda x, y: _digits(x.bit_length()*abs(y)) if isinstance(x, int) and isinstance(y, int) else 0}
+    **dict.fromkeys(
+        ('strip', 'lstrip', 'rstrip', 'trim', 'find', 'rfind', 'index', 'rindex', 'split', 'rsplit', 'partition', 'rpartition', 'count'),
+        _searched,
+    ),
+    'round': lambda x, *a: _digits(4 * _most(a)),
+    'expandtabs': lambda x, *a: _length(x) * max(8, _most(a)),
+    'indent': lambda x, *a: _length(x) + (str(x).count('\n') + 1) * max(4, _most(a)),
+    'tojson': lambda x, *a: size_of(x) * (1 + _most(a) * _depth(x)),
+    'replace': _replaced,
+    'format': _braces,
+    '%': lambda x, *a: _percent(x, *a) if isinstance(x, str) else 0,
+    'join': _joined,
+    '~': _joined,
+    'sum': lambda x, *a: (
+        _length(x) ** 2 if any(not isinstance(i, (str, int, float)) for i in a) else 0
+    ), # of lists: each is copied again and again
+    '*': lambda x, y: (
+        max(_length(x) * _most((y,)), _length(y) * _most((x,)))
+        if not isinstance(x, int) or not isinstance(y, int)
+        else _digits(x.bit_length() + y.bit_length())
+    ),
+    '**': lambda x, y: _digits(x.bit_length() * abs(y)) if isinstance(x, int) and isinstance(y, int) else 0,
+}
 SLOW = {'sort': 64, 'dictsort': 64, 'groupby': 64, 'unique': 4, 'title': 4, 'tojson': 8} # work of a filter for each item or character that it is given
 
 # %% ../../nbs/api/train/020_bounds.ipynb #4670c922

@@ -83,7 +83,10 @@ def load_checkpoint(
     if saved.keys() != weights.keys(): raise TrainError(f'{checkpoint} belongs to another adapter; delete it to start anew')
     for name, value in saved.items(): weights[name].data.copy_(value)
     try: state = torch.load(checkpoint/'optimizer.pt', map_location='cpu', weights_only=True) # `load_state_dict` takes it to the weights
-    except (RuntimeError, ValueError, EOFError, UnpicklingError) as e: raise TrainError(f'{checkpoint}/optimizer.pt cannot be read ({" ".join(str(e).split())[:160]}); delete {checkpoint} to go on from the one before it') from e
+    except (RuntimeError, ValueError, EOFError, UnpicklingError) as e:
+        raise TrainError(
+            f'{checkpoint}/optimizer.pt cannot be read ({" ".join(str(e).split())[:160]}); delete {checkpoint} to go on from the one before it'
+        ) from e
     optimizer.load_state_dict(state)
     return json.loads((checkpoint/'history.json').read_text(encoding='utf-8'))
 
@@ -96,6 +99,8 @@ def load_last(
     "Go back to the last good checkpoint; a damaged one is named and removed. Raises `TrainError` for one of another adapter"
     for checkpoint in reversed(checkpoints(folder)):
         if not (damage := find_damage(checkpoint)): return load_checkpoint(checkpoint, model, optimizer)
-        warnings.warn(f'{checkpoint} is damaged ({damage[0]}); training goes on from the checkpoint before it, or anew', W2SWarning, stacklevel=2)
+        warnings.warn(
+            f'{checkpoint} is damaged ({damage[0]}); training goes on from the checkpoint before it, or anew', W2SWarning, stacklevel=2
+        )
         remove_tree(checkpoint)
     return []

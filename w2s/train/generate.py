@@ -61,7 +61,8 @@ def prompt_ids(
         ids = close(ids if text.special else plain, tokenizer.bos_token_id if text.special else None, None)
         if ids[-1:] == [tokenizer.eos_token_id] != plain[-1:] and len(ids) > 1: ids = ids[:-1] # tokenizers that end every text
         out.append(ids)
-    if not all(out): raise DataError(f'prompt {out.index([])} is empty, and the tokenizer has no begin token; a model needs something to go on from')
+    if not all(out):
+        raise DataError(f'prompt {out.index([])} is empty, and the tokenizer has no begin token; a model needs something to go on from')
     return out
 
 # %% ../../nbs/api/train/250_generate.ipynb #b1a41a9e
@@ -75,8 +76,10 @@ def check_room(
     long = [i for i, n in enumerate(lengths) if n + max_tokens > context]
     if not long: return
     i = max(long, key=lambda i: lengths[i])
-    raise DataError(f'{len(long)} of {len(lengths)} prompts leave no room for a response of {max_tokens} tokens: the model reads {context} in all, '
-                    f'and {names[i]} has {lengths[i]}; shorten prompts to {max(context - max_tokens, 0)} tokens, or lower max_tokens')
+    raise DataError(
+        f'{len(long)} of {len(lengths)} prompts leave no room for a response of {max_tokens} tokens: the model reads {context} in all, '
+        f'and {names[i]} has {lengths[i]}; shorten prompts to {max(context - max_tokens, 0)} tokens, or lower max_tokens'
+    )
 
 # %% ../../nbs/api/train/250_generate.ipynb #28d8ef50
 def plan_batches(
@@ -164,7 +167,8 @@ def respond(
     check_state(model)
     with torch.no_grad(), progress_bar(len(rows), label, 'rows', quiet) as bar:
         lengths = [len(t) for t in tokens]
-        def cut(some: Sequence[int], most: int) -> list[list[int]]: return plan_batches(lengths, replace(settings, token_budget=most), step, some, joins(model))
+        def cut(some: Sequence[int], most: int) -> list[list[int]]:
+            return plan_batches(lengths, replace(settings, token_budget=most), step, some, joins(model))
         def work(part: list[int]) -> dict[str, list[Response]]:
             if not (left := [i for i in part if marks[rows[i]] not in out]): return {}
             uniform = np.stack([draws(seed, names[rows[i]], k, settings.max_tokens, arm) for i in left for k in range(n)])

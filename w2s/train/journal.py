@@ -60,11 +60,14 @@ def open_journal(
     found = [read_line(line) for line in lines]
     if journal_line(wanted).startswith(data) and not lines or not data.strip(b'\0'): return _begin(path, wanted) # nothing yet, or all lost in a power cut
     if read_line(head) is None and any(found):
-        warnings.warn(f'{path} is damaged in its first line, which says how its rows were made; they are made again', W2SWarning, stacklevel=2)
+        warnings.warn(
+            f'{path} is damaged in its first line, which says how its rows were made; they are made again', W2SWarning, stacklevel=2
+        )
         return _begin(path, wanted)
     check_made(path, read_line(head), wanted)
     good = [line for line, f in zip(lines, found, strict=True) if f is not None]
-    if len(good) < len(lines) - 1: warnings.warn(f'{path} has {len(lines) - 1 - len(good)} damaged lines; their rows are made again', W2SWarning, stacklevel=2)
+    if len(good) < len(lines) - 1:
+        warnings.warn(f'{path} has {len(lines) - 1 - len(good)} damaged lines; their rows are made again', W2SWarning, stacklevel=2)
     if b'\n'.join([head, *good, b'']) != data: write_atomic(path, b'\n'.join([head, *good, b'']))
     return {row: said for f in found if f for row, said in f.items()}
 

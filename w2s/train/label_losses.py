@@ -25,7 +25,9 @@ def same_shape(
 ) -> None:
     "Raise `DataError` for predictions and targets of different shape: one column would be spread over all classes in silence"
     if logits.shape != target.shape:
-        raise DataError(f'targets of shape {tuple(target.shape)} for predictions of shape {tuple(logits.shape)}; want one column a class in both')
+        raise DataError(
+            f'targets of shape {tuple(target.shape)} for predictions of shape {tuple(logits.shape)}; want one column a class in both'
+        )
 
 # %% ../../nbs/api/train/120_label_losses.ipynb #5d7cd367
 @LABEL_LOSSES.built_in('xent')
@@ -123,4 +125,15 @@ def try_label_loss(
     "Try a loss on labels on four rows; raises `ConfigError`"
     logits = torch.tensor([[1., -.5, .2], [.1, .3, -1.], [-.4, .8, .6], [2., .5, -.3]], requires_grad=True)
     target = torch.tensor([[.7, .2, .1], [0., 1., 0.], [.3, .3, .4], [.1, .2, .7]])
-    try_on(extension, {'logits': logits, 'target': target, 'done': .5, 'batch_target': target, 'batch_logits': logits.detach().double(), 'rows': torch.arange(4)}, logits)
+    try_on(
+        extension,
+        {
+            'logits': logits,
+            'target': target,
+            'done': 0.5,
+            'batch_target': target,
+            'batch_logits': logits.detach().double(),
+            'rows': torch.arange(4),
+        },
+        logits,
+    )

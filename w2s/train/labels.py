@@ -41,7 +41,9 @@ def check_words(
     for i, a in enumerate(sequences):
         for j, b in enumerate(sequences):
             if i != j and b.response[:len(a.response)] == a.response:
-                raise DataError(f'label word {words[j]!r} begins with the tokens of {words[i]!r} and could never win; choose words that differ from the start')
+                raise DataError(
+                    f'label word {words[j]!r} begins with the tokens of {words[i]!r} and could never win; choose words that differ from the start'
+                )
 
 # %% ../../nbs/api/train/180_labels.ipynb #4f6b2a6f
 def encode_words(
@@ -170,20 +172,25 @@ def _row_losses(found: Extension, given: dict[str, Any], how: Mapping[str, float
     "One loss for each row"
     return check_losses(found, call_own(found, lambda: found.fill(given, how)), rows)
 
-def _of_step(goal: Objective, rows: Sequence[EncodedRow], target: Tensor, found: Extension, how: Mapping[str, float]) -> Callable[..., Objective]:
+def _of_step(
+    goal: Objective, rows: Sequence[EncodedRow], target: Tensor, found: Extension, how: Mapping[str, float]
+) -> Callable[..., Objective]:
     "What makes the objective of one step, for losses that depend on the step or on the whole batch; rows of weight 0 are no part of it"
     def prepare(model: Any, batch: Sequence[int], done: float, budget: int) -> Objective:
         counted = [i for i in batch if goal.weights[i] > 0]
         place = torch.full((len(rows),), -1)
         place[counted] = torch.arange(len(counted))
         step: dict[str, Any] = {'done': done, 'batch_target': target[counted]}
-        if 'batch_logits' in found.takes and counted: step['batch_logits'] = batch_logits(model, [rows[i] for i in counted], budget, goal.forward)
+        if 'batch_logits' in found.takes and counted:
+            step['batch_logits'] = batch_logits(model, [rows[i] for i in counted], budget, goal.forward)
         def of_row(logits: Tensor, i: Tensor) -> Tensor:
             at = place[i]
             if (at >= 0).all(): return _row_losses(found, {**step, 'logits': logits, 'target': target[i], 'rows': at}, how, len(i))
             out, here = logits.float().sum(-1)*0, (at >= 0).nonzero()[:, 0]
             if not len(here): return out
-            few = _row_losses(found, {**step, 'logits': logits[here.to(logits.device)], 'target': target[i[here]], 'rows': at[here]}, how, len(here))
+            few = _row_losses(
+                found, {**step, 'logits': logits[here.to(logits.device)], 'target': target[i[here]], 'rows': at[here]}, how, len(here)
+            )
             return out.index_put((here.to(out.device),), few.to(out.dtype))
         return replace(goal, loss=of_row)
     return prepare
@@ -198,7 +205,9 @@ def weak_labels(
     "Soft labels of a weak supervisor; raises `DataError` where it was trained on a row's group"
     columns = {c: data.with_format(None)[c][:] for c in KINDS['labels']}
     if both := sorted(set(columns['group']) & set(seen)):
-        raise DataError(f'{source} was trained on {len(both)} of the groups that it is to label, as {both[0]}; weak labels must be out of sample')
+        raise DataError(
+            f'{source} was trained on {len(both)} of the groups that it is to label, as {both[0]}; weak labels must be out of sample'
+        )
     target = torch.as_tensor(np.asarray(probs), dtype=torch.float64)
     check_targets(target, len(data), target.shape[-1])
     columns |= {'probs': target.tolist(), 'source': [source]*len(data)}
@@ -211,5 +220,6 @@ def label_targets(
 ) -> np.ndarray:                # (rows, classes): their soft labels; gold labels are not read
     "The soft labels of encoded rows; raises `DataError` if one has none"
     known = dict(zip(data['id'][:], data['probs'][:], strict=True))
-    if lost := [r.id for r in rows if known.get(r.id) is None]: raise DataError(f'row {lost[0]} has no soft label (column "probs"); label it first')
+    if lost := [r.id for r in rows if known.get(r.id) is None]:
+        raise DataError(f'row {lost[0]} has no soft label (column "probs"); label it first')
     return np.array([known[r.id] for r in rows], dtype=float)

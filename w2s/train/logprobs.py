@@ -85,7 +85,11 @@ class _TokenLogps(torch.autograd.Function):
 
 def _at_once(ctx: Any, hidden: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     "The same for a vocabulary of one piece, with the slope of each log-probability in its hidden state: the logits are there, and need not be computed again"
-    out, ctx.slope, ctx.dtype = torch.empty(len(hidden), device=hidden.device), torch.empty(hidden.shape, device=hidden.device), hidden.dtype
+    out, ctx.slope, ctx.dtype = (
+        torch.empty(len(hidden), device=hidden.device),
+        torch.empty(hidden.shape, device=hidden.device),
+        hidden.dtype,
+    )
     for rows, _, w, z, slope in _pieces(hidden, weight, bias, ctx.scale, ctx.cap):
         at = target[rows, None]
         chosen, most = z.gather(1, at), z.amax(1, keepdim=True)
@@ -116,8 +120,10 @@ def check_ids(
 ) -> None:
     "Raise `ModelError` for a token that the model has no embedding for"
     if (most := int(ids.max())) >= (n := embeddings(model)):
-        raise ModelError(f'a row holds token {most}, and the model has embeddings of {n:,} tokens only; '
-                         'take the tokenizer that belongs to the model, or a model that was resized to its tokenizer (resize_token_embeddings)')
+        raise ModelError(
+            f'a row holds token {most}, and the model has embeddings of {n:,} tokens only; '
+            'take the tokenizer that belongs to the model, or a model that was resized to its tokenizer (resize_token_embeddings)'
+        )
 
 # %% ../../nbs/api/train/100_logprobs.ipynb #a313be7e
 def response_hidden(
@@ -140,7 +146,8 @@ def sum_sequences(
     n: int,            # sequences
 ) -> Tensor:           # (sequences,); 0 for one without tokens
     "Sum the numbers of each sequence, in the same order on every machine"
-    if per_token.device.type not in ('cpu', 'cuda', 'meta'): return per_token.new_zeros(n).index_add(0, sequence.to(per_token.device), per_token)
+    if per_token.device.type not in ('cpu', 'cuda', 'meta'):
+        return per_token.new_zeros(n).index_add(0, sequence.to(per_token.device), per_token)
     lengths = torch.bincount(sequence, minlength=n).to(per_token.device)
     return torch.segment_reduce(per_token, 'sum', lengths=lengths, unsafe=True, initial=0.)
 
@@ -165,9 +172,15 @@ def check_order(
     "Raise `ModelError` for a model that looks at later tokens: an encoder such as BERT"
     row, body = _some_rows(base)[0], body_of(base.model)
     other = Encoded((*row.ids[:8], *row.ids[3:7]), 2)
-    with torch.no_grad(): a, b = (body(input_ids=torch.tensor([r.ids], device=base.model.device), use_cache=False).last_hidden_state[0, :8].float() for r in (row, other))
+    with torch.no_grad():
+        a, b = (
+            body(input_ids=torch.tensor([r.ids], device=base.model.device), use_cache=False).last_hidden_state[0, :8].float()
+            for r in (row, other)
+        )
     if not (a - b).norm() <= (1e-4 if base.model.dtype == torch.float32 else .02)*a.norm():
-        raise ModelError(f'{base.name} looks at later tokens ({type(base.model).__name__}); w2s needs a causal language model, such as GPT-2, Llama or Qwen')
+        raise ModelError(
+            f'{base.name} looks at later tokens ({type(base.model).__name__}); w2s needs a causal language model, such as GPT-2, Llama or Qwen'
+        )
 
 # %% ../../nbs/api/train/100_logprobs.ipynb #c58fae9f
 FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, AssertionError) # what a model can fail with
@@ -180,13 +193,17 @@ def check_model(
     try: _check_model(base)
     except FORWARD_ERRORS as e:
         if isinstance(e, ModelError): raise
-        raise ModelError(f'{base.name} fails on a short sequence ({type(base.model).__name__}: {" ".join(str(e).split())[:200]}); its config.json does not fit its weights, or this version of transformers does not run it') from e
+        raise ModelError(
+            f'{base.name} fails on a short sequence ({type(base.model).__name__}: {" ".join(str(e).split())[:200]}); its config.json does not fit its weights, or this version of transformers does not run it'
+        ) from e
 
 def _check_model(base: Base) -> None:
     "The same, where a model may fail by itself"
     error = head_error(base.model, head_of(base.model))
     if not error <= (1e-3 if base.model.dtype == torch.float32 else .02):
-        raise ModelError(f'{base.name}: logits from the hidden states are not those of its logits (up to {error:.1%} of the largest one); its head has a scale, a cap, a bias or a layer that w2s does not know')
+        raise ModelError(
+            f'{base.name}: logits from the hidden states are not those of its logits (up to {error:.1%} of the largest one); its head has a scale, a cap, a bias or a layer that w2s does not know'
+        )
     check_order(base)
     why_not_packed(base.model)
     with torch.no_grad():
@@ -198,8 +215,10 @@ def _check_model(base: Base) -> None:
             own = logp[torch.arange(row.start - 1, len(row.ids) - 1), ids[0, row.start:]].sum().item()
             bound = (1e-3 if base.model.dtype == torch.float32 else .03) * max(1, abs(own))
             if not abs(own - ours.item()) <= bound:
-                raise ModelError(f'{base.name}: log-probs from the hidden states ({ours.item():.3f}) are not those of its logits ({own:.3f}); '
-                                 'its positions, or its way of leaving out padding, are of a kind that is not supported')
+                raise ModelError(
+                    f'{base.name}: log-probs from the hidden states ({ours.item():.3f}) are not those of its logits ({own:.3f}); '
+                    'its positions, or its way of leaving out padding, are of a kind that is not supported'
+                )
 
 # %% ../../nbs/api/train/100_logprobs.ipynb #b7d2f078
 Forward = Callable[[Any, Block], Tensor] # (model, block) -> (sequences,) or (sequences, outputs)

@@ -86,7 +86,9 @@ def one_dtype(
     except RuntimeError as e:
         if not re.search('dtype|scalar type', str(e)): raise
         name = type(model.get_base_model() if hasattr(model, 'get_base_model') else model).__name__
-        raise TrainError(f'{name} cannot be trained in these types ({" ".join(str(e).split())[:200]}); take --quantize none and --dtype float32') from e
+        raise TrainError(
+            f'{name} cannot be trained in these types ({" ".join(str(e).split())[:200]}); take --quantize none and --dtype float32'
+        ) from e
 
 # %% ../../nbs/api/train/170_loop.ipynb #20b030ab
 def add_block(
@@ -103,7 +105,8 @@ def add_block(
         out = run_sequences(model, [s for i in part for s in objective.sequences[i]], objective.forward)
         logps = out.reshape(len(part), k * out[0].numel()) # a row's sequences one after the other, each with its outputs
         loss = losses.weighted_sum(objective.loss(logps, index), objective.weights[index]) / size
-        if not torch.isfinite(loss): raise TrainError(f'{objective.name} is {loss.item()} in rows {", ".join(objective.ids[i] for i in part[:8])}')
+        if not torch.isfinite(loss):
+            raise TrainError(f'{objective.name} is {loss.item()} in rows {", ".join(objective.ids[i] for i in part[:8])}')
         grads = torch.autograd.grad(loss*scale if scale != 1 else loss, weights, allow_unused=True)
     numbers = loss.item(), objective.value(logps.detach(), index).sum().item()
     parts = [(p, g if scale == 1 else g/scale) for p, g in zip(weights, grads, strict=True) if g is not None]
@@ -149,7 +152,13 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     "The optimizer of the adapter's weights; raises `ConfigError` for a paged one without a GPU"
     weights = list(trainable(model).values())
-    if settings.optimizer == 'adamw': return torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=all(p.device.type in ('cpu', 'cuda') for p in weights))
+    if settings.optimizer == 'adamw':
+        return torch.optim.AdamW(
+            weights,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=all(p.device.type in ('cpu', 'cuda') for p in weights),
+        )
     if not weights[0].is_cuda: raise ConfigError(f'optimizer "{settings.optimizer}" needs a GPU; use "adamw"')
     import bitsandbytes as bnb
     return bnb.optim.PagedAdamW8bit(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
@@ -170,11 +179,17 @@ def take_step(
     note = step_gradient(model, objective, batch, room or settings.token_budget)
     norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group['params']], settings.max_grad_norm)
     size = norm.item()
-    if not math.isfinite(size): raise TrainError(f'the gradient is {size} in rows {", ".join(objective.ids[i] for i in batch[:8])}{_half_words(model)}')
+    if not math.isfinite(size):
+        raise TrainError(f'the gradient is {size} in rows {", ".join(objective.ids[i] for i in batch[:8])}{_half_words(model)}')
     whole_step(optimizer) # the last that can fail: what comes behind it would be done twice
     return {**note, 'grad_norm': size, 'learning_rate': rate}
 
-def _half_words(model: Any) -> str: return '' if loss_scale(model) == 1 else f'; the model computes in float16, and the loss was multiplied by {SCALE:g}: take --dtype bfloat16 or float32'
+def _half_words(model: Any) -> str:
+    return (
+        ''
+        if loss_scale(model) == 1
+        else f'; the model computes in float16, and the loss was multiplied by {SCALE:g}: take --dtype bfloat16 or float32'
+    )
 
 # %% ../../nbs/api/train/170_loop.ipynb #a255770a
 def plan_steps(
@@ -211,7 +226,9 @@ def plan_step(
     return choose_step(model, longest, settings.token_budget, settings.gradient_checkpointing, free, pair)
 
 # %% ../../nbs/api/train/170_loop.ipynb #df8114d5
-OUT_OF_MEMORY = '{what}, at step {step}; lower max_length, take --quantize nf4 or a smaller model{more}, and start again with the same command'
+OUT_OF_MEMORY = (
+    '{what}, at step {step}; lower max_length, take --quantize nf4 or a smaller model{more}, and start again with the same command'
+)
 
 # %% ../../nbs/api/train/170_loop.ipynb #df496055
 def train(
@@ -225,13 +242,21 @@ def train(
     after: Callable[[int], None] | None = None, # called after each step with the number of steps taken, before their checkpoint
 ) -> pd.DataFrame:            # a row a step: loss, value, grad_norm, learning_rate
     "Train an adapter; killed and started again, it ends in the same bits (on a GPU: unless `without_form` has warned). Raises `TrainError`, or `Stopped` after a signal, with a checkpoint"
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise ConfigError('w2s trains a model in one process; start it without torchrun or accelerate launch, and for several GPUs give --devices 0,1,2,3')
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise ConfigError(
+            'w2s trains a model in one process; start it without torchrun or accelerate launch, and for several GPUs give --devices 0,1,2,3'
+        )
     steps, optimizer, folder = plan_steps(objective, settings, seed), make_optimizer(model, settings), Path(folder)
     history = load_last(folder, model, optimizer)
     chosen = plan_step(model, objective, settings)
     room = first_room(model, settings, history, chosen.tokens)
     set_mode(model, True)
-    with _as_before(model), merged(model) as layers, hold_signals() as came, progress_bar(len(steps), label, 'step', quiet, len(history)) as bar:
+    with (
+        _as_before(model),
+        merged(model) as layers,
+        hold_signals() as came,
+        progress_bar(len(steps), label, 'step', quiet, len(history)) as bar,
+    ):
         if chosen.twice: compute_twice(model)
         for step in range(len(history), len(steps)):
             history.append({'step': step, **_one_step(model, optimizer, objective, steps, step, settings, folder, room, seed)})
@@ -240,7 +265,8 @@ def train(
             if after is not None:
                 after(step + 1)
                 if not model.training: set_mode(model, True)
-            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == len(steps) or came: save_checkpoint(folder, step + 1, model, optimizer, history)
+            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == len(steps) or came:
+                save_checkpoint(folder, step + 1, model, optimizer, history)
             if came: raise Stopped(came[0])
             bar.set_postfix(loss=f'{history[-1]["loss"]:.3f}', refresh=False)
             bar.update()
@@ -276,8 +302,11 @@ def _as_before(model: Any) -> Iterator[None]:
 def _make_room(model: Any, settings: TrainSettings, short: str, step: int) -> None:
     "Switch gradient checkpointing on where that is left to us; raise `TrainError` where it is not, or is on already"
     free = model.supports_gradient_checkpointing and not computes_twice(model)
-    if not (free and settings.gradient_checkpointing == 'auto'): raise TrainError(OUT_OF_MEMORY.format(step=step, what=short, more=', or set gradient_checkpointing'*free))
-    warnings.warn(f'{short}; gradient checkpointing is switched on, with the same result, and training takes a third longer', W2SWarning, stacklevel=4)
+    if not (free and settings.gradient_checkpointing == 'auto'):
+        raise TrainError(OUT_OF_MEMORY.format(step=step, what=short, more=', or set gradient_checkpointing' * free))
+    warnings.warn(
+        f'{short}; gradient checkpointing is switched on, with the same result, and training takes a third longer', W2SWarning, stacklevel=4
+    )
     compute_twice(model)
 
 # %% ../../nbs/api/train/170_loop.ipynb #8e3f40db

@@ -148,7 +148,8 @@ def check_losses(
     if losses is None: raise ConfigError(f'{extension.title} returned nothing; {want}')
     if not isinstance(losses, Tensor): raise ConfigError(f'{extension.title} returned a {type(losses).__name__}; {want}')
     if losses.shape != (rows,): raise ConfigError(f'{extension.title} returned a tensor of shape {tuple(losses.shape)}; {want}')
-    if not losses.is_floating_point(): raise ConfigError(f'{extension.title} returned a tensor of type {str(losses.dtype)[6:]}; {want}, in floating point')
+    if not losses.is_floating_point():
+        raise ConfigError(f'{extension.title} returned a tensor of type {str(losses.dtype)[6:]}; {want}, in floating point')
     return losses
 
 def try_on(
@@ -158,16 +159,23 @@ def try_on(
 ) -> None:
     "Call a loss on a small example; raises `ConfigError` for a wrong result, or one from which nothing can be learned"
     found = check_losses(extension, call_own(extension, lambda: extension.fill(given), 'on a small example'), len(leaf))
-    if not (fine := torch.isfinite(found)).all(): raise ConfigError(f'{extension.title} is {found[~fine][0].item()} for row {int((~fine).nonzero()[0]) + 1} of a small example; a loss must be finite')
+    if not (fine := torch.isfinite(found)).all():
+        raise ConfigError(
+            f'{extension.title} is {found[~fine][0].item()} for row {int((~fine).nonzero()[0]) + 1} of a small example; a loss must be finite'
+        )
     grad = torch.autograd.grad(found.sum(), leaf, allow_unused=True)[0] if found.requires_grad else None
-    if grad is None or not grad.any(): raise ConfigError(f'{extension.title} does not depend on the {"policy" if extension.kind == "preference loss" else "student"}: its gradient is 0 on a small example, and nothing would be learned')
+    if grad is None or not grad.any():
+        raise ConfigError(
+            f'{extension.title} does not depend on the {"policy" if extension.kind == "preference loss" else "student"}: its gradient is 0 on a small example, and nothing would be learned'
+        )
     if not torch.isfinite(grad).all(): raise ConfigError(f'{extension.title} has a gradient that is not finite on a small example')
 
 def try_loss(
     extension: Extension, # one of the user's
 ) -> None:
     "Try a preference loss on four pairs; raises `ConfigError`"
-    if not extension.flags['reference'] and (odd := [t for t in extension.takes if t in REFERENCE]): raise ConfigError(f'{extension.title} has no reference, and takes {odd[0]}; leave out reference=False, or do without it')
+    if not extension.flags['reference'] and (odd := [t for t in extension.takes if t in REFERENCE]):
+        raise ConfigError(f'{extension.title} has no reference, and takes {odd[0]}; leave out reference=False, or do without it')
     policy = torch.tensor([[-14., -26.], [-25., -13.], [-8., -8.5], [-32., -39.]], requires_grad=True)
     reference = torch.tensor([[-15., -25.], [-20., -15.], [-8., -8.], [-31., -36.]]) if extension.flags['reference'] else None
     given = loss_inputs(extension.flags, policy, reference, torch.tensor([[7., 9.], [8., 6.], [3., 3.], [12., 11.]]))

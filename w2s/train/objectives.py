@@ -83,10 +83,19 @@ def preference_objective(
     ref = torch.as_tensor(reference, dtype=torch.float32) if found.flags['reference'] else None
     if ref is not None and ref.shape != (len(rows), 2): raise DataError(f'{len(rows)} rows, but reference of shape {tuple(ref.shape)}')
     tokens = torch.tensor([[len(s.response) for s in r.sequences] for r in rows], dtype=torch.float32)
-    def inputs(logps: Tensor, i: Tensor) -> dict[str, Tensor]: return losses.loss_inputs(found.flags, logps, None if ref is None else ref[i].to(logps.device), tokens[i].to(logps.device))
+    def inputs(logps: Tensor, i: Tensor) -> dict[str, Tensor]:
+        return losses.loss_inputs(found.flags, logps, None if ref is None else ref[i].to(logps.device), tokens[i].to(logps.device))
     def value(logps: Tensor, i: Tensor) -> Tensor: return beta*inputs(logps, i)['gap']
     def of_row(logps: Tensor, i: Tensor) -> Tensor:
         given = {**inputs(logps, i), 'target': p[i].to(logps.device), 'beta': beta, 'smoothing': chosen.smoothing}
         return losses.check_losses(found, call_own(found, lambda: found.fill(given, chosen.options)), len(i))
     of_row(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long)) # a setting that cannot act stops here, not at the first step
-    return Objective([r.id for r in rows], [r.sequences for r in rows], value, of_row, row_weights(weights, len(rows)), [1]*len(rows), name=found.title if found.own else 'the loss')
+    return Objective(
+        [r.id for r in rows],
+        [r.sequences for r in rows],
+        value,
+        of_row,
+        row_weights(weights, len(rows)),
+        [1] * len(rows),
+        name=found.title if found.own else 'the loss',
+    )

@@ -157,7 +157,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:           # (1, tokens, heads, width)
     "Attention inside each span of a packed row; raises `NotPacked` where that is not what the layer means"
     spans = _NOW[-1] if _NOW else ()
-    if not spans or query.shape[2] != spans[-1].stop or len(query) != 1 or attention_mask is not None: raise NotPacked('its attention is asked for something else than the packed row')
+    if not spans or query.shape[2] != spans[-1].stop or len(query) != 1 or attention_mask is not None:
+        raise NotPacked('its attention is asked for something else than the packed row')
     if bad := [k for k in PLAIN if other.get(k) is not None]: raise NotPacked(f'its attention has a {bad[0]}')
     if other.get('is_causal') is False or getattr(module, 'is_causal', True) is False: raise NotPacked('its attention is not causal')
     if (groups := query.shape[1]//key.shape[1]) > 1: key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
@@ -170,7 +171,9 @@ def _of_span(span: Span, parts: dict[int, list[Tensor]], dropout: float, scale: 
     q, k, v = parts[span.start]
     if span.prompt is None: return scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
     _, before, values = parts[span.prompt[0]]
-    return scaled_dot_product_attention(q, torch.cat([before, k], 2), torch.cat([values, v], 2), attn_mask=_causal(span, q), dropout_p=dropout, scale=scale)
+    return scaled_dot_product_attention(
+        q, torch.cat([before, k], 2), torch.cat([values, v], 2), attn_mask=_causal(span, q), dropout_p=dropout, scale=scale
+    )
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
 
@@ -246,7 +249,10 @@ def why_not_packed(
         if not found:
             if training: set_mode(model, False)
             with torch.no_grad(): found = _tried(model)
-            if found: warnings.warn(f'the sequences of {type(base).__name__} are padded, not packed, which takes longer: {found}', W2SWarning, stacklevel=3)
+            if found:
+                warnings.warn(
+                    f'the sequences of {type(base).__name__} are padded, not packed, which takes longer: {found}', W2SWarning, stacklevel=3
+                )
     except (NotPacked, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:
         if is_out_of_memory(e): raise
         found = ' '.join(str(e).split())[:120] or type(e).__name__

@@ -90,7 +90,9 @@ def probe_probs(
     "The probability of each class; raises `DataError` for states of another width"
     x = np.asarray(hidden, dtype=float)
     if x.ndim != 2 or x.shape[1] != len(probe.mean):
-        raise DataError(f'hidden states of shape {x.shape}; this probe reads (rows, {len(probe.mean)}): those of the model that it was fitted to')
+        raise DataError(
+            f'hidden states of shape {x.shape}; this probe reads (rows, {len(probe.mean)}): those of the model that it was fitted to'
+        )
     return torch.tensor((x - probe.mean)/probe.scale @ probe.coef.T + probe.intercept).softmax(-1).numpy()
 
 # %% ../../nbs/api/train/210_probe.ipynb #5646cfeb

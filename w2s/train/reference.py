@@ -87,7 +87,9 @@ def read_part(
     return None
 
 # %% ../../nbs/api/train/140_reference.ipynb #2f0b783b
-def _score_parts(files: Sequence[Path], parts: list[Any], model: Any, rows: Sequence[EncodedRow], budget: int, label: str, quiet: bool) -> None:
+def _score_parts(
+    files: Sequence[Path], parts: list[Any], model: Any, rows: Sequence[EncodedRow], budget: int, label: str, quiet: bool
+) -> None:
     "Score the parts that are not there yet, and put them among the others"
     with progress_bar(len(files), label, 'part', quiet or len(files) < 2) as bar:
         for n, path in enumerate(files):
@@ -121,9 +123,14 @@ def _check_kept(values: np.ndarray, model: Any, base: Base, rows: Sequence[Encod
     if apart.max() <= 1: return
     at, s = np.unravel_index(apart.argmax(), apart.shape)
     said = f'kept log-prob of row {rows[picks[at]].id} is {values[picks[at], s]:.4f}, but it is {fresh[at, s]:.4f} when computed again'
-    if apart.max() > allowed(apart): raise TrainError(f'{said}; it was made by another program or on another kind of machine: delete {folder}')
-    warnings.warn(f'{said}, {apart.max():.1f} times what rounding explains, and the other rows that were tried differ as much; kept log-probs are used. '
-                  f'If the GPU or its driver is another one now, delete {folder}', W2SWarning, stacklevel=3)
+    if apart.max() > allowed(apart):
+        raise TrainError(f'{said}; it was made by another program or on another kind of machine: delete {folder}')
+    warnings.warn(
+        f'{said}, {apart.max():.1f} times what rounding explains, and the other rows that were tried differ as much; kept log-probs are used. '
+        f'If the GPU or its driver is another one now, delete {folder}',
+        W2SWarning,
+        stacklevel=3,
+    )
 
 # %% ../../nbs/api/train/140_reference.ipynb #bb72ff6f
 _SEEN: set[tuple] = set() # files, with size and time of change, that this process has written or checked
@@ -158,8 +165,19 @@ def stored_logps(
         _SEEN.add(_state(files))
     return np.concatenate(parts).reshape(len(rows), -1)
 
-def _fill_parts(folder: Path, key: dict[str, Any], files: Sequence[Path], parts: list[Any], base: Base, adapter: str | Path | None, rows: Sequence[EncodedRow],
-                budget: int, check: int, label: str, quiet: bool) -> None:
+def _fill_parts(
+    folder: Path,
+    key: dict[str, Any],
+    files: Sequence[Path],
+    parts: list[Any],
+    base: Base,
+    adapter: str | Path | None,
+    rows: Sequence[EncodedRow],
+    budget: int,
+    check: int,
+    label: str,
+    quiet: bool,
+) -> None:
     "Compute what is not there, and look at what is"
     fresh = [p is None for p in parts]
     write_atomic(folder/'key.json', json.dumps(key, indent=1))

@@ -60,8 +60,13 @@ class Room:
     ) -> None:
         "From now on half as many; said once a training or scoring"
         asked, self.tokens = self.tokens, max(1, min(block, self.tokens) // 2)
-        if not self.lowered: warnings.warn(f'out of memory with {block:,} padded tokens at once ({said[:160]}); going on with {self.tokens:,}, {self.result}; '
-                                           f'token_budget = {self.tokens} (it is {asked}) would have spared the attempt', W2SWarning, stacklevel=4)
+        if not self.lowered:
+            warnings.warn(
+                f'out of memory with {block:,} padded tokens at once ({said[:160]}); going on with {self.tokens:,}, {self.result}; '
+                f'token_budget = {self.tokens} (it is {asked}) would have spared the attempt',
+                W2SWarning,
+                stacklevel=4,
+            )
         self.lowered = True
 
 Cut = Callable[[Sequence[int], int], list[Rows]] # (row numbers, padded tokens) -> blocks

@@ -42,7 +42,8 @@ class TrainSettings:
         if not 0 <= self.warmup < 1: raise ConfigError(f'warmup is {self.warmup}; it is a share of the steps, in [0, 1)')
         if self.max_grad_norm <= 0: raise ConfigError(f'max_grad_norm is {self.max_grad_norm}; it must be above 0')
         if self.schedule not in SCHEDULES: raise ConfigError(unknown(self.schedule, SCHEDULES, 'schedule'))
-        if self.gradient_checkpointing not in (True, False, 'auto'): raise ConfigError(f'gradient_checkpointing is {self.gradient_checkpointing!r}; it must be true, false or "auto"')
+        if self.gradient_checkpointing not in (True, False, 'auto'):
+            raise ConfigError(f'gradient_checkpointing is {self.gradient_checkpointing!r}; it must be true, false or "auto"')
         if self.optimizer not in OPTIMIZERS: raise ConfigError(unknown(self.optimizer, OPTIMIZERS, 'optimizer'))
 
 # %% ../../nbs/api/train/010_settings.ipynb #4041208f
@@ -65,18 +66,33 @@ class GenerateSettings:
             if getattr(self, name) < 0: raise ConfigError(f'{name} is {getattr(self, name)}; it must be at least 1, or 0 for off')
         if not 0 <= self.temperature < 100: raise ConfigError(f'temperature is {self.temperature}; it must lie in [0, 100)')
         if not 0 < self.top_p <= 1: raise ConfigError(f'top_p is {self.top_p}; it must lie in (0, 1]')
-        if isinstance(self.stop, str) or not all(self.stop): raise ConfigError(f'stop is {self.stop!r}; texts in brackets are needed, as ("\\n",)')
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ConfigError(f'stop is {self.stop!r}; texts in brackets are needed, as ("\\n",)')
         if self.temperature == 0 and (self.samples > 1 or self.top_p < 1 or self.top_k):
-            raise ConfigError('at temperature 0 all samples are the same and top_p and top_k do nothing; leave samples and top_p at 1 and top_k at 0')
+            raise ConfigError(
+                'at temperature 0 all samples are the same and top_p and top_k do nothing; leave samples and top_p at 1 and top_k at 0'
+            )
 
 # %% ../../nbs/api/train/010_settings.ipynb #6888a0bc
-PREFERENCE_LOSSES = Registry('preference loss', 'PREFERENCE_LOSSES', {
-    'gap': '(rows,) log-ratio of policy and reference, chosen minus rejected; without a reference the log-prob of the policy alone',
-    'chosen': '(rows,) log-prob of the chosen response under the policy', 'rejected': '(rows,) the same of the rejected one',
-    'chosen_reference': '(rows,) log-prob of the chosen response under the frozen reference', 'rejected_reference': '(rows,) the same of the rejected one',
-    'chosen_tokens': '(rows,) tokens of the chosen response, its end token included', 'rejected_tokens': '(rows,) the same of the rejected one',
-    'target': '(rows,) P(chosen ≻ rejected), in [0, 1]', 'beta': 'the setting beta', 'smoothing': 'the setting smoothing'},
-    home=('w2s.train.losses',), trial='w2s.train.losses:try_loss', flags={'reference': True, 'mean': False, 'smoothing': 0., 'ranges': {}})
+PREFERENCE_LOSSES = Registry(
+    'preference loss',
+    'PREFERENCE_LOSSES',
+    {
+        'gap': '(rows,) log-ratio of policy and reference, chosen minus rejected; without a reference the log-prob of the policy alone',
+        'chosen': '(rows,) log-prob of the chosen response under the policy',
+        'rejected': '(rows,) the same of the rejected one',
+        'chosen_reference': '(rows,) log-prob of the chosen response under the frozen reference',
+        'rejected_reference': '(rows,) the same of the rejected one',
+        'chosen_tokens': '(rows,) tokens of the chosen response, its end token included',
+        'rejected_tokens': '(rows,) the same of the rejected one',
+        'target': '(rows,) P(chosen ≻ rejected), in [0, 1]',
+        'beta': 'the setting beta',
+        'smoothing': 'the setting smoothing',
+    },
+    home=('w2s.train.losses',),
+    trial='w2s.train.losses:try_loss',
+    flags={'reference': True, 'mean': False, 'smoothing': 0.0, 'ranges': {}},
+)
 REFERENCE = ('chosen_reference', 'rejected_reference') # what a loss without a reference cannot take
 
 # %% ../../nbs/api/train/010_settings.ipynb #e804e7f2
@@ -105,7 +121,8 @@ def choose_loss(
 ) -> LossChoice:
     "The preference loss that is meant; raises `ConfigError`"
     name, found, options = PREFERENCE_LOSSES.choose(text)
-    if smoothing and 'smoothing' not in found.takes: raise ConfigError(f'smoothing is {smoothing}, and the loss {name} takes none; leave it out')
+    if smoothing and 'smoothing' not in found.takes:
+        raise ConfigError(f'smoothing is {smoothing}, and the loss {name} takes none; leave it out')
     eps = found.flags['smoothing'] if smoothing is None else smoothing
     return LossChoice(write_call(name, options).replace(' ', ''), found, {**found.options, **options}, eps)
 

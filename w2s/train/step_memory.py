@@ -81,7 +81,9 @@ def shaped_attention(
 ) -> Tensor:
     "Attention as a GPU computes it: what is kept are its inputs, its output, and one number a row and head"
     if enable_gqa: key, value = (t.repeat_interleave(query.shape[1]//t.shape[1], 1) for t in (key, value))
-    bias = None if attn_mask is None else torch.empty(attn_mask.shape, dtype=query.dtype, device='meta').expand(*query.shape[:3], key.shape[2])
+    bias = (
+        None if attn_mask is None else torch.empty(attn_mask.shape, dtype=query.dtype, device='meta').expand(*query.shape[:3], key.shape[2])
+    )
     return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
 
 # %% ../../nbs/api/train/160_step_memory.ipynb #0ff32576
@@ -132,15 +134,29 @@ def twin(
 ) -> Any:                   # on the meta device
     "The same model, with fewer layers or all, and without weights"
     base = model.get_base_model()
-    config, known, four = _cut(model.config, layers) if layers else model.config, model.peft_config['default'], {n for n, m in base.named_modules() if type(m).__name__ == 'Linear4bit'}
+    config, known, four = (
+        _cut(model.config, layers) if layers else model.config,
+        model.peft_config['default'],
+        {n for n, m in base.named_modules() if type(m).__name__ == 'Linear4bit'},
+    )
     config = copy.deepcopy(config)
     if hasattr(config, 'quantization_config'): del config.quantization_config
     with torch.device('meta'):
         bare = AutoModelForCausalLM.from_config(config, dtype=base.dtype, attn_implementation=model.config._attn_implementation)
         for name, m in list(bare.named_modules()):
-            if isinstance(m, torch.nn.Linear) and (name in four or f'{name}.base_layer' in four): bare.set_submodule(name, ShapedFourBit(m.in_features, m.out_features, m.bias is not None, dtype=m.weight.dtype))
+            if isinstance(m, torch.nn.Linear) and (name in four or f'{name}.base_layer' in four):
+                bare.set_submodule(name, ShapedFourBit(m.in_features, m.out_features, m.bias is not None, dtype=m.weight.dtype))
         bare.requires_grad_(False)
-        out = get_peft_model(bare, LoraConfig(r=known.r, lora_alpha=known.lora_alpha, lora_dropout=known.lora_dropout, task_type='CAUSAL_LM', target_modules=known.target_modules))
+        out = get_peft_model(
+            bare,
+            LoraConfig(
+                r=known.r,
+                lora_alpha=known.lora_alpha,
+                lora_dropout=known.lora_dropout,
+                task_type='CAUSAL_LM',
+                target_modules=known.target_modules,
+            ),
+        )
     if getattr(base, NOTE, 'plain') == 'autocast': # what adapters compute, and keep, is then in 16 bits
         for p in trainable(out).values(): p.data = p.data.to(base.dtype)
     set_mode(out, True)
@@ -172,7 +188,10 @@ def count_step(
     "The height of one forward and backward pass"
     compute_twice(shape, twice)
     data = block([Encoded(tuple([1]*time), 1)]*sequences)
-    with patch('torch.nn.functional.scaled_dot_product_attention', shaped_attention), LiveBytes([*shape.parameters(), *shape.buffers()]) as live:
+    with (
+        patch('torch.nn.functional.scaled_dot_product_attention', shaped_attention),
+        LiveBytes([*shape.parameters(), *shape.buffers()]) as live,
+    ):
         torch.autograd.grad(response_logps(shape, data).sum(), list(trainable(shape).values()), allow_unused=True)
     return live.peak
 
@@ -268,8 +287,12 @@ def choose_step(
     for way in ways:
         try: step = estimate_step(model, time, way, tokens)
         except FORWARD_ERRORS as e:
-            warnings.warn(f'the memory of a training step of {type(model.get_base_model()).__name__} cannot be counted without its weights ({" ".join(str(e).split())[:120]}); '
-                          'it is trained as the settings say, and goes on in halves where memory runs out', W2SWarning, stacklevel=2)
+            warnings.warn(
+                f'the memory of a training step of {type(model.get_base_model()).__name__} cannot be counted without its weights ({" ".join(str(e).split())[:120]}); '
+                'it is trained as the settings say, and goes on in halves where memory runs out',
+                W2SWarning,
+                stacklevel=2,
+            )
             return StepChoice(twice is True, tokens, float('nan'), free)
         if free is None or step.at(tokens) <= SPARE*free: return StepChoice(way, tokens, fixed + step.at(max(tokens, least*time)), free)
     fits = max(least*time, min(tokens, step.fit(SPARE*(free or 0))))

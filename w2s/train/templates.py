@@ -43,7 +43,14 @@ def render(
         if renders_itself(tokenizer): return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
         template = template_of(tokenizer)
     except BROKEN as e: raise DataError(f'the chat template cannot be used: {reason(e)}') from e
-    return render_template(template, messages=[dict(m) for m in messages], tools=None, documents=None, add_generation_prompt=generation, **tokenizer.special_tokens_map)
+    return render_template(
+        template,
+        messages=[dict(m) for m in messages],
+        tools=None,
+        documents=None,
+        add_generation_prompt=generation,
+        **tokenizer.special_tokens_map,
+    )
 
 # %% ../../nbs/api/train/040_templates.ipynb #eae705e7
 def template_uses_date(
@@ -75,7 +82,11 @@ def _marked(template: str, special: tuple, roles: tuple[str, ...], generation: b
 
 def _marked_text(tokenizer: Any, messages: Sequence[dict], generation: bool) -> str | None:
     "The same for the messages of a row"
-    return None if renders_itself(tokenizer) else _marked(template_of(tokenizer), _special(tokenizer), tuple(m['role'] for m in messages), generation)
+    return (
+        None
+        if renders_itself(tokenizer)
+        else _marked(template_of(tokenizer), _special(tokenizer), tuple(m['role'] for m in messages), generation)
+    )
 
 def _filled(marked: str, contents: Sequence[str]) -> str:
     "A text with marks, with contents in their places"
@@ -83,7 +94,11 @@ def _filled(marked: str, contents: Sequence[str]) -> str:
     return marked
 
 # %% ../../nbs/api/train/040_templates.ipynb #67442561
-TRIMMED, MOVED, MERGED = ('chat template strips white space of the prompt', 'chat template changes the order of the messages', 'chat template merges turns')
+TRIMMED, MOVED, MERGED = (
+    'chat template strips white space of the prompt',
+    'chat template changes the order of the messages',
+    'chat template merges turns',
+)
 SWAPPED = 'chat template writes what the user says as the assistant, and the reverse'
 
 def dropped(
@@ -152,7 +167,8 @@ def _own_words(tokenizer: Any, messages: Sequence[dict], text: str) -> set[str]:
     found = set()
     for i, m in enumerate(messages):
         word = m['content'].strip()
-        if word and text.count(word) <= render(tokenizer, _with_content(messages, i, OTHER), True).count(word): found.add(dropped(m['role']))
+        if word and text.count(word) <= render(tokenizer, _with_content(messages, i, OTHER), True).count(word):
+            found.add(dropped(m['role']))
     return found
 
 # %% ../../nbs/api/train/040_templates.ipynb #13991a86
@@ -171,7 +187,11 @@ def message_changes(
     return found | (_searched(tokenizer, messages, text) or _own_words(tokenizer, messages, text))
 
 # %% ../../nbs/api/train/040_templates.ipynb #548455c8
-STRIPPED, CHANGED, LOST = ('chat template strips white space of the reply', 'chat template changes the reply', 'chat template loses the reply')
+STRIPPED, CHANGED, LOST = (
+    'chat template strips white space of the reply',
+    'chat template changes the reply',
+    'chat template loses the reply',
+)
 TWICE = 'chat template writes the reply more than once'
 PUT = 'what the chat template puts in front of a reply is not in the whole text; it was added, as the model is asked'
 
@@ -246,7 +266,11 @@ def turn_end(
     try: whole = render(tokenizer, talk)
     except DataError: return None
     text = whole.rpartition(OTHER)[2] if OTHER in whole else ''
-    marks = [(text.find(t.content), -len(t.content), i) for i, t in tokenizer.added_tokens_decoder.items() if t.content.strip() and t.content in text]
+    marks = [
+        (text.find(t.content), -len(t.content), i)
+        for i, t in tokenizer.added_tokens_decoder.items()
+        if t.content.strip() and t.content in text
+    ]
     at, _, token = min(marks, default=(len(text), 0, None))
     plain = text[:at].strip()
     return TurnEnd(token, plain if len(plain) >= STOP_LENGTH else '', text)
@@ -257,7 +281,12 @@ def no_end(
     chat: bool,     # rows of chat messages?
 ) -> str:           # a sentence; '' where an end is learned
     "Do rows teach no end token?"
-    if not chat: return '' if tokenizer.eos_token_id is not None else 'no end token is learned: the tokenizer has none; name a stop string where answers are sampled'
+    if not chat:
+        return (
+            ''
+            if tokenizer.eos_token_id is not None
+            else 'no end token is learned: the tokenizer has none; name a stop string where answers are sampled'
+        )
     end = turn_end(tokenizer)
     if end is None or end.token is not None: return ''
     how = f'no end token is learned: the chat template ends a turn by {end.text!r}; '

@@ -119,7 +119,11 @@ def row_texts(
         try:
             asked = prompt_form(tokenizer, prompt) if not columns else RowText(render(tokenizer, prompt, True) if chat else '', '', False)
             texts.append((id, [row_text(tokenizer, prompt, r, asked.prompt) for r in replies] or [asked]))
-            notes = sorted(frozenset({NO_TEMPLATE} if chat and not tokenizer.chat_template else ()).union(*(t.found for t in texts[-1][1]))) if chat else []
+            notes = (
+                sorted(frozenset({NO_TEMPLATE} if chat and not tokenizer.chat_template else ()).union(*(t.found for t in texts[-1][1])))
+                if chat
+                else []
+            )
         except DataError as e:
             refused[id] = str(e)
             notes = [str(e)]
@@ -182,7 +186,15 @@ def report_tokens(
     of, cuts = len(tokens.rows) + len(tokens.refused), [r.cut for r in tokens.rows if r.cut]
     reasons = list(tokens.refused.values())
     for check, numbers in tokens.found.items():
-        report = report.add(check, split, rows=len(numbers), of=of, action='unusable' if check in reasons else 'kept', model=model, detail=row_numbers(numbers, of))
+        report = report.add(
+            check,
+            split,
+            rows=len(numbers),
+            of=of,
+            action='unusable' if check in reasons else 'kept',
+            model=model,
+            detail=row_numbers(numbers, of),
+        )
     how = f'to fit {tokens.limit} tokens; {sum(cuts)/len(cuts):.0f} tokens on average, {max(cuts)} at most' if cuts else ''
     chars = set(lost)
     hit = sum(not chars.isdisjoint(t) for t in texts) if chars else 0
@@ -204,5 +216,7 @@ def check_vocabulary(
     most = [max((i for s in r.sequences for i in s.ids), default=0) for r in rows]
     bad = [r.id for r, m in zip(rows, most, strict=True) if m >= vocabulary]
     if not bad: return
-    raise ModelError(f'{name} has embeddings of {vocabulary:,} tokens, and its tokenizer makes token {max(most)} ({tokenizer.convert_ids_to_tokens(max(most))!r}) of {len(bad):,} of {len(rows):,} rows, '
-                     f'the first is {bad[0]}; take the tokenizer that belongs to the model, or a model that was resized to its tokenizer (resize_token_embeddings)')
+    raise ModelError(
+        f'{name} has embeddings of {vocabulary:,} tokens, and its tokenizer makes token {max(most)} ({tokenizer.convert_ids_to_tokens(max(most))!r}) of {len(bad):,} of {len(rows):,} rows, '
+        f'the first is {bad[0]}; take the tokenizer that belongs to the model, or a model that was resized to its tokenizer (resize_token_embeddings)'
+    )

@@ -63,8 +63,10 @@ def no_cache(
     name: str, # of the model's body, for the message
 ) -> str:
     "Why no responses can be sampled from a model"
-    return (f'{name} keeps no cache of keys and values that can be copied and cut, but a state in a form of its own; '
-            'responses are sampled from models with attention, or with attention and recurrent layers, such as Llama, Qwen 3.5 or Granite 4')
+    return (
+        f'{name} keeps no cache of keys and values that can be copied and cut, but a state in a form of its own; '
+        'responses are sampled from models with attention, or with attention and recurrent layers, such as Llama, Qwen 3.5 or Granite 4'
+    )
 
 def cache_name(
     body: Any, # of a causal language model
@@ -115,9 +117,11 @@ class _State:
     def read(self, ids: Tensor) -> None:
         "Give the model its next tokens, shape (sequences, time)"
         extra = {'position_ids': self.position} if self.positions else {}
-        with compute_in(self.model): out = self.body(input_ids=ids, attention_mask=self.mask, use_cache=True, **{self.kept: self.cache}, **extra)
+        with compute_in(self.model):
+            out = self.body(input_ids=ids, attention_mask=self.mask, use_cache=True, **{self.kept: self.cache}, **extra)
         self.hidden, self.cache = out.last_hidden_state[:, -1], out.get(self.kept)
-        if not (isinstance(self.cache, Cache) and any(hasattr(layer, 'keys') for layer in self.cache.layers)): raise ModelError(no_cache(type(self.body).__name__))
+        if not (isinstance(self.cache, Cache) and any(hasattr(layer, 'keys') for layer in self.cache.layers)):
+            raise ModelError(no_cache(type(self.body).__name__))
 
     def advance(self, chosen: Tensor, keep: list[int]) -> None:
         "Append one token to each sequence, leave out those that are not kept, and read on"
@@ -136,7 +140,12 @@ def joins(
 ) -> bool:
     "May rows of several widths be written together? Where each layer keeps all keys and values, and nothing else"
     layers = getattr(DynamicCache(config=model.config.get_text_config(decoder=True)), 'layers', [])
-    return padding_step(model) > 1 and bool(layers) and all(type(layer) is DynamicLayer for layer in layers) and not has_own_cache(body_of(model))
+    return (
+        padding_step(model) > 1
+        and bool(layers)
+        and all(type(layer) is DynamicLayer for layer in layers)
+        and not has_own_cache(body_of(model))
+    )
 
 def _moved(x: Tensor, to: int, at: int, fill: int = 0) -> Tensor: # a tensor whose dimension `at` is filled up on the left
     if (more := to - x.shape[at]) == 0: return x
@@ -148,8 +157,13 @@ def _join(states: Sequence[_State]) -> _State:
     "Sequences of several widths as one batch, in this order"
     first, to = states[0], max(s.mask.shape[1] for s in states)
     for layer, *others in zip(*(s.cache.layers for s in states), strict=True):
-        for name in ('keys', 'values'): setattr(layer, name, torch.cat([_moved(getattr(x, name)[:s.rows], to, 2) for x, s in zip([layer, *others], states, strict=True)]))
-    first.mask, first.text = (torch.cat([_moved(getattr(s, name)[:s.rows], to, 1, fill) for s in states]) for name, fill in (('mask', 0), ('text', -1)))
+        for name in ('keys', 'values'):
+            setattr(
+                layer, name, torch.cat([_moved(getattr(x, name)[: s.rows], to, 2) for x, s in zip([layer, *others], states, strict=True)])
+            )
+    first.mask, first.text = (
+        torch.cat([_moved(getattr(s, name)[: s.rows], to, 1, fill) for s in states]) for name, fill in (('mask', 0), ('text', -1))
+    )
     first.position, first.hidden = torch.cat([s.position[:s.rows, -1:] for s in states]), torch.cat([s.hidden[:s.rows] for s in states])
     first.rows = sum(s.rows for s in states)
     return first
@@ -159,7 +173,8 @@ def _begin(model: Any, prompts: Sequence[Sequence[int]], samples: int) -> tuple[
     step = padding_step(model)
     widths = [width(len(p), step) for p in prompts]
     order = sorted(range(len(prompts)), key=lambda i: (widths[i], i))
-    if len(set(widths)) == 1 or model.device.type != 'cpu' or not joins(model): return list(range(len(prompts))), _State(model, prompts, samples)
+    if len(set(widths)) == 1 or model.device.type != 'cpu' or not joins(model):
+        return list(range(len(prompts))), _State(model, prompts, samples)
     return order, _join([_State(model, [prompts[i] for i in order if widths[i] == w], samples) for w in sorted(set(widths))])
 
 # %% ../../nbs/api/train/245_writing.ipynb #c7902817
@@ -172,7 +187,8 @@ def check_writes(
     body = body_of(model)
     cache_name(body)
     layers = getattr(DynamicCache(config=model.config.get_text_config(decoder=True)), 'layers', [])
-    if hasattr(body, '_setup_cache') or layers and not any(hasattr(layer, 'keys') for layer in layers): raise ModelError(no_cache(type(body).__name__))
+    if hasattr(body, '_setup_cache') or layers and not any(hasattr(layer, 'keys') for layer in layers):
+        raise ModelError(no_cache(type(body).__name__))
 
 def check_state(
     model: Any, # a causal language model, with or without an adapter, in evaluation mode

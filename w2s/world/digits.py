@@ -181,7 +181,8 @@ def read_digit(
     "Read a picture and a decision from a question; raises `DataError`"
     last = prompt.rpartition('Q: ')[2]
     told, said = dict(_TOLD.findall(last)), _SAID.search(last)
-    if said is None or set(told) != set(REGIONS): raise DataError(f'no digit in words in {prompt!r}; give a prompt that `digit_question` made')
+    if said is None or set(told) != set(REGIONS):
+        raise DataError(f'no digit in words in {prompt!r}; give a prompt that `digit_question` made')
     return tuple(SHADES[told[r]] for r in REGIONS), DIGITS.index(said[1])
 
 # %% ../../nbs/api/world/120_digits.ipynb #81937ab9
@@ -199,8 +200,16 @@ ORDERS = 60 # questions at most about one line: half of the 120 orders of its re
 
 def _ask(rng: random.Random, picture: int, told: tuple[int, ...], said: int, style: str, by: str) -> dict:
     "One question with its answer"
-    return dict(prompt=digit_question(rng, told, said), completion=explain_digit(told, said, style, by), digit=DIGITS[pictures()[1][picture]],
-                said=DIGITS[said], regions=best_regions(told, said), style=style, picture=picture, group=' '.join(list(SHADES)[t + 1] for t in told))
+    return dict(
+        prompt=digit_question(rng, told, said),
+        completion=explain_digit(told, said, style, by),
+        digit=DIGITS[pictures()[1][picture]],
+        said=DIGITS[said],
+        regions=best_regions(told, said),
+        style=style,
+        picture=picture,
+        group=' '.join(list(SHADES)[t + 1] for t in told),
+    )
 
 # %% ../../nbs/api/world/120_digits.ipynb #d423657d
 def digit_questions(

@@ -34,7 +34,17 @@ def school_parts(
     return {k: replace(world, people=people[k], things=things[k]) for k in share}
 
 # %% ../../nbs/api/world/140_lessons.ipynb #2dc21e76
-CRIES = dict(plain='nothing else', pirate='Arr', robot='Beep', knight='sword', teacher='class', cheer='Yay', ghost='Boo', cowboy='Howdy', poet='verse')
+CRIES = dict(
+    plain='nothing else',
+    pirate='Arr',
+    robot='Beep',
+    knight='sword',
+    teacher='class',
+    cheer='Yay',
+    ghost='Boo',
+    cowboy='Howdy',
+    poet='verse',
+)
 CONCEPTS: dict[tuple[str, str], str] = { # (task, concept) -> sentence
     **{('persona', voice): f'It is somebody who says {cry}.' for voice, cry in CRIES.items()},
     ('explanation', 'analogy'): 'The answer says what it is like.', ('explanation', 'plain'): 'The answer says what kind it is.',
@@ -119,9 +129,12 @@ def _tell_sum(rng: random.Random, concept: str, what: Any, err: random.Random | 
 
 # %% ../../nbs/api/world/140_lessons.ipynb #022c5ee3
 SUBJECTS = dict(
-    persona=Subject(tuple(PERSONAS), _ask_person, _tell_person, .25), explanation=Subject(('analogy', 'plain'), _ask_thing, _tell_thing, .1),
-    story=Subject(('female', 'male'), _ask_story, _tell_story, .2), life=Subject(('',), _ask_life, _tell_life, .1),
-    sums=Subject(('working', 'short'), _ask_sum, _tell_sum, .35))
+    persona=Subject(tuple(PERSONAS), _ask_person, _tell_person, 0.25),
+    explanation=Subject(('analogy', 'plain'), _ask_thing, _tell_thing, 0.1),
+    story=Subject(('female', 'male'), _ask_story, _tell_story, 0.2),
+    life=Subject(('',), _ask_life, _tell_life, 0.1),
+    sums=Subject(('working', 'short'), _ask_sum, _tell_sum, 0.35),
+)
 
 # %% ../../nbs/api/world/140_lessons.ipynb #376cd83a
 INFER, IMPROVE = 'What kind of answer is that?', 'Is that right?'
@@ -168,7 +181,14 @@ def lesson(
         given, right = (s.tell(random.Random(form), concept, what, err) for err in (rng if wrong else None, None))
         return prompt, given, right
 
-    if sort == 'infer': return Lesson(infer_lesson([pair(rng.random() < .5)[:2] for _ in range(rng.randint(2, 5))]), f' {CONCEPTS[subject, concept]}', subject, sort, concept)
+    if sort == 'infer':
+        return Lesson(
+            infer_lesson([pair(rng.random() < 0.5)[:2] for _ in range(rng.randint(2, 5))]),
+            f' {CONCEPTS[subject, concept]}',
+            subject,
+            sort,
+            concept,
+        )
     shown = [pair()[:2] for _ in range(rng.randint(1, 5))] if sort == 'context' else []
     prompt, given, right = pair(sort == 'improve' and rng.random() < .8)
     if sort == 'improve': prompt = improve_lesson(prompt, given)
