@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WARM_UP', 'Scores', 'choose_form', 'answer_settings', 'seed_rows', 'answer_test', 'in_context_arm', 'weak_arms',
-           'student_arm', 'warm_up', 'make_seed', 'score_arm', 'find_unscored', 'arm_items']
+           'student_arm', 'warm_up', 'make_seed', 'score_arm', 'find_unscored', 'arm_items', 'try_extensions']
 
 # %% ../../nbs/api/compare/222_demonstration_arms.ipynb #6a8abe29
 from collections.abc import Mapping, Sequence
@@ -16,6 +16,18 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/api/compare/222_demonstration_arms.ipynb #f19dbc26
+from w2s.compare.demonstration_stages import (
+    Context,
+    TrainingRows,
+    make_speaker,
+    make_training_rows,
+    make_weak,
+    method_inputs,
+    pair_answers,
+    reads_weak,
+    train_sft,
+)
+
 from ..data.rows import make_rows
 from ..errors import DataError
 from ..evaluate.clusters import clustered
@@ -29,10 +41,9 @@ from ..train.generate import GenerateSettings
 from ..train.loop import TrainSettings
 from .arms import Arm
 from .demonstration_files import QuestionTable, table_rows
-from .demonstration_settings import DemonstrationSettings
-from .demonstration_stages import Context, TrainingRows, make_speaker, make_training_rows, make_weak, pair_answers, reads_weak, train_sft
+from .demonstration_settings import DemonstrationSettings, scores_by_function
 from .demonstration_tasks import Questions, TaskRows, question_rows, world_rows
-from .extensions import own_metrics
+from .extensions import METHODS, METRICS, method_answers, name_idle, own_metrics
 from .learn import Study
 from .models import Model
 from .preference_settings import short_name
@@ -218,3 +229,22 @@ def arm_items(
         names, by = clustered({m: g.value.to_numpy()}, list(g.group))
         items.append(metric_rows(names, by, **arms[k].who, task=task))
     return pd.concat(items, ignore_index=True), said
+
+# %% ../../nbs/api/compare/222_demonstration_arms.ipynb #ca466906
+def try_extensions(
+    config: DemonstrationSettings, # of the experiment
+    strong: Model,    # the strong model
+    rows: TaskRows,   # of one seed
+) -> str:             # a sentence about metrics that will not be computed, or nothing
+    "Try the user's metrics and methods on stand-in answers before anything is trained; raises `ConfigError`"
+    own, a, fit = [m for m in config.methods if METHODS.choose(m)[1].own], rows.unlabelled, set[str]()
+    for e in rows.test:
+        if METRICS.own: fit |= own_metrics(question_rows(e), e.gold or e.questions).keys()
+        if scores_by_function(config.judge): e.score(e.gold or e.questions)
+    for m in own:
+        _, found, options = METHODS.choose(m)
+        stand_in = method_inputs(
+            choose_form(config, strong), a.questions, a.groups, a.gold or a.questions, lambda prompts: [['An answer.']] * len(prompts), 0
+        )
+        method_answers(found, options, stand_in, 'before the run, on stand-in answers')
+    return name_idle(fit, 'a metric of probabilities belongs to labels')

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOT_NUMBERS', 'RATINGS', 'QuestionTable', 'read_questions', 'read_asked', 'read_maths', 'part_questions',
-           'score_numbers', 'rating_ranges', 'score_by_judge', 'score_by_function', 'table_rows']
+           'score_numbers', 'rating_ranges', 'rating_tokens', 'rate_all', 'score_by_judge', 'score_by_function',
+           'table_rows']
 
 # %% ../../nbs/api/compare/210_demonstration_files.ipynb #514b9f0f
 import hashlib
@@ -28,6 +29,7 @@ from ..evaluate.maths import maths_scores, working_scores
 from ..evaluate.metrics import Bounds
 from ..evaluate.ratings import ANALOGY, BIOGRAPHY, PERSONA, RATED, STORY, Rubric, as_scores, ask_model, rate_by
 from ..io.registry import call_own, check_numbers
+from ..train.generate import GenerateSettings
 from .demonstration_settings import DemonstrationSettings, scores_by_function
 from .demonstration_tasks import Questions, Score, TaskRows, bare, question_rows
 from .extensions import JUDGES, METRICS
@@ -179,59 +181,53 @@ def rating_ranges(
     return {m: (float(rubric.lowest), float(rubric.highest)) for rubric, metrics in RATINGS[task] for m in metrics.values()}
 
 # %% ../../nbs/api/compare/210_demonstration_files.ipynb #eac4b1c8
+def rating_tokens(
+    judge: Model,              # that rates
+    rubric: Rubric,            # in whose words
+    questions: Sequence[str],  # one a row
+    answers: Sequence[str],    # one a row
+) -> int:
+    "Tokens that a judge reads for one rating of each answer"
+    return sum(len(judge.reader.tokenizer(f'{rubric.text}{q}{a}')['input_ids']) for q, a in zip(questions, answers, strict=True))
+
+def rate_all(
+    study: Study[DemonstrationSettings], # the experiment
+    judge: Model,                # that rates
+    how: GenerateSettings,       # of its replies
+    questions: Sequence[str],    # one a row
+    answers: Sequence[str],      # one a row
+) -> Columns:
+    "Ratings by every rubric of the task; NaN where no reply could be read"
+    base, out, c = open_base(judge), Columns(), study.config
+    for rubric, metrics in RATINGS[c.task]:
+        own = replace(rubric, chat=bool(judge.reader.tokenizer.chat_template))
+        about = (c.concept or c.instruction) if '{concept}' in rubric.text else ''
+        rated = rate_by(ask_model(base, how, quiet=study.quiet), own, list(questions), list(answers), concept=about)
+        out |= as_scores(rated, metrics)
+    return out
+
 def score_by_judge(
-    study: Study,                # the experiment
+    study: Study[DemonstrationSettings], # the experiment
     judge: Model,                # that rates
     questions: Sequence[str],    # one a row
 ) -> Score:
     "Ratings of a local model, each list of answers rated once; NaN where none of its replies could be read"
-    c: DemonstrationSettings = study.config
-    chat = bool(judge.reader.tokenizer.chat_template)
+    c, rubrics = study.config, RATINGS[study.config.task]
     how = replace(RATED, samples=c.repeats)
-    rubrics, concept = RATINGS[c.task], c.concept or c.instruction
+    known = {
+        'chat': bool(judge.reader.tokenizer.chat_template),
+        'repeats': c.repeats,
+        'concept': c.concept or c.instruction,
+        'rubrics': [r.text for r, _ in rubrics],
+        'questions': list(questions),
+    }
     def score(answers: Sequence[str]) -> Columns:
-        def rate() -> Columns:
-            base, out = open_base(judge), Columns()
-            for rubric, metrics in rubrics:
-                about = concept if '{concept}' in rubric.text else ''
-                out |= as_scores(
-                    rate_by(
-                        ask_model(base, how, quiet=study.quiet), replace(rubric, chat=chat), list(questions), list(answers), concept=about
-                    ),
-                    metrics,
-                )
-            return out
-
         def likely(rng: np.random.Generator) -> Columns:
             return {m: rng.uniform(r.lowest, r.highest, len(answers)) for r, metrics in rubrics for m in metrics.values()}
-        def tokens() -> int:
-            return (
-                len(rubrics)
-                * c.repeats
-                * sum(
-                    len(judge.reader.tokenizer(f'{r.text}{q}{a}')['input_ids'])
-                    for r, _ in rubrics[:1]
-                    for q, a in zip(questions, answers, strict=True)
-                )
-            )
-        inputs = {
-            'chat': chat,
-            'repeats': c.repeats,
-            'concept': concept,
-            'rubrics': [r.text for r, _ in rubrics],
-            'questions': list(questions),
-            'answers': list(answers),
-        }
-        return score_stage(
-            study,
-            judge,
-            'ratings',
-            inputs,
-            'ratings.npz',
-            rate,
-            likely,
-            [Pass('write', judge.name, len(rubrics) * c.repeats * len(answers), tokens, questions, how)],
-        )
+        def rate() -> Columns: return rate_all(study, judge, how, questions, answers)
+        def tokens() -> int: return len(rubrics)*c.repeats*rating_tokens(judge, rubrics[0][0], questions, answers)
+        asked = Pass('write', judge.name, len(rubrics)*c.repeats*len(answers), tokens, questions, how)
+        return score_stage(study, judge, 'ratings', {**known, 'answers': list(answers)}, 'ratings.npz', rate, likely, [asked])
     return score
 
 # %% ../../nbs/api/compare/210_demonstration_files.ipynb #e50be4b4

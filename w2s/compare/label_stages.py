@@ -159,30 +159,12 @@ def learn_stage(
     tokens, known = read_later(model.reader, rows, words)
     how = method or Method('gold')
     options = how.options if not how.clean else {}
-    inputs: dict[str, Any] = {
-        'objective': how.loss,
-        'source': lambda: source_hash(LABEL_LOSSES[how.loss].function),
-        'options': dict(options),
-        'readout': c.readout,
-        'rows': known,
-        'target': targets.tolist(),
-        'weights': weights.tolist(),
-    }
+    inputs: dict[str, Any] = {'objective': how.loss, 'source': lambda: source_hash(LABEL_LOSSES[how.loss].function)}
+    inputs |= {'options': dict(options), 'readout': c.readout, 'rows': known, 'target': targets.tolist(), 'weights': weights.tolist()}
     if start: inputs['start'] = list(start)
     make: dict[str, Any] = {} if c.readout == 'words' else {'make': _head_maker(targets.shape[1], start)}
-    return train_stage(
-        study,
-        model,
-        name,
-        settings,
-        None,
-        inputs,
-        lambda base: classifier_objective(tokens, targets, weights, c.readout, how.loss, options),
-        seed,
-        tokens,
-        snapshots=snapshots,
-        **make,
-    )
+    def objective(base: Any) -> Objective: return classifier_objective(tokens, targets, weights, c.readout, how.loss, options)
+    return train_stage(study, model, name, settings, None, inputs, objective, seed, tokens, snapshots=snapshots, **make)
 
 # %% ../../nbs/api/compare/170_label_stages.ipynb #d4b1b8f1
 def _probe_stage(study: Study, model: Model, name: str, rows: Dataset, targets: np.ndarray, weights: np.ndarray) -> Path:

@@ -65,12 +65,10 @@ def dpo_stage(
     c, tokens, weights, chosen = study.config, encoded(model, rows), rows['weight'][:], choose_loss(loss, smoothing)
     target, flags = rows['prob'][:] if soft else [1.]*len(tokens), chosen.extension.flags
     def objective(base: Base) -> Objective:
-        reference = (
-            stored_logps(study.run.root / 'store', base, start, tokens, c.dpo.token_budget, label=f'{name} reference', quiet=study.quiet)
-            if flags['reference']
-            else None
-        )
-        return preference_objective(tokens, reference, target, weights, c.beta, loss, smoothing)
+        def kept() -> Any:
+            said = f'{name} reference'
+            return stored_logps(study.run.root/'store', base, start, tokens, c.dpo.token_budget, label=said, quiet=study.quiet)
+        return preference_objective(tokens, kept() if flags['reference'] else None, target, weights, c.beta, loss, smoothing)
 
     inputs: dict[str, Any] = {
         'objective': chosen.extension.name,
@@ -82,18 +80,8 @@ def dpo_stage(
         'smoothing': chosen.smoothing,
     }
     inputs |= {k: v for k, v in (('options', chosen.options), ('mean', flags['mean']), ('alone', not flags['reference'])) if v}
-    return train_stage(
-        study,
-        model,
-        f'{name}-{chosen.name}',
-        c.dpo,
-        start,
-        inputs,
-        objective,
-        seed,
-        tokens,
-        also=[scoring_pass(model.name, tokens)] if flags['reference'] else [],
-    )
+    also = [scoring_pass(model.name, tokens)] if flags['reference'] else []
+    return train_stage(study, model, f'{name}-{chosen.name}', c.dpo, start, inputs, objective, seed, tokens, also=also)
 
 # %% ../../nbs/api/compare/070_preference_stages.ipynb #f199800f
 def pair_rewards(
