@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FEEDBACK', 'GAP_LOSSES', 'PER_TOKEN', 'NOT_TOGETHER', 'collate_feedback', 'check_feedback', 'given_data',
-           'feedback_loss', 'policy_logps', 'reference_logps', 'note_rewards', 'weighted_loss', 'check_settings',
-           'DPOTrainer', 'SFTTrainer']
+           'add_columns', 'feedback_loss', 'policy_logps', 'reference_logps', 'note_rewards', 'weighted_loss',
+           'check_settings', 'DPOTrainer', 'SFTTrainer']
 
 # %% ../nbs/api/30_trl.ipynb #c3ca9a96
 import inspect
@@ -56,11 +56,19 @@ def given_data(
     kwargs: dict[str, Any],  # of its constructor
 ) -> list[Any]:              # data sets with columns
     "The data sets that a trainer is given"
-    given = inspect.signature(trainer.__init__).bind_partial(None, *args, **kwargs).arguments
+    given = inspect.signature(trainer).bind_partial(*args, **kwargs).arguments
     found = [given.get('train_dataset')]
     evaluated = given.get('eval_dataset')
     found += list(evaluated.values()) if isinstance(evaluated, dict) else [evaluated]
     return [d for d in found if getattr(d, 'column_names', None)]
+
+def add_columns(
+    trainer: Any,         # of TRL
+    names: Sequence[str], # of columns
+) -> None:
+    "Let a trainer keep some columns that it would remove"
+    known = list(trainer._signature_columns or ())
+    trainer._signature_columns = [*known, *(c for c in names if c not in known)]
 
 # %% ../nbs/api/30_trl.ipynb #3027bfe7
 GAP_LOSSES: dict[str, Callable[[Tensor, float, float], Tensor]] = { # name in TRL -> (gap, beta, smoothing) -> loss of a pair
@@ -164,7 +172,7 @@ class DPOTrainer(trl.DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [c for c in FEEDBACK if c not in self._signature_columns]
+        add_columns(self, FEEDBACK)
 
     def compute_ref_log_probs(
         self,
@@ -187,19 +195,20 @@ class SFTTrainer(trl.SFTTrainer):
         for d in data: check_feedback(d)
         super().__init__(*args, **kwargs)
         weighted = any('weight' in d.column_names for d in data) # TRL removes the column where it packs
-        if weighted and (self.args.packing or self.padding_free):
+        settings: Any = self.args
+        if weighted and (settings.packing or self.padding_free):
             raise ConfigError(
                 'weights are those of whole examples, and packing or padding_free puts several into one sequence; turn it off, or remove the column "weight"'
             )
-        if weighted and self.args.loss_type != 'nll':
+        if weighted and settings.loss_type != 'nll':
             raise ConfigError(
-                f'loss_type "{self.args.loss_type}" is not supported together with weights; take "nll", or remove the column "weight"'
+                f'loss_type "{settings.loss_type}" is not supported together with weights; take "nll", or remove the column "weight"'
             )
         self.data_collator = partial(collate_feedback, self.data_collator)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns += [c for c in ('weight',) if c not in self._signature_columns]
+        add_columns(self, ('weight',))
 
     def compute_loss(
         self,

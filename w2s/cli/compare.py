@@ -7,6 +7,7 @@ __all__ = ['Flag', 'write_comparison', 'compare_command', 'add_compare_command']
 
 # %% ../../nbs/api/cli/55_compare.ipynb #4bafe330
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,9 +35,9 @@ def write_comparison(
         json.dumps({'verdicts': verdict_lines(found), 'table': rows, 'notes': list(found.notes), 'unit': found.unit}, indent=1),
     )
     write_parquet(found.items, out/'comparison-items.parquet')
-    figure = plot_differences(found).figure
+    figure: Any = plot_differences(found).figure
     plt.close(figure)
-    for end in ('png', 'svg'): write_through(out/f'comparison.{end}', lambda path, end=end: figure.savefig(path, dpi=120, format=end))
+    for end in ('png', 'svg'): write_through(out/f'comparison.{end}', partial(figure.savefig, dpi=120, format=end))
     return ['comparison.md', 'comparison.json', 'comparison-items.parquet', 'comparison.png', 'comparison.svg']
 
 # %% ../../nbs/api/cli/55_compare.ipynb #5efdd618

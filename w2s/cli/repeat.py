@@ -225,7 +225,7 @@ def hear_lines() -> Iterator[list[str]]:
     "The lines that are printed meanwhile; they are there at the end"
     lines: list[str] = []
     heard = _Heard(sys.stdout)
-    with redirect_stdout(heard): yield lines # type: ignore[type-var]
+    with redirect_stdout(heard): yield lines
     lines += ''.join(heard.parts).splitlines()
 
 STAGE = re.compile(r'^(\[ *\d+/[\d?]+\] .*?): .*$') # a line of `say_numbered`

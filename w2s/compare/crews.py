@@ -183,7 +183,7 @@ def wait_for_crew(
     left, lost = {m.answer: m for m in crew}, list[str]()
     while left:
         for ended in wait(list(left), timeout=every):
-            if text := _hear(left.pop(ended)): # type: ignore[arg-type]
+            if text := _hear(left.pop(ended)):
                 lost.append(text)
                 if left: warnings.warn(f'{text}; the others do its stages', W2SWarning, stacklevel=2)
         look()

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -67,11 +67,11 @@ def mergeable(
         or not _in_float32(layer.base_layer)
     ):
         return False
-    name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else None
+    name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else ''
     if name not in layer.lora_A or layer.merged or layer.lora_bias.get(name) or getattr(layer, 'fan_in_fan_out', False): return False
-    dropout = layer.lora_dropout[name]
+    dropout, whole = layer.lora_dropout[name], cast(Any, layer)
     return (
-        not layer.use_dora.get(name) and not layer.lora_variant.get(name) and (isinstance(dropout, torch.nn.Identity) or not layer.training)
+        not layer.use_dora.get(name) and not layer.lora_variant.get(name) and (isinstance(dropout, torch.nn.Identity) or not whole.training)
     )
 
 # %% ../../nbs/api/models/145_merged.ipynb #0eb066f3

@@ -7,7 +7,7 @@ __all__ = ['T', 'Rows', 'Cut', 'NoRoom', 'try_once', 'Room', 'by_length', 'fitti
 
 # %% ../../nbs/api/train/080_room.ipynb #da67ec33
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -72,7 +72,7 @@ class Room:
 Cut = Callable[[Sequence[int], int], list[Rows]] # (row numbers, padded tokens) -> blocks
 
 def by_length(
-    lengths: Sequence[int], # tokens of each row
+    lengths: Mapping[int, int] | Sequence[int], # tokens of each row
 ) -> Cut:                   # see `micro_batches`
     "Blocks of rows of like length, from short to long"
     return lambda rows, tokens: micro_batches(rows, lengths, tokens)
@@ -80,7 +80,7 @@ def by_length(
 # %% ../../nbs/api/train/080_room.ipynb #847c1639
 def fitting(
     rows: Sequence[int],       # row numbers
-    lengths: Sequence[int],    # tokens of each row
+    lengths: Mapping[int, int] | Sequence[int], # tokens of each row
     room: Room,                # tokens at once; lowered here where there is no room
     work: Callable[[Rows], T], # on a block; leaves nothing behind if it fails
     cut: Cut | None = None,    # how rows are cut into blocks; None: `by_length`
