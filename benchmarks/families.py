@@ -50,7 +50,13 @@ def main() -> None:
     parser.add_argument('--all', action='store_true', help='also those that are nearly as another one')
     args = parser.parse_args()
     asked = args.only
-    families, kinds, notes, lines, start = asked.split(',') if asked else [f for f in FAMILIES if args.all or f not in ALIKE], list(TOKENIZERS), dict[str, int](), [], time.monotonic()
+    families, kinds, notes, lines, start = (
+        asked.split(',') if asked else [f for f in FAMILIES if args.all or f not in ALIKE],
+        list(TOKENIZERS),
+        dict[str, int](),
+        [],
+        time.monotonic(),
+    )
     counts = dict(right=0, refused=0, FAULT=0)
     for n, family in enumerate(families):
         with tempfile.TemporaryDirectory() as place:
@@ -59,11 +65,13 @@ def main() -> None:
         for c in cells: counts[c.split()[0]] += 1
         lines.append(f'| {family} | {tokenizer} | ' + ' | '.join(cells) + ' |')
         print(f'{n + 1} of {len(families)}: {lines[-1]}', file=sys.stderr, flush=True)
-    print('# Families of models and commands\n\nMade by `python benchmarks/families.py > benchmarks/families.md`. Tiny models with random weights, of the classes of transformers; '
-          f'transformers {version("transformers")}, PEFT {version("peft")}, bitsandbytes {version("bitsandbytes")}, on a CPU, seed 0, {time.monotonic() - start:.0f} s.\n\n'
-          '*Right*: the command ran through to its end with finite numbers, and the log-probs of the trained student were those of its own logits (to 1e-4 in 32 bits, 3 % in NF4 with bfloat16). '
-          'Columns without a number of bits: 32 bits; words: NF4. Rows are messages for tokenizers with a template and for those without a pad token (and so without a template), else texts.\n\n'
-          f'{len(families)} families × {len(COMMANDS)} commands: {counts["right"]} right, {counts["refused"]} refused in a sentence, {counts["FAULT"]} neither.\n')
+    print(
+        '# Families of models and commands\n\nMade by `python benchmarks/families.py > benchmarks/families.md`. Tiny models with random weights, of the classes of transformers; '
+        f'transformers {version("transformers")}, PEFT {version("peft")}, bitsandbytes {version("bitsandbytes")}, on a CPU, seed 0, {time.monotonic() - start:.0f} s.\n\n'
+        '*Right*: the command ran through to its end with finite numbers, and the log-probs of the trained student were those of its own logits (to 1e-4 in 32 bits, 3 % in NF4 with bfloat16). '
+        'Columns without a number of bits: 32 bits; words: NF4. Rows are messages for tokenizers with a template and for those without a pad token (and so without a template), else texts.\n\n'
+        f'{len(families)} families × {len(COMMANDS)} commands: {counts["right"]} right, {counts["refused"]} refused in a sentence, {counts["FAULT"]} neither.\n'
+    )
     print('| family | tokenizer | ' + ' | '.join(COMMANDS) + ' |\n|' + '---|'*(len(COMMANDS) + 2))
     print('\n'.join(lines) + '\n')
     for text, n in notes.items(): print(f'{n}. {text}')

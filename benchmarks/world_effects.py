@@ -16,9 +16,14 @@ from w2s.experiments import demonstrations, labels, toxicity
 EFFECTS = { # name: how it is run, its settings, what is set beside models and seeds
     'persona': (demonstrations.run, fill_demonstrations, dict(task='persona', n_labelled=120, n_unlabelled=600, n_test=400, examples=5)),
     'safety': (labels.run, fill_labels, dict(data='world:safety', n_labelled=60, n_unlabelled=600, n_test=400, methods='xent,confidence')),
-    'storage': (labels.run, fill_labels, dict(data='world:storage', n_labelled=300, n_unlabelled=600, n_test=400, methods='xent,confidence')),
+    'storage': (
+        labels.run,
+        fill_labels,
+        dict(data='world:storage', n_labelled=300, n_unlabelled=600, n_test=400, methods='xent,confidence'),
+    ),
     'legal': (labels.run, fill_labels, dict(data='world:legal', n_labelled=300, n_unlabelled=600, n_test=400, methods='xent,confidence')),
-    'toxicity': (toxicity.run, fill_toxicity, dict(n_labelled=200, n_unlabelled=500, n_test=60, methods='naive,dpo'))}
+    'toxicity': (toxicity.run, fill_toxicity, dict(n_labelled=200, n_unlabelled=500, n_test=60, methods='naive,dpo')),
+}
 
 
 def main() -> None:
