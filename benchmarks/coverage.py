@@ -1,10 +1,11 @@
 """How often do 95 % intervals hold the truth? `python benchmarks/coverage.py`
 
-Studies are drawn whose truth is known: 1 to 10 seeds, whose luck is none, mild or strong; 20 to 500 test rows, alone or 3 or 10 to a prompt; scores that
-are right (1) or wrong (0), in 2, 50 or 98 of 100 cases. Of each study three numbers are looked at: the mean of a model, the difference to a model that
-is equally good, and the difference to one that is not. Each has the interval of `w2s.evaluate.intervals` and, for comparison, the one that the package
-had before: a bootstrap over rows and seeds, stretched for few seeds. Rows of a prompt are grouped first (`clustered`); what comes of leaving them
-ungrouped is in a table of its own. Writes coverage.md beside this file. Takes about ten minutes on one core; `--studies 100 --draws 200` takes one.
+Studies are drawn whose truth is known: 1 to 10 seeds, whose luck is none, mild or strong; 20 to 500 test rows, alone or 3 or 10 to a
+prompt; scores that are right (1) or wrong (0), in 2, 50 or 98 of 100 cases. Of each study three numbers are looked at: the mean of a model,
+the difference to a model that is equally good, and the difference to one that is not. Each has the interval of `w2s.evaluate.intervals`
+and, for comparison, the one that the package had before: a bootstrap over rows and seeds, stretched for few seeds. Rows of a prompt are
+grouped first (`clustered`); what comes of leaving them ungrouped is in a table of its own. Writes coverage.md beside this file. Takes about
+ten minutes on one core; `--studies 100 --draws 200` takes one.
 """
 import argparse
 import time
@@ -19,10 +20,12 @@ from scipy import stats
 from w2s.evaluate.intervals import interval_limits
 
 SEEDS, ROWS, GROUPS, MEANS = (1, 2, 3, 5, 10), (20, 50, 200, 500), (1, 3, 10), (.02, .5, .98)
-LUCK = {'none': 0., 'mild': .075, 'strong': .25}   # standard deviation of a seed on the latent scale: 0, 3 and 10 points of accuracy at one half
+# standard deviation of a seed on the latent scale: 0, 3 and 10 points of accuracy at one half
+LUCK = {'none': 0., 'mild': .075, 'strong': .25}
 OTHER = {.02: .08, .5: .6, .98: .92}               # how good the model is that is not equally good
 WITHIN = .6                                        # latent correlation of the rows of a prompt: 0.41 between scores at one half
-RESIDUAL, SHARED = .35, .6                         # share of the latent variance that belongs to one seed on one row; of the rest, what all models share
+# share of the latent variance that belongs to one seed on one row; of the rest, what all models share
+RESIDUAL, SHARED = .35, .6
 Ends = tuple[np.ndarray, np.ndarray]
 
 
@@ -59,7 +62,8 @@ def stretched_bootstrap(
     x: np.ndarray,      # (studies, seeds, rows)
     draws: int = 1000,  # of the bootstrap; the package drew 2,000
 ) -> Ends:
-    "The interval that the package had before: percentiles over rows and seeds, made as wide as a t interval whose two errors both count the residual"
+    """The interval that the package had before: percentiles over rows and seeds, made as wide as a t interval whose two errors both count
+    the residual"""
     _, seeds, rows = x.shape
     rng = np.random.default_rng(0)
     of_rows, of_seeds = (rng.multinomial(n, np.full(n, 1/n), size=draws) for n in (rows, seeds))
@@ -194,8 +198,10 @@ def report(table: pd.DataFrame, studies: int, draws: int, seconds: float) -> str
             [
                 '# Coverage of 95 % intervals',
                 f'{studies:,} simulated studies of each of {len(table) // 3} kinds, seeded; chance moves a share by {chance:.3f} (95 %). '
-                f'Before: bootstrap over rows and seeds, stretched ({draws:,} draws). Now: `interval_limits`. Made by `benchmarks/coverage.py` in {seconds / 60:.0f} minutes.',
-                f'Intervals that leave the range of the metric: {table["outside"].max():.0%}. Intervals without width: {table["flat"].max():.0%}.',
+                f'Before: bootstrap over rows and seeds, stretched ({draws:,} draws). Now: `interval_limits`. Made by '
+                f'`benchmarks/coverage.py` in {seconds / 60:.0f} minutes.',
+                f'Intervals that leave the range of the metric: {table["outside"].max():.0%}. Intervals without width: '
+                f'{table["flat"].max():.0%}.',
                 '## By seeds and their luck',
                 'Kinds with 50 rows at least and ten prompts.',
                 summary(table, ['seeds', 'luck'], lambda t: t[(t['rows'] >= 50) & (t['rows'] >= 10 * t['group'])]),
@@ -203,7 +209,8 @@ def report(table: pd.DataFrame, studies: int, draws: int, seconds: float) -> str
                 'Kinds without luck of the seeds, or with three seeds and more.',
                 summary(table, ['mean', 'rows'], lambda t: t[(t['luck'] == 'none') | (t['seeds'] > 2)]),
                 '## Where it is not 93 to 97 %',
-                'Bold in the tables below. A share above 97 % is wide, not wrong: counts of rare answers jump, and no rule for them can be at 95 %.',
+                'Bold in the tables below. A share above 97 % is wide, not wrong: counts of rare answers jump, and no rule for them '
+                'can be at 95 %.',
                 '\n'.join(lines),
                 '## Rows of a prompt that are not grouped',
                 'Mean coverage of the mean of one model, no luck of the seeds, over all means and seeds.',

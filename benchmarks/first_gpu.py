@@ -165,7 +165,8 @@ def measure(
     note(
         'training',
         lambda: (
-            f'{2 * 2 * n * time_ / seconds(lambda: learned(base, rows, Path(tempfile.mkdtemp(dir=work)), epochs=2), device):,.0f} tokens a second'
+            f'{2 * 2 * n * time_ / seconds(lambda: learned(base, rows, Path(tempfile.mkdtemp(dir=work)), epochs=2), device):,.0f} '
+            'tokens a second'
         ),
     )
     note('scoring', lambda: f'{2*n*time_/seconds(lambda: score(base.model, rows, quiet=True), device):,.0f} tokens a second')
@@ -197,8 +198,8 @@ def main() -> None:
         print(line, flush=True)
     free = free_memory(device)
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
-    say(f'# First run on {name}\n\nw2s {w2s.__version__}, {", ".join(f"{k} {v}" for k, v in package_versions().items())}; {platform.platform()}; '
-        f'{"free memory unknown" if free is None else f"{free/2**30:.1f} GiB free"}.')
+    say(f'# First run on {name}\n\nw2s {w2s.__version__}, {", ".join(f"{k} {v}" for k, v in package_versions().items())}; '
+        f'{platform.platform()}; {"free memory unknown" if free is None else f"{free/2**30:.1f} GiB free"}.')
     with tempfile.TemporaryDirectory() as tmp, warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)
         folder = make_model(Path(tmp)/'model', device)

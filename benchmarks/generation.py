@@ -1,9 +1,9 @@
 """Seconds for each sampled token against the size of the batch: `python benchmarks/generation.py`
 
-Models of the ladder, in 32 bits and in NF4, answer questions of the embedded world in batches of 1, 4, 16 and 64 rows. Every batch size writes
-the same texts, so what differs is time alone. Then 25 samples of a prompt, three ways: the prompt read once and copied, the prompt read once for each
-sample in one large batch, and 25 runs over the prompts one after another, which is what published code does. Repeats go round all conditions, so that a busy minute
-of the machine falls on all of them. Writes generation.md beside this file.
+Models of the ladder, in 32 bits and in NF4, answer questions of the embedded world in batches of 1, 4, 16 and 64 rows. Every batch size
+writes the same texts, so what differs is time alone. Then 25 samples of a prompt, three ways: the prompt read once and copied, the prompt
+read once for each sample in one large batch, and 25 runs over the prompts one after another, which is what published code does. Repeats go
+round all conditions, so that a busy minute of the machine falls on all of them. Writes generation.md beside this file.
 """
 import argparse
 import os
@@ -131,8 +131,10 @@ def write_page(repeats: int, bases: dict, prompts: dict, long: dict, took: dict)
             n = np.mean([len(i) for i in prompt_ids(bases[name, bits].tokenizer, asked[name, bits][:ASKED])])
             more.append(f'| {name} | {bits} | {n:.0f} | {" | ".join(with_interval(took[(name, bits), kind, way]) for way in ways)} |')
     text = (
-        f'# Time of a sampled token, in milliseconds\n\nMean of {repeats} repeats (seeds 1 to {repeats}, after one that warms up) with its 95 % interval. '
-        f'Temperature 1, at most {TOKENS} tokens a response, 32-bit arithmetic; time of the processor, one thread, so that neighbours on the machine do not count.\n\n## By the size of the batch\n\n'
+        f'# Time of a sampled token, in milliseconds\n\nMean of {repeats} repeats (seeds 1 to {repeats}, after one that warms up) with its '
+        '95 % interval. '
+        f'Temperature 1, at most {TOKENS} tokens a response, 32-bit arithmetic; time of the processor, one thread, so that neighbours on '
+        'the machine do not count.\n\n## By the size of the batch\n\n'
         f'Questions of the embedded world; the whole call of `respond`, over all sampled tokens.\n\n'
         + '\n'.join(lines)
         + f'\n\n## {SAMPLES} samples of {ASKED} prompts\n\nThe same texts three ways.\n\n'

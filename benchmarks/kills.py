@@ -1,9 +1,10 @@
-"""Kills of every command that writes: the same bits at the end, and no finished stage lost. `python benchmarks/kills.py --kills 100 > benchmarks/kills.md`
+"""Kills of every command that writes: the same bits at the end, and no finished stage lost. `python benchmarks/kills.py --kills 100 >
+benchmarks/kills.md`
 
-Each command runs once without a disturbance. Then it is started again and again in a folder of its own and killed at a random change of the disk
-(a file opened for writing, a rename, a removal), by SIGKILL, SIGTERM or SIGINT in turn. Half of the SIGKILLs are power cuts: what was not forced to
-disk by then is emptied, cut or filled with zeros, and renames whose folder was not forced to disk come undone. At the end every file of the folder is
-compared with the undisturbed run, manifests without what differs from run to run (time, process, seconds).
+Each command runs once without a disturbance. Then it is started again and again in a folder of its own and killed at a random change of the
+disk (a file opened for writing, a rename, a removal), by SIGKILL, SIGTERM or SIGINT in turn. Half of the SIGKILLs are power cuts: what was
+not forced to disk by then is emptied, cut or filled with zeros, and renames whose folder was not forced to disk come undone. At the end
+every file of the folder is compared with the undisturbed run, manifests without what differs from run to run (time, process, seconds).
 """
 import argparse
 import hashlib
@@ -46,11 +47,15 @@ checkpoint_every = 2
 '''
 COMMANDS = { # name -> words behind w2s; {out} is the folder, or the file in it
     'run preferences': '--config {home}/run.toml --out {out}',
-    'run classify': '--data {home}/texts.csv --text text --label label --weak {home}/weak --strong {home}/strong --snapshots 2 --n-labelled 20 --n-unlabelled 20 --n-test 12 --seeds 1 --epochs 1 --config {home}/labels.toml --out {out}',
-    'run persona': '--weak pico --strong scholar --seeds 1 --n-labelled 16 --n-unlabelled 24 --n-test 8 --method naive,in-context --out {out}',
+    'run classify': '--data {home}/texts.csv --text text --label label --weak {home}/weak --strong {home}/strong --snapshots 2 '
+                    '--n-labelled 20 --n-unlabelled 20 --n-test 12 --seeds 1 --epochs 1 --config {home}/labels.toml --out {out}',
+    'run persona': '--weak pico --strong scholar --seeds 1 --n-labelled 16 --n-unlabelled 24 --n-test 8 --method '
+                   'naive,in-context --out {out}',
     'run toxicity': '--weak pico --strong nano --seeds 1 --n-labelled 24 --n-unlabelled 24 --n-test 6 --samples 3 --out {out}',
-    'label': '--model {home}/weak --train {home}/data/train_gt.jsonl --rows {home}/data/test.jsonl --config {home}/label.toml --out {out}/labels.parquet',
-    'refine': '--questions {home}/questions.jsonl --strong {home}/strong --method ask-to-improve --max-tokens 12 --quantize none --dtype float32 --out {out}/refined.jsonl'}
+    'label': '--model {home}/weak --train {home}/data/train_gt.jsonl --rows {home}/data/test.jsonl --config {home}/label.toml --out '
+             '{out}/labels.parquet',
+    'refine': '--questions {home}/questions.jsonl --strong {home}/strong --method ask-to-improve --max-tokens 12 --quantize none --dtype '
+              'float32 --out {out}/refined.jsonl'}
 CHILD = '''
 import os, signal, sys
 out, at, number, log = os.path.realpath(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), open(sys.argv[4], 'a', buffering=1)
@@ -239,7 +244,8 @@ def main() -> None:
     print('| command | changes of the disk | ' + ' | '.join(kinds) + ' |\n|' + ' --- |'*(len(kinds) + 2))
     for name, changes, note in rows: print(f'| w2s {name} | {changes} | ' + ' | '.join(str(note[k]) for k in kinds) + ' |')
     print(
-        f'\n{sum(n[k] for _, _, n in rows for k in kinds[:4])} kills (seed {args.seed}). Files that differ at the end, finished stages made again, tracebacks, wrong exit statuses: {len(wrong)}.'
+        f'\n{sum(n[k] for _, _, n in rows for k in kinds[:4])} kills (seed {args.seed}). Files that differ at the end, finished stages '
+        f'made again, tracebacks, wrong exit statuses: {len(wrong)}.'
     )
     for line in wrong: print(f'- {line}')
 

@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 WORDS = 'lamp river seven quiet garden under bring yellow paper walk stone early mirror cloud gentle north'.split()
-READ = 'import sys; from w2s.data.readers import read_preferences; from w2s.data.choice import rows_wanted; print(read_preferences(sys.argv[1], most=rows_wanted(1000, 500) if sys.argv[2] == "some" else 0).columns[0])'
+READ = ('import sys; from w2s.data.readers import read_preferences; from w2s.data.choice import rows_wanted; '
+        'print(read_preferences(sys.argv[1], most=rows_wanted(1000, 500) if sys.argv[2] == "some" else 0).columns[0])')
 
 
 def write_pairs(path: Path, size: int) -> int:

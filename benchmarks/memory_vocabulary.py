@@ -102,7 +102,8 @@ def machine(device: str) -> str:
             platform.processor(),
         )
     )
-    return f'{name}, {os.cpu_count()} cores; torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}'
+    return (f'{name}, {os.cpu_count()} cores; torch {torch.__version__}, transformers {transformers.__version__}, Python '
+            f'{platform.python_version()}')
 
 
 def table(
@@ -135,8 +136,10 @@ def main() -> None:
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     a = parser.parse_args()
     text = (
-        f'# Peak memory of a DPO step, in MiB\n\nOver the model, its head ({a.hidden} × V) and its adapter, which are there before the step. '
-        f'Width {a.hidden}, one layer, 32 bits, sequences of {LENGTH} tokens.\n\n{table(a.vocabulary, a.tokens, a.hidden, a.device, a.most * 2**30)}\n\n'
+        f'# Peak memory of a DPO step, in MiB\n\nOver the model, its head ({a.hidden} × V) and its adapter, which are there '
+        'before the step. '
+        f'Width {a.hidden}, one layer, 32 bits, sequences of {LENGTH} tokens.\n\n'
+        f'{table(a.vocabulary, a.tokens, a.hidden, a.device, a.most * 2**30)}\n\n'
         f'"–": over {a.most:g} GiB, not tried. Measured on {machine(a.device)}; made by `python benchmarks/memory_vocabulary.py`.\n'
     )
     print(text)

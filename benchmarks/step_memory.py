@@ -61,7 +61,8 @@ def counted_rows(tokens: int, time_: int) -> Iterator[str]:
             found = estimate_step(model, time_, twice, tokens).at(tokens)
             took = time.perf_counter() - start
             real = count_step(twin(model), tokens//time_, time_, twice)
-            yield f'| {name} | {"checkpointing" if twice else "plain"} | {found/2**30:.2f} | {real/2**30:.2f} | {found/real - 1:+.1%} | {took:.1f} |'
+            yield (f'| {name} | {"checkpointing" if twice else "plain"} | {found/2**30:.2f} | {real/2**30:.2f} | {found/real - 1:+.1%} | '
+                   f'{took:.1f} |')
 
 
 def allocated_rows(device: str) -> Iterator[str]:
@@ -78,7 +79,8 @@ def allocated_rows(device: str) -> Iterator[str]:
                         return torch.autograd.grad(response_logps(model, data).sum(), weights)
                     work()
                     real, found = peak_bytes(work, device), estimate_step(model, 128, twice, 16*128).at(16*128)
-                    yield f'| {hidden} wide, {layers} layers, {"4 bits" if bits == "nf4" else "float32"} | {"checkpointing" if twice else "plain"} | {found/2**20:.1f} | {real/2**20:.1f} | {found/real - 1:+.1%} |'
+                    yield (f'| {hidden} wide, {layers} layers, {"4 bits" if bits == "nf4" else "float32"} | '
+                           f'{"checkpointing" if twice else "plain"} | {found/2**20:.1f} | {real/2**20:.1f} | {found/real - 1:+.1%} |')
                 compute_twice(model, False)
                 model.unload()
 
@@ -96,15 +98,18 @@ def main() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)
         say(
-            f'# Memory of a training step\n\nPyTorch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, {device}. `python benchmarks/step_memory.py`\n'
+            f'# Memory of a training step\n\nPyTorch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, '
+            f'{device}. `python benchmarks/step_memory.py`\n'
         )
         say(
-            f'Real shapes in bfloat16 without weights, LoRA of rank 8, one block of {args.tokens:,} tokens in sequences of {args.time}; GiB beyond the weights, seconds of the estimate.\n'
+            f'Real shapes in bfloat16 without weights, LoRA of rank 8, one block of {args.tokens:,} tokens in sequences of {args.time}; '
+            'GiB beyond the weights, seconds of the estimate.\n'
         )
         say('| model | | estimated | counted | | s |\n|---|---|---|---|---|---|')
         for line in counted_rows(args.tokens, args.time): say(line)
         say(
-            '\nModels with weights, 2,048 tokens; MiB, by the profiler on a CPU, by the allocator on a GPU.\n\n| model | | estimated | allocated | |\n|---|---|---|---|---|'
+            '\nModels with weights, 2,048 tokens; MiB, by the profiler on a CPU, by the allocator on a GPU.\n\n| model | | estimated | '
+            'allocated | |\n|---|---|---|---|---|'
         )
         for line in allocated_rows(device): say(line)
     Path(__file__).with_suffix('.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')

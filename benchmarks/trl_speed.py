@@ -1,9 +1,10 @@
 """Ours against TRL and transformers, in pairs: `python benchmarks/trl_speed.py --data FILE.jsonl.gz`
 
-Rows of preferences (`chosen` and `rejected` as whole dialogues, "… Assistant: …") cut at 512 tokens, a base in NF4 that computes in float32, LoRA
-of rank 16 on all linear layers, batches of 8. TRL is set up at its best: no gradient checkpointing, no bfloat16, adapter in float32, reference
-log-probs computed before, rows sorted by length, no logging. Each pair of contenders runs in turn in one process; medians of some repeats, processor
-seconds and wall; the most memory in a process of its own. Ours once more as it is without packing and merging. Writes trl_speed.md.
+Rows of preferences (`chosen` and `rejected` as whole dialogues, "… Assistant: …") cut at 512 tokens, a base in NF4 that computes in
+float32, LoRA of rank 16 on all linear layers, batches of 8. TRL is set up at its best: no gradient checkpointing, no bfloat16, adapter in
+float32, reference log-probs computed before, rows sorted by length, no logging. Each pair of contenders runs in turn in one process;
+medians of some repeats, processor seconds and wall; the most memory in a process of its own. Ours once more as it is without packing and
+merging. Writes trl_speed.md.
 """
 import argparse
 import gzip
@@ -70,7 +71,8 @@ def read_rows(file: Path, tokenizer, n: int) -> tuple[list[dict], list[EncodedRo
 
 
 def write_model(name: str, place: Path) -> str:
-    "The folder of a model: of the ladder with positions for 512 tokens, or a random Llama of 25 million weights; both with the tokenizer of `place`"
+    """The folder of a model: of the ladder with positions for 512 tokens, or a random Llama of 25 million weights; both with the tokenizer
+    of `place`"""
     folder = place/name
     if folder.exists(): return str(folder)
     if name == 'l25':
@@ -272,7 +274,9 @@ def measure(models, tasks, file: Path, repeats: int, place: Path) -> list[str]:
             }
             ratios = sorted(t[0]/o[0] for o, t in zip(found['ours'], found['theirs'], strict=True))
             lines.append(
-                f'| {what} | {name} | {len(rows)} | {cpu["ours"]:.2f} | {cpu["plain"]:.2f} | {cpu["theirs"]:.2f} | **{cpu["theirs"] / cpu["ours"]:.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {wall["theirs"] / wall["ours"]:.2f} | {peaks["ours"]:.2f} | {peaks["theirs"]:.2f} | {peaks["ours"] / peaks["theirs"]:.2f} |'
+                f'| {what} | {name} | {len(rows)} | {cpu["ours"]:.2f} | {cpu["plain"]:.2f} | {cpu["theirs"]:.2f} | '
+                f'**{cpu["theirs"] / cpu["ours"]:.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {wall["theirs"] / wall["ours"]:.2f} | '
+                f'{peaks["ours"]:.2f} | {peaks["theirs"]:.2f} | {peaks["ours"] / peaks["theirs"]:.2f} |'
             )
             print(lines[-1], flush=True)
     return lines
@@ -297,11 +301,13 @@ def main() -> None:
     import trl
 
     head = [
-        '| task | model | rows | ours, s | without packing and merging, s | others, s | others per ours | the same in wall time | ours, GiB | others, GiB | ours per others |',
+        '| task | model | rows | ours, s | without packing and merging, s | others, s | others per ours | the same in wall time | ours, '
+        'GiB | others, GiB | ours per others |',
         '|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|',
     ]
     on = machine('cpu').partition(';')[0]
-    said = f'{on}; instruction set {torch.backends.cpu.get_cpu_capability()}, one thread; torch {torch.__version__}, transformers {transformers.__version__}, TRL {trl.__version__}; processor seconds, medians of {a.repeats} runs in turn'
+    said = (f'{on}; instruction set {torch.backends.cpu.get_cpu_capability()}, one thread; torch {torch.__version__}, transformers '
+            f'{transformers.__version__}, TRL {trl.__version__}; processor seconds, medians of {a.repeats} runs in turn')
     Path(__file__).with_suffix('.md').write_text(
         '\n'.join(['# Ours against TRL and transformers', '', (__doc__ or '').split('\n\n')[1], '', said + '.', '', *head, *lines]) + '\n',
         encoding='utf-8',

@@ -1,7 +1,8 @@
-"""Effects of the papers on the embedded world, over several seeds: python benchmarks/world_effects.py persona safety storage toxicity --seeds 5 --out runs/effects
+"""Effects of the papers on the embedded world, over several seeds: python benchmarks/world_effects.py persona safety storage toxicity
+--seeds 5 --out runs/effects
 
-Each is a comparison of `w2s run` with one weak and one strong model, in its own folder under --out, so several processes may work side by side;
-a killed one goes on where it stopped. Writes OUT/<effect>.csv (items) and OUT/<effect>.md (tables), and prints the tables."""
+Each is a comparison of `w2s run` with one weak and one strong model, in its own folder under --out, so several processes may work side by
+side; a killed one goes on where it stopped. Writes OUT/<effect>.csv (items) and OUT/<effect>.md (tables), and prints the tables."""
 import argparse
 import time
 from pathlib import Path
