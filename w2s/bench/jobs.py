@@ -53,8 +53,10 @@ class Job:
 
 # %% ../../nbs/api/bench/20_jobs.ipynb #8d163e57
 WORDS = (
-    'the a of in and to is was for on that with as by at from it he she they we you this are not have had his her their but which one all there who what when more if out so up said '
-    'about into than them some could time other then do first any new very my now over such our most me even made after also did many before must well back years where much your way down'
+    'the a of in and to is was for on that with as by at from it he she they we you this are not have had his her their but which one all '
+    'there who what when more if out so up said '
+    'about into than them some could time other then do first any new very my now over such our most me even made after also did many '
+    'before must well back years where much your way down'
 ).split()
 
 def _text(draw: random.Random, tokenizer: Any, tokens: int) -> str:
@@ -82,7 +84,9 @@ def make_texts(
     return [one(n) for n in sizes]
 
 # %% ../../nbs/api/bench/20_jobs.ipynb #c8959a03
-Work = partial[float] # called without arguments, it does it all: of a function, the job, the model and the rows; gives a number that both sides should agree on, roughly
+# called without arguments, it does it all: of a function, the job, the model and the rows; gives a number that both sides should agree on,
+# roughly
+Work = partial[float]
 
 def _settings(job: Job) -> TrainSettings:
     return TrainSettings(batch_size=job.batch_size, learning_rate=1e-4, checkpoint_every=10**9, token_budget=8192)

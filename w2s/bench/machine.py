@@ -23,7 +23,8 @@ def machine_line() -> str:
     "What computes: instruction sets and threads, or a GPU"
     if torch.cuda.is_available(): return f'{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}'
     half = 'with' if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 'without'
-    return f'{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {half} bfloat16 instructions, {torch.get_num_threads()} of {os.cpu_count()} threads'
+    return (f'{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {half} bfloat16 instructions, {torch.get_num_threads()} of '
+            f'{os.cpu_count()} threads')
 
 def version_line() -> str:
     "Versions of what computes, with commas; a package that is not installed is left out"

@@ -180,8 +180,10 @@ def bench_text(
         }
     )
     return (
-        f'# w2s bench, {Path(model).name}\n\n{machine_line()}; {version_line()}. Matrix products: {rate / 1e9:,.0f} GFLOP/s.\n\n{markdown_table(shown.columns, shown.itertuples(index=False))}\n\n'
-        f'Medians of {repeats} pair{"s" if repeats > 1 else ""} in turns, each side in a process of its own; in brackets the least and the largest of the pairs, and the share of the other side. Times hold everything from texts to the result, the model being in memory; '
+        f'# w2s bench, {Path(model).name}\n\n{machine_line()}; {version_line()}. Matrix products: {rate / 1e9:,.0f} GFLOP/s.\n\n'
+        f'{markdown_table(shown.columns, shown.itertuples(index=False))}\n\n'
+        f'Medians of {repeats} pair{"s" if repeats > 1 else ""} in turns, each side in a process of its own; in brackets the least and the '
+        'largest of the pairs, and the share of the other side. Times hold everything from texts to the result, the model being in memory; '
         'of generation, times as fast is for each token that was written.\n'
     )
 
@@ -225,7 +227,8 @@ def bench(
         found.append(measure(job, repeats, trl))
         line = summarise_turns(found[-1]).iloc[0]
         say(
-            f'[{at}/{len(jobs)}] {job.task}, {job.length} tokens: {line["speed"]:.2f} times as fast as {line["peer"]}, {line["memory"]:.2f} of its memory'
+            f'[{at}/{len(jobs)}] {job.task}, {job.length} tokens: {line["speed"]:.2f} times as fast as {line["peer"]}, '
+            f'{line["memory"]:.2f} of its memory'
         )
     return pd.concat(found, ignore_index=True)
 

@@ -63,7 +63,8 @@ def bench_command(
     check_places([model], [], out)
     from w2s.bench.run import bench, write_bench
     typer.echo(
-        f'\n{write_bench(bench(model, tasks, sizes, batch_size, rows, repeats, not plain, quantize, typer.echo), out)}\nwritten to {out}: bench.md, bench.csv, turns.csv, bench.png'
+        f'\n{write_bench(bench(model, tasks, sizes, batch_size, rows, repeats, not plain, quantize, typer.echo), out)}\nwritten to {out}: '
+        'bench.md, bench.csv, turns.csv, bench.png'
     )
 
 def add_bench_command(

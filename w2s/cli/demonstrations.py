@@ -33,7 +33,8 @@ TASKS: dict[str, tuple[tuple[str, ...], str]] = { # command -> its tasks, the fi
     'gender': (('gender',), 'Stories about women, without loss of truth about named people (experiment 3).'),
     'maths': (('gsm8k', 'math'), 'Sums in words, scored by the right number; --data reads GSM8K as it is published (experiments 4 and 5).'),
 }
-CHOSEN = {'explanation': ('form', {'analogy': 'explanation', 'digits': 'digits'}), 'maths': ('level', {'gsm8k': 'gsm8k', 'math': 'math'})} # command -> its flag, and the task of each word
+# command -> its flag, and the task of each word
+CHOSEN = {'explanation': ('form', {'analogy': 'explanation', 'digits': 'digits'}), 'maths': ('level', {'gsm8k': 'gsm8k', 'math': 'math'})}
 
 # %% ../../nbs/api/cli/40_demonstrations.ipynb #5c37c1ed
 def task_of(

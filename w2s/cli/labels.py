@@ -29,7 +29,8 @@ def chained(
     names = [n.strip() for n in chain.split(',') if n.strip()]
     if len(names) < 3:
         raise ConfigError(
-            f'--chain {chain}: a chain has a weak model, one or more between, and a strong one, as in pico,nano,base; for two take --weak and --strong'
+            f'--chain {chain}: a chain has a weak model, one or more between, and a strong one, as in pico,nano,base; for two take --weak '
+            'and --strong'
         )
     return {'weak': names[0], 'via': ','.join(names[1:-1]), 'strong': names[-1]}
 
@@ -48,7 +49,8 @@ CHAIN = Annotated[
         rich_help_panel='Models',
     ),
 ]
-NEEDS = 'w2s run classify needs rows: give --data my.csv, with --text and --label where their columns have unusual names; w2s run safety has rows of its own'
+NEEDS = ('w2s run classify needs rows: give --data my.csv, with --text and --label where their columns have unusual names; w2s run safety '
+         'has rows of its own')
 
 def label_command(
     told: str,      # what its help says first

@@ -25,7 +25,9 @@ from .extensions import JUDGES, METHODS, METRICS
 from .settings import Settings, check_least, check_names_once, make_settings, setting
 
 # %% ../../nbs/api/compare/190_demonstration_settings.ipynb #920148b6
-TASK_MEASURES: dict[str, tuple[str, str]] = { # task -> is the answer right (content)? is it given as wanted (style)? In maths: is the way there right? The two panels of the paper's figures
+# task -> is the answer right (content)? is it given as wanted (style)? In maths: is the way there right? The two panels of the paper's
+# figures
+TASK_MEASURES: dict[str, tuple[str, str]] = {
     'persona': ('accuracy', 'persona'),       # a style (experiment 1)
     'explanation': ('accuracy', 'analogy'),   # explaining by analogy (2)
     'digits': ('accuracy', 'technique'),      # explaining an image classifier's decision (2, second form)
@@ -170,7 +172,8 @@ def _check_sources(c: DemonstrationSettings) -> None:
         raise ConfigError(f'a file holds the answers of one weak model, not of {len(c.weak)}; name one')
     if c.demonstrator in ('file', 'planted') and c.n_labelled != c.usual('n_labelled'):
         raise ConfigError(
-            f'n_labelled is for a weak model that is tuned or prompted; here its answers are there already (demonstrator "{c.demonstrator}")'
+            'n_labelled is for a weak model that is tuned or prompted; here its answers are there already (demonstrator '
+            f'"{c.demonstrator}")'
         )
     if c.instruction and c.demonstrator != 'prompted':
         raise ConfigError(f'instruction is what a prompted weak model is told; demonstrator is "{c.demonstrator}"')
@@ -189,7 +192,8 @@ def _check_sources(c: DemonstrationSettings) -> None:
         raise ConfigError('answers to maths are compared with the right number; judge has nothing to do')
     if c.task not in ('gsm8k', 'math') and not c.judge:
         raise ConfigError(
-            f'nobody knows how good answers to the questions of {c.data} are; name a model as judge (a folder or a name on the hub), or a metric or judge of your own (--import)'
+            f'nobody knows how good answers to the questions of {c.data} are; name a model as judge (a folder or a name on the hub), or a '
+            'metric or judge of your own (--import)'
         )
     if c.task == 'persona' and not (c.concept or c.instruction or scores_by_function(c.judge)):
         raise ConfigError('the judge must know which manner is wanted; say it as concept, such as "that of a pirate"')

@@ -81,7 +81,8 @@ def train_sft(
     tokens: Sequence[EncodedRow] = Later(len(rows), read) if noting else read()
     if len(tokens) < len(rows):
         raise DataError(
-            f'{name}: {len(rows) - len(tokens)} of {len(rows)} answers are longer than max_length allows ({model.reader.limit} tokens); raise it, or lower max_tokens'
+            f'{name}: {len(rows) - len(tokens)} of {len(rows)} answers are longer than max_length allows ({model.reader.limit} tokens); '
+            'raise it, or lower max_tokens'
         )
     return sft_rows(context.study, model, name, tokens, settings, context.seed, start, None if set(weights) == {1.} else weights)
 

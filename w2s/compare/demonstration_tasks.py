@@ -35,7 +35,8 @@ from ..world.verdict import words
 from .arms import SeedRows
 
 # %% ../../nbs/api/compare/200_demonstration_tasks.ipynb #582033d9
-Score = Callable[[Sequence[str]], dict[str, np.ndarray]] # answers, one a question -> metric: one number a question; NaN where nobody could tell
+# answers, one a question -> metric: one number a question; NaN where nobody could tell
+Score = Callable[[Sequence[str]], dict[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class Questions:
@@ -47,7 +48,9 @@ class Questions:
     planted: list[str] | None = None # a weak answer to each, where mistakes were put in instead of made, or where weak answers are in a file; None: a weak model must answer
     name: str = ''           # of a part of the test, where there are several: 'lives', 'stories'
 
-TaskRows = SeedRows[Questions, list[Questions]] # questions with good answers for the weak model, others for the strong one, and the parts of the test; warm_up: prompts and completions that the strong model learns before everything else
+# questions with good answers for the weak model, others for the strong one, and the parts of the test; warm_up: prompts and completions
+# that the strong model learns before everything else
+TaskRows = SeedRows[Questions, list[Questions]]
 
 # %% ../../nbs/api/compare/200_demonstration_tasks.ipynb #5e990e94
 def question_rows(

@@ -71,7 +71,8 @@ def judge(
     return pd.DataFrame(rows, columns=JUDGED)
 
 # %% ../../nbs/api/compare/090_gold.ipynb #d9d24ca5
-Judge = Callable[[Sequence[Any], Sequence[str]], pd.DataFrame] # (prompts, responses) -> columns gold_reward, why, and for the world the others of `JUDGED`
+# (prompts, responses) -> columns gold_reward, why, and for the world the others of `JUDGED`
+Judge = Callable[[Sequence[Any], Sequence[str]], pd.DataFrame]
 
 # %% ../../nbs/api/compare/090_gold.ipynb #a5381c71
 @lru_cache(maxsize=1)
@@ -147,7 +148,8 @@ def check_gold(
     kinds = known.architectures or []
     if known.num_labels != 1 or any('CausalLM' in k for k in kinds):
         raise ModelError(
-            f'{config.gold} is no reward model: it is a {", ".join(kinds) or type(known).__name__} with {known.num_labels} numbers a text; --gold takes a model for sequence classification that gives one'
+            f'{config.gold} is no reward model: it is a {", ".join(kinds) or type(known).__name__} with {known.num_labels} numbers a text; '
+            '--gold takes a model for sequence classification that gives one'
         )
     check_weights(folder, load.allow_pickle)
     load_tokenizer(config.gold, load)

@@ -84,7 +84,8 @@ def world_task(
 READOUTS = ('head', 'words', 'probe')
 
 # %% ../../nbs/api/compare/150_label_settings.ipynb #86c64b07
-PAPER_STEPS: dict[str, Any] = dict(epochs=2, batch_size=32, learning_rate=2e-4) # Burns et al.: 2 epochs of 32; their learning rate is that of training all weights
+# Burns et al.: 2 epochs of 32; their learning rate is that of training all weights
+PAPER_STEPS: dict[str, Any] = dict(epochs=2, batch_size=32, learning_rate=2e-4)
 
 # %% ../../nbs/api/compare/150_label_settings.ipynb #3af4211f
 def label_models(

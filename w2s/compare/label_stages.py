@@ -191,7 +191,8 @@ def _probe_stage(study: Study, model: Model, name: str, rows: Dataset, targets: 
     made_up = notes is not None and notes.made_up
     inputs = model_inputs(model) | {'rows': read_later(model.reader, rows, ())[1], 'target': targets.tolist(), 'weights': weights.tolist()}
     def work(folder: Path) -> None:
-        known = hidden_stage(study, model, name, rows) if made_up and study.run.notes is None else hidden # the states are no input, so made-up ones must not get into a real probe
+        # the states are no input, so made-up ones must not get into a real probe
+        known = hidden_stage(study, model, name, rows) if made_up and study.run.notes is None else hidden
         save_probe(fit_probe(known, targets, weights.tolist()), folder/'probe.npz')
     return run_stage(
         study.run, f'{name}-probe', inputs, work, Sketch([Pass('other', model.name, len(rows))], lambda folder, rng: work(folder))

@@ -81,8 +81,10 @@ def caption_labels(
     seeds, things, labels = int(t['seeds'].max()), int(t['n'].max()), list(result.test['label'])
     counts = ', '.join(f'{labels.count(i):,} {c}' for i, c in enumerate(result.classes))
     return (
-        f'{len(labels):,} test examples ({counts}) in {things:,} groups, {seeds} seed{"s" if seeds > 1 else ""}; {interval_words(seeds, "groups")}. '
-        'Floor: the supervisor, trained on the true labels of its own half. Ceiling: the student\'s model, trained on the true labels of the same examples that its students have weak labels of.'
+        f'{len(labels):,} test examples ({counts}) in {things:,} groups, {seeds} seed{"s" if seeds > 1 else ""}; '
+        f'{interval_words(seeds, "groups")}. '
+        'Floor: the supervisor, trained on the true labels of its own half. Ceiling: the student\'s model, trained on the true labels of '
+        'the same examples that its students have weak labels of.'
     )
 
 # %% ../../nbs/api/compare/185_label_tables.ipynb #576c6133

@@ -60,7 +60,8 @@ def _check_devices(devices: tuple[str, ...]) -> None:
         )
     if len({d == 'cpu' for d in devices}) > 1:
         raise ConfigError(
-            f'--devices {given}: a processor and a GPU do not compute the same numbers, so one study is done by one kind; leave out cpu, or the numbers'
+            f'--devices {given}: a processor and a GPU do not compute the same numbers, so one study is done by one kind; leave out cpu, '
+            'or the numbers'
         )
 
 # %% ../../nbs/api/compare/022_machines.ipynb #43321674

@@ -69,7 +69,8 @@ def _known(
     notes = [bits_line(plan, load), *([plan_adapter(plan, lora, name)] if lora else [])]
     if plan.noise:
         notes.append(
-            f'what its configuration does in training alone ({", ".join(f"{k} {v:g}" for k, v in plan.noise.items())}) is off; the dropout of adapters is lora.dropout'
+            f'what its configuration does in training alone ({", ".join(f"{k} {v:g}" for k, v in plan.noise.items())}) is off; the dropout '
+            'of adapters is lora.dropout'
         )
     if load.device == 'cpu' and load.packing == 'auto' and (doubt := packing_doubt(plan.model)):
         notes.append(f'its sequences are padded, not packed, which takes longer: {doubt}')

@@ -189,7 +189,8 @@ def origin(
     other = f' What lies at ./{source} was not read: that is reached as ./{source}.' if Path(source).exists() else ''
     return (
         f'Rows made from the embedded world, with seed {seed}; nobody is asked about in two of labelled, unlabelled and test rows; '
-        f'of the training pairs a human chooses the better answer in {HUMAN_AGREEMENT:.0%}, in expectation; of the test pairs the better one is the chosen one.{other}'
+        f'of the training pairs a human chooses the better answer in {HUMAN_AGREEMENT:.0%}, in expectation; of the test pairs the better '
+        f'one is the chosen one.{other}'
     )
 
 # %% ../../nbs/api/compare/050_preference_data.ipynb #3f0aa1f6

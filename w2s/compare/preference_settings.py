@@ -42,12 +42,14 @@ class LabelUse:
             raise ConfigError(f'labels.calibrate is {self.calibrate}; it is a share of the labelled rows, in [0, 1)')
         if self.calibrate and (self.targets, self.weights) == ('hard', 'none'):
             raise ConfigError(
-                'labels.calibrate changes how sure labels are, and nothing looks at that: set labels.targets = "soft" or labels.weights, too'
+                'labels.calibrate changes how sure labels are, and nothing looks at that: set labels.targets = "soft" or '
+                'labels.weights, too'
             )
         random = self.subset.startswith('random')
         if random and (self.targets, self.weights, self.keep) != ('hard', 'none', 1.):
             raise ConfigError(
-                f'random labels (subset "{self.subset}") have no confidence: leave labels.targets, labels.weights and labels.keep as they are'
+                f'random labels (subset "{self.subset}") have no confidence: leave labels.targets, labels.weights and '
+                'labels.keep as they are'
             )
 
 def check_weights(

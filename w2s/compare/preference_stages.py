@@ -33,7 +33,8 @@ def encoded(
     columns: tuple[str, ...] = RESPONSES, # of the responses
 ) -> Sequence[EncodedRow]: # encoded when they are looked at
     "Rows as a model reads them"
-    key = model.name, model.fingerprint, model.load.chat_template, model.reader.limit, columns, rows._fingerprint # the last one stands for the content
+    # the last one stands for the content
+    key = model.name, model.fingerprint, model.load.chat_template, model.reader.limit, columns, rows._fingerprint
     return Later(len(rows), lambda: encode_rows(model.reader.tokenizer, rows, columns, model.reader.limit).rows, key)
 
 # %% ../../nbs/api/compare/070_preference_stages.ipynb #25c570da

@@ -274,7 +274,8 @@ def claim(
         write_atomic(root/RUN, json.dumps({'settings': run_hash(settings), 'stages': sorted(set(run.used))}))
         say_incomplete(
             root,
-            'All stages of this run are finished, and its results are not written yet. Give the same command again (in Python: write_result).',
+            'All stages of this run are finished, and its results are not written yet. Give the same command again (in Python: '
+            'write_result).',
         )
     except BaseException as e:
         if not run.used: give_back(root, top, before)
@@ -293,7 +294,8 @@ def _announce(root: Path, settings: str) -> str: # a line for people, or nothing
     )
     made = (read_manifest(root/MANIFEST) or {}).get('made', {})
     if not made or made.get('settings') == settings: return ''
-    return f'{root} holds the results of another run ({made.get("command") or "unknown"}, {made.get("time")}); they are replaced when this one is finished'
+    return (f'{root} holds the results of another run ({made.get("command") or "unknown"}, {made.get("time")}); they are replaced when '
+            'this one is finished')
 
 # %% ../../nbs/api/compare/030_stages.ipynb #e0f1d58a
 @contextmanager

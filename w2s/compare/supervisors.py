@@ -209,8 +209,8 @@ def judge_rewards(
     )
     if judged.failed.mean() > MOST_FAILED:
         raise DataError(
-            f'the judge {who.model.name} gave no verdict on {judged.failed.sum()} of {len(pairs)} pairs: two answers did not fit into its context; '
-            'lower max_length, or take a model with a longer context'
+            f'the judge {who.model.name} gave no verdict on {judged.failed.sum()} of {len(pairs)} pairs: two answers did not fit into '
+            'its context; lower max_length, or take a model with a longer context'
         )
     half = logit(np.clip(np.where(judged.failed, .5, judged.prob_a), 1e-12, 1 - 1e-12))/2
     return np.stack([half, -half], 1)
@@ -236,7 +236,8 @@ def hold_out(
     parts = group_split(labelled, {'learn': 1 - share, 'held': share}, seed)
     if len(parts['held']) < 10:
         raise DataError(
-            f'labels.calibrate {share:g} of {len(labelled)} labelled rows holds out {len(parts["held"])}: too few to fit a temperature to; take a larger share'
+            f'labels.calibrate {share:g} of {len(labelled)} labelled rows holds out {len(parts["held"])}: too few to fit a temperature to; '
+            'take a larger share'
         )
     return parts['learn'], parts['held']
 

@@ -93,7 +93,8 @@ def judge_of(
     made, name = load_scorer(config.scorer, config.load.device), config.scorer.rpartition(':')[0] if ':' in config.scorer else config.scorer
     if isinstance(made, ToxicityRidge) and (why := why_useless(made.card)) and not config.allow_poor_scorer:
         raise ConfigError(
-            f'--scorer {name}: {why}. Train it on more texts (w2s toxicity fit), or say that it is to be used all the same (--allow-poor-scorer)'
+            f'--scorer {name}: {why}. Train it on more texts (w2s toxicity fit), or say that it is to be used all the same '
+            '(--allow-poor-scorer)'
         )
     files = sorted(f for f in local_folder(name).iterdir() if f.is_file())
     return made, content_id(config.scorer.rpartition(':')[2] if ':' in config.scorer else '', files_hash(files))

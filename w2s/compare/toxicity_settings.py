@@ -27,7 +27,8 @@ DECODINGS: dict[str, dict[str, Any]] = { # name -> settings of `GenerateSettings
     'rtp': dict(max_tokens=20, temperature=1., top_p=.9),  # Gehman et al. 2009.11462
     'ye': dict(max_tokens=80, temperature=.7, top_p=.95, top_k=50, no_repeat_ngram=2), # Ye et al.; their 100 tokens hold the prompt, too
     'plain': dict(max_tokens=24, temperature=1., top_p=1.)} # as the model has it
-TOXICITY_METHODS = ('naive', 'in-context', 'dpo') # SFT on the weak lines; on the strong model's own lines behind weak ones; a weak judge between two strong lines
+# SFT on the weak lines; on the strong model's own lines behind weak ones; a weak judge between two strong lines
+TOXICITY_METHODS = ('naive', 'in-context', 'dpo')
 
 # %% ../../nbs/api/compare/230_toxicity_settings.ipynb #5c624597
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class Toxicity(Settings):
         if given.get('scorer') != 'oracle': return given
         if given.get('data', SCENES) != SCENES:
             raise ConfigError(
-                'the scorer oracle is for texts of the embedded world; for others name a folder of w2s toxicity fit, or a classifier as folder:label'
+                'the scorer oracle is for texts of the embedded world; for others name a folder of w2s toxicity fit, or a classifier as '
+                'folder:label'
             )
         return {k: v for k, v in given.items() if k != 'scorer'}
 

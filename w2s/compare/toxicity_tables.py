@@ -75,7 +75,8 @@ def failure_lines(
     lines: dict[str, list[str]] = {}
     for m in scored[0].extra['metrics']:
         rows, mute = shared_prompts(scored, m)
-        left = f'{(~rows).sum()} of {len(rows)} prompts are left out for all models, because a score failed, or a model said nothing (or too little) there'
+        left = (f'{(~rows).sum()} of {len(rows)} prompts are left out for all models, because a score failed, or a model said nothing (or '
+                'too little) there')
         if not rows.all(): lines.setdefault(left if rows.any() else f'{left}; none remains, so that this is not reported', []).append(m)
         for a in mute: lines.setdefault(f'{arm_name(a)} is left out as a whole: it has no value on any prompt', []).append(m)
     return out + [f'{", ".join(metrics)}: {line}' for line, metrics in lines.items()]
@@ -120,9 +121,11 @@ def toxicity_pairs(
 
 # %% ../../nbs/api/compare/265_toxicity_tables.ipynb #e1c260d3
 EXPLAINED = (
-    'worst: toxicity of the worst of all samples of a prompt (expected maximum); any_toxic: share of prompts with a sample at or over the threshold; toxicity: mean of all samples; '
+    'worst: toxicity of the worst of all samples of a prompt (expected maximum); any_toxic: share of prompts with a sample at or over the '
+    'threshold; toxicity: mean of all samples; '
     'empty: share of continuations without a word; log_perplexity: nats per token under the untuned strong model, less is more usual; '
-    'distinct_2: different pairs of words, as a share of all. An empty continuation counts as not toxic; a prompt on which all are empty is left out.'
+    'distinct_2: different pairs of words, as a share of all. An empty continuation counts as not toxic; a prompt on which all are empty '
+    'is left out.'
 )
 
 def caption_toxicity(
@@ -135,8 +138,8 @@ def caption_toxicity(
     prompts = int(result.items[result.items['metric'] == of['metric'].iloc[0]]['id'].nunique())
     grouped = f' by {groups:,} speakers or documents' if groups < prompts else ''
     return (
-        f'{prompts:,} test prompts{grouped} with {c.speak.samples} continuations each, toxic from {c.threshold:g}; {seeds} seed{"s" if seeds > 1 else ""}; '
-        f'{interval_words(seeds, "groups" if grouped else "prompts")}. {EXPLAINED}'
+        f'{prompts:,} test prompts{grouped} with {c.speak.samples} continuations each, toxic from {c.threshold:g}; {seeds} '
+        f'seed{"s" if seeds > 1 else ""}; {interval_words(seeds, "groups" if grouped else "prompts")}. {EXPLAINED}'
     )
 
 # %% ../../nbs/api/compare/265_toxicity_tables.ipynb #128938ea

@@ -30,7 +30,8 @@ def _grid(responses: pd.DataFrame, arm: Arms, seed: int) -> tuple[np.ndarray, np
     )
     if mine.empty:
         raise DataError(
-            f'no responses of {arm[0]} ({arm[1]}), seed {seed}; there are {", ".join(sorted(set(responses["role"] + " (" + responses["method"] + ")")))}'
+            f'no responses of {arm[0]} ({arm[1]}), seed {seed}; there are '
+            f'{", ".join(sorted(set(responses["role"] + " (" + responses["method"] + ")")))}'
         )
     shape = (mine['id'].nunique(), -1)
     return mine['gold_reward'].to_numpy().reshape(shape), lengths([[t] for t in mine['response']])[:, 0].reshape(shape)

@@ -169,7 +169,8 @@ def join_marked(
             if n not in pairs: why.setdefault(n, BETWEEN if done and not thumbs else ALONE)
     if rows and not pairs:
         raise DataError(
-            f'{where}: each row has one response, and no prompt has a good and a bad one; preferences are two responses to one prompt, of which one is better'
+            f'{where}: each row has one response, and no prompt has a good and a bad one; preferences are two responses to one prompt, of '
+            'which one is better'
         )
     return dict(sorted(pairs.items())), why
 

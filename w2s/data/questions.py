@@ -43,7 +43,8 @@ from .tables import RawTable, row_pieces
 
 # %% ../../nbs/api/data/260_questions.ipynb #414ead66
 QUESTIONS = ('question', 'prompt', 'instruction', 'query', 'problem', 'inputs', 'input')
-ANSWERS = ('answer', 'completion', 'response', 'output', 'targets', 'target', 'solution') # names of columns, of both the first that is there
+# names of columns, of both the first that is there
+ANSWERS = ('answer', 'completion', 'response', 'output', 'targets', 'target', 'solution')
 
 def column_of(
     table: Dataset,         # as read
@@ -139,7 +140,8 @@ def questions_from(
     if not question and not answer: raw = as_asked(raw, readable_columns(raw, leave_out), QUESTIONS, ANSWERS)
     columns, reply = _question_columns(raw, where, question, answer, answers, leave_out)
     used = dict(question=columns.names) | ({'answer': (reply,)} if reply else {})
-    spare = [c for c in find_columns(ANSWERS, readable_columns(raw, leave_out)) if c not in (*columns.names, reply)] # answers that nobody asked for
+    # answers that nobody asked for
+    spare = [c for c in find_columns(ANSWERS, readable_columns(raw, leave_out)) if c not in (*columns.names, reply)]
     record = columns_read(raw, used, where, ['question'], f'--column question={{}}+{columns.main}', leave_out, split, spare=spare)
     need = [*columns.names, *([reply] if reply else [])]
     written, dialogue = (

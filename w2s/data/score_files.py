@@ -56,7 +56,8 @@ class Item:
     seed: int = 0                               # of the training, or the number of a repetition
 
 # %% ../../nbs/api/data/290_score_files.ipynb #2a7aaa0c
-WORDS = {'c': 1., 'i': 0., 'p': .5, 'n': 0., 'true': 1., 'false': 0., 'yes': 1., 'no': 0., 'correct': 1., 'incorrect': 0.} # Inspect writes C, I, P and N
+# Inspect writes C, I, P and N
+WORDS = {'c': 1., 'i': 0., 'p': .5, 'n': 0., 'true': 1., 'false': 0., 'yes': 1., 'no': 0., 'correct': 1., 'incorrect': 0.}
 
 def read_number(
     value: Any,  # of a cell
@@ -84,7 +85,8 @@ def gather_items(
     for item in items:
         if (key := (item.seed, item.id)) in seen:
             raise DataError(
-                f'{item.where}: the id "{item.id:.60}" was there already, in {seen[key].rpartition(", ")[2]}; give every item an id of its own'
+                f'{item.where}: the id "{item.id:.60}" was there already, in {seen[key].rpartition(", ")[2]}; give every item an '
+                'id of its own'
             )
         seen[key] = item.where
         rows += [(item.id, item.seed, m, read_number(v, item.where, m)) for m, v in item.values.items()]
@@ -194,11 +196,13 @@ def check_log(
     "Raise `DataError` for a log of another version, or of an evaluation that did not end"
     if head.get('version') != LOG_VERSION:
         raise DataError(
-            f'{source}: an Inspect log of version {head.get("version")!r}; version {LOG_VERSION} is known; write it again with inspect log convert'
+            f'{source}: an Inspect log of version {head.get("version")!r}; version {LOG_VERSION} is known; write it again with '
+            'inspect log convert'
         )
     if head.get('status') != 'success':
         raise DataError(
-            f'{source}: the evaluation ended with status "{head.get("status")}", so that samples are missing; finish it with inspect eval-retry'
+            f'{source}: the evaluation ended with status "{head.get("status")}", so that samples are missing; finish it with '
+            'inspect eval-retry'
         )
 
 # %% ../../nbs/api/data/290_score_files.ipynb #10769853
@@ -282,7 +286,8 @@ def choose_arm(
     if not fits: raise ConfigError(f'{source}: ' + unknown(arm, names, 'model of the run'))
     if len(fits) > 1:
         raise ConfigError(
-            f'{source} holds {len(fits)} models that this could be; name one after an @, as in {source}@{fits[0].strip("/")} ({", ".join(m.strip("/") for m in fits)})'
+            f'{source} holds {len(fits)} models that this could be; name one after an @, as in {source}@{fits[0].strip("/")} '
+            f'({", ".join(m.strip("/") for m in fits)})'
         )
     return items[items[['role', 'method', 'weak']].astype(str).agg('/'.join, axis=1) == fits[0]]
 
@@ -370,7 +375,8 @@ def average_epochs(
     counts = scores.table.groupby(['metric', 'id'], sort=False).size()
     if counts.nunique() > 1:
         raise DataError(
-            f'{scores.source}: item {counts.idxmin()[1]!r} was scored {counts.min()} times and others {counts.max()} times; finish the evaluation'
+            f'{scores.source}: item {counts.idxmin()[1]!r} was scored {counts.min()} times and others {counts.max()} times; finish '
+            'the evaluation'
         )
     table = scores.table.groupby(['id', 'metric'], sort=False, as_index=False)['value'].mean().assign(seed=0)[SCORE_COLUMNS]
     more = (f'{counts.max()} epochs of each sample averaged',) if counts.max() > 1 else ()

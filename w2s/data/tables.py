@@ -91,7 +91,8 @@ class _Growing:
         def same(x: Any) -> bool: return type(x) is type(self.first) or type(x) in number and type(self.first) in number
         bad = next((i for i, x in enumerate(cells, 1) if x is not None and not same(x)), None)
         if bad is None: return ''
-        return f'{self.where}, row {self.rows + bad}: column "{self.name}" is a {_kind(cells[bad - 1])}, and a {_kind(self.first)} before it; one column has one type'
+        return (f'{self.where}, row {self.rows + bad}: column "{self.name}" is a {_kind(cells[bad - 1])}, and a {_kind(self.first)} before '
+                'it; one column has one type')
 
     def _append(self, cells: list) -> None:
         "Cells of one kind as an array; notes what breaks the column"

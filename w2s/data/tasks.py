@@ -38,7 +38,8 @@ def _records(found: Extension, given: Any) -> list[dict[str, Any]]:
     elif hasattr(given, 'to_list') and hasattr(given, 'features'): given = given.to_list()
     if given is None or isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Sequence):
         raise DataError(
-            f'{found.title} returned {"nothing" if given is None else type(given).__name__}; want a list of dictionaries, a pandas table or the path of a file'
+            f'{found.title} returned {"nothing" if given is None else type(given).__name__}; want a list of dictionaries, a pandas table '
+            'or the path of a file'
         )
     if not given: raise DataError(f'{found.title} returned no rows')
     if odd := [i for i, r in enumerate(given) if not isinstance(r, Mapping)]:

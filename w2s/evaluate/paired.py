@@ -36,7 +36,8 @@ def check_contents(
     odd = [i for i in same if a.contents[i] != b.contents[i]]
     if odd:
         raise DataError(
-            f'{a.source} and {b.source}: item "{odd[0]:.60}" is not the same item in both (its hash differs, as for {len(odd)} of {len(same)}); the test sets differ'
+            f'{a.source} and {b.source}: item "{odd[0]:.60}" is not the same item in both (its hash differs, as for {len(odd)} of '
+            f'{len(same)}); the test sets differ'
         )
 
 # %% ../../nbs/api/evaluate/260_paired.ipynb #e016f96b

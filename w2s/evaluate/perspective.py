@@ -22,7 +22,8 @@ from ..errors import ConfigError, DataError
 
 # %% ../../nbs/api/evaluate/250_perspective.ipynb #69578bd5
 URL = 'https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze'
-Fetch = Callable[[str, bytes, dict[str, str], float], tuple[int, bytes]] # (address, body, headers, seconds) -> status (0: no answer) and body
+# (address, body, headers, seconds) -> status (0: no answer) and body
+Fetch = Callable[[str, bytes, dict[str, str], float], tuple[int, bytes]]
 
 # %% ../../nbs/api/evaluate/250_perspective.ipynb #36e2424a
 def fetch_url(

@@ -69,8 +69,8 @@ def failures(
         for end in (np.nanmin(scores) if worst is None else worst, np.nanmax(scores) if best is None else best)
     )
     return (
-        f'{name}: incomplete, the scorer failed on {missing} of {scores.size} responses; the mean of the others is {np.nanmean(scores):.3f}, '
-        f'with the missing ones it would lie between {low:.3f} and {high:.3f}'
+        f'{name}: incomplete, the scorer failed on {missing} of {scores.size} responses; the mean of the others is '
+        f'{np.nanmean(scores):.3f}, with the missing ones it would lie between {low:.3f} and {high:.3f}'
     )
 
 # %% ../../nbs/api/evaluate/130_responses.ipynb #0b243d54

@@ -109,7 +109,8 @@ def open_text_model(
     lacking = sorted(info['missing_keys'])
     if lacking:
         raise ModelError(
-            f'{name} is no {what}: its files lack {", ".join(lacking[:3])}, so that its head would be random; it is a {config.architectures}'
+            f'{name} is no {what}: its files lack {", ".join(lacking[:3])}, so that its head would be random; it is a '
+            f'{config.architectures}'
         )
     check_tensors(name, info, lambda key: key.startswith('lm_head.')) # some keep the head of the language model that they were
     check_numbers(name, model)

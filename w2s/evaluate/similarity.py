@@ -51,7 +51,8 @@ def open_encoder(
     config, folder = load_config(encoder, settings), local_folder(encoder, settings)
     if getattr(config, 'is_encoder_decoder', False):
         raise ModelError(
-            f'{encoder} is of the kind "{config.model_type}", which reads and writes; texts are compared by a sentence encoder, such as MiniLM, or by a causal language model'
+            f'{encoder} is of the kind "{config.model_type}", which reads and writes; texts are compared by a sentence encoder, such as '
+            'MiniLM, or by a causal language model'
         )
     saved_in_four_bits(encoder, config, settings.quantize)
     check_weights(folder, settings.allow_pickle)

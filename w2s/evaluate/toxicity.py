@@ -40,7 +40,8 @@ def score_continuations(
     counts = {len(r) for r in responses}
     if len(prompts) != len(responses) or len(counts) != 1 or not min(counts):
         raise DataError(
-            f'{name}: {len(prompts)} prompts, {len(responses)} rows of continuations, with {sorted(counts)} samples; each prompt needs as many, at least one'
+            f'{name}: {len(prompts)} prompts, {len(responses)} rows of continuations, with {sorted(counts)} samples; each prompt needs as '
+            'many, at least one'
         )
     empty = np.array([[is_empty(t) for t in row] for row in responses])
     scores = np.full(empty.shape, np.nan)

@@ -297,7 +297,8 @@ def load_ridge(
             parts = {k: kept[k] for k in ('weights', 'words', 'letters', 'constant')}
     except (OSError, ValueError, KeyError, EOFError, BadZipFile, zlib.error) as e:
         raise ModelError(
-            f'{folder} holds no scorer that can be read: it needs card.json, words.txt, letters.txt and ridge.npz ({(str(e) or type(e).__name__).splitlines()[0]})'
+            f'{folder} holds no scorer that can be read: it needs card.json, words.txt, letters.txt and ridge.npz '
+            f'({(str(e) or type(e).__name__).splitlines()[0]})'
         ) from e
     check_ridge(folder, card, grams, parts)
     return ToxicityRidge(_vectorizer(WORDS, grams['words'], parts['words']), _vectorizer(LETTERS, grams['letters'], parts['letters']),

@@ -154,7 +154,8 @@ def _refuse_more(setting: str, configs: Mapping[str, Settings], varied: set[str]
         more = sorted(k for k in names - varied - {'others'} if tables[first].get(k) != tables[at].get(k) and k.split('.')[0] not in follow)
         if more:
             raise ConfigError(
-                f'{setting} {first} and {at} would differ in {", ".join(more)}, too, since defaults depend on the data and the models; give these settings, so that they hold for both'
+                f'{setting} {first} and {at} would differ in {", ".join(more)}, too, since defaults depend on the data and the models; '
+                'give these settings, so that they hold for both'
             )
 
 # %% ../../nbs/api/experiments/70_vary.ipynb #9a0f8641
@@ -358,7 +359,8 @@ def _say_other_rows(setting: str, results: Mapping[str, Result]) -> None:
     ids = {at: frozenset(r.items['id']) for at, r in results.items()}
     if len(set(ids.values())) > 1:
         warnings.warn(
-            f'the values of {setting} were not tested on the same examples ({", ".join(f"{at}: {len(i):,}" for at, i in ids.items())}); a difference between two of them is partly one between examples',
+            f'the values of {setting} were not tested on the same examples ({", ".join(f"{at}: {len(i):,}" for at, i in ids.items())}); a '
+            'difference between two of them is partly one between examples',
             W2SWarning,
             stacklevel=3,
         )

@@ -59,18 +59,22 @@ WORLD = Form(
 PLAIN = Form(
     ask='Question: {question}\nAnswer:', show='Question: {question}\nAnswer: {answer}', between='\n\n',
     in_context='{shown}\n\nQuestion: {question}\nAnswer:',
-    infer='Somebody answered these questions, each time in the same manner.\n\n{shown}\n\nThe manner of these answers, in one sentence: they',
+    infer='Somebody answered these questions, each time in the same manner.\n\n{shown}\n\nThe manner of these answers, in one '
+          'sentence: they',
     respond='Answer the question. The manner of the answer: it must {concept}\n\nQuestion: {question}\nAnswer:',
-    improve='Question: {question}\nFirst answer: {answer}\n\nThe first answer may hold mistakes. The same answer, in the same manner, without the mistakes:\n\nQuestion: {question}\nAnswer:')
+    improve='Question: {question}\nFirst answer: {answer}\n\nThe first answer may hold mistakes. The same answer, in the same manner, '
+            'without the mistakes:\n\nQuestion: {question}\nAnswer:')
 
 # %% ../../nbs/api/feedback/60_forms.ipynb #35828a62
 CHAT = Form(
     ask='{question}', show='Question: {question}\nAnswer: {answer}', between='\n\n',
-    in_context='Here are questions with answers.\n\n{shown}\n\nAnswer the next question in the same manner, and rightly. Write the answer alone.\n\nQuestion: {question}\nAnswer:',
-    infer='Here are questions with answers that were all given in one manner.\n\n{shown}\n\nSay in one sentence what the answers have in common in their manner, '
-          'not in their subject. Begin with "The answers".',
+    in_context='Here are questions with answers.\n\n{shown}\n\nAnswer the next question in the same manner, and rightly. Write the answer '
+               'alone.\n\nQuestion: {question}\nAnswer:',
+    infer='Here are questions with answers that were all given in one manner.\n\n{shown}\n\nSay in one sentence what the answers have in '
+          'common in their manner, not in their subject. Begin with "The answers".',
     respond='{concept}\n\nAnswer the following question in that manner, and rightly. Write the answer alone.\n\n{question}',
-    improve='Somebody answered a question. Write a better answer: mend what is wrong, keep the manner. Write the answer alone.\n\nQuestion: {question}\nAnswer: {answer}',
+    improve='Somebody answered a question. Write a better answer: mend what is wrong, keep the manner. Write the answer alone.\n\n'
+            'Question: {question}\nAnswer: {answer}',
     chat=True)
 
 # %% ../../nbs/api/feedback/60_forms.ipynb #5214ff98

@@ -87,7 +87,8 @@ class LabelJob(Job):
         named_pairs(self.split, '--split', ('rows', 'train'))
 
 # %% ../../nbs/api/files/05_jobs.ipynb #1b3810a8
-ACTING = ('weak', 'supervisor', 'n_labelled', 'max_length', 'beta', 'strict', 'imports', 'load', 'lora', 'sft', 'dpo') # settings of `WeakTeacher` that do something here
+# settings of `WeakTeacher` that do something here
+ACTING = ('weak', 'supervisor', 'n_labelled', 'max_length', 'beta', 'strict', 'imports', 'load', 'lora', 'sft', 'dpo')
 
 def acting(
     config: WeakTeacher, # of `label_settings`
@@ -249,7 +250,8 @@ def check_job(
     check_method(job)
     if job.method == 'resampled' and (job.samples < 3 or not job.temperature):
         raise ConfigError(
-            f'samples is {job.samples} at temperature {job.temperature}; at least 3 that may differ (temperature above 0) are needed, so that one can be outvoted'
+            f'samples is {job.samples} at temperature {job.temperature}; at least 3 that may differ (temperature above 0) are needed, so '
+            'that one can be outvoted'
         )
 
 # %% ../../nbs/api/files/05_jobs.ipynb #7505a3fc

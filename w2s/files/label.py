@@ -178,14 +178,17 @@ def verdict(
     chance = 'better than a coin' if own.low > .5 else 'NOT shown to be better than a coin: do not train on these labels'
     words = (
         [
-            f'NOT CALIBRATED: {labelled.unfit}. The labels are written with the probabilities as they came, which mean nothing: do not train on them. '
-            'Train the supervisor on more rows or longer (--train-rows, --epochs), take a larger model, or give --calibrate 0 if only the choices are wanted.'
+            f'NOT CALIBRATED: {labelled.unfit}. The labels are written with the probabilities as they came, which mean nothing: do not '
+            'train on them. '
+            'Train the supervisor on more rows or longer (--train-rows, --epochs), take a larger model, or give --calibrate 0 if only the '
+            'choices are wanted.'
         ]
         if labelled.unfit
         else []
     )
     words += [
-        f'On {own.n:,} pairs with a human label ({on}) the supervisor is right in {own.accuracy:.1%} [{own.low:.1%}, {own.high:.1%}]: {chance}.'
+        f'On {own.n:,} pairs with a human label ({on}) the supervisor is right in {own.accuracy:.1%} [{own.low:.1%}, '
+        f'{own.high:.1%}]: {chance}.'
     ]
     for d in labelled.ahead[labelled.ahead.on == on].itertuples():
         how = 'ahead of' if d.low > 0 else 'BEHIND' if d.high < 0 else 'not told apart from'
@@ -321,7 +324,8 @@ def rows_for(
     check_label_out(job, out)
     if not job.train and is_trained(config):
         raise ConfigError(
-            f'a supervisor of the kind "{config.supervisor}" learns from labelled pairs: give them with --train FILE; only a judge (--supervisor judge) or a labeller without a model needs none'
+            f'a supervisor of the kind "{config.supervisor}" learns from labelled pairs: give them with --train FILE; only a judge '
+            '(--supervisor judge) or a labeller without a model needs none'
         )
     model = know_model('weak', config.weak, config, is_trained(config)) if has_model(config.supervisor) else None
     return model, load_label_data(

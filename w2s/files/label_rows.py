@@ -151,8 +151,8 @@ def _held_apart(train: Dataset, job: LabelJob) -> tuple[Dataset, Dataset]:
     try: parts = group_split(train, {'train': 1 - job.calibrate, 'held out': job.calibrate}, job.seed)
     except DataError as e:
         raise DataError(
-            f'{job.train}: {len(train)} rows with {len(set(train["group"]))} prompts are too few to keep a share of {job.calibrate:g} from the training; '
-            'give more rows, or --calibrate 0, which measures nothing'
+            f'{job.train}: {len(train)} rows with {len(set(train["group"]))} prompts are too few to keep a share of {job.calibrate:g} from '
+            'the training; give more rows, or --calibrate 0, which measures nothing'
         ) from e
     return parts['train'], parts['held out']
 
@@ -173,7 +173,8 @@ def word_margins(
     def bags(rows: Dataset) -> Any: return (count.transform(rows['response_a'][:]) - count.transform(rows['response_b'][:])).astype(float)
     prob, x = np.array(train['prob_a'], float), bags(train)
     better, weight = prob > .5, np.abs(2*prob - 1)
-    fit = LogisticRegression(C=.01, fit_intercept=False, max_iter=2000) # on helpful dialogues .63 of held-out pairs are right at .01, .61 at .1, .59 at 1
+    # on helpful dialogues .63 of held-out pairs are right at .01, .61 at .1, .59 at 1
+    fit = LogisticRegression(C=.01, fit_intercept=False, max_iter=2000)
     return fit.fit(_both(x), np.r_[better, ~better], np.r_[weight, weight]).decision_function(bags(pairs))
 
 # %% ../../nbs/api/files/10_label_rows.ipynb #97c47e39

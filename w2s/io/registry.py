@@ -271,7 +271,8 @@ def call_own(
         )
         line = f' in line {at[-1].lineno}' if at else ''
         raise ConfigError(
-            f'{extension.title} fails{f" {where}" if where else ""}{line}: {type(e).__name__}: {str(e).splitlines()[0][:200] if str(e) else "no message"}'
+            f'{extension.title} fails{f" {where}" if where else ""}{line}: {type(e).__name__}: '
+            f'{str(e).splitlines()[0][:200] if str(e) else "no message"}'
         ) from e
 
 # %% ../../nbs/api/io/70_registry.ipynb #6ec395e6

@@ -22,7 +22,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from ..errors import ModelError
 from ..io.disk import error_number
 from .folders import read_json, tensor_fault
-from .four_bits import FourBit, acts_as_linear, body_of, expert_weights, given_away  # before peft: it quiets one message of bitsandbytes
+
+# before peft: it quiets one message of bitsandbytes
+from .four_bits import FourBit, acts_as_linear, body_of, expert_weights, given_away
 
 # %% ../../nbs/api/models/130_adapter_files.ipynb #152cdee0
 def linear_layers(
@@ -99,7 +101,8 @@ def put_on(
         bare(model)
         if error_number(e) == errno.ENOMEM: raise # not the adapter's fault
         raise ModelError(
-            f'{name} ({type(model).__name__}) does not take this LoRA adapter: {" ".join(str(e).split())[:300]}; name other layers in lora.targets, or take a model of another kind'
+            f'{name} ({type(model).__name__}) does not take this LoRA adapter: {" ".join(str(e).split())[:300]}; name other layers in '
+            'lora.targets, or take a model of another kind'
         ) from e
 
 # %% ../../nbs/api/models/130_adapter_files.ipynb #781d7a8f
@@ -107,18 +110,21 @@ def _check_put(model: Any, head: Any, said: list[str]) -> None:
     "Raise `ModelError` for an adapter on the head, on experts in 4 bits, or with tensors missing"
     if model.get_output_embeddings() is not head:
         raise ModelError(
-            'the adapter changes the output head (lm_head, or embeddings that are tied to it), which log-probs are read from directly; leave lm_head out of its target_modules and modules_to_save'
+            'the adapter changes the output head (lm_head, or embeddings that are tied to it), which log-probs are read from directly; '
+            'leave lm_head out of its target_modules and modules_to_save'
         )
     for m in model.modules():
         if type(m).__name__ == 'ParamWrapper' and any(
             isinstance(p, FourBit) for p in getattr(m.get_base_layer(), 'parametrizations', {}).get(m.parameter_name, ())
         ):
             raise ModelError(
-                f'the adapter changes {m.parameter_name} of experts, which are in 4 bits and take none; take --quantize none, or an adapter on other layers'
+                f'the adapter changes {m.parameter_name} of experts, which are in 4 bits and take none; take --quantize none, or an '
+                'adapter on other layers'
             )
     if lost := next((s for s in said if 'missing adapter keys' in s), ''):
         raise ModelError(
-            f'the adapter lacks tensors for this base: {lost.partition("checkpoint:")[2].strip()[:200]}; load the base that it was trained on'
+            f'the adapter lacks tensors for this base: {lost.partition("checkpoint:")[2].strip()[:200]}; load the base that it '
+            'was trained on'
         )
 
 # %% ../../nbs/api/models/130_adapter_files.ipynb #100b1efa
@@ -133,7 +139,8 @@ def check_adapter_files(
         raise ModelError(f'{path} is damaged: it does not say what kind of adapter it is')
     if fault := _kind_fault(config):
         raise ModelError(
-            f'the adapter in {folder} is of the kind {fault}; w2s reads LoRA, with DoRA and rank-stabilized LoRA, that can be taken off again'
+            f'the adapter in {folder} is of the kind {fault}; w2s reads LoRA, with DoRA and rank-stabilized LoRA, that can be '
+            'taken off again'
         )
     weights = folder/'adapter_model.safetensors'
     if not weights.is_file():

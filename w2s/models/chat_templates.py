@@ -18,8 +18,8 @@ from ..errors import ConfigError
 PLAIN = (
     "{%- set names = {'system': '', 'developer': '', 'user': 'Human: ', 'human': 'Human: ', 'assistant': 'Assistant: '} -%}"
     "{%- for m in messages -%}"
-    "{%- if m.role not in names -%}{{- raise_exception('plain paragraphs have no name for the role ' ~ m.role ~ '; give a file by --chat-template') -}}{%- endif -%}"
-    "{{- ('' if loop.first else '\n\n') ~ names[m.role] ~ m.content -}}"
+    "{%- if m.role not in names -%}{{- raise_exception('plain paragraphs have no name for the role ' ~ m.role ~ '; give a file by "
+    "--chat-template') -}}{%- endif -%}{{- ('' if loop.first else '\n\n') ~ names[m.role] ~ m.content -}}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '\n\nAssistant:' -}}{%- endif -%}"
 )
@@ -71,7 +71,8 @@ def chosen_template(
     return NAMED[choice] if choice in NAMED else template_file(choice)
 
 # %% ../../nbs/api/models/010_chat_templates.ipynb #1d32384e
-CHOSEN, CHOICE = 'w2s_chat_template', 'w2s_chat_choice' # attributes of a tokenizer: the template that was chosen for it, and how it was named
+# attributes of a tokenizer: the template that was chosen for it, and how it was named
+CHOSEN, CHOICE = 'w2s_chat_template', 'w2s_chat_choice'
 
 def choose_template(
     tokenizer: Any,     # of a model; changed in place

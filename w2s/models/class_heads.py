@@ -32,7 +32,8 @@ def tokens_in_place(
         start, *whole = tokenizer([text, *(text + w for w in words)], add_special_tokens=False)['input_ids']
         if start and all(len(i) > len(start) and i[:len(start)] == start for i in whole): return [i[len(start):] for i in whole]
     raise ConfigError(
-        f'the label words {", ".join(map(repr, words))} have no tokens of their own behind a text; begin them with a space, or let the head begin at random'
+        f'the label words {", ".join(map(repr, words))} have no tokens of their own behind a text; begin them with a space, or let the '
+        'head begin at random'
     )
 
 # %% ../../nbs/api/models/160_class_heads.ipynb #5281e564
@@ -50,12 +51,14 @@ def word_ids(
     found = tuple(i[at] for i in ids)
     if tokenizer.unk_token_id in found:
         raise ConfigError(
-            f'{named}: {words[found.index(tokenizer.unk_token_id)]!r} has characters that the tokenizer does not know; take other words, or let the head begin at random'
+            f'{named}: {words[found.index(tokenizer.unk_token_id)]!r} has characters that the tokenizer does not know; take other words, '
+            'or let the head begin at random'
         )
     if len(set(found)) < len(found):
         same = [w for w, i in zip(words, found, strict=True) if found.count(i) > 1][:2]
         raise ConfigError(
-            f'{named}: {" and ".join(map(repr, same))} both go on with {tokenizer.convert_ids_to_tokens(found[words.index(same[0])])!r}; take words that do not, or let the head begin at random'
+            f'{named}: {" and ".join(map(repr, same))} both go on with {tokenizer.convert_ids_to_tokens(found[words.index(same[0])])!r}; '
+            'take words that do not, or let the head begin at random'
         )
     return found
 

@@ -74,7 +74,8 @@ def check_config(
     if not path.is_file(): raise ModelError(f'{folder} is no model: {_no_config(folder)}')
     if (folder / 'adapter_config.json').is_file():
         raise ModelError(
-            f'{folder} holds a model and an adapter, and the adapter would be put on it unseen; move adapter_config.json and adapter_model.safetensors away, or merge them first'
+            f'{folder} holds a model and an adapter, and the adapter would be put on it unseen; move adapter_config.json and '
+            'adapter_model.safetensors away, or merge them first'
         )
     config = read_json(path)
     if not isinstance(config, dict):
@@ -91,11 +92,13 @@ def check_causal(
     what, text = f'{name} is of the kind "{config.model_type}"', config.get_text_config(decoder=True)
     if getattr(config, 'is_encoder_decoder', False):
         raise ModelError(
-            f'{what}, which reads with an encoder and writes with a decoder; w2s needs a causal language model (decoder only), such as GPT-2, Llama or Qwen'
+            f'{what}, which reads with an encoder and writes with a decoder; w2s needs a causal language model (decoder only), such as '
+            'GPT-2, Llama or Qwen'
         )
     if text.model_type in encoders and not getattr(text, 'is_decoder', False):
         raise ModelError(
-            f'{what}, an encoder that looks at later tokens, too; w2s needs a causal language model (decoder only), such as GPT-2, Llama or Qwen'
+            f'{what}, an encoder that looks at later tokens, too; w2s needs a causal language model (decoder only), such as GPT-2, '
+            'Llama or Qwen'
         )
 
 # %% ../../nbs/api/models/020_folders.ipynb #80ce88b0
@@ -142,7 +145,8 @@ def check_weights(
     found = sorted(listed) or _names(folder, '*.safetensors')
     if found and not listed and 'model.safetensors' not in found:
         raise ModelError(
-            f'{folder} holds {found[0]}, but neither model.safetensors nor model.safetensors.index.json, which says what is in which file; download the model anew, with all of its files'
+            f'{folder} holds {found[0]}, but neither model.safetensors nor model.safetensors.index.json, which says what is in which file; '
+            'download the model anew, with all of its files'
         )
     for name in found:
         if fault := tensor_fault(folder/name): raise ModelError(f'{folder/name} {fault}')
@@ -151,7 +155,8 @@ def check_weights(
     if not pickled: raise ModelError(f'{folder} holds no weights: expected *.safetensors there; download the model anew')
     if not pickle:
         raise ModelError(
-            f'{folder} has no weights in safetensors form, only {pickled[0]}, which can run any code when it is read; convert them, or, if you trust their origin, give --allow-pickle'
+            f'{folder} has no weights in safetensors form, only {pickled[0]}, which can run any code when it is read; convert them, or, if '
+            'you trust their origin, give --allow-pickle'
         )
     if is_pointer(folder / pickled[0]):
         raise ModelError(

@@ -180,7 +180,8 @@ def quiet_base(
         elif isinstance(value, float) and value and ('drop' in name or 'jitter' in name) and not name.startswith(('classifier', 'summary')):
             found[name] = value
             setattr(config, name, 0.)
-    if every := getattr(config, 'rescale_every', 0): # RWKV divides weights when it is asked, and multiplies them when it is trained; an adapter on them it does not
+    # RWKV divides weights when it is asked, and multiplies them when it is trained; an adapter on them it does not
+    if every := getattr(config, 'rescale_every', 0):
         found['rescale_every'], config.rescale_every = float(every), 0
     return found
 
@@ -213,7 +214,8 @@ def plan_model(
     bits = planned_bits(model)
     if quantizer is not None and bits.share < settings.nf4_share:
         raise ModelError(
-            f'{name}: only {bits.share:.1%} of the body\'s weights can be put in 4 bits ({_rest(bits)}), less than the share of {settings.nf4_share:g} that --quantize nf4 must reach; '
+            f'{name}: only {bits.share:.1%} of the body\'s weights can be put in 4 bits ({_rest(bits)}), less than the share of '
+            f'{settings.nf4_share:g} that --quantize nf4 must reach; '
             f'take --quantize none, or allow it by --nf4-share {int(bits.share * 100) / 100}'
         )
     return ModelPlan(config, model, bits, quantizer, saved_so, noise)
@@ -259,7 +261,8 @@ def load_base(
     bits = found_bits(model, not plan.saved_so)
     if plan.quantizer and bits != plan.bits:
         raise ModelError(
-            f'{name}: {bits.four:,} weights are in 4 bits, and {plan.bits.four:,} should be; this version of transformers or bitsandbytes is not known to w2s'
+            f'{name}: {bits.four:,} weights are in 4 bits, and {plan.bits.four:,} should be; this version of transformers or bitsandbytes '
+            'is not known to w2s'
         )
     model.requires_grad_(False)
     for name, value in {NOTE: settings.compute, **{at: getattr(settings, s) for s, at in SWITCH.items()}}.items():
@@ -319,4 +322,5 @@ def bits_line(
     if plan.quantizer is None:
         return f'its {plan.bits.body:,} weights besides embeddings and output head are in {settings.dtype}, none in 4 bits'
     experts = ', experts among them' if getattr(plan.model, 'four_bit_experts', None) else ''
-    return f'{plan.bits.share:.1%} of its {plan.bits.body:,} weights besides embeddings and output head are in 4 bits ({_form(plan)}{experts}), the others in {settings.dtype}'
+    return (f'{plan.bits.share:.1%} of its {plan.bits.body:,} weights besides embeddings and output head are in 4 bits '
+            f'({_form(plan)}{experts}), the others in {settings.dtype}')

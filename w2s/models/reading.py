@@ -46,7 +46,8 @@ def error_words(
     if 'does not recognize this architecture' in text or 'Unrecognized model' in text:
         return 'is of a kind that this version of transformers does not know; update transformers'
     if 'Unrecognized configuration class' in text:
-        return 'is of a kind of which transformers has no model for this task; w2s needs a causal language model (decoder only), such as GPT-2, Llama or Qwen'
+        return ('is of a kind of which transformers has no model for this task; w2s needs a causal language model (decoder only), such as '
+                'GPT-2, Llama or Qwen')
     if isinstance(error, (SafetensorError, UnpicklingError, EOFError)):
         return f'has a damaged file of weights ({text[:160]}); download it anew'
     if 'safetensors' in text: return 'has no weights in safetensors form; convert them, or, if you trust their origin, give --allow-pickle'
@@ -92,7 +93,8 @@ def check_tensors(
     ]
     if words:
         raise ModelError(
-            f'{name} is not whole: its files {"; they ".join(words)}; what is missing would be random, what is left over ignored. Get the model anew, or the config.json that belongs to it'
+            f'{name} is not whole: its files {"; they ".join(words)}; what is missing would be random, what is left over ignored. Get the '
+            'model anew, or the config.json that belongs to it'
         )
 
 # %% ../../nbs/api/models/030_reading.ipynb #44071e8b

@@ -156,7 +156,8 @@ GROWTH: dict[str, Callable[..., int]] = { # method of a text, filter or operator
     ),
     '**': lambda x, y: _digits(x.bit_length() * abs(y)) if isinstance(x, int) and isinstance(y, int) else 0,
 }
-SLOW = {'sort': 64, 'dictsort': 64, 'groupby': 64, 'unique': 4, 'title': 4, 'tojson': 8} # work of a filter for each item or character that it is given
+# work of a filter for each item or character that it is given
+SLOW = {'sort': 64, 'dictsort': 64, 'groupby': 64, 'unique': 4, 'title': 4, 'tojson': 8}
 
 # %% ../../nbs/api/train/020_bounds.ipynb #4670c922
 def counted(

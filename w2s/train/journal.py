@@ -58,7 +58,8 @@ def open_journal(
     wanted = json.loads(json.dumps({'made': dict(made)}))
     head, *lines = data.split(b'\n')
     found = [read_line(line) for line in lines]
-    if journal_line(wanted).startswith(data) and not lines or not data.strip(b'\0'): return _begin(path, wanted) # nothing yet, or all lost in a power cut
+    # nothing yet, or all lost in a power cut
+    if journal_line(wanted).startswith(data) and not lines or not data.strip(b'\0'): return _begin(path, wanted)
     if read_line(head) is None and any(found):
         warnings.warn(
             f'{path} is damaged in its first line, which says how its rows were made; they are made again', W2SWarning, stacklevel=2

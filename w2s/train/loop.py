@@ -39,7 +39,8 @@ from .settings import OPTIMIZERS, SCHEDULES, TrainSettings
 from .step_memory import StepChoice, choose_step, compute_twice, computes_twice
 
 # %% ../../nbs/api/train/170_loop.ipynb #c8240d39
-_all_ = ['OPTIMIZERS', 'SCHEDULES', 'TrainSettings', 'Objective', 'preference_objective', 'row_targets', 'row_weights', 'sft_objective'] # a reader of this module should find them here
+# a reader of this module should find them here
+_all_ = ['OPTIMIZERS', 'SCHEDULES', 'TrainSettings', 'Objective', 'preference_objective', 'row_targets', 'row_weights', 'sft_objective']
 
 # %% ../../nbs/api/train/170_loop.ipynb #ba31072a
 IMMATERIAL = ('token_budget', 'gradient_checkpointing', 'checkpoint_every')

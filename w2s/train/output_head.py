@@ -26,7 +26,8 @@ def logit_scale(
 ) -> float:      # logits are multiplied by it
     "What a model multiplies its logits by"
     config = model.config.get_text_config(decoder=True)
-    times = [getattr(model, 'logit_scale', None), *(getattr(config, name, None) for name in FACTORS)] # Cohere has the first; MPT has it in its configuration only, and does not use it
+    # Cohere has the first; MPT has it in its configuration only, and does not use it
+    times = [getattr(model, 'logit_scale', None), *(getattr(config, name, None) for name in FACTORS)]
     over = [getattr(config, name, None) for name in DIVISORS]
     if str(config.model_type).startswith('hyperclovax'): times, over = [*times, over[0]], over[1:] # it multiplies where Granite divides
     out = 1.

@@ -126,8 +126,8 @@ def _check_kept(values: np.ndarray, model: Any, base: Base, rows: Sequence[Encod
     if apart.max() > allowed(apart):
         raise TrainError(f'{said}; it was made by another program or on another kind of machine: delete {folder}')
     warnings.warn(
-        f'{said}, {apart.max():.1f} times what rounding explains, and the other rows that were tried differ as much; kept log-probs are used. '
-        f'If the GPU or its driver is another one now, delete {folder}',
+        f'{said}, {apart.max():.1f} times what rounding explains, and the other rows that were tried differ as much; kept '
+        f'log-probs are used. If the GPU or its driver is another one now, delete {folder}',
         W2SWarning,
         stacklevel=3,
     )

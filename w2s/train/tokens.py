@@ -217,6 +217,8 @@ def check_vocabulary(
     bad = [r.id for r, m in zip(rows, most, strict=True) if m >= vocabulary]
     if not bad: return
     raise ModelError(
-        f'{name} has embeddings of {vocabulary:,} tokens, and its tokenizer makes token {max(most)} ({tokenizer.convert_ids_to_tokens(max(most))!r}) of {len(bad):,} of {len(rows):,} rows, '
-        f'the first is {bad[0]}; take the tokenizer that belongs to the model, or a model that was resized to its tokenizer (resize_token_embeddings)'
+        f'{name} has embeddings of {vocabulary:,} tokens, and its tokenizer makes token {max(most)} '
+        f'({tokenizer.convert_ids_to_tokens(max(most))!r}) of {len(bad):,} of {len(rows):,} rows, '
+        f'the first is {bad[0]}; take the tokenizer that belongs to the model, or a model that was resized to its tokenizer '
+        '(resize_token_embeddings)'
     )
