@@ -42,7 +42,8 @@ def draw_studies(
     models, prompts = len(shares), -(-rows // group)
     of_prompt = WITHIN if group > 1 else 0.
     def part(*axes: int) -> np.ndarray: return rng.normal(size=(studies, *axes)).astype(np.float32)
-    def hard(n: int) -> np.ndarray: return SHARED**.5*part(1, 1, n) + (1 - SHARED)**.5*part(models, 1, n) # for all models, and for each of them
+    # a part for all models, and one for each of them
+    def hard(n: int) -> np.ndarray: return SHARED**.5*part(1, 1, n) + (1 - SHARED)**.5*part(models, 1, n)
     latent = of_prompt**.5*hard(prompts).repeat(group, axis=-1)[..., :rows] + (1 - RESIDUAL - of_prompt)**.5*hard(rows)
     level = stats.norm.ppf(shares)*np.sqrt(1 + luck**2)
     return (latent + luck*part(models, seeds, 1) + RESIDUAL**.5*part(models, seeds, rows) + level[:, None, None] > 0).astype(float)

@@ -171,10 +171,11 @@ def measure(
     )
     note('scoring', lambda: f'{2*n*time_/seconds(lambda: score(base.model, rows, quiet=True), device):,.0f} tokens a second')
     how = GenerateSettings(max_tokens=8 if small else 64, temperature=1.)
+    def answered() -> object: return respond(base.model, base.tokenizer, [f'The fox {i}' for i in range(n)], how, quiet=True)
     note(
         'sampling',
         lambda: (
-            f'{n * how.max_tokens / seconds(lambda: respond(base.model, base.tokenizer, [f"The fox {i}" for i in range(n)], how, quiet=True), device):,.0f} tokens a second at most'
+            f'{n * how.max_tokens / seconds(answered, device):,.0f} tokens a second at most'
         ),
     )
     note('the same twice', lambda: str(torch.equal(learned(base, rows, work/'a'), learned(base, rows, work/'b'))))

@@ -65,7 +65,8 @@ def inside(path):
     except (TypeError, ValueError): return False
 def hook(event, args):
     global count
-    changes = (event == 'open' and isinstance(args[1], str) and set(args[1]) & set('wax+')) or event in ('os.rename', 'os.remove', 'os.rmdir', 'os.mkdir', 'os.truncate')
+    changes = (event == 'open' and isinstance(args[1], str) and set(args[1]) & set('wax+')) or \
+event in ('os.rename', 'os.remove', 'os.rmdir', 'os.mkdir', 'os.truncate')
     if not changes or not inside(args[0]): return
     count += 1
     if event == 'os.rename': log.write(f'rename\\t{os.path.realpath(args[0])}\\t{os.path.realpath(args[1])}\\n')

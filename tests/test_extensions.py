@@ -121,7 +121,8 @@ def brief(responses, most=20): return [-max(0, len(r) - most) for r in responses
 def evens(): return [dict(text=f'Is {i} an even number?', label='odd' if i % 2 else 'even') for i in range(120)]
 
 @task('polite')
-def polite(): return [dict(prompt=f'Customer: Where is shop {i}?\\nDesk:', chosen=f' Thank you for asking, it is in street {i}.', rejected=f' Street {i}.') for i in range(60)]
+def polite(): return [dict(prompt=f'Customer: Where is shop {i}?\\nDesk:', chosen=f' Thank you for asking, it is in street {i}.', \
+rejected=f' Street {i}.') for i in range(60)]
 '''
 
 

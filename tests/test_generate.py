@@ -191,7 +191,8 @@ from w2s.train.generate import GenerateSettings, generate
 base = load_base(sys.argv[1], LoadSettings('none', 'float32'), device='cpu')
 import hashlib, random, torch
 torch.manual_seed(random.randrange(10**6))
-out = generate(base.model, base.tokenizer, ['Question: What do bees make?\\nAnswer:', 'Answer:'], GenerateSettings(max_tokens=20, samples=4), quiet=True)
+out = generate(base.model, base.tokenizer, ['Question: What do bees make?\\nAnswer:', 'Answer:'], \
+GenerateSettings(max_tokens=20, samples=4), quiet=True)
 print(hashlib.sha256(repr(out).encode()).hexdigest())
 '''
 

@@ -1248,7 +1248,8 @@ from w2s.compare.preference_settings import WeakTeacher
 from w2s.experiments.preferences import run
 result = run(from_table(WeakTeacher, json.loads(sys.argv[1])), sys.argv[2], quiet=True)
 sha = lambda b: hashlib.sha256(b).hexdigest()[:16]
-out = {f'{k.partition("-")[0]}-{k.rpartition("-")[2]}': sha((Path(v)/'adapter_model.safetensors').read_bytes()) for k, v in sorted(result.adapters.items())}
+out = {f'{k.partition("-")[0]}-{k.rpartition("-")[2]}': sha((Path(v)/'adapter_model.safetensors').read_bytes()) \
+for k, v in sorted(result.adapters.items())}
 out['labels'] = sha(next(Path(sys.argv[2]).glob('stages/*-labels-*/rewards.npy')).read_bytes())
 out['items'] = sha(result.items.to_csv(index=False).encode())
 print(json.dumps(out))

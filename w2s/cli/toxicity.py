@@ -111,7 +111,7 @@ def check_place(
     path: Path,   # where scores are to be written
     texts: Path,  # that are read
 ) -> None:
-    "Raise `ConfigError` if the place has a form that is not known, or a file of somebody else; scores of an earlier run, unchanged since, are one's own"
+    "Raise `ConfigError` for a place of unknown form, or a file that is not scores of an earlier run, unchanged since"
     from w2s.data.files import keep_inputs
     if path.suffix not in ('.jsonl', '.csv', '.parquet'): raise ConfigError(f'--out {path}: known forms are .jsonl, .csv and .parquet')
     keep_inputs([path, _about(path)], [texts])

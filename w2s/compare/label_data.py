@@ -49,7 +49,7 @@ def label_words(
     found: Sequence[str],    # those of the data
     classes: Sequence[str],  # names of the classes
 ) -> tuple[str, ...]:        # one a class; empty where the readout is another
-    "The label words of a run, to compare or to begin a head with; raises `ConfigError` where they are needed and not there, or not one a class"
+    "Label words of a run, to compare or to begin a head with; raises `ConfigError` where needed and missing, or not one per class"
     if config.readout == 'probe' or config.head_start == 'random': return ()
     words = config.words or tuple(found)
     if not words and config.readout == 'head': return () # the head begins at random

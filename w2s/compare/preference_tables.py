@@ -34,7 +34,7 @@ from .tables import Kind, Model, pair_up
 def label_table(
     seeds: Sequence[SeedRows], # after labelling
 ) -> pd.DataFrame:             # a row a seed
-    "Agreement of the weak labels with the human ones on the unlabelled half, with an interval over its prompts; and of both with gold where that is known"
+    "Agreement of weak with human labels on the unlabelled half, with an interval over prompts; and of both with gold where known"
     out = []
     for s in seeds:
         weak, human = s.extra['weak'], given_labels(to_pairs(s.unlabelled, s.seed)).prob_a

@@ -137,7 +137,7 @@ def begin_study(
     root: Path,           # folder of the study; made if it is not there
     seconds: float = 60., # for which another process may hold it
 ) -> None:
-    "Begin a study that several processes do, unless it has begun; raises `ConfigError` where a process has the folder for itself, or `OSError`"
+    "Begin a study of several processes, unless it has begun; raises `ConfigError` where one has the folder for itself, or `OSError`"
     check_links(root)
     end = time.monotonic() + seconds
     while not ((root/DAY).is_file() and (root/INCOMPLETE).is_file()):

@@ -129,7 +129,7 @@ def _question_columns(
 def questions_from(
     raw: RawTable,                  # a file
     where: str = 'table',           # its name for messages
-    question: str = '',             # column of the questions, or columns with commas between them, the question last; '': one of `QUESTIONS`
+    question: str = '',             # column of the questions, or columns with commas between them, the question last; '': one of QUESTIONS
     answer: str = '',               # column of the answers; '': one of `ANSWERS`
     answers: str = 'if there',      # 'if there', 'needed', or '': not to be read
     empty: bool = False,            # may an answer be empty?
@@ -209,7 +209,7 @@ def answers_to(
 
 def merge_questions(
     reads: Mapping[str, QuestionsRead], # by split
-) -> tuple[list[str], list[str] | None, DataReport, list[int] | None]: # questions, each once; answers, if all splits have them; the report; numbers of those of the split test, if there is one
+) -> tuple[list[str], list[str] | None, DataReport, list[int] | None]: # questions, each once; answers, if in all; report; rows of a test
     "Questions of several splits as one list; a question of the test is in no other split"
     kept: dict[str, tuple[str, str]] = {}
     reports, answered = [], all(r.answers is not None for r in reads.values())

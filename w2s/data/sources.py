@@ -83,7 +83,7 @@ def _preferred(names: Sequence[str], words: Sequence[str]) -> list[str]:
 def _named(
     names: Iterable[str], splits: Mapping[str, str] | None, where: str, kind: str = '', spare: bool = False
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    "Our split -> the file or split of that source, by the given mapping or by name; and what is left; spare: may names that say no split be left?"
+    "Our split -> file or split of that source, by the mapping or by name; and what is left; spare: may names that say no split be left?"
     names = sorted(names)
     if splits:
         found = _chosen_names(splits, names, where)

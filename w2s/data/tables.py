@@ -35,7 +35,8 @@ class RawTable:
     "What a file holds, before anything is made of it"
     data: Dataset                # its columns; CSV cells are texts, and so are the cells of a broken column
     broken: dict[str, str] = field(default_factory=dict)                    # column -> why it cannot be used
-    replaced: dict[str, tuple[int, ...]] = field(default_factory=dict)      # column -> rows, from 1, with half a character, which became U+FFFD
+    # column -> rows, from 1, with half a character, which became U+FFFD
+    replaced: dict[str, tuple[int, ...]] = field(default_factory=dict)
     key: str = ''                # of the object that held the rows; '': there was none
     noted: dict[str, tuple[int, ...]] = field(default_factory=dict)         # what was done to get at the rows -> rows, from 1
     total: int = 0               # rows in the file, where some of them were chosen at random; 0: all are here

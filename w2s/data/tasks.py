@@ -21,7 +21,7 @@ TASKS = Registry('task', 'TASKS', {}, reserved=('world',)) # the embedded world 
 def task(
     name: str, # by which --data knows it
 ) -> Callable[[Callable], Callable]:
-    "Decorator of a function that returns rows: a list of dictionaries, a pandas table, the path of a file, or any of these by split; raises `ConfigError`"
+    "Decorator of a function that returns rows: dictionaries, a pandas table, a file's path, or these by split; raises `ConfigError`"
     return TASKS.register(name)
 
 # %% ../../nbs/api/data/085_tasks.ipynb #ae1c312a

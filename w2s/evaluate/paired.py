@@ -116,7 +116,8 @@ def paired_differences(
 @dataclass(frozen=True)
 class PairedComparison:
     "Differences of models on the same items"
-    table: pd.DataFrame      # a, b, metric, mean_a, mean_b, value (a minus b), low, high, p, family, p_holm, significant, detectable, n, seeds, level
+    # a, b, metric, mean_a, mean_b, value (a minus b), low, high, p, family, p_holm, significant, detectable, n, seeds, level
+    table: pd.DataFrame
     items: pd.DataFrame      # id, seed, metric, and a column for each model
     notes: tuple[str, ...]   # on what was read and left out
     unit: str = 'items'      # over which the intervals are: 'items', or 'clusters (topic)'

@@ -160,7 +160,7 @@ def pgr_table(
 
 # %% ../../nbs/api/evaluate/170_pgr.ipynb #7fbbc0b8
 def pgr_words(
-    part: pd.DataFrame, # of `pgr_table`, with columns weak, strong and method of the students, and their role if some learned from people; one supervisor, ceiling and metric
+    part: pd.DataFrame, # of pgr_table, with weak, strong, method of students (role, if some learned from people); one metric and ceiling
 ) -> str:               # Markdown
     "A gap and what was recovered of it, in words"
     r = part.iloc[0]

@@ -137,7 +137,7 @@ def reward_scores(
     reference: np.ndarray | None = None,        # scores of the arm that is compared with; None: no comparison
     reference_responses: Samples | None = None, # its texts
 ) -> dict[str, np.ndarray]:                     # metric: one number a row
-    "All metrics of one arm: gold_reward, words; against a reference win_rate, win, tie, lose, and longer_rate: the win rate if words were counted"
+    "Metrics of one arm: gold_reward, words; against a reference win_rate, win, tie, lose, and longer_rate (win rate by words)"
     out = dict(gold_reward=scores.mean(1), words=lengths(responses).mean(1))
     if reference is None or reference_responses is None: return out
     win, tie, lose = outcomes(scores, reference).T

@@ -193,7 +193,7 @@ def r2_difference(
     weak: Sequence[float] | np.ndarray,     # of the weak model
     n: int = 2000,                          # bootstrap draws
     seed: int = 0,                          # of the draws
-) -> tuple[float, float, float]:            # difference of R² (negative where the line falls), and the ends of its 95 % interval; above 0: more like the human-trained one
+) -> tuple[float, float, float]: # difference of R² (negative: falling line) and its 95 % interval; above 0: more like the human-trained one
     "Does the student go with the human-trained model rather than with its teacher? Raises `DataError`"
     s, h, w = _checked(student, human, weak)
     rows = np.concatenate([np.arange(len(s))[None], np.random.default_rng(seed).integers(len(s), size=(n, len(s)))])

@@ -96,7 +96,7 @@ def check_examples(
 
 def read_job(
     job: RefineJob, # which files
-) -> tuple[list[str], list[str], DataReport]: # questions, each once; weak answers, '' where none are read; which columns were read, and what was left out
+) -> tuple[list[str], list[str], DataReport]: # questions, each once; weak answers, '' where none are read; what was read and left out
     "Questions and weak answers; raises `DataError`"
     table, other = open_tables(
         job.leave_out, job.questions, job.weak_answers or job.questions, splits=named_pairs(job.split, '--split', SPLITS) or None

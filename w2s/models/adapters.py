@@ -141,7 +141,7 @@ def save_adapter(
     base: Base,          # under it
     folder: str | Path,  # made, or replaced as a whole
 ) -> Path:               # the folder
-    "Save an adapter in PEFT's form, whole or not at all, and beside it what base it was trained on, and its checksums; raises `ModelError` for a folder with other files"
+    "Save an adapter in PEFT's form, whole or not at all, with its base and checksums; raises `ModelError` for a folder with other files"
     folder = Path(folder)
     check_folder_free(folder)
     part = writing_name(folder)

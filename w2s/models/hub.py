@@ -168,7 +168,7 @@ def fetched(
     pickle: bool,         # may weights be in pickle form?
     code: bool,           # are Python files wanted?
 ) -> HubFolder:
-    "Download what is missing of a model; raises `ModelError` where its weights are in no form that is read, and the errors of the hub's client"
+    "Download what is missing of a model; raises `ModelError` where its weights are in no known form, and errors of the hub's client"
     names, at = file_names(name, revision), revision
     if not any(weight_files(names, pickle)) and revision is None and (at := converted_revision(name) or None): names = file_names(name, at)
     index, whole = weight_files(names, pickle)

@@ -85,7 +85,7 @@ class _TokenLogps(torch.autograd.Function):
         return out.to(hidden.dtype), None, None, None, None, None
 
 def _at_once(ctx: Any, hidden: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    "The same for a vocabulary of one piece, with the slope of each log-probability in its hidden state: the logits are there, and need not be computed again"
+    "The same for a vocabulary of one piece, with the slope of each log-prob in its hidden state: the logits need no second pass"
     out, ctx.slope, ctx.dtype = (
         torch.empty(len(hidden), device=hidden.device),
         torch.empty(hidden.shape, device=hidden.device),

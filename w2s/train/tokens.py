@@ -110,7 +110,7 @@ def row_texts(
     tokenizer: Any,          # of the model
     data: Dataset,           # rows with `id`, `prompt` and the columns
     columns: Sequence[str],  # of the responses; empty: the prompts alone
-) -> tuple[list[tuple[str, list[RowText]]], dict[str, str], dict[str, list[int]]]: # by id: a text for each column; refused rows and why; what was done to rows, with their numbers
+) -> tuple[list[tuple[str, list[RowText]]], dict[str, str], dict[str, list[int]]]: # id -> texts; refused, why; what was done -> rows
     "Rows as text, those that the chat template refuses, and what it did to the others"
     texts, refused, found = list[tuple[str, list[RowText]]](), dict[str, str](), dict[str, list[int]]()
     prompts = data['prompt'][:]
