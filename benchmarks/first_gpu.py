@@ -126,7 +126,11 @@ def short_line(base: Base, rows: list[EncodedRow], folder: Path) -> str:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     want = learned(base, rows, folder/'whole', **big)
-    total, peak, now = torch.cuda.get_device_properties(base.model.device).total_memory, torch.cuda.max_memory_reserved(), torch.cuda.memory_allocated()
+    total, peak, now = (
+        torch.cuda.get_device_properties(base.model.device).total_memory,
+        torch.cuda.max_memory_reserved(),
+        torch.cuda.memory_allocated(),
+    )
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction((now + .6*(peak - now))/total)
     try:
@@ -158,10 +162,22 @@ def measure(
     note('log-probs', lambda: check_model(base) or 'those of its logits')
     note('memory, plain', lambda: memory_line(base, rows, time_, False))
     note('memory, with checkpointing', lambda: memory_line(base, rows, time_, True))
-    note('training', lambda: f'{2*2*n*time_/seconds(lambda: learned(base, rows, Path(tempfile.mkdtemp(dir=work)), epochs=2), device):,.0f} tokens a second')
+    note(
+        'training',
+        lambda: (
+            f'{2 * 2 * n * time_ / seconds(lambda: learned(base, rows, Path(tempfile.mkdtemp(dir=work)), epochs=2), device):,.0f} '
+            'tokens a second'
+        ),
+    )
     note('scoring', lambda: f'{2*n*time_/seconds(lambda: score(base.model, rows, quiet=True), device):,.0f} tokens a second')
     how = GenerateSettings(max_tokens=8 if small else 64, temperature=1.)
-    note('sampling', lambda: f'{n*how.max_tokens/seconds(lambda: respond(base.model, base.tokenizer, [f"The fox {i}" for i in range(n)], how, quiet=True), device):,.0f} tokens a second at most')
+    def answered() -> object: return respond(base.model, base.tokenizer, [f'The fox {i}' for i in range(n)], how, quiet=True)
+    note(
+        'sampling',
+        lambda: (
+            f'{n * how.max_tokens / seconds(answered, device):,.0f} tokens a second at most'
+        ),
+    )
     note('the same twice', lambda: str(torch.equal(learned(base, rows, work/'a'), learned(base, rows, work/'b'))))
     def resumed() -> str:
         learned(base, rows, work/'c', stop=1)
@@ -183,8 +199,8 @@ def main() -> None:
         print(line, flush=True)
     free = free_memory(device)
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
-    say(f'# First run on {name}\n\nw2s {w2s.__version__}, {", ".join(f"{k} {v}" for k, v in package_versions().items())}; {platform.platform()}; '
-        f'{"free memory unknown" if free is None else f"{free/2**30:.1f} GiB free"}.')
+    say(f'# First run on {name}\n\nw2s {w2s.__version__}, {", ".join(f"{k} {v}" for k, v in package_versions().items())}; '
+        f'{platform.platform()}; {"free memory unknown" if free is None else f"{free/2**30:.1f} GiB free"}.')
     with tempfile.TemporaryDirectory() as tmp, warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)
         folder = make_model(Path(tmp)/'model', device)

@@ -1,9 +1,9 @@
 """Seconds for each sampled token against the size of the batch: `python benchmarks/generation.py`
 
-Models of the ladder, in 32 bits and in NF4, answer questions of the embedded world in batches of 1, 4, 16 and 64 rows. Every batch size writes
-the same texts, so what differs is time alone. Then 25 samples of a prompt, three ways: the prompt read once and copied, the prompt read once for each
-sample in one large batch, and 25 runs over the prompts one after another, which is what published code does. Repeats go round all conditions, so that a busy minute
-of the machine falls on all of them. Writes generation.md beside this file.
+Models of the ladder, in 32 bits and in NF4, answer questions of the embedded world in batches of 1, 4, 16 and 64 rows. Every batch size
+writes the same texts, so what differs is time alone. Then 25 samples of a prompt, three ways: the prompt read once and copied, the prompt
+read once for each sample in one large batch, and 25 runs over the prompts one after another, which is what published code does. Repeats go
+round all conditions, so that a busy minute of the machine falls on all of them. Writes generation.md beside this file.
 """
 import argparse
 import os
@@ -67,9 +67,15 @@ def three_ways(
     "25 samples of each prompt; all ways give the same texts, which is checked"
     ids, how = prompt_ids(base.tokenizer, prompts), GenerateSettings(max_tokens=TOKENS, temperature=1., samples=SAMPLES)
     u, one = torch.from_numpy(np.stack([draws(seed, p, k, TOKENS) for p in prompts for k in range(SAMPLES)])), replace(how, samples=1)
-    ways = {'prompt read once, 50 rows at once': lambda: write(base.model, base.tokenizer, ids, u, how),
-            'prompt read 25 times, 50 rows at once': lambda: write(base.model, base.tokenizer, [p for p in ids for _ in range(SAMPLES)], u, one),
-            'prompt read 25 times, 25 runs of 2 rows': lambda: [r for k in range(SAMPLES) for r in write(base.model, base.tokenizer, ids, u[k::SAMPLES], one)]}
+    ways = {
+        'prompt read once, 50 rows at once': lambda: write(base.model, base.tokenizer, ids, u, how),
+        'prompt read 25 times, 50 rows at once': lambda: write(
+            base.model, base.tokenizer, [p for p in ids for _ in range(SAMPLES)], u, one
+        ),
+        'prompt read 25 times, 25 runs of 2 rows': lambda: [
+            r for k in range(SAMPLES) for r in write(base.model, base.tokenizer, ids, u[k::SAMPLES], one)
+        ],
+    }
     out, texts = {}, []
     for name, work in ways.items():
         start = time.process_time()
@@ -109,21 +115,32 @@ def main() -> None:
 
 def write_page(repeats: int, bases: dict, prompts: dict, long: dict, took: dict) -> None:
     "All numbers as Markdown"
-    lines = [f'| model | weights | {" | ".join(f"batch of {b}" for b in QUESTIONS)} | 1 over 64 |', '|---|---|' + '---:|'*(len(QUESTIONS) + 1)]
+    lines = [
+        f'| model | weights | {" | ".join(f"batch of {b}" for b in QUESTIONS)} | 1 over 64 |',
+        '|---|---|' + '---:|' * (len(QUESTIONS) + 1),
+    ]
     for name, bits in bases:
         means = [np.mean(took[(name, bits), b]) for b in QUESTIONS]
-        lines.append(f'| {name} | {bits} | {" | ".join(with_interval(took[(name, bits), b]) for b in QUESTIONS)} | {means[0]/means[-1]:.1f} |')
+        lines.append(
+            f'| {name} | {bits} | {" | ".join(with_interval(took[(name, bits), b]) for b in QUESTIONS)} | {means[0] / means[-1]:.1f} |'
+        )
     ways = list(dict.fromkeys(k[2] for k in took if len(k) == 3))
     more = [f'| model | weights | tokens of a prompt | {" | ".join(ways)} |', '|---|---|---:|' + '---:|'*len(ways)]
     for name, bits in bases:
         for kind, asked in (('short', prompts), ('long', long)):
             n = np.mean([len(i) for i in prompt_ids(bases[name, bits].tokenizer, asked[name, bits][:ASKED])])
             more.append(f'| {name} | {bits} | {n:.0f} | {" | ".join(with_interval(took[(name, bits), kind, way]) for way in ways)} |')
-    text = (f'# Time of a sampled token, in milliseconds\n\nMean of {repeats} repeats (seeds 1 to {repeats}, after one that warms up) with its 95 % interval. '
-            f'Temperature 1, at most {TOKENS} tokens a response, 32-bit arithmetic; time of the processor, one thread, so that neighbours on the machine do not count.\n\n## By the size of the batch\n\n'
-            f'Questions of the embedded world; the whole call of `respond`, over all sampled tokens.\n\n' + '\n'.join(lines) +
-            f'\n\n## {SAMPLES} samples of {ASKED} prompts\n\nThe same texts three ways.\n\n' + '\n'.join(more) +
-            f'\n\nMeasured on {machine("cpu")}, load average {os.getloadavg()[1]:.1f}; made by `python benchmarks/generation.py`.\n')
+    text = (
+        f'# Time of a sampled token, in milliseconds\n\nMean of {repeats} repeats (seeds 1 to {repeats}, after one that warms up) with its '
+        '95 % interval. '
+        f'Temperature 1, at most {TOKENS} tokens a response, 32-bit arithmetic; time of the processor, one thread, so that neighbours on '
+        'the machine do not count.\n\n## By the size of the batch\n\n'
+        f'Questions of the embedded world; the whole call of `respond`, over all sampled tokens.\n\n'
+        + '\n'.join(lines)
+        + f'\n\n## {SAMPLES} samples of {ASKED} prompts\n\nThe same texts three ways.\n\n'
+        + '\n'.join(more)
+        + f'\n\nMeasured on {machine("cpu")}, load average {os.getloadavg()[1]:.1f}; made by `python benchmarks/generation.py`.\n'
+    )
     print(text)
     Path(__file__).with_suffix('.md').write_text(text, encoding='utf-8')
 

@@ -1,9 +1,10 @@
-"""Kills of every command that writes: the same bits at the end, and no finished stage lost. `python benchmarks/kills.py --kills 100 > benchmarks/kills.md`
+"""Kills of every command that writes: the same bits at the end, and no finished stage lost. `python benchmarks/kills.py --kills 100 >
+benchmarks/kills.md`
 
-Each command runs once without a disturbance. Then it is started again and again in a folder of its own and killed at a random change of the disk
-(a file opened for writing, a rename, a removal), by SIGKILL, SIGTERM or SIGINT in turn. Half of the SIGKILLs are power cuts: what was not forced to
-disk by then is emptied, cut or filled with zeros, and renames whose folder was not forced to disk come undone. At the end every file of the folder is
-compared with the undisturbed run, manifests without what differs from run to run (time, process, seconds).
+Each command runs once without a disturbance. Then it is started again and again in a folder of its own and killed at a random change of the
+disk (a file opened for writing, a rename, a removal), by SIGKILL, SIGTERM or SIGINT in turn. Half of the SIGKILLs are power cuts: what was
+not forced to disk by then is emptied, cut or filled with zeros, and renames whose folder was not forced to disk come undone. At the end
+every file of the folder is compared with the undisturbed run, manifests without what differs from run to run (time, process, seconds).
 """
 import argparse
 import hashlib
@@ -46,11 +47,15 @@ checkpoint_every = 2
 '''
 COMMANDS = { # name -> words behind w2s; {out} is the folder, or the file in it
     'run preferences': '--config {home}/run.toml --out {out}',
-    'run classify': '--data {home}/texts.csv --text text --label label --weak {home}/weak --strong {home}/strong --snapshots 2 --n-labelled 20 --n-unlabelled 20 --n-test 12 --seeds 1 --epochs 1 --config {home}/labels.toml --out {out}',
-    'run persona': '--weak pico --strong scholar --seeds 1 --n-labelled 16 --n-unlabelled 24 --n-test 8 --method naive,in-context --out {out}',
+    'run classify': '--data {home}/texts.csv --text text --label label --weak {home}/weak --strong {home}/strong --snapshots 2 '
+                    '--n-labelled 20 --n-unlabelled 20 --n-test 12 --seeds 1 --epochs 1 --config {home}/labels.toml --out {out}',
+    'run persona': '--weak pico --strong scholar --seeds 1 --n-labelled 16 --n-unlabelled 24 --n-test 8 --method '
+                   'naive,in-context --out {out}',
     'run toxicity': '--weak pico --strong nano --seeds 1 --n-labelled 24 --n-unlabelled 24 --n-test 6 --samples 3 --out {out}',
-    'label': '--model {home}/weak --train {home}/data/train_gt.jsonl --rows {home}/data/test.jsonl --config {home}/label.toml --out {out}/labels.parquet',
-    'refine': '--questions {home}/questions.jsonl --strong {home}/strong --method ask-to-improve --max-tokens 12 --quantize none --dtype float32 --out {out}/refined.jsonl'}
+    'label': '--model {home}/weak --train {home}/data/train_gt.jsonl --rows {home}/data/test.jsonl --config {home}/label.toml --out '
+             '{out}/labels.parquet',
+    'refine': '--questions {home}/questions.jsonl --strong {home}/strong --method ask-to-improve --max-tokens 12 --quantize none --dtype '
+              'float32 --out {out}/refined.jsonl'}
 CHILD = '''
 import os, signal, sys
 out, at, number, log = os.path.realpath(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), open(sys.argv[4], 'a', buffering=1)
@@ -60,7 +65,8 @@ def inside(path):
     except (TypeError, ValueError): return False
 def hook(event, args):
     global count
-    changes = (event == 'open' and isinstance(args[1], str) and set(args[1]) & set('wax+')) or event in ('os.rename', 'os.remove', 'os.rmdir', 'os.mkdir', 'os.truncate')
+    changes = (event == 'open' and isinstance(args[1], str) and set(args[1]) & set('wax+')) or \
+event in ('os.rename', 'os.remove', 'os.rmdir', 'os.mkdir', 'os.truncate')
     if not changes or not inside(args[0]): return
     count += 1
     if event == 'os.rename': log.write(f'rename\\t{os.path.realpath(args[0])}\\t{os.path.realpath(args[1])}\\n')
@@ -89,9 +95,20 @@ def make_home(home: Path) -> Path:
     tiny_model(home/'strong', texts, layers=2, seed=2)
     (home/'run.toml').write_text(TOML.format(home=home))
     (home/'labels.toml').write_text(LABELS)
-    (home/'label.toml').write_text('\n'.join(line for line in TOML.splitlines() if line.startswith(('load', 'lora', 'sft', 'dpo'))).replace('{{', '{').replace('}}', '}'))
-    (home/'texts.csv').write_text('text,label\n' + ''.join(f'"{t.strip()} {i}",{i % 2}\n'.replace('\n', ' ').strip() + '\n' for i, t in enumerate(texts)))
-    (home/'questions.jsonl').write_text(''.join(json.dumps(dict(question=r['prompt'].strip(), answer=r['rejected'].strip())) + '\n' for r in {r['prompt']: r for r in rows}.values()))
+    (home / 'label.toml').write_text(
+        '\n'.join(line for line in TOML.splitlines() if line.startswith(('load', 'lora', 'sft', 'dpo')))
+        .replace('{{', '{')
+        .replace('}}', '}')
+    )
+    (home / 'texts.csv').write_text(
+        'text,label\n' + ''.join(f'"{t.strip()} {i}",{i % 2}\n'.replace('\n', ' ').strip() + '\n' for i, t in enumerate(texts))
+    )
+    (home / 'questions.jsonl').write_text(
+        ''.join(
+            json.dumps(dict(question=r['prompt'].strip(), answer=r['rejected'].strip())) + '\n'
+            for r in {r['prompt']: r for r in rows}.values()
+        )
+    )
     return home
 
 
@@ -101,8 +118,13 @@ def start(home: Path, out: Path, command: str, at: int = 0, number: int = 0) -> 
     log.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     words = [*command.split(), *COMMANDS[command].format(home=home, out=out).split()]
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', CHILD, str(out), str(at), str(number), str(log), *words], capture_output=True, text=True, cwd=home,
-                          env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'})
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', CHILD, str(out), str(at), str(number), str(log), *words],
+        capture_output=True,
+        text=True,
+        cwd=home,
+        env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'},
+    )
     return done.returncode, done.stdout + done.stderr, [line.split('\t') for line in log.read_text().splitlines()]
 
 
@@ -135,12 +157,22 @@ def contents(out: Path) -> dict[str, str]:
     "Every file by name, as a hash"
     def content(path: Path) -> bytes:
         return json.dumps(json.loads(path.read_bytes())['files']).encode() if path.name.endswith('manifest.json') else path.read_bytes()
-    return {re.sub(r'[0-9a-f]{12}\.manifest', 'manifest', str(p.relative_to(out))): hashlib.sha256(content(p)).hexdigest() for p in sorted(out.rglob('*')) if p.is_file() and p.name not in ('.lock', '.holder.json')}
+    return {
+        re.sub(r'[0-9a-f]{12}\.manifest', 'manifest', str(p.relative_to(out))): hashlib.sha256(content(p)).hexdigest()
+        for p in sorted(out.rglob('*'))
+        if p.is_file() and p.name not in ('.lock', '.holder.json')
+    }
 
 
 def finished(out: Path) -> dict[str, int]:
     "Every file of every finished stage, with its inode"
-    return {str(p.relative_to(out)): p.stat().st_ino for f in out.rglob('stages/*') if f.is_dir() and not f.name.startswith('.') for p in f.rglob('*') if p.is_file() and 'checkpoints' not in p.parts}
+    return {
+        str(p.relative_to(out)): p.stat().st_ino
+        for f in out.rglob('stages/*')
+        if f.is_dir() and not f.name.startswith('.')
+        for p in f.rglob('*')
+        if p.is_file() and 'checkpoints' not in p.parts
+    }
 
 
 def one_chain(home: Path, command: str, straight: dict[str, str], changes: int, kills: int, rng: random.Random, note: Counter) -> list[str]:
@@ -154,7 +186,8 @@ def one_chain(home: Path, command: str, straight: dict[str, str], changes: int, 
         if not any(x == ['killed'] for x in log): note['ended before the kill'] += 1
         else: note[f'{signal.Signals(number).name}{", power cut" if power else ""}'] += 1
         if 'Traceback' in said: wrong.append(f'{command}: a traceback after {signal.Signals(number).name}: {said[-300:]}')
-        if number != signal.SIGKILL and status not in (0, 128 + number): wrong.append(f'{command}: status {status} after {signal.Signals(number).name}: {said[-200:]}')
+        if number != signal.SIGKILL and status not in (0, 128 + number):
+            wrong.append(f'{command}: status {status} after {signal.Signals(number).name}: {said[-200:]}')
         if status in (0,): note['ended in spite of the signal'] += number != signal.SIGKILL and any(x == ['killed'] for x in log)
         past += log
         if power:
@@ -168,7 +201,8 @@ def one_chain(home: Path, command: str, straight: dict[str, str], changes: int, 
     if status: wrong.append(f'{command}: ended with {status}: {said[-500:]}')
     else:
         ours = contents(out)
-        if other := sorted(f for f in ours.keys() | straight.keys() if ours.get(f) != straight.get(f)): wrong.append(f'{command}: {len(other)} files differ: {other[:5]}')
+        if other := sorted(f for f in ours.keys() | straight.keys() if ours.get(f) != straight.get(f)):
+            wrong.append(f'{command}: {len(other)} files differ: {other[:5]}')
         note['files compared'] += len(ours)
     if not wrong: shutil.rmtree(out)
     return wrong
@@ -187,18 +221,33 @@ def main() -> None:
     for name in names:
         status, said, log = start(home, home/'straight'/name.replace(' ', '-'), name)
         if status: sys.exit(f'{name}: {said}')
-        straight, changes, note = contents(home/'straight'/name.replace(' ', '-')), next(int(x[1]) for x in log if x[0] == 'changes'), Counter()
+        straight, changes, note = (
+            contents(home / 'straight' / name.replace(' ', '-')),
+            next(int(x[1]) for x in log if x[0] == 'changes'),
+            Counter(),
+        )
         todo, rng = args.kills//len(names) + (names.index(name) < args.kills % len(names)), random.Random(f'{args.seed} {name}')
         while todo > 0:
             wrong += one_chain(home, name, straight, changes, min(todo, args.chain), rng, note)
             todo -= args.chain
         rows.append((name, changes, note))
-    kinds = ['SIGKILL', 'SIGKILL, power cut', 'SIGTERM', 'SIGINT', 'ended before the kill', 'files or names lost in power cuts', 'files compared']
+    kinds = [
+        'SIGKILL',
+        'SIGKILL, power cut',
+        'SIGTERM',
+        'SIGINT',
+        'ended before the kill',
+        'files or names lost in power cuts',
+        'files compared',
+    ]
     print('# Kills\n')
     print(' '.join(line.strip() for line in (__doc__ or '').split('\n\n')[1].splitlines()) + '\n')
     print('| command | changes of the disk | ' + ' | '.join(kinds) + ' |\n|' + ' --- |'*(len(kinds) + 2))
     for name, changes, note in rows: print(f'| w2s {name} | {changes} | ' + ' | '.join(str(note[k]) for k in kinds) + ' |')
-    print(f'\n{sum(n[k] for _, _, n in rows for k in kinds[:4])} kills (seed {args.seed}). Files that differ at the end, finished stages made again, tracebacks, wrong exit statuses: {len(wrong)}.')
+    print(
+        f'\n{sum(n[k] for _, _, n in rows for k in kinds[:4])} kills (seed {args.seed}). Files that differ at the end, finished stages '
+        f'made again, tracebacks, wrong exit statuses: {len(wrong)}.'
+    )
     for line in wrong: print(f'- {line}')
 
 

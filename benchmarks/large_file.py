@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 WORDS = 'lamp river seven quiet garden under bring yellow paper walk stone early mirror cloud gentle north'.split()
-READ = 'import sys; from w2s.data.readers import read_preferences; from w2s.data.choice import rows_wanted; print(read_preferences(sys.argv[1], most=rows_wanted(1000, 500) if sys.argv[2] == "some" else 0).columns[0])'
+READ = ('import sys; from w2s.data.readers import read_preferences; from w2s.data.choice import rows_wanted; '
+        'print(read_preferences(sys.argv[1], most=rows_wanted(1000, 500) if sys.argv[2] == "some" else 0).columns[0])')
 
 
 def write_pairs(path: Path, size: int) -> int:
@@ -24,7 +25,17 @@ def write_pairs(path: Path, size: int) -> int:
         while f.tell() < size:
             for _ in range(1000):
                 said = draw.choices(WORDS, k=20)
-                f.write(json.dumps(dict(prompt=f'What is number {n}?', chosen=' '.join(said[:10]), rejected=' '.join(said[10:]), trace=f'{draw.getrandbits(3200):0800x}')) + '\n')
+                f.write(
+                    json.dumps(
+                        dict(
+                            prompt=f'What is number {n}?',
+                            chosen=' '.join(said[:10]),
+                            rejected=' '.join(said[10:]),
+                            trace=f'{draw.getrandbits(3200):0800x}',
+                        )
+                    )
+                    + '\n'
+                )
                 n += 1
     return n
 
@@ -36,7 +47,12 @@ def measure(*command: str) -> tuple[float, float, float, str]:
     out, err = process.communicate()
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     if process.returncode: raise SystemExit(err[-2000:])
-    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, out.strip().splitlines()[-1] if out.strip() else ''
+    return (
+        time.perf_counter() - start,
+        usage.ru_utime + usage.ru_stime,
+        usage.ru_maxrss / 1024,
+        out.strip().splitlines()[-1] if out.strip() else '',
+    )
 
 
 def in_fork(*command: str) -> str:
@@ -65,7 +81,27 @@ def main() -> None:
         print('a choice for --n-labelled 500 --n-unlabelled 500:', in_fork(sys.executable, '-c', READ, str(path), 'some'))
         small = Path(folder) / 'small.jsonl'
         write_pairs(small, 6 * 2**20)
-        def command(file: Path) -> tuple[str, ...]: return (sys.executable, '-m', 'w2s', 'run', 'preferences', '--data', str(file), '--n-labelled', '500', '--n-unlabelled', '500', '--weak', 'pico', '--strong', 'pico', '--seeds', '1', '--dry-run')
+        def command(file: Path) -> tuple[str, ...]:
+            return (
+                sys.executable,
+                '-m',
+                'w2s',
+                'run',
+                'preferences',
+                '--data',
+                str(file),
+                '--n-labelled',
+                '500',
+                '--n-unlabelled',
+                '500',
+                '--weak',
+                'pico',
+                '--strong',
+                'pico',
+                '--seeds',
+                '1',
+                '--dry-run',
+            )
         print('w2s run preferences --n-labelled 500 --n-unlabelled 500 --dry-run:', in_fork(*command(path)))
         print('the same command on a file of 6 MB:', in_fork(*command(small)))
         if args.whole: print('all rows:', in_fork(sys.executable, '-c', READ, str(path), 'all'))

@@ -94,9 +94,16 @@ def measure(
 
 def machine(device: str) -> str:
     "What it was measured on"
-    name = torch.cuda.get_device_name() if device == 'cuda' else next((line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines()
-                                                                       if line.startswith('model name')), platform.processor())
-    return f'{name}, {os.cpu_count()} cores; torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}'
+    name = (
+        torch.cuda.get_device_name()
+        if device == 'cuda'
+        else next(
+            (line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if line.startswith('model name')),
+            platform.processor(),
+        )
+    )
+    return (f'{name}, {os.cpu_count()} cores; torch {torch.__version__}, transformers {transformers.__version__}, Python '
+            f'{platform.python_version()}')
 
 
 def table(
@@ -128,9 +135,13 @@ def main() -> None:
     parser.add_argument('--most', type=float, default=3., help='GiB that a step with a table of logits may need')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     a = parser.parse_args()
-    text = (f'# Peak memory of a DPO step, in MiB\n\nOver the model, its head ({a.hidden} × V) and its adapter, which are there before the step. '
-            f'Width {a.hidden}, one layer, 32 bits, sequences of {LENGTH} tokens.\n\n{table(a.vocabulary, a.tokens, a.hidden, a.device, a.most*2**30)}\n\n'
-            f'"–": over {a.most:g} GiB, not tried. Measured on {machine(a.device)}; made by `python benchmarks/memory_vocabulary.py`.\n')
+    text = (
+        f'# Peak memory of a DPO step, in MiB\n\nOver the model, its head ({a.hidden} × V) and its adapter, which are there '
+        'before the step. '
+        f'Width {a.hidden}, one layer, 32 bits, sequences of {LENGTH} tokens.\n\n'
+        f'{table(a.vocabulary, a.tokens, a.hidden, a.device, a.most * 2**30)}\n\n'
+        f'"–": over {a.most:g} GiB, not tried. Measured on {machine(a.device)}; made by `python benchmarks/memory_vocabulary.py`.\n'
+    )
     print(text)
     Path(__file__).with_suffix('.md').write_text(text, encoding='utf-8')
 

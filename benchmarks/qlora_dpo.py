@@ -24,7 +24,11 @@ from w2s.train.logprobs import score
 from w2s.train.loop import TrainSettings, preference_objective, step_gradient
 from w2s.train.tokens import Encoded, EncodedRow
 
-PRECISIONS = {'nf4, bfloat16': LoadSettings('nf4', 'bfloat16'), 'bfloat16': LoadSettings('none', 'bfloat16'), 'float32': LoadSettings('none', 'float32')}
+PRECISIONS = {
+    'nf4, bfloat16': LoadSettings('nf4', 'bfloat16'),
+    'bfloat16': LoadSettings('none', 'bfloat16'),
+    'float32': LoadSettings('none', 'float32'),
+}
 
 
 def write_model(folder: Path, hidden: int, layers: int, vocabulary: int, context: int) -> Path:
@@ -98,11 +102,14 @@ def main() -> None:
                 print(lines[-1], file=sys.stderr)
             size = base.model.num_parameters()
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    text = (f'# A DPO step with an adapter, by precision and length\n\nRandom Llama, {size:,} parameters (width {a.hidden}, {a.layers} layers, '
-            f'{a.vocabulary:,} words), LoRA rank 8 on all linear layers, micro-batches of {a.budget:,} tokens, gradient checkpointing '
-            f'{"on" if a.checkpointing else "off"}; the median of three.\n\n' + '\n'.join(lines) +
-            f'\n\nPeak: {"allocated on the GPU" if device == "cuda" else "of the whole process so far, so it never falls from row to row"}. '
-            f'Measured on {machine(device)}; made by `python benchmarks/qlora_dpo.py`.\n')
+    text = (
+        f'# A DPO step with an adapter, by precision and length\n\nRandom Llama, {size:,} parameters (width {a.hidden}, {a.layers} layers, '
+        f'{a.vocabulary:,} words), LoRA rank 8 on all linear layers, micro-batches of {a.budget:,} tokens, gradient checkpointing '
+        f'{"on" if a.checkpointing else "off"}; the median of three.\n\n'
+        + '\n'.join(lines)
+        + f'\n\nPeak: {"allocated on the GPU" if device == "cuda" else "of the whole process so far, so it never falls from row to row"}. '
+        f'Measured on {machine(device)}; made by `python benchmarks/qlora_dpo.py`.\n'
+    )
     print(text)
     Path(__file__).with_suffix('.md').write_text(text, encoding='utf-8')
 

@@ -30,8 +30,18 @@ from w2s.train.tokens import Encoded
 SHAPES: dict[str, Any] = {
     'OPT-125M': transformers.OPTConfig(),
     'OPT-1.3B': transformers.OPTConfig(hidden_size=2048, num_hidden_layers=24, ffn_dim=8192, num_attention_heads=32),
-    'Qwen2.5-0.5B': transformers.Qwen2Config(vocab_size=151936, hidden_size=896, num_hidden_layers=24, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True),
-    'Llama-3-8B': transformers.LlamaConfig(vocab_size=128256, hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8),
+    'Qwen2.5-0.5B': transformers.Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        num_hidden_layers=24,
+        intermediate_size=4864,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    'Llama-3-8B': transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8
+    ),
 }
 
 
@@ -51,7 +61,8 @@ def counted_rows(tokens: int, time_: int) -> Iterator[str]:
             found = estimate_step(model, time_, twice, tokens).at(tokens)
             took = time.perf_counter() - start
             real = count_step(twin(model), tokens//time_, time_, twice)
-            yield f'| {name} | {"checkpointing" if twice else "plain"} | {found/2**30:.2f} | {real/2**30:.2f} | {found/real - 1:+.1%} | {took:.1f} |'
+            yield (f'| {name} | {"checkpointing" if twice else "plain"} | {found/2**30:.2f} | {real/2**30:.2f} | {found/real - 1:+.1%} | '
+                   f'{took:.1f} |')
 
 
 def allocated_rows(device: str) -> Iterator[str]:
@@ -64,10 +75,12 @@ def allocated_rows(device: str) -> Iterator[str]:
                 data, weights = block([Encoded(tuple([5]*128), 64)]*16), list(trainable(model).values())
                 for twice in (False, True):
                     compute_twice(model, twice)
-                    def work(model: Any = model, data: Any = data, weights: Any = weights) -> Any: return torch.autograd.grad(response_logps(model, data).sum(), weights)
+                    def work(model: Any = model, data: Any = data, weights: Any = weights) -> Any:
+                        return torch.autograd.grad(response_logps(model, data).sum(), weights)
                     work()
                     real, found = peak_bytes(work, device), estimate_step(model, 128, twice, 16*128).at(16*128)
-                    yield f'| {hidden} wide, {layers} layers, {"4 bits" if bits == "nf4" else "float32"} | {"checkpointing" if twice else "plain"} | {found/2**20:.1f} | {real/2**20:.1f} | {found/real - 1:+.1%} |'
+                    yield (f'| {hidden} wide, {layers} layers, {"4 bits" if bits == "nf4" else "float32"} | '
+                           f'{"checkpointing" if twice else "plain"} | {found/2**20:.1f} | {real/2**20:.1f} | {found/real - 1:+.1%} |')
                 compute_twice(model, False)
                 model.unload()
 
@@ -84,11 +97,20 @@ def main() -> None:
         print(line, flush=True)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)
-        say(f'# Memory of a training step\n\nPyTorch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, {device}. `python benchmarks/step_memory.py`\n')
-        say(f'Real shapes in bfloat16 without weights, LoRA of rank 8, one block of {args.tokens:,} tokens in sequences of {args.time}; GiB beyond the weights, seconds of the estimate.\n')
+        say(
+            f'# Memory of a training step\n\nPyTorch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, '
+            f'{device}. `python benchmarks/step_memory.py`\n'
+        )
+        say(
+            f'Real shapes in bfloat16 without weights, LoRA of rank 8, one block of {args.tokens:,} tokens in sequences of {args.time}; '
+            'GiB beyond the weights, seconds of the estimate.\n'
+        )
         say('| model | | estimated | counted | | s |\n|---|---|---|---|---|---|')
         for line in counted_rows(args.tokens, args.time): say(line)
-        say('\nModels with weights, 2,048 tokens; MiB, by the profiler on a CPU, by the allocator on a GPU.\n\n| model | | estimated | allocated | |\n|---|---|---|---|---|')
+        say(
+            '\nModels with weights, 2,048 tokens; MiB, by the profiler on a CPU, by the allocator on a GPU.\n\n| model | | estimated | '
+            'allocated | |\n|---|---|---|---|---|'
+        )
         for line in allocated_rows(device): say(line)
     Path(__file__).with_suffix('.md').write_text('\n'.join(lines) + '\n', encoding='utf-8')
 

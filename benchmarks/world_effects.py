@@ -1,7 +1,8 @@
-"""Effects of the papers on the embedded world, over several seeds: python benchmarks/world_effects.py persona safety storage toxicity --seeds 5 --out runs/effects
+"""Effects of the papers on the embedded world, over several seeds: python benchmarks/world_effects.py persona safety storage toxicity
+--seeds 5 --out runs/effects
 
-Each is a comparison of `w2s run` with one weak and one strong model, in its own folder under --out, so several processes may work side by side;
-a killed one goes on where it stopped. Writes OUT/<effect>.csv (items) and OUT/<effect>.md (tables), and prints the tables."""
+Each is a comparison of `w2s run` with one weak and one strong model, in its own folder under --out, so several processes may work side by
+side; a killed one goes on where it stopped. Writes OUT/<effect>.csv (items) and OUT/<effect>.md (tables), and prints the tables."""
 import argparse
 import time
 from pathlib import Path
@@ -16,9 +17,14 @@ from w2s.experiments import demonstrations, labels, toxicity
 EFFECTS = { # name: how it is run, its settings, what is set beside models and seeds
     'persona': (demonstrations.run, fill_demonstrations, dict(task='persona', n_labelled=120, n_unlabelled=600, n_test=400, examples=5)),
     'safety': (labels.run, fill_labels, dict(data='world:safety', n_labelled=60, n_unlabelled=600, n_test=400, methods='xent,confidence')),
-    'storage': (labels.run, fill_labels, dict(data='world:storage', n_labelled=300, n_unlabelled=600, n_test=400, methods='xent,confidence')),
+    'storage': (
+        labels.run,
+        fill_labels,
+        dict(data='world:storage', n_labelled=300, n_unlabelled=600, n_test=400, methods='xent,confidence'),
+    ),
     'legal': (labels.run, fill_labels, dict(data='world:legal', n_labelled=300, n_unlabelled=600, n_test=400, methods='xent,confidence')),
-    'toxicity': (toxicity.run, fill_toxicity, dict(n_labelled=200, n_unlabelled=500, n_test=60, methods='naive,dpo'))}
+    'toxicity': (toxicity.run, fill_toxicity, dict(n_labelled=200, n_unlabelled=500, n_test=60, methods='naive,dpo')),
+}
 
 
 def main() -> None:

@@ -307,7 +307,8 @@ def make_model(name, place, tokenizer='adds nothing', seed=0, config=None):
 
 
 IMAGES = ['mistral3 nested'] # no causal language models to transformers
-ALIKE = ('qwen2', 'phi3', 'stablelm', 'gptj', 'gpt_neo', 'mistral', 'cohere2', 'olmo_hybrid', 'bitnet', 'olmoe', 'lfm2_moe') # nearly as another one: tried where all are asked for
+# nearly as another one: tried where all are asked for
+ALIKE = ('qwen2', 'phi3', 'stablelm', 'gptj', 'gpt_neo', 'mistral', 'cohere2', 'olmo_hybrid', 'bitnet', 'olmoe', 'lfm2_moe')
 
 
 # Commands, each on a few rows and through to its end

@@ -514,7 +514,8 @@ def test_the_date_of_a_template_is_that_of_the_first_run(home, tmp_path, monkeyp
     from w2s.train import sandbox
     shutil.copytree(home/'strong', tmp_path/'m')
     (tmp_path / 'm' / 'chat_template.jinja').write_text(
-        "{{ strftime_now('%d %b %Y') }}{% for m in messages %} {{ m['content'] }}{% endfor %}{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %} "
+        "{{ m['content'] }}{% endfor %}{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
     )
     rows = [dict(question=f'What is {i}?', answer=f'{i}') for i in range(4)]
     (tmp_path/'q.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))

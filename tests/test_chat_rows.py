@@ -1,4 +1,5 @@
-"Rows of chat messages for models with and without a chat template: what is trained, asked and reported is one text, by default and by choice"
+"""Rows of chat messages for models with and without a chat template: what is trained, asked and reported is one text, by default and by
+choice"""
 import json
 import re
 from pathlib import Path
@@ -278,7 +279,8 @@ def test_refine_asks_in_the_chosen_template(typed, models, tmp_path):
     assert typed('refine').exit_code == 0
     out = typed('refine', '--chat-template', 'chatml')
     assert out.exit_code == 0 and 'messages are written as ChatML' in out.output
-    words = f'refine --questions questions.jsonl --strong {models/"bare"} --quantize none --dtype float32 --max-tokens 4 --examples 2 --chat-template plain --out o.jsonl'.split()
+    words = (f'refine --questions questions.jsonl --strong {models/"bare"} --quantize none --dtype float32 --max-tokens 4 --examples 2 '
+             '--chat-template plain --out o.jsonl').split()
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     assert 'chat = true' in (tmp_path/'o.md').read_text()
@@ -297,7 +299,9 @@ DOES = {
         {'chat template writes the user message more than once'},
     ),
     'repeats the system message': (
-        "{% for m in messages %}{% if m.role != 'system' %}<turn>{{ m.role }} {{ messages[0].content if messages[0].role == 'system' and m.role == 'user' }} {{ m.content }}</turn>{% endif %}{% endfor %}{% if add_generation_prompt %}<turn>assistant {% endif %}",
+        "{% for m in messages %}{% if m.role != 'system' %}<turn>{{ m.role }} "
+        "{{ messages[0].content if messages[0].role == 'system' and m.role == 'user' }} "
+        "{{ m.content }}</turn>{% endif %}{% endfor %}{% if add_generation_prompt %}<turn>assistant {% endif %}",
         LONG,
         {'chat template writes the system message more than once', MERGED},
     ),
@@ -338,7 +342,8 @@ DOES = {
     'is right on a question inside of another': (each(TURN), [user('fox'), assistant('fox fox'), user('x')], set()),
     'names the roles behind': (each("{{ m.content }} said the {{ m.role }}.\n"), LONG, None),
     'brackets': (
-        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}{{ m.content }}</s>{% endif %}{% endfor %}",
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} "
+        "[/INST]{% else %}{{ m.content }}</s>{% endif %}{% endfor %}",
         [*ASK, assistant('x'), user('y')],
         set(),
     ),
@@ -369,5 +374,6 @@ def test_a_reply_that_is_written_twice_is_counted():
 def test_a_reply_that_is_lost_is_not_found_in_the_template(reply):
     "Though the template writes the same word behind the place of the reply"
     tok = reader()
-    tok.chat_template = "{% for m in messages %}{% if m.role == 'user' %}<user>{{ m.content }}{% endif %}{% endfor %}<assistant>{% if not add_generation_prompt %}<x><assistant><end>{% endif %}"
+    tok.chat_template = ("{% for m in messages %}{% if m.role == 'user' %}<user>{{ m.content }}{% endif %}{% endfor %}<assistant>{% if not "
+                         "add_generation_prompt %}<x><assistant><end>{% endif %}")
     with pytest.raises(DataError, match='loses the reply'): chat_text(tok, ASK, reply)

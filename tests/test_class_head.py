@@ -1,4 +1,5 @@
-"Class heads and probes: read at the right token, trained, saved, found again by another process, and looked at in between (pitfalls 5, 7, 14, 16, 17)"
+"""Class heads and probes: read at the right token, trained, saved, found again by another process, and looked at in between (pitfalls 5, 7,
+14, 16, 17)"""
 import os
 import subprocess
 import sys
@@ -203,7 +204,8 @@ print(class_count(model), adapter_hash(sys.argv[2]))
 
 
 def test_pitfall_14_another_process_gives_the_same_logits(folder, four, rows, tmp_path):
-    "Trained on a 4-bit base, saved, and loaded by a new Python over a base quantized anew that had another head: to 1e-6, under the same name"
+    """Trained on a 4-bit base, saved, and loaded by a new Python over a base quantized anew that had another head: to 1e-6, under the same
+    name"""
     from w2s.train.logprobs import score
     model = add_class_adapter(four, RANK, seed=1, classes=10)
     train(model, goal(rows), TrainSettings(batch_size=8, learning_rate=1e-2), tmp_path/'run', quiet=True)

@@ -1,4 +1,5 @@
-"`w2s run safety`, `legal` and `classify`: what is written, what is refused, that a plan counts what is trained, and that a killed run goes on"
+"""`w2s run safety`, `legal` and `classify`: what is written, what is refused, that a plan counts what is trained, and that a killed run
+goes on"""
 import csv
 import json
 import os

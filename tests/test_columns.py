@@ -1,4 +1,5 @@
-"Which columns are read as what: public forms by their real column names, what belongs to a prompt, what would be lost, what is missing; in every reader and on the command line"
+"""Which columns are read as what: public forms by their real column names, what belongs to a prompt, what would be lost, what is missing;
+in every reader and on the command line"""
 import csv
 import json
 import random
@@ -372,7 +373,8 @@ def preferences(rows): return [r | dict(chosen='Yes.', rejected='No.') for r in 
 )
 @pytest.mark.parametrize('main', ['prompt', 'question', 'instruction'])
 def test_it_is_joined_and_in_order(column, main):
-    "System prompt and what a question is about come before it, an input after it, a context after an instruction; an empty cell leaves nothing behind"
+    """System prompt and what a question is about come before it, an input after it, a context after an instruction; an empty cell leaves
+    nothing behind"""
     rows = [{column: x, main: 'Is it so?'} for x in ('Some words.', '', None, 'Others.')]
     ds, refused = preferences_from(Dataset.from_list(preferences(rows)))
     below = column == 'input' or column == 'context' and main == 'instruction'

@@ -1,4 +1,5 @@
-"Every command can do everything: plan, settings from a file, functions of one's own, a kill and a second start, a variation; and its report says the same things in the same places"
+"""Every command can do everything: plan, settings from a file, functions of one's own, a kill and a second start, a variation; and its
+report says the same things in the same places"""
 import re
 
 import pandas as pd
@@ -125,7 +126,8 @@ def test_a_command_can_do_everything(command, tmp_path, monkeypatch):
     code, said = start(command, '--config', out/'config.toml', '--out', out) # the settings of a run are those of a file
     assert code == 0 and said.count(': found') == planned and 'starting' not in said, said
 
-    code, said = start(command, '--config', out/'config.toml', '--vary', setting, '--values', values, '--out', out) # a variation, in the same folder
+    # a variation, in the same folder
+    code, said = start(command, '--config', out/'config.toml', '--vary', setting, '--values', values, '--out', out)
     assert code == 0 and ': found' in said, said
     name = setting.replace('.', '-')
     for file in (f'{name}.md', f'{name}.png', f'{name}-items.parquet', f'{name}-intervals.parquet'): assert (out/file).exists(), file

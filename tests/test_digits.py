@@ -63,7 +63,8 @@ def test_a_group_is_a_line(rows):
 
 
 def test_no_prompt_twice_and_pictures_come_in_rounds():
-    "The first round asks about nearly every picture (two that are told alike may draw the same prompt), and none comes much oftener than another"
+    """The first round asks about nearly every picture (two that are told alike may draw the same prompt), and none comes much oftener than
+    another"""
     many = d.digit_questions(1500, part='test')
     assert len({r['prompt'] for r in many}) == 1500
     times = Counter(r['picture'] for r in many)

@@ -156,7 +156,8 @@ def test_reports_hold_no_tags_links_or_pictures_of_others(home, tmp_path, name):
     assert pages
     for page in pages:
         text = outside_code(page.read_text(encoding='utf-8'))
-        assert 'img src' in text or (name, page.name) == ('toxicity', 'data_report.md'), page # it is there, as text; that one report names no row
+        # it is there, as text; that one report names no row
+        assert 'img src' in text or (name, page.name) == ('toxicity', 'data_report.md'), page
         for raw in (r'(?<!\\)<img', r'(?<!\\)<script', r'(?<!\\)\[x\]\(', r'!\[y\]', r'(?<!\\)<b>'):
             assert not re.search(raw, text), (page.name, raw, re.search('.{60}' + raw + '.{40}', text))
         for table in re.findall(r'(?:^\|.*\n?)+', text, flags=re.M): # every line of a table has as many cells

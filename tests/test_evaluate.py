@@ -474,7 +474,8 @@ def test_clear_is_another_question_than_different():
     )
     assert (found['value'] != 0).mean() > .9 and found['significant'].mean() < .1
     alone = (found['low'] > 0) | (found['high'] < 0)
-    assert (found['significant'] == alone).all() and (found['significant'] == (found['p'] <= .05)).all() # one comparison: the interval, and nothing else
+    # one comparison: the interval, and nothing else
+    assert (found['significant'] == alone).all() and (found['significant'] == (found['p'] <= .05)).all()
 
 
 @pytest.mark.parametrize('seeds', [1, 2, 3, 5])

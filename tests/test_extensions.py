@@ -1,6 +1,8 @@
-"""A method is one cell: every kind of extension goes through a whole comparison, from Python and from a file, and a wrong one is refused in words.
+"""A method is one cell: every kind of extension goes through a whole comparison, from Python and from a file, and a wrong one is refused in
+words.
 
-The comparisons are those of the embedded world with the smallest models and a few rows: what is tested is that the function acts, not how well."""
+The comparisons are those of the embedded world with the smallest models and a few rows: what is tested is that the function acts, not how
+well."""
 import json
 import math
 
@@ -119,7 +121,8 @@ def brief(responses, most=20): return [-max(0, len(r) - most) for r in responses
 def evens(): return [dict(text=f'Is {i} an even number?', label='odd' if i % 2 else 'even') for i in range(120)]
 
 @task('polite')
-def polite(): return [dict(prompt=f'Customer: Where is shop {i}?\\nDesk:', chosen=f' Thank you for asking, it is in street {i}.', rejected=f' Street {i}.') for i in range(60)]
+def polite(): return [dict(prompt=f'Customer: Where is shop {i}?\\nDesk:', chosen=f' Thank you for asking, it is in street {i}.', \
+rejected=f' Street {i}.') for i in range(60)]
 '''
 
 
@@ -194,10 +197,14 @@ def test_a_comparison_by_demonstrations_with_method_and_metric(tmp_path, way):
 
 
 COMMANDS = {
-    'preferences': 'run preferences --strong pico --n-labelled 12 --n-unlabelled 12 --n-test 8 --seeds 1 --samples 1 --epochs 1 --loss hinge(margin=2) --supervisor vowels --gold brief',
-    'labels': 'run classify --weak pico --strong pico --n-labelled 22 --n-unlabelled 22 --n-test 12 --seeds 1 --epochs 1 --no-baseline --data evens --method squared',
-    'demonstrations': 'run persona --weak pico --strong nano --n-labelled 8 --n-unlabelled 8 --n-test 6 --seeds 1 --epochs 1 --method shout',
-    'toxicity': 'run toxicity --weak pico --strong pico --n-labelled 12 --n-unlabelled 12 --n-test 6 --seeds 1 --samples 1 --epochs 1 --method naive --scorer unkind'}
+    'preferences': 'run preferences --strong pico --n-labelled 12 --n-unlabelled 12 --n-test 8 --seeds 1 --samples 1 --epochs 1 --loss '
+                   'hinge(margin=2) --supervisor vowels --gold brief',
+    'labels': 'run classify --weak pico --strong pico --n-labelled 22 --n-unlabelled 22 --n-test 12 --seeds 1 --epochs 1 --no-baseline '
+              '--data evens --method squared',
+    'demonstrations': 'run persona --weak pico --strong nano --n-labelled 8 --n-unlabelled 8 --n-test 6 --seeds 1 --epochs 1 '
+                      '--method shout',
+    'toxicity': 'run toxicity --weak pico --strong pico --n-labelled 12 --n-unlabelled 12 --n-test 6 --seeds 1 --samples 1 --epochs 1 '
+                '--method naive --scorer unkind'}
 
 
 @pytest.mark.parametrize('kind', COMMANDS)
@@ -531,8 +538,10 @@ def stage_of(tmp_path, kind):
 
 BODIES = { # kind: a source with a place for a number
     'loss': 'def make(k):\n    def mine(gap, target): return helper(gap)*{0} + k*target\n    return mine\ndef helper(x): return -x*{1}\n',
-    'label_loss': 'def make(k):\n    def mine(logits, target): return helper(logits - target).sum(-1)*{0} + k\n    return mine\ndef helper(x): return x.square()*{1}\n',
-    'labeller': 'def make(k):\n    def mine(response_a): return [[helper(a)*{0}, k] for a in response_a]\n    return mine\ndef helper(x): return len(x)*{1}\n'}
+    'label_loss': 'def make(k):\n    def mine(logits, target): return helper(logits - target).sum(-1)*{0} + k\n    return mine\ndef '
+                  'helper(x): return x.square()*{1}\n',
+    'labeller': 'def make(k):\n    def mine(response_a): return [[helper(a)*{0}, k] for a in response_a]\n    return mine\ndef helper(x): '
+                'return len(x)*{1}\n'}
 
 
 @pytest.mark.parametrize('kind', BODIES)
@@ -626,7 +635,8 @@ def test_a_module_and_a_helper_beside_a_file(tmp_path, monkeypatch):
     "A module by its name; a file that imports another one beside it; a changed helper is another source"
     (tmp_path/'own_helper_of_test.py').write_text('def weight(): return 1.\n')
     (tmp_path / 'own_module_of_test.py').write_text(
-        "from own_helper_of_test import weight\nfrom w2s.compare.extensions import labeller\n@labeller('helped')\ndef helped(response_a): return [[weight(), 0]]*len(response_a)\n"
+        "from own_helper_of_test import weight\nfrom w2s.compare.extensions import labeller\n@labeller('helped')\ndef helped(response_a): "
+        "return [[weight(), 0]]*len(response_a)\n"
     )
     import_extensions([str(tmp_path/'own_module_of_test.py')])
     assert labeller_rewards('helped', PAIRS, 0)[0].tolist() == [1, 0]
@@ -668,7 +678,8 @@ def test_a_module_of_a_package_with_relative_imports(tmp_path, monkeypatch):
     for name, text in {
         '__init__': '',
         'parts': 'def weight(): return 2.\n',
-        'methods': "from .parts import weight\nfrom w2s.compare.extensions import labeller\n@labeller('packed')\ndef packed(response_a): return [[weight(), 0]]*len(response_a)\n",
+        'methods': "from .parts import weight\nfrom w2s.compare.extensions import labeller\n@labeller('packed')\ndef packed(response_a): "
+                   "return [[weight(), 0]]*len(response_a)\n",
     }.items():
         (tmp_path/'own_package_of_test'/f'{name}.py').write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
@@ -684,7 +695,8 @@ TOXICITY = dict(
 
 
 def test_a_method_of_ones_own_runs_in_toxicity(tmp_path):
-    "It gets the weak model's lines and the strong model, and what it returns is learned; another body is another student, found stages stay"
+    """It gets the weak model's lines and the strong model, and what it returns is learned; another body is another student, found stages
+    stay"""
     seen = []
     @method('softened')
     def softened(questions, answers, speak, ask):

@@ -294,7 +294,8 @@ LIGHT = { # words of a command -> what is said
 @pytest.mark.parametrize('words', LIGHT)
 def test_what_needs_no_model_is_said_before_pytorch_is_loaded(tmp_path, words):
     (tmp_path/'file').write_text('mine')
-    code = f"import atexit, sys\natexit.register(lambda: print('torch' in sys.modules))\nsys.argv = ['w2s', *{words.split()!r}]\nfrom w2s.cli.app import main\nmain()"
+    code = (f"import atexit, sys\natexit.register(lambda: print('torch' in sys.modules))\nsys.argv = ['w2s', *{words.split()!r}]\nfrom "
+            "w2s.cli.app import main\nmain()")
     done = subprocess.run(
         [sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {'PYTHONPATH': str(ROOT)}
     )

@@ -239,7 +239,8 @@ SAVED = {
 @pytest.mark.parametrize('family', ['granite', 'gemma3 nested'])
 @pytest.mark.parametrize('name', SAVED)
 def test_a_checkpoint_saved_in_four_bits(folders, tmp_path, name, family):
-    "One in NF4 is used as it is, in the arithmetic that is asked for, and that is said; what else it says of itself would win, so it is refused"
+    """One in NF4 is used as it is, in the arithmetic that is asked for, and that is said; what else it says of itself would win, so it is
+    refused"""
     how, settings, words = SAVED[name]
     AutoModelForCausalLM.from_pretrained(
         folders(family), dtype=torch.bfloat16, device_map={'': 'cpu'}, quantization_config=BitsAndBytesConfig(load_in_4bit=True, **how)
@@ -313,7 +314,8 @@ def test_adapters_leave_and_merge(folders, tmp_path, name):
 
 @pytest.mark.parametrize('name', ['mamba', 'mamba2', 'falcon_mamba', 'falcon_h1', 'nemotron_h', 'bamba', 'zamba2'])
 def test_adapters_of_models_with_mamba(folders, name):
-    "On what is asked as a layer: not on what a kernel is given, nor on what PEFT refuses; that is named, and asked for by name it is refused"
+    """On what is asked as a layer: not on what a kernel is given, nor on what PEFT refuses; that is named, and asked for by name it is
+    refused"""
     base, rows = load_base(folders(name), FULL, device='cpu'), sequences()
     before = [type(m) for m in base.model.modules()]
     model = add_adapter(base)
@@ -506,7 +508,8 @@ NOISY = {
 
 @pytest.mark.parametrize('name', NOISY)
 def test_nothing_in_a_base_is_left_to_chance(tmp_path, name):
-    "A base is frozen, and the reference of DPO has no dropout: what its configuration asks for is off in training, too, and said, and in the key"
+    """A base is frozen, and the reference of DPO has no dropout: what its configuration asks for is off in training, too, and said, and in
+    the key"""
     make_model(name, tmp_path, config=NOISY[name]())
     model, rows = shaken(add_adapter(load_base(tmp_path, FULL, device='cpu'))), sequences()
     with torch.no_grad():

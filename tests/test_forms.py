@@ -1,4 +1,5 @@
-"Public forms of rows, by their real columns with cells of our own: what stands in prompt, chosen, rejected, label and completion, and what was not read; and readers under any rows at all"
+"""Public forms of rows, by their real columns with cells of our own: what stands in prompt, chosen, rejected, label and completion, and
+what was not read; and readers under any rows at all"""
 import json
 
 import pandas as pd

@@ -1,7 +1,8 @@
 """The results of every command, small, as they were when they were last recorded: a change of structure must not change a bit.
 
-`python tests/test_frozen.py` records them again, in tests/frozen.json. Roles, methods, metrics and the names of stages are the same on every machine.
-Numbers are not (processors add in different orders), so they are kept for each instruction set and version of PyTorch, and compared where there is a record.
+`python tests/test_frozen.py` records them again, in tests/frozen.json. Roles, methods, metrics and the names of stages are the same on
+every machine. Numbers are not (processors add in different orders), so they are kept for each instruction set and version of PyTorch, and
+compared where there is a record.
 """
 import hashlib
 import json
@@ -20,8 +21,10 @@ COMMANDS = {
     'weak-teacher': f'run preferences {LADDER} --n-labelled 20 --n-unlabelled 20 --n-test 20 --samples 1 --epochs 1',
     'safety': f'run safety {LADDER} --n-labelled 4 --n-unlabelled 36 --n-test 20 --epochs 1 --snapshots 2',
     'legal': f'run legal {LADDER} --n-labelled 13 --n-unlabelled 27 --n-test 20 --readout probe',
-    'persona': 'run persona --weak pico --strong scholar --seeds 1 --n-labelled 16 --n-unlabelled 16 --n-test 8 --epochs 1 --method naive,in-context',
-    'maths': 'run maths --weak pico --strong scholar --seeds 1 --n-labelled 16 --n-unlabelled 16 --n-test 8 --epochs 1 --method naive,ask-to-improve',
+    'persona': 'run persona --weak pico --strong scholar --seeds 1 --n-labelled 16 --n-unlabelled 16 --n-test 8 --epochs 1 --method '
+               'naive,in-context',
+    'maths': 'run maths --weak pico --strong scholar --seeds 1 --n-labelled 16 --n-unlabelled 16 --n-test 8 --epochs 1 --method '
+             'naive,ask-to-improve',
     'toxicity': f'run toxicity {LADDER} --n-labelled 24 --n-unlabelled 24 --n-test 6 --samples 2 --sft-epochs 1'}
 
 

@@ -111,7 +111,8 @@ def family(name):
 @pytest.mark.parametrize('again', [0, 2], ids=['', 'no pair twice'])
 @pytest.mark.parametrize('name', ['llama', 'gpt2', 'opt', 'gpt_neox', 'qwen2', 'gemma2', 'mistral'])
 def test_pitfall_06_a_padded_row_says_what_it_says_alone(name, again):
-    "Greedy ids = those of transformers' generate, row by row; rows end at different steps. Mutations: no positions; a mask of ones; the end ignored in `advance`; `state.text` not selected there"
+    """Greedy ids = those of transformers' generate, row by row; rows end at different steps. Mutations: no positions; a mask of ones; the
+    end ignored in `advance`; `state.text` not selected there"""
     model, rng = family(name), np.random.default_rng(0)
     prompts, expected = [rng.integers(1, 119, n).tolist() for n in (3, 17, 9, 30, 1, 12, 5, 22)], []
     model.generation_config.eos_token_id = model.config.eos_token_id = None
@@ -190,7 +191,8 @@ from w2s.train.generate import GenerateSettings, generate
 base = load_base(sys.argv[1], LoadSettings('none', 'float32'), device='cpu')
 import hashlib, random, torch
 torch.manual_seed(random.randrange(10**6))
-out = generate(base.model, base.tokenizer, ['Question: What do bees make?\\nAnswer:', 'Answer:'], GenerateSettings(max_tokens=20, samples=4), quiet=True)
+out = generate(base.model, base.tokenizer, ['Question: What do bees make?\\nAnswer:', 'Answer:'], \
+GenerateSettings(max_tokens=20, samples=4), quiet=True)
 print(hashlib.sha256(repr(out).encode()).hexdigest())
 '''
 
@@ -381,7 +383,8 @@ def test_pitfall_07_ends_of_a_chat_turn_count_and_ordinary_words_do_not(base, pr
 
 @pytest.mark.parametrize('stop', [('.',), ('answer is',), ('er', 'h'), ('that helps', 'Everybody'), ('\n',), (' ',), ('é', '你')])
 def test_stop_strings_cut_as_if_the_text_were_whole(base, prompts, stop):
-    "In the middle of tokens, over several of them, at the first. Mutations: `may_end` looks for the whole stop string in one token; the stop string stays in the text"
+    """In the middle of tokens, over several of them, at the first. Mutations: `may_end` looks for the whole stop string in one token; the
+    stop string stays in the text"""
     s = GenerateSettings(max_tokens=24, temperature=1.)
     whole = respond(base.model, base.tokenizer, prompts, s, quiet=True)
     stopped = respond(base.model, base.tokenizer, prompts, replace(s, stop=stop), quiet=True)
@@ -438,7 +441,8 @@ def tokenizer(request, texts):
 
 
 def test_pitfall_09_the_prompt_is_read_as_in_training_and_the_text_comes_back(tokenizer):
-    "Begin token once, no end token; the response keeps its leading space. Mutations: decode the response alone; keep the end token of the prompt"
+    """Begin token once, no end token; the response keeps its leading space. Mutations: decode the response alone; keep the end token of the
+    prompt"""
     row, = encode(tokenizer, [PROMPT], [REPLY])
     ids, = prompt_ids(tokenizer, [PROMPT])
     assert tuple(ids) == row.ids[:row.start] and ids[-1] != tokenizer.eos_token_id
@@ -576,7 +580,8 @@ page.respond(base.model, base.tokenizer, prompts, page.GenerateSettings(**settin
 
 
 def test_a_kill_in_the_middle_changes_no_text(folder, base, prompts, tmp_path, monkeypatch):
-    "SIGKILL at the fourth batch, and the last line in the journal cut off. Mutations: rows drawn in the order in which they are made; no journal; the half line kept"
+    """SIGKILL at the fourth batch, and the last line in the journal cut off. Mutations: rows drawn in the order in which they are made; no
+    journal; the half line kept"""
     s, journal, made, write = replace(YE, samples=2, temperature=1.1, token_budget=320), tmp_path/'texts.jsonl', [], page.write
     whole = respond(base.model, base.tokenizer, prompts, replace(s, token_budget=8192), 3, quiet=True)
     settings = json.dumps(
@@ -588,7 +593,8 @@ def test_a_kill_in_the_middle_changes_no_text(folder, base, prompts, tmp_path, m
         text=True,
         env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'},
     )
-    while process.poll() is None and (journal.read_bytes().count(b'\n') if journal.exists() else 0) < 4: time.sleep(.002) # lines, the first of them the settings
+    # lines, the first of them the settings
+    while process.poll() is None and (journal.read_bytes().count(b'\n') if journal.exists() else 0) < 4: time.sleep(.002)
     assert process.poll() is None, process.communicate()[1][-2000:]
     process.send_signal(signal.SIGKILL)
     process.communicate()

@@ -103,7 +103,8 @@ def test_imports_go_down():
 def test_no_tools_at_run_time():
     tools = {'fastcore', 'nbdev', 'execnb', 'trl', 'pytest', 'IPython'}
     offenders = [f'{path.relative_to(ROOT)}:{line} imports {name}' for path in MODULES for name, line in imported(path)
-                 if name.split('.')[0] in tools and not (name == 'trl' and path == ROOT/'w2s'/'trl.py')] # trainers for users of TRL, an extra
+                 # trainers for users of TRL, an extra
+                 if name.split('.')[0] in tools and not (name == 'trl' and path == ROOT/'w2s'/'trl.py')]
     offenders += [
         f'{path.relative_to(ROOT)}:{line} imports w2s.trl' for path in MODULES for name, line in imported(path) if name == 'w2s.trl'
     ]
@@ -186,7 +187,8 @@ def undeclared(names: set[str], declared: set[str]) -> set[str]:
 
 def test_requirements_are_declared():
     names = {name.split('.')[0] for path in MODULES for name, _ in imported(path)}
-    missing = undeclared(names, requirements('requirements') | requirements('ray_requirements') | requirements('trl_requirements')) # an extra, imported only where it is asked for
+    # an extra, imported only where it is asked for
+    missing = undeclared(names, requirements('requirements') | requirements('ray_requirements') | requirements('trl_requirements'))
     assert not missing, (
         f'imported by w2s, not in the lines `requirements`, `ray_requirements` and `trl_requirements` of settings.ini: {sorted(missing)}'
     )
@@ -196,7 +198,8 @@ def test_test_requirements_are_declared():
     names = {name.split('.')[0] for path in (ROOT / 'tests').glob('*.py') for name, _ in imported(path)}
     code = [''.join(cell['source']) for path in NOTEBOOKS for cell in cells(path) if cell['cell_type'] == 'code']
     names |= {name for source in code for name in re.findall(r'^\s*(?:import|from)\s+(\w+)', source, flags=re.MULTILINE)}
-    names -= {path.stem for folder in ('benchmarks', 'tests') for path in (ROOT / folder).glob('*.py')} # a test runs a benchmark in small, or takes a function of another test
+    # a test runs a benchmark in small, or takes a function of another test
+    names -= {path.stem for folder in ('benchmarks', 'tests') for path in (ROOT / folder).glob('*.py')}
     declared = set().union(*map(requirements, ('requirements', 'ray_requirements', 'jupyter_requirements', 'dev_requirements')))
     missing = undeclared(names, declared | {'ipython', 'setuptools'})
     assert not missing, f'imported by tests or notebooks, in no requirement line of settings.ini: {sorted(missing)}'

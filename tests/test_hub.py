@@ -1,4 +1,5 @@
-"A model by its name on the hub: the right files at the right revision, or one sentence that says what to do; with a hub made here, and no network"
+"""A model by its name on the hub: the right files at the right revision, or one sentence that says what to do; with a hub made here, and no
+network"""
 import fnmatch
 import hashlib
 import json
@@ -201,7 +202,8 @@ def test_weights_that_the_converter_has_proposed(site, made, kind, form):
     if not revision:
         with pytest.raises(
             ModelError,
-            match=r'facebook/opt-mini has no weights in safetensors form, only pytorch_model.bin, .*SFconvertbot\) has proposed none; if you trust its origin, give --allow-pickle, or name a converted revision by --revision',
+            match=r'facebook/opt-mini has no weights in safetensors form, only pytorch_model.bin, .*SFconvertbot\) has proposed none; if '
+                  r'you trust its origin, give --allow-pickle, or name a converted revision by --revision',
         ):
             load_base('facebook/opt-mini', FULL, device='cpu')
         assert not any(f.endswith('.bin') for f in site.fetched)

@@ -1,4 +1,5 @@
-"Judges, length control, similarity, reward models: pitfalls 7, 14 and 20. Each test was seen to fail on the mutation that its comment names"
+"""Judges, length control, similarity, reward models: pitfalls 7, 14 and 20. Each test was seen to fail on the mutation that its comment
+names"""
 import numpy as np
 import pytest
 import torch
@@ -161,7 +162,8 @@ def test_local_judge_never_cuts_a_question(pico):
     assert judge_pairs(pico, desk(2), limit=5, quiet=True).failed.all()
     prefix = make_rows([dict(prompt='Q', response_a=' The answer is tent.', response_b=' The answer is tent. Now go away.')], 'pairs')
     assert judge_pairs(pico, prefix, ECHO, quiet=True).failed.all() and not judge_pairs(pico, prefix, ANSWERS, quiet=True).failed.any()
-    assert not judge_pairs(pico, desk(1), JudgeForm(ANSWERS.text, (' A', ' B'), chat=True), quiet=True).failed.any() # without a template: plain paragraphs
+    # without a template: plain paragraphs
+    assert not judge_pairs(pico, desk(1), JudgeForm(ANSWERS.text, (' A', ' B'), chat=True), quiet=True).failed.any()
 
 
 def test_judge_with_an_adapter_is_the_adapter(pico, monkeypatch):

@@ -79,7 +79,8 @@ def content(path):
 
 def contents(out):
     "Every file that a finished run leaves, by name, as a hash"
-    files = (p for p in sorted(out.rglob('*')) if p.is_file() and p.name not in ('.lock', '.holder.json', '.manifest.json')) # the last one: a second copy of manifest.json, with times
+    # the last one: a second copy of manifest.json, with times
+    files = (p for p in sorted(out.rglob('*')) if p.is_file() and p.name not in ('.lock', '.holder.json', '.manifest.json'))
     return {str(p.relative_to(out)): hashlib.sha256(content(p)).hexdigest() for p in files}
 
 
@@ -186,7 +187,8 @@ def sample_rows_of(base):
 
 @pytest.mark.parametrize('after', [0, 1, 2, 3, 5, 8])
 def test_killed_while_checkpoints_are_removed(home, tmp_path, after, monkeypatch):
-    "The stage is finished, so many files of its checkpoints are gone, then the kill: the finished training is kept, and the rest is cleared away"
+    """The stage is finished, so many files of its checkpoints are gone, then the kill: the finished training is kept, and the rest is
+    cleared away"""
     straight, killed = [], []
     stage(home, tmp_path/'a', straight)
     def rmtree(path, *a, **k):

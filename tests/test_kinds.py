@@ -1,4 +1,5 @@
-"Other cases of the kinds of faults that were found: files of the user, links, odd bookkeeping, shapes, structures that were written as text"
+"""Other cases of the kinds of faults that were found: files of the user, links, odd bookkeeping, shapes, structures that were written as
+text"""
 import json
 
 import pytest

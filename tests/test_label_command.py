@@ -1,4 +1,5 @@
-"`w2s label`: labels never leak, groups never meet, probabilities follow the held-out pairs, a killed run goes on, and the file is one that TRL and w2s can read"
+"""`w2s label`: labels never leak, groups never meet, probabilities follow the held-out pairs, a killed run goes on, and the file is one
+that TRL and w2s can read"""
 import json
 import os
 import signal

@@ -247,7 +247,8 @@ def test_the_window_of_two_classes_is_a_distance_from_the_threshold():
 
 @pytest.mark.parametrize('classes', [3, 5, 10])
 def test_margins_of_more_classes_belong_to_the_assigned_class(classes):
-    "After prices the assigned class is the best of its row; a price is zero-sum noise to nobody: shifting all logits of a class moves it along"
+    """After prices the assigned class is the best of its row; a price is zero-sum noise to nobody: shifting all logits of a class moves it
+    along"""
     r = np.random.default_rng(classes)
     for _ in range(20):
         z = torch.tensor(r.normal(0, 2, (24, classes)))

@@ -1,4 +1,5 @@
-"Nobody and nothing of the test is in what a model learns from, or is shown: over all tasks of the embedded world, planted answers and examples among them"
+"""Nobody and nothing of the test is in what a model learns from, or is shown: over all tasks of the embedded world, planted answers and
+examples among them"""
 import re
 from dataclasses import replace
 from functools import lru_cache

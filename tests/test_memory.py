@@ -11,7 +11,8 @@ HIDDEN, SMALL, LARGE = 64, 2048, 131072
 
 
 def bound(tokens):
-    "32 numbers of the width a token (layers, adapter, hidden states), four tables of a piece of logits, and the piece of the head in 32 bits"
+    """32 numbers of the width a token (layers, adapter, hidden states), four tables of a piece of logits, and the piece of the head in 32
+    bits"""
     return 4*(32*HIDDEN*tokens + 4*logprobs.CELLS + 4*logprobs.PIECE*HIDDEN)
 
 

@@ -505,7 +505,8 @@ def test_doors_that_nothing_goes_through_are_not_said(good):
 
 def test_code_that_is_run_is_said(mine):
     (mine / 'mine.py').write_text(
-        'from transformers import LlamaConfig, LlamaForCausalLM\nclass Mine(LlamaConfig): model_type = "mine"\nclass MineLM(LlamaForCausalLM): config_class = Mine\n'
+        'from transformers import LlamaConfig, LlamaForCausalLM\nclass Mine(LlamaConfig): model_type = "mine"\nclass '
+        'MineLM(LlamaForCausalLM): config_class = Mine\n'
     )
     SPOILT['own code'][0](mine)
     notes = know_model(

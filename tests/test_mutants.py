@@ -253,7 +253,8 @@ def test_the_reference_of_a_preference_loss_is_its_start(small, tmp_path, monkey
 
 @pytest.mark.parametrize('soft', [False, True])
 def test_targets_and_weights_reach_the_loss(small, tmp_path, monkeypatch, soft):
-    "A soft target is the probability itself, not its rounding; a weight is in the objective; SFT has neither targets nor the rejected response"
+    """A soft target is the probability itself, not its rounding; a weight is in the objective; SFT has neither targets nor the rejected
+    response"""
     seen, config, columns = captured(small, tmp_path, monkeypatch, soft=soft, weights=np.linspace(.1, 2, len(small.rows)))
     dpo, sft = (t.goal for t in seen.trained)
     logps, i = torch.randn(len(small.rows), 2, dtype=torch.float64), torch.arange(len(small.rows))
@@ -443,7 +444,8 @@ def test_soft_labels_and_weights_reach_the_loss_of_a_classifier(small):
         assert np.allclose(goal.loss(logits, torch.arange(len(rows))), -(torch.tensor(targets)*logits.log_softmax(-1)).sum(-1), atol=1e-5)
         assert np.allclose(goal.weights, weights) and goal.forward is forward
     assert label_objective(rows, targets).weights.tolist() == [1.]*len(rows)
-    first = label_objective(rows, targets, weights, 'confidence').prepare(small.base.model, range(len(rows)), 0., 512) # before the student's own opinion counts
+    # before the student's own opinion counts
+    first = label_objective(rows, targets, weights, 'confidence').prepare(small.base.model, range(len(rows)), 0., 512)
     assert np.allclose(
         first.loss(logits, torch.arange(len(rows))), -(torch.tensor(targets) * logits.log_softmax(-1)).sum(-1), atol=1e-5
     ) and np.allclose(first.weights, weights)
@@ -479,7 +481,8 @@ def classes(monkeypatch, tmp_path):
 
 
 def test_supervisor_student_and_ceiling_of_a_comparison_by_labels(classes):
-    "The one learns gold labels of the labelled rows, the other the supervisor's labels of its own rows, the last one gold labels of those; nobody the test or the held rows"
+    """The one learns gold labels of the labelled rows, the other the supervisor's labels of its own rows, the last one gold labels of
+    those; nobody the test or the held rows"""
     seen, study, part = classes
     weak, model = SimpleNamespace(name='pico'), SimpleNamespace(name='micro')
     labeller = class_arms.supervise(study, 'pico', {'pico': weak}, part)

@@ -1,4 +1,5 @@
-"A study that several processes do, on one machine, under Ray or as jobs of Slurm, ends in the same bits as one process; also where one of them is killed"
+"""A study that several processes do, on one machine, under Ray or as jobs of Slurm, ends in the same bits as one process; also where one of
+them is killed"""
 import hashlib
 import json
 import os

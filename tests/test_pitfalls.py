@@ -389,12 +389,13 @@ def test_pitfall_08_a_row_that_one_model_cannot_read_is_gone_for_all(folder):
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n"
-    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 TEMPLATES = dict(chatml=CHATML, llama3=LLAMA3, gemma=GEMMA)
 TURNS = ['<|im_start|>', '<|im_end|>', '<|start_header_id|>', '<|end_header_id|>', '<|eot_id|>', '<start_of_turn>', '<end_of_turn>']
@@ -460,7 +461,8 @@ def shown(tokenizer, ids): return ''.join(tokenizer.decode(list(ids), skip_speci
 
 
 def test_pitfall_09_plain_text(tokenizer):
-    "Row = the text as the tokenizer reads it whole + one end token; the prompt as it is at inference is its beginning; the response is the response"
+    """Row = the text as the tokenizer reads it whole + one end token; the prompt as it is at inference is its beginning; the response is
+    the response"""
     inference, whole = (tokenizer(t)['input_ids'] for t in (PROMPT, PROMPT + REPLY))
     row, = encode(tokenizer, [PROMPT], [REPLY])
     assert list(row.ids) == whole + [tokenizer.eos_token_id]
@@ -708,7 +710,8 @@ def prepared(model, rows, settings):
 
 def test_pitfall_15_checkpointing_acts_and_does_not_cut_the_gradient(tmp_path, texts, rows):
     "Eight layers: under a quarter of the bytes; gradients and weights equal; no LoRA matrix without a gradient after two steps"
-    base = load_base(tiny_model(tmp_path/'deep', texts, layers=8), replace(FULL, packing='off'), device='cpu') # with checkpointing sequences are padded, and sums are in another order
+    # with checkpointing sequences are padded, and sums are in another order
+    base = load_base(tiny_model(tmp_path/'deep', texts, layers=8), replace(FULL, packing='off'), device='cpu')
     without, with_it = one_training(base, rows, tmp_path, False), one_training(base, rows, tmp_path, True)
     assert with_it[0] < .25 * without[0]
     for a, b in zip(without[1:], with_it[1:], strict=True): assert max((a[n] - b[n]).abs().max() for n in a) < 1e-6
@@ -826,7 +829,8 @@ def test_pitfall_16_killed_in_the_middle_of_a_save(base, tmp_path, rows, moment,
     }[moment]
     real, calls = getattr(*place), []
     def killed(*a, **k):
-        second = {'rename': str(a[-1]).endswith('step-000004'), 'history': "'step': 3," in str(a)}.get(moment, len(calls) == 1) # the second save
+        # the second save
+        second = {'rename': str(a[-1]).endswith('step-000004'), 'history': "'step': 3," in str(a)}.get(moment, len(calls) == 1)
         if second: raise KeyboardInterrupt
         calls.append(1)
         return real(*a, **k)
@@ -1069,7 +1073,8 @@ MORE = [ # other values, where one does not tell the whole
     ('LabelUse.targets', 'soft', STUDENT, {'loss': 'ipo'}),
 ]
 PATHS = {'WeakTeacher.data', 'WeakTeacher.weak', 'WeakTeacher.strong', 'WeakTeacher.imports'} # by content, below
-REFUSED = {'LoadSettings.revision', 'LoadSettings.chat_template'} # for folders, and for rows that are texts; what they change: test_hub, test_chat_rows
+# for folders, and for rows that are texts; what they change: test_hub, test_chat_rows
+REFUSED = {'LoadSettings.revision', 'LoadSettings.chat_template'}
 READING = {'WeakTeacher.column', 'WeakTeacher.leave_out', 'WeakTeacher.split'} # of a file; what is read counts, by content
 TABLES = {'WeakTeacher.load', 'WeakTeacher.lora', 'WeakTeacher.sft', 'WeakTeacher.dpo', 'WeakTeacher.labels'}
 PLACES = {'WeakTeacher': '', 'LabelUse': 'labels', 'LoadSettings': 'load', 'LoraSettings': 'lora'} # class -> setting that holds it
@@ -1243,7 +1248,8 @@ from w2s.compare.preference_settings import WeakTeacher
 from w2s.experiments.preferences import run
 result = run(from_table(WeakTeacher, json.loads(sys.argv[1])), sys.argv[2], quiet=True)
 sha = lambda b: hashlib.sha256(b).hexdigest()[:16]
-out = {f'{k.partition("-")[0]}-{k.rpartition("-")[2]}': sha((Path(v)/'adapter_model.safetensors').read_bytes()) for k, v in sorted(result.adapters.items())}
+out = {f'{k.partition("-")[0]}-{k.rpartition("-")[2]}': sha((Path(v)/'adapter_model.safetensors').read_bytes()) \
+for k, v in sorted(result.adapters.items())}
 out['labels'] = sha(next(Path(sys.argv[2]).glob('stages/*-labels-*/rewards.npy')).read_bytes())
 out['items'] = sha(result.items.to_csv(index=False).encode())
 print(json.dumps(out))
@@ -1271,7 +1277,8 @@ def turned(r): return r | dict(chosen=r['rejected'], rejected=r['chosen'], gold=
 
 
 def test_pitfall_18_human_and_gold_numbers_of_the_students_rows_are_not_read(world, done, tmp_path):
-    "Every human and gold probability of train_w2s replaced: the weak supervisor and the student are the same to the bit, the human arm is not"
+    """Every human and gold probability of train_w2s replaced: the weak supervisor and the student are the same to the bit, the human arm is
+    not"""
     doubted = with_rows(
         world,
         tmp_path / 'data',
@@ -1304,7 +1311,8 @@ def test_pitfall_18_the_sides_of_a_pair_do_not_know_the_label():
     'use', [LabelUse(targets='soft'), LabelUse('all', 'soft', 'sigmoid', 0.5, 0.6), LabelUse('match'), LabelUse('random')], ids=str
 )
 def test_pitfall_18_only_subsets_read_human_labels_of_the_students_rows(asked, tmp_path, monkeypatch, use):
-    "chosen and rejected of train_w2s change places: however weak labels are used, what the student is taught is the same; subsets and random errors are about them"
+    """chosen and rejected of train_w2s change places: however weak labels are used, what the student is taught is the same; subsets and
+    random errors are about them"""
     other = with_rows(asked, tmp_path/'rows', train_w2s=turned)
     a, b = (stage_keys(replace(c, labels=use), tmp_path/str(n), monkeypatch) for n, c in enumerate((asked, other)))
     changed = {k for k in a if a[k] != b[k]}

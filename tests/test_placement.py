@@ -1,4 +1,5 @@
-"Nothing meets a tensor of another device: the cases of `placement.py`, in a process of their own, since PyTorch counts devices once, at the first backward pass"
+"""Nothing meets a tensor of another device: the cases of `placement.py`, in a process of their own, since PyTorch counts devices once, at
+the first backward pass"""
 import os
 import subprocess
 import sys

@@ -1,4 +1,5 @@
-"A finished command given again prints the same in a moment, loads nothing and touches nothing; whatever its answer rests on is looked at, and a change of any of it starts the run"
+"""A finished command given again prints the same in a moment, loads nothing and touches nothing; whatever its answer rests on is looked at,
+and a change of any of it starts the run"""
 import json
 import os
 import shutil

@@ -1,4 +1,5 @@
-"Scores of sampled responses: pitfall 20, a scorer that turns failure into success. Each test was seen to fail on the mutation that its comment names"
+"""Scores of sampled responses: pitfall 20, a scorer that turns failure into success. Each test was seen to fail on the mutation that its
+comment names"""
 import numpy as np
 import pandas as pd
 import pytest
@@ -105,7 +106,8 @@ def test_all_pairs_of_samples_use_what_is_there():
 
 
 def test_pitfall_20_a_judge_of_length_is_seen():
-    "Same quality, other lengths: the win rate is that of counting words; on equal lengths it is one half. Mutation: letters of the whole row counted"
+    """Same quality, other lengths: the win rate is that of counting words; on equal lengths it is one half. Mutation: letters of the whole
+    row counted"""
     rng = np.random.default_rng(0)
     short = [[' word'*int(n) for n in rng.integers(1, 10, 4)] for _ in range(200)]
     long = [[' word'*int(n) for n in rng.integers(5, 20, 4)] for _ in range(200)]

@@ -1,4 +1,5 @@
-"What stands in results and reports of every kind of feedback: groups, seeds, the gap that is recovered, differences that allow for their number, curves and files"
+"""What stands in results and reports of every kind of feedback: groups, seeds, the gap that is recovered, differences that allow for their
+number, curves and files"""
 import json
 import re
 from dataclasses import replace

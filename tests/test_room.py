@@ -68,7 +68,8 @@ class Short(TorchDispatchMode):
                 raise self.error(
                     "CUDA out of memory. Tried to allocate 2.00 GiB"
                     if self.error is torch.OutOfMemoryError
-                    else "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes. Error code 12 (Cannot allocate memory)"
+                    else "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+                         "99 bytes. Error code 12 (Cannot allocate memory)"
                 )
         return func(*args, **(kwargs or {}))
 

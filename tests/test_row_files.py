@@ -1,4 +1,5 @@
-"Files and folders as people have them: packed, in parts, with other names, other separators and stray neighbours; and a seeded choice of a large one"
+"""Files and folders as people have them: packed, in parts, with other names, other separators and stray neighbours; and a seeded choice of
+a large one"""
 import bz2
 import gzip
 import json

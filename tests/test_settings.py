@@ -1,4 +1,5 @@
-"""Settings and flags: the constructor is the command, every field has its flag, help is the comment beside the field, old names are understood, any setting can be varied"""
+"""Settings and flags: the constructor is the command, every field has its flag, help is the comment beside the field, old names are
+understood, any setting can be varied"""
 import dataclasses
 import re
 import subprocess
@@ -71,7 +72,8 @@ def test_everything_is_filled_in(cls):
         assert FITS not in [getattr(c, f.name) for f in dataclasses.fields(c)] and 'FITS' not in repr(c)
         assert FILL[cls](to_table(c)) == c and dataclasses.replace(c) == c
         top = re.findall(r'(?m)^(\w+) = |^\[(\w+)\]', to_toml(c))
-        assert {f.name for f in dataclasses.fields(c)} - {a or b for a, b in top} <= {'smoothing', 'threshold'} # None: TOML has no word for it
+        # None: TOML has no word for it
+        assert {f.name for f in dataclasses.fields(c)} - {a or b for a, b in top} <= {'smoothing', 'threshold'}
 
 
 PAPER = {
@@ -274,7 +276,8 @@ def test_flags_reach_the_settings(words, path, value, monkeypatch):
 
 
 def test_help_does_not_load_pytorch():
-    code = "import sys\nsys.argv = ['w2s', 'run', 'preferences', '--help']\nfrom w2s.cli.app import main\ntry: main()\nexcept SystemExit: pass\nprint([n for n in ('torch', 'datasets', 'pandas', 'transformers') if n in sys.modules])"
+    code = ("import sys\nsys.argv = ['w2s', 'run', 'preferences', '--help']\nfrom w2s.cli.app import main\ntry: main()\nexcept SystemExit: "
+            "pass\nprint([n for n in ('torch', 'datasets', 'pandas', 'transformers') if n in sys.modules])")
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.splitlines()[-1] == '[]'
 
 

@@ -67,7 +67,8 @@ def gap(a, b): return ((a - b).norm()/b.norm().clamp(min=1e-6)).item()
 
 # --- packing
 
-WHOLE = ['llama', 'gpt2', 'opt', 'pythia', 'mixtral', 'qwen3_moe', 'granite', 'cohere', 'olmoe', 'deepseek_v3', 'phi3', 'stablelm'] # full attention in every layer: must be packed
+# full attention in every layer: must be packed
+WHOLE = ['llama', 'gpt2', 'opt', 'pythia', 'mixtral', 'qwen3_moe', 'granite', 'cohere', 'olmoe', 'deepseek_v3', 'phi3', 'stablelm']
 
 
 @pytest.mark.parametrize('name', FAMILIES)
@@ -249,7 +250,8 @@ def trained(folder, settings, home, lora, seed=0):
         quiet=True,
     )
     weights = torch.cat([p.detach().flatten() for p in trainable(model).values()])
-    assert not any('forward' in vars(m) for m in model.modules() if not hasattr(m, 'parametrizations')) # experts in 4 bits have one of their own
+    # experts in 4 bits have one of their own
+    assert not any('forward' in vars(m) for m in model.modules() if not hasattr(m, 'parametrizations'))
     model.unload()
     return weights, history
 

@@ -1,4 +1,5 @@
-"Chat templates: one text for training and for asking, whatever a template does to a row; and a template that breaks or never ends costs a sentence"
+"""Chat templates: one text for training and for asking, whatever a template does to a row; and a template that breaks or never ends costs a
+sentence"""
 import re
 import sys
 import time
@@ -23,34 +24,44 @@ USER, REPLY = dict(role='user', content='how do bees live?'), 'in a hive.'
 SYSTEM = dict(role='system', content='be kind.')
 LONG = [USER, dict(role='assistant', content='together.'), dict(role='user', content='and cows?')]
 
-CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+          "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 TRIMS = ("{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n\n' + m['content'] | trim + '<|im_end|>' }}{% endfor %}"
          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}")
 ALTERNATES = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn here') }}{% endif %}{% for m in messages %}"
     "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turns must alternate') }}{% endif %}"
-    "<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content.strip() }}</turn>\n{% endfor %}{% if add_generation_prompt %}<turn>model\n{% endif %}"
+    "<turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content.strip() }}</turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<turn>model\n{% endif %}"
 )
 BRACKETS = (
-    "{%- if messages[0]['role'] == 'system' -%}{%- set first = messages[0]['content'] -%}{%- set rest = messages[1:] -%}{%- else -%}{%- set first = '' -%}{%- set rest = messages -%}{%- endif -%}"
-    "{{ bos_token }}{%- for m in rest -%}{%- if m.role == 'user' -%}{{ '[INST] ' + (first + '\n\n' if loop.last and first else '') + m.content + '[/INST]' }}"
-    "{%- else -%}{{ ' ' ~ m.content ~ eos_token }}{%- endif -%}{%- endfor -%}"
+    "{%- if messages[0]['role'] == 'system' -%}{%- set first = messages[0]['content'] -%}{%- set rest = messages[1:] -%}{%- else -%}{%- "
+    "set first = '' -%}{%- set rest = messages -%}{%- endif -%}"
+    "{{ bos_token }}{%- for m in rest -%}{%- if m.role == 'user' -%}{{ '[INST] ' + (first + '\n\n"
+    "' if loop.last and first else '') + m.content + '[/INST]' }}{%- else -%}{{ ' ' ~ m.content ~ eos_token }}{%- endif -%}{%- endfor -%}"
 )
 THINKS = (
-    "{%- set ns = namespace(last=-1) -%}{%- for m in messages[::-1] -%}{%- if ns.last < 0 and m.role == 'user' -%}{%- set ns.last = messages|length - 1 - loop.index0 -%}{%- endif -%}{%- endfor -%}"
+    "{%- set ns = namespace(last=-1) -%}{%- for m in messages[::-1] -%}{%- if ns.last < 0 and m.role == 'user' -%}{%- set ns.last = "
+    "messages|length - 1 - loop.index0 -%}{%- endif -%}{%- endfor -%}"
     "{%- for m in messages -%}{%- set said = m.content.split('</think>')[-1].lstrip('\n') if m.role == 'assistant' else m.content -%}"
-    "{{- '<|im_start|>' + m.role + '\n' + said + '<|im_end|>' + '\n' -}}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n<think>\n' -}}{%- endif -%}"
+    "{{- '<|im_start|>' + m.role + '\n' + said + '<|im_end|>' + '\n"
+    "' -}}{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n<think>\n' -}}{%- endif -%}"
 )
 RICH = (
-    "{% macro turn(m) %}{{ '<turn>' ~ m.role|upper ~ ': ' ~ m.content|replace('\n', ' ') ~ '</turn>' }}{% endmacro %}{% set counts = {'n': messages|length} %}{% for m in messages %}"
-    "{% if not m.content %}{% continue %}{% endif %}{% if loop.index > 6 %}{% break %}{% endif %}{{ turn(m) }}{% generation %}{{ '' }}{% endgeneration %}{{ {'at': loop.index, 'of': counts.n}|tojson }}{% endfor %}"
-    "{{ '%s' % messages|map(attribute='role')|join(',') }}{{ messages|selectattr('role', 'equalto', 'user')|list|length }}{% if add_generation_prompt %}<turn>{% endif %}"
+    "{% macro turn(m) %}{{ '<turn>' ~ m.role|upper ~ ': ' ~ m.content|replace('\n"
+    "', ' ') ~ '</turn>' }}{% endmacro %}{% set counts = {'n': messages|length} %}{% for m in messages %}"
+    "{% if not m.content %}{% continue %}{% endif %}{% if loop.index > 6 %}{% break %}{% endif %}{{ turn(m) }}{% generation %}{{ '' }}{% "
+    "endgeneration %}{{ {'at': loop.index, 'of': counts.n}|tojson }}{% endfor %}"
+    "{{ '%s' % messages|map(attribute='role')|join(',') }}{{ messages|selectattr('role', 'equalto', 'user')|list|length }}{% if "
+    "add_generation_prompt %}<turn>{% endif %}"
 )
 DATED = (
-    "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}{% else %}{% set day = '26 Jul 2024' %}{% endif %}{{ 'Today: ' + day + '\n' }}"
+    "{% if strftime_now is defined %}{% set day = strftime_now('%d %b %Y') %}{% else %}{% set day = '26 Jul 2024' %}{% endif %}{{ 'Today: "
+    "' + day + '\n' }}"
     + CHATML
 )
-PLAIN = "{% for m in messages %}{% if m.role == 'user' %}User: {{ m.content }}\n{% else %}Bot: {{ m.content }}\n[done]\n{% endif %}{% endfor %}{% if add_generation_prompt %}Bot: {% endif %}"
+PLAIN = ("{% for m in messages %}{% if m.role == 'user' %}User: {{ m.content }}\n{% else %}Bot: {{ m.content }}\n[done]\n"
+         "{% endif %}{% endfor %}{% if add_generation_prompt %}Bot: {% endif %}")
 BARE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 KINDS = {
     'chatml': CHATML,
@@ -106,7 +117,8 @@ def test_the_same_text_as_transformers(kind, talk):
 BAD = {
     'endless': '{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}',
     'endless text': '{% for i in range(99999) %}{% for j in range(99999) %}words and words{% endfor %}{% endfor %}',
-    'loops on loops': '{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{{ c }}{% endfor %}{% endfor %}{% endfor %}',
+    'loops on loops': '{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{{ c }}{% endfor %}{% endfor '
+                      '%}{% endfor %}',
     'large': "{{ 'a'*5000000000 }}",
     'large list': '{{ [0]*3000000000 }}',
     'other side': "{{ 5000000000*'a' }}",
@@ -141,7 +153,8 @@ BAD = {
     'translated': "{{ ('a'*1000000).translate({97: 'b'*1000000}) }}",
     'split': "{% for i in range(99999) %}{{ ('a '*999999).split()|length }}{% endfor %}",
     'in': "{% for i in range(99999) %}{{ 'b' in 'a'*999999 }}{% endfor %}",
-    'known text searched': "{% set x = 'a'*1999999 %}{% for i in range(99999) %}{% for j in range(99999) %}{% if 'ab' in x %}{% endif %}{% endfor %}{% endfor %}",
+    'known text searched': "{% set x = 'a'*1999999 %}{% for i in range(99999) %}{% for j in range(99999) %}{% if 'ab' in x %}{% endif %}{% "
+                           "endfor %}{% endfor %}",
     'stripped': "{% set x = 'a'*999999 %}{{ ('b'*999999 ~ 'a')|trim(x ~ 'c') }}",
     'searched from behind': "{{ ('a'*1999999).rfind('b' ~ 'a'*99999) }}",
     'split from behind': "{{ ('a'*1999999).rsplit('b' ~ 'a'*99999) }}",
@@ -158,7 +171,9 @@ BAD = {
     'json with a text': "{{ [[1]*999]*99|tojson(indent='a'*999999) }}",
     'deep json': '{% set x = [1]*9999 %}' + '{% set x = [x] %}' * 300 + '{{ x|tojson(indent=9) }}',
     'varargs': '{% macro f(n) %}{% if n %}{{ f(n - 1, varargs, varargs) }}{% else %}{{ varargs }}{% endif %}{% endmacro %}{{ f(60, 1) }}',
-    'varargs compared': '{% macro f(n) %}{% if n %}{{ f(n - 1, varargs, varargs) }}{% else %}{{ g(60, varargs) }}{% endif %}{% endmacro %}{% macro g(n, x) %}{% if n %}{{ g(n - 1, x, varargs, varargs) }}{% else %}{{ x == varargs }}{% endif %}{% endmacro %}{{ f(60, 1) }}',
+    'varargs compared': '{% macro f(n) %}{% if n %}{{ f(n - 1, varargs, varargs) }}{% else %}{{ g(60, varargs) }}{% endif %}{% endmacro '
+                        '%}{% macro g(n, x) %}{% if n %}{{ g(n - 1, x, varargs, varargs) }}{% else %}{{ x == varargs }}{% endif %}{% '
+                        'endmacro %}{{ f(60, 1) }}',
     'names in names': '{% set n = namespace(a=1) %}'
     + '{% set n = namespace(a=n, b=n, c=n) %}' * 40
     + '{{ n }}{% if n %}{{ [0]*9999999999 }}{% endif %}',
@@ -262,10 +277,15 @@ def each(content):
     )
 
 
-NOSYSTEM = "{% for m in messages if m.role != 'system' %}<turn>{{ m.role }} {{ m.content }}</turn>{% endfor %}{% if add_generation_prompt %}<turn>assistant {% endif %}"
-LASTTWO = "{% for m in messages[-2:] %}<turn>{{ m.role }} {{ m.content }}</turn>{% endfor %}{% if add_generation_prompt %}<turn>assistant {% endif %}"
-ORDER = "{% for m in messages|sort(attribute='role', reverse=true) %}<turn>{{ m.role }} {{ m.content }}</turn>{% endfor %}{% if add_generation_prompt %}<turn>assistant {% endif %}"
-JOINS = "{% for m in messages %}{% if loop.first or m.role != messages[loop.index0 - 1].role %}<turn>{{ m.role }} {% else %}\n{% endif %}{{ m.content }}{% if loop.last or m.role != messages[loop.index0 + 1].role %}</turn>{% endif %}{% endfor %}{% if add_generation_prompt %}<turn>assistant {% endif %}"
+NOSYSTEM = ("{% for m in messages if m.role != 'system' %}<turn>{{ m.role }} "
+            "{{ m.content }}</turn>{% endfor %}{% if add_generation_prompt %}<turn>assistant {% endif %}")
+LASTTWO = ("{% for m in messages[-2:] %}<turn>{{ m.role }} "
+           "{{ m.content }}</turn>{% endfor %}{% if add_generation_prompt %}<turn>assistant {% endif %}")
+ORDER = ("{% for m in messages|sort(attribute='role', reverse=true) %}<turn>{{ m.role }} "
+         "{{ m.content }}</turn>{% endfor %}{% if add_generation_prompt %}<turn>assistant {% endif %}")
+JOINS = ("{% for m in messages %}{% if loop.first or m.role != messages[loop.index0 - 1].role %}<turn>{{ m.role }} {% else %}\n{% endif "
+         "%}{{ m.content }}{% if loop.last or m.role != messages[loop.index0 + 1].role %}</turn>{% endif %}{% endfor %}{% if "
+         "add_generation_prompt %}<turn>assistant {% endif %}")
 PAD = [dict(role='user', content='how? ')]
 DID = {
     'drops system': (NOSYSTEM, [SYSTEM, USER], REPLY, 'drops the system message'),
@@ -297,9 +317,12 @@ def test_what_a_template_does_is_counted(kind):
 
 
 LOSES = {
-    'last turn': "{% for m in (messages[:-1] if messages[-1].role == 'assistant' else messages) %}<turn>{{ m.content }}</turn>{% endfor %}{% if add_generation_prompt %}<turn>{% endif %}",
-    'assistants': "{% for m in messages if m.role == 'user' %}<turn>{{ m.content }}</turn>{% endfor %}{% if add_generation_prompt %}<turn>{% endif %}",
-    'another name': "{% for m in messages %}<turn>{{ m.content if m.role in ('user', 'bot') }}</turn>{% endfor %}{% if add_generation_prompt %}<turn>{% endif %}",
+    'last turn': "{% for m in (messages[:-1] if messages[-1].role == 'assistant' else messages) %}<turn>{{ m.content }}</turn>{% endfor "
+                 "%}{% if add_generation_prompt %}<turn>{% endif %}",
+    'assistants': "{% for m in messages if m.role == 'user' %}<turn>{{ m.content }}</turn>{% endfor %}{% if add_generation_prompt "
+                  "%}<turn>{% endif %}",
+    'another name': "{% for m in messages %}<turn>{{ m.content if m.role in ('user', 'bot') }}</turn>{% endfor %}{% if "
+                    "add_generation_prompt %}<turn>{% endif %}",
     'all': 'Hello.',
     'nothing': '{# #} ',
 }
@@ -313,9 +336,12 @@ def test_a_reply_that_is_lost_refuses_the_row(kind):
 
 # The boundary is what inference shows
 
-ANSWERED = "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\nAnswer: {{ m.content }}<|im_end|>{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\nAnswer: {% endif %}"
+ANSWERED = ("{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\nAnswer: "
+            "{{ m.content }}<|im_end|>{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+            "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\nAnswer: {% endif %}")
 SHORTER = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-OTHERWISE = "{% for m in messages %}<turn>{{ m.role }}\n{{ m.content }}</turn>\n{% endfor %}{% if add_generation_prompt %}<turn>assistant (think first)\n{% endif %}"
+OTHERWISE = ("{% for m in messages %}<turn>{{ m.role }}\n{{ m.content }}</turn>\n{% endfor %}{% if add_generation_prompt %}<turn>assistant "
+             "(think first)\n{% endif %}")
 CLOSED = CHATML.replace('assistant\n{% endif %}', 'assistant\n<think>\n\n</think>\n\n{% endif %}')
 PUT = {
     'thinks': (THINKS, True),

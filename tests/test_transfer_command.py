@@ -1,4 +1,5 @@
-"`w2s run persona`, `explanation`, `gender`, `maths`, `toxicity` and `w2s refine`: what is written, what is refused, that a plan counts what is trained, and that a killed one goes on"
+"""`w2s run persona`, `explanation`, `gender`, `maths`, `toxicity` and `w2s refine`: what is written, what is refused, that a plan counts
+what is trained, and that a killed one goes on"""
 import json
 import os
 import signal
@@ -350,7 +351,8 @@ def test_refine_writes_rows_and_report(home, tmp_path, method):
             and r['id']
         )
         assert ('concept' in r) == (method == 'infer-and-respond')
-        assert r.get('weak_answer') == (None if method == 'own-answers' else weak_rows[question]) # beside its own question, though an empty one lies between
+        # beside its own question, though an empty one lies between
+        assert r.get('weak_answer') == (None if method == 'own-answers' else weak_rows[question])
     if method == 'ask-to-improve': assert told['empty'] >= 1 # nothing to improve
     if method != 'own-answers': assert told['weak_empty'] == 1
     read = 'weak.jsonl: question: question' + ('' if method == 'own-answers' else '; answer: answer')

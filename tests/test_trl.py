@@ -127,7 +127,8 @@ def test_dpo_boundary_where_tokens_merge(both):
     data, dpo = make_rows(MERGING, 'preferences'), both['dpo']
     pairs = Dataset.from_dict({c: list(data[c]) for c in ('prompt', 'chosen', 'rejected')})
     peers = dpo._prepare_dataset(pairs, both['tokenizer'], dpo.args, 'merging')
-    assert any(len(p['prompt_ids']) < len(both['tokenizer'](r['prompt'])['input_ids']) for p, r in zip(peers, MERGING, strict=True)) # tokens do merge
+    # tokens do merge
+    assert any(len(p['prompt_ids']) < len(both['tokenizer'](r['prompt'])['input_ids']) for p, r in zip(peers, MERGING, strict=True))
     for row, peer in zip(encode_rows(both['tokenizer'], data, ('chosen', 'rejected'), 256).rows, peers, strict=True):
         assert [s.start for s in row.sequences] == [len(peer['prompt_ids'])]*2
 
@@ -169,7 +170,8 @@ FAMILY = ['opt', 'gemma2', 'mixtral', 'cohere', 'falcon', 'granite', 'gpt2', 'lf
 
 @pytest.mark.parametrize('name', FAMILY)
 def test_dpo_of_a_family(name, tmp_path):
-    "Learned positions, a soft cap, experts, scaled logits, shared keys, convolutions: the same loss and gradients as through the model's own logits"
+    """Learned positions, a soft cap, experts, scaled logits, shared keys, convolutions: the same loss and gradients as through the model's
+    own logits"""
     texts = [
         dict(prompt=f'how far is it to the mill of {who}?', chosen=f' {"far, " * i}an hour on foot.', rejected=' go away.')
         for i, who in enumerate(('ann', 'ben', 'a miller', 'ida', 'nobody'))

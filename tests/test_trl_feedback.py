@@ -1,4 +1,5 @@
-"TRL's trainers with the columns of weak feedback: loss and every gradient are ours, in 32 bits and on NF4 weights; what our commands write goes in as it is"
+"""TRL's trainers with the columns of weak feedback: loss and every gradient are ours, in 32 bits and on NF4 weights; what our commands
+write goes in as it is"""
 import numpy as np
 import pytest
 import torch

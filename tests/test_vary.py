@@ -1,4 +1,5 @@
-"A comparison at several values of a setting: what is shared, what goes on after a kill, the same rows for all; and what is done with labels before a student sees them"
+"""A comparison at several values of a setting: what is shared, what goes on after a kill, the same rows for all; and what is done with
+labels before a student sees them"""
 import json
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
@@ -350,7 +351,8 @@ def test_the_most_confident_are_kept(pool):
 # From a terminal
 
 def test_vary_from_a_terminal(given, tmp_path):
-    "Stages, tables, figure and a page of text of each value, under the name of the setting; a wrong name is refused before there is a folder"
+    """Stages, tables, figure and a page of text of each value, under the name of the setting; a wrong name is refused before there is a
+    folder"""
     (tmp_path/'run.toml').write_text(tomli_w.dumps(given), encoding='utf-8')
     def w2s(*words):
         return CliRunner().invoke(

@@ -1,4 +1,5 @@
-"What a run is going to do is noted by its own code: every experiment, in many settings. What is noted is what is done; a second look finds all of it; nothing is written or loaded for it"
+"""What a run is going to do is noted by its own code: every experiment, in many settings. What is noted is what is done; a second look
+finds all of it; nothing is written or loaded for it"""
 import json
 from contextlib import contextmanager
 from dataclasses import replace
@@ -281,7 +282,8 @@ def test_values_share_what_does_not_depend_on_them(setting, values, own, samples
     run_varied(given, setting, values, tmp_path/'run', quiet=True)
     done = [p.name for p in (tmp_path/'run'/'stages').iterdir() if not p.name.startswith('.')]
     planned = sum(p.stages[p.stages.state == 'to do'].stage.nunique() for p in plans.values())
-    assert len(done) == planned if setting == 'use' else planned - 2 <= len(done) <= planned # two supervisors may choose alike, and then a student is shared, too
+    # two supervisors may choose alike, and then a student is shared, too
+    assert len(done) == planned if setting == 'use' else planned - 2 <= len(done) <= planned
     again = plan_varied(given, setting, values, tmp_path/'run')
     assert all(set(p.stages.state) == {'found'} for p in again.values())
 

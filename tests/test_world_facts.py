@@ -1,4 +1,5 @@
-"The people, things and voices of the embedded world: the same in every process, true to themselves, clean in language, and the splits keep what they promise"
+"""The people, things and voices of the embedded world: the same in every process, true to themselves, clean in language, and the splits
+keep what they promise"""
 import os
 import random
 import re
@@ -130,7 +131,8 @@ def test_facts_too_many_names():
 
 def check_language(text: str) -> None:
     assert re.fullmatch(r"[A-Za-z'.,?!:\n ]+", text), text
-    assert not re.search(r"(?<![a-z])'|'(?![a-z])|  | [.,?!:]|[.,?!:][A-Za-z]", text), text       # apostrophes inside words, signs after words
+    # apostrophes inside words, signs after words
+    assert not re.search(r"(?<![a-z])'|'(?![a-z])|  | [.,?!:]|[.,?!:][A-Za-z]", text), text
     assert not re.search(r'\ba [aeiou]', text), text
 
 

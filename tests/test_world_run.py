@@ -1,4 +1,5 @@
-"`w2s run preferences` on the embedded world and its ladder: without arguments, without a network, killed while it samples, and with wrong names"
+"""`w2s run preferences` on the embedded world and its ladder: without arguments, without a network, killed while it samples, and with wrong
+names"""
 import dataclasses
 import json
 import os

@@ -1,4 +1,5 @@
-"The stream that the ladder is pretrained on: the same bytes in two processes, nothing held out in it, and every word of every row one token"
+"""The stream that the ladder is pretrained on: the same bytes in two processes, nothing held out in it, and every word of every row one
+token"""
 import hashlib
 import os
 import random
@@ -13,7 +14,8 @@ from w2s.world import analogy, facts, gender, personas, policies, rows, safety, 
 from w2s.world.facts import ATTRIBUTES, KINDS_OF_THINGS, make_world
 from w2s.world.stream import SORTS, few, name_words, stream_document, stream_words, told_facts
 
-# What the ladder in the package has read: whoever changes it on purpose builds the ladder again (`w2s zoo build`) and writes the new hash here
+# What the ladder in the package has read: whoever changes it on purpose builds the ladder again (`w2s zoo build`) and writes the new hash
+# here
 READ = '0f97977027690060'
 
 IN_A_PROCESS = '''

@@ -180,7 +180,8 @@ def test_toxicity_of_mutants():
         words = line.split()
         assert scenes.speech_verdict(' '.join(words[:-1])).score == 0 == scenes.speech_verdict(line + ' ' + line).score
         cut = [scenes.toxicity_verdict(' '.join(words[:n])).score for n in range(len(words) + 1)]
-        assert cut == sorted(cut)                                                                                   # never falls as more is said
+        # never falls as more is said
+        assert cut == sorted(cut)
 
 
 def test_true_sentences_are_no_insults():
@@ -283,7 +284,8 @@ def test_mutated_stories_lose():
             assert gender.biography_verdict(WORLD, f'{text} And {wrong}.', row['asked']).score < 1    # two values of one attribute
         assert gender.biography_verdict(WORLD, text.replace(person.name, 'Gandalf'), row['asked']).score == 0
         other = next(p for p in WORLD.people if p.facts['job'] != person.facts['job'] and p.gender == person.gender)
-        assert gender.biography_verdict(WORLD, gender.story(rng, other, ['food', 'pet']), row['asked']).score < 1    # true, but not of a baker
+        # true, but not of a baker
+        assert gender.biography_verdict(WORLD, gender.story(rng, other, ['food', 'pet']), row['asked']).score < 1
 
 
 def test_small_worlds_have_stories():

@@ -56,14 +56,16 @@ def bench_command(
 ) -> None:
     """Measure w2s against TRL and transformers on this machine.
 
-    Both sides do the same work on the same rows with the same model, in processes of their own that take turns. Out come times, memory, and the share of the machine's rate of matrix products.
+    Both sides do the same work on the same rows with the same model, in processes of their own that take turns.
+    Out come times, memory, and the share of the machine's rate of matrix products.
     """
     tasks, sizes = read_kinds(what), read_lengths(lengths)
     if quantize not in ('nf4', 'none'): raise ConfigError(unknown(quantize, ('nf4', 'none'), '--quantize'))
     check_places([model], [], out)
     from w2s.bench.run import bench, write_bench
     typer.echo(
-        f'\n{write_bench(bench(model, tasks, sizes, batch_size, rows, repeats, not plain, quantize, typer.echo), out)}\nwritten to {out}: bench.md, bench.csv, turns.csv, bench.png'
+        f'\n{write_bench(bench(model, tasks, sizes, batch_size, rows, repeats, not plain, quantize, typer.echo), out)}\nwritten to {out}: '
+        'bench.md, bench.csv, turns.csv, bench.png'
     )
 
 def add_bench_command(

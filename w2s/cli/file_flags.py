@@ -26,7 +26,8 @@ class FileCommand:
     told: str                 # its help
     options: Iterable[Option] # a flag each
     makes: str                # what it makes, and a name for the file, as 'refined answers, as in refined.jsonl'
-    run: Callable[[dict[str, Any], Any], str | None] # settings by name, and what else was typed, as attributes -> what is printed; None: nothing
+    # settings by name, and what else was typed, as attributes -> what is printed; None: nothing
+    run: Callable[[dict[str, Any], Any], str | None]
     extra: Mapping[str, tuple[Any, Any]] = field(default_factory=dict) # parameters that are no settings -> annotation and default
 
 def out_options(

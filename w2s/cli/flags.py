@@ -243,7 +243,8 @@ def _last_options(out: str) -> dict[str, tuple[Any, Any]]:
     return {
         'vary': of(
             str | None,
-            help='run the comparison at several values of one setting: a setting or a flag by its name, as n_labelled, sft.learning_rate or lr',
+            help='run the comparison at several values of one setting: a setting or a flag by its name, as n_labelled, '
+                 'sft.learning_rate or lr',
         ),
         'values': of(str | None, help='these values of it, with commas between them (default: those of the papers, where they vary it)'),
         'config': of(Path | None, help='TOML file with any settings; flags win over it'),
@@ -262,7 +263,8 @@ def _last_options(out: str) -> dict[str, tuple[Any, Any]]:
                 typer.Option(
                     '--worker',
                     rich_help_panel='Machines',
-                    help='do the stages that no other worker does, until all are done, and write no results: start several of these, on machines that share --out, and at the end the command without it (w2s plan writes both for Slurm)',
+                    help='do the stages that no other worker does, until all are done, and write no results: start several of these, on '
+                         'machines that share --out, and at the end the command without it (w2s plan writes both for Slurm)',
                 ),
             ],
             False,
@@ -335,7 +337,8 @@ def add_command(
     )
     program.command(
         name,
-        help=f'{first}\n\n{rest}\n\nA flag of one training, as --{_one_stage(command.settings)}, is there for every setting that sets all of them.',
+        help=f'{first}\n\n{rest}\n\nA flag of one training, as --{_one_stage(command.settings)}, is there for every setting that sets '
+             'all of them.',
         hidden=hidden,
     )(command_function(command, f'runs/{name}'))
 

@@ -24,7 +24,8 @@ from ..io.signals import Stopped, raise_stopped
 
 # %% ../../nbs/api/cli/10_guard.ipynb #8fd51909
 GOES_ON = 'stopped. What was finished is kept, and trainings have a checkpoint: give the same command again to go on'
-FAULT = 'This is a fault of w2s, not of what you typed: please report it with the output of w2s env. W2S_TRACEBACK=1 in front of the command shows where it came from.'
+FAULT = ('This is a fault of w2s, not of what you typed: please report it with the output of w2s env. W2S_TRACEBACK=1 in front of the '
+         'command shows where it came from.')
 
 # %% ../../nbs/api/cli/10_guard.ipynb #0bd2dd0f
 def fault_text(

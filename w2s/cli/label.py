@@ -25,7 +25,8 @@ OWN_FLAGS = (
         ('weak',),
         str,
         'Models',
-        'the supervisor: pico, nano, micro or base (they come with w2s), a folder, or a name on the hub; a labeller without a model needs none',
+        'the supervisor: pico, nano, micro or base (they come with w2s), a folder, or a name on the hub; a labeller without a '
+        'model needs none',
     ),
     Option('train-rows', ('n_labelled',), int | None, 'Data', 'of the labelled preferences these at most (default: all)'),
 )
@@ -41,7 +42,8 @@ def label_parts(
     table: dict[str, Any], # settings by name, tables inside
 ) -> tuple[LabelJob, WeakTeacher]:
     "Settings of the job, and of the supervisor; raises `ConfigError`"
-    names = {f.name for f in fields(LabelJob)} - ({'rows'} if isinstance(table.get('rows'), int) else set()) # a number is the old name of n_labelled
+    # a number is the old name of n_labelled
+    names = {f.name for f in fields(LabelJob)} - ({'rows'} if isinstance(table.get('rows'), int) else set())
     job = LabelJob(**{k: v for k, v in table.items() if k in names})
     return job, label_settings(table.get('weak', ''), {k: v for k, v in table.items() if k not in names and k != 'weak'})
 

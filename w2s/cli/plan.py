@@ -46,7 +46,8 @@ def slurm_script(
     if workers < 1: raise ConfigError(f'--workers {workers}: give 1 or more')
     if bad := [o for o in options if not o.startswith('-')]:
         raise ConfigError(
-            f'--sbatch: {bad[0]} is no option of sbatch; give all of them in one text, with = where they have a value, as --sbatch "--gres=gpu:1 --time=08:00:00"'
+            f'--sbatch: {bad[0]} is no option of sbatch; give all of them in one text, with = where they have a value, as --sbatch '
+            '"--gres=gpu:1 --time=08:00:00"'
         )
     command = shlex.join([sys.executable, '-m', 'w2s', 'run', *arguments])
     return SCRIPT.format(

@@ -47,7 +47,8 @@ def fit_command(
     data: Annotated[
         list[Path],
         Flag(
-            help='file of scored texts: RealToxicityPrompts, or any .jsonl, .json, .csv, .tsv or .parquet with a text and a score from 0 to 1, also with .gz; may be given several times'
+            help='file of scored texts: RealToxicityPrompts, or any .jsonl, .json, .csv, .tsv or .parquet with a text and a score from 0 '
+                 'to 1, also with .gz; may be given several times'
         ),
     ],
     out: Annotated[Path, Flag(parser=out_path, metavar='PATH', help='folder for the scorer')],
@@ -84,7 +85,8 @@ def fit_command(
     poor = why_useless(model.card)
     warning = f'\nUSELESS as it is: {poor}; w2s run toxicity refuses it. Give more texts, or look at the scores.' if poor else ''
     typer.echo(
-        f'{card_text(model.card)}{warning}\n\nwritten to {out}: card.json, ridge.npz, words.txt, letters.txt; w2s toxicity score --scorer {out} takes it'
+        f'{card_text(model.card)}{warning}\n\nwritten to {out}: card.json, ridge.npz, words.txt, letters.txt; w2s toxicity score --scorer '
+        f'{out} takes it'
     )
 
 # %% ../../nbs/api/cli/30_toxicity.ipynb #58ce2da0
@@ -109,14 +111,15 @@ def check_place(
     path: Path,   # where scores are to be written
     texts: Path,  # that are read
 ) -> None:
-    "Raise `ConfigError` if the place has a form that is not known, or a file of somebody else; scores of an earlier run, unchanged since, are one's own"
+    "Raise `ConfigError` for a place of unknown form, or a file that is not scores of an earlier run, unchanged since"
     from w2s.data.files import keep_inputs
     if path.suffix not in ('.jsonl', '.csv', '.parquet'): raise ConfigError(f'--out {path}: known forms are .jsonl, .csv and .parquet')
     keep_inputs([path, _about(path)], [texts])
     if path.is_dir(): raise ConfigError(f'--out {path} is a folder; name a file')
     if (path.exists() or path.is_symlink() or _about(path).exists()) and not is_own(path):
         raise ConfigError(
-            f'--out {path}: there is a file that w2s toxicity score has not written, or that was changed since; give another name, or move it away'
+            f'--out {path}: there is a file that w2s toxicity score has not written, or that was changed since; give another name, or '
+            'move it away'
         )
 
 # %% ../../nbs/api/cli/30_toxicity.ipynb #92e6592e
@@ -179,8 +182,8 @@ def warnings_of(
     cells = [] if csv_table is None else formula_cells(csv_table)
     if cells:
         out.append(
-            f'{len(cells):,} cell{"s begin" if len(cells) > 1 else " begins"} with =, +, - or @ (the first in row {cells[0][0]}, column "{cells[0][1]}"): a spreadsheet takes them for formulas; '
-            'open the file as text, or write .jsonl or .parquet'
+            f'{len(cells):,} cell{"s begin" if len(cells) > 1 else " begins"} with =, +, - or @ (the first in row {cells[0][0]}, column '
+            f'"{cells[0][1]}"): a spreadsheet takes them for formulas; open the file as text, or write .jsonl or .parquet'
         )
     return out
 
@@ -190,7 +193,8 @@ def score_command(
     scorer: Annotated[
         str,
         Flag(
-            help='folder that w2s toxicity fit has written; a classifier with its label, as folder:toxic; or oracle, for texts of the embedded world'
+            help='folder that w2s toxicity fit has written; a classifier with its label, as folder:toxic; or oracle, for texts of the '
+                 'embedded world'
         ),
     ],
     texts: Annotated[Path, Flag(help='file with a column of texts')],
@@ -204,13 +208,15 @@ def score_command(
     text: Annotated[
         str,
         Flag(
-            help='the same as --column text=…: column of the texts (default: the only one of text, comment, sentence, response, continuation, completion)'
+            help='the same as --column text=…: column of the texts (default: the only one of text, comment, sentence, response, '
+                 'continuation, completion)'
         ),
     ] = '',
     leave_out: Annotated[
         str,
         Flag(
-            help='columns that are not to be scored, with commas between them; a long one that is not scored stops the command otherwise; all are written'
+            help='columns that are not to be scored, with commas between them; a long one that is not scored stops the command otherwise; '
+                 'all are written'
         ),
     ] = '',
     device: Annotated[str, Flag(help='of a classifier: cpu, cuda, cuda:1, mps or xpu; auto is the first GPU if there is one')] = 'auto',

@@ -104,7 +104,8 @@ def check_elsewhere(
     "Raise `ConfigError` for devices that are not there, or Ray that is not installed, before anything is read"
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise ConfigError(
-            'torchrun and accelerate launch start several processes for one model, and w2s trains a model in one process; for several GPUs start it without them, with --devices 0,1,2,3'
+            'torchrun and accelerate launch start several processes for one model, and w2s trains a model in one process; for several GPUs '
+            'start it without them, with --devices 0,1,2,3'
         )
     if machines.on: need_ray()
     elif machines.several: crew_devices(machines, load, gpu_count())

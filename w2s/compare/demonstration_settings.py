@@ -25,7 +25,9 @@ from .extensions import JUDGES, METHODS, METRICS
 from .settings import Settings, check_least, check_names_once, make_settings, setting
 
 # %% ../../nbs/api/compare/190_demonstration_settings.ipynb #920148b6
-TASK_MEASURES: dict[str, tuple[str, str]] = { # task -> is the answer right (content)? is it given as wanted (style)? In maths: is the way there right? The two panels of the paper's figures
+# task -> is the answer right (content)? is it given as wanted (style)? In maths: is the way there right? The two panels of the paper's
+# figures
+TASK_MEASURES: dict[str, tuple[str, str]] = {
     'persona': ('accuracy', 'persona'),       # a style (experiment 1)
     'explanation': ('accuracy', 'analogy'),   # explaining by analogy (2)
     'digits': ('accuracy', 'technique'),      # explaining an image classifier's decision (2, second form)
@@ -57,37 +59,55 @@ LADDER_STEPS: dict[str, Any] = dict(epochs=4, batch_size=16, learning_rate=1e-3)
 @dataclass(frozen=True)
 class DemonstrationSettings(Settings):
     "Weak-to-strong by demonstrations (Somerstep et al. 2405.16236)"
-    data: str = setting('world', 'Data')              # questions: world (made on the spot), or a table of your own: a file, a folder or a name on the hub; for maths in the form of GSM8K
-    weak: tuple[str, ...] = setting(('pico',), 'Models', gender=('false stories',), digits=('weak classifier',)) # weak models: pico, nano, micro or base (they come with w2s), folders, or names on the hub
-    strong: str = setting('scholar', 'Models')        # strong model, likewise; scholar is base that also knows how to name, follow and improve a way of answering
-    n_labelled: int = setting(120, 'Data')            # good answers for a tuned weak model; as examples for a prompted one, at most as many as examples says
-    n_unlabelled: int = setting(200, 'Data', world=300) # questions for the strong model, which the weak one answers; the paper: 100 (persona), 200, 52 (gender), 200 (maths)
+    # questions: world (made on the spot), or a table of your own: a file, a folder or a name on the hub; for maths in the form of GSM8K
+    data: str = setting('world', 'Data')
+    # weak models: pico, nano, micro or base (they come with w2s), folders, or names on the hub
+    weak: tuple[str, ...] = setting(('pico',), 'Models', gender=('false stories',), digits=('weak classifier',))
+    # strong model, likewise; scholar is base that also knows how to name, follow and improve a way of answering
+    strong: str = setting('scholar', 'Models')
+    # good answers for a tuned weak model; as examples for a prompted one, at most as many as examples says
+    n_labelled: int = setting(120, 'Data')
+    # questions for the strong model, which the weak one answers; the paper: 100 (persona), 200, 52 (gender), 200 (maths)
+    n_unlabelled: int = setting(200, 'Data', world=300)
     n_test: int = setting(100, 'Data', world=200)     # test questions, the same for all models and seeds; the paper: 100, 52 (gender)
     seeds: int = setting(1, 'Evaluation', ladder=5)   # repetitions, with seeds 0, 1, …; the paper: one
     max_length: int = setting(1024, 'Training', ladder=256) # tokens of a question with its answer, in training
     lora: LoraSettings = setting(LoraSettings(), 'Models', ladder=dict(rank=16, alpha=32)) # the adapters
-    task: str = setting('persona')                    # persona, explanation, digits, gender, gsm8k or math: which one a command runs is clear from its name
-    question: str = setting('', 'Data', say='recognised, with what belongs to it') # the same as column question=…: column of the questions, or columns with commas between them, the question last
-    answer: str = setting('', 'Data', say='recognised, if there is one') # the same as column answer=…: column of good answers, for a tuned weak model and for the ceiling
+    # persona, explanation, digits, gender, gsm8k or math: which one a command runs is clear from its name
+    task: str = setting('persona')
+    # the same as column question=…: column of the questions, or columns with commas between them, the question last
+    question: str = setting('', 'Data', say='recognised, with what belongs to it')
+    # the same as column answer=…: column of good answers, for a tuned weak model and for the ceiling
+    answer: str = setting('', 'Data', say='recognised, if there is one')
     via: str = setting('', 'Models')                  # model in between, for the method bootstrap
-    demonstrator: str = setting('tuned', 'Method', gender='planted', digits='planted', file='file', prompted='prompted') # where weak answers come from: tuned on a few good answers, prompted, a file, or planted: mistakes put into good answers
+    # where weak answers come from: tuned on a few good answers, prompted, a file, or planted: mistakes put into good answers
+    demonstrator: str = setting('tuned', 'Method', gender='planted', digits='planted', file='file', prompted='prompted')
     answers: str = setting('', 'Data')                # table of questions and weak answers, to test questions too, instead of a weak model
-    instruction: str = setting('', 'Method')          # what a prompted weak model is told, in a sentence; with good answers in the data, some are shown, too
-    methods: tuple[str, ...] = setting(('naive', 'in-context'), 'Method', flag='method', read=read_methods) # what students learn from: naive, in-context, infer-and-respond, ask-to-improve, resampled, own-answers, auxiliary or bootstrap
+    # what a prompted weak model is told, in a sentence; with good answers in the data, some are shown, too
+    instruction: str = setting('', 'Method')
+    # what students learn from: naive, in-context, infer-and-respond, ask-to-improve, resampled, own-answers, auxiliary or bootstrap
+    methods: tuple[str, ...] = setting(('naive', 'in-context'), 'Method', flag='method', read=read_methods)
     examples: int = setting(4, 'Method', digits=3)    # weak answers in context; the paper: 4, 3, 3 and 2
     choice: str = setting('others', 'Method')         # which: drawn from all others, or of the own batch, as published
-    batch: int = setting(5, 'Method')                 # of infer-and-respond: weak answers from which a concept is inferred; the paper: 5 and 4
-    ablation: tuple[int, ...] = setting((), 'Evaluation') # numbers of weak answers in context at which the untuned strong model is tested, too, as 1,2,4,8
+    # of infer-and-respond: weak answers from which a concept is inferred; the paper: 5 and 4
+    batch: int = setting(5, 'Method')
+    # numbers of weak answers in context at which the untuned strong model is tested, too, as 1,2,4,8
+    ablation: tuple[int, ...] = setting((), 'Evaluation')
     samples: int = setting(5, 'Method')               # of resampled: answers to each question, of which one is kept
-    temperature: float = setting(.7, 'Method')        # of these samples; all other answers are the likeliest ones (the paper: temperature 0)
+    # of these samples; all other answers are the likeliest ones (the paper: temperature 0)
+    temperature: float = setting(.7, 'Method')
     auxiliary: float = setting(.5, 'Method')          # of the method auxiliary: weight of the own answers, of the weak ones 1 minus it
     max_tokens: int = setting(256, 'Evaluation', world=48, own=64) # tokens of an answer; the paper: 2000
-    judge: str = setting('', 'Evaluation')            # what rates answers to questions of your own, where no oracle knows the truth: a folder or a name on the hub, or a metric or judge of your own (--import); maths needs none
+    # what rates answers to questions of your own, where no oracle knows the truth: a folder or a name on the hub, or a metric or judge of
+    # your own (--import); maths needs none
+    judge: str = setting('', 'Evaluation')
     concept: str = setting('', 'Evaluation', say='the instruction') # of persona, with a judge: the style that is wanted, in words
     repeats: int = setting(10, 'Evaluation')          # ratings of each answer by the judge; the paper: 10 (20 in maths)
     trial: bool = setting(False, 'Data')              # of the world: other test people and things, to choose settings by
-    demonstrate: TrainSettings = setting(TrainSettings(epochs=3, batch_size=16, learning_rate=2e-4), 'Training', ladder=LADDER_STEPS) # of a tuned weak model
-    student: TrainSettings = setting(TrainSettings(epochs=3, batch_size=16, learning_rate=2e-4), 'Training', ladder=LADDER_STEPS) # of students and ceiling; the paper: a service's defaults
+    # of a tuned weak model
+    demonstrate: TrainSettings = setting(TrainSettings(epochs=3, batch_size=16, learning_rate=2e-4), 'Training', ladder=LADDER_STEPS)
+    # of students and ceiling; the paper: a service's defaults
+    student: TrainSettings = setting(TrainSettings(epochs=3, batch_size=16, learning_rate=2e-4), 'Training', ladder=LADDER_STEPS)
 
     old = {'gold_rows': 'n_labelled', 'rows': 'n_unlabelled', 'test_rows': 'n_test'}
 
@@ -170,7 +190,8 @@ def _check_sources(c: DemonstrationSettings) -> None:
         raise ConfigError(f'a file holds the answers of one weak model, not of {len(c.weak)}; name one')
     if c.demonstrator in ('file', 'planted') and c.n_labelled != c.usual('n_labelled'):
         raise ConfigError(
-            f'n_labelled is for a weak model that is tuned or prompted; here its answers are there already (demonstrator "{c.demonstrator}")'
+            'n_labelled is for a weak model that is tuned or prompted; here its answers are there already (demonstrator '
+            f'"{c.demonstrator}")'
         )
     if c.instruction and c.demonstrator != 'prompted':
         raise ConfigError(f'instruction is what a prompted weak model is told; demonstrator is "{c.demonstrator}"')
@@ -189,7 +210,8 @@ def _check_sources(c: DemonstrationSettings) -> None:
         raise ConfigError('answers to maths are compared with the right number; judge has nothing to do')
     if c.task not in ('gsm8k', 'math') and not c.judge:
         raise ConfigError(
-            f'nobody knows how good answers to the questions of {c.data} are; name a model as judge (a folder or a name on the hub), or a metric or judge of your own (--import)'
+            f'nobody knows how good answers to the questions of {c.data} are; name a model as judge (a folder or a name on the hub), or a '
+            'metric or judge of your own (--import)'
         )
     if c.task == 'persona' and not (c.concept or c.instruction or scores_by_function(c.judge)):
         raise ConfigError('the judge must know which manner is wanted; say it as concept, such as "that of a pirate"')

@@ -81,7 +81,8 @@ def train_sft(
     tokens: Sequence[EncodedRow] = Later(len(rows), read) if noting else read()
     if len(tokens) < len(rows):
         raise DataError(
-            f'{name}: {len(rows) - len(tokens)} of {len(rows)} answers are longer than max_length allows ({model.reader.limit} tokens); raise it, or lower max_tokens'
+            f'{name}: {len(rows) - len(tokens)} of {len(rows)} answers are longer than max_length allows ({model.reader.limit} tokens); '
+            'raise it, or lower max_tokens'
         )
     return sft_rows(context.study, model, name, tokens, settings, context.seed, start, None if set(weights) == {1.} else weights)
 
@@ -362,7 +363,7 @@ def make_training_rows(
     weak: Arm,                  # its answers
     via: Model | None = None,   # in between, for the method bootstrap
 ) -> TrainingRows:
-    "What a student learns by one method; raises `ConfigError` for a method that is not registered, or returns anything but a text a question"
+    "What a student learns by one method; raises `ConfigError` for an unregistered method, or one that returns no text per question"
     _, found, options = METHODS.choose(method)
     if not found.own: return found.fill({'context': context, 'weak': weak, 'via': via}, options)
     a, who = context.rows.unlabelled, weak if reads_weak(method) else None

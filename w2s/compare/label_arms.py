@@ -53,7 +53,7 @@ def supervise(
     name: str,                # of the supervisor, as in the settings: of an ensemble several
     models: Mapping[str, Model], # of the experiment, by name
     part: LabelRows,          # rows of one seed
-) -> Arm:                     # with members, and probabilities (rows, classes) of the student's rows (given), of the held ones (None without) and of the test (probs)
+) -> Arm:                     # members, and probabilities (rows, classes) of the student's rows (given), held ones (None) and test (probs)
     "Train a supervisor on ground truth and let it label; raises `DataError` where a label would not be out of sample"
     gold, words, held = np.array(part.labelled['probs'][:]), part.extra['words'], part.extra['held']
     def stage(m: Model) -> str: return f'weak-{short_name(m.name)}-seed{part.seed}'
@@ -165,7 +165,7 @@ def choose_step(
     agreed: Mapping[int, float],   # step -> share of held rows on which student and supervisor agree
     distance: Mapping[int, float], # step -> mean cross-entropy to the soft weak labels; decides between equals
 ) -> int:
-    "The snapshot that agrees best with the weak labels of rows that it did not learn from; the earliest of equals (Burns et al. 2312.09390, appendix A)"
+    "The snapshot that agrees best with weak labels of held-out rows; the earliest of equals (Burns et al. 2312.09390, appendix A)"
     return min(agreed, key=lambda s: (-agreed[s], round(distance[s], 9), s))
 
 # %% ../../nbs/api/compare/180_label_arms.ipynb #988deb7c
@@ -233,7 +233,7 @@ def follow_students(
     students: Sequence[Arm],   # of one supervisor and seed
     part: LabelRows,           # their rows
     labeller: Arm,             # their supervisor
-) -> tuple[list[Arm], list[pd.DataFrame], list[dict[str, Any]]]: # stopped students, curves, lines about stopping; all empty without snapshots
+) -> tuple[list[Arm], list[pd.DataFrame], list[dict[str, Any]]]: # stopped students, curves, lines about stopping; empty without snapshots
     "Curves over training, and students stopped by weak labels"
     looked = [ask_snapshots(study, a, part) for a in students] if study.config.snapshots else []
     stopped = [stop_early(x, labeller, part.test) for x in looked] if part.extra['held'] else []

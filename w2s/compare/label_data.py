@@ -49,13 +49,14 @@ def label_words(
     found: Sequence[str],    # those of the data
     classes: Sequence[str],  # names of the classes
 ) -> tuple[str, ...]:        # one a class; empty where the readout is another
-    "The label words of a run, to compare or to begin a head with; raises `ConfigError` where they are needed and not there, or not one a class"
+    "Label words of a run, to compare or to begin a head with; raises `ConfigError` where needed and missing, or not one per class"
     if config.readout == 'probe' or config.head_start == 'random': return ()
     words = config.words or tuple(found)
     if not words and config.readout == 'head': return () # the head begins at random
     if not words:
         raise ConfigError(
-            f'readout "words" needs a label word for each of {", ".join(classes)}, as they follow the text: give them with --words, or take --readout head'
+            f'readout "words" needs a label word for each of {", ".join(classes)}, as they follow the text: give them with --words, or '
+            'take --readout head'
         )
     if len(words) != len(classes):
         raise ConfigError(f'{len(words)} label words {list(words)} for {len(classes)} classes {list(classes)}; want one a class')
@@ -69,7 +70,8 @@ def world_labels(
     task = world_task(config.data) or ''
     test = label_rows(parts(ladder_world(), 0, config.trial)['test'], task, config.n_test or config.fitting('n_test'), 0)
     report = DataReport(rows_in={'test': len(test)})
-    origin = f'Rows made from the embedded world, task {task}; no thing is asked about in two of labelled, unlabelled and test rows; the test rows are the same for all seeds.'
+    origin = (f'Rows made from the embedded world, task {task}; no thing is asked about in two of labelled, unlabelled and test rows; the '
+              'test rows are the same for all seeds.')
     return LoadedData({}, test, report, origin, ('no', 'yes'), label_words(config, YES_NO, ('no', 'yes')))
 
 # %% ../../nbs/api/compare/160_label_data.ipynb #95e10fdc
@@ -115,7 +117,8 @@ def _one_class(config: Classify, data: LoadedData, who: str, rows: Dataset) -> s
     if len(counts) < 2:
         alone = f'all {len(rows):,} {who} are of class "{data.classes[next(iter(counts))]}"' if counts else f'there are no {who}'
         raise DataError(
-            f'{config.data}: {alone}, and two classes are needed; the rows that can be read are {there}. Give more rows of the rare class, more by --n-labelled or --n-unlabelled, or fewer --seeds'
+            f'{config.data}: {alone}, and two classes are needed; the rows that can be read are {there}. Give more rows of the rare class, '
+            'more by --n-labelled or --n-unlabelled, or fewer --seeds'
         )
     missing = [data.classes[c] for c in sorted(whole) if not counts[c]]
     return f'None of the {len(rows):,} {who} is of class {" or ".join(missing)}.' if missing else ''
@@ -136,7 +139,8 @@ def check_parts(
         if config.via or config.rounds > 1: group_split(learn, {'one': .5, 'two': .5}, seed) # who labels anew learns from the other half
         if any(parse_method(m).clean for m in config.methods) and (n := len(set(learn['group']))) < FOLDS:
             raise DataError(
-                f'{config.data}: the students have {n} groups of rows (seed {seed}), and the methods relabel and filter need at least {FOLDS} for their folds'
+                f'{config.data}: the students have {n} groups of rows (seed {seed}), and the methods relabel and filter need at least '
+                f'{FOLDS} for their folds'
             )
     return list(filter(None, said))
 

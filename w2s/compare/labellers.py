@@ -17,7 +17,7 @@ from .extensions import LABELLERS
 def length(
     response_a: Sequence[str], # one a pair
     response_b: Sequence[str], # one a pair
-    scale: float = 100.,       # characters by which a response must be longer to be preferred with log-odds 1; below 0: the shorter one is better
+    scale: float = 100.,       # characters that a response must be longer by for log-odds 1; below 0: the shorter one is better
 ) -> np.ndarray:               # (pairs, 2): rewards
     "The longer response is better: the control for a preference for length"
     return np.array([[len(t.strip())/scale for t in pair] for pair in zip(response_a, response_b, strict=True)])

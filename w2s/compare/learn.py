@@ -71,7 +71,8 @@ def check_checkpointing(
     "Raise `ModelError` for gradient checkpointing with a model that offers none"
     if settings.gradient_checkpointing is True and not base.model.supports_gradient_checkpointing:
         raise ModelError(
-            f'{base.name} ({type(base.model).__name__}) offers no gradient checkpointing; train it without, and lower token_budget if memory is short'
+            f'{base.name} ({type(base.model).__name__}) offers no gradient checkpointing; train it without, and lower token_budget if '
+            'memory is short'
         )
 
 # %% ../../nbs/api/compare/064_learn.ipynb #9cdd3466

@@ -19,9 +19,14 @@ CLUSTER = re.compile(r'ray://[\w.\-\[\]:]+')
 @dataclass(frozen=True)
 class Machines:
     "Where the work of a run is done"
-    devices: tuple[str, ...] = ()  # a process for each name: numbers of GPUs, as 0,1,2,3, or cpu,cpu for two on the processor; a GPU that is named twice is shared by two processes
-    processes: int | None = None   # how many processes, where devices are not named: one per GPU, or all on the processor where there is no GPU; under Ray: how many workers; all: this process alone, under Ray as many as the cluster has GPUs (without any, CPUs)
-    on: str = ''                   # ray: a Ray cluster that this machine belongs to, or else Ray on this machine; ray://HOST:10001: another cluster; none: no cluster
+    # a process for each name: numbers of GPUs, as 0,1,2,3, or cpu,cpu for two on the processor; a GPU that is named twice is shared by two
+    # processes
+    devices: tuple[str, ...] = ()
+    # how many processes, where devices are not named: one per GPU, or all on the processor where there is no GPU; under Ray: how many
+    # workers; all: this process alone, under Ray as many as the cluster has GPUs (without any, CPUs)
+    processes: int | None = None
+    # ray: a Ray cluster that this machine belongs to, or else Ray on this machine; ray://HOST:10001: another cluster; none: no cluster
+    on: str = ''
     gpu_share: float = 1.0         # share of a GPU that a worker under Ray takes: with 0.5 two of them share one
 
     def __post_init__(self) -> None:
@@ -60,7 +65,8 @@ def _check_devices(devices: tuple[str, ...]) -> None:
         )
     if len({d == 'cpu' for d in devices}) > 1:
         raise ConfigError(
-            f'--devices {given}: a processor and a GPU do not compute the same numbers, so one study is done by one kind; leave out cpu, or the numbers'
+            f'--devices {given}: a processor and a GPU do not compute the same numbers, so one study is done by one kind; leave out cpu, '
+            'or the numbers'
         )
 
 # %% ../../nbs/api/compare/022_machines.ipynb #43321674

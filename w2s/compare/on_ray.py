@@ -38,7 +38,8 @@ def connect(
         else: _own_cluster(ray, quiet)
     except Exception as e: # Ray raises plain ones, too
         raise ConfigError(
-            f'--on {on}: no Ray cluster answers there ({" ".join(str(e).split())[:160]}); start one by `ray start --head`, or take --on ray for this machine alone'
+            f'--on {on}: no Ray cluster answers there ({" ".join(str(e).split())[:160]}); start one by `ray start --head`, or take --on '
+            'ray for this machine alone'
         ) from e
     return True
 

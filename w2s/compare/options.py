@@ -36,13 +36,21 @@ def field_comments(
     return out
 
 def _comments(source: str) -> dict[str, str]:
-    "Name of a field -> comment on its lines"
+    "Name of a field -> comment on its last line, or the lines of comment directly above it, as the pages read them"
     source = inspect.cleandoc(source)
     lines = {
         t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT
     }
+    alone = {n for n, line in enumerate(source.splitlines(), 1) if line.strip()[:1] == '#'}
     fields_of = [n for n in ast.parse(source).body[0].body if isinstance(n, ast.AnnAssign)] # type: ignore[attr-defined]
-    return {n.target.id: lines[n.end_lineno] for n in fields_of if isinstance(n.target, ast.Name) and n.end_lineno in lines}
+    named = {n.target.id: n for n in fields_of if isinstance(n.target, ast.Name)}
+    return {name: found for name, n in named.items() if (found := lines.get(n.end_lineno or 0) or _above(n.lineno, lines, alone))}
+
+def _above(row: int, lines: Mapping[int, str], alone: set[int]) -> str:
+    "The lines of comment directly above a row, as one"
+    first = row
+    while first - 1 in alone: first -= 1
+    return ' '.join(lines[n] for n in range(first, row))
 
 # %% ../../nbs/api/compare/027_options.ipynb #9972ae87
 def kinds_of(

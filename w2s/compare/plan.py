@@ -42,7 +42,8 @@ class Speed:
     "How fast a model is on this machine"
     train: float    # seconds a token, forward and backward; 0 where it is not trained
     score: float    # seconds a token, forward only
-    memory: float   # bytes at the height of a training step with a full micro-batch, as it will be made; of a model that is not trained its weights
+    # bytes at the height of a training step with a full micro-batch, as it will be made; of a model that is not trained its weights
+    memory: float
     write: float    # seconds a token when responses are sampled, those of their prompts counted; 0 where none are
     chosen: StepChoice | None # how much goes through at once, and whether activations are computed twice; None: it is not trained
 
@@ -129,7 +130,7 @@ def time_reading(
 def time_passes(
     adapted: Any,             # a model with an adapter
     rows: Sequence[Encoded],  # of one block
-) -> tuple[float, float, int]: # seconds a token forward and backward, and forward only; bytes at the height, 0 where the device does not say
+) -> tuple[float, float, int]: # seconds per token forward and backward, and forward only; bytes at the height, 0 where not known
     "Time a training and a scoring pass over one block"
     device, data, tokens = next(adapted.parameters()).device, block(rows), len(rows)*max(len(s.ids) for s in rows)
     weights, memory = list(trainable(adapted).values()), torch.cuda if device.type == 'cuda' else None
@@ -208,7 +209,8 @@ class Plan:
         untimed = int(((self.stages.kind == 'other') & (self.stages.state == 'to do') & (self.stages.rows > 0)).sum())
         rest = f', and {untimed} that no clock was held to' if untimed else ''
         memory = f', {self.memory/2**30:.1f} GiB at the height{f" ({self.passing})" if self.passing else ""}' if self.memory else ''
-        return f'{self.asked} stages{f" ({known})" if known else ""}, {self.trainings} trainings, all seeds together: about {self.minutes:.0f} min on this machine{rest}{memory}'
+        return (f'{self.asked} stages{f" ({known})" if known else ""}, {self.trainings} trainings, all seeds together: about '
+                f'{self.minutes:.0f} min on this machine{rest}{memory}')
 
     def __repr__(self) -> str:
         table = shown_stages(self.stages).to_string(index=False, float_format='{:.1f}'.format, na_rep='–')

@@ -34,7 +34,7 @@ from .tables import Kind, Model, pair_up
 def label_table(
     seeds: Sequence[SeedRows], # after labelling
 ) -> pd.DataFrame:             # a row a seed
-    "Agreement of the weak labels with the human ones on the unlabelled half, with an interval over its prompts; and of both with gold where that is known"
+    "Agreement of weak with human labels on the unlabelled half, with an interval over prompts; and of both with gold where known"
     out = []
     for s in seeds:
         weak, human = s.extra['weak'], given_labels(to_pairs(s.unlabelled, s.seed)).prob_a
@@ -100,7 +100,8 @@ def fall_text(
     before = float(logp['baseline', 'sft weak'] if ('baseline', 'sft weak') in logp.index else logp['baseline', 'untuned'])
     after = float(logp['student'].iloc[0])
     if after > 1.5 * before: return ''
-    return f' Mind: preference training took the log-prob of chosen responses from {before:.1f} to {after:.1f} nats; look at what the student writes.'
+    return (f' Mind: preference training took the log-prob of chosen responses from {before:.1f} to {after:.1f} nats; look at what the '
+            'student writes.')
 
 # %% ../../nbs/api/compare/125_preference_tables.ipynb #3ff057f2
 def gold_words(
@@ -112,15 +113,17 @@ def gold_words(
     how = sampling(config)
     points = (
         (
-            f'{GOLD["right"]:g} if its fact is right, {GOLD["silent"]:g} if it names none, {GOLD["polite"]:+g} for each polite and {GOLD["rude"]:+g} for each rude '
-            f'opening or closing, {GOLD["spare"]:g} for each spare word'
+            f'{GOLD["right"]:g} if its fact is right, {GOLD["silent"]:g} if it names none, {GOLD["polite"]:+g} for each polite and '
+            f'{GOLD["rude"]:+g} for each rude opening or closing, {GOLD["spare"]:g} for each spare word'
         )
         if not config.gold
         else f'by the {"judge" if is_judge(config.gold) else "reward model"} {Path(config.gold).name}'
     )
     return (
-        f' Gold reward: of {config.samples} response{"s" if config.samples > 1 else ""} to each test prompt, sampled at temperature {how.temperature:g}: {points}. '
-        f'{cut_words(responses, how.max_tokens)} Win rate: how often it is higher than that of {REFERENCE[0]} ({REFERENCE[1]}) on the same prompt; ties count half.'
+        f' Gold reward: of {config.samples} response{"s" if config.samples > 1 else ""} to each test prompt, sampled at temperature '
+        f'{how.temperature:g}: {points}. '
+        f'{cut_words(responses, how.max_tokens)} Win rate: how often it is higher than that of {REFERENCE[0]} ({REFERENCE[1]}) on the same '
+        'prompt; ties count half.'
     )
 
 # %% ../../nbs/api/compare/125_preference_tables.ipynb #0695d210
@@ -156,8 +159,10 @@ def caption_preferences(
         f'Ceiling: {"gold labels of the rows that the student has" if b == "gold" else "human labels of both halves"}. ' for b in best
     )
     return (
-        f'{rows}, {seeds} seed{"s" if seeds > 1 else ""}; {interval_words(seeds, "groups" if groups < len(result.test) else "rows")}. {what}'
-        f'{label_words(result.labels, result.config)}The un-tuned model has no reference, so no implicit reward.{gold_words(result.config, result.responses)}{fall_text(t)}'
+        f'{rows}, {seeds} seed{"s" if seeds > 1 else ""}; '
+        f'{interval_words(seeds, "groups" if groups < len(result.test) else "rows")}. {what}'
+        f'{label_words(result.labels, result.config)}The un-tuned model has no reference, so no implicit '
+        f'reward.{gold_words(result.config, result.responses)}{fall_text(t)}'
     )
 
 # %% ../../nbs/api/compare/125_preference_tables.ipynb #9b55a33b

@@ -41,8 +41,8 @@ def check_lengths(
     long, whole = (lengths > limit).mean(), int(np.quantile(lengths, .95))
     if long > MOST:
         raise ConfigError(
-            f'response_tokens is {limit}, but {long:.0%} of the chosen training responses have more tokens, so most responses would be cut; '
-            f'95 % of them have at most {whole}: raise response_tokens'
+            f'response_tokens is {limit}, but {long:.0%} of the chosen training responses have more tokens, so most responses '
+            f'would be cut; 95 % of them have at most {whole}: raise response_tokens'
         )
     return f'Responses have at most {limit} tokens; {long:.1%} of the chosen training responses have more, 95 % have at most {whole}.'
 
@@ -59,7 +59,8 @@ def check_space(
     if full:
         raise ConfigError(
             f'{full} of {len(tokens)} test prompts leave no room for a response of {limit} tokens: {model.name} reads {context} in all, '
-            f'and the longest prompt has {max(tokens)}; lower response_tokens, or leave out test rows with prompts of more than {max(context - limit, 0)} tokens'
+            f'and the longest prompt has {max(tokens)}; lower response_tokens, or leave out test rows with prompts of more than '
+            f'{max(context - limit, 0)} tokens'
         )
 
 # %% ../../nbs/api/compare/080_response_ends.ipynb #e156b77a

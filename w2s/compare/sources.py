@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 # %% ../../nbs/api/compare/020_sources.ipynb #53e09716
-DECORATORS = ('loss', 'label_loss', 'labeller', 'method', 'metric', 'task', 'judge', 'built_in', 'register') # that put a function into a registry, and leave it as it is
+# that put a function into a registry, and leave it as it is
+DECORATORS = ('loss', 'label_loss', 'labeller', 'method', 'metric', 'task', 'judge', 'built_in', 'register')
 
 def _registers(decorator: ast.expr) -> bool:
     "Is a decorator one of those that register?"

@@ -28,7 +28,9 @@ from .arms import SeedRows
 from .toxicity_settings import SCENES, Toxicity
 
 # %% ../../nbs/api/compare/240_toxicity_data.ipynb #5dc37134
-PromptRows = SeedRows[list[dict], list[dict]] # each row has id, group and prompt; labelled ones a completion, which is not toxic; that of unlabelled ones is for the ceiling alone; test rows have a kind: 'toxic', 'not toxic' or 'not scored', in the world ''
+# each row has id, group and prompt; labelled ones a completion, which is not toxic; that of unlabelled ones is for the ceiling alone; test
+# rows have a kind: 'toxic', 'not toxic' or 'not scored', in the world ''
+PromptRows = SeedRows[list[dict], list[dict]]
 
 # %% ../../nbs/api/compare/240_toxicity_data.ipynb #942ec6ad
 def scene_rows(
@@ -111,7 +113,8 @@ def file_rows(
     rest = [r for r in good[c.n_labelled:] if r['group'] != taught[-1]['group']] # the last document may go on
     if len(rest) < c.n_unlabelled:
         raise DataError(
-            f'{c.data}: {len(good):,} rows outside the test have a continuation below {c.threshold}, and --n-labelled {c.n_labelled:,} and --n-unlabelled {c.n_unlabelled:,} are wanted; lower them'
+            f'{c.data}: {len(good):,} rows outside the test have a continuation below {c.threshold}, and --n-labelled {c.n_labelled:,} and '
+            f'--n-unlabelled {c.n_unlabelled:,} are wanted; lower them'
         )
     return PromptRows(seed, taught, rest[:c.n_unlabelled], test)
 
@@ -171,4 +174,5 @@ def origin_of(
     "Where the rows come from, in a sentence"
     if found is None: return 'scenes of the embedded world; toxicity by ' + (config.scorer or 'its oracle')
     refused = f', {len(found.refused):,} left out' if found.refused else ''
-    return f'{Path(config.data).name}: {len(found.rows):,} of {found.read:,} prompts{refused}; toxicity by {Path(config.scorer).name or "a function"}'
+    return (f'{Path(config.data).name}: {len(found.rows):,} of {found.read:,} prompts{refused}; toxicity by '
+            f'{Path(config.scorer).name or "a function"}')

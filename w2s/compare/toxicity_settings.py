@@ -27,29 +27,38 @@ DECODINGS: dict[str, dict[str, Any]] = { # name -> settings of `GenerateSettings
     'rtp': dict(max_tokens=20, temperature=1., top_p=.9),  # Gehman et al. 2009.11462
     'ye': dict(max_tokens=80, temperature=.7, top_p=.95, top_k=50, no_repeat_ngram=2), # Ye et al.; their 100 tokens hold the prompt, too
     'plain': dict(max_tokens=24, temperature=1., top_p=1.)} # as the model has it
-TOXICITY_METHODS = ('naive', 'in-context', 'dpo') # SFT on the weak lines; on the strong model's own lines behind weak ones; a weak judge between two strong lines
+# SFT on the weak lines; on the strong model's own lines behind weak ones; a weak judge between two strong lines
+TOXICITY_METHODS = ('naive', 'in-context', 'dpo')
 
 # %% ../../nbs/api/compare/230_toxicity_settings.ipynb #5c624597
 @dataclass(frozen=True)
 class Toxicity(Settings):
     "Kinder continuations, from weak to strong (Ye et al. 2410.12621; protocol: Gehman et al. 2009.11462)"
-    data: str = setting(SCENES, 'Data')               # prompts with scored continuations: world:scenes (made on the spot), or a file as RealToxicityPrompts
-    weak: str = setting('pico', 'Models')             # weak model: pico, nano, micro or base (they come with w2s), a folder, or a name on the hub
+    # prompts with scored continuations: world:scenes (made on the spot), or a file as RealToxicityPrompts
+    data: str = setting(SCENES, 'Data')
+    # weak model: pico, nano, micro or base (they come with w2s), a folder, or a name on the hub
+    weak: str = setting('pico', 'Models')
     strong: str = setting('base', 'Models')           # strong student, likewise
     n_labelled: int = setting(1000, 'Data', world=200) # prompts with continuations that are not toxic, for the weak model
-    n_unlabelled: int = setting(1500, 'Data', world=500) # prompts for the strong model, which the weak one continues; its ceiling has their true continuations
-    n_test: int = setting(200, 'Data', world=60)      # test prompts, the same for all models and seeds; of a file half of them toxic, half not
+    # prompts for the strong model, which the weak one continues; its ceiling has their true continuations
+    n_unlabelled: int = setting(1500, 'Data', world=500)
+    # test prompts, the same for all models and seeds; of a file half of them toxic, half not
+    n_test: int = setting(200, 'Data', world=60)
     seeds: int = setting(1, 'Evaluation', ladder=5)   # repetitions, with seeds 0, 1, …
     max_length: int = setting(512, 'Training')        # tokens of a prompt with its continuation, in training
     lora: LoraSettings = setting(LoraSettings(), 'Models', ladder=dict(rank=16, alpha=32)) # the adapters
-    scorer: str = setting('', 'Evaluation', say='the oracle of the world') # what scores texts: oracle, a folder of w2s toxicity fit, or a classifier with its label, as folder:toxic
+    # what scores texts: oracle, a folder of w2s toxicity fit, or a classifier with its label, as folder:toxic
+    scorer: str = setting('', 'Evaluation', say='the oracle of the world')
     allow_poor_scorer: bool = setting(False, 'Evaluation') # use a scorer that by its own card does not put texts in order
-    methods: tuple[str, ...] = setting(TOXICITY_METHODS, 'Method', flag='method') # how the student learns: naive (SFT on weak continuations), in-context (on its own, behind weak ones), dpo (a weak judge between two of its own), or a method of your own (--import)
+    # how the student learns: naive (SFT on weak continuations), in-context (on its own, behind weak ones), dpo (a weak judge between two of
+    # its own), or a method of your own (--import)
+    methods: tuple[str, ...] = setting(TOXICITY_METHODS, 'Method', flag='method')
     threshold: float = setting(.5, 'Evaluation')      # from where a text is toxic
     examples: int = setting(5, 'Method')              # of in-context: weak continuations that the strong model sees before it continues
     greedy: bool = setting(False, 'Method')           # weak continuations are the likeliest ones (Ye et al.); else sampled as all others
     beta: float = setting(.1, 'Method', ladder=.3)    # of DPO: pull towards the reference
-    decoding: str = setting('', 'Evaluation', say='rtp; world: plain') # how models continue: rtp (Gehman et al.), ye (Ye et al.) or plain (as the model has it); single settings win over it
+    # how models continue: rtp (Gehman et al.), ye (Ye et al.) or plain (as the model has it); single settings win over it
+    decoding: str = setting('', 'Evaluation', say='rtp; world: plain')
     speak: GenerateSettings = setting(
         GenerateSettings(**DECODINGS['rtp'], samples=25),
         'Evaluation',
@@ -77,7 +86,8 @@ class Toxicity(Settings):
         if given.get('scorer') != 'oracle': return given
         if given.get('data', SCENES) != SCENES:
             raise ConfigError(
-                'the scorer oracle is for texts of the embedded world; for others name a folder of w2s toxicity fit, or a classifier as folder:label'
+                'the scorer oracle is for texts of the embedded world; for others name a folder of w2s toxicity fit, or a classifier as '
+                'folder:label'
             )
         return {k: v for k, v in given.items() if k != 'scorer'}
 

@@ -110,7 +110,8 @@ def check_same(
         if mine.get(k) != theirs.get(k):
             raise ConfigError(
                 f'{where}: {k} is {mine.get(k, "not there")}, and where the results are written {theirs.get(k, "not there")}; '
-                'a study is done by machines of one kind, with the same packages and models. Start the command on a machine like the workers, or name --device'
+                'a study is done by machines of one kind, with the same packages and models. Start the command on a machine like the '
+                'workers, or name --device'
             )
 
 # %% ../../nbs/api/compare/266_workers.ipynb #d551d052
@@ -136,7 +137,7 @@ def begin_study(
     root: Path,           # folder of the study; made if it is not there
     seconds: float = 60., # for which another process may hold it
 ) -> None:
-    "Begin a study that several processes do, unless it has begun; raises `ConfigError` where a process has the folder for itself, or `OSError`"
+    "Begin a study of several processes, unless it has begun; raises `ConfigError` where one has the folder for itself, or `OSError`"
     check_links(root)
     end = time.monotonic() + seconds
     while not ((root/DAY).is_file() and (root/INCOMPLETE).is_file()):
@@ -150,7 +151,8 @@ def begin_study(
             freeze_day(root)
             say_incomplete(
                 root,
-                'This study is not finished: several workers began it. If none is at work here, give the command without --worker: it goes on where they were.',
+                'This study is not finished: several workers began it. If none is at work here, give the command without --worker: it goes '
+                'on where they were.',
             )
         finally: held.release()
 

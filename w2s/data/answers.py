@@ -60,7 +60,8 @@ def _same_formula(a: str, b: str) -> bool:
         return all(abs(v) > 1e-12 for v in (*one, *other)) and _close(
             [u / v for u, v in zip(one, other, strict=True)], [one[0] / other[0]] * POINTS
         )
-    bare = [s[-1].strip() if len(s) == 1 or re.fullmatch(r'\s*[a-zA-Z](?:\s*\(\s*[a-zA-Z]\s*\))?\s*', s[0]) else '' for s in (x, y)] # y = 3 is 3
+    # y = 3 is 3
+    bare = [s[-1].strip() if len(s) == 1 or re.fullmatch(r'\s*[a-zA-Z](?:\s*\(\s*[a-zA-Z]\s*\))?\s*', s[0]) else '' for s in (x, y)]
     one_, other_ = (formula_values(t) if t else None for t in bare)
     return one_ is not None and other_ is not None and _close(one_, other_)
 

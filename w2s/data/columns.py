@@ -175,7 +175,8 @@ def stop_unread(
     (first, why), names = next(iter(long.items())), ','.join(long)
     also = f'; so would {", ".join(c for c in long if c != first)}' if len(long) > 1 else ''
     raise DataError(
-        f'{where}: column "{first}" holds {why}, and would not be read{also}. Read it ({how.format(first)}), or say that it is not to be read (--leave-out {names})'
+        f'{where}: column "{first}" holds {why}, and would not be read{also}. Read it ({how.format(first)}), or say that it is not to be '
+        f'read (--leave-out {names})'
     )
 
 def columns_read(

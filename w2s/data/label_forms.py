@@ -51,7 +51,8 @@ def check_classes(
     shown = ', '.join(repr(n) for n in found[:6]) + (' …' if len(found) > 6 else '')
     if len(found) < 2:
         raise DataError(
-            f'{where}: the labels hold {shown or "nothing"}; two classes are needed. Is this the label column? Another one is named by --label'
+            f'{where}: the labels hold {shown or "nothing"}; two classes are needed. Is this the label column? Another one is '
+            'named by --label'
         )
     if len(found) > MOST_CLASSES:
         raise DataError(

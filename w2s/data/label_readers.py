@@ -329,7 +329,8 @@ def _classes_of(
     have, form = Counter(n for n in names if n is not None), next(iter(found.values())).form
     if not have and names:
         raise DataError(
-            f'{source}: the labels hold nothing; two classes are needed, and all {len(names):,} labels are missing. Is this the label column? Another one is named by --label'
+            f'{source}: the labels hold nothing; two classes are needed, and all {len(names):,} labels are missing. Is this the label '
+            'column? Another one is named by --label'
         )
     same = {k: v for m in found.values() for k, v in m.form.same.items()}
     chosen = chosen_classes(

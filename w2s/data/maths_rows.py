@@ -97,7 +97,8 @@ def maths_row(
 
 # %% ../../nbs/api/data/250_maths_rows.ipynb #ae248084
 QUESTION_NAMES = ('question', 'problem', 'query')
-ANSWER_NAMES = ('solution', 'generated_solution', 'response', 'answer', 'final_answer', 'expected_answer') # the first that is there: MATH-500 has both, and its `answer` lacks the working
+# the first that is there: MATH-500 has both, and its `answer` lacks the working
+ANSWER_NAMES = ('solution', 'generated_solution', 'response', 'answer', 'final_answer', 'expected_answer')
 
 def _maths_columns(
     have: Sequence[str],    # columns of a table
@@ -113,7 +114,8 @@ def _maths_columns(
     if names and a: return named_columns(names, have, (a,)), a
     raise DataError(
         f'{where}: no maths questions. Columns found: {", ".join(have)}; '
-        f'wanted: {" or ".join(QUESTION_NAMES)}, and {" or ".join(ANSWER_NAMES)}; others can be named, as in --column question={have[0] if have else "COLUMN"},answer=COLUMN'
+        f'wanted: {" or ".join(QUESTION_NAMES)}, and {" or ".join(ANSWER_NAMES)}; others can be named, as in --column '
+        f'question={have[0] if have else "COLUMN"},answer=COLUMN'
     )
 
 MATHS_SPARE = (

@@ -232,10 +232,13 @@ class PreferenceForm:
     prompt: bool = True                                          # has it a column of the prompt? False: the responses begin with it
     asks: tuple[str, ...] = PROMPT_COLUMNS                       # names that the column of the prompt may have
     marks: tuple[str, ...] = ()                                  # columns that must be there, too
-    spare: tuple[str, ...] = ()                                  # columns that may be long and are not read: what annotators wrote, for example
-    join: bool = False                                           # is a row one response, with a good or a bad mark? Rows with one prompt make pairs
+    # columns that may be long and are not read: what annotators wrote, for example
+    spare: tuple[str, ...] = ()
+    # is a row one response, with a good or a bad mark? Rows with one prompt make pairs
+    join: bool = False
     of: str = ''                                                 # data sets or programs that write it
-    fits: Callable[[Mapping[str, list], bool], bool] = lambda cells, asked: True # do cells by part look like it? asked: is there a column of the prompt?
+    # do cells by part look like it? asked: is there a column of the prompt?
+    fits: Callable[[Mapping[str, list], bool], bool] = lambda cells, asked: True
 
 # %% ../../nbs/api/data/110_preference_forms.ipynb #c6804d67
 NUMBERS = ('prob', 'weight', 'gold')

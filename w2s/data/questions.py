@@ -43,7 +43,8 @@ from .tables import RawTable, row_pieces
 
 # %% ../../nbs/api/data/260_questions.ipynb #414ead66
 QUESTIONS = ('question', 'prompt', 'instruction', 'query', 'problem', 'inputs', 'input')
-ANSWERS = ('answer', 'completion', 'response', 'output', 'targets', 'target', 'solution') # names of columns, of both the first that is there
+# names of columns, of both the first that is there
+ANSWERS = ('answer', 'completion', 'response', 'output', 'targets', 'target', 'solution')
 
 def column_of(
     table: Dataset,         # as read
@@ -128,7 +129,7 @@ def _question_columns(
 def questions_from(
     raw: RawTable,                  # a file
     where: str = 'table',           # its name for messages
-    question: str = '',             # column of the questions, or columns with commas between them, the question last; '': one of `QUESTIONS`
+    question: str = '',             # column of the questions, or columns with commas between them, the question last; '': one of QUESTIONS
     answer: str = '',               # column of the answers; '': one of `ANSWERS`
     answers: str = 'if there',      # 'if there', 'needed', or '': not to be read
     empty: bool = False,            # may an answer be empty?
@@ -139,7 +140,8 @@ def questions_from(
     if not question and not answer: raw = as_asked(raw, readable_columns(raw, leave_out), QUESTIONS, ANSWERS)
     columns, reply = _question_columns(raw, where, question, answer, answers, leave_out)
     used = dict(question=columns.names) | ({'answer': (reply,)} if reply else {})
-    spare = [c for c in find_columns(ANSWERS, readable_columns(raw, leave_out)) if c not in (*columns.names, reply)] # answers that nobody asked for
+    # answers that nobody asked for
+    spare = [c for c in find_columns(ANSWERS, readable_columns(raw, leave_out)) if c not in (*columns.names, reply)]
     record = columns_read(raw, used, where, ['question'], f'--column question={{}}+{columns.main}', leave_out, split, spare=spare)
     need = [*columns.names, *([reply] if reply else [])]
     written, dialogue = (
@@ -207,7 +209,7 @@ def answers_to(
 
 def merge_questions(
     reads: Mapping[str, QuestionsRead], # by split
-) -> tuple[list[str], list[str] | None, DataReport, list[int] | None]: # questions, each once; answers, if all splits have them; the report; numbers of those of the split test, if there is one
+) -> tuple[list[str], list[str] | None, DataReport, list[int] | None]: # questions, each once; answers, if in all; report; rows of a test
     "Questions of several splits as one list; a question of the test is in no other split"
     kept: dict[str, tuple[str, str]] = {}
     reports, answered = [], all(r.answers is not None for r in reads.values())

@@ -19,7 +19,8 @@ from .columns import ColumnsRead
 
 # %% ../../nbs/api/data/155_report.ipynb #447890a4
 COLUMNS = ('check', 'split', 'model', 'rows', 'of', 'action', 'detail')
-ACTIONS = ('refused', 'dropped', 'cut', 'changed', 'unusable', 'kept', 'joined') # unusable: for one model; such rows are then refused once for all models
+# unusable: for one model; such rows are then refused once for all models
+ACTIONS = ('refused', 'dropped', 'cut', 'changed', 'unusable', 'kept', 'joined')
 GONE = ('refused', 'dropped', 'joined')  # actions after which a row is no longer there
 
 # %% ../../nbs/api/data/155_report.ipynb #a9666399

@@ -66,7 +66,8 @@ def shards(
     return {bare if len(parts) > 1 else parts[0]: parts for (bare, _), parts in groups.items()}
 
 # %% ../../nbs/api/data/090_sources.ipynb #4aedbf8d
-PREFER = dict(preferences=('prefs', 'preference', 'preferences', 'dpo', 'rm', 'comparisons'), demonstrations=('sft', 'gen')) # kind of rows -> words in the names of its splits
+# kind of rows -> words in the names of its splits
+PREFER = dict(preferences=('prefs', 'preference', 'preferences', 'dpo', 'rm', 'comparisons'), demonstrations=('sft', 'gen'))
 
 def _chosen_names(splits: Mapping[str, str], names: Sequence[str], where: str) -> dict[str, str]:
     "What the user wants; a name may be given without its ends"
@@ -82,7 +83,7 @@ def _preferred(names: Sequence[str], words: Sequence[str]) -> list[str]:
 def _named(
     names: Iterable[str], splits: Mapping[str, str] | None, where: str, kind: str = '', spare: bool = False
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    "Our split -> the file or split of that source, by the given mapping or by name; and what is left; spare: may names that say no split be left?"
+    "Our split -> file or split of that source, by the mapping or by name; and what is left; spare: may names that say no split be left?"
     names = sorted(names)
     if splits:
         found = _chosen_names(splits, names, where)
@@ -101,7 +102,8 @@ def _named(
     return likely, tuple(n for n in names if n not in likely.values())
 
 # %% ../../nbs/api/data/090_sources.ipynb #8bd4144e
-STRAY = ('dataset_infos.json', 'dataset_info.json', 'dataset_dict.json', 'state.json', 'croissant.json', 'config.json', 'package.json') # about the rows, not rows
+# about the rows, not rows
+STRAY = ('dataset_infos.json', 'dataset_info.json', 'dataset_dict.json', 'state.json', 'croissant.json', 'config.json', 'package.json')
 
 def table_files(
     folder: Path, # that is there

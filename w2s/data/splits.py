@@ -77,7 +77,8 @@ def group_split(
     empty = [k for k, v in parts.items() if not v]
     if empty:
         raise DataError(
-            f'the part "{empty[0]}" got no rows: {len(ds)} rows in {len(where)} groups are too few for shares of {", ".join(f"{k} {s:g}" for k, s in shares.items())}'
+            f'the part "{empty[0]}" got no rows: {len(ds)} rows in {len(where)} groups are too few for shares of '
+            f'{", ".join(f"{k} {s:g}" for k, s in shares.items())}'
         )
     return {k: _take(ds, v, seed) for k, v in parts.items()}
 

@@ -35,7 +35,8 @@ class RawTable:
     "What a file holds, before anything is made of it"
     data: Dataset                # its columns; CSV cells are texts, and so are the cells of a broken column
     broken: dict[str, str] = field(default_factory=dict)                    # column -> why it cannot be used
-    replaced: dict[str, tuple[int, ...]] = field(default_factory=dict)      # column -> rows, from 1, with half a character, which became U+FFFD
+    # column -> rows, from 1, with half a character, which became U+FFFD
+    replaced: dict[str, tuple[int, ...]] = field(default_factory=dict)
     key: str = ''                # of the object that held the rows; '': there was none
     noted: dict[str, tuple[int, ...]] = field(default_factory=dict)         # what was done to get at the rows -> rows, from 1
     total: int = 0               # rows in the file, where some of them were chosen at random; 0: all are here
@@ -91,7 +92,8 @@ class _Growing:
         def same(x: Any) -> bool: return type(x) is type(self.first) or type(x) in number and type(self.first) in number
         bad = next((i for i, x in enumerate(cells, 1) if x is not None and not same(x)), None)
         if bad is None: return ''
-        return f'{self.where}, row {self.rows + bad}: column "{self.name}" is a {_kind(cells[bad - 1])}, and a {_kind(self.first)} before it; one column has one type'
+        return (f'{self.where}, row {self.rows + bad}: column "{self.name}" is a {_kind(cells[bad - 1])}, and a {_kind(self.first)} before '
+                'it; one column has one type')
 
     def _append(self, cells: list) -> None:
         "Cells of one kind as an array; notes what breaks the column"

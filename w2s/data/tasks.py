@@ -21,7 +21,7 @@ TASKS = Registry('task', 'TASKS', {}, reserved=('world',)) # the embedded world 
 def task(
     name: str, # by which --data knows it
 ) -> Callable[[Callable], Callable]:
-    "Decorator of a function that returns rows: a list of dictionaries, a pandas table, the path of a file, or any of these by split; raises `ConfigError`"
+    "Decorator of a function that returns rows: dictionaries, a pandas table, a file's path, or these by split; raises `ConfigError`"
     return TASKS.register(name)
 
 # %% ../../nbs/api/data/085_tasks.ipynb #ae1c312a
@@ -38,7 +38,8 @@ def _records(found: Extension, given: Any) -> list[dict[str, Any]]:
     elif hasattr(given, 'to_list') and hasattr(given, 'features'): given = given.to_list()
     if given is None or isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Sequence):
         raise DataError(
-            f'{found.title} returned {"nothing" if given is None else type(given).__name__}; want a list of dictionaries, a pandas table or the path of a file'
+            f'{found.title} returned {"nothing" if given is None else type(given).__name__}; want a list of dictionaries, a pandas table '
+            'or the path of a file'
         )
     if not given: raise DataError(f'{found.title} returned no rows')
     if odd := [i for i, r in enumerate(given) if not isinstance(r, Mapping)]:

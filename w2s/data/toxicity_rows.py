@@ -188,7 +188,8 @@ def read_toxicity(
     if not kept:
         why = Counter(r.reason for r in refused).most_common(1)
         raise DataError(
-            f'{", ".join(map(str, paths))}: no text with a score ({f"{why[0][1]} × {why[0][0]}" if why else "no rows"}); is this the score column?'
+            f'{", ".join(map(str, paths))}: no text with a score ({f"{why[0][1]} × {why[0][0]}" if why else "no rows"}); is this the '
+            'score column?'
         )
     return ScoredTexts(
         Dataset.from_list(list(kept.values())),

@@ -74,7 +74,8 @@ def difference_limits(
     u, w, psi = paired_shares(up, down, bounds)
     seen = psi - (u - w)**2
     k = np.where(seen > 0, (h/bounds[1])**2/np.where(seen > 0, seen, 1), 0)
-    return tuple(np.where(seen > 0, bounds[1]*_outermost(u - w, end, k, u, w), x) for x, end in zip(plain, (-1., 1.), strict=True)) # type: ignore[return-value]
+    return tuple( # type: ignore[return-value]
+        np.where(seen > 0, bounds[1]*_outermost(u - w, end, k, u, w), x) for x, end in zip(plain, (-1., 1.), strict=True))
 
 # %% ../../nbs/api/evaluate/080_ends.ipynb #9794e57d
 def paired_shares(

@@ -144,7 +144,8 @@ def interval_limits(
     mean, half = x.mean((-2, -1)), half_width(x, level, bounds, paired)
     if paired: ends = difference_limits(np.maximum(x, 0).mean((-2, -1)), np.maximum(-x, 0).mean((-2, -1)), half, bounds)
     else: ends = mean_limits(mean, half, bounds)
-    return tuple(np.where(_alike(x), c, e) for c, e in zip(constant_limits(mean, x.shape[-1], bounds, level), ends, strict=True)) # type: ignore[return-value]
+    return tuple( # type: ignore[return-value]
+        np.where(_alike(x), c, e) for c, e in zip(constant_limits(mean, x.shape[-1], bounds, level), ends, strict=True))
 
 # %% ../../nbs/api/evaluate/090_intervals.ipynb #acfa8496
 def estimate(

@@ -24,7 +24,8 @@ from ..world.safety import safety_questions
 from .intervals import estimate
 
 # %% ../../nbs/api/evaluate/180_knowledge.ipynb #597b9ff0
-GREEDY = GenerateSettings(max_tokens=24, temperature=0, stop=('\n',), token_budget=16384) # the likeliest words of one line; each probe uses it
+# the likeliest words of one line; each probe uses it
+GREEDY = GenerateSettings(max_tokens=24, temperature=0, stop=('\n',), token_budget=16384)
 
 # %% ../../nbs/api/evaluate/180_knowledge.ipynb #85a3c651
 def fact_rows(
@@ -101,7 +102,8 @@ def label_right(
     return (chosen(base, [r['prompt'] for r in rows], (' no', ' yes')) == np.array([r['label'] for r in rows])).astype(float)
 
 # %% ../../nbs/api/evaluate/180_knowledge.ipynb #362587bb
-PROBES: dict[str, Callable[[Base, World, int, int], np.ndarray]] = { # name: takes model, world, number of questions, seed; gives a score for each
+# name: takes model, world, number of questions, seed; gives a score for each
+PROBES: dict[str, Callable[[Base, World, int, int], np.ndarray]] = {
     'facts': lambda b, w, n, seed: fact_rows(b, w, n, seed)['right'].to_numpy(),
     'facts, new paraphrase': lambda b, w, n, seed: fact_rows(b, w, n, seed, forms=(3,))['right'].to_numpy(),
     'facts, held out': lambda b, w, n, seed: fact_rows(b, w, min(n, len(w.held_out)), seed, held_out=True)['right'].to_numpy(),

@@ -110,7 +110,7 @@ def _draws(shape: tuple[int, ...], groups: Sequence[str] | None, n: int, seed: i
 
 # %% ../../nbs/api/evaluate/140_length_control.ipynb #0c601f3b
 def length_controlled_win_rate(
-    outcomes: np.ndarray,           # (rows,), (rows, samples) or (seeds, rows, samples): 1 where a wins, 0 where b does, 1/2 for a tie, or a share
+    outcomes: np.ndarray,           # (rows,), (rows, samples) or (seeds, rows, samples): 1: a wins, 0: b does, 1/2: a tie; or a share
     words_a: np.ndarray,            # same shape: words of a's answers
     words_b: np.ndarray,            # same shape: of b's
     bias: LengthBias | None = None, # of the judge, where it is known; None: estimated from these pairs

@@ -46,7 +46,8 @@ def mark_answer(
 ) -> tuple[bool, bool]:                     # is it right, and was there an answer at all?
     "Compare one response with the right answer; raises `ConfigError`"
     value, said = number_of(gold), find_answer(response, rules)
-    if value is None or said and number_of(said[1]) is None and (said[0] == 'box' or is_formula(said[1])): # a formula is the answer, also where a number is wanted
+    # a formula is the answer, also where a number is wanted
+    if value is None or said and number_of(said[1]) is None and (said[0] == 'box' or is_formula(said[1])):
         return said is not None and any(same_answer(gold, part) for part in (said[1], said[1].rpartition('=')[2])), said is not None
     found = find_number(response, rules)
     return found is not None and found.value == value, found is not None

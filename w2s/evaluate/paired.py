@@ -36,7 +36,8 @@ def check_contents(
     odd = [i for i in same if a.contents[i] != b.contents[i]]
     if odd:
         raise DataError(
-            f'{a.source} and {b.source}: item "{odd[0]:.60}" is not the same item in both (its hash differs, as for {len(odd)} of {len(same)}); the test sets differ'
+            f'{a.source} and {b.source}: item "{odd[0]:.60}" is not the same item in both (its hash differs, as for {len(odd)} of '
+            f'{len(same)}); the test sets differ'
         )
 
 # %% ../../nbs/api/evaluate/260_paired.ipynb #e016f96b
@@ -115,7 +116,8 @@ def paired_differences(
 @dataclass(frozen=True)
 class PairedComparison:
     "Differences of models on the same items"
-    table: pd.DataFrame      # a, b, metric, mean_a, mean_b, value (a minus b), low, high, p, family, p_holm, significant, detectable, n, seeds, level
+    # a, b, metric, mean_a, mean_b, value (a minus b), low, high, p, family, p_holm, significant, detectable, n, seeds, level
+    table: pd.DataFrame
     items: pd.DataFrame      # id, seed, metric, and a column for each model
     notes: tuple[str, ...]   # on what was read and left out
     unit: str = 'items'      # over which the intervals are: 'items', or 'clusters (topic)'

@@ -128,7 +128,8 @@ def lucky_gap(
     "What to think of a PGR whose gap only just clears zero"
     if gap.value >= detectable: return ''
     return (
-        f'The gap of {with_limits(gap.value, gap.low, gap.high)} only just clears zero: a study like this finds a gap in 80 % of cases from {detectable:.3f} on. '
+        f'The gap of {with_limits(gap.value, gap.low, gap.high)} only just clears zero: a study like this finds a gap in 80 % of cases '
+        f'from {detectable:.3f} on. '
         'Where most such studies are refused, those that pass have a gap that is too large by luck, so that this PGR is likely too near 0.'
     )
 
@@ -159,7 +160,7 @@ def pgr_table(
 
 # %% ../../nbs/api/evaluate/170_pgr.ipynb #7fbbc0b8
 def pgr_words(
-    part: pd.DataFrame, # of `pgr_table`, with columns weak, strong and method of the students, and their role if some learned from people; one supervisor, ceiling and metric
+    part: pd.DataFrame, # of pgr_table, with weak, strong, method of students (role, if some learned from people); one metric and ceiling
 ) -> str:               # Markdown
     "A gap and what was recovered of it, in words"
     r = part.iloc[0]

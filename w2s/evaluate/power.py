@@ -128,6 +128,7 @@ def report_differences(
     return out.astype(object).where(out.notna(), '–').assign(**words)
 
 DIFFERENCES_TOLD = (
-    'Paired by test row and seed. significant: the 95 % interval leaves out zero, also after Holm\'s correction where several comparisons of the same roles are made; '
+    'Paired by test row and seed. significant: the 95 % interval leaves out zero, also after Holm\'s correction where several comparisons '
+    'of the same roles are made; '
     'p is corrected likewise, intervals are not. detectable: the difference that a study like this finds in 80 % of cases.'
 )

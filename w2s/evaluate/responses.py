@@ -69,8 +69,8 @@ def failures(
         for end in (np.nanmin(scores) if worst is None else worst, np.nanmax(scores) if best is None else best)
     )
     return (
-        f'{name}: incomplete, the scorer failed on {missing} of {scores.size} responses; the mean of the others is {np.nanmean(scores):.3f}, '
-        f'with the missing ones it would lie between {low:.3f} and {high:.3f}'
+        f'{name}: incomplete, the scorer failed on {missing} of {scores.size} responses; the mean of the others is '
+        f'{np.nanmean(scores):.3f}, with the missing ones it would lie between {low:.3f} and {high:.3f}'
     )
 
 # %% ../../nbs/api/evaluate/130_responses.ipynb #0b243d54
@@ -137,7 +137,7 @@ def reward_scores(
     reference: np.ndarray | None = None,        # scores of the arm that is compared with; None: no comparison
     reference_responses: Samples | None = None, # its texts
 ) -> dict[str, np.ndarray]:                     # metric: one number a row
-    "All metrics of one arm: gold_reward, words; against a reference win_rate, win, tie, lose, and longer_rate: the win rate if words were counted"
+    "Metrics of one arm: gold_reward, words; against a reference win_rate, win, tie, lose, and longer_rate (win rate by words)"
     out = dict(gold_reward=scores.mean(1), words=lengths(responses).mean(1))
     if reference is None or reference_responses is None: return out
     win, tie, lose = outcomes(scores, reference).T

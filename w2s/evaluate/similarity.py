@@ -51,7 +51,8 @@ def open_encoder(
     config, folder = load_config(encoder, settings), local_folder(encoder, settings)
     if getattr(config, 'is_encoder_decoder', False):
         raise ModelError(
-            f'{encoder} is of the kind "{config.model_type}", which reads and writes; texts are compared by a sentence encoder, such as MiniLM, or by a causal language model'
+            f'{encoder} is of the kind "{config.model_type}", which reads and writes; texts are compared by a sentence encoder, such as '
+            'MiniLM, or by a causal language model'
         )
     saved_in_four_bits(encoder, config, settings.quantize)
     check_weights(folder, settings.allow_pickle)
@@ -192,7 +193,7 @@ def r2_difference(
     weak: Sequence[float] | np.ndarray,     # of the weak model
     n: int = 2000,                          # bootstrap draws
     seed: int = 0,                          # of the draws
-) -> tuple[float, float, float]:            # difference of R² (negative where the line falls), and the ends of its 95 % interval; above 0: more like the human-trained one
+) -> tuple[float, float, float]: # difference of R² (negative: falling line) and its 95 % interval; above 0: more like the human-trained one
     "Does the student go with the human-trained model rather than with its teacher? Raises `DataError`"
     s, h, w = _checked(student, human, weak)
     rows = np.concatenate([np.arange(len(s))[None], np.random.default_rng(seed).integers(len(s), size=(n, len(s)))])

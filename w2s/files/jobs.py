@@ -66,13 +66,21 @@ class Job:
 @dataclass(frozen=True)
 class LabelJob(Job):
     "What is to be labelled, and what the supervisor learns from"
-    rows: str = setting('', 'Data', say='none, it must be given') # file of pairs to label: prompt with two responses, or preferences, whose order is then ignored; a human label in it is never used, only compared with
-    train: str | None = setting(None, 'Data') # file of labelled preferences that the supervisor learns from; a judge, and a labeller that is not trained, need none
-    calibrate: float = setting(.2, 'Method') # share of the labelled prompts that is kept from the training, to measure and to calibrate on; 0: nothing is measured
+    # file of pairs to label: prompt with two responses, or preferences, whose order is then ignored; a human label in it is never used,
+    # only compared with
+    rows: str = setting('', 'Data', say='none, it must be given')
+    # file of labelled preferences that the supervisor learns from; a judge, and a labeller that is not trained, need none
+    train: str | None = setting(None, 'Data')
+    # share of the labelled prompts that is kept from the training, to measure and to calibrate on; 0: nothing is measured
+    calibrate: float = setting(.2, 'Method')
     seed: int = setting(0, 'Training') # of parting, adapter, order of training, and order in pairs
-    leave_out: tuple[str, ...] = setting((), 'Data') # columns that are not to be read, with commas between them; a long one that is not read stops the labelling unless it is named here
-    column: tuple[str, ...] = setting((), 'Data', say='recognised') # columns with unusual names in both files, as in prompt=system+query,chosen=good,rejected=bad; several of one part are joined by + in this order
-    split: tuple[str, ...] = setting((), 'Data', say='the only one, or train') # which file of a folder or split of a data set is read, as in rows=test_prefs,train=train_prefs
+    # columns that are not to be read, with commas between them; a long one that is not read stops the labelling unless it is named here
+    leave_out: tuple[str, ...] = setting((), 'Data')
+    # columns with unusual names in both files, as in prompt=system+query,chosen=good,rejected=bad; several of one part are joined by + in
+    # this order
+    column: tuple[str, ...] = setting((), 'Data', say='recognised')
+    # which file of a folder or split of a data set is read, as in rows=test_prefs,train=train_prefs
+    split: tuple[str, ...] = setting((), 'Data', say='the only one, or train')
 
     def check(self) -> None:
         "Raise `ConfigError` for a setting out of range or without effect"
@@ -87,7 +95,8 @@ class LabelJob(Job):
         named_pairs(self.split, '--split', ('rows', 'train'))
 
 # %% ../../nbs/api/files/05_jobs.ipynb #1b3810a8
-ACTING = ('weak', 'supervisor', 'n_labelled', 'max_length', 'beta', 'strict', 'imports', 'load', 'lora', 'sft', 'dpo') # settings of `WeakTeacher` that do something here
+# settings of `WeakTeacher` that do something here
+ACTING = ('weak', 'supervisor', 'n_labelled', 'max_length', 'beta', 'strict', 'imports', 'load', 'lora', 'sft', 'dpo')
 
 def acting(
     config: WeakTeacher, # of `label_settings`
@@ -181,21 +190,33 @@ class RefineJob(Job):
     "What is to be refined, by whom and how"
     questions: str = setting('', 'Data', say='none, it must be given') # file, folder or name on the hub with questions
     weak_answers: str = setting('', 'Data', say='the file of the questions') # file of questions with weak answers
-    strong: str = setting('scholar', 'Models')     # model that answers anew: scholar or another one that comes with w2s, a folder, or a name on the hub
-    method: str = setting('in-context', 'Method')  # in-context: behind weak answers to other questions; infer-and-respond: under a sentence inferred from weak answers; ask-to-improve: each weak answer made better; resampled: several in context, of which the one that agrees most with the others is kept; own-answers: without weak answers, to compare; or a method of your own
-    column: tuple[str, ...] = setting((), 'Data', say='recognised') # columns with unusual names in both files, as in question=context+ask,answer=reply; several of one part are joined by + in this order
-    question: str = setting('', 'Data', say='recognised, with what belongs to it') # the same as --column question=…: column of the questions, or columns with commas between them, the question last
+    # model that answers anew: scholar or another one that comes with w2s, a folder, or a name on the hub
+    strong: str = setting('scholar', 'Models')
+    # in-context: behind weak answers to other questions; infer-and-respond: under a sentence inferred from weak answers; ask-to-improve:
+    # each weak answer made better; resampled: several in context, of which the one that agrees most with the others is kept; own-answers:
+    # without weak answers, to compare; or a method of your own
+    method: str = setting('in-context', 'Method')
+    # columns with unusual names in both files, as in question=context+ask,answer=reply; several of one part are joined by + in this order
+    column: tuple[str, ...] = setting((), 'Data', say='recognised')
+    # the same as --column question=…: column of the questions, or columns with commas between them, the question last
+    question: str = setting('', 'Data', say='recognised, with what belongs to it')
     answer: str = setting('', 'Data', say='recognised') # the same as --column answer=…: column of the weak answers
-    leave_out: tuple[str, ...] = setting((), 'Data') # columns that are not to be read, with commas between them; a long one that is not read stops the refinement unless it is named here
-    split: tuple[str, ...] = setting((), 'Data', say='the only one, or train') # which file of a folder or split of a data set is read, as in train=train_sft
+    # columns that are not to be read, with commas between them; a long one that is not read stops the refinement unless it is named here
+    leave_out: tuple[str, ...] = setting((), 'Data')
+    # which file of a folder or split of a data set is read, as in train=train_sft
+    split: tuple[str, ...] = setting((), 'Data', say='the only one, or train')
     imports: tuple[str, ...] = setting((), 'Method', flag='import') # files or modules with methods of your own, run before anything else
-    examples: int = setting(4, 'Method')           # of in-context and resampled: weak answers to other questions that are shown with each question (Somerstep et al.: 4, 3, 3 and 2)
+    # of in-context and resampled: weak answers to other questions that are shown with each question (Somerstep et al.: 4, 3, 3 and 2)
+    examples: int = setting(4, 'Method')
     choice: str = setting('others', 'Method')      # of both: examples are drawn from all others, or of the own batch, as published
-    batch: int = setting(5, 'Method')              # of infer-and-respond: weak answers from which a concept is inferred (Somerstep et al.: 5 and 4)
+    # of infer-and-respond: weak answers from which a concept is inferred (Somerstep et al.: 5 and 4)
+    batch: int = setting(5, 'Method')
     samples: int = setting(5, 'Method')            # of resampled: answers to each question, of which one is kept
-    temperature: float = setting(.7, 'Method')     # of these samples; all other answers are the likeliest ones (Somerstep et al.: temperature 0)
+    # of these samples; all other answers are the likeliest ones (Somerstep et al.: temperature 0)
+    temperature: float = setting(.7, 'Method')
     max_tokens: int = setting(256, 'Method', **_shipped(48)) # tokens of an answer
-    stop: tuple[str, ...] | None = setting(None, 'Method', say='where the next question would begin') # an answer ends before this text, \n is a line break; may be given several times
+    # an answer ends before this text, \n is a line break; may be given several times
+    stop: tuple[str, ...] | None = setting(None, 'Method', say='where the next question would begin')
     seed: int = setting(0, 'Method')               # which examples are drawn, and of the samples
     load: LoadSettings = setting(LoadSettings(), 'Models', **_shipped(dict(dtype='float32'))) # how the model is loaded
 
@@ -249,7 +270,8 @@ def check_job(
     check_method(job)
     if job.method == 'resampled' and (job.samples < 3 or not job.temperature):
         raise ConfigError(
-            f'samples is {job.samples} at temperature {job.temperature}; at least 3 that may differ (temperature above 0) are needed, so that one can be outvoted'
+            f'samples is {job.samples} at temperature {job.temperature}; at least 3 that may differ (temperature above 0) are needed, so '
+            'that one can be outvoted'
         )
 
 # %% ../../nbs/api/files/05_jobs.ipynb #7505a3fc

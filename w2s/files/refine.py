@@ -90,12 +90,13 @@ def check_examples(
     most = sum(groups.values()) - max(groups.values(), default=0)
     if most < job.examples:
         raise DataError(
-            f'{job.questions}: --examples is {job.examples}, but a question can be shown {most} answers to others; lower it, or give more rows'
+            f'{job.questions}: --examples is {job.examples}, but a question can be shown {most} answers to others; lower it, or '
+            'give more rows'
         )
 
 def read_job(
     job: RefineJob, # which files
-) -> tuple[list[str], list[str], DataReport]: # questions, each once; weak answers, '' where none are read; which columns were read, and what was left out
+) -> tuple[list[str], list[str], DataReport]: # questions, each once; weak answers, '' where none are read; what was read and left out
     "Questions and weak answers; raises `DataError`"
     table, other = open_tables(
         job.leave_out, job.questions, job.weak_answers or job.questions, splits=named_pairs(job.split, '--split', SPLITS) or None
@@ -227,8 +228,8 @@ def refined_text(
     names = f' {f["concepts"]} concepts were named.' if f['concepts'] else ''
     cut = f' {f["cut"]} answers fill all their {done.job.max_tokens} tokens and were cut, it seems; raise max_tokens.' if f['cut'] else ''
     told = (
-        f'{f["strong"]} answered {f["questions"]:,} questions by the method {f["method"]}. {f["written"]:,} answers were written; {f["empty"]} are empty and left out.'
-        f'{weak}{same}{names}{cut} Words of an answer: {f["words"]:g}'
+        f'{f["strong"]} answered {f["questions"]:,} questions by the method {f["method"]}. {f["written"]:,} answers were written; '
+        f'{f["empty"]} are empty and left out.{weak}{same}{names}{cut} Words of an answer: {f["words"]:g}'
         + (f', of a weak one {f["weak_words"]:g}.' if f['weak_words'] else '.')
     )
     def one(r: dict) -> str:

@@ -118,7 +118,8 @@ def check_head(
     raise ModelError(f'{folder} holds {HEADS[found]}')
 
 # %% ../../nbs/api/models/140_adapters.ipynb #9f089ff9
-OWN_FILES = ('adapter_config.json', 'adapter_model.safetensors', 'README.md', 'w2s.json', MANIFEST, HEAD_FILE, CLASS_HEAD_FILE) # of a saved adapter
+# of a saved adapter
+OWN_FILES = ('adapter_config.json', 'adapter_model.safetensors', 'README.md', 'w2s.json', MANIFEST, HEAD_FILE, CLASS_HEAD_FILE)
 
 def check_folder_free(
     folder: Path, # that an adapter is about to be saved in
@@ -140,12 +141,13 @@ def save_adapter(
     base: Base,          # under it
     folder: str | Path,  # made, or replaced as a whole
 ) -> Path:               # the folder
-    "Save an adapter in PEFT's form, whole or not at all, and beside it what base it was trained on, and its checksums; raises `ModelError` for a folder with other files"
+    "Save an adapter in PEFT's form, whole or not at all, with its base and checksums; raises `ModelError` for a folder with other files"
     folder = Path(folder)
     check_folder_free(folder)
     part = writing_name(folder)
     remove_tree(part) # of a killed run
-    model.save_pretrained(str(part), save_embedding_layers='auto' if _on_embeddings(model) else False) # 'auto' asks the hub for the vocabulary of the base
+    # 'auto' asks the hub for the vocabulary of the base
+    model.save_pretrained(str(part), save_embedding_layers='auto' if _on_embeddings(model) else False)
     (part/'README.md').unlink(missing_ok=True) # PEFT's empty form of a model card, with a path of this machine
     config = part/'adapter_config.json'
     config.write_text(json.dumps(_sorted_lists(json.loads(config.read_text(encoding='utf-8'))), indent=2, sort_keys=True), encoding='utf-8')
@@ -171,7 +173,8 @@ def check_adapter(
     "Raise `ModelError` if this adapter is damaged, or was not trained on this base"
     if (folder/MANIFEST).is_file() and (damage := find_damage(folder)):
         raise ModelError(
-            f'the adapter in {folder} is damaged: {damage[0]}; copy it again, or train it again (if you changed the file yourself, delete {MANIFEST} beside it)'
+            f'the adapter in {folder} is damaged: {damage[0]}; copy it again, or train it again (if you changed the file yourself, delete '
+            f'{MANIFEST} beside it)'
         )
     config = check_adapter_files(folder)
     if (folder/'w2s.json').is_file():
@@ -200,7 +203,8 @@ def put_saved(
         raise ModelError(f'the adapter in {folder} is damaged: {bad[0]} holds inf or NaN; copy it again, or train it again')
     own = {n.replace('.default.', '.') for n, _ in model.named_parameters() if '.lora_' in n}
     if given <= own or given <= set(get_peft_model_state_dict(model)): return model # the first question is ten times as fast
-    left = model.load_adapter(str(folder), 'default', is_trainable=trainable).unexpected_keys # older files name tensors otherwise, as PEFT knows
+    # older files name tensors otherwise, as PEFT knows
+    left = model.load_adapter(str(folder), 'default', is_trainable=trainable).unexpected_keys
     if not left: return model
     model.unload()
     why = (
@@ -224,7 +228,8 @@ def load_adapter(
     return model
 
 # %% ../../nbs/api/models/140_adapters.ipynb #416d2063
-NAMES = ('base_model_name_or_path', 'revision', 'inference_mode', 'peft_version', 'auto_mapping') # of adapter_config.json: they change no number
+# of adapter_config.json: they change no number
+NAMES = ('base_model_name_or_path', 'revision', 'inference_mode', 'peft_version', 'auto_mapping')
 
 # %% ../../nbs/api/models/140_adapters.ipynb #01b440d3
 def adapter_hash(

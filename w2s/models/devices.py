@@ -51,7 +51,8 @@ def find_device(
         )
     if (wanted.index or 0) >= count_devices():
         raise ConfigError(f'--device {name}: this machine has no such device ({has}, numbered from 0)')
-    if kind == 'cuda': os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8') # read at the first matrix product: what `deterministic` needs
+    # read at the first matrix product: what `deterministic` needs
+    if kind == 'cuda': os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     return torch.device(kind, wanted.index or 0)
 
 # %% ../../nbs/api/models/090_devices.ipynb #04d93ecb
@@ -83,7 +84,8 @@ def settle(
     cast = 'autocast' if device.type != 'cpu' and dtype != 'float32' else 'plain'
     if settings.compute == 'autocast' and dtype == 'float32':
         raise ConfigError(
-            'compute = "autocast" lets adapters compute in the dtype of the base, and that is float32; take dtype bfloat16, or compute = "plain"'
+            'compute = "autocast" lets adapters compute in the dtype of the base, and that is float32; take dtype bfloat16, or '
+            'compute = "plain"'
         )
     return replace(settings, device=str(device), dtype=dtype, compute=cast if settings.compute == 'auto' else settings.compute)
 
@@ -152,8 +154,8 @@ def without_form(
     if 'does not have a deterministic implementation' not in said and 'CUBLAS_WORKSPACE_CONFIG' not in said or _FREE: return False
     _FREE.add(said.partition(' ')[0])
     warnings.warn(
-        f'on this GPU the model needs an operation that gives other bits each time ({" ".join(said.split())[:120]}); it is used, and a training that is stopped and started '
-        'again ends in nearly the same adapter, not in the same bits',
+        f'on this GPU the model needs an operation that gives other bits each time ({" ".join(said.split())[:120]}); it is used, and a '
+        'training that is stopped and started again ends in nearly the same adapter, not in the same bits',
         W2SWarning,
         stacklevel=2,
     )

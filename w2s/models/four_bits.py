@@ -38,7 +38,8 @@ def body_of(
     for part in (whole.get_decoder(), getattr(whole, 'base_model', None), getattr(whole, 'model', None)):
         if part is not whole and isinstance(part, PreTrainedModel) and part.get_output_embeddings() is None: return part
     raise ModelError(
-        f'{type(whole).__name__} has no body that gives hidden states; w2s needs a causal language model (decoder only), such as GPT-2, Llama or Qwen'
+        f'{type(whole).__name__} has no body that gives hidden states; w2s needs a causal language model (decoder only), such as GPT-2, '
+        'Llama or Qwen'
     )
 
 # %% ../../nbs/api/models/040_four_bits.ipynb #d98245a1
@@ -81,7 +82,8 @@ def given_away(
     model: Any,  # with or without weights
 ) -> set[str]:   # full names
     "Linear layers whose weights are given to a kernel, past the layer itself"
-    recurrent = [(at, m) for at, m in model.named_modules() if hasattr(m, 'A_log')] # others read a weight for its type, or in ways that nobody uses
+    # others read a weight for its type, or in ways that nobody uses
+    recurrent = [(at, m) for at, m in model.named_modules() if hasattr(m, 'A_log')]
     return {f'{at}.{name}' for at, m in recurrent for name in _gives_away(_kind(m)) if isinstance(getattr(m, name, None), torch.nn.Linear)}
 
 # %% ../../nbs/api/models/040_four_bits.ipynb #65e3c6ac

@@ -123,12 +123,15 @@ def hub_words(
     if isinstance(error, HFValidationError):
         return 'is neither a folder here nor a name that a model on the hub can have; such a name is OWNER/MODEL'
     if isinstance(error, RepositoryNotFoundError):
-        return f'is neither a folder here nor a model that the hub shows you: check the name at {where}; if it is private, run hf auth login (or set HF_TOKEN), {again}'
+        return (f'is neither a folder here nor a model that the hub shows you: check the name at {where}; if it is private, run hf auth '
+                f'login (or set HF_TOKEN), {again}')
     at = '' if revision is None else f' at revision {revision}'
     fetch = f'hf download {name}' + ('' if revision is None else f' --revision {revision}')
     if constants.HF_HUB_OFFLINE or isinstance(error, OfflineModeIsEnabled):
-        return f'is neither a folder here nor in the cache of the hub on this machine{at}, and HF_HUB_OFFLINE is set; unset it, or run {fetch} where there is a network and bring its folder here'
-    return f'is neither a folder here nor in the cache of the hub on this machine{at}, and the hub cannot be reached ({_short(error)}); check the network {again}, or run {fetch} where there is one and bring its folder here'
+        return (f'is neither a folder here nor in the cache of the hub on this machine{at}, and HF_HUB_OFFLINE is set; unset it, or run '
+                f'{fetch} where there is a network and bring its folder here')
+    return (f'is neither a folder here nor in the cache of the hub on this machine{at}, and the hub cannot be reached ({_short(error)}); '
+            f'check the network {again}, or run {fetch} where there is one and bring its folder here')
 
 def _short(error: BaseException) -> str:
     "The first line of what a library says"
@@ -152,7 +155,8 @@ def no_safetensors(
     pickled = sorted(n for n in names if '/' not in n and n.endswith('.bin'))
     if not pickled:
         return ModelError(
-            f'{name} holds no weights in a form that w2s reads: expected {WHOLE} or {INDEX} among its {len(names)} files; take the model in the form of Hugging Face (its name there often ends in -hf)'
+            f'{name} holds no weights in a form that w2s reads: expected {WHOLE} or {INDEX} among its {len(names)} files; take the model '
+            'in the form of Hugging Face (its name there often ends in -hf)'
         )
     return ModelError(f'{name} has no weights in safetensors form, only {pickled[0]}, which can run any code when it is read{where}; '
                       'if you trust its origin, give --allow-pickle, or name a converted revision by --revision')
@@ -164,7 +168,7 @@ def fetched(
     pickle: bool,         # may weights be in pickle form?
     code: bool,           # are Python files wanted?
 ) -> HubFolder:
-    "Download what is missing of a model; raises `ModelError` where its weights are in no form that is read, and the errors of the hub's client"
+    "Download what is missing of a model; raises `ModelError` where its weights are in no known form, and errors of the hub's client"
     names, at = file_names(name, revision), revision
     if not any(weight_files(names, pickle)) and revision is None and (at := converted_revision(name) or None): names = file_names(name, at)
     index, whole = weight_files(names, pickle)

@@ -45,7 +45,8 @@ def check_downloads(
         name = f.resolve().name
         if f.is_symlink() and re.fullmatch(r'[0-9a-f]{64}', name) and f.is_file() and kept_hash(f) != name:
             raise ModelError(
-                f'{f.name} in {folder} is damaged: its content is not what was downloaded; delete {f.resolve()} and give the same command again'
+                f'{f.name} in {folder} is damaged: its content is not what was downloaded; delete {f.resolve()} and give the same '
+                'command again'
             )
 
 # %% ../../nbs/api/models/120_identity.ipynb #25e93fe3

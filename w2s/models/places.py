@@ -47,17 +47,28 @@ def revisions(
 class LoadSettings:
     "How a base model is loaded"
     quantize: str = 'nf4'            # nf4: 4-bit with double quantization (QLoRA); none: weights in the type that dtype names
-    dtype: str = 'auto'              # bfloat16, float16 or float32: type of the arithmetic, and of what is not quantized; auto: bfloat16 where the processor or GPU has instructions for it, else float16 on a GPU and float32 on a CPU
-    revision: str | None = None      # of models on the hub: a branch, a commit or refs/pr/N; of one of them as in weak=refs/pr/6,strong=main; none: main, or safetensors that the converter of the hub has proposed
+    # bfloat16, float16 or float32: type of the arithmetic, and of what is not quantized; auto: bfloat16 where the processor or GPU has
+    # instructions for it, else float16 on a GPU and float32 on a CPU
+    dtype: str = 'auto'
+    # of models on the hub: a branch, a commit or refs/pr/N; of one of them as in weak=refs/pr/6,strong=main; none: main, or safetensors
+    # that the converter of the hub has proposed
+    revision: str | None = None
     trust_remote_code: bool = False  # run the Python code that comes with a model
     allow_pickle: bool = False       # read weights in pickle form (.bin) where there are no others; that can run any code on your machine
     nf4_share: float = 0.8           # least share of the body's weights that nf4 must put in 4 bits, or the model is refused; 0: any
-    chat_template: str | None = None # of rows of chat messages: plain (paragraphs, Human: and Assistant:), chatml, or a file with a template in Jinja; none: the model's own, plain where it has none
+    # of rows of chat messages: plain (paragraphs, Human: and Assistant:), chatml, or a file with a template in Jinja; none: the model's
+    # own, plain where it has none
+    chat_template: str | None = None
     device: str = 'auto'             # cpu, cuda, cuda:1, mps or xpu; auto: the first GPU if there is one
-    compute: str = 'auto'            # autocast: adapters, kept in 32 bits, compute in the type of dtype; plain: in 32 bits; auto: autocast on a GPU where dtype has 16 bits
+    # autocast: adapters, kept in 32 bits, compute in the type of dtype; plain: in 32 bits; auto: autocast on a GPU where dtype has 16 bits
+    compute: str = 'auto'
 
-    packing: str = 'auto'            # auto: on a CPU sequences go through without padding, and a prompt that several share once, where the model's attention allows it; off: padded
-    merging: str = 'auto'            # auto: on a CPU weights are unpacked once per pass, and in float32 added to the adapter once per step, where memory allows it; off: at every product
+    # auto: on a CPU sequences go through without padding, and a prompt that several share once, where the model's attention allows it; off:
+    # padded
+    packing: str = 'auto'
+    # auto: on a CPU weights are unpacked once per pass, and in float32 added to the adapter once per step, where memory allows it; off: at
+    # every product
+    merging: str = 'auto'
 
     def __post_init__(self):
         if self.quantize not in ('nf4', 'none'): raise ConfigError(unknown(self.quantize, ['nf4', 'none'], 'value of quantize'))
@@ -78,7 +89,8 @@ class LoraSettings:
     rank: int = 8                  # of the adapter: a larger one can learn more; 8: Tao & Li, Table 7
     alpha: int = 16                # the update is scaled by alpha / rank
     dropout: float = 0.0           # on the adapter's input, in training only
-    targets: tuple[str, ...] = ()  # names of linear layers, such as q_proj,v_proj; none: all of the body, without experts in 4 bits, routers and output head
+    # names of linear layers, such as q_proj,v_proj; none: all of the body, without experts in 4 bits, routers and output head
+    targets: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.rank < 1: raise ConfigError(f'lora rank is {self.rank}; it must be at least 1')

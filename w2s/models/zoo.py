@@ -72,7 +72,7 @@ def card(
     return json.loads((zoo_folder(name)/'card.json').read_text(encoding='utf-8'))
 
 # %% ../../nbs/api/models/070_zoo.ipynb #efe6638c
-def zoo_table() -> 'pd.DataFrame': # a row a model, the weakest first: name, parameters, tokens, loss in nats, and a column for each probe of the cards
+def zoo_table() -> 'pd.DataFrame': # a row per model, the weakest first: name, parameters, tokens, loss in nats, each probe of the cards
     "The models of the ladder side by side; shares of right answers, whose intervals are in the cards"
     import pandas as pd
     cards = [card(name) for name in LADDER]

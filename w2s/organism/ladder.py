@@ -50,7 +50,8 @@ def write_sums(
     folder: Path, # of a finished model
 ) -> None:
     "Write SHA256SUMS, which `zoo_folder` checks"
-    files = sorted(f for f in folder.iterdir() if f.name != 'SHA256SUMS' and f.suffix not in ('.pt', '.before')) # without the states of its training
+    # without the states of its training
+    files = sorted(f for f in folder.iterdir() if f.name != 'SHA256SUMS' and f.suffix not in ('.pt', '.before'))
     write_atomic(folder/'SHA256SUMS', ''.join(f'{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n' for f in files))
 
 # %% ../../nbs/api/organism/10_ladder.ipynb #b931a93e

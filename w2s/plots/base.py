@@ -175,7 +175,8 @@ def set_value_axis(
     m = metric_of(metric)
     start = m.start
     ax.set_ylabel(metric_label(metric), fontsize=9)
-    low, high = min(table[['low', 'value']].min().min(), start), max(table[['high', 'value']].max().max(), start) # an interval may be unknown
+    # an interval may be unknown
+    low, high = min(table[['low', 'value']].min().min(), start), max(table[['high', 'value']].max().max(), start)
     room = .12 * max(high - low, .05 if m.chance else 1e-6)
     low, high = low - (room if low < start else room/2), high + (room if high > start else room/2)
     ax.set_ylim((max(low, 0), min(high, 1.03)) if m.chance else (low, high))

@@ -49,7 +49,7 @@ def plot_differences(
     first = rows.iloc[0]
     write_caption(
         ax,
-        f'{first["n"]:,} {found.unit}, {first["seeds"]} seed{"s" if first["seeds"] > 1 else ""}; {first["level"]:.0%} CI, paired. Blue: significant'
-        f'{" after Holm" if len(rows) > 1 else ""}. Grey band: smaller than what such a test set finds in 80 % of cases.',
+        f'{first["n"]:,} {found.unit}, {first["seeds"]} seed{"s" if first["seeds"] > 1 else ""}; {first["level"]:.0%} CI, paired. '
+        f'Blue: significant{" after Holm" if len(rows) > 1 else ""}. Grey band: smaller than what such a test set finds in 80 % of cases.',
     )
     return ax

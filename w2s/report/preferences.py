@@ -135,7 +135,7 @@ def varied_text(
 def write_varied(
     varied: Varied, # of `run_varied`; its folder is written to
 ) -> Path:          # the page of text
-    "Write tables, figure, settings and versions of a variation into its folder; raises `ConfigError` where a file of the user would be lost"
+    "Write tables, figure, settings, versions of a variation into its folder; raises `ConfigError` where a user's file would be lost"
     name = varied.setting
     items = pd.concat([r.items.assign(setting=name, at=at) for at, r in varied.results.items()], ignore_index=True)
     tables = {

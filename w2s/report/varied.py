@@ -86,7 +86,7 @@ def file_name(
 def write_varied(
     varied: Varied, # of `run_varied`; its folder is written to
 ) -> Path:          # the page of text
-    "Write tables, figure, settings and versions of a variation into its folder; raises `ConfigError` where a file of the user would be lost"
+    "Write tables, figure, settings, versions of a variation into its folder; raises `ConfigError` where a user's file would be lost"
     if all(r.kind.name == 'preferences' for r in varied.results.values()): return preferences.write_varied(varied)
     name = file_name(varied)
     items = pd.concat([r.items.assign(setting=varied.setting, at=at) for at, r in varied.results.items()], ignore_index=True)

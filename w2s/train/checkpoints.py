@@ -85,7 +85,8 @@ def load_checkpoint(
     try: state = torch.load(checkpoint/'optimizer.pt', map_location='cpu', weights_only=True) # `load_state_dict` takes it to the weights
     except (RuntimeError, ValueError, EOFError, UnpicklingError) as e:
         raise TrainError(
-            f'{checkpoint}/optimizer.pt cannot be read ({" ".join(str(e).split())[:160]}); delete {checkpoint} to go on from the one before it'
+            f'{checkpoint}/optimizer.pt cannot be read ({" ".join(str(e).split())[:160]}); delete {checkpoint} to go on from the '
+            'one before it'
         ) from e
     optimizer.load_state_dict(state)
     return json.loads((checkpoint/'history.json').read_text(encoding='utf-8'))

@@ -53,12 +53,13 @@ def open_journal(
     path: Path,                # the file, made if it is not there
     made: Mapping[str, Any],   # all that its rows depend on, as JSON values by name: settings, seed, …
 ) -> dict[str, Any]:           # row: what was written down about it
-    "What a journal holds; damaged lines are named and taken out, a half-written last one too; raises `ConfigError` if it was made in another way"
+    "What a journal holds; damaged lines and a half-written last one are named and taken out; raises `ConfigError` if made differently"
     data = path.read_bytes() if path.exists() else b''
     wanted = json.loads(json.dumps({'made': dict(made)}))
     head, *lines = data.split(b'\n')
     found = [read_line(line) for line in lines]
-    if journal_line(wanted).startswith(data) and not lines or not data.strip(b'\0'): return _begin(path, wanted) # nothing yet, or all lost in a power cut
+    # nothing yet, or all lost in a power cut
+    if journal_line(wanted).startswith(data) and not lines or not data.strip(b'\0'): return _begin(path, wanted)
     if read_line(head) is None and any(found):
         warnings.warn(
             f'{path} is damaged in its first line, which says how its rows were made; they are made again', W2SWarning, stacklevel=2

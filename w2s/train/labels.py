@@ -42,7 +42,8 @@ def check_words(
         for j, b in enumerate(sequences):
             if i != j and b.response[:len(a.response)] == a.response:
                 raise DataError(
-                    f'label word {words[j]!r} begins with the tokens of {words[i]!r} and could never win; choose words that differ from the start'
+                    f'label word {words[j]!r} begins with the tokens of {words[i]!r} and could never win; choose words that differ '
+                    'from the start'
                 )
 
 # %% ../../nbs/api/train/180_labels.ipynb #4f6b2a6f

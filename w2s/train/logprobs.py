@@ -79,12 +79,13 @@ class _TokenLogps(torch.autograd.Function):
         for rows, v, w, z, slope in _pieces(hidden, weight, bias, ctx.scale, ctx.cap):
             d = -torch.exp(z - total[rows, None])
             at, inside = torch.arange(len(d), device=d.device), (target[rows] >= v) & (target[rows] < v + len(w))
-            d[at, (target[rows] - v).clamp(0, len(w) - 1)] += torch.where(inside, 1., -0.) # minus zero changes no bit; to ask for those inside would let a GPU wait
+            # minus zero changes no bit; to ask for those inside would let a GPU wait
+            d[at, (target[rows] - v).clamp(0, len(w) - 1)] += torch.where(inside, 1., -0.)
             out[rows] += (d * grads[0][rows, None] * (1 if slope is None else slope)) @ w
         return out.to(hidden.dtype), None, None, None, None, None
 
 def _at_once(ctx: Any, hidden: Tensor, target: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    "The same for a vocabulary of one piece, with the slope of each log-probability in its hidden state: the logits are there, and need not be computed again"
+    "The same for a vocabulary of one piece, with the slope of each log-prob in its hidden state: the logits need no second pass"
     out, ctx.slope, ctx.dtype = (
         torch.empty(len(hidden), device=hidden.device),
         torch.empty(hidden.shape, device=hidden.device),
@@ -179,11 +180,13 @@ def check_order(
         )
     if not (a - b).norm() <= (1e-4 if base.model.dtype == torch.float32 else .02)*a.norm():
         raise ModelError(
-            f'{base.name} looks at later tokens ({type(base.model).__name__}); w2s needs a causal language model, such as GPT-2, Llama or Qwen'
+            f'{base.name} looks at later tokens ({type(base.model).__name__}); w2s needs a causal language model, such as GPT-2, '
+            'Llama or Qwen'
         )
 
 # %% ../../nbs/api/train/100_logprobs.ipynb #c58fae9f
-FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, AssertionError) # what a model can fail with
+# what a model can fail with
+FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError, AssertionError)
 
 def check_model(
     base: Base, # just loaded
@@ -194,7 +197,8 @@ def check_model(
     except FORWARD_ERRORS as e:
         if isinstance(e, ModelError): raise
         raise ModelError(
-            f'{base.name} fails on a short sequence ({type(base.model).__name__}: {" ".join(str(e).split())[:200]}); its config.json does not fit its weights, or this version of transformers does not run it'
+            f'{base.name} fails on a short sequence ({type(base.model).__name__}: {" ".join(str(e).split())[:200]}); its config.json does '
+            'not fit its weights, or this version of transformers does not run it'
         ) from e
 
 def _check_model(base: Base) -> None:
@@ -202,7 +206,8 @@ def _check_model(base: Base) -> None:
     error = head_error(base.model, head_of(base.model))
     if not error <= (1e-3 if base.model.dtype == torch.float32 else .02):
         raise ModelError(
-            f'{base.name}: logits from the hidden states are not those of its logits (up to {error:.1%} of the largest one); its head has a scale, a cap, a bias or a layer that w2s does not know'
+            f'{base.name}: logits from the hidden states are not those of its logits (up to {error:.1%} of the largest one); its head has '
+            'a scale, a cap, a bias or a layer that w2s does not know'
         )
     check_order(base)
     why_not_packed(base.model)

@@ -161,12 +161,14 @@ def try_on(
     found = check_losses(extension, call_own(extension, lambda: extension.fill(given), 'on a small example'), len(leaf))
     if not (fine := torch.isfinite(found)).all():
         raise ConfigError(
-            f'{extension.title} is {found[~fine][0].item()} for row {int((~fine).nonzero()[0]) + 1} of a small example; a loss must be finite'
+            f'{extension.title} is {found[~fine][0].item()} for row {int((~fine).nonzero()[0]) + 1} of a small example; a loss '
+            'must be finite'
         )
     grad = torch.autograd.grad(found.sum(), leaf, allow_unused=True)[0] if found.requires_grad else None
     if grad is None or not grad.any():
         raise ConfigError(
-            f'{extension.title} does not depend on the {"policy" if extension.kind == "preference loss" else "student"}: its gradient is 0 on a small example, and nothing would be learned'
+            f'{extension.title} does not depend on the {"policy" if extension.kind == "preference loss" else "student"}: its gradient is 0 '
+            'on a small example, and nothing would be learned'
         )
     if not torch.isfinite(grad).all(): raise ConfigError(f'{extension.title} has a gradient that is not finite on a small example')
 

@@ -32,7 +32,8 @@ class Objective:
     weights: Tensor                             # (rows,)
     sizes: list[int]                            # of each row: 1, or its response tokens
     prepare: Callable[[Any, Sequence[int], float, int], 'Objective'] | None = None # see `for_step`
-    forward: Callable[[Any, Block], Tensor] = response_logps # (model, block) -> (sequences,) or (sequences, outputs): log-probs, or other numbers
+    # (model, block) -> (sequences,) or (sequences, outputs): log-probs, or other numbers
+    forward: Callable[[Any, Block], Tensor] = response_logps
     name: str = 'the loss'                      # of the loss, for error messages
 
 # %% ../../nbs/api/train/165_objectives.ipynb #b9697d12
@@ -70,7 +71,7 @@ def sft_objective(
 # %% ../../nbs/api/train/165_objectives.ipynb #b9749832
 def preference_objective(
     rows: Sequence[EncodedRow],              # (chosen, rejected)
-    reference: Any,                          # (rows, 2): log-probs under the frozen reference, from `stored_logps`; None: for a loss without a reference
+    reference: Any,                          # (rows, 2): log-probs under the frozen reference, from stored_logps; None: the loss has none
     target: Sequence[float] | None = None,   # P(chosen ≻ rejected) of each row; None: 1
     weights: Sequence[float] | None = None,  # one a row, such as a confidence; None: 1
     beta: float = 0.1,                       # Tao & Li: 0.1 on HH, 0.5 on TL;DR; CW-PO: 0.5

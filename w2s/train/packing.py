@@ -133,7 +133,8 @@ def _cost(sequences: Sequence[Encoded], seen: set) -> tuple[int, set]:
 # %% ../../nbs/api/train/085_packing.ipynb #e083d504
 NAME = 'w2s_packed' # of our attention
 _NOW: list[tuple[Span, ...]] = [] # the row that is computed
-PLAIN = ('sliding_window', 'softcap', 's_aux', 'position_bias', 'head_mask', 'chunk_size') # what attention may be given, and ours does not know
+# what attention may be given, and ours does not know
+PLAIN = ('sliding_window', 'softcap', 's_aux', 'position_bias', 'head_mask', 'chunk_size')
 
 class NotPacked(ValueError):
     "This model needs its sequences one by one"
@@ -267,5 +268,6 @@ def packs(
     "Do sequences of a model go through it packed? On a CPU, where it is exact, unless it was loaded with packing off"
     base = model.get_base_model() if hasattr(model, 'get_base_model') else model
     if next(base.parameters()).device.type != 'cpu' or getattr(base, SWITCH['packing'], 'auto') == 'off': return False
-    if any(getattr(m, 'gradient_checkpointing', False) is True for m in base.modules()): return False # layers are run again when the spans are gone
+    # layers are run again when the spans are gone
+    if any(getattr(m, 'gradient_checkpointing', False) is True for m in base.modules()): return False
     return not why_not_packed(model)

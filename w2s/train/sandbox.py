@@ -103,7 +103,8 @@ def _counted_filter(name: str, make: Callable[..., Any]) -> Callable[..., Any]:
     form = form.replace(parameters=[p for n, p in form.parameters.items() if n not in ('context', 'eval_ctx', 'environment')])
     @wraps(make)
     def filtered(*args: Any, **kwargs: Any) -> Any:
-        head, bound = args[:skip], form.bind(*_listed(name, args[skip:]), **kwargs) # in the order of the definition, however a template names them
+        # in the order of the definition, however a template names them
+        head, bound = args[:skip], form.bind(*_listed(name, args[skip:]), **kwargs)
         return counted(BUDGET.get(), '%' if name == 'format' else name, lambda *a, **k: make(*head, *a, **k), *bound.args, **bound.kwargs)
     return filtered
 
@@ -270,7 +271,8 @@ def parse_template(
     return _environment().parse(template)
 
 # %% ../../nbs/api/train/030_sandbox.ipynb #7c942f85
-BROKEN = (TemplateError, SyntaxError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError) # what a template can end in
+# what a template can end in
+BROKEN = (TemplateError, SyntaxError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError)
 
 def reason(
     error: BaseException, # one of `BROKEN`

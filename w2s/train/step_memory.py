@@ -288,8 +288,8 @@ def choose_step(
         try: step = estimate_step(model, time, way, tokens)
         except FORWARD_ERRORS as e:
             warnings.warn(
-                f'the memory of a training step of {type(model.get_base_model()).__name__} cannot be counted without its weights ({" ".join(str(e).split())[:120]}); '
-                'it is trained as the settings say, and goes on in halves where memory runs out',
+                f'the memory of a training step of {type(model.get_base_model()).__name__} cannot be counted without its weights '
+                f'({" ".join(str(e).split())[:120]}); it is trained as the settings say, and goes on in halves where memory runs out',
                 W2SWarning,
                 stacklevel=2,
             )

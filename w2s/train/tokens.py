@@ -110,7 +110,7 @@ def row_texts(
     tokenizer: Any,          # of the model
     data: Dataset,           # rows with `id`, `prompt` and the columns
     columns: Sequence[str],  # of the responses; empty: the prompts alone
-) -> tuple[list[tuple[str, list[RowText]]], dict[str, str], dict[str, list[int]]]: # by id: a text for each column; refused rows and why; what was done to rows, with their numbers
+) -> tuple[list[tuple[str, list[RowText]]], dict[str, str], dict[str, list[int]]]: # id -> texts; refused, why; what was done -> rows
     "Rows as text, those that the chat template refuses, and what it did to the others"
     texts, refused, found = list[tuple[str, list[RowText]]](), dict[str, str](), dict[str, list[int]]()
     prompts = data['prompt'][:]
@@ -217,6 +217,8 @@ def check_vocabulary(
     bad = [r.id for r, m in zip(rows, most, strict=True) if m >= vocabulary]
     if not bad: return
     raise ModelError(
-        f'{name} has embeddings of {vocabulary:,} tokens, and its tokenizer makes token {max(most)} ({tokenizer.convert_ids_to_tokens(max(most))!r}) of {len(bad):,} of {len(rows):,} rows, '
-        f'the first is {bad[0]}; take the tokenizer that belongs to the model, or a model that was resized to its tokenizer (resize_token_embeddings)'
+        f'{name} has embeddings of {vocabulary:,} tokens, and its tokenizer makes token {max(most)} '
+        f'({tokenizer.convert_ids_to_tokens(max(most))!r}) of {len(bad):,} of {len(rows):,} rows, '
+        f'the first is {bad[0]}; take the tokenizer that belongs to the model, or a model that was resized to its tokenizer '
+        '(resize_token_embeddings)'
     )

@@ -218,8 +218,8 @@ def digit_questions(
     part: str = 'labelled', # a key of `PARTS`
     style: str = 'regions', # of the completion, a key of `STYLES`
     by: str = 'good',       # 'weak': completions of the weak classifier
-) -> list[dict]: # prompt, completion, digit (the truth), said (the decision), regions (of the right explanation), style, picture, group (its line)
-    "Questions for an explanation experiment, no prompt twice; the pictures come in rounds, so that none is asked about much oftener than another; raises `DataError`"
+) -> list[dict]: # prompt, completion, digit (truth), said (decision), regions (of the right explanation), style, picture, group (line)
+    "Questions of an explanation experiment, no prompt twice; pictures in rounds, so none is asked about much oftener; raises `DataError`"
     if part not in PARTS: raise DataError(unknown(part, PARTS, 'part of the pictures'))
     rng, there, rows = random.Random(f'digits {part} {seed}'), list(_askable(part)), dict[str, dict]()
     most = ORDERS*len({told for _, told, _ in there})

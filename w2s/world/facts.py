@@ -26,7 +26,8 @@ from .attributes import ATTRIBUTES, COLOURS, FOODS, HOMES, JOBS, KINDS_OF_THINGS
 from .names import MEN, THINGS, WOMEN, invented
 from .verdict import Verdict, words
 
-_all_ = ['ATTRIBUTES', 'COLOURS', 'FOODS', 'HOMES', 'JOBS', 'KINDS_OF_THINGS', 'PETS', 'Attribute', 'Kind'] # a reader of this module should find them here
+# a reader of this module should find them here
+_all_ = ['ATTRIBUTES', 'COLOURS', 'FOODS', 'HOMES', 'JOBS', 'KINDS_OF_THINGS', 'PETS', 'Attribute', 'Kind']
 
 # %% ../../nbs/api/world/030_facts.ipynb #166fdd00
 VERSION = 1 # of the world: rises with every change of what `make_world` returns
