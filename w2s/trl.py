@@ -145,7 +145,8 @@ def weighted_loss(
     return (loss + trainer.router_aux_loss_coef*outputs.aux_loss if trainer.aux_loss_enabled else loss), outputs
 
 # %% ../nbs/api/30_trl.ipynb #58fd5712
-NOT_TOGETHER = {'use_weighting': False, 'ld_alpha': None, 'f_divergence_type': 'reverse_kl'} # setting of TRL -> the value under which the columns can act
+# setting of TRL -> the value under which the columns can act
+NOT_TOGETHER = {'use_weighting': False, 'ld_alpha': None, 'f_divergence_type': 'reverse_kl'}
 
 def check_settings(
     trainer: Any, # of TRL
@@ -198,7 +199,8 @@ class SFTTrainer(trl.SFTTrainer):
         settings: Any = self.args
         if weighted and (settings.packing or self.padding_free):
             raise ConfigError(
-                'weights are those of whole examples, and packing or padding_free puts several into one sequence; turn it off, or remove the column "weight"'
+                'weights are those of whole examples, and packing or padding_free puts several into one sequence; turn it off, or remove '
+                'the column "weight"'
             )
         if weighted and settings.loss_type != 'nll':
             raise ConfigError(

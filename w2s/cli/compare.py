@@ -47,7 +47,8 @@ def compare_command(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help='two files or more: run folders of w2s (FOLDER@ROLE/METHOD chooses a model), lm-eval samples, Inspect logs, annotations of AlpacaEval, or tables with an id and a score; NAME=FILE names a model'
+            help='two files or more: run folders of w2s (FOLDER@ROLE/METHOD chooses a model), lm-eval samples, Inspect logs, annotations '
+                 'of AlpacaEval, or tables with an id and a score; NAME=FILE names a model'
         ),
     ],
     metric: Annotated[

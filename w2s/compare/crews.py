@@ -50,7 +50,8 @@ def crew_devices(
     if not gpus or load.device == 'cpu': return ('cpu',)*n
     if n > gpus:
         raise ConfigError(
-            f'--processes {n} would put two processes on one GPU ({there}); if that is meant, name them, as in --devices {",".join(str(i % gpus) for i in range(n))}'
+            f'--processes {n} would put two processes on one GPU ({there}); if that is meant, name them, as in --devices '
+            f'{",".join(str(i % gpus) for i in range(n))}'
         )
     return tuple(map(str, range(n)))
 
@@ -147,7 +148,8 @@ def start_crew(
         except (PicklingError, AttributeError, TypeError) as e:
             stop_crew(crew)
             raise ConfigError(
-                f'this study cannot be sent to other processes ({e}): a function of your own must stand in a file that is given by --import; or run it without --devices, --processes and --on'
+                f'this study cannot be sent to other processes ({e}): a function of your own must stand in a file that is given by '
+                '--import; or run it without --devices, --processes and --on'
             ) from e
         there.close()
         crew.append(Member(where, process, here))
@@ -189,7 +191,8 @@ def wait_for_crew(
         look()
     if len(lost) == len(crew):
         raise TrainError(
-            f'{"; ".join(lost)}. What was finished is kept: give the same command again. If memory ran out (exit code -9), take fewer processes, or a lower --token-budget'
+            f'{"; ".join(lost)}. What was finished is kept: give the same command again. If memory ran out (exit code -9), take fewer '
+            'processes, or a lower --token-budget'
         )
 
 # %% ../../nbs/api/compare/267_crews.ipynb #6eccadee

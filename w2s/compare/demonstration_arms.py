@@ -98,7 +98,8 @@ def answer_test(
         make_speaker(context, context.strong, stage_name('test', stage_role(role), method, weak, e.name), adapter, like=e.gold)(p)
         for e, p in zip(tests, prompts, strict=True)
     ]
-    kind = 'sft' if role != 'baseline' else 'warm-up' if method == 'untuned' and context.seed == 0 else '' # the same for all baselines and seeds
+    # the same for all baselines and seeds
+    kind = 'sft' if role != 'baseline' else 'warm-up' if method == 'untuned' and context.seed == 0 else ''
     trained = {kind: adapter} if adapter and kind else {}
     return Arm(
         role,
@@ -175,7 +176,8 @@ def make_seed(
     return arms if gold is None else [*arms, student_arm(context, pair_answers(context, 'gold answers', '', gold, 'gold'), 'ceiling')]
 
 # %% ../../nbs/api/compare/222_demonstration_arms.ipynb #b5489e3c
-Scores = list[tuple[list[str], list[str], dict[str, np.ndarray]]] # for each part of a test: ids of its questions, their groups, metric -> scores, NaN where missing
+# for each part of a test: ids of its questions, their groups, metric -> scores, NaN where missing
+Scores = list[tuple[list[str], list[str], dict[str, np.ndarray]]]
 
 def score_arm(
     arm: Arm,                    # that answered the test
@@ -202,7 +204,8 @@ def find_unscored(
         if set(every.id) <= lost[str(m)]:
             raise DataError(f'{m}: for no test question could the answers of all arms be scored; look at the judge')
         said.append(
-            f'{m}: incomplete, {len(g)} of {len(every)} answers could not be scored; {len(lost[str(m)])} questions are left out for everybody'
+            f'{m}: incomplete, {len(g)} of {len(every)} answers could not be scored; {len(lost[str(m)])} questions are left out '
+            'for everybody'
         )
     return lost, said
 

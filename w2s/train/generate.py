@@ -153,7 +153,7 @@ def respond(
     arm: str = '',                                 # name of the model, see `draws`
     journal: Path | None = None,                   # file of this model, settings and seed: what it holds is not made again; None: none
 ) -> list[list[Response]]:                         # `settings.samples` for each prompt
-    "Sample responses, with their lengths and how they ended; raises `DataError`, `ModelError`, or `ConfigError` for a journal of other settings"
+    "Sample responses, with lengths and how they ended; raises `DataError`, `ModelError`, or `ConfigError` for a journal of other settings"
     keys = [p if isinstance(p, str) else json.dumps(p, sort_keys=True) for p in prompts]
     names = list(keys) if ids is None else list(ids)
     if len(names) != len(keys): raise DataError(f'{len(names)} ids for {len(keys)} prompts; each row needs one')
