@@ -1,4 +1,4 @@
-"""Run notebooks as the tests do and save their outputs: `python tests/refresh.py [--flags "slow gpu"] nbs/api/data/020_rows.ipynb ...`
+"""Run notebooks as the tests do and save their outputs: `python tests/refresh.py [--flags "slow gpu"] nbs/api/data/030_rows.ipynb ...`
 
 Cells marked with a flag of `settings.ini: tst_flags` are left out, with the outputs they have, unless the flag is given.
 Figures are saved with a palette of 256 colours, which makes a page a third of its size and cannot be seen; with `--figures` nothing is run
