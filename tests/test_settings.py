@@ -240,7 +240,8 @@ def test_all_commands_have_the_same_names(command):
     "In the help, in six groups, on eighty columns; old names are not shown"
     text = w2s(command, '--help').output
     assert not [f for f in SHARED if f not in text] and max(map(len, text.splitlines())) <= 80
-    assert [p for p in re.findall(r'─ (\w+) ─', text) if p != 'Options'] == ['Data', 'Models', 'Method', 'Training', 'Evaluation', 'Output']
+    panels = [p for p in re.findall(r'─ (\w+) ─', text) if p != 'Options']
+    assert panels == ['Data', 'Models', 'Method', 'Training', 'Evaluation', 'Machines', 'Output']
     for old in ('--rows', '--gold-rows', '--label-share', '--test-rows'): assert old not in text
     if command != 'preferences': assert '--method' in text
 

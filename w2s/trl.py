@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor
 
 from .errors import ConfigError, DataError
@@ -37,12 +38,11 @@ def collate_feedback(
 
 # %% ../nbs/api/30_trl.ipynb #e1555394
 def check_feedback(
-    data: Any, # a Dataset, or None
+    data: object, # a Dataset, or None
 ) -> None:
     "Raise `DataError` for a probability or weight that is missing or out of range, before anything is trained"
-    columns = [c for c in FEEDBACK if c in (getattr(data, 'column_names', None) or ())]
-    for name in columns:
-        values = data[name][:]
+    columns = {c: data[c][:] for c in FEEDBACK if c in data.column_names} if isinstance(data, Dataset) else {}
+    for name, values in columns.items():
         if None in values:
             raise DataError(f'column "{name}", row {values.index(None) + 1}: no value; fill it, or leave the column out of all rows')
         if name == 'weight': check_weights(torch.tensor(values, dtype=torch.float64))

@@ -72,7 +72,8 @@ def gather_items(
     notes: Sequence[str] = (), # what was done to get here
 ) -> Scores:
     "Items as one table; raises `DataError` for an item that stands twice or has no usable score"
-    rows, groups, contents, seen = [], {}, {}, {}
+    rows, seen = list[tuple[str, int, str, float]](), dict[tuple[int, str], str]()
+    groups, contents = dict[str, dict[str, Any]](), dict[str, str]()
     for item in items:
         if (key := (item.seed, item.id)) in seen:
             raise DataError(

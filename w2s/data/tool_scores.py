@@ -137,7 +137,7 @@ def inspect_items(
     for n, s in enumerate(samples, 1):
         where = f'{source}, sample {s.get("id")!r} of epoch {s.get("epoch", 1)}'
         if s.get('id') is None: raise DataError(f'{source}, sample {n}: it has no id')
-        found = {}
+        found = dict[str, Any]()
         for scorer, score in (s.get('scores') or {}).items():
             value = score.get('value')
             found |= {f'{scorer}/{k}': v for k, v in value.items()} if isinstance(value, dict) else {scorer: value}
