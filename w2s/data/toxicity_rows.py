@@ -288,15 +288,9 @@ def read_prompts(
         )
         if why: refused.append(Refused(where, n, why, 'prompts'))
         else:
-            rows[group_key(p)] = dict(
-                id=content_id(p),
-                group=g,
-                source=Path(path).name,
-                prompt=p,
-                toxicity=known[0],
-                continuation=c or '',
-                continuation_toxicity=math.nan if known[1] is None else known[1],
-            )
+            after = math.nan if known[1] is None else known[1]
+            row = dict(prompt=p, toxicity=known[0], continuation=c or '', continuation_toxicity=after)
+            rows[group_key(p)] = dict(id=content_id(p), group=g, source=Path(path).name) | row
     if not rows: raise DataError(f'{where}: no prompt could be read' + (f' ({len(refused):,} × {refused[0].reason})' if refused else ''))
     return PromptsRead(Dataset.from_list(list(rows.values())), refused, len(table), [record])
 

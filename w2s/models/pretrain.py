@@ -243,10 +243,8 @@ def pretrain_model(
     keep_state: bool = False, # leave training.pt, for whoever has more to do before the model is finished
 ) -> pd.DataFrame:        # a row a step: step, tokens, loss in nats a weighted token
     "Pretrain a model and write it in Hugging Face form, float16; killed and started again, it ends in the same bits"
-    folder, known = (
-        Path(folder),
-        dict(size=asdict(size), recipe=asdict(recipe), seed=seed, context=context, vocabulary=len(stream.tokenizer)),
-    )
+    folder = Path(folder)
+    known = dict(size=asdict(size), recipe=asdict(recipe), seed=seed, context=context, vocabulary=len(stream.tokenizer))
     folder.mkdir(parents=True, exist_ok=True)
     tune_memory()
     model = new_model(size, len(stream.tokenizer), context, seed)
@@ -261,16 +259,8 @@ def pretrain_model(
                 bar.update(training.tokens - before)
                 if training.tokens >= recipe.tokens: break
             training.blocks += 1
-            save_state(
-                folder / 'training.pt',
-                dict(
-                    known=known,
-                    model=model.state_dict(),
-                    optimizers=[o.state_dict() for o in training.optimizers],
-                    history=training.history,
-                    blocks=training.blocks,
-                ),
-            )
+            state = dict(known=known, model=model.state_dict(), optimizers=[o.state_dict() for o in training.optimizers])
+            save_state(folder/'training.pt', {**state, 'history': training.history, 'blocks': training.blocks})
     hf_logging.disable_progress_bar()
     model.half().save_pretrained(folder)
     stream.tokenizer.save_pretrained(folder)
