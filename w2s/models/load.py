@@ -265,8 +265,8 @@ def load_base(
             'is not known to w2s'
         )
     model.requires_grad_(False)
-    for name, value in {NOTE: settings.compute, **{at: getattr(settings, s) for s, at in SWITCH.items()}}.items():
-        setattr(model, name, value)
+    for note, value in {NOTE: settings.compute, **{at: getattr(settings, s) for s, at in SWITCH.items()}}.items():
+        setattr(model, note, value)
     set_mode(model, False)
     if not here: # an adapter remembers both
         model.name_or_path = model.config.name_or_path = str(name)
