@@ -40,7 +40,7 @@ COMMANDS = { # command: its words, a metric or loss of one's own that must be se
     'preferences': (f'{PAIR} --n-labelled 16 --n-unlabelled 16 --n-test 12 --samples 1 --loss own-hinge', 'own-words', 'beta', '.5,1'),
     'safety': (CLASSES, 'own-confidence', 'n_unlabelled', '16,24'),
     'legal': (CLASSES, 'own-confidence', 'n_labelled', '8,12'),
-    'classify': (f'--data world:storage {CLASSES} --method xent', 'own-confidence', 'readout', 'words,probe'),
+    'classify': (f'--data world:storage {CLASSES} --method xent', 'own-confidence', 'student.epochs', '1,2'),
     'persona': (SMALL, 'own-words', 'n_labelled', '12,16'),
     'explanation': (SMALL, 'own-words', 'demonstrator', 'tuned,prompted'),
     'gender': (SMALL, 'own-words', 'n_unlabelled', '12,16'),

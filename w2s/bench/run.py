@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -192,19 +193,20 @@ def plot_bench(
     table: pd.DataFrame, # of `summarise_turns`
     model: str,          # its name
 ) -> Figure:
-    "Speed and memory as multiples of the other side, by length"
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
-    for ax, name, label in zip(
-        axes, ('speed', 'memory'), ('times as fast as the other side', 'memory, as a share of the other side\'s'), strict=True
-    ):
-        for at, ((task, peer), lines) in enumerate(table.groupby(['task', 'peer'], sort=False)):
-            places = [list(table['length'].unique()).index(n) + .06*(at - 2) for n in lines['length']]
-            error = [lines[name] - lines['speed_low'], lines['speed_high'] - lines[name]] if name == 'speed' else None
-            ax.errorbar(places, lines[name], yerr=error, marker='o', capsize=2, color=COLORS[at], label=f'{task} against {peer}')
-        ax.axhline(1, color='#999999', lw=.8)
-        ax.set_xticks(range(table['length'].nunique()), [f'{n:,}' for n in table['length'].unique()])
-        ax.set(xlabel='tokens of the longest row', ylabel=label, ylim=(0, None))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right center', frameon=False, fontsize=8, title=Path(model).name)
+    "Speed and memory as multiples of the other side, a line for each kind of work and length"
+    names = [f'{r.task}, {r.length:,} tokens\nagainst {r.peer}' for r in table.itertuples()]
+    places = -np.arange(len(table))
+    figure, axes = plt.subplots(1, 2, figsize=(8, 1.2 + .55*len(table)), layout='constrained', sharey=True)
+    error = [table['speed'] - table['speed_low'], table['speed_high'] - table['speed']]
+    axes[0].errorbar(table['speed'], places, xerr=error, fmt='o', capsize=3, color=COLORS[0])
+    axes[1].plot(table['memory'], places, 'o', color=COLORS[0])
+    for ax, label in zip(axes, ('times as fast as the other side', 'peak memory / that of the other side'), strict=True):
+        ax.axvline(1, color='#777777', lw=1, ls='--')
+        ax.set(xlabel=label, xlim=(0, max(1.15, ax.get_xlim()[1])), ylim=(-len(table) + .4, .6))
+        ax.spines[['top', 'right', 'left']].set_visible(False)
+        ax.tick_params(axis='y', length=0)
+    axes[0].set_yticks(places, names)
+    figure.suptitle(Path(model).name, fontsize=11)
     plt.close(figure)
     return figure
 

@@ -6,7 +6,7 @@
 __all__ = ['MOST', 'LIBRARIES', 'SPOKEN', 'BESIDE', 'STAGE', 'texts_in', 'is_there', 'list_inside', 'hub_place', 'input_places',
            'list_states', 'same_inputs', 'code_hash', 'describe_surroundings', 'Question', 'ask_question',
            'question_key', 'list_beside', 'stage_whole', 'run_whole', 'hear_lines', 'lines_again', 'answer_file',
-           'find_answer', 'keep_answer', 'answer_once']
+           'is_held', 'find_answer', 'keep_answer', 'answer_once']
 
 # %% ../../nbs/api/cli/020_repeat.ipynb #c6a79165
 import hashlib
@@ -243,12 +243,25 @@ def answer_file(
     "Where the answer of the run in a folder is kept: in the user's cache, so that the folder holds results alone"
     return cache_folder()/'answers'/f'{hashlib.sha256(os.fsencode(out.absolute())).hexdigest()[:24]}.json'
 
+def is_held(
+    out: Path, # folder of a run
+) -> bool:
+    "Is another process working in a folder? Nothing is written"
+    try:
+        import fcntl
+    except ImportError: return False # not there on Windows
+    try:
+        with open(out/'.lock', 'rb') as f: fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError: return True
+    except OSError: return False
+    return False
+
 def find_answer(
     question: Question, # of `ask_question`
 ) -> str | None:        # what is printed; None: the run has to be started
     "The kept answer to a question, if nothing that it rests on has changed; nothing is written"
     kept = read_manifest(answer_file(question.out))
-    if kept is None or question.places is None or not question.out.is_dir(): return None
+    if kept is None or question.places is None or not question.out.is_dir() or is_held(question.out): return None
     now, made = list_states(question.places), kept['made']
     if now is None or made.get('key') != question_key(question) or not same_inputs(now, kept['files']) or not run_whole(question.out, made):
         return None
