@@ -64,7 +64,7 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp('own')
     for name, rows in world_preferences(ladder_world(), rows=60, test_rows=4, label_share=.5).items():
         rows.to_pandas()[['prompt', 'chosen', 'rejected']].to_json(home/f'{name}.jsonl', orient='records', lines=True)
-    asked = world_rows('persona', 0, (5, 8, 4)).asked
+    asked = world_rows('persona', 0, (5, 8, 4)).unlabelled
     (home / 'weak.jsonl').write_text(
         ''.join(json.dumps(dict(question=q, answer=a.strip())) + '\n' for q, a in zip(asked.questions, asked.gold, strict=True))
     )
