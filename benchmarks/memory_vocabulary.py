@@ -22,6 +22,7 @@ from torch import Tensor
 
 from w2s.models.adapters import LoraSettings, add_adapter
 from w2s.models.load import Base, LoadSettings
+from w2s.models.places import SWITCH
 from w2s.models.tiny import tiny_config
 from w2s.train.batches import Block
 from w2s.train.loop import Objective, preference_objective, step_gradient
@@ -84,7 +85,9 @@ def measure(
 ) -> int:                  # bytes
     "Peak of one DPO step, forward and backward, after one that warms up"
     model, goal = a_step(vocabulary, tokens, hidden, device)
-    if naive: goal = replace(goal, forward=naive_logps)
+    if naive:
+        goal = replace(goal, forward=naive_logps)
+        setattr(model.get_base_model(), SWITCH['packing'], 'off') # it reads a block of equally long rows
     def step() -> None:
         step_gradient(model, goal, range(len(goal.ids)), 1 << 30)
         for p in model.parameters(): p.grad = None

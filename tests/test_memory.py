@@ -22,7 +22,7 @@ def test_a_step_grows_with_tokens_and_not_with_the_vocabulary(monkeypatch):
     for (v, t), most in peak.items(): assert most < bound(t), (v, t)
     slopes = [peak[v, 1024] - peak[v, 256] for v in (SMALL, LARGE)]
     assert .6 < slopes[0]/slopes[1] < 1.6 and slopes[1] > 0
-    assert peak[LARGE, 1024] < 1.5*peak[SMALL, 1024]
+    assert peak[LARGE, 1024] < 1.7*peak[SMALL, 1024] # up to 8,192 words the gradient of the head is made on the way, in less
 
 
 def test_a_table_of_logits_breaks_the_bound(monkeypatch):
