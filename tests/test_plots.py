@@ -167,7 +167,7 @@ def test_differences_are_filled_where_they_are_clear():
     assert np.allclose(segments(ax, axis=0), ends(d))
     filled = [to_hex(line.get_markerfacecolor()) != '#ffffff' for line in ax.lines if line.get_marker() == 'o']
     assert filled == d['significant'].tolist() == [True, False]
-    assert ax.get_xlabel() == 'difference in accuracy (implicit reward)'
+    assert ax.get_xlabel() == 'difference in accuracy'
     assert [t.get_text() for t in ax.get_yticklabels()][1] == 'student (dpo weak)\n− student (dpo weak)'
 
 
