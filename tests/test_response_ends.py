@@ -8,6 +8,7 @@ import pytest
 from conftest import reward_folder
 
 from w2s.compare import answer, gold
+from w2s.compare.arms import Arm, Made
 from w2s.compare.config import to_toml
 from w2s.compare.demonstration_tables import cut_answers
 from w2s.compare.learn import Study
@@ -228,8 +229,11 @@ def test_answers_of_a_transfer_that_fill_their_tokens_are_counted(rows):
     "Those of the weak model and of everybody's test, each with the model's own tokens; a file's are not looked at"
     model, _ = loaded(config_of(rows))
     n = len(model.reader.tokenizer(LONG, add_special_tokens=False)['input_ids'])
-    weak = [SimpleNamespace(model=model, answers=[LONG, 'Yes.', '']), SimpleNamespace(model=None, answers=[LONG]*5)]
-    arms = [SimpleNamespace(role=r, answers=[[LONG, 'No.'], [LONG]]) for r in ('floor', 'student', 'baseline')]
-    made = [SimpleNamespace(weak=weak, arms=arms, site=SimpleNamespace(strong=model))]*2
+    test = [[LONG, 'No.'], [LONG]]
+    def arm(role, model, seed, **extra): return Arm(role, 'm', seed=seed, model=model, extra=extra)
+    arms = [arm('floor', model, k, given=[LONG, 'Yes.', ''], answers=test) for k in (0, 1)]
+    arms += [arm('floor', None, k, given=[LONG]*5, answers=test) for k in (0, 1)]
+    arms += [arm(role, model, k, answers=test) for role in ('student', 'baseline') for k in (0, 1)]
+    made = Made(arms, [])
     assert cut_answers(made, n) == {'weak answers': (2, 6), 'answers to the test': (8, 12)}
     assert cut_answers(made, 2*n) == {'weak answers': (0, 6), 'answers to the test': (0, 12)}
