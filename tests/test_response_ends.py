@@ -1,6 +1,5 @@
 "Responses that the limit of tokens cuts: defaults that fit the rows, refused before the start, counted in the report"
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
