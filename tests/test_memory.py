@@ -18,11 +18,12 @@ def bound(tokens):
 
 def test_a_step_grows_with_tokens_and_not_with_the_vocabulary(monkeypatch):
     monkeypatch.setattr(logprobs, 'CELLS', 2**18) # a small constant, so that nothing hides behind it
+    monkeypatch.setattr(logprobs, 'PIECE', 1024) # so that both vocabularies go the same way, in pieces
     peak = {(v, t): measure(v, t, HIDDEN) for v in (SMALL, LARGE) for t in (256, 1024)}
     for (v, t), most in peak.items(): assert most < bound(t), (v, t)
     slopes = [peak[v, 1024] - peak[v, 256] for v in (SMALL, LARGE)]
     assert .6 < slopes[0]/slopes[1] < 1.6 and slopes[1] > 0
-    assert peak[LARGE, 1024] < 1.7*peak[SMALL, 1024] # up to 8,192 words the gradient of the head is made on the way, in less
+    assert peak[LARGE, 1024] < 1.5*peak[SMALL, 1024]
 
 
 def test_a_table_of_logits_breaks_the_bound(monkeypatch):
