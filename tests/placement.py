@@ -37,6 +37,7 @@ from w2s.train.settings import GenerateSettings, TrainSettings
 from w2s.train.tokens import encode_rows
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning')
+PLAIN = LoadSettings('none', 'float32', packing='off', merging='off') # the fast ways are of a CPU, with other last bits
 LORA = LoraSettings(rank=2)
 STEP = TrainSettings(batch_size=4, epochs=2, learning_rate=3e-3, warmup=0, checkpoint_every=2, token_budget=300)
 PROBS = [[.2, .8], [.6, .4], [.5, .5], [.9, .1], [0, 1]]
@@ -50,7 +51,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def here(folder): return written_out(load_base(folder, LoadSettings('none', 'float32'), device='cpu'))
+def here(folder): return written_out(load_base(folder, PLAIN, device='cpu'))
 
 
 def written_out(base):
@@ -61,7 +62,7 @@ def written_out(base):
 
 @pytest.fixture(scope='module')
 def there(folder):
-    base = written_out(load_base(folder, LoadSettings('none', 'float32'), device='cpu'))
+    base = written_out(load_base(folder, PLAIN, device='cpu'))
     with Elsewhere(): base.model.to('other:0')
     assert all(isinstance(p, Other) for p in base.model.parameters())
     return base
@@ -123,6 +124,13 @@ def learned(base, kind, rows, texts, words, folder, after=None):
         save_adapter(model, base, folder/'adapter')
         return {n: p.detach().cpu() for n, p in model.named_parameters() if p.requires_grad}, curve
     finally: model.unload()
+
+
+@pytest.fixture(autouse=True)
+def same_optimizer(monkeypatch):
+    "AdamW in the form that both devices have: the fused one of a CPU has other last bits"
+    plain = torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, 'AdamW', lambda *args, fused, **other: plain(*args, fused=False, **other))
 
 
 def same(a, b):
@@ -227,7 +235,7 @@ def test_adapters_of_one_device_act_on_the_other(here, there, rows, texts, words
 @pytest.mark.parametrize('where, what', [
     ('batches', lambda m: m.setattr('w2s.train.batches.Block.to', lambda self, device: self)),
     ('targets of the loss', lambda m: m.setattr('w2s.train.losses.weighted_sum', lambda losses, weights: (losses*weights).sum())),
-    ('random numbers', lambda m: m.setattr('w2s.train.generate.pick', lambda logits, uniform, *a: logits.argmax(1) + (uniform.cpu() < 0))),
+    ('random numbers', lambda m: m.setattr('w2s.train.writing.pick', lambda logits, uniform, *a: logits.argmax(1) + (uniform.cpu() < 0))),
 ])
 def test_a_missing_move_is_seen(there, rows, monkeypatch, tmp_path, where, what):
     "The emulation refuses what a GPU would refuse"

@@ -176,8 +176,6 @@ def _of_span(span: Span, parts: dict[int, list[Tensor]], dropout: float, scale: 
         q, torch.cat([before, k], 2), torch.cat([values, v], 2), attn_mask=_causal(span, q), dropout_p=dropout, scale=scale
     )
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
-
 # %% ../../nbs/api/train/090_packing.ipynb #0b97b2ca
 @contextmanager
 def _spans_of(
@@ -187,6 +185,7 @@ def _spans_of(
     "Let attention look at the spans of a row"
     config, before = body.config, body.config._attn_implementation
     _NOW.append(data.spans)
+    ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention) # here: a page that defines it again must not take its place
     config._attn_implementation_internal = NAME
     try: yield
     finally:
