@@ -15,11 +15,13 @@ from w2s.errors import W2SWarning
 from w2s.models.adapters import LoraSettings, add_adapter
 from w2s.models.devices import find_device, free_memory, has_bfloat16, settle
 from w2s.models.load import LoadSettings, load_base
+from w2s.models.places import SWITCH
 from w2s.models.tiny import tiny_model
 from w2s.train.checkpoints import trainable
 from w2s.train.generate import respond
-from w2s.train.logprobs import check_model, score
+from w2s.train.logprobs import check_model, score, token_logps
 from w2s.train.loop import loss_scale, preference_objective, step_gradient, train
+from w2s.train.packing import packs, why_not_packed
 from w2s.train.reference import stored_logps
 from w2s.train.settings import GenerateSettings, TrainSettings
 from w2s.train.step_memory import estimate_step, model_bytes
@@ -127,12 +129,16 @@ def test_gpu_and_cpu_agree(folder):
 
 
 def long_rows(n, time=224):
-    return [EncodedRow(f'r{i}', (Encoded(tuple(3 + (7 * i + k) % 90 for k in range(time)), 100),) * 2, 0) for i in range(n)]
+    "Pairs of different responses to the same prompt"
+    def ids(i, k): return 3 + (7*i + k*(1 if k < 100 else 5)) % 90
+    def other(i, k): return ids(i, k) if k < 100 else 3 + (11*i + 3*k) % 90
+    return [EncodedRow(f'r{i}', tuple(Encoded(tuple(of(i, k) for k in range(time)), 100) for of in (ids, other)), 0) for i in range(n)]
 
 
 @pytest.mark.parametrize('twice', [False, True])
-def test_the_estimate_is_what_is_allocated(base, twice):
-    "Within 15 percent, beyond what was there before"
+def test_the_estimate_is_what_is_allocated(base, twice, monkeypatch):
+    "Within 15 percent, beyond what was there before; of padded sequences, which is what it counts"
+    monkeypatch.setattr(base.model, SWITCH['packing'], 'off')
     model, rows = add_adapter(base, LoraSettings(rank=8)), long_rows(64)
     from w2s.train.step_memory import compute_twice
     compute_twice(model, twice)
@@ -195,6 +201,51 @@ def test_float16_has_a_scale(folder, tmp_path):
     assert (scale, none) == (2.**14, 1.)
     assert (a - b).norm() < .02*b.norm()
     learned(half, tmp_path)
+
+
+@pytest.mark.parametrize('words', [96, 20_000])
+@pytest.mark.parametrize('scale, cap', [(1., None), (.25, 30.)])
+def test_the_head_in_16_bits_is_that_in_64(words, scale, cap):
+    "Products of bfloat16 numbers lose nothing when they are summed in 32 bits; gradients are given in 16"
+    draw = torch.Generator('cuda').manual_seed(0)
+    weight = torch.randn(words, 64, generator=draw, device='cuda').bfloat16()
+    for dtype in (torch.bfloat16, torch.float32):
+        hidden = torch.randn(300, 64, generator=draw, device='cuda').to(dtype).requires_grad_()
+        target = torch.randint(words, (300,), generator=draw, device='cuda')
+        ours = token_logps(hidden, target, weight, None, scale, cap)
+        z = scale*hidden.double() @ weight.double().T
+        want = (z if cap is None else cap*torch.tanh(z/cap)).log_softmax(1).gather(1, target[:, None])[:, 0]
+        assert (ours - want).abs().max() < 1e-5*want.abs().max()
+        (mine,), (true,) = (torch.autograd.grad(x.sum(), hidden) for x in (ours, want))
+        assert (mine - true).norm() < (1e-4 if dtype == torch.float32 else 3e-3)*true.norm()
+
+
+def test_packed_or_padded_the_numbers_are_the_same(base, monkeypatch):
+    "Log-probs and gradients of prompts in common and alone; memory in the proportion of the tokens"
+    rows = long_rows(6) + [EncodedRow('short', (Encoded(tuple(range(3, 40)), 5), Encoded(tuple(range(3, 12)), 5)), 0)]
+    goal = preference_objective(rows, np.zeros((len(rows), 2)))
+    def found():
+        model = shaken(add_adapter(base, LoraSettings(rank=4)))
+        step_gradient(model, goal, range(len(rows)), 1 << 20)
+        out = torch.cat([p.grad.flatten() for p in trainable(model).values()])
+        logps = score(model, rows, quiet=True)
+        model.unload()
+        return logps, out
+    assert packs(base.model), why_not_packed(base.model)
+    logps, gradient = found()
+    monkeypatch.setattr(base.model, SWITCH['packing'], 'off')
+    assert not packs(base.model)
+    plain, other = found()
+    exact = base.settings.dtype == 'float32'
+    assert np.abs(logps - plain).max() < (1e-3 if exact else .02*np.abs(plain).max())
+    assert (gradient - other).norm() < (1e-4 if exact else .05)*other.norm()
+
+
+def shaken(model):
+    draw = torch.Generator().manual_seed(0)
+    for n, p in model.named_parameters():
+        if 'lora_B' in n: p.data = (.05*torch.randn(p.shape, generator=draw)).to(p.device, p.dtype)
+    return model
 
 
 def test_no_warning_about_determinism(base, tmp_path):

@@ -322,7 +322,7 @@ def test_kept_weights_change_no_bit(folders):
 
 
 def test_without_memory_nothing_is_copied(folders, monkeypatch):
-    monkeypatch.setattr('w2s.models.merged.machine_memory', lambda: 1000)
+    monkeypatch.setattr('w2s.models.merged.machine_memory', lambda device: 1000)
     base = load_base(folders('llama'), LoadSettings('nf4', 'float32'), device='cpu')
     assert not Merged(base.model).packed and not Merged(add_adapter(base, LoraSettings(rank=2))).adapted
 

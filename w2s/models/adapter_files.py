@@ -21,10 +21,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..errors import ModelError
 from ..io.disk import error_number
+from .devices import NOTE
 from .folders import read_json, tensor_fault
 
 # before peft: it quiets one message of bitsandbytes
 from .four_bits import FourBit, acts_as_linear, body_of, expert_weights, given_away
+from .lora_16_bits import compute_in_16_bits
 
 # %% ../../nbs/api/models/130_adapter_files.ipynb #152cdee0
 def linear_layers(
@@ -91,6 +93,7 @@ def put_on(
             warnings.simplefilter('always')
             adapted = put()
         _check_put(model, head, [str(w.message) for w in said])
+        if getattr(model, NOTE, 'plain') == 'autocast': compute_in_16_bits(adapted)
         for w in said:
             if not issubclass(w.category, FutureWarning): warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
         return adapted

@@ -63,10 +63,10 @@ class LoadSettings:
     # autocast: adapters, kept in 32 bits, compute in the type of dtype; plain: in 32 bits; auto: autocast on a GPU where dtype has 16 bits
     compute: str = 'auto'
 
-    # auto: on a CPU sequences go through without padding, and a prompt that several share once, where the model's attention allows it; off:
-    # padded
+    # auto: on a CPU or a CUDA GPU sequences go through without padding, and a prompt that several share once, where the model's attention
+    # allows it; off: padded
     packing: str = 'auto'
-    # auto: on a CPU weights are unpacked once per pass, and in float32 added to the adapter once per step, where memory allows it; off: at
+    # auto: weights are unpacked once per pass, and on a CPU in float32 added to the adapter once per step, where memory allows it; off: at
     # every product
     merging: str = 'auto'
 

@@ -20,7 +20,7 @@ import torch
 from ..errors import DataError
 from ..io.console import progress_bar
 from ..models.load import context_length, set_mode
-from ..models.merged import merged
+from ..models.merged import WRITING, merged
 from .batches import micro_batches
 from .endings import Response
 from .journal import add_to_journal, open_journal
@@ -166,7 +166,7 @@ def respond(
     out, n = _open(journal, settings, seed, arm), settings.samples
     set_mode(model, False)
     check_state(model)
-    with torch.no_grad(), merged(model), progress_bar(len(rows), label, 'rows', quiet) as bar:
+    with torch.no_grad(), merged(model, WRITING), progress_bar(len(rows), label, 'rows', quiet) as bar:
         lengths = [len(t) for t in tokens]
         def cut(some: Sequence[int], most: int) -> list[list[int]]:
             return plan_batches(lengths, replace(settings, token_budget=most), step, some, joins(model))

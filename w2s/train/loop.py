@@ -249,8 +249,6 @@ def train(
         )
     steps, optimizer, folder = plan_steps(objective, settings, seed), make_optimizer(model, settings), Path(folder)
     history = load_last(folder, model, optimizer)
-    chosen = plan_step(model, objective, settings)
-    room = first_room(model, settings, history, chosen.tokens)
     set_mode(model, True)
     with (
         _as_before(model),
@@ -258,6 +256,8 @@ def train(
         hold_signals() as came,
         progress_bar(len(steps), label, 'step', quiet, len(history)) as bar,
     ):
+        chosen = plan_step(model, objective, settings) # unpacked weights have taken their room
+        room = first_room(model, settings, history, chosen.tokens)
         if chosen.twice: compute_twice(model)
         for step in range(len(history), len(steps)):
             history.append({'step': step, **_one_step(model, optimizer, objective, steps, step, settings, folder, room, seed)})
