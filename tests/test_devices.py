@@ -145,7 +145,9 @@ def test_what_is_allowed_reaches_the_gold_model(monkeypatch):
         True,
         'cuda:1',
     )
-    assert gold.gold_load(WeakTeacher(samples=1, gold='somebody/judge', load=LoadSettings(device='cpu'))).dtype == 'bfloat16'
+    for half, dtype in ((True, 'bfloat16'), (False, 'float32')):
+        monkeypatch.setattr('w2s.models.devices.has_bfloat16', lambda device, half=half: half)
+        assert gold.gold_load(WeakTeacher(samples=1, gold='somebody/judge', load=LoadSettings(device='cpu'))).dtype == dtype
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from datasets import Dataset
 
 from ..errors import DataError, ModelError
 from ..evaluate.responses import Scorer, reward_scores
-from ..evaluate.reward_models import BF16, load_reward_model
+from ..evaluate.reward_models import UNPACKED, load_reward_model
 from ..io.provenance import package_versions
-from ..models.devices import device_inputs, find_device, has_bfloat16, release_memory
+from ..models.devices import auto_dtype, device_inputs, find_device, release_memory
 from ..models.folders import check_config, check_weights
 from ..models.identity import identity
 from ..models.load import LoadSettings, load_config, load_tokenizer, local_folder
@@ -76,7 +76,7 @@ Judge = Callable[[Sequence[Any], Sequence[str]], pd.DataFrame]
 
 # %% ../../nbs/api/compare/210_gold.ipynb #a5381c71
 @lru_cache(maxsize=1)
-def _scorer(name: str, settings: LoadSettings = BF16) -> Scorer:
+def _scorer(name: str, settings: LoadSettings = UNPACKED) -> Scorer:
     "The one reward model that is in memory, and no base beside it"
     close_base()
     return load_reward_model(name, settings)
@@ -90,17 +90,16 @@ def close_scorer() -> None:
 def gold_load(
     config: WeakTeacher, # of an experiment with a reward model: device, revision, and what is allowed
 ) -> LoadSettings:
-    "How its gold reward model is loaded: in bfloat16, or, on a GPU that has no instructions for it, in float16"
+    "How its gold reward model is loaded: in bfloat16 where the device has instructions for it, else as `auto_dtype` says"
     load = load_for(config.load, config.gold, 'gold')
     device = find_device(load.device)
-    dtype = 'float16' if device.type != 'cpu' and not has_bfloat16(device) else 'bfloat16'
-    return replace(load, quantize=config.gold_quantize, dtype=dtype, device=str(device), chat_template=None, compute='auto')
+    return replace(load, quantize=config.gold_quantize, dtype=auto_dtype(device), device=str(device), chat_template=None, compute='auto')
 
 # %% ../../nbs/api/compare/210_gold.ipynb #32b55350
 def reward_judge(
     name: str,      # folder or name of a reward model
     store: Path,    # folder for its scores
-    settings: LoadSettings = BF16, # of `gold_load`
+    settings: LoadSettings = UNPACKED, # of `gold_load`
 ) -> Judge:
     "A reward model as judge; raises `DataError` where it fails"
     known = [identity(local_folder(name, settings)), package_versions()]
