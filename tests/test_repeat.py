@@ -276,3 +276,79 @@ def test_answers_of_runs_that_are_gone_are_forgotten(home, first, tmp_path):
     (folder/'torn.json').write_text('{')
     repeat._forget(folder)
     assert [p.name for p in folder.iterdir()] == [answer_file(home/'run').name]
+
+
+# --- jobs that write a file
+
+JOBS = {
+    'label': 'label --rows pairs.jsonl --train train.jsonl --model weak --quantize none --dtype float32 --out out/labels.parquet',
+    'refine': 'refine --questions questions.csv --weak-answers answers.csv --strong strong --method ask-to-improve '
+              '--quantize none --dtype float32 --max-tokens 8 --out out/refined.jsonl',
+}
+
+
+@pytest.fixture(scope='module', params=JOBS)
+def job(home, request, tmp_path_factory):
+    "A folder with rows and models, the words of a job, and what it printed"
+    folder = tmp_path_factory.mktemp('job')
+    pairs = [json.dumps({k: r[k] for k in ('prompt', 'chosen', 'rejected')}) for r in sample_preferences(40, seed=8)]
+    (folder/'pairs.jsonl').write_text('\n'.join(pairs[:8]) + '\n')
+    (folder/'train.jsonl').write_text('\n'.join(pairs[8:]) + '\n')
+    (folder/'questions.csv').write_text('id,question\na,Where is the fox?\nb,What does the owl do?\n')
+    (folder/'answers.csv').write_text('id,question,answer\na,Where is the fox?,By the river.\nb,What does the owl do?,It sleeps.\n')
+    for name in ('weak', 'strong'): shutil.copytree(home/name, folder/name)
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(folder)
+        done = CliRunner().invoke(app, JOBS[request.param].split())
+        assert done.exit_code == 0, done.output + repr(done.exception)
+        yield folder, request.param, done.output
+
+
+def job_runs(name):
+    "Is the long way taken?"
+    def run(*a, **k): raise Ran
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('w2s.files.label.label', run)
+        m.setattr('w2s.files.refine.refine_file', run)
+        done = CliRunner().invoke(app, JOBS[name].split())
+    assert isinstance(done.exception, Ran) or done.exit_code == 0, repr(done.exception)
+    return isinstance(done.exception, Ran)
+
+
+def test_a_finished_job_answers_without_libraries(job):
+    folder, name, said = job
+    before = looks(folder)
+    code = f'''import sys
+from w2s.cli.app import main
+try: main()
+finally: print(*(m for m in {HEAVY!r} if m in sys.modules), file=sys.stderr)'''
+    done = subprocess.run([sys.executable, '-c', code, *JOBS[name].split()], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, 'PYTHONPATH': str(ROOT), 'COLUMNS': '200'})
+    # which methods there are is known only when they are loaded
+    assert done.returncode == 0 and (name == 'refine' or done.stderr.split() == []), done.stderr
+    assert done.stdout.splitlines()[-1] == said.splitlines()[-1] and 'written: ' in done.stdout
+    assert looks(folder) == before
+
+
+@pytest.mark.parametrize('what', ['input', 'result', 'report', 'stage', 'model', 'gone'])
+def test_a_change_starts_the_job(job, what):
+    folder, name, _ = job
+    out = next((folder/'out').glob('*.parquet' if name == 'label' else '*.jsonl'))
+    file = {
+        'input': folder/('pairs.jsonl' if name == 'label' else 'answers.csv'),
+        'result': out,
+        'report': out.with_suffix('.md'),
+        'stage': next(p for p in (folder/'out').glob('*.work/stages/*/*') if p.name != 'manifest.json'),
+        'model': folder/('weak' if name == 'label' else 'strong')/'generation_config.json',
+        'gone': out.with_suffix('.json'),
+    }[what]
+    assert not job_runs(name)
+    kept, times = file.read_bytes(), file.stat()
+    try:
+        file.unlink()
+        if what != 'gone': file.write_bytes(bytes([kept[0] ^ 1]) + kept[1:])
+        assert job_runs(name)
+    finally:
+        file.write_bytes(kept)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert not job_runs(name)

@@ -15,7 +15,7 @@ import typer
 from ..compare.options import Option, options_of
 from ..compare.preference_settings import WeakTeacher
 from ..files.jobs import ACTING, LabelJob, label_settings
-from .file_flags import FileCommand, add_file_command, needed_out, written_text
+from .file_flags import FileCommand, add_file_command, do_once, needed_out, written_text
 from .flags import check_places
 
 # %% ../../nbs/api/cli/080_label.ipynb #83b1eafa
@@ -52,15 +52,19 @@ def run_label(
     typed: SimpleNamespace, # what else was typed: out, work, keep_stages, dry_run
 ) -> str:                  # what is printed
     "Label, and write; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
-    check_places(
-        [table.get('weak', '')],
-        [s for k in ('rows', 'train') if isinstance(s := table.get(k), str)],
-        pickle=bool(table.get('load', {}).get('allow_pickle')),
-    )
+    models, sources = [table.get('weak', '')], [s for k in ('rows', 'train') if isinstance(s := table.get(k), str)]
+    def check() -> None: check_places(models, sources, pickle=bool(table.get('load', {}).get('allow_pickle')))
+    if typed.dry_run or typed.out is None: check()
     job, config = label_parts(table)
     out = needed_out(typed.out, 'label', 'labels: give --out labels.parquet')
-    from w2s.files.label import dry_text, label
-    return dry_text(config, job, out) if typed.dry_run else written_text(label(config, job, out, typed.work, keep=typed.keep_stages), out)
+    if typed.dry_run:
+        from w2s.files.label import dry_text
+        return dry_text(config, job, out)
+    def work() -> str:
+        check()
+        from w2s.files.label import label
+        return written_text(label(config, job, out, typed.work, keep=typed.keep_stages), out)
+    return do_once('label', {'job': job, 'config': config}, out, typed, (models, sources), work)
 
 LABEL = FileCommand(
     'label',

@@ -17,7 +17,7 @@ from ..compare.options import options_of
 from ..compare.settings import overlay
 from ..files.jobs import RefineJob, fill_refine
 from ..models.places import LoadSettings
-from .file_flags import FileCommand, add_file_command, needed_out, written_text
+from .file_flags import FileCommand, add_file_command, do_once, needed_out, written_text
 from .flags import check_places
 
 # %% ../../nbs/api/cli/090_refine.ipynb #d61e3832
@@ -49,14 +49,19 @@ def run_refine(
     "Refine, and write; raises `DataError`, `ModelError` or `ConfigError`"
     load = table.get('load', {})
     if typed.show_prompts: return shown_prompts(table.get('strong', RefineJob.usual('strong')), load, typed.prompts)
-    check_places(
-        [table.get('strong', '')], [table.get(k, '') for k in ('questions', 'weak_answers')], pickle=bool(load.get('allow_pickle'))
-    )
+    models, sources = [table.get('strong', '')], [table.get(k, '') for k in ('questions', 'weak_answers')]
+    def check() -> None: check_places(models, sources, pickle=bool(load.get('allow_pickle')))
+    if typed.dry_run or typed.out is None: check()
     job, own = fill_refine(table), read_toml(typed.prompts) if typed.prompts else None
-    from w2s.files.refine import dry_refine, refine_file
-    if typed.dry_run: return dry_refine(job, own)
+    if typed.dry_run:
+        from w2s.files.refine import dry_refine
+        return dry_refine(job, own)
     out = needed_out(typed.out, 'refine', 'answers: give --out refined.jsonl')
-    return written_text(refine_file(job, out, typed.work, own, keep=typed.keep_stages), out)
+    def work() -> str:
+        check()
+        from w2s.files.refine import refine_file
+        return written_text(refine_file(job, out, typed.work, own, keep=typed.keep_stages), out)
+    return do_once('refine', {'job': job, 'templates': own or {}}, out, typed, (models, sources), work)
 
 REFINE = FileCommand(
     'refine',

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MOST', 'LIBRARIES', 'SPOKEN', 'BESIDE', 'STAGE', 'texts_in', 'is_there', 'list_inside', 'hub_place', 'input_places',
            'list_states', 'same_inputs', 'code_hash', 'describe_surroundings', 'Question', 'ask_question',
-           'question_key', 'list_beside', 'stage_whole', 'run_whole', 'hear_lines', 'lines_again', 'answer_file',
-           'is_held', 'find_answer', 'keep_answer', 'answer_once']
+           'question_key', 'list_beside', 'stage_whole', 'stages_of', 'run_whole', 'hear_lines', 'lines_again',
+           'answer_file', 'is_held', 'find_answer', 'keep_answer', 'answer_once']
 
 # %% ../../nbs/api/cli/020_repeat.ipynb #c6a79165
 import hashlib
@@ -17,18 +17,29 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TextIO
+
+from w2s.io.manifests import (
+    INCOMPLETE,
+    MANIFEST,
+    file_damage,
+    file_hash,
+    file_manifest,
+    find_damage,
+    list_files,
+    read_manifest,
+    write_manifest,
+)
 
 from ..compare.config import to_table
 from ..compare.extensions import run_hash
 from ..data.tasks import TASKS
 from ..io.disk import remove_tree
 from ..io.file_hashes import cache_folder, file_state, kept_hash
-from ..io.manifests import INCOMPLETE, MANIFEST, file_hash, find_damage, list_files, read_manifest, write_manifest
 from ..models.places import is_folder, located
 
 # %% ../../nbs/api/cli/020_repeat.ipynb #3579fadf
@@ -161,19 +172,35 @@ class Question:
     "A command, and where its answer is to be found"
     command: str                    # which one
     settings: Mapping[str, Any]     # plain values, every default filled in
-    out: Path                       # folder of the run
+    out: Path                       # folder of the run, or the file that a job writes
     places: list[Path] | None       # of `input_places`; None: it is always asked anew
+    work: Path | None = None        # of a job: folder of its stages; None: that of the run
+
+    @property
+    def stages(self) -> Path:
+        "Folder of stages, lock and notes"
+        return self.work or self.out
+
+    @property
+    def results(self) -> tuple[Path, Path]:
+        "Folder that the names of results begin in, and the manifest of the results"
+        return (self.out, self.out/MANIFEST) if self.work is None else (self.out.parent, file_manifest(self.out, self.work))
 
 def ask_question(
     command: str,           # name of the experiment
-    config: Any,            # its settings
-    out: Path,              # folder of the run
+    config: Any,            # its settings, or those of its parts by name
+    out: Path,              # folder of the run, or the file that a job writes
     models: Iterable[str],  # names of its models
     sources: Iterable[str], # names of its data
+    work: Path | None = None, # of a job: folder of its stages
 ) -> Question:
     "A command with all that it rests on; raises `ModelError` for a model that is not there"
-    table, names = to_table(config), list(models)
-    return Question(command, table, out.absolute(), input_places(table, names, list(sources)))
+    def plain(c: Any) -> Any:
+        if isinstance(c, Mapping): return {k: plain(v) for k, v in c.items()}
+        return to_table(c) if is_dataclass(c) else c
+    table = plain(config)
+    places = input_places(table, list(models), list(sources))
+    return Question(command, table, out.absolute(), places, work and work.absolute())
 
 def question_key(
     question: Question, # of `ask_question`
@@ -200,15 +227,26 @@ def stage_whole(
     made = read_manifest(folder/MANIFEST)
     return made is not None and not find_damage(folder) and {f.as_posix() for f in list_files(folder)} == made['files'].keys()
 
+def stages_of(
+    question: Question,       # of a finished run or job
+    results: Mapping[str, Any], # its manifest
+) -> list[str]:               # names
+    "The stages that results rest on"
+    if question.work is None: return list(results['made'].get('stages', []))
+    try: return list(json.loads((question.work/'.run.json').read_text(encoding='utf-8'))['stages'])
+    except (OSError, ValueError, LookupError, TypeError): return []
+
 def run_whole(
-    out: Path,                # folder of a run
+    question: Question,       # of a finished run or job
     made: Mapping[str, Any],  # of the kept answer
 ) -> bool:
-    "Do the results in a folder belong to this answer, and are they whole, with every stage that they rest on?"
-    results = read_manifest(out/MANIFEST)
-    if results is None or results['sha256'] != made['results'] or (out/INCOMPLETE).exists() or find_damage(out): return False
-    stages = results['made'].get('stages', [])
-    return bool(stages) and all(stage_whole(out/'stages'/s) for s in stages) and list_beside(out) == made['beside']
+    "Do the results that are there belong to this answer, and are they whole, with every stage that they rest on?"
+    (folder, manifest), inside = question.results, question.stages
+    results = read_manifest(manifest)
+    if results is None or results['sha256'] != made['results'] or (inside/INCOMPLETE).exists(): return False
+    if any(file_damage(folder/name, want) for name, want in results['files'].items()): return False
+    stages = stages_of(question, results)
+    return bool(stages) and all(stage_whole(inside/'stages'/s) for s in stages) and list_beside(inside) == made['beside']
 
 # %% ../../nbs/api/cli/020_repeat.ipynb #96f57882
 class _Heard:
@@ -261,9 +299,9 @@ def find_answer(
 ) -> str | None:        # what is printed; None: the run has to be started
     "The kept answer to a question, if nothing that it rests on has changed; nothing is written"
     kept = read_manifest(answer_file(question.out))
-    if kept is None or question.places is None or not question.out.is_dir() or is_held(question.out): return None
+    if kept is None or question.places is None or not question.stages.is_dir() or is_held(question.stages): return None
     now, made = list_states(question.places), kept['made']
-    if now is None or made.get('key') != question_key(question) or not same_inputs(now, kept['files']) or not run_whole(question.out, made):
+    if now is None or made.get('key') != question_key(question) or not same_inputs(now, kept['files']) or not run_whole(question, made):
         return None
     return str(made['said'])
 
@@ -272,7 +310,7 @@ def _forget(folder: Path) -> None:
     "Remove answers of runs that are gone"
     for file in folder.glob('*.json'):
         kept = read_manifest(file)
-        if kept is None or not Path(kept['made'].get('out', '')).is_dir(): remove_tree(file)
+        if kept is None or not kept['made'].get('out') or not Path(kept['made']['out']).exists(): remove_tree(file)
 
 def keep_answer(
     question: Question,                   # of `ask_question`, before the run
@@ -281,7 +319,7 @@ def keep_answer(
     said: str,                            # what the next run prints
 ) -> bool:                                # was it kept?
     "Keep an answer, unless something has changed while it was worked out"
-    results = read_manifest(question.out/MANIFEST)
+    results = read_manifest(question.results[1])
     if (
         before is None
         or question.places is None
@@ -291,7 +329,7 @@ def keep_answer(
     ):
         return False
     inputs = {name: {'state': state, 'sha256': kept_hash(Path(name))} for name, state in before.items()}
-    made = {'out': str(question.out), 'key': key, 'said': said, 'results': results['sha256'], 'beside': list_beside(question.out)}
+    made = {'out': str(question.out), 'key': key, 'said': said, 'results': results['sha256'], 'beside': list_beside(question.stages)}
     file = answer_file(question.out)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACTING', 'LEAST_TRAIN', 'OF_METHODS', 'OWN_LADDER', 'Job', 'LabelJob', 'acting', 'judge_labeller', 'adopt_judges',
            'check_labeller', 'is_trained', 'label_settings', 'refine_methods', 'reads_answers', 'RefineJob',
-           'check_method', 'check_job', 'fill_refine']
+           'check_method', 'check_job', 'fill_refine', 'work_folder']
 
 # %% ../../nbs/api/files/10_jobs.ipynb #f226b737
 import inspect
@@ -280,3 +280,11 @@ def fill_refine(
 ) -> RefineJob:
     "What is given, then the defaults for models that come with w2s, then the others; raises `ConfigError`"
     return make_settings(RefineJob, given)
+
+# %% ../../nbs/api/files/10_jobs.ipynb #fbc614d9
+def work_folder(
+    out: str | Path,                # file for the result
+    work: str | Path | None = None, # folder that was named; None: none
+) -> Path:
+    "Folder of the stages: as out, with .work, where none is named"
+    return Path(work) if work else Path(out).with_suffix('.work')

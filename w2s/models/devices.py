@@ -119,7 +119,7 @@ NOTE = 'w2s_compute' # attribute of a loaded base
 DONE = 'w2s_16_bits' # attribute of a base: the configuration of an adapter whose layers compute in 16 bits by themselves
 
 def needs_autocast(
-    base: Any, # a model that may have LoRA layers in it
+    base: object, # a model that may have LoRA layers in it
 ) -> bool:
     "Has a model an adapter whose layers were left to PEFT?"
     put = getattr(base, 'peft_config', None)

@@ -54,17 +54,17 @@ class _AddLora(torch.autograd.Function):
 
 # %% ../../nbs/api/models/125_lora_16_bits.ipynb #e667a783
 def is_plain_lora(
-    layer: Any, # of a model with an adapter
+    layer: torch.nn.Module, # of a model with an adapter
 ) -> bool:
     "Is this LoRA without additions?"
-    names = getattr(layer, 'active_adapters', None) or []
-    if not isinstance(layer, LoraLayer) or len(names) != 1 or names[0] not in layer.lora_A or not hasattr(layer, 'base_layer'): return False
+    if not isinstance(layer, LoraLayer) or type(layer).__name__ == 'ParamWrapper' or not hasattr(layer, 'base_layer'): return False
+    names = layer.active_adapters
+    if len(names) != 1 or names[0] not in layer.lora_A: return False
     parts = (layer.lora_A[names[0]], layer.lora_B[names[0]])
     return (
         all(type(p) is torch.nn.Linear and p.bias is None for p in parts)
         and not layer.use_dora.get(names[0])
         and not layer.lora_variant.get(names[0])
-        and type(layer).__name__ != 'ParamWrapper'
     )
 
 # %% ../../nbs/api/models/125_lora_16_bits.ipynb #e3052b1e
