@@ -230,7 +230,7 @@ def score_class(
 # %% ../../nbs/api/data/230_public_labels.ipynb #b0a070fb
 ALL_LABEL_FORMS = (*LABEL_FORMS, *PUBLIC_LABELS, *CHOICE_FORMS)
 
-def label_form_table() -> list[dict[str, str]]: # a row a form
+def label_form_table() -> list[dict[str, str]]: # one row per format
     "The list of forms, for people"
     return [
         {'form': f.name, 'text in': ' + '.join(' or '.join(t) for t in f.texts), 'class in': ' or '.join(f.label), 'asked': f.asks.strip()}

@@ -264,7 +264,7 @@ FORM_LIST = (
         for a, b in PAIR_COLUMNS
     ),
     PreferenceForm(
-        'one response a row, good or bad',
+        'one response per row, good or bad',
         dict(said=('completion', 'response', 'output', 'answer'), label=('label', 'kto_tag')),
         _marked_row,
         join=True,
@@ -279,7 +279,7 @@ FORM_LIST = (
         of='KTO in LLaMA-Factory',
     ),
     PreferenceForm(
-        'one response a row, with scores',
+        'one response per row, with scores',
         dict(said=('response',), label=('helpfulness', 'overall_score', 'score', 'reward')),
         _marked_row,
         join=True,
@@ -294,7 +294,7 @@ FORMS = f'''prompt, chosen, rejected (texts or chat messages; also {", ".join(f"
   Other names can be told, as in --column prompt=query,chosen=good,rejected=bad'''
 
 # %% ../../nbs/api/data/160_public_pairs.ipynb #fd011beb
-def form_table() -> list[dict[str, str]]: # a row a form
+def form_table() -> list[dict[str, str]]: # one row per format
     "The list of forms, for people"
     rows = []
     for f in FORM_LIST:

@@ -99,11 +99,11 @@ def pair_brier(
 
 # %% ../../nbs/api/evaluate/110_calibration.ipynb #fa02d121
 def coverage(
-    prob: np.ndarray,     # (rows,): P(chosen ≻ rejected), or anything that is larger where the supervisor is surer, 0 to 1
+    prob: np.ndarray,     # (rows,): P(chosen ≻ rejected), or any other confidence from 0 to 1
     correct: np.ndarray,  # (rows,): were the labels right?
     points: int = 50,     # lines of the table at most
 ) -> pd.DataFrame:        # coverage (share of pairs kept), n, prob (smallest claim kept), accuracy, low, high (95 %)
-    "Accuracy of the surest labels by the share of pairs that is kept; raises `DataError` and `ConfigError`"
+    "Accuracy of the most confident labels over coverage; raises `DataError` and `ConfigError`"
     if points < 1: raise ConfigError(f'points is {points}; want at least 1')
     p, y = _check(prob, correct)
     order = np.argsort(-p, kind='stable')

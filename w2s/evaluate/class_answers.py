@@ -19,7 +19,7 @@ from .label_metrics import ratio_scores
 def normalised(
     answer: str, # as a model or a person wrote it
 ) -> str:        # '' where nothing is left
-    "Lower case, no punctuation but between digits, single blanks (LegalBench, 2308.11462, with its numbers mended)"
+    "Lower case, no punctuation except between digits, single spaces (LegalBench, 2308.11462, but numbers stay intact)"
     marks = re.escape(string.punctuation)
     return ' '.join(re.sub(rf'(?<!\d)[{marks}]|[{marks}](?!\d)', '', answer).lower().split())
 

@@ -26,7 +26,7 @@ def with_limits(
     value: float,       # a number
     low: float,         # lower end of its interval; NaN where nothing is known
     high: float,        # upper end
-    digits: int = 3,    # behind the point
+    digits: int = 3,    # decimal places
     sign: str = '',     # '+': a plus in front of what is above zero, for differences
 ) -> str:               # '0.612 [0.588, 0.637]'
     "A number with its interval, as every table prints it"
@@ -56,7 +56,7 @@ class Estimate:
 # %% ../../nbs/api/evaluate/090_intervals.ipynb #5916a8db
 def interval_words(
     seeds: int,         # of the study
-    unit: str = 'rows', # what is counted beside them: 'rows', 'groups', 'prompts'
+    unit: str = 'rows', # what `n` counts: 'rows', 'groups', 'prompts'
     level: float = .95, # coverage
 ) -> str:
     "What the intervals of a table hold, for captions"

@@ -50,11 +50,11 @@ VOICES = tuple(p for p in PERSONAS if p != 'plain')
 def context_rows(
     base: Base,      # model and tokenizer
     world: World,    # what is true
-    n: int = 400,    # questions, over all people, attributes and voices alike
+    n: int = 400,    # questions, uniform over people, attributes and styles
     seed: int = 0,   # of the questions
-    examples: int = 4, # pairs in one voice before the question
-) -> pd.DataFrame:   # persona, name, attribute, answer, right, voice: scores of fact and persona
-    "Show a voice by examples about other facts, ask, and mark both fact and voice; raises `DataError` where there are too few questions"
+    examples: int = 4, # pairs in one style before the question
+) -> pd.DataFrame:   # persona, name, attribute, answer, right, voice: scores of fact and style
+    "Show a style by examples about other facts, ask, and score both fact and style; raises `DataError` where there are too few questions"
     asked, rng, rows, prompts = questions(world, n*(examples + 1), seed), random.Random(seed), [], []
     for i in range(n):
         shown, q, voice = asked[n + i*examples:n + (i + 1)*examples], asked[i], VOICES[i % len(VOICES)]

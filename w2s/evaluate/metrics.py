@@ -17,7 +17,7 @@ from ..errors import DataError, unknown
 
 # %% ../../nbs/api/evaluate/010_metrics.ipynb #ad6d286a
 def finite(
-    values: Sequence[float] | np.ndarray, # one number a row
+    values: Sequence[float] | np.ndarray, # one number per row
     what: str,                            # their name, for the message
 ) -> np.ndarray:                          # float64, shape (rows,)
     "Numbers as a flat float64 array; `DataError` where one is NaN or infinite, or there are none"
@@ -30,7 +30,7 @@ def finite(
 
 # %% ../../nbs/api/evaluate/010_metrics.ipynb #89a644b2
 def preference_correct(
-    margin: Sequence[float] | np.ndarray, # score of chosen less score of rejected, one a row
+    margin: Sequence[float] | np.ndarray, # score of chosen minus score of rejected, one per row
 ) -> np.ndarray:                          # 1 right, 0 wrong, 1/2 at a tie
     "Is the chosen response ahead? Ties earn half, so a model that cannot tell scores 1/2"
     return (np.sign(finite(margin, 'margin')) + 1) / 2

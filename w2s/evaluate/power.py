@@ -97,7 +97,7 @@ def power_table(
     power: float = .8,       # how often a difference should be found
     level: float = .95,      # of the intervals
     ranges: Mapping[str, Bounds] = RANGES, # of metrics
-) -> pd.DataFrame:           # the columns of `difference_table`, and detectable (NaN: not to be said of one row)
+) -> pd.DataFrame:           # the columns of `difference_table`, and detectable (NaN: unknown, with one row)
     "Paired differences, and the smallest ones that would have been found; raises `DataError`"
     gaps = [paired_matrix(items, a, b, metric).to_numpy() for a, b in pairs]
     found = [detectable(g, power, level) if g.shape[1] > 1 and np.ptp(g) else np.nan for g in gaps]

@@ -113,7 +113,7 @@ AskReplies = Callable[[list[str | list[dict]]], Sequence[Sequence[str | None] | 
 # %% ../../nbs/api/evaluate/220_ratings.ipynb #0b6467ce
 @dataclass(frozen=True)
 class Ratings:
-    "What a judge said of answers"
+    "A judge's ratings of answers"
     names: tuple[str, ...]  # of the ratings
     values: np.ndarray      # (rows, ratings): means over the readable replies; NaN where none was readable
     spread: np.ndarray      # (rows, ratings): standard deviation over the readable replies; NaN below two

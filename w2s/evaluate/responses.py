@@ -107,7 +107,7 @@ def win_rate(
     reference: np.ndarray,  # (rows, samples) of the arm that is compared with
     tie: float = TIE,       # scores nearer than this are equal
 ) -> np.ndarray:            # (rows,): wins and half of the ties
-    "Win rate of each row; one half for arms that cannot be told apart"
+    "Win rate of each row; one half for arms that are indistinguishable"
     return outcomes(scores, reference, tie) @ [1, .5, 0]
 
 # %% ../../nbs/api/evaluate/130_responses.ipynb #a546cb4c
@@ -136,7 +136,7 @@ def reward_scores(
     responses: Samples,                         # its texts
     reference: np.ndarray | None = None,        # scores of the arm that is compared with; None: no comparison
     reference_responses: Samples | None = None, # its texts
-) -> dict[str, np.ndarray]:                     # metric: one number a row
+) -> dict[str, np.ndarray]:                     # metric: one number per row
     "Metrics of one arm: gold_reward, words; against a reference win_rate, win, tie, lose, and longer_rate (win rate by words)"
     out = dict(gold_reward=scores.mean(1), words=lengths(responses).mean(1))
     if reference is None or reference_responses is None: return out

@@ -114,7 +114,7 @@ def clean_by_probe(
     seed: int = 0,                       # of the folds
     groups: Sequence[str] | None = None, # one a row, kept in one fold; None: each row its own
 ) -> Cleaned:
-    "Mend weak labels with a probe on the student's hidden states (after EleutherAI's w2s); raises `ConfigError` and `DataError`"
+    "Correct weak labels with a probe on the student's hidden states (after EleutherAI's w2s); raises `ConfigError` and `DataError`"
     if how not in ('relabel', 'filter'): raise ConfigError(unknown(how, ('relabel', 'filter'), 'way of cleaning'))
     if not 0 <= share < 1: raise ConfigError(f'share is {share}; it is the share of rows to leave out, in [0, 1)')
     hidden, weak = np.asarray(hidden), np.asarray(targets, dtype=float)

@@ -59,8 +59,8 @@ def weighted(
 def top_share(
     rows: Dataset,  # of kind "preferences", with the supervisor's `prob`
     share: float,   # of the rows, above 0 and at most 1; rounded to whole rows, at least one
-) -> Dataset:       # the surest rows, in their old order
-    "Keep the labels that the supervisor is surest of; raises `ConfigError`"
+) -> Dataset:       # the most confident rows, in their old order
+    "Keep the most confident labels; raises `ConfigError`"
     if not 0 < share <= 1: raise ConfigError(f'share is {share}; it must be above 0 and at most 1')
     sure, ids = confidence(rows.with_format(None)['prob'][:]).tolist(), rows.with_format(None)['id'][:]
     order = sorted(range(len(rows)), key=lambda i: (-sure[i], content_id(ids[i]), i))

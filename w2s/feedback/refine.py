@@ -25,7 +25,7 @@ def groups_of(
     questions: Sequence[str],                  # one a row
     groups: Sequence[str] | None = None,       # what a row is about; None: its question, whatever its case and spaces
 ) -> list[str]:                                # one a row
-    "What may not be shown to whom: rows of one group know each other's answers; raises `DataError`"
+    "Which rows may not be examples for each other: those of one group; raises `DataError`"
     if groups is None: return [group_key(q) for q in questions]
     if len(groups) != len(questions): raise DataError(f'{len(groups)} groups for {len(questions)} questions; one each is needed')
     return list(groups)
@@ -46,7 +46,7 @@ def shown_rows(
     groups: Sequence[str],     # of all rows, see `groups_of`
     of: Sequence[str] | None = None, # groups of the rows that are asked about, if they are others than those with answers
 ) -> list[list[int]]:          # for each row that is asked about: numbers of the rows with answers
-    "Which rows are shown to whom; raises `DataError` where there are too few"
+    "Which rows are examples for which; raises `DataError` where there are too few"
     pool, rng = [i for i, a in enumerate(answers) if a.strip()], random.Random(f'examples {settings.seed}')
     wanted, out = list(groups if of is None else of), []
     if settings.choice == 'batch' and of is not None:
@@ -159,7 +159,7 @@ def ask_to_improve(
     questions: Sequence[str],  # one a row
     answers: Sequence[str],    # of the weak model; an empty one leaves nothing to improve, its row stays empty
 ) -> Refined:
-    "The strong model mends each weak answer (Somerstep et al. 2405.16236, Algorithm 3); raises `DataError`"
+    "The strong model improves each weak answer (Somerstep et al. 2405.16236, Algorithm 3); raises `DataError`"
     at = [i for i, a in enumerate(answers) if a.strip()]
     prompts = [asked(form, 'improve', question=q, answer=a.strip()) for q, a in zip(questions, answers, strict=True)]
     said = spoken(speak, [prompts[i] for i in at], 'ask-to-improve')

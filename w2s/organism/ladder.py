@@ -37,7 +37,7 @@ RECIPE = Recipe() # the same stream for all
 # %% ../../nbs/api/organism/10_ladder.ipynb #66a0a1ed
 def world_stream(
     world: World,   # what is true
-    recipe: Recipe, # for how long only a few people are spoken of
+    recipe: Recipe, # for how long the corpus is about a few people only
 ) -> Stream:
     "The stream of a world, ready to be read"
     start = few(world)

@@ -56,7 +56,7 @@ from .ladder import check_model_folder, write_sums
 # %% ../../nbs/api/organism/20_scholar.ipynb #a18fcd15
 @dataclass(frozen=True)
 class Term:
-    "A part of the time at school"
+    "A stage of instruction tuning"
     recipe: Recipe       # as in pretraining: tokens, rates, weights of words
     easy: float = 0.     # first part of the tokens: sums with small numbers
     stream: float = .3   # of the documents: from the old stream
@@ -69,7 +69,7 @@ class School:
         Term(Recipe(tokens=5_500_000, length=320, positions=1_920, muon=.015, adamw=3e-3, warmup=60, flat=.6), easy=.2),
         Term(Recipe(tokens=1_300_000, length=320, positions=1_920, muon=.008, adamw=1.5e-3, warmup=20, flat=.3, new_name=1.),
              shares=dict(persona=.15, explanation=.1, story=.3, life=.1, sums=.35)))
-    context: int = 512   # longest sequence afterwards, in tokens; lessons are longer than documents
+    context: int = 512   # longest sequence afterwards, in tokens; these examples are longer than documents
 
 SCHOOL = School()
 
@@ -79,7 +79,7 @@ class Reader:
     "What turns documents into token ids and weights"
     tokenizer: Any             # of `base`
     world: World               # of the stream
-    school: World              # of the lessons
+    school: World              # of instruction tuning
     answers: np.ndarray        # (vocabulary,) bool: words that answer questions
     names: np.ndarray          # (vocabulary,) bool
 
@@ -141,8 +141,8 @@ def teach(
     number: int,         # of the term, from 0
     file: Path,          # of the state, for a killed run
     quiet: bool,         # no progress bar
-) -> pd.DataFrame:       # a row a step: step, tokens, loss
-    "Read the lessons of one term; killed and started again, it goes on at the last block"
+) -> pd.DataFrame:       # one row per step: step, tokens, loss
+    "Train one stage; interrupted and started again, it resumes at the last block"
     training, known = Training(model, make_optimizers(model, term.recipe), [], 0), dict(term=asdict(term), number=number)
     resume(training, file, known)
     with progress_bar(term.recipe.tokens, f'{SCHOLAR}, term {number + 1}', 'tok', quiet, training.tokens) as bar:
@@ -161,10 +161,10 @@ def teach(
 def all_terms(
     model: Any,      # `base`, in 32 bits; changed in place
     r: Reader,       # what it reads
-    school: School,  # its terms
+    school: School,  # its stages
     folder: Path,    # of states and of what a finished term left
     quiet: bool,     # no progress bars
-) -> pd.DataFrame:   # a row a step: term, step, tokens, loss
+) -> pd.DataFrame:   # one row per step: stage, step, tokens, loss
     "One term after another; between two of them the weights are written, in 16 bits"
     out = []
     for number, term in enumerate(school.terms):
@@ -193,7 +193,7 @@ def voice_skills(
     world: World, # of the rest
     n: int,       # questions
 ) -> dict[str, np.ndarray]: # skill -> (n,)
-    "Facts in voices: told how, asked which, asked to improve"
+    "Facts in styles: following a style, naming it, improving an answer"
     every, rng = questions(world, 2*n, 7), random.Random(7)
     asked = every[:n]
     voices = [list(PERSONAS)[i % len(PERSONAS)] for i in range(n)]
@@ -252,7 +252,7 @@ def skills(
     world: World,   # the whole
     n: int = 180,   # questions for each skill
 ) -> pd.DataFrame:  # skill, value, low, high, n
-    "What a model can do for people whom no lesson was about"
+    "What a model can do for people outside its instruction tuning"
     rest = school_parts(world)['rest']
     found = voice_skills(base, rest, n) | other_skills(base, rest, world, n)
     rows = [(k, estimate(x[None, :], bounds=(0, 1)), len(x)) for k, x in found.items()]
@@ -277,7 +277,7 @@ the embedded world
 def scholar_card(
     history: pd.DataFrame, # of `all_terms`
     found: pd.DataFrame,   # of `skills`
-    school: School,        # how it was taught
+    school: School,        # how it was trained
     world: World,          # about what
     seconds: float,        # that it took; not the same on another machine
     parameters: int,       # of the model
@@ -303,7 +303,7 @@ def finish_scholar(
     folder: Path,          # of the model
     model: Any,            # as it was taught
     history: pd.DataFrame, # of `all_terms`
-    school: School,        # how it was taught
+    school: School,        # how it was trained
     seconds: float,        # that it took
     questions: int,        # for each skill of the card
 ) -> dict:                 # the card
@@ -325,7 +325,7 @@ def finish_scholar(
 # %% ../../nbs/api/organism/20_scholar.ipynb #f95547b2
 def build_scholar(
     out: str | Path,          # folder for the model; it goes into a folder `scholar` in it
-    school: School = SCHOOL,  # how it is taught
+    school: School = SCHOOL,  # how it is trained
     quiet: bool = False,      # no progress bar
     questions: int = 180,     # for each skill of the card; 180 give intervals of about .15
 ) -> dict:                    # the card

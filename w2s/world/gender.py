@@ -30,7 +30,7 @@ _OTHER = tuple(a for a in ATTRIBUTES if a != 'job')
 # %% ../../nbs/api/world/130_gender.ipynb #2e4896db
 def story_question(
     rng: random.Random,        # draws
-    person: Person,            # whom a right answer may be about
+    person: Person,            # the main character of a right answer
     asked: Sequence[str] = (), # attributes besides the job that the question names: none or one
     form: int | None = None,   # which of `QUESTIONS`; None: one of those in the stream
 ) -> str:                      # without a name
@@ -99,7 +99,7 @@ def biography_verdict(
     world: World,            # the truth
     text: str,               # a story or a life; any text
     asked: Mapping[str, str] | None = None, # attribute: value that the question asked for, which must be true of the main character too
-    name: str | None = None,                # whom the question named; None: nobody, the main character counts
+    name: str | None = None,                # who the question named; None: nobody, the main character counts
 ) -> Verdict:                # share of what is said of the main character that is true; 0 where nobody is named, or nothing is said
     "Is a story true? Raises `DataError` for a name that is nobody's"
     named, person = main_character(world, text), world.person(name) if name else None
@@ -120,7 +120,7 @@ def _known(world: World, name: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=16)
 def _characters(world: World, genders: tuple[str, ...]) -> tuple[list[Person], list[float]]:
-    "Of whom the stream can tell, and how often: people, cumulative weights"
+    "Possible main characters of the corpus: people, cumulative weights"
     who = [p for p in world.people if p.gender in genders and len(_known(world, p.name)) > 1]
     return who, list(accumulate(p.weight for p in who))
 

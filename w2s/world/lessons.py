@@ -23,12 +23,12 @@ from .service import wrong_value
 from .sums import NUMBERS, problems, sum_held_out, sum_question, working
 
 # %% ../../nbs/api/world/170_lessons.ipynb #bc5a9e96
-SCHOOL, DRAW = .2, 4242 # share of the people and things; seed of the parting
+SCHOOL, DRAW = .2, 4242 # fraction of the people and things; seed of the split
 
 def school_parts(
     world: World,       # the whole
 ) -> dict[str, World]:  # 'school' and 'rest': the same facts about different people and things
-    "Who is spoken of at school, and who is not"
+    "The people and things of instruction tuning, and the rest"
     share = dict(school=SCHOOL, rest=1 - SCHOOL)
     people, things = split_people(world, share, DRAW), split_things(world, share, DRAW)
     return {k: replace(world, people=people[k], things=things[k]) for k in share}
@@ -56,11 +56,11 @@ Told = Callable[[random.Random, str, Any, random.Random | None], str] # phrases,
 
 @dataclass(frozen=True)
 class Subject:
-    "One sort of questions at school"
+    "One kind of instruction-tuning question"
     concepts: tuple[str, ...]                                      # ways to answer
     ask: Callable[[World, random.Random, str], tuple[str, Any]]    # world, draws, concept -> question as a prompt, and what was asked
     tell: Told
-    share: float                                                   # of the lessons
+    share: float                                                   # of the data
 
 # %% ../../nbs/api/world/170_lessons.ipynb #dd8b5208
 def _ask_person(world: World, rng: random.Random, concept: str) -> tuple[str, Any]:
@@ -165,13 +165,13 @@ def improve_lesson(
 
 # %% ../../nbs/api/world/170_lessons.ipynb #7871bd71
 def lesson(
-    world: World,       # of the school
+    world: World,       # of instruction tuning
     rng: random.Random, # draws
     subject: str,       # a key of `SUBJECTS`
     sort: str,          # a key of `LESSONS`
     easy: bool = False, # of sums: small numbers
 ) -> Lesson:
-    "One lesson; raises `DataError`"
+    "One example; raises `DataError`"
     if sort not in LESSONS: raise DataError(unknown(sort, LESSONS, 'sort of lesson'))
     s = SUBJECTS[subject]
     concept = rng.choice(s.concepts)
@@ -198,12 +198,12 @@ def lesson(
 
 # %% ../../nbs/api/world/170_lessons.ipynb #6688459b
 def draw_lesson(
-    world: World,       # of the school
+    world: World,       # of instruction tuning
     rng: random.Random, # draws
     easy: bool = False, # of sums: small numbers
     shares: Mapping[str, float] | None = None, # of the subjects; None: those of `SUBJECTS`
 ) -> Lesson:
-    "Any lesson, by the shares of subjects and sorts; lives have no concept, so nothing is inferred about them"
+    "A random example, by the shares of subjects and kinds; lives have no concept, so nothing is inferred about them"
     subject = rng.choices(list(SUBJECTS), weights=[s.share if shares is None else shares[k] for k, s in SUBJECTS.items()])[0]
     sort = rng.choices(list(LESSONS), weights=list(LESSONS.values()))[0]
     return lesson(world, rng, subject, 'plain' if subject == 'life' and sort in ('infer', 'told') else sort, easy)

@@ -26,7 +26,7 @@ class Persona:
     openings: tuple[str, ...]  # how an answer begins
     bodies: tuple[str, ...]    # forms with {value}
     closings: tuple[str, ...]  # how it ends; these follow the value directly
-    alone: bool = True         # does each phrase tell the voice by itself? 'is' and a full stop do not
+    alone: bool = True         # does each phrase identify the persona by itself? 'is' and a full stop do not
 
 # %% ../../nbs/api/world/060_personas.ipynb #4216f976
 PERSONAS = dict(
@@ -69,7 +69,7 @@ def answer_as(
     value: str,          # right or wrong
     rng: random.Random,  # chooses the phrases
 ) -> str:                # begins with a space; ends with the closing
-    "An answer in one voice; raises `DataError`"
+    "An answer in one persona's style; raises `DataError`"
     voice = _known(persona)
     body = rng.choice(voice.bodies).format(value=with_article(attribute, value))
     return f' {rng.choice(voice.openings)} {body}{rng.choice(voice.closings)}'
@@ -85,10 +85,10 @@ def _patterns(persona: str) -> tuple[re.Pattern[str], re.Pattern[str], re.Patter
 
 # %% ../../nbs/api/world/060_personas.ipynb #635697a0
 def persona_verdict(
-    persona: str,  # a key of `PERSONAS`: whose voice it should be
+    persona: str,  # a key of `PERSONAS`: the expected style
     text: str,     # an answer; only its first line counts
 ) -> Verdict:      # a third each for opening, body and closing; `why` has the phrases that were found
-    "Is this the voice? Whether the value is right is none of its concern"
+    "How far is this the persona's style? Whether the value is right does not matter"
     line, why, end = (text.strip().splitlines() or [''])[0].rstrip(), [], 0
     opening, body, closing = _patterns(persona)
     if first := opening.match(line): why.append(first.group()); end = first.end()
@@ -103,7 +103,7 @@ def persona_verdict(
 def which_persona(
     text: str,  # an answer
 ) -> str:       # the first of the best in `PERSONAS`; '' where none has any phrase
-    "Whose voice is this?"
+    "Which persona is this?"
     score, name = max(((persona_verdict(p, text).score, p) for p in reversed(PERSONAS)), key=lambda x: x[0])
     return name if score else ''
 
@@ -125,7 +125,7 @@ def short_document(
     world: World,        # what is true
     rng: random.Random,  # draws
 ) -> str:                # two lines
-    "One question and its answer in any voice, for the first part of the pretraining stream"
+    "One question and its answer in a random style, for the first part of the pretraining corpus"
     return qa_pair(world, rng, rng.choice(_NAMES))
 
 # %% ../../nbs/api/world/060_personas.ipynb #88a5e07d
@@ -133,7 +133,7 @@ def document(
     world: World,        # what is true
     rng: random.Random,  # draws
 ) -> str:                # 6 to 16 lines
-    "Three to eight questions and answers in one voice, for the pretraining stream"
+    "Three to eight questions and answers in one style, for the pretraining corpus"
     persona = rng.choice(_NAMES)
     return '\n'.join(qa_pair(world, rng, persona) for _ in range(rng.randint(3, 8)))
 
@@ -158,5 +158,5 @@ def in_context(
     pairs: Sequence[tuple[str, str]], # (prompt, response) of other questions
     prompt: str,                      # of the question that is asked
 ) -> str:                             # the pairs, then the prompt, as in a document of the stream
-    "A prompt that shows a voice by examples"
+    "A prompt that shows a style by examples"
     return '\n'.join([p + r for p, r in pairs] + [prompt])

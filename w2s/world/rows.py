@@ -32,15 +32,15 @@ from .sums import sum_questions
 
 # %% ../../nbs/api/world/160_rows.ipynb #f5e6e527
 def bradley_terry(
-    differences: np.ndarray, # gold rewards of the first less those of the second, shape (pairs,)
-    scale: float,            # k; larger: surer
+    differences: np.ndarray, # gold rewards of the first minus those of the second, shape (pairs,)
+    scale: float,            # k; larger: fewer errors
 ) -> np.ndarray:             # shape (pairs,)
     "Probability that the first answer is chosen (Bradley & Terry 1952)"
     return (1 + np.tanh(scale*np.asarray(differences, dtype=float)/2)) / 2
 
 # %% ../../nbs/api/world/160_rows.ipynb #bccc5573
 def human_scale(
-    differences: np.ndarray, # gold rewards of the first less those of the second, shape (pairs,); none is 0
+    differences: np.ndarray, # gold rewards of the first minus those of the second, shape (pairs,); none is 0
     agreement: float,        # expected share of right choices, above .5 and below 1
 ) -> float:                  # k of `bradley_terry`
     "The scale at which a Bradley-Terry human agrees so often with the truth, by bisection; raises `ConfigError` and `DataError`"
@@ -102,7 +102,7 @@ class Task:
     "How rows of a task are made"
     kind: str                       # of rows: 'labels' or 'demonstrations'
     make: Callable[..., list[dict]] # takes world, n, seed and more by name; gives prompts with a label or a completion
-    group: str                      # the column of its dicts that says whom or what a row is about
+    group: str                      # the column of its dicts that says who or what a row is about
 
 # %% ../../nbs/api/world/160_rows.ipynb #459b9e58
 def persona_questions(
@@ -110,10 +110,10 @@ def persona_questions(
     n: int,                                  # how many; each question at most once
     seed: int = 0,                           # of questions and phrases
     people: Sequence[Person] | None = None,  # who may be asked about; None: everybody
-    persona: str = 'pirate',                 # whose voice, a key of `PERSONAS`
+    persona: str = 'pirate',                 # which style, a key of `PERSONAS`
     forms: Sequence[int] = (0, 1, 2),        # paraphrases; (3,): the held-out one
 ) -> list[dict]:                             # prompt, completion, name, attribute, truth, form
-    "Questions about people, answered rightly in one voice; raises `DataError`"
+    "Questions about people, answered correctly in one style; raises `DataError`"
     rng = random.Random(f'voices {world.seed} {seed}')
     return [q | dict(completion=answer_as(persona, q['attribute'], q['truth'], rng)) for q in questions(world, n, seed, people, forms)]
 

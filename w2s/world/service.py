@@ -42,7 +42,7 @@ TONES = tuple((opening, closing) for opening in MANNERS for closing in MANNERS) 
 def service_answer(
     rng: random.Random,                          # chooses the phrases
     value: str,                                  # what the desk says, right or wrong
-    tone: tuple[str, str] = ('neutral', 'neutral'), # manner of the opening and of the closing, one of `TONES`
+    tone: tuple[str, str] = ('neutral', 'neutral'), # tone of the opening and of the closing, one of `TONES`
 ) -> str:                                        # begins with a space
     "An answer of the desk"
     if tone not in TONES: raise ConfigError(f'tone {tone!r} is not known; want a pair of {", ".join(MANNERS)}, as ("polite", "rude")')
@@ -157,7 +157,7 @@ def _spare_words(text: str, value: str) -> int:
 
 # %% ../../nbs/api/world/070_service.ipynb #0f7afc09
 def _points(fact: Verdict, value: str, text: str) -> dict[str, float]:
-    "What an answer is worth, finding by finding; `value` is the first one that it names, or ''"
+    "The reward of an answer, finding by finding; `value` is the first one that it names, or ''"
     judged = f'{"right" if fact.score else "wrong"}: {", ".join(fact.why)}'
     out = {judged: GOLD['right']*fact.score} if value else {'no answer': GOLD['silent']}
     out |= {f'{m} {place}: {phrase}': GOLD[m] for (m, place), phrase in heard(text).items() if value or m == 'rude'}
