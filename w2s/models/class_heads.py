@@ -26,7 +26,7 @@ def tokens_in_place(
     tokenizer: Any,        # of the model
     words: Sequence[str],  # as they follow a text
 ) -> list[list[int]]:      # of each word
-    "The tokens of words behind a text, where a tokenizer may not write what it writes at the beginning of one; raises `ConfigError`"
+    "The tokens of words after a text, where they may differ from those at the beginning of one; raises `ConfigError`"
     if empty := [w for w in words if not w]: raise ConfigError(f'label word {empty[0]!r} has no token')
     for text in BEHIND:
         start, *whole = tokenizer([text, *(text + w for w in words)], add_special_tokens=False)['input_ids']
@@ -70,7 +70,7 @@ def add_class_head(
     classes: int = 2,                     # rows of the head
     words: Sequence[int] | None = None,   # token ids, one a class: begin with their rows of the output head; None: at random, scale 0.01
 ) -> PeftModel:                           # the same model
-    "Put a trainable head with a row a class on a model with an adapter; raises `ConfigError`"
+    "Add a trainable head with one row per class to a model with an adapter; raises `ConfigError`"
     if classes < 2: raise ConfigError(f'a classifier with {classes} class: it needs at least two')
     if words is not None: _check_words(base, words, classes)
     model = add_head(model, base, seed, CLASS_HEAD, classes)

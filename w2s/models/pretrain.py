@@ -135,7 +135,7 @@ def state_bytes(
     return buffer.getvalue() + hashlib.sha256(buffer.getbuffer()).digest()
 
 def save_state(
-    file: Path,  # of the state; the one before it stays beside it, as .before
+    file: Path,  # of the state; the previous one stays as .before
     state: dict, # tensors and plain values
 ) -> None:
     "Write a file whole or not at all"
@@ -172,7 +172,7 @@ class Training:
     "All that a run remembers"
     model: LlamaForCausalLM
     optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer]
-    history: list[dict[str, float]] # a row a step: step, tokens, loss
+    history: list[dict[str, float]] # one row per step: step, tokens, loss
     blocks: int                     # finished
 
     @property
@@ -240,8 +240,8 @@ def pretrain_model(
     seed: int = 0,        # of weights and stream; models of one ladder share it, so they read the same
     context: int = 256,   # longest sequence, in tokens
     quiet: bool = False,  # no progress bar
-    keep_state: bool = False, # leave training.pt, for whoever has more to do before the model is finished
-) -> pd.DataFrame:        # a row a step: step, tokens, loss in nats a weighted token
+    keep_state: bool = False, # leave training.pt, for further steps before the model is finished
+) -> pd.DataFrame:        # one row per step: step, tokens, loss in nats a weighted token
     "Pretrain a model and write it in Hugging Face form, float16; killed and started again, it ends in the same bits"
     folder = Path(folder)
     known = dict(size=asdict(size), recipe=asdict(recipe), seed=seed, context=context, vocabulary=len(stream.tokenizer))

@@ -51,7 +51,7 @@ def method_looks(
 def model_looks(
     points: pd.DataFrame, # columns role and method
 ) -> dict[tuple[str, str], dict]: # (role, method) -> keywords of a matplotlib mark, in the order of roles
-    "How each model is drawn, students in the order of `METHOD_LOOKS`; hollow: an un-tuned model that was given something to read"
+    "How each model is drawn, students in the order of `METHOD_LOOKS`; hollow: an untuned model with examples in context"
     models = by_role(points[['role', 'method']].drop_duplicates())
     looks, out = method_looks(models.loc[models['role'] == 'student', 'method']), {}
     def place(model: tuple[str, str]) -> tuple[int, int]:
@@ -98,7 +98,7 @@ def two_scores(
     x: str,                  # metric across
     y: str,                  # metric upwards
 ) -> pd.DataFrame:           # one row a model: `MODEL`, x, x_low, x_high, y, y_low, y_high
-    "Two metrics of each model beside each other; raises `DataError` where a model has only one of them"
+    "Two metrics of each model in one row; raises `DataError` where a model has only one of them"
     left, right = (_along(check_single(rows_of_metric(intervals, m, BOUNDS), MODEL), a) for m, a in ((x, 'x'), (y, 'y')))
     both = left.merge(right[[*MODEL, 'y', 'y_low', 'y_high']], on=MODEL, how='outer')
     lost = both[both[['x', 'y']].isna().any(axis=1)]
@@ -170,11 +170,11 @@ def _names_above(ax: Axes, at: Mapping[str, float]) -> None:
                     arrowprops=dict(arrowstyle='-', lw=.6, color='0.6', shrinkA=0, shrinkB=0))
 
 # %% ../../nbs/api/plots/090_demonstrations.ipynb #6fe14917
-BASE: dict = dict(color='0.25', lw=1.2, ls='--')     # line of the un-tuned strong model
+BASE: dict = dict(color='0.25', lw=1.2, ls='--')     # line of the untuned strong model
 EQUAL: dict = dict(color='0.45', lw=1, ls=':')       # line where student and weak model are equally good
 
 def _level_lines(ax: Axes, table: pd.DataFrame) -> None:
-    "Lines across: the un-tuned strong model with its interval as a band, and the ceiling"
+    "Horizontal lines: the untuned strong model with its interval as a band, and the ceiling"
     for _, b in check_single(table[(table['role'] == 'baseline') & (table['method'] == 'untuned')], ['metric']).iterrows():
         ax.axhspan(b['low'], b['high'], color=ROLE_COLORS['baseline'], alpha=.35, lw=0, zorder=0)
         ax.axhline(b['value'], zorder=1, **BASE)

@@ -23,7 +23,7 @@ from .metrics import metric_label
 
 # %% ../../nbs/api/plots/100_examples.ipynb #dbcfaf77
 def _pooled(part: pd.DataFrame, level: float) -> dict[str, float]:
-    "Mean and interval of the rows of one place, a row a seed"
+    "Mean and interval of the rows of one group, one row per seed"
     value, seeds, z = part['value'].mean(), len(part), stats.norm.ppf(.5 + level/2)
     if seeds == 1: return dict(value=value, low=part['low'].iloc[0], high=part['high'].iloc[0], seeds=1)
     of_rows, of_seeds = (part['high'] - part['low']).mean() / (2*z), part['value'].std(ddof=1) / seeds**.5
@@ -56,10 +56,10 @@ def _example_line(ax: Axes, part: pd.DataFrame, ns: Sequence[int], color: str, m
 
 # %% ../../nbs/api/plots/100_examples.ipynb #039ac7d0
 WEAK_LEVEL: dict = dict(lw=1.4, ls=':')  # line of the weak model
-BASE_LEVEL: dict = dict(lw=1.2, ls='--') # line of the un-tuned strong model
+BASE_LEVEL: dict = dict(lw=1.2, ls='--') # line of the untuned strong model
 
 def _example_levels(ax: Axes, levels: pd.DataFrame, metric: str, color: str) -> list[float]:
-    "Dotted line at the weak model, dashed line at the un-tuned strong one; returns where they are"
+    "Dotted line at the weak model, dashed line at the untuned strong one; returns where they are"
     here = levels[levels['metric'] == metric]
     floor, base = here[here['role'] == 'floor'], here[(here['role'] == 'baseline') & (here['method'] == 'untuned')]
     for part, look in ((floor, WEAK_LEVEL), (base, BASE_LEVEL)):
@@ -93,7 +93,7 @@ def plot_examples(
     table: pd.DataFrame,                    # columns weak, n, metric, value, low, high; optional seed
     metrics: Sequence[str] | None = None,   # a line each, six at most; None: all, as they come
     ax: Axes | None = None,                 # where to draw; None: a new figure
-    intervals: pd.DataFrame | None = None,  # of the same run, for the levels of weak and un-tuned model; None: no levels
+    intervals: pd.DataFrame | None = None,  # of the same run, for the levels of weak and untuned model; None: no levels
     weak: str = '',                         # weak model; '': the only one
     strong: str = '',                       # strong model in `intervals`; '': the only one
     level: float = .95,                     # coverage of the intervals in the table

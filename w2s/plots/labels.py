@@ -199,7 +199,7 @@ def plot_sizes(
 
 # %% ../../nbs/api/plots/070_labels.ipynb #5f63ef3e
 def _refused(ax: Axes, part: pd.DataFrame, place: float, marker: str, color: str) -> None:
-    "A hollow mark at the foot of the figure for each row without a number, and a word beside it"
+    "A hollow mark at the bottom of the figure for each row without a number, with a label"
     foot = ax.get_xaxis_transform() + ScaledTranslation(place/72, 0, ax.get_figure(root=True).dpi_scale_trans) # type: ignore[union-attr]
     ax.plot(part['x'], [.04]*len(part), marker, ms=6, mfc='white', mec=color, mew=1.4, transform=foot, zorder=5)
     for x in set(part['x']) - {t.get_position()[0] for t in ax.texts}: # once, where several students of one size are refused

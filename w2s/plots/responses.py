@@ -109,7 +109,7 @@ def plot_similarity(
 
 # %% ../../nbs/api/plots/060_responses.ipynb #df5ab3c4
 def _deltas(ax: Axes, table: pd.DataFrame, chosen: np.ndarray, rejected: np.ndarray) -> None:
-    "Chosen less rejected above each pair of bars, with the interval of the difference where the table has one"
+    "Chosen minus rejected above each pair of bars, with the interval of the difference where the table has one"
     known = {'low', 'high'} <= set(table.columns)
     ends = [f'\n[{low:.2f}, {high:.2f}]' for low, high in zip(table['low'], table['high'], strict=True)] if known else [''] * len(table)
     for at, (a, b, more) in enumerate(zip(chosen, rejected, ends, strict=True)):

@@ -39,7 +39,7 @@ def plot_roles(
     metric: str = 'accuracy',  # which metric of the table
     ax: Axes | None = None,    # where to draw; None: a new figure
 ) -> Axes:
-    "Grouped bars with intervals, in the manner of Tao & Li's Figure 2"
+    "Grouped bars with intervals, like Tao & Li's Figure 2"
     table = rows_of_metric(intervals, metric, ['low', 'high', 'n', 'seeds', 'level'])
     group, colors = group_names(table), model_colors(table)
     alone_weak = set(group[table['strong'] == '']) # a floor that belongs to no student comes first

@@ -80,7 +80,7 @@ def density(
 
 # %% ../../nbs/api/plots/110_toxicity.ipynb #f4917fdf
 def _violin(ax: Axes, x: float, values: np.ndarray, color: str) -> None:
-    "One violin, as wide as .84 at its fullest place"
+    "One violin, with the density normalised to a maximum width of .84"
     at = np.linspace(0, 1, 301)
     half = density(values, at)
     half = .42 * half / half.max()
@@ -143,7 +143,7 @@ DISC = 1300. # area of a disc in square points if all continuations are empty
 
 # %% ../../nbs/api/plots/110_toxicity.ipynb #5327e0b4
 def _silence(ax: Axes, points: pd.DataFrame, least: float = .1) -> None:
-    "A grey disc behind each mark, its area the share of empty continuations; its number where it is large"
+    "A grey disc around each mark, its area the fraction of empty continuations; its number where it is large"
     ax.scatter(points['x'], points['y'], s=DISC * points['empty'], color='0.55', alpha=.4, lw=0, zorder=2)
     for x, y, share in zip(points['x'], points['y'], points['empty'], strict=True):
         if share >= least:

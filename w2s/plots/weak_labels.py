@@ -72,7 +72,7 @@ def plot_coverage(
     baselines: Mapping[str, float] | None = None, # name -> accuracy on all pairs, drawn as dashed lines; None: only chance
     ax: Axes | None = None,                       # where to draw; None: a new figure
 ) -> Axes:
-    "Accuracy of the labels that are kept when only the surest share is kept"
+    "Selective accuracy: accuracy of the most confident labels over coverage"
     check_columns(table, ['coverage', 'accuracy', 'low', 'high'], 'plot_coverage')
     ax = new_axes(ax, 5.2, 3.5)
     for i, (name, part) in enumerate(_named(table, 'the surest labels').items()):
@@ -124,7 +124,7 @@ def plot_margins(
 
 # %% ../../nbs/api/plots/040_weak_labels.ipynb #57806127
 def _violin(ax: Axes, at: int, values: np.ndarray, color: str) -> None:
-    "One violin with its median and its middle half"
+    "One violin with its median and its interquartile range"
     body = ax.violinplot([values], [at], widths=.85, showextrema=False)['bodies'][0] # type: ignore[index]
     body.set(facecolor=color, edgecolor=color, alpha=.35)
     first, median, third = np.quantile(values, [.25, .5, .75])

@@ -38,7 +38,7 @@ def close(
     bos: int | None,     # begin token of the tokenizer, if it has one
     eos: int | None,     # end token; None: nothing is added
 ) -> list[int]:          # one begin token at most at the start, one end token at the end
-    "Mend doubled begin and end tokens of a plain text, and add the end token"
+    "Remove duplicate begin and end tokens of a plain text, and add the end token"
     ids = list(ids)
     while len(ids) > 1 and ids[0] == ids[1] == bos: ids = ids[1:]
     while len(ids) > 1 and eos is not None and ids[-1] == eos: ids = ids[:-1]

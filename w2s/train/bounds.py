@@ -45,7 +45,7 @@ class Budget:
         self,
         size: int, # of what is made, as of `size_of`
     ) -> None:
-        "Raise `TooMuchWork` for something too large, before it is made or handed on"
+        "Raise `TooMuchWork` for something too large, before it is made or passed on"
         if size > self.most: raise TooMuchWork(f'it makes something of more than {self.most:,} characters')
 
 BUDGET: ContextVar[Budget] = ContextVar('budget') # of the rendering that goes on
@@ -98,7 +98,7 @@ def _searched(text: Any, *args: Any) -> int:
     return _length(text)*max(map(_length, args), default=1)//64
 
 def _joined(*args: Any) -> int:
-    "Characters of some texts, or of those in a list, one behind the other with a text between them"
+    "Characters of some texts, or of those in a list, joined with a separator"
     items = max(map(_length, args), default=1)
     return sum(map(size_of, args)) + items*min(map(_length, args), default=1)
 

@@ -127,7 +127,7 @@ def forward_kl(
     logits: Tensor, # (rows, classes): logits or log-probs
     target: Tensor, # (rows, classes): weak labels
 ) -> Tensor:        # (rows,): in nats; 0 where both say the same
-    "KL(weak ‖ student): cross-entropy less the entropy of the label"
+    "KL(weak ‖ student): cross-entropy minus the entropy of the label"
     return soft_xent(logits, target) + torch.xlogy(target, target).sum(-1).to(logits.device, torch.float32)
 
 # %% ../../nbs/api/train/140_label_variants.ipynb #40be8ac2
@@ -163,7 +163,7 @@ def focal(
     return -(target.to(logps.device, logps.dtype) * others**gamma * logps).sum(-1)
 
 # %% ../../nbs/api/train/140_label_variants.ipynb #62471a43
-CERTAIN = 1e-6 # a weak label is thought to be no surer
+CERTAIN = 1e-6 # the highest confidence of a weak label
 
 def recentred(
     target: Tensor, # (rows, classes): weak labels

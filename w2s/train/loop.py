@@ -182,7 +182,7 @@ def take_step(
     size = norm.item()
     if not math.isfinite(size):
         raise TrainError(f'the gradient is {size} in rows {", ".join(objective.ids[i] for i in batch[:8])}{_half_words(model)}')
-    whole_step(optimizer) # the last that can fail: what comes behind it would be done twice
+    whole_step(optimizer) # the last that can fail: what comes after it would be done twice
     return {**note, 'grad_norm': size, 'learning_rate': rate}
 
 def _half_words(model: Any) -> str:
@@ -241,7 +241,7 @@ def train(
     label: str = 'training',  # of the progress bar
     quiet: bool = False,      # no progress bar
     after: Callable[[int], None] | None = None, # called after each step with the number of steps taken, before their checkpoint
-) -> pd.DataFrame:            # a row a step: loss, value, grad_norm, learning_rate
+) -> pd.DataFrame:            # one row per step: loss, value, grad_norm, learning_rate
     "Train an adapter, resumable to the same bits (on a GPU: unless `without_form` warned); raises `TrainError`, or `Stopped` on a signal"
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise ConfigError(

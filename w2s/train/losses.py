@@ -59,7 +59,7 @@ def cdpo(
     gap: Tensor,              # (rows,): of `log_ratio_gap`
     target: Tensor,           # (rows,): P(chosen ≻ rejected), in [0, 1]
     beta: float,              # as in `dpo`
-    smoothing: float,         # ε, in [0, 0.5): the share of pairs thought to be turned round
+    smoothing: float,         # ε, in [0, 0.5): the assumed flip rate
 ) -> Tensor:                  # (rows,): in nats
     "Conservative DPO: label smoothing (Mitchell 2023; Rafailov et al. with targets 1 - ε and ε)"
     check_loss(beta, smoothing)
@@ -71,8 +71,8 @@ def rdpo(
     gap: Tensor,              # (rows,): of `log_ratio_gap`
     target: Tensor,           # (rows,): P(chosen ≻ rejected), in [0, 1]
     beta: float,              # as in `dpo`
-    smoothing: float,         # ε, in [0, 0.5): the share of pairs that are turned round
-) -> Tensor:                  # (rows,): in nats; below 0 where the policy is surer than flips allow
+    smoothing: float,         # ε, in [0, 0.5): the flip rate
+) -> Tensor:                  # (rows,): in nats; below 0 where the policy is more confident than flips allow
     "Robust DPO, unbiased under random flips (Chowdhury et al. 2403.00409; CW-PO 2603.04968, Eq. 11)"
     check_loss(beta, smoothing)
     return dpo(gap, (target - smoothing)/(1 - 2*smoothing), beta)
@@ -85,7 +85,7 @@ def ipo(
     beta: float,              # τ of the paper: the wanted gap is 1/(2β) nats
     smoothing: float = 0.0,   # only 0
 ) -> Tensor:                  # (rows,): in nats²
-    "IPO with soft targets (Azar et al. 2310.12036, Eq. 17; CW-PO 2603.04968, Eq. 10 with its sign mended)"
+    "IPO with soft targets (Azar et al. 2310.12036, Eq. 17; CW-PO 2603.04968, Eq. 10 with its sign corrected)"
     check_loss(beta, smoothing, smooths=False)
     p, wanted = target.to(gap.device, gap.dtype), 1/(2*beta)
     return p*(gap - wanted)**2 + (1 - p)*(gap + wanted)**2
@@ -143,7 +143,7 @@ def check_losses(
     losses: Any,          # what it returned
     rows: int,            # how many it was given
 ) -> Tensor:              # the same
-    "Raise `ConfigError` for anything but one number a row, in kind and name"
+    "Raise `ConfigError` for anything but one number per row, in kind and name"
     want = f'want a tensor of shape ({rows},): one loss per row, not their mean'
     if losses is None: raise ConfigError(f'{extension.title} returned nothing; {want}')
     if not isinstance(losses, Tensor): raise ConfigError(f'{extension.title} returned a {type(losses).__name__}; {want}')

@@ -35,13 +35,13 @@ SHARE = 8 # tokens of a prompt: shorter ones are computed again with each respon
 class Span:
     "Tokens of one sequence that stand together"
     start: int                           # the first one
-    stop: int                            # behind the last one
+    stop: int                            # after the last one
     prompt: tuple[int, int] | None = None # where the prompt before it stands; None: the span has all of its sequence
 
 # %% ../../nbs/api/train/090_packing.ipynb #e4704402
 @dataclass(frozen=True)
 class Packed(Block):
-    "Some sequences one behind the other, and where their response tokens are"
+    "Some sequences concatenated, and where their response tokens are"
     last: Tensor                # (sequences,): where each ends
     spans: tuple[Span, ...] = () # in the order of the row, without gaps
 
@@ -57,7 +57,7 @@ class Packed(Block):
 # %% ../../nbs/api/train/090_packing.ipynb #d5037cde
 def prompt_key(
     sequence: Encoded, # a prompt with its response
-) -> tuple[int, ...] | None: # ids of the prompt; None: it is too short to be shared, or there is nothing behind it
+) -> tuple[int, ...] | None: # ids of the prompt; None: it is too short to be shared, or nothing follows it
     "What two sequences must have in common to share a prompt"
     return sequence.ids[:sequence.start] if SHARE <= sequence.start < len(sequence.ids) else None
 
@@ -79,7 +79,7 @@ class _Row:
 def pack(
     sequences: Sequence[Encoded], # prompts with their responses
 ) -> Packed:
-    "Lay sequences out one behind the other, prompts that several have in common once"
+    "Concatenate sequences, with each shared prompt once"
     row, prompts = _Row(), dict[Any, tuple[int, int]]()
     keys = [prompt_key(s) for s in sequences]
     shared = {k for k, n in Counter(keys).items() if n > 1 and k is not None}
@@ -141,7 +141,7 @@ class NotPacked(ValueError):
 
 # %% ../../nbs/api/train/090_packing.ipynb #e6ca6f2b
 def _causal(span: Span, like: Tensor) -> Tensor:
-    "Of a response behind a prompt: what each token sees, as a mask to be added"
+    "For a response after a prompt: what each token sees, as an additive mask"
     own, before = span.stop - span.start, span.prompt[1] - span.prompt[0] if span.prompt else 0
     mask = torch.full((own, before + own), -torch.inf, dtype=like.dtype, device=like.device)
     return mask.triu_(before + 1)

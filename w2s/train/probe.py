@@ -58,7 +58,7 @@ def _duplicates(
 
 # %% ../../nbs/api/train/230_probe.ipynb #bbb2835e
 def _by_class(fitted: LogisticRegression, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    "Coefficients and intercepts of every class; two classes are told apart by half a coefficient each"
+    "Coefficients and intercepts of every class; with two classes each has half of the coefficients"
     coef, intercept = fitted.coef_, fitted.intercept_
     if len(fitted.classes_) == 2: coef, intercept = np.concatenate([-coef, coef])/2, np.concatenate([-intercept, intercept])/2
     out, base = np.zeros((classes, coef.shape[1])), np.full(classes, -np.inf)

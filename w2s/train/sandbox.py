@@ -33,7 +33,7 @@ def _steps(items: Iterable, work: int) -> Iterator:
         yield item
 
 def _joined(first: Any, *rest: Any) -> str:
-    "Texts one behind the other"
+    "Concatenated texts"
     return counted(BUDGET.get(), '~', lambda *parts: ''.join(map(str, parts)), first, *rest)
 
 def _printed(value: Any) -> Any:

@@ -79,7 +79,7 @@ def shaped_attention(
     scale: float | None = None,      # of the products
     enable_gqa: bool = False,        # do several heads share keys and values?
 ) -> Tensor:
-    "Attention as a GPU computes it: what is kept are its inputs, its output, and one number a row and head"
+    "Attention as a GPU computes it: what is kept are its inputs, its output, and one number per row and head"
     if enable_gqa: key, value = (t.repeat_interleave(query.shape[1]//t.shape[1], 1) for t in (key, value))
     bias = (
         None if attn_mask is None else torch.empty(attn_mask.shape, dtype=query.dtype, device='meta').expand(*query.shape[:3], key.shape[2])

@@ -66,7 +66,7 @@ def template_uses_date(
 OTHER = 'zqxvj' # a content that no row has
 
 def _marks(n: int) -> list[str]:
-    "Contents by which messages can be told apart"
+    "Contents that identify each message"
     return [f'{OTHER}{i};' for i in range(n)]
 
 def _special(tokenizer: Any) -> tuple:
@@ -250,9 +250,9 @@ def chat_text(
 @dataclass(frozen=True)
 class TurnEnd:
     "How a chat template ends what the assistant says"
-    token: int | None # the first token of its own behind the reply; None: there is none
+    token: int | None # the first special token after the reply; None: there is none
     stop: str         # plain text in front of it that can serve as a stop string; '': none
-    text: str         # all that is behind the reply
+    text: str         # everything after the reply
 
 # %% ../../nbs/api/train/040_templates.ipynb #9a8d7169
 STOP_LENGTH = 3 # characters of a stop string at least: a shorter one, such as a line break, is part of many replies
