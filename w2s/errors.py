@@ -7,7 +7,7 @@ __all__ = ['W2SError', 'DataError', 'ModelError', 'ConfigError', 'TrainError', '
 
 # %% ../nbs/api/10_errors.ipynb #1e729854
 class W2SError(ValueError):
-    "Something that the user can mend; the message says what, where and how"
+    "Something that the user can fix; the message says what, where and how"
 
 # %% ../nbs/api/10_errors.ipynb #e55cf732
 class DataError(W2SError):

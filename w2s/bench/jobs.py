@@ -164,7 +164,7 @@ def job_work(
     texts: list[dict[str, str]], # its rows
     written: float = 0.,         # tokens of generation
 ) -> float:                      # operations
-    "The arithmetic that the real tokens of a job ask for, whoever does it"
+    "The arithmetic that the real tokens of a job require, in any library"
     config = base.model.config.get_text_config(decoder=True)
     def tokens(text: str) -> int: return len(base.tokenizer(text, add_special_tokens=False)['input_ids'])
     def work(kinds: tuple[str, ...], passes: int, heads: bool = True) -> float:

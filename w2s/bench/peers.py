@@ -228,7 +228,7 @@ def peer_name(
     task: str,          # one of `TASKS`
     trl: bool = True,   # is it installed?
 ) -> str:
-    "Against whom a task is measured"
+    "The peer that a task is compared with"
     if task in ('dpo', 'sft'): return 'TRL' if trl else 'plain loop'
     return {'label': 'sorted batches', 'generate': 'transformers.generate', 'classify': 'transformers.Trainer'}[task]
 

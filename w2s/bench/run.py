@@ -111,7 +111,7 @@ def measure(
     job: Job,          # what is measured
     repeats: int = 5,  # pairs
     trl: bool = True,  # against TRL, where a task has it and it is installed
-) -> pd.DataFrame:     # a row a turn: task, length, peer, repeat, side, wall, cpu, value, memory, work, rate
+) -> pd.DataFrame:     # one row per turn: task, length, peer, repeat, side, wall, cpu, value, memory, work, rate
     "Measure both sides of a job in turns; raises `ConfigError`"
     if repeats < 1: raise ConfigError(f'--repeats is {repeats}; it must be at least 1')
     trl = trl and has_trl()
@@ -127,7 +127,7 @@ def measure(
 # %% ../../nbs/api/bench/40_run.ipynb #0bd0ede2
 KEYS = ['task', 'length', 'batch_size', 'rows', 'peer'] # of a line of the table
 
-def _pair(turns: pd.DataFrame, what: str) -> pd.DataFrame: # columns ours and theirs, a row a repeat
+def _pair(turns: pd.DataFrame, what: str) -> pd.DataFrame: # columns ours and theirs, one row per repeat
     return turns.pivot(index='repeat', columns='side', values=what)
 
 def _line(turns: pd.DataFrame, rate: float) -> dict[str, float]:

@@ -115,7 +115,7 @@ def weak_teacher_config(
 # %% ../../nbs/api/cli/130_app.ipynb #27f8ae6f
 @run_app.callback(invoke_without_command=True)
 def run_before(
-    context: typer.Context, # of typer: is there a command behind it?
+    context: typer.Context, # of typer: is there a subcommand?
     show: Annotated[bool, Flag('--list', help='name the experiments and stop')] = False,
 ) -> None:
     "Run a whole experiment."
@@ -146,7 +146,7 @@ app.add_typer(zoo_app, name='zoo')
 # %% ../../nbs/api/cli/130_app.ipynb #9b5b7da0
 @zoo_app.callback()
 def zoo(
-    context: typer.Context, # of typer: is there a command behind it?
+    context: typer.Context, # of typer: is there a subcommand?
 ) -> None:
     "List the models of the ladder: their size, and how often they are right."
     if context.invoked_subcommand: return

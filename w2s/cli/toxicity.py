@@ -25,7 +25,7 @@ from .flags import check_places, out_path
 def card_text(
     card: dict[str, Any], # of a trained scorer
 ) -> str:                 # a few lines, for a terminal
-    "What a scorer was trained on, and what it is worth"
+    "What a scorer was trained on, and its held-out performance"
     def say(x: float | None) -> str: return '–' if x is None or math.isnan(x) else f'{x:.3f}'
     rows = [('held out', 'texts', 'r', 'rank r', 'AUC', 'error', 'over ½: predicted', 'given')]
     for name, m in card['held_out'].items():
@@ -158,9 +158,9 @@ def formula_cells(
 def write_table(
     table: Any,                          # a `datasets.Dataset`
     path: Path,                          # .jsonl, .csv or .parquet, see `check_place`
-    about: dict[str, Any] | None = None, # what else is said beside it
+    about: dict[str, Any] | None = None, # what else the description says
 ) -> None:
-    "Write a table in the form that its name asks for, whole or not at all, and beside it what it is"
+    "Write a table in the format of its suffix, whole or not at all, with a description next to it"
     frame = table.to_pandas()
     def write(part: Path) -> None:
         if path.suffix == '.jsonl': frame.to_json(part, orient='records', lines=True, force_ascii=False)

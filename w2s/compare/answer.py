@@ -56,7 +56,7 @@ def answer_stage(
     study: Study,                        # the experiment
     model: Model,                        # that answers
     name: str,                           # of the stage, for people
-    adapter: Path | None,                # of the model; None: un-tuned
+    adapter: Path | None,                # of the model; None: untuned
     prompts: Sequence[str | list[dict]], # what it is asked: texts, or chat messages
     settings: GenerateSettings,          # how it answers
     seed: int = 0,                       # of the samples
@@ -89,7 +89,7 @@ def answer_texts(
     study: Study,                        # the experiment
     model: Model,                        # that answers
     name: str,                           # of the stage, for people
-    adapter: Path | None,                # of the model; None: un-tuned
+    adapter: Path | None,                # of the model; None: untuned
     prompts: Sequence[str | list[dict]], # what it is asked: texts, or chat messages
     settings: GenerateSettings,          # how it answers
     seed: int = 0,                       # of the samples

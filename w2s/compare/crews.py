@@ -117,7 +117,7 @@ def _work(opener: Opener, root: Path, keep: bool, theirs: dict[str, str], where:
     try: return join_study(opener, root, keep, theirs, where)
     except KeyboardInterrupt: return 'stopped'
     except W2SError as e: return e
-    except Exception as e: # the process has no other way to be heard
+    except Exception as e: # the process has no other way to report it
         return RuntimeError(f'{where}: {type(e).__name__}: {e}')
     finally: signal.signal(signal.SIGTERM, signal.SIG_IGN) # what it has to say, it says
 

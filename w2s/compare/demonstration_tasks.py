@@ -40,9 +40,9 @@ Score = Callable[[Sequence[str]], dict[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class Questions:
-    "Questions, and what answers to them are worth"
+    "Questions, with a score of their answers"
     questions: list[str]     # as they are put into a `Form`
-    groups: list[str]        # whom or what each is about: no example may be of the same group
+    groups: list[str]        # who or what each is about: no example may be of the same group
     score: Score
     gold: list[str] | None = None # a good answer to each; None: nobody knows one
     # a weak answer to each, where mistakes were put in instead of made, or where weak answers are in a file; None: a weak model must answer
@@ -90,18 +90,18 @@ def world_parts(
     seed: int,           # who of the others is labelled
     trial: bool = False, # other test people and things
 ) -> dict[str, World]:   # 'labelled', 'unlabelled', 'test'
-    "The world without the school, in three parts"
+    "The world without the people of the instruction tuning, in three parts"
     return parts(school_parts(make_world())['rest'], seed, trial)
 
 # %% ../../nbs/api/compare/330_demonstration_tasks.ipynb #5c4bc734
 Sizes = tuple[int, int, int] # good answers for the weak model, questions for the strong one, test questions
 
 def persona_rows(
-    seed: int,    # also says which voice
+    seed: int,    # also determines the persona
     sizes: Sizes, # rows
     trial: bool,  # see `world_parts`
 ) -> TaskRows:
-    "A voice (Somerstep et al., experiment 1)"
+    "A persona (Somerstep et al., experiment 1)"
     w, voice = world_parts(seed, trial), VOICES[seed % len(VOICES)]
     says = dict(
         accuracy=lambda r, a: fact_verdict(make_world(), r['name'], r['attribute'], a).score,
@@ -140,10 +140,10 @@ def explanation_rows(
     return TaskRows(seed, make_questions(told, 'thing', says), make_questions(asked, 'thing', says), [make_questions(test, 'thing', says)])
 
 # %% ../../nbs/api/compare/330_demonstration_tasks.ipynb #9e1fa734
-SCHOOL_DIGITS, SHOWN_AT_SCHOOL = 3000, 3 # lessons, half of them in each way; examples in the same way before two of three of them, at most
+SCHOOL_DIGITS, SHOWN_AT_SCHOOL = 3000, 3 # training examples, half of them in each style; examples in context before two of three of them, at most
 
 def digit_school() -> list[dict]:
-    "Pictures of the school explained in both ways, some behind examples in the same way: otherwise a model forgets to look at examples"
+    "Training pictures explained in both styles, some with examples in context: otherwise a model ignores examples"
     rng, out = random.Random('school of digits'), []
     for draw, way in enumerate(('regions', 'contrast')):
         rows = digit_questions(SCHOOL_DIGITS//2, draw, 'school', way)

@@ -226,7 +226,7 @@ def import_file(
         assert spec
         module = module_from_spec(spec)
         before, sys.modules[title] = sys.modules.get(title), module
-        sys.path.insert(0, str(path.parent)) # helpers beside it
+        sys.path.insert(0, str(path.parent)) # helpers in the same folder
         try: exec(compile(path.read_bytes(), str(path), 'exec'), module.__dict__)
         except BaseException:
             if before is None: sys.modules.pop(title, None)
@@ -296,7 +296,7 @@ def imported_inputs(
 def run_hash(
     settings: Any, # of a run, as plain values
 ) -> str:          # 12 hexadecimal digits
-    "What a run is known by: its settings, but for the machines that did it, and the functions of the user that it uses"
+    "The identity of a run: its settings, except the machines that did it, and the user's functions that it uses"
     if isinstance(settings, Mapping): settings = {k: _without_machines(v) for k, v in settings.items() if k != 'machines'}
     more = imported_inputs(settings) if isinstance(settings, Mapping) else {}
     return settings_hash({**settings, 'extensions': more} if more else settings)

@@ -41,7 +41,7 @@ from .settings import world_seed
 # %% ../../nbs/api/compare/210_gold.ipynb #2dd29b0f
 def gold_world(
     source: str,     # of preference rows
-) -> World | None:   # whose facts and manners responses are judged by; None: no truth is known for such rows
+) -> World | None:   # whose facts and tones responses are scored by; None: no ground truth for such rows
     "Is there a gold reward for responses to these prompts?"
     return None if world_seed(source) is None else ladder_world()
 
@@ -54,7 +54,7 @@ def judge(
     prompts: Sequence[str],     # questions to the desk
     responses: Sequence[str],   # one to each
 ) -> pd.DataFrame:              # columns `JUDGED`; right, polite and rude lie between 0 and 1
-    "What responses are worth, and why"
+    "Rewards of responses, with reasons"
     rows = []
     for prompt, text in zip(prompts, responses, strict=True):
         gold, asked = gold_reward(world, prompt, text), parse_question(world, prompt)
@@ -77,7 +77,7 @@ Judge = Callable[[Sequence[Any], Sequence[str]], pd.DataFrame]
 # %% ../../nbs/api/compare/210_gold.ipynb #a5381c71
 @lru_cache(maxsize=1)
 def _scorer(name: str, settings: LoadSettings = BF16) -> Scorer:
-    "The one reward model that is in memory, and no base beside it"
+    "The one reward model in memory, with no base loaded"
     close_base()
     return load_reward_model(name, settings)
 

@@ -41,7 +41,7 @@ def part_rows(
     config: Classify,  # of the experiment
     data: LoadedData,  # of `load_labels`
     seed: int,         # of the parting
-) -> LabelRows:        # with label words, and held: rows of the students, kept back to choose a snapshot by; nobody learns from them
+) -> LabelRows:        # with label words, and held: held-out rows of the students, to choose a snapshot by; never trained on
     "Part the rows for one seed"
     labelled, unlabelled = label_halves(config, data, seed)
     rows, held = keep_back(unlabelled, config.validate, seed)

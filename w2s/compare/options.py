@@ -26,7 +26,7 @@ from .config import WHOLE, check_value, field_kinds, number, split_names
 @lru_cache(maxsize=None)
 def field_comments(
     cls: type, # a dataclass
-) -> dict[str, str]: # field -> the comment beside it; empty where the source is not there
+) -> dict[str, str]: # field -> its comment; empty where the source is not available
     "What stands beside the fields of a class and of those it is made from"
     out: dict[str, str] = {}
     for c in reversed(cls.__mro__):
@@ -243,7 +243,7 @@ def find_option(
     cls: Any,  # a class of settings
     name: str, # of a setting, 'sft.learning_rate', or of its flag, 'sft-lr'
 ) -> Option:
-    "The option behind a name; raises `ConfigError`"
+    "The option with a name; raises `ConfigError`"
     for o in options_of(cls):
         if name.lstrip('-') == o.flag or o.paths == (name,): return o
     known = [*dict.fromkeys([*(p for o in options_of(cls) for p in o.paths), *(o.flag for o in options_of(cls))])]

@@ -202,7 +202,7 @@ REFERENCE = ('baseline', 'sft human') # win rates are against it
 # %% ../../nbs/api/compare/240_preference_arms.ipynb #0d80c549
 def write_responses(
     study: Study,          # the experiment
-    arms: Sequence[Arm],   # of one or more seeds; an un-tuned one writes nothing
+    arms: Sequence[Arm],   # of one or more seeds; an untuned one writes nothing
     test: Dataset,         # rows of kind "preferences"
 ) -> list[tuple[Arm, list[list[Written]]]]: # the samples of each row, by arm; empty where responses are not asked for
     "What the arms answer to the test prompts"
@@ -231,7 +231,7 @@ def judge_responses(
 def gold_items(
     arms: Sequence[Arm],      # who wrote
     responses: pd.DataFrame,  # of `judge_responses`, of all arms
-) -> list[pd.DataFrame]:      # rows of the items table, an element an arm
+) -> list[pd.DataFrame]:      # rows of the items table, one element per arm
     "Scores of what the arms wrote: gold_reward, win_rate and others"
     if responses.empty: return []
     written = {(a.role, a.method, a.seed): (a, own) for a, own in _own_responses(arms, responses)}
@@ -247,7 +247,7 @@ def metric_items(
     arms: Sequence[Arm],      # who wrote
     responses: pd.DataFrame,  # of `judge_responses`, of all arms
     test: Dataset,            # rows whose prompts were answered
-) -> list[pd.DataFrame]:      # rows of the items table, an element an arm
+) -> list[pd.DataFrame]:      # rows of the items table, one element per arm
     "The user's metrics of what the arms wrote, means over the samples of a row"
     if responses.empty: return []
     rows, out = dict(zip(test['id'][:], test.to_list(), strict=True)), []
@@ -263,7 +263,7 @@ def train_students(
     study: Study,    # the experiment
     model: Model,    # the strong student
     rows: SeedRows,  # of one seed
-) -> list[Arm]:      # un-tuned, SFT only, student, and what else is asked for
+) -> list[Arm]:      # untuned, SFT only, student, and what else is asked for
     "Train everything that is strong, for one seed"
     c, seed, human = study.config, rows.seed, given_labels(to_pairs(rows.unlabelled, rows.seed))
     use, given = c.labels, student_rows(rows.extra['weak'], human, c.labels, seed)

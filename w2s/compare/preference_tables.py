@@ -33,7 +33,7 @@ from .tables import Kind, Model, pair_up
 # %% ../../nbs/api/compare/250_preference_tables.ipynb #e9de17be
 def label_table(
     seeds: Sequence[SeedRows], # after labelling
-) -> pd.DataFrame:             # a row a seed
+) -> pd.DataFrame:             # one row per seed
     "Agreement of weak with human labels on the unlabelled half, with an interval over prompts; and of both with gold where known"
     out = []
     for s in seeds:
@@ -108,7 +108,7 @@ def gold_words(
     config: WeakTeacher,     # of a run
     responses: pd.DataFrame, # of the run
 ) -> str:                    # sentences, or nothing where no responses were scored
-    "Say what the gold reward is, how many responses were cut, and whom the win rate is against"
+    "Say what the gold reward is, how many responses were cut, and which arm the win rate is against"
     if not config.samples: return ''
     how = sampling(config)
     points = (

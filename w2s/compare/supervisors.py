@@ -141,7 +141,7 @@ def ask(
 
 # %% ../../nbs/api/compare/230_supervisors.ipynb #ae583152
 def _asked_of_model(study: Study, who: Arm, model: Model, pairs: Dataset) -> dict[str, Any]:
-    "What the rewards of a model depend on beside it"
+    "What the rewards depend on besides the model"
     kind = who.extra['kind']
     inputs = {
         'policy': adapter_hash(who.adapter),

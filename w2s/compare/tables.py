@@ -147,7 +147,7 @@ def why_no_gap(
     return ''
 
 # %% ../../nbs/api/compare/090_tables.ipynb #9a924675
-DIGITS = {'margin': 4, 'logp_chosen': 1, 'logp_rejected': 1} # behind the point, of a metric; of all others 3
+DIGITS = {'margin': 4, 'logp_chosen': 1, 'logp_rejected': 1} # decimal places of a metric; of all others 3
 
 def pivot_intervals(
     intervals: pd.DataFrame,    # of `interval_table`

@@ -238,7 +238,7 @@ def train_on_pairs(
     name: str,          # of the stage
     rows: Dataset,      # of kind "preferences"
 ) -> Path:              # folder of the adapter
-    "DPO against the un-tuned model, once"
+    "DPO with the untuned model as reference, once"
     c, tokens = context.config, encoded(model, rows)
     def objective(base: Base) -> Objective:
         return preference_objective(

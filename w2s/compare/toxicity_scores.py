@@ -56,7 +56,7 @@ def perplexity_stage(
 def sample_metrics(
     test: Sequence[dict],          # prompts
     said: Sequence[Sequence[str]], # continuations of each, as many for all
-) -> dict[str, np.ndarray]:        # metric -> one number a prompt
+) -> dict[str, np.ndarray]:        # metric -> one number per prompt
     "The user's metrics, means over the samples of a prompt"
     if not METRICS.own: return {}
     found = own_metrics([r for r, row in zip(test, said, strict=True) for _ in row], [x for row in said for x in row])
@@ -66,7 +66,7 @@ def sample_metrics(
 def score_arm(
     context: Context, # of the run
     arm: Arm,         # that continues the test prompts
-) -> Arm:             # with scores and empty (prompts, samples), and metrics: one number a prompt, NaN where there is none
+) -> Arm:             # with scores and empty (prompts, samples), and metrics: one number per prompt, NaN where there is none
     "Let an arm continue the test prompts, and score that"
     config, test = context.config, context.rows.test
     name, prompts = stage_name('toxicity', stage_role(arm.role), arm.method, 'test'), [r['prompt'] for r in test]

@@ -50,7 +50,7 @@ from .toxicity import open_toxicity
 def supervisor_settings(
     value: str, # 'pico', 'pico+nano', 'pico reward', 'base judge'
 ) -> dict[str, Any]:
-    "A model, several joined by '+', and the kind of supervisor behind a space"
+    "A model, several joined by '+', and the kind of supervisor after a space"
     model, space, kind = value.strip().rpartition(' ')
     if not space and value.partition('(')[0].strip() in LABELLERS and not has_model(value.strip()):
         return {'weak': '', 'supervisor': value.strip()}
@@ -74,7 +74,7 @@ def use_settings(
 def loss_settings(
     value: str, # 'ipo', or 'ipo confidence'
 ) -> dict[str, Any]:
-    "A preference loss, and weights behind a space; raises `ConfigError`"
+    "A preference loss, and weights after a space; raises `ConfigError`"
     loss, _, weights = value.partition(' ')
     check_preference_loss(loss)
     return {'loss': loss, 'labels': {'weights': weights or 'none'}}
@@ -255,7 +255,7 @@ def lead_metrics(
 
 def by_value(
     varied: Varied, # of `run_varied`
-) -> pd.DataFrame:  # a row a value and model: role, method, weak, strong, and value [low, high] of each metric
+) -> pd.DataFrame:  # one row per value and model: role, method, weak, strong, and value [low, high] of each metric
     "The table that a person looks at, for any kind of feedback"
     metrics, t = lead_metrics(varied), varied.intervals
     t = t[t['metric'].isin(metrics)]

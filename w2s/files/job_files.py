@@ -77,7 +77,7 @@ def job_page(
     models: Sequence[str],             # lines about them
     report: DataReport,                # what was read
     settings: Mapping[str, Any],       # as plain values
-    more: Sequence[str] = (),          # parts behind the settings
+    more: Sequence[str] = (),          # parts after the settings
 ) -> str:                              # Markdown
     "The report for people"
     model = ['## The model', *map(escape_markdown, models)] if models else []

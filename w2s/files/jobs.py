@@ -187,7 +187,7 @@ def _shipped(value: Any) -> dict[str, Any]: return {OWN_LADDER: value}
 
 @dataclass(frozen=True)
 class RefineJob(Job):
-    "What is to be refined, by whom and how"
+    "What to refine, with which model and method"
     questions: str = setting('', 'Data', say='none, it must be given') # file, folder or name on the hub with questions
     weak_answers: str = setting('', 'Data', say='the file of the questions') # file of questions with weak answers
     # model that answers anew: scholar or another one that comes with w2s, a folder, or a name on the hub

@@ -103,7 +103,7 @@ def read_pairs(
 class LabelData:
     "The rows of a labelling"
     train: Dataset | None # of kind "preferences": the supervisor learns from them; None: nothing is labelled
-    held: Dataset | None  # of kind "preferences": kept from the training; None: nothing is measured
+    held: Dataset | None  # of kind "preferences": held out from training; None: nothing is measured
     rows: Dataset         # of kind "preferences" whose order says nothing; `gold`: what a human said, NaN where nobody did
     report: DataReport    # what was found and done on the way
 

@@ -257,7 +257,7 @@ def write_refined(
     done: RefinedFile,              # of a refinement
     out: str | Path,                # .jsonl file
     work: str | Path | None = None, # folder of the stages; None: as out, with .work
-) -> list[Path]:                    # the rows, and beside them the report for people and for programs
+) -> list[Path]:                    # the rows, and the report for people and for programs
     "Write rows and report as one set; raises `ConfigError` where a file of the user would be lost"
     out = check_job_out(out, *FORM)
     told = facts(done) | dict(

@@ -120,7 +120,7 @@ def say_incomplete(
 # %% ../../nbs/api/io/20_manifests.ipynb #e9e114af
 def twin(
     manifest: Path, # of a set of results
-) -> Path:          # hidden, beside it
+) -> Path:          # hidden, in the same folder
     "A second copy of a manifest: without it, a damaged one would leave its files nobody's"
     return manifest.with_name(f'.{manifest.name}')
 

@@ -142,7 +142,7 @@ def over_seeds(
     return groups[list(columns)].mean().round(3).assign(seeds=groups['seed'].nunique()).reset_index()
 
 def stops_text(
-    result: Result, # of a run with rows kept back
+    result: Result, # of a run with held-out rows
 ) -> str:                # Markdown
     "What stopping by weak labels cost"
     table = over_seeds(result.stops, ['weak', 'strong', 'method'], ['chosen', 'last', 'best', 'regret'])

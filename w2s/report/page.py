@@ -31,7 +31,7 @@ class Page:
     title: Callable[[Result], str] = lambda result: result.kind.name.capitalize()  # plain text
     figures: Callable[[Result], Drawn] = lambda result: {}                         # that the result has something to show in
     weak: Callable[[Result], str] = lambda result: ''                              # Markdown: how good the weak feedback was
-    more: Callable[[Result], dict[str, str]] = lambda result: {}                   # heading -> Markdown, behind the arms
+    more: Callable[[Result], dict[str, str]] = lambda result: {}                   # heading -> Markdown, after the arms
     data: Callable[[Result], list[str]] = lambda result: []                        # plain lines about the examples
     made: Callable[[Result], list[str]] = lambda result: []                        # Markdown: how it was made, beside models and versions
 

@@ -26,7 +26,7 @@ from .folder import markdown_table, write_folder
 def model_pairs(
     intervals: pd.DataFrame, # with columns role, weak, strong
 ) -> list[tuple[str, str]]:  # weak and strong models of students
-    "Who taught whom"
+    "Weak and strong model of each panel"
     students = intervals[intervals['role'] == 'student']
     return list(dict.fromkeys(zip(students['weak'], students['strong'], strict=True)))
 
