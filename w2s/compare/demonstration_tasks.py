@@ -140,7 +140,7 @@ def explanation_rows(
     return TaskRows(seed, make_questions(told, 'thing', says), make_questions(asked, 'thing', says), [make_questions(test, 'thing', says)])
 
 # %% ../../nbs/api/compare/330_demonstration_tasks.ipynb #9e1fa734
-SCHOOL_DIGITS, SHOWN_AT_SCHOOL = 3000, 3 # training examples, half of them in each style; examples in context before two of three of them, at most
+SCHOOL_DIGITS, SHOWN_AT_SCHOOL = 3000, 3 # training examples, half in each style; examples in context before two of three, at most
 
 def digit_school() -> list[dict]:
     "Training pictures explained in both styles, some with examples in context: otherwise a model ignores examples"
