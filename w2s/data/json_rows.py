@@ -153,7 +153,7 @@ def rows_key(
     )
 
 # %% ../../nbs/api/data/060_json_rows.ipynb #a3d6c84f
-OF_ROWS = {'prompt', 'instruction', 'question', 'query', 'info'} # keys of a row, whatever lists of objects it has beside them
+OF_ROWS = {'prompt', 'instruction', 'question', 'query', 'info'} # keys of a row, whatever lists of objects it has besides
 
 def _whole_object(path: str | Path) -> dict[str, Any] | None:
     "The one object that a file is, or None"

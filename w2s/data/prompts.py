@@ -199,7 +199,7 @@ def join_prompt(
     columns: PromptColumns,    # of the table
     dialogue: bool = False,    # does any row of the table have earlier turns?
 ) -> tuple[str | list, str]:   # the prompt, and why there is none; '': there is one
-    "One prompt out of a question and the cells beside it"
+    "One prompt from a question and the cells that belong to it"
     turns = turns_of(row[columns.history]) if columns.history else []
     system, above, below = (
         _part(row[columns.system]) if columns.system else '',

@@ -60,7 +60,7 @@ def bare_name(
 def shards(
     names: Iterable[str], # of files or splits
 ) -> dict[str, list[str]]: # name of a table -> its parts, in order
-    "Which files are parts of one table? Those that are called the same but for a number of two or more digits, and end in the same way"
+    "Which files are parts of one table? Those with names that differ only in a number of two or more digits, and with the same suffix"
     groups: dict[tuple[str, str], list[str]] = {}
     for n in sorted(names): groups.setdefault((bare_name(n), form_of(n)), []).append(n)
     return {bare if len(parts) > 1 else parts[0]: parts for (bare, _), parts in groups.items()}

@@ -55,7 +55,7 @@ def random_labels(
     rate: float,        # share of labels to turn round, 0 to 1; to match a supervisor: its share of mismatches
     seed: int,          # of which ones
 ) -> WeakLabels:
-    "Human labels with exactly round(rate × rows) of them turned round (Tao & Li 2409.08813, Table 12); raises `ConfigError`, `DataError`"
+    "Human labels with exactly round(rate × rows) random flips (Tao & Li 2409.08813, Table 12); raises `ConfigError`, `DataError`"
     if not 0 <= rate <= 1: raise ConfigError(f'rate is {rate}; want a share from 0 to 1')
     own = to_preferences(pairs, human.prob_a, 'human').with_format(None) if len(pairs) == len(human.rows) else human.rows.select([])
     if any(own[c][:] != human.rows.with_format(None)[c][:] for c in ('id', 'chosen')):

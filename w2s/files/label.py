@@ -351,7 +351,7 @@ def dry_text(
 def label(
     config: WeakTeacher,             # of `label_settings`
     job: LabelJob,                   # which rows
-    out: str | Path,                 # file for the labels, .parquet; its report comes beside it
+    out: str | Path,                 # file for the labels, .parquet; its report goes next to it
     work: str | Path | None = None,  # folder of stages, where a killed run goes on; None: as out, with .work
     quiet: bool = False,             # no progress bars and no lines
     keep: bool = False,              # use finished stages that other versions of the packages made

@@ -274,7 +274,7 @@ def write_refined(
 # %% ../../nbs/api/files/50_refine.ipynb #4e06584f
 def refine_file(
     job: RefineJob,                        # what is asked for
-    out: str | Path,                       # .jsonl file; its report comes beside it
+    out: str | Path,                       # .jsonl file; its report goes next to it
     work: str | Path | None = None,        # folder where a killed refinement goes on; None: as out, with .work
     own: Mapping[str, Any] | None = None,  # templates of one's own, see `edited`
     quiet: bool = False,                   # no progress bars and no lines

@@ -38,7 +38,7 @@ def sync_folder(
 # %% ../../nbs/api/io/10_disk.ipynb #9634933e
 def writing_name(
     path: Path, # a file or folder
-) -> Path:      # beside it
+) -> Path:      # in the same folder
     "The name that something has while it is written"
     return path.with_name(f'.writing-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]}')
 
@@ -163,7 +163,7 @@ CAUSES: dict[int, str] = { # number of a system error -> what is wrong and what 
 # %% ../../nbs/api/io/10_disk.ipynb #aaddd266
 def error_number(
     error: BaseException, # of any library
-) -> int | None:          # number of the system error behind it; None: there is none
+) -> int | None:          # number of the system error that caused it; None: there is none
     "Find the system error in an exception, or in what it came from"
     if isinstance(error, OSError) and error.errno: return error.errno
     said = str(error)

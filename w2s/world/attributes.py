@@ -15,7 +15,7 @@ class Attribute:
     name: str                 # such as 'home'
     values: tuple[str, ...]   # single lower-case words; no two attributes share one
     forms: tuple[str, ...]    # questions, with {name}; the last one is never in the pretraining stream
-    phrase: str               # what is said of a person, with {value}
+    phrase: str               # how it is stated of a person, with {value}
     share: float              # of the questions in the stream: rare attributes are learned by larger models only
 
 # %% ../../nbs/api/world/030_attributes.ipynb #85152bd1
@@ -49,7 +49,7 @@ class Kind:
     "A kind of things"
     name: str       # such as 'fruit'; goes with 'a'
     harmful: bool   # is a thing of this kind bad to put in a stew?
-    does: str       # what things of this kind do, said of one of them
+    does: str       # what things of this kind do, as a statement about one of them
     like: str       # what an explanation by analogy compares it with, its article included
 
 # %% ../../nbs/api/world/030_attributes.ipynb #f4958d76

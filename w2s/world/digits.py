@@ -260,7 +260,7 @@ def reason_verdict(
     prompt: str, # a question of `digit_question`
     text: str,   # an answer; any text
 ) -> Verdict:    # right reasons / max(reasons named, regions of the right explanation); 0 where none is named
-    "Is what is said of the regions so, and does it speak for the decision? Raises `DataError` for a prompt without a picture"
+    "Are the statements about the regions true, and do they support the decision? Raises `DataError` for a prompt without a picture"
     return _share({f'{r} is {s}': ok for (r, s), ok in _reasons(prompt, text).items()}, len(best_regions(*read_digit(prompt))))
 
 # %% ../../nbs/api/world/150_digits.ipynb #08cafa7a

@@ -57,7 +57,7 @@ LIVES = ('{She} is a {job}. {She} {one} and {two}.', '{She} {one} and {two}. {Sh
 
 def life(
     rng: random.Random,      # draws
-    person: Person,          # of whom the question was
+    person: Person,          # who the question was about
     told: Sequence[str],     # two attributes besides the job
     form: int | None = None, # which of `LIVES`; None: any
 ) -> str:                    # begins with a space
@@ -100,7 +100,7 @@ def biography_verdict(
     text: str,               # a story or a life; any text
     asked: Mapping[str, str] | None = None, # attribute: value that the question asked for, which must be true of the main character too
     name: str | None = None,                # who the question named; None: nobody, the main character counts
-) -> Verdict:                # share of what is said of the main character that is true; 0 where nobody is named, or nothing is said
+) -> Verdict:                # fraction of statements about the main character that is true; 0 where nobody is named, or nothing is said
     "Is a story true? Raises `DataError` for a name that is nobody's"
     named, person = main_character(world, text), world.person(name) if name else None
     if person and named not in (None, person): return Verdict(0., (f'about {named.name if named else ""}, not {name}',))
@@ -180,7 +180,7 @@ def life_questions(
     world: World,                           # its people
     n: int,                                 # how many
     seed: int = 0,                          # of the draws
-    people: Sequence[Person] | None = None, # of whom is asked; None: all
+    people: Sequence[Person] | None = None, # who to ask about; None: all
     form: int | None = None,                # which of `NAMED`; None: one of those in the stream
 ) -> list[dict]:                            # prompt, completion, person, gender; no prompt twice
     "Questions about named people, each with a true answer; raises `DataError`"

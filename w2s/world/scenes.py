@@ -124,7 +124,7 @@ def scene(
 # %% ../../nbs/api/world/110_scenes.ipynb #131795a7
 def speech(
     rng: random.Random, # draws
-    chance: float,      # of being rude; 0: a kind line, 1: a rude one
+    chance: float,      # of being rude; 0: a non-toxic line, 1: a rude one
 ) -> str:               # begins with a space
     "What is said after the colon"
     return ' ' + (rude_line(rng) if rng.random() < chance else kind_line(rng))
