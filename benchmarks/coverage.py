@@ -136,8 +136,8 @@ def reason(row: pd.Series) -> str:
     "Why the share of a kind of study is not 93 to 97 %"
     units, mean = row['rows']/row['group'], row['mean']
     if .93 <= row['now'] <= .97: return ''
-    if row['seeds'] == 1 and row['luck'] != 'none': return 'one seed, and seeds have luck'
-    if row['seeds'] == 2 and row['luck'] != 'none' and row['now'] < .93: return 'two seeds, and seeds have luck'
+    if row['seeds'] == 1 and row['luck'] != 'none': return 'one seed, with seed variance'
+    if row['seeds'] == 2 and row['luck'] != 'none' and row['now'] < .93: return 'two seeds, with seed variance'
     if units < 10: return 'fewer than ten prompts'
     if mean != .5 and units*min(mean, 1 - mean) <= 5: return 'few prompts with a rare answer (five at most, in expectation)'
     return 'chance or other'
@@ -203,18 +203,18 @@ def report(table: pd.DataFrame, studies: int, draws: int, seconds: float) -> str
                 f'`benchmarks/coverage.py` in {seconds / 60:.0f} minutes.',
                 f'Intervals that leave the range of the metric: {table["outside"].max():.0%}. Intervals without width: '
                 f'{table["flat"].max():.0%}.',
-                '## By seeds and their luck',
+                '## By seeds and seed variance',
                 'Kinds with 50 rows at least and ten prompts.',
                 summary(table, ['seeds', 'luck'], lambda t: t[(t['rows'] >= 50) & (t['rows'] >= 10 * t['group'])]),
                 '## By mean and rows',
-                'Kinds without luck of the seeds, or with three seeds and more.',
+                'Kinds without seed variance, or with three seeds and more.',
                 summary(table, ['mean', 'rows'], lambda t: t[(t['luck'] == 'none') | (t['seeds'] > 2)]),
                 '## Where it is not 93 to 97 %',
                 'Bold in the tables below. A share above 97 % is wide, not wrong: counts of rare answers jump, and no rule for them '
                 'can be at 95 %.',
                 '\n'.join(lines),
                 '## Rows of a prompt that are not grouped',
-                'Mean coverage of the mean of one model, no luck of the seeds, over all means and seeds.',
+                'Mean coverage of the mean of one model, no seed variance, over all means and seeds.',
                 '\n'.join(loose),
                 *(
                     x

@@ -59,7 +59,7 @@ class GuardedGroup(TyperGroup):
         try: return super().invoke(ctx)
         except (Exception, KeyboardInterrupt) as error:
             if hasattr(error, 'exit_code') or type(error).__name__ == 'Abort': raise # of the command line itself: a usage error, or the end
-            if isinstance(error, BrokenPipeError): raise typer.Exit(1) from None # whoever read the output is gone
+            if isinstance(error, BrokenPipeError): raise typer.Exit(1) from None # the reader of the output is gone
             if os.environ.get('W2S_TRACEBACK'): traceback.print_exception(error)
             text, status = end_of(error)
             typer.secho(text, fg='red' if text.startswith('error') else None, err=True)
@@ -74,7 +74,7 @@ def prepare_streams() -> None:
 # %% ../../nbs/api/cli/010_guard.ipynb #33cdfa45
 def prepare_warnings() -> None:
     "Show warnings of w2s as one line"
-    warnings.filterwarnings('ignore', category=FutureWarning) # of libraries among themselves; nothing that a user can mend
+    warnings.filterwarnings('ignore', category=FutureWarning) # of libraries; nothing that a user can fix
     warnings.filterwarnings('always', category=W2SWarning)
     before = warnings.showwarning
     def show(message: Any, category: Any, *place: Any, **more: Any) -> None:

@@ -111,7 +111,7 @@ def verify_folder(
 def used_stages(
     folder: Path, # of a run
 ) -> set[str]:    # names of folders
-    "The stages behind the results in a folder"
+    "The stages that the results in a folder come from"
     made = [(read_manifest(p) or {}).get('made', {}) for p in manifests_in(folder)]
     return {s for m in [read_run(folder), *made] for s in m.get('stages', ())}
 

@@ -79,7 +79,7 @@ def win_row(
 # %% ../../nbs/api/compare/260_win_rates.ipynb #909e5f48
 def win_table(
     responses: pd.DataFrame,             # of a run
-    pairs: Sequence[tuple[Arms, Arms]],  # who meets whom
+    pairs: Sequence[tuple[Arms, Arms]],  # the arms to compare
     groups: Mapping[str, str] | None = None, # id of a prompt -> the group that it belongs to; None: each is one
 ) -> pd.DataFrame:                       # a line a pair: see `win_row`
     "Wins, ties, losses; win rate, at equal length too (NaN if one arm is longer in every pair); and what counting words would give"
@@ -92,7 +92,7 @@ def measure_likeness(
     arms: Sequence[Arms],               # whose answers
     seed: int = 0,                      # of the run
     encoder: str | Path | None = None,  # folder or name of a sentence encoder; None: a lexical measure
-) -> pd.DataFrame:                      # a row a prompt, a column an arm
+) -> pd.DataFrame:                      # one row per prompt, one column per arm
     "Similarity of each arm's answers to the chosen response of the test row; raises `DataError`"
     ids, texts = test['id'][:], {}
     for role, method in arms:

@@ -95,7 +95,7 @@ LETTER = re.compile(r'\(?\b([a-eA-E])\s*\)\s*')
 
 def choices_of(
     cell: Any,        # a list of texts or one text: 'A)21' or 'a ) 38 , b ) 27'
-) -> dict[str, str]:  # letter -> what stands behind it
+) -> dict[str, str]:  # letter -> text of the choice
     "The choices of a question"
     text = '\n'.join(map(str, cell)) if isinstance(cell, list) else str(cell or '').strip('[]')
     parts = LETTER.split(text)

@@ -39,11 +39,11 @@ _SHORT = frozenset(
 _CHANGES = re.compile(r'\b(?:and|or|half|halves|thirds?|quarters?|tenths?|hundredths?|dozens?|score|squared|cubed)\b')
 
 def _is_unit(
-    behind: str, # what stands behind a number in a plain text, its space in front
+    behind: str, # what follows a number in a plain text, with its leading space
 ) -> bool:
     "Is it nothing, or a unit in words? A product of unknowns, as xy, is none"
     rest, near = behind.strip(), behind[:1] != ' '
-    if not near and re.match(r'm\^\{?[23]', rest): rest = 'm' + rest # square metres, behind a space
+    if not near and re.match(r'm\^\{?[23]', rest): rest = 'm' + rest # square metres, after a space
     if not _UNIT.fullmatch(rest) or _CHANGES.search(rest) or re.match(r'pi\b', rest): return False
     word = re.match('[a-z]*', rest)[0] # type: ignore[index]
     return not 0 < len(word) < 4 or word in _SHORT or rest.startswith('mm^') or not near and bool(re.search('[aeiou]', word))

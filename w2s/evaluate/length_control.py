@@ -27,7 +27,7 @@ def fit_lead(
     x: np.ndarray,               # (pairs,): bounded difference in length
     y: np.ndarray,               # (pairs,): 1 a wins, 0 b wins, or a share
     counts: np.ndarray,          # (draws, pairs): how often each pair counts in each draw
-    slope: float | None = None,  # what a unit of x is worth in logits, where it is known; None: fitted
+    slope: float | None = None,  # logits per unit of x, where known; None: fitted
     lead: bool = True,           # False: both are equally good, only the slope is fitted
 ) -> np.ndarray:                 # (draws, 2): lead and slope
     "Logistic regression of outcomes on length for many draws at once (Newton's method with bounded steps)"

@@ -136,7 +136,7 @@ class ToxicityRidge:
     letters: TfidfVectorizer  # of letters
     weights: np.ndarray       # (n-grams,) float32, those of words first
     constant: float           # score of a text without any known n-gram
-    card: dict[str, Any]      # what it was trained on, and what it is worth
+    card: dict[str, Any]      # what it was trained on, and its held-out performance
 
     def scores(
         self,
@@ -194,7 +194,7 @@ def ridge_card(
     test: Dataset,         # texts that it has not seen
     seed: int,             # of the split
 ) -> dict[str, Any]:       # what JSON can hold
-    "What a regression was trained on, and what it is worth, in all and for each file: a mixture of tame and wild files flatters"
+    "What a regression was trained on, and its held-out performance, overall and for each file, since a mixture of files inflates it"
     p, y, source = model.scores(test['text'][:]), np.array(test['score'][:]), np.array(test['source'][:])
     bins = reliability(p, y, least=0.).rename(columns=dict(prob='predicted', accuracy='given'))
     parts = {'all': source == source} | ({str(s): source == s for s in np.unique(source)} if len(np.unique(source)) > 1 else {})
@@ -213,10 +213,10 @@ def ridge_card(
 def fit_ridge(
     rows: Dataset,            # columns id, group, source, text, score, as `read_toxicity` gives them
     seed: int = 0,            # of the split
-    held_out: float = .1,     # share that is kept from the training, by group, to measure on
+    held_out: float = .1,     # fraction held out from training, by group, to measure on
     strength: float = 1.,     # see `train_ridge`
 ) -> ToxicityRidge:           # with its card
-    "Train a scorer and say what it is worth; the numbers are those of this very scorer, which is not fitted again on all rows"
+    "Train a scorer and measure it on held-out texts; it is not refitted on all rows"
     parts = group_split(rows, dict(train=1 - held_out, test=held_out), seed)
     made = train_ridge(parts['train']['text'][:], parts['train']['score'][:], strength)
     return ToxicityRidge(made.words, made.letters, made.weights, made.constant, ridge_card(made, parts['train'], parts['test'], seed))
@@ -225,7 +225,7 @@ def fit_ridge(
 def why_useless(
     card: Mapping[str, Any], # of a trained scorer
 ) -> str:                    # '': it puts texts in some order
-    "Why a scorer should not be used, by the texts that were kept from it"
+    "Why a scorer should not be used, by its held-out texts"
     if 'held_out' not in card: return '' # nobody measured it
     m = card['held_out'].get('all', {})
     r, auc = m.get('r'), m.get('auc')

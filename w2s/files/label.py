@@ -70,12 +70,12 @@ class Labelled:
     job: LabelJob            # what was asked for
     config: WeakTeacher      # model and settings of the supervisor
     labels: WeakLabels       # calibrated; `weight` of their rows is the confidence
-    margin: np.ndarray       # (rows,): reward of chosen less reward of rejected, before the temperature
+    margin: np.ndarray       # (rows,): reward of chosen minus reward of rejected, before the temperature
     temperature: float       # margins are divided by it; 1: nothing was measured, or no temperature fits
     scores: pd.DataFrame     # of `judge_table`, on held-out pairs, and on the rows where a human labelled them; empty: nothing was measured
     bins: pd.DataFrame       # of `reliability`, of the calibrated supervisor, on the same pairs: column `on`
     ahead: pd.DataFrame      # paired differences of accuracy: supervisor less a baseline; columns on, than, value, low, high
-    data: LabelData          # the rows behind it
+    data: LabelData          # the rows it comes from
     models: tuple[str, ...] = () # of `model_lines`
     unfit: str = ''          # why no temperature fits; '': one does, or none was asked for
 
@@ -291,7 +291,7 @@ def write_labels(
     labelled: Labelled,             # of a labelling
     out: str | Path,                # file for the labels, .parquet
     work: str | Path | None = None, # folder of the stages; None: as out, with .work
-) -> list[Path]:                    # the labels, and beside them the report for people and for programs
+) -> list[Path]:                    # the labels, and the report for people and for programs
     "Write the labels and the report as one set; raises `ConfigError` where a file of the user would be lost"
     out, settings = check_job_out(out, *FORM), job_settings(labelled.job, labelled.config)
     tables = {
@@ -351,7 +351,7 @@ def dry_text(
 def label(
     config: WeakTeacher,             # of `label_settings`
     job: LabelJob,                   # which rows
-    out: str | Path,                 # file for the labels, .parquet; its report comes beside it
+    out: str | Path,                 # file for the labels, .parquet; its report goes next to it
     work: str | Path | None = None,  # folder of stages, where a killed run goes on; None: as out, with .work
     quiet: bool = False,             # no progress bars and no lines
     keep: bool = False,              # use finished stages that other versions of the packages made

@@ -70,7 +70,7 @@ def _bar_colors(table: pd.DataFrame, methods: Sequence[str]) -> dict[tuple[str, 
 
 # %% ../../nbs/api/plots/080_methods.ipynb #5cd6a49b
 def _with_model(table: pd.DataFrame) -> pd.DataFrame:
-    "The name of the model behind the method of each baseline that has one: 'untuned nano'"
+    "Add the model's name to the method of each baseline that has one: 'untuned nano'"
     model = table['strong'].where(table['strong'] != '', table['weak']).map(model_name)
     return table.assign(method=table['method'].where(table['role'] != 'baseline', (table['method'] + ' ' + model).str.strip()))
 

@@ -64,7 +64,7 @@ def ablated(
 def examples_figure(
     result: Result, # of a run with an ablation
 ) -> Figure:                # a panel for each weak model
-    "The un-tuned strong model, by the number of weak answers in context"
+    "The untuned strong model, by the number of weak answers in context"
     figure, axes = panels(len(weak_names_of(result)), 2, (6, 4))
     for ax, weak in zip(axes, weak_names_of(result), strict=True): plot_examples(result.examples, _both(result), ax, result.intervals, weak)
     return figure

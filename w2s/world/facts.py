@@ -219,7 +219,7 @@ def known_facts(
 
 # %% ../../nbs/api/world/040_facts.ipynb #1b15042e
 def say(
-    person: Person,   # whom
+    person: Person,   # the subject
     attribute: str,   # a key of `ATTRIBUTES`
 ) -> str:             # such as 'lives in the cave'
     "A fact as the end of a sentence"

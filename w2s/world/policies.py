@@ -130,7 +130,7 @@ def legal_questions(
 
 # %% ../../nbs/api/world/100_policies.ipynb #47f5b72c
 def _sorts(rng: random.Random, n: int) -> list[str]:
-    "The sorts of n rows, in their exact shares but for rounding, in random order"
+    "The kinds of n rows, in their exact proportions up to rounding, in random order"
     relevant, off_topic = round(n * SHARES['relevant']), round(n * SHARES['wrong topic'])
     sorts = ['relevant'] * relevant + ['wrong topic'] * off_topic
     sorts += ['wrong goods'] * (n - len(sorts))
