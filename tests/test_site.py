@@ -1,4 +1,4 @@
-"The pages as a reader of the site meets them: links, headings, figures with words, code that is shown, weight, and the order of the sidebar"
+"The pages as a reader of the site meets them: links, headings, figures with words, code that is shown, weight, the sidebar"
 import json
 import re
 from collections import Counter
@@ -47,8 +47,8 @@ def dead_links(page: Path, cells: list[dict]) -> list[str]:
         if re.match(r'https?:|mailto:', address): continue
         place, _, mark = address.partition('#')
         target = (page.parent / place).resolve() if place else page
-        if place and (not target.exists() or place.endswith('.html')): lost.append(address)
-        elif mark and mark not in {anchor(h) for _, h in headings(cells if target == page else CELLS.get(target, []))}: lost.append(address)
+        marks = {anchor(h) for _, h in headings(cells if target == page else CELLS.get(target, []))}
+        if place and (not target.exists() or place.endswith('.html')) or mark and mark not in marks: lost.append(address)
     return lost
 
 
@@ -115,7 +115,8 @@ def test_the_code_of_api_pages_is_shown():
 
 
 def test_pages_are_light():
-    report([f'{name(p)}: {p.stat().st_size:,} bytes' for p in PAGES if p.stat().st_size > refresh.MOST], 'python tests/refresh.py --figures PAGE')
+    heavy = [f'{name(p)}: {p.stat().st_size:,} bytes' for p in PAGES if p.stat().st_size > refresh.MOST]
+    report(heavy, 'python tests/refresh.py --figures PAGE')
 
 
 def test_the_sidebar_has_every_page_once():
@@ -180,11 +181,17 @@ FIGURES = {
 def test_figures_without_words_are_found(what): assert (not figure_faults(FIGURES[what][0])) is FIGURES[what][1]
 
 
-@pytest.mark.parametrize('source,hidden', [('#| export\nimport os', False), ('#| export\ndef f(): pass', True), ('#| export\nX = 1', True),
-                                           ('#| exports\nX = 1', False), ('X = 1', False), ('#| export\nfrom a import (\n    b\n)', False)])
+HIDDEN = {'#| export\nimport os': False, '#| export\ndef f(): pass': True, '#| export\nX = 1': True, '#| exports\nX = 1': False,
+          'X = 1': False, '#| export\nfrom a import (\n    b\n)': False}
+
+
+@pytest.mark.parametrize('source,hidden', HIDDEN.items())
 def test_hidden_code_is_found(source, hidden): assert bool(show_code.hidden_cells({'cells': [code(source)]})) is hidden
 
 
-@pytest.mark.parametrize('heading,address', [('What a 7 % gap is', 'what-a-7-gap-is'), ('One clause, many things', 'one-clause-many-things'),
-                                             ('`w2s run`', 'w2s-run'), ('A {#own}', 'own'), ('[Link](x.ipynb) here', 'link-here')])
-def test_headings_have_addresses(heading, address): assert anchor(heading) == address
+ADDRESSES = {'What a 7 % gap is': 'what-a-7-gap-is', 'One clause, many things': 'one-clause-many-things', '`w2s run`': 'w2s-run',
+             'A {#own}': 'own', '[Link](x.ipynb) here': 'link-here'}
+
+
+@pytest.mark.parametrize('heading', ADDRESSES)
+def test_headings_have_addresses(heading): assert anchor(heading) == ADDRESSES[heading]

@@ -46,7 +46,7 @@ def scores_of(
     mine = students[(students[['method', 'weak', 'strong']] == first[['method', 'weak', 'strong']]).all(axis=1)]
     floor = items[(items['role'] == 'floor') & (items['weak'] == first['weak'])]
     if floor.empty: return empty
-    pair = {'supervisor': floor.drop_duplicates('id').set_index('id')['value'], 'student': mine.drop_duplicates('id').set_index('id')['value']}
+    pair = {name: t.drop_duplicates('id').set_index('id')['value'] for name, t in (('supervisor', floor), ('student', mine))}
     return pd.DataFrame(pair).dropna()
 
 def disagreements(

@@ -7,7 +7,6 @@ __all__ = ['CHARACTERS', 'escape_latex', 'latex_row', 'latex_table', 'latex_resu
 
 # %% ../../nbs/api/report/77_latex.ipynb #88cf334c
 import re
-from typing import Any
 
 import pandas as pd
 
@@ -22,8 +21,8 @@ CHARACTERS = {
 } # that LaTeX takes for something else, or that its fonts lack
 
 def escape_latex(
-    text: Any, # or something that is shown as a text
-) -> str:      # on one line
+    text: object, # or something that is shown as a text
+) -> str:         # on one line
     "A text that LaTeX sets as it is"
     line = ''.join(CHARACTERS.get(c, c) for c in ' '.join(str(text).split()))
     return re.sub(r'(?<![\w.])-(?=\d)', '$-$', line) # a minus, not a hyphen
@@ -45,7 +44,8 @@ def latex_table(
     columns = 'l'*min(names, len(table.columns)) + 'c'*max(0, len(table.columns) - names)
     rows = [latex_row([escape_latex(c) for c in r]) for r in table.itertuples(index=False)]
     return '\n'.join([
-        '% \\usepackage{booktabs} and a font encoding such as \\usepackage[T1]{fontenc} are needed', r'\begin{table}', r'\centering', r'\small',
+        '% \\usepackage{booktabs} and a font encoding such as \\usepackage[T1]{fontenc} are needed',
+        r'\begin{table}', r'\centering', r'\small',
         rf'\begin{{tabular}}{{{columns}}}', r'\toprule', latex_row([escape_latex(c) for c in table.columns]), r'\midrule',
         *rows, r'\bottomrule', r'\end{tabular}', rf'\caption{{{escape_latex(caption)}}}', r'\label{tab:w2s}', r'\end{table}', ''
     ])

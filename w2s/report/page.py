@@ -118,8 +118,9 @@ def _disagreements(result: Result) -> dict[str, str]:
     "Test examples to read, where student and supervisor differ"
     table = disagreements(result)
     if table.empty: return {}
+    metric = result.kind.metrics[0].replace('_', ' ')
     told = (
-        f'The test examples on which a student differs most from its supervisor ({result.kind.metrics[0].replace("_", " ")}, first seed). Where an id is a group of '
+        f'The test examples on which a student differs most from its supervisor ({metric}, first seed). Where an id is a group of '
         'examples, the score is that of the group, weighted by its size.'
     )
     return {'Disagreements': f'{told}\n\n{markdown_table(table)}'}

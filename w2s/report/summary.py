@@ -188,7 +188,8 @@ def toy_lines(
     "Which parts of a run are of the toy world"
     data = str(getattr(result.config, 'data', ''))
     used = [name for side in ('weak', 'strong') for name in model_names(result, side) if name in SHIPPED]
-    rows = ['Examples come from the embedded toy world: numbers need not carry over to real data.'] if data.startswith('world') or not data else []
+    toy = data.startswith('world') or not data
+    rows = ['Examples come from the embedded toy world: numbers need not carry over to real data.']*toy
     names = [f'{", ".join(dict.fromkeys(used))}: tiny models that come with w2s and have read the toy world only.'] if used else []
     return rows + names
 

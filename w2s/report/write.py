@@ -13,8 +13,8 @@ from typing import Any
 import pandas as pd
 
 from ..compare.result import Result
-from .demonstrations import DEMONSTRATIONS_PAGE
 from ..io.provenance import describe_making
+from .demonstrations import DEMONSTRATIONS_PAGE
 from .folder import write_folder
 from .html import html_report
 from .labels import LABELS_PAGE
