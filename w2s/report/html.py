@@ -204,8 +204,8 @@ def html_report(
 ) -> Callable[[Path], str]:              # folder with the figures -> the page
     "The report of a run as one page of HTML, to be made when its figures are drawn"
     def write(folder: Path) -> str:
-        parts = first_screen(result, page), folded(result, page, tables, made)
-        texts = [{h: shorten_home(t) for h, t in part.items()} for part in parts]
+        def short(part: Mapping[str, str]) -> dict[str, str]: return {h: shorten_home(t) for h, t in part.items()}
+        first, rest = short(first_screen(result, page)), short(folded(result, page, tables, made))
         end = ', '.join(filter(None, [f'w2s {made.get("versions", {}).get("w2s", "")}'.strip(), str(made.get('command', ''))]))
-        return html_page(page.title(result), question(result), *texts, read_pictures(folder, all_figures(result, page)), end)
+        return html_page(page.title(result), question(result), first, rest, read_pictures(folder, all_figures(result, page)), end)
     return write

@@ -6,7 +6,7 @@
 __all__ = ['PAGES', 'page_of', 'all_tables', 'write']
 
 # %% ../../nbs/api/report/80_write.ipynb #675e2a7c
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def write(
     page, folder = page_of(result), out or result.folder
     figures = {name: draw for name, (draw, _) in all_figures(result, page).items()}
     tables, made = all_tables(result), known or describe_making()
-    texts = {
+    texts: dict[str, str | Callable[[Path], str]] = {
         'report.md': report_text(result, page, made),
         'report.html': html_report(result, page, tables, made),
         'results.tex': latex_results(result),
