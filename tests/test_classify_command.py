@@ -23,8 +23,11 @@ from w2s.world.rows import label_rows
 ROOT = Path(__file__).parents[1]
 ALWAYS = {
     'report.md',
+    'report.html',
+    'results.tex',
     'figure.png',
     'figure.svg',
+    'figure.pdf',
     'results.parquet',
     'items.parquet',
     'intervals.parquet',
@@ -36,6 +39,7 @@ ALWAYS = {
     'arms.parquet',
     'training.png',
     'training.svg',
+    'training.pdf',
     'config.toml',
     'versions.json',
     'data_report.csv',
@@ -204,10 +208,13 @@ def test_own_file(home):
     assert files(out) == ALWAYS | {
         'sizes.png',
         'sizes.svg',
+        'sizes.pdf',
         'pgr.png',
         'pgr.svg',
+        'pgr.pdf',
         'snapshots.png',
         'snapshots.svg',
+        'snapshots.pdf',
         'snapshots.parquet',
         'stops.parquet',
     }
@@ -253,7 +260,7 @@ def test_probe_on_own_columns(home):
         '--out',
         out,
     )
-    assert files(out) == ALWAYS - {'training.png', 'training.svg'} and all(
+    assert files(out) == ALWAYS - {'training.png', 'training.svg', 'training.pdf'} and all(
         part in (out / 'report.md').read_text(encoding='utf-8')
         for part in ('Classes: fine, bad.', 'own.csv: text: said; label: verdict; group: who')
     )

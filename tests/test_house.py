@@ -180,8 +180,8 @@ def requirements(key: str) -> set[str]:
 
 def undeclared(names: set[str], declared: set[str]) -> set[str]:
     "Top-level imports that are neither Python's own, nor ours, nor declared"
-    distribution = {'sklearn': 'scikit-learn', 'yaml': 'pyyaml', 'PIL': 'pillow', 'IPython': 'ipython'}
-    known = sys.stdlib_module_names | {'tomllib', 'w2s', 'conftest', 'refresh', 'make_readme', 'other_device'}
+    distribution = {'sklearn': 'scikit-learn', 'yaml': 'pyyaml', 'PIL': 'pillow', 'IPython': 'ipython', 'markdown_it': 'markdown-it-py'}
+    known = sys.stdlib_module_names | {'tomllib', 'w2s'} | {p.stem for p in Path(__file__).parent.glob('*.py')}
     return {name for name in names - known if distribution.get(name, name).lower().replace('_', '-') not in declared}
 
 

@@ -211,6 +211,10 @@ def test_two_seeds_are_said_to_be_few(any_run):
 HEADINGS = ['PGR', 'Differences', 'Arms', 'Weak feedback', 'Data report', 'Training', 'Settings', 'How it was made']
 SHARED = {f'{t}.parquet' for t in ('items', 'results', 'intervals', 'differences', 'pgr', 'histories', 'arms', 'labels')} | {
     'report.md',
+    'report.html',
+    'results.tex',
+    'figure.pdf',
+    'training.pdf',
     'config.toml',
     'versions.json',
     'data_report.md',

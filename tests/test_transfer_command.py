@@ -27,10 +27,14 @@ from w2s.models.zoo import zoo_folder
 ROOT = Path(__file__).parents[1]
 ALWAYS = {
     'report.md',
+    'report.html',
+    'results.tex',
     'figure.png',
     'figure.svg',
+    'figure.pdf',
     'plane.png',
     'plane.svg',
+    'plane.pdf',
     'results.parquet',
     'items.parquet',
     'intervals.parquet',
@@ -44,6 +48,7 @@ ALWAYS = {
     'arms.parquet',
     'training.png',
     'training.svg',
+    'training.pdf',
     'data_report.csv',
     'data_report.md',
     'config.toml',
@@ -130,7 +135,7 @@ def persona(tmp_path_factory):
 
 def test_persona_writes_everything(persona):
     out, _, printed = persona
-    assert files(out) == ALWAYS | {'examples.png', 'examples.svg'}
+    assert files(out) == ALWAYS | {'examples.png', 'examples.svg', 'examples.pdf'}
     assert f'written to {out}' in printed
     text = (out/'report.md').read_text(encoding='utf-8')
     for part in (

@@ -28,6 +28,7 @@ from .label import add_label_command
 from .labels import add_commands
 from .plan import add_plan_command
 from .refine import add_refine_command
+from .report import add_report_command
 from .toxicity import toxicity_app
 
 # %% ../../nbs/api/cli/130_app.ipynb #355a3f31
@@ -137,6 +138,7 @@ add_plan_command(app, run_app)
 add_refine_command(app)
 add_bench_command(app)
 add_compare_command(app)
+add_report_command(app)
 app.add_typer(toxicity_app, name='toxicity', help='Train a toxicity scorer, or score texts.')
 
 # %% ../../nbs/api/cli/130_app.ipynb #7fa46e7b

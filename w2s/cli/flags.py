@@ -97,7 +97,8 @@ def run_and_write(
     from w2s.report.write import write
     result = import_module(command.opens.partition(':')[0]).run(config, out, keep=keep)
     write(result)
-    files = [f for f in ('report.md', 'figure.png', 'results.parquet', *command.files) if (out/f).exists()]
+    first = ('report.html', 'report.md', 'figure.png', 'results.tex', 'results.parquet')
+    files = [f for f in (*first, *command.files) if (out/f).exists()]
     return f'{result}\n\nwritten to {out}: {", ".join([*files, "adapters/"])} …'
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def check_own(
         raise ConfigError(f'{folder / foreign[0]} is there, and it was not written by this command; give another --out, or move it away')
 
 # %% ../../nbs/api/io/20_manifests.ipynb #5e124e5b
-TEXTS = ('.md', '.toml', '.json', '.csv', '.tex') # results that a person may edit
+TEXTS = ('.md', '.html', '.toml', '.json', '.csv', '.tex') # results that a person may edit
 
 def keep_edited(
     folder: Path,          # of a run

@@ -51,9 +51,10 @@ def save_figure(
     folder: Path,   # where
     name: str,      # without a suffix
 ) -> None:
-    "Save a figure as PNG and SVG, the same bytes each time"
+    "Save a figure as PNG, SVG and PDF, the same bytes each time"
     with matplotlib.rc_context({'svg.hashsalt': 'w2s'}):
-        for form in ('png', 'svg'): figure.savefig(folder/f'{name}.{form}', dpi=200, metadata={'Date': None} if form == 'svg' else None)
+        for form, dates in {'png': None, 'svg': {'Date': None}, 'pdf': {'CreationDate': None}}.items():
+            figure.savefig(folder/f'{name}.{form}', dpi=200, metadata=dates)
 
 # %% ../../nbs/api/report/10_folder.ipynb #3be2d1e8
 def export_adapter(
@@ -74,7 +75,7 @@ def fill_folder(
     config: Any,                                  # settings of the run
     tables: Mapping[str, pd.DataFrame],           # file -> table; one without columns is left out
     figures: Mapping[str, Callable[[], Figure]],  # file -> what draws it
-    texts: Mapping[str, str],                     # file with its suffix -> content
+    texts: Mapping[str, str | Callable[[Path], str]], # file with its suffix -> content, or what makes it of the folder with the figures
     adapters: Mapping[str, Path],                 # name -> folder of its stage
     report: DataReport | None = None,             # what was done to the rows
     prefix: str = '',                             # in front of versions.json
@@ -85,7 +86,7 @@ def fill_folder(
     for name, draw in figures.items(): save_figure(draw(), folder, name)
     settings = {} if config is None else {'config.toml': to_toml(config)}
     for name, text in {**settings, f'{prefix}versions.json': json.dumps(versions(), indent=1), **texts}.items():
-        (folder/name).write_bytes(text_bytes(shorten_home(text)))
+        (folder/name).write_bytes(text_bytes(shorten_home(text) if isinstance(text, str) else text(folder)))
     if config is not None: save_extensions(folder, to_table(config))
     if report: report.save(folder)
     for name, source in adapters.items(): export_adapter(source, folder/'adapters'/name)
@@ -96,16 +97,18 @@ def write_folder(
     config: Any,                                  # its settings; None: they stand in one of the texts
     tables: Mapping[str, pd.DataFrame],           # as in `fill_folder`
     figures: Mapping[str, Callable[[], Figure]],  # as there
-    texts: Mapping[str, str],                     # as there
+    texts: Mapping[str, str | Callable[[Path], str]], # as there
     adapters: Mapping[str, Path] | None = None,   # as there
     report: DataReport | None = None,             # as there
     prefix: str = '',                             # names a set that shares the folder with others: 'beta-'
+    known: Mapping[str, Any] | None = None,       # what made the run, where that is not this process
 ) -> Path:                                        # the manifest
     "Put the results of a run into its folder, as a set; raises `ConfigError` where a file of the user would be lost"
     made = describe_making(
         **{
             'settings': run_hash(to_table(config)) if config is not None else '',
             **{k: v for k, v in read_run(folder).items() if k == 'stages'},
+            **(known or {}),
         }
     )
     held = lock(folder)

@@ -6,8 +6,9 @@
 __all__ = ['Drawn', 'Page', 'training_table', 'training_figure', 'panels', 'all_figures', 'show_weak', 'sections', 'report_text']
 
 # %% ../../nbs/api/report/20_page.ipynb #da1fb961
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -20,7 +21,9 @@ from ..evaluate.intervals import with_limits
 from ..evaluate.power import DIFFERENCES_TOLD, report_differences
 from ..io.console import bullet_list, code_block, escape_list, escape_markdown
 from ..plots.results import plot_training
+from .disagreements import disagreements
 from .folder import markdown_table, versions
+from .summary import limitations, making, question
 
 # %% ../../nbs/api/report/20_page.ipynb #8a0efd83
 Drawn = dict[str, tuple[Callable[[], Figure], str]] # name of a file -> what draws it, and what it shows
@@ -111,6 +114,17 @@ def _arms(result: Result, page: Page) -> str:
         [markdown_table(show_table(result)), escape_markdown(result.caption), *_pictures(page.figures(result)), *more, *adapters]
     )
 
+def _disagreements(result: Result) -> dict[str, str]:
+    "Test examples to read, where student and supervisor differ"
+    table = disagreements(result)
+    if table.empty: return {}
+    metric = result.kind.metrics[0].replace('_', ' ')
+    told = (
+        f'The test examples on which a student differs most from its supervisor ({metric}, first seed). Where an id is a group of '
+        'examples, the score is that of the group, weighted by its size.'
+    )
+    return {'Disagreements': f'{told}\n\n{markdown_table(table)}'}
+
 def _data(result: Result, page: Page) -> str:
     "Where the examples come from, and what was found in them"
     return '\n\n'.join(
@@ -118,7 +132,7 @@ def _data(result: Result, page: Page) -> str:
         + [result.report._repr_markdown_()] * bool(result.report.rows_in)
     )
 
-def _made(result: Result, page: Page) -> str:
+def _made(result: Result, page: Page, made: Mapping[str, Any]) -> str:
     "Models, versions, and what else is needed to do it again"
     return '\n\n'.join(
         [
@@ -126,12 +140,14 @@ def _made(result: Result, page: Page) -> str:
             ', '.join(f'{k} {v}' for k, v in versions().items() if k in ('w2s', 'torch', 'transformers', 'peft', 'python'))
             + '. All versions are in versions.json.',
             *page.made(result),
+            *([bullet_list(f'{k}: {v}' for k, v in making(result.folder, made).items())] if made else []),
         ]
     )
 
 def sections(
     result: Result, # of a run
     page: Page,     # of its kind
+    made: Mapping[str, Any] | None = None, # of `describe_making`: command, commit and date are said, too
 ) -> dict[str, str]: # heading -> Markdown
     "What a report says, in its order"
     training = (
@@ -145,22 +161,29 @@ def sections(
         **notes,
         'Differences': f'{markdown_table(report_differences(result.differences, ["weak", "strong"]))}\n\n{DIFFERENCES_TOLD}',
         'Arms': _arms(result, page),
+        'Limitations': bullet_list(limitations(result)),
+        **_disagreements(result),
         **page.more(result),
         'Weak feedback': page.weak(result) or 'No table of its own.',
         'Data report': _data(result, page),
         'Training': '\n\n'.join(training),
         'Settings': code_block(to_toml(result.config), 'toml'),
-        'How it was made': _made(result, page),
+        'How it was made': _made(result, page, made or {}),
     }
 
 def report_text(
     result: Result, # of a run
     page: Page,     # of its kind
+    made: Mapping[str, Any] | None = None, # as in `sections`
 ) -> str:           # Markdown
     "The result as a page of text"
     return (
         '\n\n'.join(
-            [f'# {escape_markdown(page.title(result))}', *(f'## {heading}\n\n{text}' for heading, text in sections(result, page).items())]
+            [
+                f'# {escape_markdown(page.title(result))}',
+                escape_markdown(question(result)),
+                *(f'## {heading}\n\n{text}' for heading, text in sections(result, page, made).items()),
+            ]
         )
         + '\n'
     )

@@ -6,14 +6,19 @@
 __all__ = ['PAGES', 'page_of', 'all_tables', 'write']
 
 # %% ../../nbs/api/report/80_write.ipynb #675e2a7c
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from ..compare.result import Result
+from ..io.provenance import describe_making
 from .demonstrations import DEMONSTRATIONS_PAGE
 from .folder import write_folder
+from .html import html_report
 from .labels import LABELS_PAGE
+from .latex import latex_results
 from .page import Page, all_figures, report_text
 from .preferences import PREFERENCES_PAGE
 from .toxicity import TOXICITY_PAGE
@@ -51,11 +56,16 @@ def all_tables(
 def write(
     result: Result,           # of a run
     out: Path | None = None,  # folder; None: that of the run
+    known: Mapping[str, Any] | None = None, # what made the run, of its manifest; None: this process
 ) -> Path:                    # the folder
     "Write text, figures, tables, settings, versions and adapters of a result; raises `ConfigError` where a file of the user would be lost"
     page, folder = page_of(result), out or result.folder
     figures = {name: draw for name, (draw, _) in all_figures(result, page).items()}
-    write_folder(
-        folder, result.config, all_tables(result), figures, {'report.md': report_text(result, page)}, result.adapters, result.report
-    )
+    tables, made = all_tables(result), known or describe_making()
+    texts: dict[str, str | Callable[[Path], str]] = {
+        'report.md': report_text(result, page, made),
+        'report.html': html_report(result, page, tables, made),
+        'results.tex': latex_results(result),
+    }
+    write_folder(folder, result.config, tables, figures, texts, result.adapters, result.report, known=known)
     return folder
