@@ -143,6 +143,7 @@ def evaluate_arm(
     study: Study,   # the experiment
     arm: Arm,       # what is evaluated
     test: Dataset,  # rows of kind "preferences"
+    what: str = 'test', # of the stage
 ) -> pd.DataFrame:  # a row for each test row and metric
     "Scores of one arm on the test rows"
     c, m, how = study.config, arm.model, score_alone(study.config, arm)
@@ -164,7 +165,7 @@ def evaluate_arm(
     against: dict[str, Any] = {'alone': how} if how else {'reference': adapter_hash(arm.reference)}
     inputs = {'policy': adapter_hash(arm.adapter), **against, 'rows': lambda: tokens_hash(tokens), 'beta': c.beta}
     name, passes = (
-        f'{stage_role(arm.role)}-{arm.method.replace(" ", "-")}-seed{arm.seed}-test',
+        f'{stage_role(arm.role)}-{arm.method.replace(" ", "-")}-seed{arm.seed}-{what}',
         [scoring_pass(m.name, tokens, 1 if arm.adapter is None or how else 2)],
     )
     scores = score_stage(study, m, name, inputs, 'scores.parquet', score, likely, passes)
@@ -183,6 +184,7 @@ def evaluate_choice(
     study: Study,   # the experiment
     rows: SeedRows, # of one seed
     test: Dataset,  # rows of kind "preferences"
+    what: str = 'test', # of the stage
 ) -> pd.DataFrame:  # accuracy and margin, a row for each test row and metric
     "Scores of a supervisor that can choose but not answer"
     columns = {'id': test['id'], 'group': test['group'], 'source': test['source'], 'prompt': test['prompt'],
@@ -191,7 +193,7 @@ def evaluate_choice(
         {k: list(v) for k, v in columns.items()}, features=row_features('pairs', columns, isinstance(test['prompt'][0], list))
     )
     supervisors = rows.extra['supervisors']
-    rewards = join_rewards([ask(study, s, pairs, 'test') for s in supervisors])
+    rewards = join_rewards([ask(study, s, pairs, what) for s in supervisors])
     margin = rewards[:, 0] - rewards[:, 1]
     floor = make_arm(study.config, 'floor', floor_method(supervisors[0].extra['kind']), rows.seed, None)
     return arm_items(floor, test['id'][:], {'accuracy': preference_correct(margin), 'margin': margin})

@@ -19,11 +19,13 @@ from ..compare.demonstration_files import QuestionTable, rating_ranges, read_ask
 from ..compare.demonstration_settings import DemonstrationSettings, demonstration_models, fill_demonstrations, scores_by_function
 from ..compare.demonstration_stages import Context
 from ..compare.demonstration_tables import answer_table, cut_answers, demonstration_kind, example_table, label_items, training_table
+from ..compare.demonstration_tests import demonstration_tester
 from ..compare.extensions import METHODS, METRICS
 from ..compare.learn import Study
 from ..compare.models import Model, know_model, model_lines
 from ..compare.preference_settings import short_name
 from ..compare.result import Result
+from ..compare.testing import add_further_tests
 from ..data.hygiene import DataReport
 from ..errors import DataError
 from ..evaluate.intervals import interval_table
@@ -97,9 +99,10 @@ def open_demonstrations(
     own = METRICS.own or scores_by_function(c.judge) or any(METHODS.choose(m)[1].own for m in c.methods)
     line = try_extensions(c, known[c.strong], seed_rows(study, table, judge, 0)) if own else ''
     working, models = [*known.values(), *([judge] if judge else [])], {**dict.fromkeys(c.weak), **known}
-    return Opened(
+    opened = Opened(
         study, working, *data, partial(make_arms, study, models, judge, table), partial(result_of, study, working, table, data), (line,)
     )
+    return add_further_tests(opened, demonstration_tester(study, models, judge, table))
 
 def run(
     config: DemonstrationSettings | None = None,     # what to compare; None: a persona in the embedded world

@@ -33,11 +33,13 @@ from ..compare.extensions import METRICS, name_idle, own_metrics
 from ..compare.label_data import load_labels
 from ..compare.label_settings import Classify, data_name, fill_labels, label_models
 from ..compare.label_tables import LABELS, arm_items, label_quality, list_classifiers, prediction_table
+from ..compare.label_tests import label_tester
 from ..compare.learn import Study
 from ..compare.models import Model, know_model, model_lines
 from ..compare.preference_data import LoadedData
 from ..compare.preference_settings import short_name
 from ..compare.result import Result
+from ..compare.testing import add_further_tests
 
 # %% ../../nbs/api/experiments/20_labels.ipynb #8a520498
 def make_arms(
@@ -103,7 +105,7 @@ def open_labels(
     models = {n: know_model(short_name(n), n, c, c.readout != 'probe') for n in label_models(to_table(c))}
     data = load_labels(c, [m.reader for m in models.values()])
     line = f'Classes: {", ".join(data.classes)}. Test rows: {len(data.test):,}.'
-    return Opened(
+    opened = Opened(
         study,
         list(models.values()),
         data.origin,
@@ -112,6 +114,7 @@ def open_labels(
         partial(result_of, study, models, data),
         (line, try_metrics(data)),
     )
+    return add_further_tests(opened, label_tester(study, [m.reader for m in models.values()], data))
 
 def run(
     config: Classify | None = None,  # what to compare; None: safety in the embedded world, `pico` teaches `base`

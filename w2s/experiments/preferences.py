@@ -36,9 +36,11 @@ from ..compare.models import Model, model_lines
 from ..compare.preference_data import LoadedData
 from ..compare.preference_settings import WeakTeacher, fill_settings, sampling
 from ..compare.preference_tables import fix_reference, label_table, list_trained, preference_kind, row_groups, weak_label_table
+from ..compare.preference_tests import preference_tester
 from ..compare.response_ends import check_cut, check_responses
 from ..compare.result import Result
 from ..compare.supervisors import supervise
+from ..compare.testing import add_further_tests
 from ..evaluate.clusters import by_group
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #ae205a26
@@ -102,7 +104,7 @@ def open_loaded(
     "A comparison by preference labels that can start; raises `DataError` and `ConfigError`"
     c, models = study.config, [*weak, strong]
     line = check_responses(c, list_writers(c, weak, strong), data)
-    return Opened(
+    opened = Opened(
         study,
         models,
         data.origin,
@@ -111,6 +113,7 @@ def open_loaded(
         partial(result_of, study, models, data),
         (line, *lines),
     )
+    return add_further_tests(opened, preference_tester(study, [m.reader for m in models], data))
 
 def open_preferences(
     study: Study[WeakTeacher], # the experiment
