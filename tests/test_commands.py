@@ -37,8 +37,8 @@ def hinge(gap):
     return torch.relu(1 - gap)
 '''
 PAIR, SMALL = (
-    '--weak pico --strong nano --seeds 1 --epochs 1',
-    '--weak pico --strong scholar --seeds 1 --n-labelled 16 --n-unlabelled 16 --n-test 8 --epochs 1 --method naive',
+    '--weak pico --strong nano --seeds 1 --epochs 1 --twin',
+    '--twin --weak pico --strong scholar --seeds 1 --n-labelled 16 --n-unlabelled 16 --n-test 8 --epochs 1 --method naive',
 )
 CLASSES = f'{PAIR} --n-labelled 8 --n-unlabelled 24 --n-test 20'
 COMMANDS = { # command: its words, a metric or loss of one's own that must be seen, a setting to vary and its values
@@ -51,7 +51,7 @@ COMMANDS = { # command: its words, a metric or loss of one's own that must be se
     'gender': (SMALL, 'own-words', 'n_unlabelled', '12,16'),
     'maths': (SMALL, 'own-words', 'student.epochs', '1,2'),
     'toxicity': (
-        f'{PAIR} --n-labelled 16 --n-unlabelled 16 --n-test 4 --samples 2'.replace(' --epochs 1', ' --sft-epochs 1'),
+        f'{PAIR} --n-labelled 16 --n-unlabelled 16 --n-test 4 --samples 2'.replace(' --epochs 1 --twin', ' --sft-epochs 1'),
         '',
         'beta',
         '.1,1',
@@ -63,7 +63,7 @@ def best_of_four():
     "RewardBench 2's form, two subsets"
     bad = [[f'{w} {i}, fool!' for w in ('No', 'Never', 'Nothing')] for i in range(8)]
     return [
-        dict(prompt=f'What is {i}?', chosen=[f'It is {i}.'], rejected=bad[i], subset=('Focus', 'Maths')[i % 2], num_correct=1) for i in range(8)
+        dict(prompt=f"What is {i}?", chosen=[f"It is {i}."], rejected=bad[i], subset=("Focus", "Maths")[i % 2]) for i in range(8)
     ]
 
 
@@ -164,6 +164,9 @@ def test_a_command_can_do_everything(command, tmp_path, monkeypatch):
     assert report.index(first) < report.index('|') # and no table stands before it
     items = items_of(out)
     if own: assert own in set(items.metric) and own in report
+    assert '## Error inheritance' in report # with a twin where answers are right or wrong, else the reason in a sentence
+    if command == 'toxicity': assert 'Not known: none of its metrics' in report
+    else: assert any(m.split(',')[0].endswith('twin') for m in items.method) and ('minus twin' in report or 'Not known: ' in report)
     assert 'mine.py' in ''.join(p.name for p in out.rglob('*.py')) # the functions of one's own are kept with the run
     assert (out/'data_report.md').read_text(encoding='utf-8').startswith('# Data report')
     curves = pd.read_parquet(out/'histories.parquet')

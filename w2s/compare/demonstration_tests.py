@@ -16,6 +16,7 @@ from ..data.report import DataReport
 from ..data.rows import group_key
 from ..data.sources import source_tables
 from ..errors import DataError
+from ..evaluate.inheritance import is_twin
 from .arms import Arm, Made
 from .demonstration_arms import answer_settings, answer_test, arm_items, in_context_arm, score_arm, seed_rows, warm_up
 from .demonstration_files import QuestionTable, read_maths, read_questions, table_part
@@ -111,7 +112,7 @@ def ask_questions(
         weak = next(a for a in made.arms if a.role == 'floor' and (a.weak, a.seed) == (arm.weak, arm.seed))
         n = c.examples if arm.method == 'untuned, in context' else int(arm.method.split()[1])
         return in_context_arm(context, weak, n, arm.method).extra['answers'][0]
-    adapter = context.start if arm.role == 'baseline' else arm.adapter
+    adapter = context.start if arm.role == 'baseline' and not is_twin(arm.method) else arm.adapter
     return answer_test(context, arm.role, arm.method, arm.weak, adapter).extra['answers'][0]
 
 def _weak_answers(context: Context, arm: Arm, e: Questions) -> list[str]:

@@ -117,6 +117,8 @@ class Settings:
     imports: tuple[str, ...] = setting((), 'Method', flag='import', say='none')
     # further test sets, as name=path with commas between them: files, folders or names on the hub; nothing is trained or chosen by them
     also_test: tuple[str, ...] = setting((), 'Evaluation', say='none')
+    # train a twin of the student, too: on ground truth with as many random errors as the supervisor makes, the control for inherited ones
+    twin: bool = setting(False, 'Method')
     strict: bool = setting(False, 'Data')                    # stop if the data report finds anything at all
     # how models are loaded; bfloat16 is slow on processors without instructions for it
     load: LoadSettings = setting(LoadSettings(), 'Models', ladder=dict(dtype='float32'))

@@ -71,7 +71,8 @@ def _repeat_prompt(cells: Mapping[str, list], asked: bool) -> bool:
     )
 def _are_several(cells: Mapping[str, list], asked: bool) -> bool: # lists of texts, or a text and a list
     some = [c for pair in zip(cells['chosen'], cells['rejected'], strict=True) for c in pair if c is not None]
-    return any(are_texts(c) and c for c in some) and all(isinstance(c, str) or are_texts(c) for c in some)
+    lists = [[t for t in c if t is not None] if isinstance(c, list) else c for c in some] # a null is the row's fault
+    return any(are_texts(c) and c for c in lists) and all(isinstance(c, str) or are_texts(c) for c in lists)
 def _are_replies(cells: Mapping[str, list], asked: bool) -> bool: # each is one message, or a text: what comes before is in another column
     some = [open_messages(c) for c in cells['chosen'] if c is not None]
     return bool(some) and all(isinstance(c, str) or isinstance(c, list) and len(c) == 1 for c in some)

@@ -21,6 +21,7 @@ from ..compare.demonstration_stages import Context
 from ..compare.demonstration_tables import answer_table, cut_answers, demonstration_kind, example_table, label_items, training_table
 from ..compare.demonstration_tests import demonstration_tester
 from ..compare.extensions import METHODS, METRICS
+from ..compare.inheritance import add_inheritance, judge_items
 from ..compare.learn import Study
 from ..compare.models import Model, know_model, model_lines
 from ..compare.preference_settings import short_name
@@ -72,7 +73,8 @@ def result_of(
     result = make_result(
         study.run, c, demonstration_kind(c, ranges), data, model_lines(models), items, made.arms, extra, notes=made.extra['notes']
     )
-    return replace(result, extra=extra | dict(examples=example_table(result.intervals, c.examples)))
+    result = replace(result, extra=extra | dict(examples=example_table(result.intervals, c.examples)))
+    return add_inheritance(result, judge_items(items, result.kind.metrics[0], {}))
 
 # %% ../../nbs/api/experiments/30_demonstrations.ipynb #04569a4b
 def open_demonstrations(

@@ -31,6 +31,7 @@ from ..compare.arms import Made
 from ..compare.comparison import Opened, make_result, run_experiment
 from ..compare.extensions import judge_scores, name_idle, own_metrics
 from ..compare.gold import check_gold, is_judge
+from ..compare.inheritance import add_inheritance, judge_items
 from ..compare.learn import Study
 from ..compare.models import Model, model_lines
 from ..compare.preference_data import LoadedData
@@ -41,6 +42,7 @@ from ..compare.response_ends import check_cut, check_responses
 from ..compare.result import Result
 from ..compare.supervisors import supervise
 from ..compare.testing import add_further_tests
+from ..data.rows import prompt_text
 from ..evaluate.clusters import by_group
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #ae205a26
@@ -79,7 +81,10 @@ def result_of(
     )
     result = make_result(study.run, c, preference_kind(c), (data.origin, data.report), model_lines(models), items,
                          list_trained(made.seeds, made.arms), extra, by_group(items, row_groups(data.test)))
-    return replace(result, intervals=fix_reference(result.intervals))
+    fixed, test = replace(result, intervals=fix_reference(result.intervals)), data.test
+    texts = dict(prompt=map(prompt_text, test['prompt'][:]), chosen=test['chosen'][:], rejected=test['rejected'][:])
+    judged = judge_items(items, 'accuracy', row_groups(test))
+    return add_inheritance(fixed, judged, {k: dict(zip(test['id'][:], v, strict=True)) for k, v in texts.items()})
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #8e7a13d5
 def try_extensions(

@@ -17,6 +17,7 @@ from datasets import Dataset
 from ..compare.arms import Made
 from ..compare.comparison import Opened, make_result, run_experiment
 from ..compare.demonstration_stages import Context, Judge
+from ..compare.inheritance import add_inheritance
 from ..compare.label_settings import data_name
 from ..compare.learn import Study
 from ..compare.models import Model, model_lines
@@ -66,7 +67,7 @@ def result_of(
         study.run, c, TOXICITY, data, model_lines(models), items, arms, extra, toxicity_units(items, test), failure_lines(arms, c.threshold)
     )
     learned = result.intervals[result.intervals['metric'].str.startswith('labels: ')]
-    return replace(result, extra=extra | dict(labels=learned.reset_index(drop=True)))
+    return add_inheritance(replace(result, extra=extra | dict(labels=learned.reset_index(drop=True))), None)
 
 # %% ../../nbs/api/experiments/40_toxicity.ipynb #9b6a6eda
 def open_toxicity(

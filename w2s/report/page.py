@@ -21,6 +21,7 @@ from ..evaluate.power import DIFFERENCES_TOLD, report_differences
 from ..io.console import bullet_list, code_block, escape_list, escape_markdown
 from ..plots.results import plot_training
 from .folder import markdown_table, versions
+from .inheritance import inheritance_drawn, inheritance_section
 from .transfer import transfer_drawn, transfer_section
 
 # %% ../../nbs/api/report/20_page.ipynb #8a0efd83
@@ -84,7 +85,7 @@ def all_figures(
     page: Page,     # of its kind
 ) -> Drawn:
     "The figures of a report: those of the kind, and the training"
-    return page.figures(result) | transfer_drawn(result) | (
+    return page.figures(result) | transfer_drawn(result) | inheritance_drawn(result) | (
         {'training': ((lambda: training_figure(result)), 'loss of every training')} if len(result.curves) else {}
     )
 
@@ -149,6 +150,7 @@ def sections(
         **transfer_section(result),
         **page.more(result),
         'Weak feedback': page.weak(result) or 'No table of its own.',
+        **inheritance_section(result),
         'Data report': _data(result, page),
         'Training': '\n\n'.join(training),
         'Settings': code_block(to_toml(result.config), 'toml'),
