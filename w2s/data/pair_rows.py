@@ -86,7 +86,7 @@ def _inside_row(row: Mapping[str, Any], columns: Sequence[str], where: str) -> d
 SEVERAL = 'row with several good or bad responses, read as a pair of each good with each bad one'
 
 def are_texts(
-    cell: Any, # of any type
+    cell: object, # of any type
 ) -> bool:
     "Is a cell a list of texts?"
     return isinstance(cell, list) and all(isinstance(t, str) for t in cell)

@@ -153,17 +153,8 @@ def preference_rows(
     "Recognise the form of a table and read it; raises `DataError` for an unknown form, a bad number, or a long column that is not read"
     told = {p: tuple(n.strip() for n in c.split('+')) for p, c in (columns or {}).items()}
     match = _choose(raw, where, leave_out, told, blind)
-    record = columns_read(
-        raw,
-        match.used,
-        where,
-        ['prompt'],
-        HOW,
-        leave_out,
-        split,
-        match.form.name,
-        find_columns(match.form.spare, readable_columns(raw, leave_out)),
-    )
+    spare = find_columns(match.form.spare, readable_columns(raw, leave_out))
+    record = columns_read(raw, match.used, where, ['prompt'], HOW, leave_out, split, match.form.name, spare)
     need = list(dict.fromkeys(c for used in match.used.values() for c in used))
     written = written_columns(sample_cells(raw.data, need))
     dialogue = bool(match.prompt.history) and has_turns(raw.data.with_format(None)[match.prompt.history])
@@ -182,10 +173,13 @@ def preference_rows(
     if match.form.join:
         rows = _join(marked, refused, where, split)
         pieces, numbers = [_piece(rows, 1, source, where)], [i for i, _ in rows]
-    several = tuple(sorted(i for i, n in Counter(numbers).items() if n > 1))
-    changed = {**({PARSED: tuple(parsed)} if parsed else {}), **({SEVERAL: several} if several else {})}
-    record = replace(record, changed={**record.changed, **changed})
+    record = replace(record, changed={**record.changed, **_changed(parsed, numbers)})
     return FileRead(stack_rows(pieces, 'preferences', where), sorted(refused, key=lambda r: r.row), record, tuple(numbers))
+
+def _changed(parsed: Sequence[int], numbers: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    "What was done to cells -> rows of the file: read back from text, or made several pairs"
+    several = tuple(sorted(i for i, n in Counter(numbers).items() if n > 1))
+    return {**({PARSED: tuple(parsed)} if parsed else {}), **({SEVERAL: several} if several else {})}
 
 def _piece(rows: Sequence[tuple[int, dict]], first: int, source: str, where: str) -> tuple[int, Dataset]:
     "Some pairs with the numbers of their rows, checked"

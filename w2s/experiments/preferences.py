@@ -31,7 +31,7 @@ from ..compare.arms import Made
 from ..compare.comparison import Opened, make_result, run_experiment
 from ..compare.extensions import judge_scores, name_idle, own_metrics
 from ..compare.gold import check_gold, is_judge
-from ..compare.inheritance import add_inheritance, judge_items
+from ..compare.inheritance import inherit_choices
 from ..compare.learn import Study
 from ..compare.models import Model, model_lines
 from ..compare.preference_data import LoadedData
@@ -42,7 +42,6 @@ from ..compare.response_ends import check_cut, check_responses
 from ..compare.result import Result
 from ..compare.supervisors import supervise
 from ..compare.testing import add_further_tests
-from ..data.rows import prompt_text
 from ..evaluate.clusters import by_group
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #ae205a26
@@ -81,10 +80,8 @@ def result_of(
     )
     result = make_result(study.run, c, preference_kind(c), (data.origin, data.report), model_lines(models), items,
                          list_trained(made.seeds, made.arms), extra, by_group(items, row_groups(data.test)))
-    fixed, test = replace(result, intervals=fix_reference(result.intervals)), data.test
-    texts = dict(prompt=map(prompt_text, test['prompt'][:]), chosen=test['chosen'][:], rejected=test['rejected'][:])
-    judged = judge_items(items, 'accuracy', row_groups(test))
-    return add_inheritance(fixed, judged, {k: dict(zip(test['id'][:], v, strict=True)) for k, v in texts.items()})
+    result = replace(result, intervals=fix_reference(result.intervals))
+    return inherit_choices(result, items, data.test, row_groups(data.test))
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #8e7a13d5
 def try_extensions(
@@ -108,7 +105,6 @@ def open_loaded(
 ) -> Opened:
     "A comparison by preference labels that can start; raises `DataError` and `ConfigError`"
     c, models = study.config, [*weak, strong]
-    line = check_responses(c, list_writers(c, weak, strong), data)
     opened = Opened(
         study,
         models,
@@ -116,7 +112,7 @@ def open_loaded(
         data.report,
         partial(make_arms, study, weak, strong, data),
         partial(result_of, study, models, data),
-        (line, *lines),
+        (check_responses(c, list_writers(c, weak, strong), data), *lines),
     )
     return add_further_tests(opened, preference_tester(study, [m.reader for m in models], data))
 

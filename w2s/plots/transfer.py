@@ -25,13 +25,14 @@ def plot_tests(
     t = intervals[intervals['metric'] == metric].reset_index(drop=True)
     if not len(t): raise DataError(unknown(metric, set(intervals['metric']), 'metric'))
     tests, colors = list(dict.fromkeys(intervals['test'])), model_colors(t)
-    arms = list(dict.fromkeys(t[['role', 'method', 'weak', 'strong']].itertuples(index=False, name=None)))
+    who = ['role', 'method', 'weak', 'strong']
+    arms = list(dict.fromkeys(t[who].itertuples(index=False, name=None)))
     arms.sort(key=lambda a: list(colors).index(a[:2]))
     ax = new_axes(ax, max(6., 2.2 + .28*len(arms)*len(tests)), 3.8)
     set_value_axis(ax, t, metric)
     names, place = _arm_names(arms), np.linspace(-.36, .36, len(arms)) if len(arms) > 1 else np.zeros(1)
     for arm, name, shift in zip(arms, names, place, strict=True):
-        mine = t[(t[['role', 'method', 'weak', 'strong']] == arm).all(axis=1)]
+        mine = t[[a == arm for a in t[who].itertuples(index=False, name=None)]]
         x = mine['test'].map(tests.index) + shift
         reach = [mine['value'] - mine['low'], mine['high'] - mine['value']]
         ax.errorbar(x, mine['value'], reach, fmt='o', ms=5, lw=1.4, capsize=2, color=colors[arm[:2]], mec='0.25', mew=.5, label=name)
