@@ -80,8 +80,7 @@ def result_of(
     )
     result = make_result(study.run, c, preference_kind(c), (data.origin, data.report), model_lines(models), items,
                          list_trained(made.seeds, made.arms), extra, by_group(items, row_groups(data.test)))
-    result = replace(result, intervals=fix_reference(result.intervals))
-    return inherit_choices(result, items, data.test, row_groups(data.test))
+    return inherit_choices(replace(result, intervals=fix_reference(result.intervals)), items, data.test, row_groups(data.test))
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #8e7a13d5
 def try_extensions(
