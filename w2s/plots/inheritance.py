@@ -31,11 +31,11 @@ def plot_inheritance(
     for k, outcome in enumerate(shown):
         for twin in (False, True):
             t = mine[(mine['outcome'] == outcome) & (mine['method'].map(is_twin) == twin)]
+            if not len(t): continue # no twin
             x = t['confidence'].map(bins.index) + (k - (len(shown) - 1)/2)*.22 + .07*twin
             reach = [t['value'] - t['low'], t['high'] - t['value']]
             fill, name = ('white', f'{outcome}, twin') if twin else (COLORS[k], outcome)
-            if len(t):
-                ax.errorbar(x, t['value'], reach, fmt='s' if twin else 'o', ms=5, lw=1.3, capsize=2, color=COLORS[k], mfc=fill, label=name)
+            ax.errorbar(x, t['value'], reach, fmt='s' if twin else 'o', ms=5, lw=1.3, capsize=2, color=COLORS[k], mfc=fill, label=name)
     ax.set_xticks(range(len(bins)), bins)
     ax.set_ylim(-.02, 1.02)
     ax.set_xlabel('confidence of the supervisor', fontsize=9)
