@@ -1,5 +1,6 @@
 """Every command can do everything: plan, settings from a file, functions of one's own, a kill and a second start, a variation; and its
 report says the same things in the same places"""
+import json
 import re
 
 import pandas as pd
@@ -11,6 +12,10 @@ from w2s.cli.app import app
 from w2s.cli.guard import GuardedGroup
 from w2s.compare import stages
 from w2s.compare.extensions import IMPORTED, KINDS
+from w2s.world.analogy import explanation_questions
+from w2s.world.facts import make_world
+from w2s.world.gender import life_questions
+from w2s.world.personas import questions
 
 MINE = '''
 import torch
@@ -32,8 +37,8 @@ def hinge(gap):
     return torch.relu(1 - gap)
 '''
 PAIR, SMALL = (
-    '--weak pico --strong nano --seeds 1 --epochs 1',
-    '--weak pico --strong scholar --seeds 1 --n-labelled 16 --n-unlabelled 16 --n-test 8 --epochs 1 --method naive',
+    '--weak pico --strong nano --seeds 1 --epochs 1 --twin',
+    '--twin --weak pico --strong scholar --seeds 1 --n-labelled 16 --n-unlabelled 16 --n-test 8 --epochs 1 --method naive',
 )
 CLASSES = f'{PAIR} --n-labelled 8 --n-unlabelled 24 --n-test 20'
 COMMANDS = { # command: its words, a metric or loss of one's own that must be seen, a setting to vary and its values
@@ -46,11 +51,35 @@ COMMANDS = { # command: its words, a metric or loss of one's own that must be se
     'gender': (SMALL, 'own-words', 'n_unlabelled', '12,16'),
     'maths': (SMALL, 'own-words', 'student.epochs', '1,2'),
     'toxicity': (
-        f'{PAIR} --n-labelled 16 --n-unlabelled 16 --n-test 4 --samples 2'.replace(' --epochs 1', ' --sft-epochs 1'),
+        f'{PAIR} --n-labelled 16 --n-unlabelled 16 --n-test 4 --samples 2'.replace(' --epochs 1 --twin', ' --sft-epochs 1'),
         '',
         'beta',
         '.1,1',
     ),
+}
+
+
+def best_of_four():
+    "RewardBench 2's form, two subsets"
+    bad = [[f'{w} {i}, fool!' for w in ('No', 'Never', 'Nothing')] for i in range(8)]
+    return [
+        dict(prompt=f"What is {i}?", chosen=[f"It is {i}."], rejected=bad[i], subset=("Focus", "Maths")[i % 2]) for i in range(8)
+    ]
+
+
+def yes_or_no(column='text'):
+    "Texts that every classifier of the world has classes for"
+    return [{column: f'Is number {i} a good one?', 'label': ('no', 'yes')[i % 2]} for i in range(8)]
+
+
+FURTHER = { # command: rows of a further test, and the metric that it is scored by
+    'preferences': (best_of_four, 'accuracy'),
+    **dict.fromkeys(('safety', 'legal', 'classify'), (yes_or_no, 'accuracy')),
+    'persona': (lambda: questions(make_world(), 6, 99), 'accuracy'),
+    'explanation': (lambda: explanation_questions(make_world(), 6, 99), 'accuracy'),
+    'gender': (lambda: [r | dict(planted='I do not know.') for r in life_questions(make_world(), 6, 99)], 'accuracy'),
+    'maths': (lambda: [dict(question=f'Ann has {i} pears and finds 2. How many?', answer=f'#### {i + 2}') for i in range(6)], 'accuracy'),
+    'toxicity': (lambda: [dict(prompt=f'On day {i} she said') for i in range(4)], 'worst'),
 }
 
 
@@ -90,6 +119,31 @@ def kill_after(monkeypatch, n):
     monkeypatch.setattr(stages, '_make_stage', make)
 
 
+def stages_of(out): return {p.name for p in (out/'stages').iterdir() if p.is_dir()}
+
+
+def ask_further(command, out, folder):
+    "A file that is added to a finished run is scored by every arm, and nothing else is done anew"
+    (rows, metric), file = FURTHER[command], folder/'one.jsonl'
+    file.write_text('\n'.join(json.dumps(r) for r in rows()), encoding='utf-8')
+    before, items = stages_of(out), items_of(out)
+    code, said = start(command, '--config', out/'config.toml', '--also-test', f'one={file}', '--out', out)
+    assert code == 0 and 'Also tested on one: ' in said, said
+    numbers = re.findall(r'^\[ *(\d+)/(\d+)\]', said, re.M)
+    assert [n for n, _ in numbers] == [str(i + 1) for i in range(len(numbers))] and {of for _, of in numbers} == {str(len(numbers))}
+    new = stages_of(out) - before
+    assert new and before <= stages_of(out) and not any((out/'stages'/n/'history.csv').exists() for n in new) # nothing is trained
+    pd.testing.assert_frame_equal(items_of(out), items) # and the main test is what it was
+
+    also, of = pd.read_parquet(out/'also_items.parquet'), pd.read_parquet(out/'also_intervals.parquet')
+    who = ['role', 'method', 'weak', 'strong', 'seed']
+    assert set(map(tuple, items[who].to_numpy())) <= set(map(tuple, also.astype({'seed': str})[who].to_numpy())) # every arm
+    assert set(of.test) == {'main test', 'one'} and metric in set(of[of.test == 'one'].metric)
+    report = (out/'report.md').read_text(encoding='utf-8')
+    assert '## Transfer to other test sets' in report and f'{metric} on each test set'.capitalize() in report
+    assert '(transfer.png)' in report and (out/'transfer.png').exists()
+
+
 @pytest.mark.parametrize('command', COMMANDS)
 def test_a_command_can_do_everything(command, tmp_path, monkeypatch):
     words, own, setting, values = COMMANDS[command]
@@ -110,6 +164,9 @@ def test_a_command_can_do_everything(command, tmp_path, monkeypatch):
     assert report.index(first) < report.index('|') # and no table stands before it
     items = items_of(out)
     if own: assert own in set(items.metric) and own in report
+    assert '## Error inheritance' in report # with a twin where answers are right or wrong, else the reason in a sentence
+    if command == 'toxicity': assert 'Not known: none of its metrics' in report
+    else: assert any(m.split(',')[0].endswith('twin') for m in items.method) and ('minus twin' in report or 'Not known: ' in report)
     assert 'mine.py' in ''.join(p.name for p in out.rglob('*.py')) # the functions of one's own are kept with the run
     assert (out/'data_report.md').read_text(encoding='utf-8').startswith('# Data report')
     curves = pd.read_parquet(out/'histories.parquet')
@@ -126,6 +183,8 @@ def test_a_command_can_do_everything(command, tmp_path, monkeypatch):
     code, said = start(command, '--config', out/'config.toml', '--out', out) # the settings of a run are those of a file
     assert code == 0 and said.count(': found') == planned and 'starting' not in said, said
 
+    ask_further(command, out, tmp_path)
+
     # a variation, in the same folder
     code, said = start(command, '--config', out/'config.toml', '--vary', setting, '--values', values, '--out', out)
     assert code == 0 and ': found' in said, said
@@ -133,3 +192,4 @@ def test_a_command_can_do_everything(command, tmp_path, monkeypatch):
     for file in (f'{name}.md', f'{name}.png', f'{name}-items.parquet', f'{name}-intervals.parquet'): assert (out/file).exists(), file
     page = (out/f'{name}.md').read_text(encoding='utf-8')
     assert all(v in page for v in values.replace('.5', '0.5').replace('.1,', '0.1,').split(','))
+

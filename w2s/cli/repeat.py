@@ -37,6 +37,7 @@ from w2s.io.manifests import (
 
 from ..compare.config import to_table
 from ..compare.extensions import run_hash
+from ..data.names import named_sources
 from ..data.tasks import TASKS
 from ..io.disk import remove_tree
 from ..io.file_hashes import cache_folder, file_state, kept_hash
@@ -82,16 +83,18 @@ def input_places(
     sources: Iterable[str],      # names of data
 ) -> list[Path] | None:          # None: it depends on something that cannot be looked at
     "Files and folders that a run reads"
-    words = {w for t in texts_in(settings) for w in (t, t.rpartition(':')[0]) if w}
+    def parts(text: str) -> list[str]: return [w for w in (text, text.rpartition(':')[0], text.partition('=')[2]) if w]
+    words = {w for t in texts_in(settings) for w in parts(t)}
+    sources = [*sources, *named_sources(settings.get('also_test', ()), '--also-test').values()]
     there = [p for w in sorted(words) if is_there(p := Path(w).expanduser())]
     hub = [hub_place(m) for m in dict.fromkeys(filter(None, models)) if not is_folder(located(m))]
     known = [s for s in sources if not s or s.partition(':')[0] == 'world' and s not in TASKS.own or is_there(Path(s).expanduser())]
     odd = [
         w
         for w in texts_in(settings)
-        if '/' in w and w not in models and not is_there(Path(w).expanduser()) and not is_there(Path(w.rpartition(':')[0]))
+        if '/' in w and w not in models and not any(is_there(Path(x).expanduser()) for x in parts(w))
     ]
-    if odd or None in hub or len(known) < len(list(sources)): return None
+    if odd or None in hub or len(known) < len(sources): return None
     return [*there, *(h for h in hub if h)]
 
 # %% ../../nbs/api/cli/020_repeat.ipynb #3482d0e3

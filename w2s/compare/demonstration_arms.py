@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WARM_UP', 'Scores', 'choose_form', 'answer_settings', 'seed_rows', 'answer_test', 'in_context_arm', 'weak_arms',
-           'student_arm', 'warm_up', 'make_seed', 'score_arm', 'find_unscored', 'arm_items', 'try_extensions']
+           'student_arm', 'warm_up', 'twin_arm', 'make_seed', 'score_arm', 'find_unscored', 'arm_items',
+           'try_extensions']
 
 # %% ../../nbs/api/compare/360_demonstration_arms.ipynb #6a8abe29
 from collections.abc import Mapping, Sequence
@@ -31,17 +32,19 @@ from w2s.compare.demonstration_stages import (
 from ..data.rows import make_rows
 from ..errors import DataError
 from ..evaluate.clusters import clustered
+from ..evaluate.inheritance import is_twin
 from ..evaluate.metrics import metric_rows
 from ..feedback.demonstrators import prompted
 from ..feedback.forms import WORLD, Form, form_for, stops
 from ..feedback.refine import Examples, behind, groups_of, shown_rows
+from ..feedback.twins import deal_answers
 from ..models.chat_templates import check_acts
 from ..models.zoo import SHIPPED
 from ..train.generate import GenerateSettings
 from ..train.loop import TrainSettings
 from .arms import Arm
 from .demonstration_files import QuestionTable, table_rows
-from .demonstration_settings import DemonstrationSettings, scores_by_function
+from .demonstration_settings import DemonstrationSettings, scores_by_function, task_measures
 from .demonstration_tasks import Questions, TaskRows, question_rows, world_rows
 from .extensions import METHODS, METRICS, method_answers, name_idle, own_metrics
 from .learn import Study
@@ -99,7 +102,7 @@ def answer_test(
         for e, p in zip(tests, prompts, strict=True)
     ]
     # the same for all baselines and seeds
-    kind = 'sft' if role != 'baseline' else 'warm-up' if method == 'untuned' and context.seed == 0 else ''
+    kind = 'sft' if role != 'baseline' or is_twin(method) else 'warm-up' if method == 'untuned' and context.seed == 0 else ''
     trained = {kind: adapter} if adapter and kind else {}
     return Arm(
         role,
@@ -138,7 +141,7 @@ def weak_arms(
 def student_arm(
     context: Context,      # of the run
     learned: TrainingRows, # of `make_training_rows`
-    role: str = 'student', # or 'ceiling'
+    role: str = 'student', # or 'ceiling', or 'baseline' for a twin
 ) -> Arm:
     "Train a student, and let it answer the test"
     adapter = train_sft(
@@ -158,12 +161,24 @@ def warm_up(
     return replace(context, start=train_sft(replace(context, rows=replace(context.rows, seed=0)), context.strong, 'school', rows, WARM_UP))
 
 # %% ../../nbs/api/compare/360_demonstration_arms.ipynb #2cba8655
+def twin_arm(
+    context: Context, # of the run, with good answers
+    weak: Arm,        # a weak model
+) -> Arm:
+    "A student of good answers of which as many, at random, are wrong as the weak model's"
+    a = context.rows.unlabelled
+    right = a.score(weak.extra['given'])[task_measures(context.config)[0]]
+    answers = deal_answers(a.gold or [], int((right < 1).sum()), context.seed)
+    return student_arm(context, pair_answers(context, 'twin', weak.weak, answers, f'twin:{weak.weak}'), 'baseline')
+
 def make_seed(
     context: Context,                    # of the run
     models: Mapping[str, Model | None],  # by name; None: answers are in a file
 ) -> list[Arm]:
     "All arms of one seed, trained and asked"
-    c, context = context.config, warm_up(context)
+    c, gold = context.config, context.rows.unlabelled.gold
+    if c.twin and gold is None: raise DataError(f'--twin learns from good answers with random errors, and {c.data} has no good answers')
+    context = warm_up(context)
     weak = [make_weak(context, name, models[name]) for name in c.weak]
     arms = [a for w in weak for a in weak_arms(context, w)] + [answer_test(context, 'baseline', 'untuned', '', context.start)]
     learned = [
@@ -172,7 +187,7 @@ def make_seed(
         for w in (weak if reads_weak(m) else weak[:1])
     ]
     arms += [student_arm(context, x) for x in learned]
-    gold = context.rows.unlabelled.gold
+    if c.twin: arms += [twin_arm(context, w) for w in weak]
     return arms if gold is None else [*arms, student_arm(context, pair_answers(context, 'gold answers', '', gold, 'gold'), 'ceiling')]
 
 # %% ../../nbs/api/compare/360_demonstration_arms.ipynb #b5489e3c

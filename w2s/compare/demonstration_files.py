@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOT_NUMBERS', 'RATINGS', 'QuestionTable', 'read_questions', 'read_asked', 'read_maths', 'part_questions',
            'score_numbers', 'rating_ranges', 'rating_tokens', 'rate_all', 'score_by_judge', 'score_by_function',
-           'table_rows']
+           'table_part', 'table_rows']
 
 # %% ../../nbs/api/compare/340_demonstration_files.ipynb #514b9f0f
 import hashlib
@@ -247,6 +247,22 @@ def score_by_function(
     return score
 
 # %% ../../nbs/api/compare/340_demonstration_files.ipynb #1c0091ba
+def table_part(
+    study: Study,         # the experiment
+    table: QuestionTable, # of `read_asked`
+    judge: Model | None,  # that rates answers; None: a function of the user, or the right number of maths
+    at: Sequence[int],    # places of the questions
+    name: str = '',       # of a part of the test, where there are several
+) -> Questions:
+    "Some questions of a table, and what answers to them are worth; raises `DataError` for a weak answer that is missing"
+    c: DemonstrationSettings = study.config
+    questions = [table.questions[i] for i in at]
+    groups, gold = [group_key(q) for q in questions], None if table.gold is None else [table.gold[i] for i in at]
+    if scores_by_function(c.judge): score = score_by_function(c.judge, questions, groups, gold)
+    else: score = score_by_judge(study, judge, questions) if judge else score_numbers([(table.numbers or [])[i] for i in at])
+    # a missing one is said before anything is trained
+    return Questions(questions, groups, score, gold, None if table.weak is None else answers_to(table.weak, questions), name)
+
 def table_rows(
     study: Study,         # the experiment
     table: QuestionTable, # of `read_asked`
@@ -262,12 +278,6 @@ def table_rows(
         if c.demonstrator == 'tuned'
         else min(c.n_labelled, c.examples)
     )
-    def part(at: list[int]) -> Questions:
-        questions = [table.questions[i] for i in at]
-        groups, gold = [group_key(q) for q in questions], None if table.gold is None else [table.gold[i] for i in at]
-        if scores_by_function(c.judge): score = score_by_function(c.judge, questions, groups, gold)
-        else: score = score_by_judge(study, judge, questions) if judge else score_numbers([(table.numbers or [])[i] for i in at])
-        return Questions(questions, groups, score, gold,
-                    None if table.weak is None else answers_to(table.weak, questions)) # a missing one is said before anything is trained
+    def part(at: list[int]) -> Questions: return table_part(study, table, judge, at)
     taught, asked, test = part_questions(table, (few, c.n_unlabelled, c.n_test), seed)
     return TaskRows(seed, part(taught), part(asked), [part(test)])

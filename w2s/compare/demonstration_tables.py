@@ -105,7 +105,7 @@ def example_table(
     shown: int,              # the number of examples of the settings
 ) -> pd.DataFrame:           # weak, n, metric, value, low, high; n = 0 is the untuned model
     "The untuned strong model by the number of weak answers in context"
-    t = intervals[intervals.role == 'baseline']
+    t = intervals[(intervals.role == 'baseline') & intervals.method.str.startswith('untuned')]
     n = t.method.str.extract(r'untuned, (\d+) in context')[0]
     n = n.where(t.method != 'untuned, in context', str(shown)).where(t.method != 'untuned', '0')
     t = t.assign(n=n.astype(int)).drop_duplicates(['weak', 'n', 'metric'])

@@ -48,6 +48,9 @@ class Questions:
     # a weak answer to each, where mistakes were put in instead of made, or where weak answers are in a file; None: a weak model must answer
     planted: list[str] | None = None
     name: str = ''           # of a part of the test, where there are several: 'lives', 'stories'
+    # other rows and their name -> questions with the same oracle; None: there is none
+    again: Callable[[Sequence[dict], str], 'Questions'] | None = None
+    keys: tuple[str, ...] = ()    # columns of the rows that the oracle knows
 
 # questions with good answers for the weak model, others for the strong one, and the parts of the test; warm_up: prompts and completions
 # that the strong model learns before everything else
@@ -82,7 +85,9 @@ def make_questions(
     def score(answers: Sequence[str]) -> dict[str, np.ndarray]:
         return {m: np.array([v(r, a) for r, a in zip(rows, answers, strict=True)], dtype=np.float64) for m, v in verdicts.items()}
     given = [[r[key] for r in rows] if key in rows[0] else None for key in ('completion', 'planted')]
-    return Questions([bare(r['prompt']) for r in rows], [str(r[group]) for r in rows], score, given[0], given[1], name)
+    def again(more: Sequence[dict], title: str) -> Questions: return make_questions(more, group, verdicts, title)
+    asked, groups = [bare(r['prompt']) for r in rows], [str(r[group]) for r in rows]
+    return Questions(asked, groups, score, given[0], given[1], name, again, tuple(rows[0]))
 
 # %% ../../nbs/api/compare/330_demonstration_tasks.ipynb #e5554a0f
 @lru_cache(maxsize=16)

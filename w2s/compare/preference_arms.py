@@ -17,9 +17,11 @@ import pandas as pd
 from datasets import Dataset, concatenate_datasets
 
 from ..data.rows import row_features, to_pairs
+from ..evaluate.inheritance import is_twin
 from ..evaluate.metrics import metric_rows, preference_correct, preference_scores
 from ..feedback.confidence import weighted
 from ..feedback.preferences import given_labels
+from ..feedback.twins import deal_choices
 from ..models.adapters import adapter_hash
 from ..train.reference import tokens_hash
 from ..train.settings import choose_loss
@@ -74,7 +76,7 @@ def arm_models(
     method: str,          # of the arm
 ) -> tuple[str, str]:     # weak and strong model, as the tables name them
     "Whose feedback an arm learned from ('' where none was weak), and what it was made of ('' for the supervisor)"
-    weak = role in ('floor', 'student') or (role, method) == ('baseline', 'sft weak')
+    weak = role in ('floor', 'student') or (role, method) == ('baseline', 'sft weak') or is_twin(method)
     return supervisor_name(config) if weak else '', '' if role == 'floor' else Path(config.strong).name
 
 def make_arm(
@@ -136,13 +138,15 @@ def score_alone(
     arm: Arm,            # what is evaluated
 ) -> str:                # 'per token' or 'summed'; '': its reward is held against a reference
     "Was an arm trained by a loss without a reference? Then its reward has none either"
-    flags = choose_loss(config.loss, config.smoothing).extension.flags if arm.role in LEARNED else {'reference': True}
+    learned = arm.role in LEARNED or is_twin(arm.method)
+    flags = choose_loss(config.loss, config.smoothing).extension.flags if learned else {'reference': True}
     return '' if flags['reference'] else 'per token' if flags['mean'] else 'summed'
 
 def evaluate_arm(
     study: Study,   # the experiment
     arm: Arm,       # what is evaluated
     test: Dataset,  # rows of kind "preferences"
+    what: str = 'test', # of the stage
 ) -> pd.DataFrame:  # a row for each test row and metric
     "Scores of one arm on the test rows"
     c, m, how = study.config, arm.model, score_alone(study.config, arm)
@@ -164,7 +168,7 @@ def evaluate_arm(
     against: dict[str, Any] = {'alone': how} if how else {'reference': adapter_hash(arm.reference)}
     inputs = {'policy': adapter_hash(arm.adapter), **against, 'rows': lambda: tokens_hash(tokens), 'beta': c.beta}
     name, passes = (
-        f'{stage_role(arm.role)}-{arm.method.replace(" ", "-")}-seed{arm.seed}-test',
+        f'{stage_role(arm.role)}-{arm.method.replace(" ", "-")}-seed{arm.seed}-{what}',
         [scoring_pass(m.name, tokens, 1 if arm.adapter is None or how else 2)],
     )
     scores = score_stage(study, m, name, inputs, 'scores.parquet', score, likely, passes)
@@ -183,6 +187,7 @@ def evaluate_choice(
     study: Study,   # the experiment
     rows: SeedRows, # of one seed
     test: Dataset,  # rows of kind "preferences"
+    what: str = 'test', # of the stage
 ) -> pd.DataFrame:  # accuracy and margin, a row for each test row and metric
     "Scores of a supervisor that can choose but not answer"
     columns = {'id': test['id'], 'group': test['group'], 'source': test['source'], 'prompt': test['prompt'],
@@ -191,7 +196,7 @@ def evaluate_choice(
         {k: list(v) for k, v in columns.items()}, features=row_features('pairs', columns, isinstance(test['prompt'][0], list))
     )
     supervisors = rows.extra['supervisors']
-    rewards = join_rewards([ask(study, s, pairs, 'test') for s in supervisors])
+    rewards = join_rewards([ask(study, s, pairs, what) for s in supervisors])
     margin = rewards[:, 0] - rewards[:, 1]
     floor = make_arm(study.config, 'floor', floor_method(supervisors[0].extra['kind']), rows.seed, None)
     return arm_items(floor, test['id'][:], {'accuracy': preference_correct(margin), 'margin': margin})
@@ -274,4 +279,8 @@ def train_students(
     if student.reference: before.append(make_arm(c, 'baseline', 'sft weak', seed, model, {'sft': student.reference}))
     out = [*before, make_arm(c, 'baseline', 'sft human', seed, model, {'sft': sft_human}), student]
     if 'ceiling' in c.others: taught.append(train_arm(study, model, 'ceiling', *ceiling_rows(rows.labelled, rows.unlabelled, seed), seed))
+    if c.twin:
+        pairs = to_pairs(rows.unlabelled, seed)
+        dealt = student_rows(deal_choices(rows.extra['weak'], human, pairs, seed), human, c.labels, seed)
+        taught.append(train_arm(study, model, 'baseline', 'twin', dealt, seed, use.weights, use.targets == 'soft'))
     return out + taught

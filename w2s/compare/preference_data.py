@@ -227,7 +227,7 @@ def load_preferences(
             named_pairs(columns, '--column', PARTS) or None,
             rows_wanted(rows_and_share(n_labelled, n_unlabelled)[0], n_test),
         )
-    splits, report = clean_text(read.splits, read.refused, read.rows_read, columns=read.columns)
+    splits, report = clean_text(read.splits, read.refused, read.rows_read, columns=read.columns, rows_of=read.numbers)
     splits, report = readable(splits, readers, report)
     report.refuse_if_strict(strict)
     train, test = set_test_aside(splits)

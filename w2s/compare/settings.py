@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar
 
 # %% ../../nbs/api/compare/050_settings.ipynb #6a966636
-from ..data.names import SPLITS, named_pairs
+from ..data.names import SPLITS, named_pairs, named_sources
 from ..errors import ConfigError, DataError, W2SWarning
 from ..models.places import LoadSettings, LoraSettings
 from .config import check_names, check_value, field_kinds, from_table, merged, number
@@ -115,6 +115,10 @@ class Settings:
     max_length: int = setting(512, 'Training', ladder=128)   # tokens of an example, prompt and response together
     # files or modules with extensions of your own, run before anything else
     imports: tuple[str, ...] = setting((), 'Method', flag='import', say='none')
+    # further test sets, as name=path with commas between them: files, folders or names on the hub; nothing is trained or chosen by them
+    also_test: tuple[str, ...] = setting((), 'Evaluation', say='none')
+    # train a twin of the student, too: on ground truth with as many random errors as the supervisor makes, the control for inherited ones
+    twin: bool = setting(False, 'Method')
     strict: bool = setting(False, 'Data')                    # stop if the data report finds anything at all
     # how models are loaded; bfloat16 is slow on processors without instructions for it
     load: LoadSettings = setting(LoadSettings(), 'Models', ladder=dict(dtype='float32'))
@@ -176,6 +180,7 @@ def check_shared(
     "Raise `ConfigError` for a shared setting out of range"
     check_least(c, COUNTS)
     named_pairs(c.split, '--split', SPLITS)
+    named_sources(c.also_test, '--also-test')
     if isinstance(n := c.n_labelled, float) and not 0 < n < 1:
         raise ConfigError(f'n_labelled is {n}; write a whole number, or a share of all examples between 0 and 1, as .25 or 1/4')
 

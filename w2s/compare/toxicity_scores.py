@@ -66,10 +66,11 @@ def sample_metrics(
 def score_arm(
     context: Context, # of the run
     arm: Arm,         # that continues the test prompts
+    what: str = 'test', # of the stages
 ) -> Arm:             # with scores and empty (prompts, samples), and metrics: one number per prompt, NaN where there is none
     "Let an arm continue the test prompts, and score that"
     config, test = context.config, context.rows.test
-    name, prompts = stage_name('toxicity', stage_role(arm.role), arm.method, 'test'), [r['prompt'] for r in test]
+    name, prompts = stage_name('toxicity', stage_role(arm.role), arm.method, what), [r['prompt'] for r in test]
     assert arm.model
     said = answer_texts(context.study, arm.model, name, arm.adapter, prompts, context.settings, context.seed)
     scores, empty = toxicity_stage(context, f'{name}-scores', prompts, said)

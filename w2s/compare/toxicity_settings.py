@@ -117,6 +117,7 @@ def check_toxicity(
     for m in [m for m in c.methods if m not in TOXICITY_METHODS]:
         if m.partition('(')[0].strip() not in METHODS.own: raise ConfigError(unknown(m, [*TOXICITY_METHODS, *METHODS.own], 'method'))
         METHODS.check(m)
+    if c.twin: raise ConfigError('twin has as many wrong labels as the supervisor has, and no continuation is wrong; leave it out')
     check_names_once(c, ('methods',))
     if c.data.startswith('world') and c.data != SCENES:
         raise ConfigError(f'data "{c.data}": for toxicity the world has scenes; write {SCENES}')

@@ -193,13 +193,15 @@ def clean_text(
     rows_read: Mapping[str, int] | None = None, # by split; None: what is there and what was refused
     keep_order: tuple[str, ...] = KEEP_ORDER,   # who keeps a prompt that is in two splits; see `drop_overlap`
     columns: Sequence[ColumnsRead] = (),        # by the reader: which columns were read as what
+    rows_of: Mapping[str, Sequence[int]] | None = None, # by split: numbers of the rows in their file; None: all that were not refused
 ) -> tuple[dict[str, Dataset], DataReport]: # the rows that are left, and an account of the others
     "Take out what cannot be used, count what is odd; raises `DataError` if a split is left without rows"
     bad = Counter(r.split for r in refused)
     read = {k: len(v) + bad[k] for k, v in splits.items()} if rows_read is None else dict(rows_read)
     report, clean, numbers = reader_report(refused, read, REASONS, columns), dict[str, Dataset](), dict[str, list[int]]()
     for k, v in splits.items():
-        clean[k], numbers[k], report = _clean_split(check_rows(v, 'preferences', k), k, file_rows(k, len(v), refused), report)
+        own = list((rows_of or {}).get(k) or file_rows(k, len(v), refused))
+        clean[k], numbers[k], report = _clean_split(check_rows(v, 'preferences', k), k, own, report)
     clean, numbers, report = part_splits(
         clean, numbers, group_keys, IN_ANOTHER, f'a prompt stays in the first of {", ".join(keep_order)}', keep_order, report
     )

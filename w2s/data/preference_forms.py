@@ -228,7 +228,8 @@ class PreferenceForm:
     "How one kind of table becomes preferences"
     name: str
     parts: Mapping[str, tuple[str, ...]]                         # part of a row -> names that its column may have
-    row: Callable[[Mapping[str, Any], Sequence[str], str], dict | str] # cells by part, columns of the two responses, place for messages
+    # cells by part, columns of the two responses, place for messages -> a pair, several pairs, or the reason why there is none
+    row: Callable[[Mapping[str, Any], Sequence[str], str], dict | list[dict] | str]
     prompt: bool = True                                          # has it a column of the prompt? False: the responses begin with it
     asks: tuple[str, ...] = PROMPT_COLUMNS                       # names that the column of the prompt may have
     marks: tuple[str, ...] = ()                                  # columns that must be there, too

@@ -9,6 +9,7 @@ __all__ = ['HOW', 'says_choice', 'FileRead', 'preference_rows', 'preferences_fro
            'split_dialogue']
 
 # %% ../../nbs/api/data/170_readers.ipynb #6792dc8c
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,7 +43,7 @@ from .columns import ColumnsRead, check_leave_out, columns_read, readable_column
 from .messages import are_written_messages, parse_messages
 from .names import SPLITS
 from .prompts import PARSED, drop_held, find_columns, has_turns, join_prompt, read_back, written_columns
-from .public_pairs import FORM_LIST, FORMS, join_marked
+from .public_pairs import FORM_LIST, FORMS, SEVERAL, join_marked
 from .rows import group_key, make_rows, stack_rows
 from .sources import source_tables, split_of
 from .tables import RawTable, row_pieces
@@ -122,13 +123,14 @@ def _number(x, name: str, at: str) -> float:
     raise DataError(f'{at}: column "{name}" is {shown}, not a number; fill it in or leave the column out')
 
 # %% ../../nbs/api/data/170_readers.ipynb #fd4dee24
-def _one_row(cells: dict[str, Any], match: Match, dialogue: bool, at: str) -> dict | str:
-    "A row of one form with all that belongs to its prompt"
+def _one_row(cells: dict[str, Any], match: Match, dialogue: bool, at: str) -> list[dict] | str:
+    "The pairs of a row of one form, most often one, with all that belongs to its prompt"
     parts = {p: cells[c] for p, c in match.parts.items()} | ({'prompt': cells[match.prompt.main]} if match.prompt.main else {})
     row = match.form.row(parts, list(match.parts.values())[:2], at)
     if isinstance(row, str): return row
-    prompt, why = join_prompt(row['prompt'], cells, match.prompt, dialogue)
-    return why or row | dict(prompt=prompt) | {n: _number(cells[n], n, at) for n in match.numbers}
+    pairs = row if isinstance(row, list) else [row]
+    prompt, why = join_prompt(pairs[0]['prompt'], cells, match.prompt, dialogue)
+    return why or [r | dict(prompt=prompt) | {n: _number(cells[n], n, at) for n in match.numbers} for r in pairs]
 
 # %% ../../nbs/api/data/170_readers.ipynb #fc9039eb
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class FileRead:
     rows: Dataset            # of some kind
     refused: list[Refused]
     columns: ColumnsRead     # which columns were read as what
+    numbers: tuple[int, ...] = () # of preferences: the row of the file that each pair comes from
 
 def preference_rows(
     raw: RawTable,                              # a file
@@ -150,39 +153,44 @@ def preference_rows(
     "Recognise the form of a table and read it; raises `DataError` for an unknown form, a bad number, or a long column that is not read"
     told = {p: tuple(n.strip() for n in c.split('+')) for p, c in (columns or {}).items()}
     match = _choose(raw, where, leave_out, told, blind)
-    record = columns_read(
-        raw,
-        match.used,
-        where,
-        ['prompt'],
-        HOW,
-        leave_out,
-        split,
-        match.form.name,
-        find_columns(match.form.spare, readable_columns(raw, leave_out)),
-    )
+    spare = find_columns(match.form.spare, readable_columns(raw, leave_out))
+    record = columns_read(raw, match.used, where, ['prompt'], HOW, leave_out, split, match.form.name, spare)
     need = list(dict.fromkeys(c for used in match.used.values() for c in used))
     written = written_columns(sample_cells(raw.data, need))
     dialogue = bool(match.prompt.history) and has_turns(raw.data.with_format(None)[match.prompt.history])
-    refused, parsed, pieces, marked = list[Refused](), list[int](), [], dict[int, dict]()
+    refused, parsed, pieces, marked, numbers = list[Refused](), list[int](), [], dict[int, dict](), list[int]()
     for first, piece in row_pieces(raw.data, need):
-        rows: dict[int, dict] = {}
+        rows: list[tuple[int, dict]] = []
         for i, cells in enumerate(piece, first):
             done = read_back(cells, written)
             if done: parsed.append(i)
             row = WRITTEN if done is None else _one_row(cells, match, dialogue, f'{where}, row {i}')
             if isinstance(row, str): refused.append(Refused(where, i, row, split))
-            else: (marked if match.form.join else rows)[i] = row
-        pieces.append((next(iter(rows), first), make_rows(rows.values(), 'preferences', source, where, numbers=list(rows))))
-    if match.form.join: pieces = _join(marked, refused, source, where, split)
-    record = replace(record, changed={**record.changed, **({PARSED: tuple(parsed)} if parsed else {})})
-    return FileRead(stack_rows(pieces, 'preferences', where), sorted(refused, key=lambda r: r.row), record)
+            elif match.form.join: marked[i] = row[0]
+            else: rows += [(i, r) for r in row]
+        pieces.append(_piece(rows, first, source, where))
+        numbers += [i for i, _ in rows]
+    if match.form.join:
+        rows = _join(marked, refused, where, split)
+        pieces, numbers = [_piece(rows, 1, source, where)], [i for i, _ in rows]
+    record = replace(record, changed={**record.changed, **_changed(parsed, numbers)})
+    return FileRead(stack_rows(pieces, 'preferences', where), sorted(refused, key=lambda r: r.row), record, tuple(numbers))
 
-def _join(marked: Mapping[int, dict], refused: list[Refused], source: str, where: str, split: str) -> list[tuple[int, Dataset]]:
+def _changed(parsed: Sequence[int], numbers: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    "What was done to cells -> rows of the file: read back from text, or made several pairs"
+    several = tuple(sorted(i for i, n in Counter(numbers).items() if n > 1))
+    return {**({PARSED: tuple(parsed)} if parsed else {}), **({SEVERAL: several} if several else {})}
+
+def _piece(rows: Sequence[tuple[int, dict]], first: int, source: str, where: str) -> tuple[int, Dataset]:
+    "Some pairs with the numbers of their rows, checked"
+    numbers = [i for i, _ in rows]
+    return next(iter(numbers), first), make_rows([r for _, r in rows], 'preferences', source, where, numbers=numbers)
+
+def _join(marked: Mapping[int, dict], refused: list[Refused], where: str, split: str) -> list[tuple[int, dict]]:
     "Pairs of responses that stand in rows of their own; what makes no pair is noted in `refused`"
     pairs, why = join_marked(marked, group_key, where)
     refused += [Refused(where, n, reason, split) for n, reason in why.items()]
-    return [(next(iter(pairs), 1), make_rows(pairs.values(), 'preferences', source, where, numbers=list(pairs)))]
+    return list(pairs.items())
 
 # %% ../../nbs/api/data/170_readers.ipynb #479576a9
 def preferences_from(
@@ -204,6 +212,7 @@ class Read:
     rows_read: dict[str, int]  # by split, before anything was refused
     source: str
     columns: list[ColumnsRead] = field(default_factory=list) # which columns were read as what, a line a file
+    numbers: dict[str, tuple[int, ...]] = field(default_factory=dict) # by split: the row of the file that each pair comes from
 
     def __repr__(self):
         parts = [f'{k} {len(v):,} of {self.rows_read[k]:,}' for k, v in self.splits.items()]
@@ -241,4 +250,5 @@ def read_preferences(
         read,
         str(source),
         [d.columns for d in done.values()],
+        {s: d.numbers for s, d in done.items()},
     )

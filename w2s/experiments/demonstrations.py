@@ -19,11 +19,14 @@ from ..compare.demonstration_files import QuestionTable, rating_ranges, read_ask
 from ..compare.demonstration_settings import DemonstrationSettings, demonstration_models, fill_demonstrations, scores_by_function
 from ..compare.demonstration_stages import Context
 from ..compare.demonstration_tables import answer_table, cut_answers, demonstration_kind, example_table, label_items, training_table
+from ..compare.demonstration_tests import demonstration_tester
 from ..compare.extensions import METHODS, METRICS
+from ..compare.inheritance import add_inheritance, judge_items
 from ..compare.learn import Study
 from ..compare.models import Model, know_model, model_lines
 from ..compare.preference_settings import short_name
 from ..compare.result import Result
+from ..compare.testing import add_further_tests
 from ..data.hygiene import DataReport
 from ..errors import DataError
 from ..evaluate.intervals import interval_table
@@ -70,7 +73,8 @@ def result_of(
     result = make_result(
         study.run, c, demonstration_kind(c, ranges), data, model_lines(models), items, made.arms, extra, notes=made.extra['notes']
     )
-    return replace(result, extra=extra | dict(examples=example_table(result.intervals, c.examples)))
+    result = replace(result, extra=extra | dict(examples=example_table(result.intervals, c.examples)))
+    return add_inheritance(result, judge_items(items, result.kind.metrics[0], {}))
 
 # %% ../../nbs/api/experiments/30_demonstrations.ipynb #04569a4b
 def open_demonstrations(
@@ -97,9 +101,10 @@ def open_demonstrations(
     own = METRICS.own or scores_by_function(c.judge) or any(METHODS.choose(m)[1].own for m in c.methods)
     line = try_extensions(c, known[c.strong], seed_rows(study, table, judge, 0)) if own else ''
     working, models = [*known.values(), *([judge] if judge else [])], {**dict.fromkeys(c.weak), **known}
-    return Opened(
+    opened = Opened(
         study, working, *data, partial(make_arms, study, models, judge, table), partial(result_of, study, working, table, data), (line,)
     )
+    return add_further_tests(opened, demonstration_tester(study, models, judge, table))
 
 def run(
     config: DemonstrationSettings | None = None,     # what to compare; None: a persona in the embedded world

@@ -30,14 +30,19 @@ from ..compare.arms import Made
 from ..compare.comparison import Opened, make_result, run_experiment
 from ..compare.config import to_table
 from ..compare.extensions import METRICS, name_idle, own_metrics
+from ..compare.inheritance import add_inheritance, judge_predictions
 from ..compare.label_data import load_labels
 from ..compare.label_settings import Classify, data_name, fill_labels, label_models
 from ..compare.label_tables import LABELS, arm_items, label_quality, list_classifiers, prediction_table
+from ..compare.label_tests import label_tester
+from ..compare.label_twins import twin_arm
 from ..compare.learn import Study
 from ..compare.models import Model, know_model, model_lines
 from ..compare.preference_data import LoadedData
 from ..compare.preference_settings import short_name
+from ..compare.preference_tables import row_groups
 from ..compare.result import Result
+from ..compare.testing import add_further_tests
 
 # %% ../../nbs/api/experiments/20_labels.ipynb #8a520498
 def make_arms(
@@ -57,7 +62,8 @@ def make_arms(
             for w in [w for w in c.weak if may_teach(w, model.name)]:
                 students = student_arms(study, model, p, labellers[w, p.seed], between.get((w, p.seed)))
                 stopped, curve, stop = follow_students(study, students, p, labellers[w, p.seed])
-                arms, curves, stops = [*arms, *students, *stopped], [*curves, *curve], [*stops, *stop]
+                twins = [twin_arm(study, model, p, labellers[w, p.seed])] if c.twin else []
+                arms, curves, stops = [*arms, *students, *stopped, *twins], [*curves, *curve], [*stops, *stop]
     return Made(arms, parts, dict(snapshots=pd.concat(curves, ignore_index=True) if curves else pd.DataFrame(), stops=pd.DataFrame(stops)))
 
 # %% ../../nbs/api/experiments/20_labels.ipynb #8afa7804
@@ -80,9 +86,11 @@ def result_of(
         classes=data.classes,
         test=data.test,
     )
-    return make_result(
+    result = make_result(
         study.run, study.config, LABELS, (data.origin, data.report), model_lines(models.values()), items, list_classifiers(made.arms), extra
     )
+    judged = judge_predictions(result.predictions, row_groups(data.test))
+    return add_inheritance(result, judged, {'text': dict(zip(data.test['id'][:], data.test['prompt'][:], strict=True))})
 
 # %% ../../nbs/api/experiments/20_labels.ipynb #60a0e7e3
 def try_metrics(
@@ -103,7 +111,7 @@ def open_labels(
     models = {n: know_model(short_name(n), n, c, c.readout != 'probe') for n in label_models(to_table(c))}
     data = load_labels(c, [m.reader for m in models.values()])
     line = f'Classes: {", ".join(data.classes)}. Test rows: {len(data.test):,}.'
-    return Opened(
+    opened = Opened(
         study,
         list(models.values()),
         data.origin,
@@ -112,6 +120,7 @@ def open_labels(
         partial(result_of, study, models, data),
         (line, try_metrics(data)),
     )
+    return add_further_tests(opened, label_tester(study, [m.reader for m in models.values()], data))
 
 def run(
     config: Classify | None = None,  # what to compare; None: safety in the embedded world, `pico` teaches `base`

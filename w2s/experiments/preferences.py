@@ -31,14 +31,17 @@ from ..compare.arms import Made
 from ..compare.comparison import Opened, make_result, run_experiment
 from ..compare.extensions import judge_scores, name_idle, own_metrics
 from ..compare.gold import check_gold, is_judge
+from ..compare.inheritance import inherit_choices
 from ..compare.learn import Study
 from ..compare.models import Model, model_lines
 from ..compare.preference_data import LoadedData
 from ..compare.preference_settings import WeakTeacher, fill_settings, sampling
 from ..compare.preference_tables import fix_reference, label_table, list_trained, preference_kind, row_groups, weak_label_table
+from ..compare.preference_tests import preference_tester
 from ..compare.response_ends import check_cut, check_responses
 from ..compare.result import Result
 from ..compare.supervisors import supervise
+from ..compare.testing import add_further_tests
 from ..evaluate.clusters import by_group
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #ae205a26
@@ -77,7 +80,7 @@ def result_of(
     )
     result = make_result(study.run, c, preference_kind(c), (data.origin, data.report), model_lines(models), items,
                          list_trained(made.seeds, made.arms), extra, by_group(items, row_groups(data.test)))
-    return replace(result, intervals=fix_reference(result.intervals))
+    return inherit_choices(replace(result, intervals=fix_reference(result.intervals)), items, data.test, row_groups(data.test))
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #8e7a13d5
 def try_extensions(
@@ -101,16 +104,16 @@ def open_loaded(
 ) -> Opened:
     "A comparison by preference labels that can start; raises `DataError` and `ConfigError`"
     c, models = study.config, [*weak, strong]
-    line = check_responses(c, list_writers(c, weak, strong), data)
-    return Opened(
+    opened = Opened(
         study,
         models,
         data.origin,
         data.report,
         partial(make_arms, study, weak, strong, data),
         partial(result_of, study, models, data),
-        (line, *lines),
+        (check_responses(c, list_writers(c, weak, strong), data), *lines),
     )
+    return add_further_tests(opened, preference_tester(study, [m.reader for m in models], data))
 
 def open_preferences(
     study: Study[WeakTeacher], # the experiment

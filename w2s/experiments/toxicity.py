@@ -17,16 +17,19 @@ from datasets import Dataset
 from ..compare.arms import Made
 from ..compare.comparison import Opened, make_result, run_experiment
 from ..compare.demonstration_stages import Context, Judge
+from ..compare.inheritance import add_inheritance
 from ..compare.label_settings import data_name
 from ..compare.learn import Study
 from ..compare.models import Model, model_lines
 from ..compare.preference_data import ladder_world
 from ..compare.result import Result
+from ..compare.testing import add_further_tests
 from ..compare.toxicity_arms import CONTINUE, choice_arms, judge_of, line_arms, toxicity_models, try_methods
-from ..compare.toxicity_data import file_rows, origin_of, prompts_of, rows_of
+from ..compare.toxicity_data import origin_of, prompts_of, rows_of
 from ..compare.toxicity_scores import score_arm
 from ..compare.toxicity_settings import Toxicity, fill_toxicity
 from ..compare.toxicity_tables import TOXICITY, failure_lines, sample_table, toxicity_items, toxicity_units
+from ..compare.toxicity_tests import toxicity_tester
 from ..data.hygiene import DataReport
 from ..data.toxicity_rows import PromptsRead
 from ..evaluate.responses import Scorer
@@ -64,7 +67,7 @@ def result_of(
         study.run, c, TOXICITY, data, model_lines(models), items, arms, extra, toxicity_units(items, test), failure_lines(arms, c.threshold)
     )
     learned = result.intervals[result.intervals['metric'].str.startswith('labels: ')]
-    return replace(result, extra=extra | dict(labels=learned.reset_index(drop=True)))
+    return add_inheritance(replace(result, extra=extra | dict(labels=learned.reset_index(drop=True))), None)
 
 # %% ../../nbs/api/experiments/40_toxicity.ipynb #9b6a6eda
 def open_toxicity(
@@ -74,11 +77,13 @@ def open_toxicity(
     "Know the models and the scorer and read the prompts; raises `DataError`, `ModelError` and `ConfigError`"
     c = study.config
     judge, found, models = judge_of(c, scorer), prompts_of(c), toxicity_models(c)
-    if found is not None:
-        for seed in range(c.seeds): file_rows(found, c, seed) # what cannot be parted is refused before any work
+    if found is not None or c.also_test: # what cannot be parted is refused before any work
+        seeds = [rows_of(c, parts(ladder_world(), seed, c.trial), found, seed) for seed in range(c.seeds)]
+    else: seeds = []
     try_methods(c)
     data = origin_of(c, found), found.report if found else DataReport()
-    return Opened(study, models, *data, partial(make_arms, study, models, judge, found), partial(result_of, study, models, data))
+    opened = Opened(study, models, *data, partial(make_arms, study, models, judge, found), partial(result_of, study, models, data))
+    return add_further_tests(opened, toxicity_tester(study, models, judge, seeds))
 
 def run(
     config: Toxicity | None = None,    # what to compare; None: scenes of the embedded world, `pico` teaches `base`

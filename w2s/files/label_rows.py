@@ -78,8 +78,9 @@ def pairs_of(
 ) -> FileRead:        # rows of kind "preferences" whose order says nothing
     "Pairs of a table that are to be labelled; raises `DataError`"
     got = preference_rows(raw, where, leave_out=leave_out, columns=columns, blind=True)
-    numbers = file_rows('all', len(got.rows), got.refused)
-    said = said_by_human(raw.data, dict(zip(numbers, got.rows['chosen'], strict=True)), where, leave_out, columns)
+    several = len(set(got.numbers)) < len(got.numbers) # lists of good and of bad responses
+    first = {} if several else dict(zip(got.numbers, got.rows['chosen'], strict=True))
+    said = got.rows['prob'][:] if several else said_by_human(raw.data, first, where, leave_out, columns)
     return FileRead(with_human(got.rows, said), got.refused, _with_label(got.columns, raw, where, leave_out, columns))
 
 def pairs_to_label(
@@ -138,6 +139,7 @@ def load_label_data(
         {k: g.columns.rows for k, g in got.items()},
         ('rows', 'train'),
         [replace(g.columns, split=k) for k, g in got.items()],
+        {k: g.numbers for k, g in got.items()},
     )
     splits, report = readable(splits, [reader] if reader else [], report)
     report.refuse_if_strict(strict)

@@ -23,7 +23,9 @@ from ..io.console import bullet_list, code_block, escape_list, escape_markdown
 from ..plots.results import plot_training
 from .disagreements import disagreements
 from .folder import markdown_table, versions
+from .inheritance import inheritance_drawn, inheritance_section
 from .summary import limitations, making, question
+from .transfer import transfer_drawn, transfer_section
 
 # %% ../../nbs/api/report/20_page.ipynb #8a0efd83
 Drawn = dict[str, tuple[Callable[[], Figure], str]] # name of a file -> what draws it, and what it shows
@@ -86,7 +88,7 @@ def all_figures(
     page: Page,     # of its kind
 ) -> Drawn:
     "The figures of a report: those of the kind, and the training"
-    return page.figures(result) | (
+    return page.figures(result) | transfer_drawn(result) | inheritance_drawn(result) | (
         {'training': ((lambda: training_figure(result)), 'loss of every training')} if len(result.curves) else {}
     )
 
@@ -162,9 +164,11 @@ def sections(
         'Differences': f'{markdown_table(report_differences(result.differences, ["weak", "strong"]))}\n\n{DIFFERENCES_TOLD}',
         'Arms': _arms(result, page),
         'Limitations': bullet_list(limitations(result)),
+        **transfer_section(result),
         **_disagreements(result),
         **page.more(result),
         'Weak feedback': page.weak(result) or 'No table of its own.',
+        **inheritance_section(result),
         'Data report': _data(result, page),
         'Training': '\n\n'.join(training),
         'Settings': code_block(to_toml(result.config), 'toml'),
