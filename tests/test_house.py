@@ -35,6 +35,7 @@ FLOORS = [
     'plots',
     'report',
     'bench',
+    'export',
     'cli',
     'trl',
     '__main__',

@@ -22,6 +22,7 @@ from ..errors import ConfigError, unknown
 from .bench import add_bench_command
 from .compare import add_compare_command
 from .demonstrations import add_transfer_commands
+from .export import add_export_command
 from .flags import Command, add_command, out_path, settings_table
 from .guard import GuardedGroup, prepare_process
 from .label import add_label_command
@@ -137,6 +138,7 @@ add_plan_command(app, run_app)
 add_refine_command(app)
 add_bench_command(app)
 add_compare_command(app)
+add_export_command(app)
 app.add_typer(toxicity_app, name='toxicity', help='Train a toxicity scorer, or score texts.')
 
 # %% ../../nbs/api/cli/130_app.ipynb #7fa46e7b
