@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HUB_NAME', 'base_name', 'hub_data', 'base_license', 'run_rows', 'gap_lines', 'header', 'card_text']
 
-# %% ../../nbs/api/export/70_card.ipynb #d5798788
+# %% ../../nbs/api/export/70_card.ipynb #18d74319
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,9 +23,9 @@ from ..io.console import markdown_table, shorten_home
 from ..io.disk import read_parquet
 from ..io.provenance import package_versions
 from ..models.load import is_folder, located
-from ..models.zoo import SHIPPED
+from ..models.zoo import FOLDER
 
-# %% ../../nbs/api/export/70_card.ipynb #0494f61c
+# %% ../../nbs/api/export/70_card.ipynb #6adf1d06
 HUB_NAME = re.compile(r'[\w.-]+/[\w.-]+')
 
 def base_name(
@@ -44,6 +44,7 @@ def base_license(
     folder: Path, # of a base
 ) -> str | None:  # None: its card does not say
     "The licence that the card of a base names in its header"
+    if folder.parent == FOLDER: return 'apache-2.0' # comes with w2s
     card = folder/'README.md'
     if not card.is_file(): return None
     found = re.match(r'---\n(.*?)\n---', card.read_text(encoding='utf-8', errors='replace'), re.DOTALL)
@@ -52,7 +53,7 @@ def base_license(
     named = header.get('license') if isinstance(header, dict) else None
     return named if isinstance(named, str) else None
 
-# %% ../../nbs/api/export/70_card.ipynb #168a549c
+# %% ../../nbs/api/export/70_card.ipynb #bdb3a1d4
 def run_rows(
     trained: Trained, # of a run
 ) -> pd.DataFrame:    # metric, value, low, high, n, seeds: of all seeds of the run
@@ -68,7 +69,7 @@ def gap_lines(
     report = run/'report.md'
     return [line for line in report.read_text(encoding='utf-8').splitlines() if line.startswith('- PGR')] if report.is_file() else []
 
-# %% ../../nbs/api/export/70_card.ipynb #af0efeb5
+# %% ../../nbs/api/export/70_card.ipynb #d7ef1758
 def header(
     name: str,            # of the model
     config: Settings,     # of the run
@@ -88,7 +89,7 @@ def header(
             dataset_name=f'{Path(config.data).name}, held-out test examples',
             metric_type=r.metric,
             metric_value=round(float(r.value), 6),
-            metric_name=f'{r.metric}, {r.level:.0%} CI {r.low:.3f} to {r.high:.3f}, {r.n} test units, {r.seeds} seeds',
+            metric_name=f'{r.metric}, {r.level:.0%} CI {r.low:.3f} to {r.high:.3f}, {r.n} test units, {r.seeds} seed{"s" if r.seeds > 1 else ""}',
         )
         for r in measured.itertuples()
     ]
@@ -105,10 +106,10 @@ def header(
         eval_results=results or None,
     )
 
-# %% ../../nbs/api/export/70_card.ipynb #f1d3a16c
+# %% ../../nbs/api/export/70_card.ipynb #4e6440f7
 def _model_sentence(trained: Trained, base: str, form: str) -> str:
     "What this is"
-    where = 'comes with w2s' if base in SHIPPED else 'is a folder of the machine that trained it' if is_folder(located(base)) else 'is on the Hub'
+    where = 'comes with w2s' if Path(base).parent == FOLDER else 'is a folder of the machine that trained it' if is_folder(located(base)) else 'is on the Hub'
     who = f', from the feedback of the weaker model {trained.weak}' if trained.role == 'student' else ''
     return (f'`{base_name(base)}` (it {where}), trained by w2s as *{trained.role}, {trained.method}*{who}, seed {trained.seed}. '
             f'Exported as `{form}`.')
@@ -130,7 +131,7 @@ def _limits(held: HeldOut, config: Settings, form: str) -> list[str]:
     if not held.metric: out.append("The run's own measure needs sampled text and was not measured again on the export; log-probs were.")
     return out
 
-# %% ../../nbs/api/export/70_card.ipynb #911e5ee1
+# %% ../../nbs/api/export/70_card.ipynb #c7b7260a
 def card_text(
     trained: Trained,           # of a run
     config: Settings,           # of the run

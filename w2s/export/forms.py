@@ -6,7 +6,7 @@
 __all__ = ['FORMS', 'written_type', 'write_tokenizer', 'write_merged', 'padding_id', 'headed_model', 'write_adapter',
            'read_adapter_back', 'check_gguf']
 
-# %% ../../nbs/api/export/60_forms.ipynb #8f0b03a8
+# %% ../../nbs/api/export/60_forms.ipynb #4eaed05b
 import json
 import shutil
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ from ..compare.models import Model
 from ..errors import ConfigError, ModelError
 from ..io.console import shorten_home
 from ..io.disk import text_bytes
-from ..models.adapters import CLASS_HEAD, HEAD, OWN_FILES
+from ..models.adapters import CLASS_HEAD, HEAD
 from ..models.load import DTYPES, load_config, load_tokenizer, local_folder
 
-# %% ../../nbs/api/export/60_forms.ipynb #cbbf1463
+# %% ../../nbs/api/export/60_forms.ipynb #99ee0432
 FORMS = ('merged', 'adapter', 'gguf-ready')
 
 def written_type(
@@ -38,7 +38,7 @@ def written_type(
     if asked != 'auto': return DTYPES[asked]
     return torch.float16 if getattr(load_config(model.name, model.load), 'dtype', None) == torch.float16 else torch.bfloat16
 
-# %% ../../nbs/api/export/60_forms.ipynb #f89f1bad
+# %% ../../nbs/api/export/60_forms.ipynb #b933cd66
 def write_tokenizer(
     model: Model,           # the base
     folder: Path,           # there already
@@ -51,7 +51,7 @@ def write_tokenizer(
     for f in sorted(local_folder(model.name, model.load).iterdir()):
         if (f.suffix == '.model' or f.name in ('vocab.json', 'merges.txt')) and not (folder/f.name).exists(): shutil.copy(f, folder/f.name)
 
-# %% ../../nbs/api/export/60_forms.ipynb #d60ffce3
+# %% ../../nbs/api/export/60_forms.ipynb #09993d07
 def write_merged(
     merged: PreTrainedModel, # of `merge_adapter`, or of `headed_model`
     model: Model,            # its base
@@ -66,7 +66,7 @@ def write_merged(
     merged.to(dtype).save_pretrained(folder) # type: ignore[arg-type]
     write_tokenizer(model, folder, merged.config.pad_token_id if getattr(merged, 'w2s_pad', False) else None)
 
-# %% ../../nbs/api/export/60_forms.ipynb #19b3d791
+# %% ../../nbs/api/export/60_forms.ipynb #846cf7de
 def padding_id(
     pad: int | None,         # of the tokenizer
     end: int | None,         # of the tokenizer
@@ -104,7 +104,7 @@ def headed_model(
     done: PreTrainedModel = made.eval()
     return done
 
-# %% ../../nbs/api/export/60_forms.ipynb #1f8c2963
+# %% ../../nbs/api/export/60_forms.ipynb #9673af58
 def write_adapter(
     adapter: Path, # folder of the adapter, without a head
     model: Model,  # its base
@@ -115,8 +115,10 @@ def write_adapter(
     if any((adapter/f'{h}.safetensors').is_file() for h in (HEAD, CLASS_HEAD)):
         raise ModelError(f'{adapter.name} has a head of w2s, which PEFT does not know; take --to merged')
     folder.mkdir(parents=True)
-    for name in ('adapter_model.safetensors', 'w2s.json'):
-        if (adapter/name).is_file() and name in OWN_FILES: shutil.copy(adapter/name, folder/name)
+    shutil.copy(adapter/'adapter_model.safetensors', folder)
+    if (adapter/'w2s.json').is_file():
+        note = json.loads((adapter/'w2s.json').read_text(encoding='utf-8')) | {'base': known_as}
+        (folder/'w2s.json').write_text(json.dumps(note, indent=1, sort_keys=True), encoding='utf-8')
     config = json.loads((adapter/'adapter_config.json').read_text(encoding='utf-8')) | {'base_model_name_or_path': known_as}
     (folder/'adapter_config.json').write_bytes(text_bytes(shorten_home(json.dumps(config, indent=2, sort_keys=True))))
     write_tokenizer(model, folder)
@@ -140,7 +142,7 @@ def read_adapter_back(
     loaded: PeftModel = PeftModel.from_pretrained(base, str(folder)).eval()
     return loaded
 
-# %% ../../nbs/api/export/60_forms.ipynb #72353aa6
+# %% ../../nbs/api/export/60_forms.ipynb #67d7d3ec
 def _written_types(folder: Path) -> dict[str, str]:
     "Name and type of each written tensor"
     out = {}
