@@ -6,7 +6,7 @@
 __all__ = ['Right', 'Answer', 'HeldOut', 'pick', 'row_sequences', 'margin_right', 'preference_rows', 'label_right', 'label_rows',
            'prompt_rows', 'answers_scored', 'demonstration_rows', 'toxicity_rows', 'held_out']
 
-# %% ../../nbs/api/export/40_held_out.ipynb #b4144ada
+# %% ../../nbs/api/export/40_held_out.ipynb #eaba3851
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +42,7 @@ from ..train.generate import prompt_ids
 from ..train.tokens import EncodedRow, encode_rows, prompt_form, token_ids
 from ..world.parts import parts
 
-# %% ../../nbs/api/export/40_held_out.ipynb #b8683171
+# %% ../../nbs/api/export/40_held_out.ipynb #4c1dcc72
 Right = Callable[[Scores, Scores], np.ndarray] # scores of a model, and of the reference (empty: there is none) -> one number a row
 
 Answer = Callable[[torch.nn.Module], np.ndarray] # of a model: one number a row
@@ -64,7 +64,7 @@ class HeldOut:
 
     def __repr__(self) -> str: return f'{len(self.rows)} test examples, {self.metric or "log-probs alone"}'
 
-# %% ../../nbs/api/export/40_held_out.ipynb #253ff351
+# %% ../../nbs/api/export/40_held_out.ipynb #d99ae5a5
 def pick(
     count: int, # of rows
     most: int,  # wanted
@@ -79,7 +79,7 @@ def row_sequences(
     "Rows as plain numbers"
     return [[(s.ids, 0 if headed else max(1, s.start)) for s in r.sequences] for r in rows]
 
-# %% ../../nbs/api/export/40_held_out.ipynb #308f35ec
+# %% ../../nbs/api/export/40_held_out.ipynb #5611004e
 def _sums(scores: Scores, mean: bool = False) -> np.ndarray:
     "One number a sequence: (rows, sequences)"
     return np.array([[s.mean() if mean else s.sum() for s in row] for row in scores])
@@ -108,9 +108,9 @@ def preference_rows(
     def right(scores: Scores, against: Scores) -> np.ndarray: return margin_right(scores, against, how == 'per token')
     against = not head and not how
     return HeldOut(test['id'][:], test['group'][:], row_sequences(encoded(model, test), bool(head)), test['chosen'][:20], 'accuracy', right,
-                   reference_adapter(trained) if against else None, against, head)
+                   reference=reference_adapter(trained) if against else None, against=against, head=head)
 
-# %% ../../nbs/api/export/40_held_out.ipynb #d27d62ec
+# %% ../../nbs/api/export/40_held_out.ipynb #3fa45e25
 def label_right(
     labels: Sequence[int], # true classes, one a row
 ) -> Right:
@@ -134,7 +134,7 @@ def label_rows(
     return HeldOut(test['id'][:], test['group'][:], row_sequences(rows, bool(head)), test['prompt'][:20], 'accuracy',
                    label_right(test['label'][:]), head=head, classes=tuple(data.classes))
 
-# %% ../../nbs/api/export/40_held_out.ipynb #190211be
+# %% ../../nbs/api/export/40_held_out.ipynb #e854b0b8
 def prompt_rows(
     model: Model,           # that reads them
     prompts: Sequence[str], # texts
@@ -201,7 +201,7 @@ def toxicity_rows(
     test = [test[i] for i in pick(len(test), most)]
     return prompt_rows(model, [r['prompt'] for r in test], [r['group'] for r in test])
 
-# %% ../../nbs/api/export/40_held_out.ipynb #4d28eb1e
+# %% ../../nbs/api/export/40_held_out.ipynb #3d5c829c
 def held_out(
     trained: Trained,  # of a run
     config: Settings,  # of that run
