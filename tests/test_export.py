@@ -66,6 +66,20 @@ def runs(tmp_path_factory):
     return of
 
 
+@pytest.fixture(autouse=True)
+def read_once(monkeypatch, known={}): # noqa: B006
+    "The test examples of a run are read once, and the model of a run is asked once, for all tests"
+    def once(function):
+        def ask(trained, *more):
+            key = function.__name__, str(trained.adapter), more[-1] if isinstance(more[-1], int) else len(more[-1].rows)
+            if key not in known: known[key] = function(trained, *more)
+            return known[key]
+        return ask
+    says = once(lambda trained, model, held: trained_says(model, trained, held))
+    monkeypatch.setattr(exports, 'held_out', once(exports.held_out))
+    monkeypatch.setattr(exports, 'trained_says', lambda model, trained, held: says(trained, model, held))
+
+
 # The round trip
 
 @pytest.mark.parametrize('kind', RUNS)

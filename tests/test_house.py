@@ -36,6 +36,7 @@ FLOORS = [
     'report',
     'bench',
     'export',
+    'check',
     'cli',
     'trl',
     '__main__',
