@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import w2s.check.check as checks
 import w2s.check.models as models
 from w2s.check.check import check_study
+from w2s.check.lights import LIGHTS
 from w2s.cli.app import app
 from w2s.cli.guard import GuardedGroup
 from w2s.compare.demonstration_settings import fill_demonstrations
@@ -19,10 +20,9 @@ from w2s.compare.preference_settings import fill_settings
 from w2s.experiments.demonstrations import open_demonstrations
 from w2s.experiments.labels import open_labels
 from w2s.experiments.preferences import open_preferences
-from w2s.models import load
 from w2s.models.bits import Bits
 
-SMALL = dict(weak='pico', strong='pico', n_labelled=24, n_unlabelled=24, n_test=40, seeds=3, samples=0, others=())
+SMALL = dict(weak='pico', strong='pico', n_labelled=24, n_unlabelled=24, n_test=60, seeds=3, samples=0, others=())
 WORDS = ['lamp', 'key', 'glass', 'rope', 'torch', 'blade', 'cord', 'stone', 'cup', 'wire']
 
 
@@ -30,7 +30,9 @@ def pairs(n, end='', seed=0):
     "Rows of preferences that share no long run of words"
     draw = random.Random(seed)
     def some(k): return ' '.join(f'{draw.choice(WORDS)}{draw.randrange(10**6)}' for _ in range(k))
-    return [dict(prompt=f'Where is the {some(3)}?', chosen=f' It is near the {some(2)}.{end}', rejected=f' {some(2)}.{end}') for _ in range(n)]
+    return [
+        dict(prompt=f'Where is the {some(3)}?', chosen=f' It is near the {some(2)}.{end}', rejected=f' {some(2)}.{end}') for _ in range(n)
+    ]
 
 
 def write_splits(place, train, test):
@@ -53,21 +55,21 @@ def checked(data, **more):
 def lights(found):
     "The worst light of each check"
     out = {}
-    for line in found.lines: out[line.check] = max(out.get(line.check, 'ok'), line.light, key=checks.worst_light.__globals__['LIGHTS'].index)
+    for line in found.lines: out[line.check] = max(out.get(line.check, 'ok'), line.light, key=LIGHTS.index)
     return out
 
 
 @pytest.fixture(scope='module')
 def clean(tmp_path_factory):
-    return write_splits(tmp_path_factory.mktemp('rows')/'clean', pairs(60), pairs(40, seed=1))
+    return write_splits(tmp_path_factory.mktemp('rows')/'clean', pairs(60), pairs(60, seed=1))
 
 
 def test_a_study_without_faults(clean):
     found = checked(clean)
-    assert {k for k, v in lights(found).items() if v != 'ok'} == {'what it can find'}, found # 40 test examples
+    assert {k for k, v in lights(found).items() if v != 'ok'} == {'what it can find'}, found # 60 test examples
     assert found.light == 'look' and len(found.examples) == 3 and all(' ‖ ' in e for e in found.examples)
-    assert {'4 bits', 'template and boundary', 'end tokens', 'cut examples', 'log-probs', 'gradients', 'loss falls', 'test in train', 'duplicates',
-            'left out', 'seeds', 'memory', 'time'} < lights(found).keys()
+    assert {'4 bits', 'template and boundary', 'end tokens', 'cut examples', 'log-probs', 'gradients', 'loss falls', 'test in train',
+            'duplicates', 'left out', 'seeds', 'memory', 'time'} < lights(found).keys()
 
 
 def shifted(model, data, whole=models.logprobs.response_logps):
@@ -88,7 +90,7 @@ FAULTS = { # check: its light, and what is wrong
     'few test examples': ('what it can find', 'stop', dict(n_test=5), None),
     'a high learning rate': ('loss falls', 'stop', dict(dpo=dict(learning_rate=90.)), None),
     'a learning rate of nearly nothing': ('loss falls', 'look', dict(sft=dict(learning_rate=1e-9), dpo=dict(learning_rate=1e-9)), None),
-    'a short limit': ('cut examples', 'stop', dict(max_length=28), None),
+    'a short limit': ('cut examples', 'stop', dict(max_length=64), None),
     'log-probs of another head': ('log-probs', 'stop', {}, lambda m: m.setattr(models.logprobs, 'response_logps', shifted)),
     'an adapter that is frozen': ('gradients', 'stop', {}, lambda m: m.setattr(models, 'add_adapter', frozen)),
     'a model that is half in 4 bits': ('4 bits', 'look', {}, lambda m: m.setattr(
@@ -120,7 +122,8 @@ def test_test_examples_in_the_training_rows(tmp_path, untimed, share, light):
 
 
 def test_rows_that_are_left_out(tmp_path, untimed):
-    found = checked(write_splits(tmp_path/'rows', [*pairs(60), *[dict(r, rejected=r['chosen']) for r in pairs(10, seed=5)]], pairs(40, seed=1)))
+    equal = [dict(r, rejected=r['chosen']) for r in pairs(10, seed=5)]
+    found = checked(write_splits(tmp_path/'rows', [*pairs(60), *equal], pairs(40, seed=1)))
     line = next(x for x in found.lines if x.check == 'left out')
     assert line.light == 'look' and '10 of 110 rows' in line.says
 
@@ -144,7 +147,7 @@ def slow(opened, plan=checks.plan_opened):
 @pytest.mark.parametrize(('change', 'said'), [
     (dict(data='/nowhere/rows.jsonl'), 'nowhere'),
     (dict(strong='/nowhere/model'), 'nowhere'),
-    (dict(n_labelled=10**6), '1,000,000'),
+    (dict(n_labelled=10**6), '1000000'),
 ])
 def test_what_cannot_be_opened_is_a_line(clean, change, said):
     found = checked(**(dict(data=clean) | change))
@@ -161,11 +164,12 @@ def test_a_damaged_model_is_a_line(clean, tmp_path, untimed):
     assert [x.check for x in found.lines if x.light == 'stop' and x.model == 'base'] == ['loads'], found
 
 
+FEW = dict(weak='pico', strong='pico', n_labelled=16, n_unlabelled=24, n_test=60, seeds=1)
+
 @pytest.mark.parametrize(('opens', 'config'), [
-    (open_labels, lambda: fill_labels(dict(weak='pico', strong='pico', n_labelled=16, n_unlabelled=24, n_test=30, seeds=1, readout='head'))),
-    (open_labels, lambda: fill_labels(dict(weak='pico', strong='pico', n_labelled=16, n_unlabelled=24, n_test=30, seeds=1, readout='words'))),
-    (open_demonstrations, lambda: fill_demonstrations(dict(weak='pico', strong='nano', n_labelled=8, n_unlabelled=12, n_test=30, seeds=1,
-                                                           methods='naive'))),
+    (open_labels, lambda: fill_labels(FEW | dict(readout='head'))),
+    (open_labels, lambda: fill_labels(FEW | dict(readout='words'))),
+    (open_demonstrations, lambda: fill_demonstrations(FEW | dict(methods='naive'))),
 ])
 def test_every_kind_of_feedback(untimed, opens, config):
     found = check_study(opens, config())

@@ -3,7 +3,6 @@ a wrong merge is refused, and a damaged adapter makes nothing"""
 import json
 import os
 import re
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,15 +24,15 @@ from w2s.compare.preference_settings import fill_settings
 from w2s.errors import ConfigError, ModelError
 from w2s.experiments import demonstrations, labels, preferences
 from w2s.export.arms import find_trained, read_settings
-from w2s.export.export import ExportJob, Exported, export_run, push_export, trained_says
+from w2s.export.export import Exported, ExportJob, export_run, push_export, trained_says
 from w2s.export.fidelity import Said, Tolerance, measure_fidelity
 from w2s.export.forms import check_gguf, headed_model, write_merged
 from w2s.export.held_out import HeldOut
 from w2s.export.merge import four_bit_weights, merge_adapter, plain_base
 from w2s.export.plain import read_back, score_rows, token_logps
 from w2s.io.manifests import MANIFEST
-from w2s.models.adapters import CLASS_HEAD, HEAD, LoraSettings, add_adapter, load_adapter, save_adapter
-from w2s.models.class_heads import add_class_adapter, load_class_adapter
+from w2s.models.adapters import CLASS_HEAD, HEAD, LoraSettings, add_adapter, save_adapter
+from w2s.models.class_heads import add_class_adapter
 from w2s.models.heads import add_reward_adapter
 from w2s.models.load import LoadSettings, load_base
 from w2s.report.write import write
@@ -229,7 +228,8 @@ def test_a_wrong_merge_is_refused(runs, kind, how, tmp_path, monkeypatch):
     monkeypatch.setattr(exports, 'merge_adapter', tampered(WRONG[how]))
     job = ExportJob(runs(kind), out=tmp_path/'out', rows=24)
     for old in job.run.glob('adapters/wrong-*'): exports.remove_tree(old)
-    with pytest.raises(ModelError, match='is not exported: merged into the dequantized 4-bit base, its log-probs are') as e: export_run(job)
+    with pytest.raises(ModelError, match='is not exported: merged into the dequantized 4-bit base, its log-probs are') as e:
+        export_run(job)
     assert 'marked as refused' in str(e.value)
     assert [p.name for p in tmp_path.iterdir()] == ['out.refused']
     assert (tmp_path/'out.refused'/'REFUSED').exists()
@@ -287,7 +287,8 @@ def test_a_damaged_adapter_makes_nothing(runs, damage, tmp_path):
     run = tmp_path/'run'
     exports.shutil.copytree(runs('words'), run)
     damage(find_trained(run, 'student', 0).adapter)
-    with pytest.raises(ModelError, match=r'damaged|holds no adapter|no adapter_model|pointer'): export_run(ExportJob(run, out=tmp_path/'out'))
+    with pytest.raises(ModelError, match=r'damaged|holds no adapter|no adapter_model|pointer'):
+        export_run(ExportJob(run, out=tmp_path/'out'))
     assert [p.name for p in tmp_path.iterdir()] == ['run']
 
 
@@ -349,7 +350,7 @@ def test_a_family_without_classification_is_refused(tmp_path):
     adapted.unload()
     model = SimpleNamespace(name=str(tmp_path/'base'), load=load)
     with pytest.raises(ModelError, match='no sequence classification for cohere'):
-        headed_model(merge_adapter(plain_base(model, 'original'), tmp_path/'adapter'), model, tmp_path/'adapter', CLASS_HEAD, ('a', 'b', 'c'))
+        headed_model(merge_adapter(plain_base(model, 'original'), tmp_path/'adapter'), model, tmp_path/'adapter', CLASS_HEAD, ('a', 'b'))
 
 
 def test_a_classifier_names_its_classes(runs, tmp_path):
@@ -416,13 +417,18 @@ def edit(folder, **change):
     (folder/'config.json').write_text(json.dumps(read), encoding='utf-8')
 
 
+def in_64_bits(folder):
+    file = folder/'model.safetensors'
+    save_file({k: v.to(torch.float64) for k, v in load_file(file).items()}, file)
+
+
 @pytest.mark.parametrize(('fault', 'said'), [
     (extra_token, 'has a token 1000000'),
     (lambda f: edit(f, architectures=[]), 'of no named architecture'),
     (lambda f: edit(f, quantization_config={}), 'still quantized'),
     (lambda f: (f/'tokenizer.json').unlink(), 'neither tokenizer.json nor tokenizer.model'),
     (lambda f: (f/'model.safetensors').rename(f/'weights.safetensors'), 'no model*.safetensors'),
-    (lambda f: save_file({k: v.to(torch.float64) for k, v in load_file(f/'model.safetensors').items()}, f/'model.safetensors'), 'is of type F64'),
+    (in_64_bits, 'is of type F64'),
 ])
 def test_what_the_converter_would_stumble_over(fault, said, tmp_path):
     model = SimpleNamespace(name='pico', load=LoadSettings('none', 'float32'))

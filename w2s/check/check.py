@@ -5,16 +5,12 @@
 # %% auto #0
 __all__ = ['Reading', 'reading_of', 'some_rows', 'check_rows', 'check_weights', 'Checked', 'check_study']
 
-# %% ../../nbs/api/check/50_check.ipynb #847011d0
+# %% ../../nbs/api/check/50_check.ipynb #5a61b1fa
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from .lights import Line, lights_table, try_check, worst_light
-from .models import bits_check, gradient_check, learning_check, logprob_check
-from .rows import boundary_check, contamination_check, cut_check, dropped_check, duplicate_check, end_check, show_tokens
-from .study import memory_check, power_check, room_of, seed_check, time_check
 from ..compare.comparison import Opened
 from ..compare.learn import Study
 from ..compare.models import Model, close_base, open_base
@@ -27,8 +23,12 @@ from ..train.boundary import Encoded
 from ..train.endings import end_ids
 from ..train.loop import TrainSettings
 from ..train.tokens import EncodedRow, prompt_form
+from .lights import Line, lights_table, try_check, worst_light
+from .models import bits_check, gradient_check, learning_check, logprob_check
+from .rows import boundary_check, contamination_check, cut_check, dropped_check, duplicate_check, end_check, show_tokens
+from .study import memory_check, power_check, room_of, seed_check, time_check
 
-# %% ../../nbs/api/check/50_check.ipynb #775c36cb
+# %% ../../nbs/api/check/50_check.ipynb #67fd316a
 @dataclass(frozen=True)
 class Reading:
     "What one model would read in a study"
@@ -67,7 +67,7 @@ def some_rows(
     sequences = [r.sequences[0] for r in chosen if len(r.sequences[0].ids) > 1]
     return [replace(s, start=max(1, min(s.start, len(s.ids) - 1))) for s in sequences]
 
-# %% ../../nbs/api/check/50_check.ipynb #a0158a99
+# %% ../../nbs/api/check/50_check.ipynb #937e70a3
 def check_rows(
     reading: Reading, # of one model
 ) -> list[Line]:
@@ -102,7 +102,7 @@ def check_weights(
     found += try_check('gradients', name, partial(gradient_check, base, config.lora, ten))
     return [*found, *try_check('loss falls', name, partial(learning_check, base, config.lora, ten, reading.rate))]
 
-# %% ../../nbs/api/check/50_check.ipynb #8ee079a7
+# %% ../../nbs/api/check/50_check.ipynb #2c97568f
 @dataclass(frozen=True)
 class Checked:
     "What was found before a run"
@@ -128,7 +128,7 @@ class Checked:
         "Plain values, for JSON"
         return {'light': self.light, 'lines': [asdict(line) for line in self.lines], 'examples': list(self.examples)}
 
-# %% ../../nbs/api/check/50_check.ipynb #51f8e78d
+# %% ../../nbs/api/check/50_check.ipynb #fdb5fd2f
 def _of_study(opened: Opened, examples: int) -> list[Line]:
     "Checks of the study as a whole"
     seeds, lines = opened.study.config.seeds, try_check('left out', '', partial(dropped_check, opened.report))
@@ -140,7 +140,8 @@ def _cost(opened: Opened) -> list[Line]:
     try: planned = plan_opened(opened)
     except W2SError as e: return [Line('time', 'stop', str(e))]
     room = room_of(str(opened.models[0].load.device))
-    return [*try_check('memory', '', partial(memory_check, planned.memory, room)), *try_check('time', '', partial(time_check, planned.minutes))]
+    memory = try_check('memory', '', partial(memory_check, planned.memory, room))
+    return [*memory, *try_check('time', '', partial(time_check, planned.minutes))]
 
 def check_study(
     open_comparison: Callable[[Study], Opened], # knows the models, reads and checks the examples
@@ -159,6 +160,8 @@ def check_study(
     for r in readings: lines += check_weights(r, config)
     lines += _cost(opened)
     close_base()
-    last = next((r for r in reversed(readings) if r.train), None)
-    shown = [show_tokens(last.model.reader.tokenizer, row) for row in max(last.train, key=len)[:3]] if last else []
+    # in a walk, answers of a weak model are made up; those that it learns from itself are real
+    trained = [r for r in readings if r.train]
+    chosen = trained[:1] if hasattr(config, 'max_tokens') else trained[-1:]
+    shown = [show_tokens(r.model.reader.tokenizer, row) for r in chosen for row in max(r.train, key=len)[:3]]
     return Checked(tuple(lines), tuple(shown))

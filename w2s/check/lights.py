@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIGHTS', 'Line', 'by_limit', 'try_check', 'worst_light', 'lights_table']
 
-# %% ../../nbs/api/check/10_lights.ipynb #ef302b32
+# %% ../../nbs/api/check/10_lights.ipynb #d6c75c85
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -13,7 +13,7 @@ import pandas as pd
 
 from ..errors import W2SError
 
-# %% ../../nbs/api/check/10_lights.ipynb #2f729cf8
+# %% ../../nbs/api/check/10_lights.ipynb #88a1ebdf
 LIGHTS = ('ok', 'look', 'stop') # the best first
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def by_limit(
     "The light of a number"
     return 'ok' if value <= look else 'look' if value <= stop else 'stop'
 
-# %% ../../nbs/api/check/10_lights.ipynb #0878a6c2
+# %% ../../nbs/api/check/10_lights.ipynb #89a28e22
 def try_check(
     check: str,                  # its name
     model: str,                  # of which model; '': of the study

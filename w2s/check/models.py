@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STEPS', 'bits_check', 'logprob_check', 'gradient_check', 'learning_check']
 
-# %% ../../nbs/api/check/30_models.ipynb #b43e6800
+# %% ../../nbs/api/check/30_models.ipynb #b7fc140c
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +18,7 @@ from ..train.boundary import Encoded
 from ..train.checkpoints import trainable
 from ..train.logprobs import check_model
 
-# %% ../../nbs/api/check/30_models.ipynb #0893eb6d
+# %% ../../nbs/api/check/30_models.ipynb #2c744155
 def bits_check(
     base: Base, # loaded
 ) -> tuple[str, str]:
@@ -30,7 +30,7 @@ def bits_check(
     said = f'{bits.share:.1%} of {bits.body:,} weights besides embeddings and output head are in 4 bits; not: {rest or "nothing"}'
     return 'ok' if bits.share >= .95 else 'look' if bits.share >= .5 else 'stop', said
 
-# %% ../../nbs/api/check/30_models.ipynb #dd6df245
+# %% ../../nbs/api/check/30_models.ipynb #231eec95
 def logprob_check(
     base: Base,               # loaded
     rows: Sequence[Encoded],  # some of the study
@@ -53,7 +53,7 @@ def _own(base: Base, row: Encoded) -> torch.Tensor:
     logp = base.model(ids).logits[0, row.start - 1:-1].float().log_softmax(-1)
     return logp.gather(-1, ids[0, row.start:, None]).double().sum().cpu()
 
-# %% ../../nbs/api/check/30_models.ipynb #5f2f1ff9
+# %% ../../nbs/api/check/30_models.ipynb #b8a254e5
 def gradient_check(
     base: Base,               # loaded; as it was afterwards
     lora: LoraSettings,       # of the run
@@ -75,7 +75,7 @@ def gradient_check(
     light = 'look' if all('expert' in n for n in dead) else 'stop'
     return light, f'no gradient, or one that is not finite, in {len(dead)} of {len(every)} matrices of the adapter, as {dead[0]}'
 
-# %% ../../nbs/api/check/30_models.ipynb #e0d01b42
+# %% ../../nbs/api/check/30_models.ipynb #61fe7189
 STEPS = 12 # of the trial
 
 def learning_check(

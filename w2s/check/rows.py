@@ -6,16 +6,16 @@
 __all__ = ['GRAM', 'show_tokens', 'boundary_check', 'end_check', 'cut_check', 'dropped_check', 'grams', 'contamination_check',
            'duplicate_check']
 
-# %% ../../nbs/api/check/20_rows.ipynb #5f4223a4
+# %% ../../nbs/api/check/20_rows.ipynb #6c9f1814
 from collections.abc import Collection, Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from .lights import by_limit
 from ..data.report import GONE, DataReport
 from ..train.tokens import EncodedRow
+from .lights import by_limit
 
-# %% ../../nbs/api/check/20_rows.ipynb #3dfadce0
+# %% ../../nbs/api/check/20_rows.ipynb #86805693
 def _piece(tokenizer: PreTrainedTokenizerBase, i: int) -> str:
     "One token, in brackets, its line breaks visible"
     return '⟨' + str(tokenizer.decode([i])).replace('\n', '\\n') + '⟩'
@@ -47,7 +47,7 @@ def boundary_check(
     if glued: return 'look', f'{glued:,} of {len(some[:200]):,} responses begin inside a token of their prompt'
     return 'ok', f'each of {len(some):,} responses begins at a token of its own'
 
-# %% ../../nbs/api/check/20_rows.ipynb #c38446d2
+# %% ../../nbs/api/check/20_rows.ipynb #1d5717ae
 def end_check(
     rows: Sequence[EncodedRow], # that a model learns from
     ends: Collection[int],      # tokens at which it stops when it writes
@@ -84,9 +84,9 @@ def dropped_check(
     if gone.empty: return 'ok', f'all {read:,} rows that were read are used'
     top = gone.sort_values('rows').iloc[-1]
     share = gone['rows'].sum()/read
-    return by_limit(share, 0, .5), f'{gone["rows"].sum():,} of {read:,} rows ({share:.1%}) are left out, most of them for: {top["check"]}'
+    return by_limit(share, 0, .5), f'{gone["rows"].sum():,} of {read:,} rows ({share:.1%}) are left out, most for: {top["check"]}'
 
-# %% ../../nbs/api/check/20_rows.ipynb #32b490d6
+# %% ../../nbs/api/check/20_rows.ipynb #1384cc2a
 GRAM = 13 # words in a row
 
 def grams(
@@ -107,8 +107,8 @@ def contamination_check(
     hit = [t for t in test if grams(t) & known]
     share = len(hit)/len(test)
     if not hit: return 'ok', f'none of {len(test):,} test examples shares {GRAM} words in a row with a training example'
-    return by_limit(share, .01, .5), (f'{len(hit):,} of {len(test):,} test examples ({share:.0%}) share {GRAM} words in a row with a training '
-                                      f'example, as {" ".join(hit[0].split())[:60]!r}')
+    said = f'{len(hit):,} of {len(test):,} test examples ({share:.0%}) share {GRAM} words in a row with a training example'
+    return by_limit(share, .01, .5), f'{said}, as {" ".join(hit[0].split())[:60]!r}'
 
 def duplicate_check(
     rows: Sequence[EncodedRow], # that one training reads

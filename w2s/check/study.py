@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['HOURS', 'DISAGREE', 'SHARED', 'room_of', 'memory_check', 'time_check', 'planned_mde', 'power_check', 'seed_check']
 
-# %% ../../nbs/api/check/40_study.ipynb #c168d665
+# %% ../../nbs/api/check/40_study.ipynb #d3f067c2
 import numpy as np
 import torch
 from scipy import stats
 
-from .lights import by_limit
 from ..evaluate.power import errors_needed, freedom_of
 from ..models.merged import machine_memory
+from .lights import by_limit
 
-# %% ../../nbs/api/check/40_study.ipynb #2f2125ef
+# %% ../../nbs/api/check/40_study.ipynb #8c7352da
 def room_of(
     device: str, # as 'cpu' or 'cuda:0'
 ) -> int:        # bytes
@@ -39,7 +39,7 @@ def time_check(
     said = f'about {minutes:.0f} minutes' if hours < 2 else f'about {hours:.0f} hours'
     return by_limit(hours, HOURS, 7*24.), f'{said} on this machine, all seeds together'
 
-# %% ../../nbs/api/check/40_study.ipynb #d6df0099
+# %% ../../nbs/api/check/40_study.ipynb #7026ecae
 DISAGREE, SHARED = .25, .5 # share of examples on which one of two models is right and the other is not; of this, the same in all seeds
 
 def planned_mde(
@@ -58,8 +58,9 @@ def power_check(
 ) -> tuple[str, str]:
     "Can this study find a difference that matters?"
     found = planned_mde(examples, seeds)
-    return by_limit(found, .05, .2), (f'{examples:,} test examples and {seeds} seed{"s" if seeds > 1 else ""} find a difference of {found:.3f} '
-                                      f'in accuracy in 80 % of cases, if two models disagree on {DISAGREE:.0%} of examples')
+    study = f'{examples:,} test examples and {seeds} seed{"s" if seeds > 1 else ""}'
+    said = f'find a difference of {found:.3f} in accuracy in 80 % of cases, if two models disagree on {DISAGREE:.0%} of examples'
+    return by_limit(found, .05, .2), f'{study} {said}'
 
 def seed_check(
     seeds: int, # of the run

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALIASES', 'choose_command', 'check_function', 'add_check_command']
 
-# %% ../../nbs/api/cli/124_check.ipynb #e61a9111
+# %% ../../nbs/api/cli/124_check.ipynb #8a5ef15b
 import json
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -16,10 +16,10 @@ import typer
 
 from ..compare.options import options_of
 from ..compare.settings import make_settings
-from .flags import Command, check_places, function_of, out_path, settings_table, typed_settings, typer_option
 from ..errors import ConfigError, unknown
+from .flags import Command, check_places, function_of, out_path, settings_table, typed_settings, typer_option
 
-# %% ../../nbs/api/cli/124_check.ipynb #eb310528
+# %% ../../nbs/api/cli/124_check.ipynb #2a440777
 ALIASES = {'labels': 'classify', 'demonstrations': 'persona'} # kind of feedback -> an experiment that has it
 
 def choose_command(
@@ -39,7 +39,10 @@ def check_function(
     shown = {o.parameter: (typer_option(o), None) for o in options_of(command.settings)}
     extra = {k: (v, None) for k, v in command.extra.items()}
     own = {
-        'config': (Annotated[Path | None, typer.Option(help='TOML file with any settings; flags win over it', rich_help_panel='Output')], None),
+        'config': (
+            Annotated[Path | None, typer.Option(help='TOML file with any settings; flags win over it', rich_help_panel='Output')],
+            None,
+        ),
         'out': (
             Annotated[Path, typer.Option(parser=out_path, metavar='PATH', help='folder of the run: what is done in it takes no time')],
             Path('runs/check'),
@@ -55,7 +58,7 @@ def check_function(
         done(check_study(getattr(import_module(module), name), config, str(typed['out'])))
     return function_of({**extra, **shown, **own}, run)
 
-# %% ../../nbs/api/cli/124_check.ipynb #50b71c7e
+# %% ../../nbs/api/cli/124_check.ipynb #1fbe7183
 def add_check_command(
     program: typer.Typer,            # that gets the command
     commands: Mapping[str, Command], # experiments by name

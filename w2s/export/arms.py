@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'read_settings', 'Trained', 'find_trained', 'base_model', 'reference_adapter']
 
-# %% ../../nbs/api/export/10_arms.ipynb #96078b90
+# %% ../../nbs/api/export/10_arms.ipynb #9332d52b
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..io.disk import read_parquet
 from ..models.adapters import adapter_hash
 from ..models.zoo import model_folder
 
-# %% ../../nbs/api/export/10_arms.ipynb #af939872
+# %% ../../nbs/api/export/10_arms.ipynb #d4cc4fca
 EXPERIMENTS: tuple[type[Settings], ...] = (WeakTeacher, Classify, DemonstrationSettings, Toxicity)
 
 def read_settings(
@@ -41,7 +41,7 @@ def read_settings(
     made: Settings = from_table(fits[0], table)
     return made
 
-# %% ../../nbs/api/export/10_arms.ipynb #fa8e97b5
+# %% ../../nbs/api/export/10_arms.ipynb #21a6e956
 @dataclass(frozen=True)
 class Trained:
     "One trained model of a finished run"
@@ -58,7 +58,7 @@ class Trained:
         "As its folder is called"
         return self.adapter.name
 
-# %% ../../nbs/api/export/10_arms.ipynb #731c342b
+# %% ../../nbs/api/export/10_arms.ipynb #0335c7df
 def _names(row: pd.Series) -> set[str]:
     "Words by which an arm can be asked for"
     return {row.role, f'{row.role}/{row.method}', f'{row.role}/{row.method}/{row.weak}', row.adapter}
@@ -82,7 +82,7 @@ def find_trained(
     r = fits.iloc[0]
     return Trained(run, r.role, r.method, r.weak, r.strong, int(r.seed), run/'adapters'/r.adapter)
 
-# %% ../../nbs/api/export/10_arms.ipynb #e5eca2d2
+# %% ../../nbs/api/export/10_arms.ipynb #783a202d
 def base_model(
     trained: Trained,  # of a run
     config: Settings,  # of that run
@@ -94,7 +94,7 @@ def base_model(
     name = next((n for n in listed if short_name(n) == wanted), wanted)
     return know_model('strong' if trained.strong else 'weak', str(model_folder(name)), config)
 
-# %% ../../nbs/api/export/10_arms.ipynb #a92f4098
+# %% ../../nbs/api/export/10_arms.ipynb #08c9cfef
 def _made(run: Path, known: str) -> Path | None:
     "The stage that made an adapter"
     return next((p for p in sorted((run/'stages').glob('*/adapter')) if adapter_hash(p) == known), None)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HUB_NAME', 'base_name', 'hub_data', 'base_license', 'run_rows', 'gap_lines', 'header', 'card_text']
 
-# %% ../../nbs/api/export/70_card.ipynb #18d74319
+# %% ../../nbs/api/export/70_card.ipynb #b2261d1d
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,16 +16,16 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..compare.config import to_toml
 from ..compare.settings import Settings
-from .arms import Trained
-from .fidelity import Fidelity, Tolerance, fidelity_table
-from .held_out import HeldOut
 from ..io.console import markdown_table, shorten_home
 from ..io.disk import read_parquet
 from ..io.provenance import package_versions
 from ..models.load import is_folder, located
 from ..models.zoo import FOLDER
+from .arms import Trained
+from .fidelity import Fidelity, Tolerance, fidelity_table
+from .held_out import HeldOut
 
-# %% ../../nbs/api/export/70_card.ipynb #6adf1d06
+# %% ../../nbs/api/export/70_card.ipynb #4546436c
 HUB_NAME = re.compile(r'[\w.-]+/[\w.-]+')
 
 def base_name(
@@ -53,7 +53,7 @@ def base_license(
     named = header.get('license') if isinstance(header, dict) else None
     return named if isinstance(named, str) else None
 
-# %% ../../nbs/api/export/70_card.ipynb #bdb3a1d4
+# %% ../../nbs/api/export/70_card.ipynb #69175705
 def run_rows(
     trained: Trained, # of a run
 ) -> pd.DataFrame:    # metric, value, low, high, n, seeds: of all seeds of the run
@@ -69,7 +69,7 @@ def gap_lines(
     report = run/'report.md'
     return [line for line in report.read_text(encoding='utf-8').splitlines() if line.startswith('- PGR')] if report.is_file() else []
 
-# %% ../../nbs/api/export/70_card.ipynb #d7ef1758
+# %% ../../nbs/api/export/70_card.ipynb #5f329973
 def header(
     name: str,            # of the model
     config: Settings,     # of the run
@@ -89,7 +89,7 @@ def header(
             dataset_name=f'{Path(config.data).name}, held-out test examples',
             metric_type=r.metric,
             metric_value=round(float(r.value), 6),
-            metric_name=f'{r.metric}, {r.level:.0%} CI {r.low:.3f} to {r.high:.3f}, {r.n} test units, {r.seeds} seed{"s" if r.seeds > 1 else ""}',
+            metric_name=f'{r.metric}, {r.level:.0%} CI {r.low:.3f} to {r.high:.3f}, {r.n} test units, seeds: {r.seeds}',
         )
         for r in measured.itertuples()
     ]
@@ -106,10 +106,11 @@ def header(
         eval_results=results or None,
     )
 
-# %% ../../nbs/api/export/70_card.ipynb #4e6440f7
+# %% ../../nbs/api/export/70_card.ipynb #2626f563
 def _model_sentence(trained: Trained, base: str, form: str) -> str:
     "What this is"
-    where = 'comes with w2s' if Path(base).parent == FOLDER else 'is a folder of the machine that trained it' if is_folder(located(base)) else 'is on the Hub'
+    here = 'comes with w2s' if Path(base).parent == FOLDER else 'is a folder of the machine that trained it'
+    where = here if is_folder(located(base)) else 'is on the Hub'
     who = f', from the feedback of the weaker model {trained.weak}' if trained.role == 'student' else ''
     return (f'`{base_name(base)}` (it {where}), trained by w2s as *{trained.role}, {trained.method}*{who}, seed {trained.seed}. '
             f'Exported as `{form}`.')
@@ -117,8 +118,10 @@ def _model_sentence(trained: Trained, base: str, form: str) -> str:
 def _usage(name: str, form: str, head: str, base: str) -> str:
     "How to load it"
     if form == 'adapter':
-        return (f'base = AutoModelForCausalLM.from_pretrained({base_name(base)!r}, quantization_config=BitsAndBytesConfig(load_in_4bit=True, '
-                f"bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True))\nmodel = PeftModel.from_pretrained(base, {name!r})")
+        four = "load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True"
+        return (f'four = BitsAndBytesConfig({four})\n'
+                f'base = AutoModelForCausalLM.from_pretrained({base_name(base)!r}, quantization_config=four)\n'
+                f'model = PeftModel.from_pretrained(base, {name!r})')
     return f'model = AutoModelFor{"SequenceClassification" if head else "CausalLM"}.from_pretrained({name!r})'
 
 def _limits(held: HeldOut, config: Settings, form: str) -> list[str]:
@@ -131,7 +134,7 @@ def _limits(held: HeldOut, config: Settings, form: str) -> list[str]:
     if not held.metric: out.append("The run's own measure needs sampled text and was not measured again on the export; log-probs were.")
     return out
 
-# %% ../../nbs/api/export/70_card.ipynb #c7b7260a
+# %% ../../nbs/api/export/70_card.ipynb #939a5181
 def card_text(
     trained: Trained,           # of a run
     config: Settings,           # of the run
@@ -153,15 +156,16 @@ def card_text(
     refused = f'\n> **REFUSED.** This export is not the model that was trained: {chosen.why}.\n' if not chosen.holds else ''
     parts = [
         f'---\n{header(name, config, base, form, held.head, measured, license).to_yaml()}\n---\n# {name}\n{refused}',
-        _model_sentence(trained, base, form) + ('' if license else ' The licence of the base is not known here: look it up before you share this.'),
+        _model_sentence(trained, base, form)
+        + ('' if license else ' The licence of the base is not known here: look it up before you share this.'),
         f'```python\n{_usage(name, form, held.head, base)}\n```',
-        f'## Is it the model that was trained?\n\nAgainst the trained 4-bit model, on {len(held.rows)} test examples that no model of the run '
-        f'learned from, read back by transformers without w2s. Written: *{chosen.form}*. An export is refused beyond {limit.share:.0%} of '
-        f'what training changed (and {limit.nats:g} nats), or where the metric changes significantly.\n\n'
+        f'## Is it the model that was trained?\n\nAgainst the trained 4-bit model, on {len(held.rows)} test examples that no model of the '
+        f'run learned from, read back by transformers without w2s. Written: *{chosen.form}*. An export is refused beyond {limit.share:.0%} '
+        f'of what training changed (and {limit.nats:g} nats), or where the metric changes significantly.\n\n'
         + markdown_table(tuple(table.columns), table.itertuples(index=False)),
         '## What the run measured\n\n' + '\n'.join([*gap_lines(trained.run), '', numbers]),
-        f'## Data\n\n`{shorten_home(config.data)}`: {config.n_labelled or "all"} labelled examples, {config.n_unlabelled or "all"} for the '
-        f'student, {config.n_test or "all"} test examples; see `data_report.md`.',
+        f'## Data\n\n`{shorten_home(config.data)}`: {config.n_labelled or "all"} labelled examples, {config.n_unlabelled or "all"} for '
+        f'the student, {config.n_test or "all"} test examples; see `data_report.md`.',
         '## Limits\n\n' + '\n'.join(f'- {line}' for line in _limits(held, config, form)),
         f'## Settings\n\n<details><summary>all of them</summary>\n\n```toml\n{shorten_home(to_toml(config))}```\n\n</details>\n\n'
         + 'Made with ' + ', '.join(f'{k} {v}' for k, v in package_versions().items()) + '.',

@@ -6,7 +6,7 @@
 __all__ = ['LOADERS', 'ExportJob', 'trained_says', 'forms_tried', 'place_of', 'refused_place', 'Exported', 'export_run',
            'check_push', 'push_export']
 
-# %% ../../nbs/api/export/80_export.ipynb #78f0787d
+# %% ../../nbs/api/export/80_export.ipynb #679aa861
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,13 +20,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..compare.models import Model, close_base, opened_model
 from ..errors import ConfigError, ModelError
-from .arms import Trained, base_model, find_trained, read_settings
-from .card import base_license, base_name, card_text
-from .fidelity import Fidelity, Said, Tolerance, fidelity_table, measure_fidelity, say_rows
-from .forms import FORMS, check_gguf, headed_model, read_adapter_back, write_adapter, write_merged, written_type
-from .held_out import HeldOut, held_out
-from .merge import BASES, check_base, merge_adapter, plain_base
-from .plain import Scores, check_tokenizer, read_back, score_rows
 from ..io.disk import remove_tree, writing_name
 from ..models.adapters import CLASS_HEAD, HEAD, load_adapter
 from ..models.class_heads import load_class_adapter
@@ -37,8 +30,15 @@ from ..train.batches import block
 from ..train.boundary import Encoded
 from ..train.class_head import class_logits
 from ..train.rewards import sequence_rewards
+from .arms import Trained, base_model, find_trained, read_settings
+from .card import base_license, base_name, card_text
+from .fidelity import Fidelity, Said, Tolerance, fidelity_table, measure_fidelity, say_rows
+from .forms import FORMS, check_gguf, headed_model, read_adapter_back, write_adapter, write_merged, written_type
+from .held_out import HeldOut, held_out
+from .merge import BASES, check_base, merge_adapter, plain_base
+from .plain import Scores, check_tokenizer, read_back, score_rows
 
-# %% ../../nbs/api/export/80_export.ipynb #4b39f7e1
+# %% ../../nbs/api/export/80_export.ipynb #afd18102
 @dataclass(frozen=True)
 class ExportJob:
     "What is to be exported, and how"
@@ -61,7 +61,7 @@ class ExportJob:
         if self.rows < 2: raise ConfigError(f'--rows {self.rows}: give 2 or more')
         self.limit.check()
 
-# %% ../../nbs/api/export/80_export.ipynb #6964887d
+# %% ../../nbs/api/export/80_export.ipynb #5c8e9527
 LOADERS = {'': load_adapter, HEAD: load_reward_adapter, CLASS_HEAD: load_class_adapter}
 
 def _headed_scores(worn: torch.nn.Module, held: HeldOut) -> Scores:
@@ -87,7 +87,7 @@ def trained_says(
         if held.against and not held.reference: against = untuned
         return say_rows(held, ask(worn, held), against, worn), untuned, against
 
-# %% ../../nbs/api/export/80_export.ipynb #e0d749d4
+# %% ../../nbs/api/export/80_export.ipynb #671ac2a2
 def _write(job: ExportJob, base: str, trained: Trained, model: Model, held: HeldOut, folder: Path) -> None:
     "Write one form of a model"
     if job.to == 'adapter': return write_adapter(trained.adapter, model, folder, base_name(model.name))
@@ -117,7 +117,7 @@ def forms_tried(
     names = {'dequantized': 'merged into the dequantized 4-bit base', 'original': 'merged into the original base'}
     return {job.base: names[job.base], **names}
 
-# %% ../../nbs/api/export/80_export.ipynb #40d35064
+# %% ../../nbs/api/export/80_export.ipynb #75a284fd
 @contextmanager
 def _place(out: Path) -> Iterator[Path]:
     "A folder beside the place of the result, gone afterwards"
@@ -133,7 +133,8 @@ def place_of(
 ) -> Path:
     "The folder of an export; raises `ConfigError` where something is in it already"
     out = job.out or Path('exports')/f'{trained.run.resolve().name}-{trained.name}-{job.to}'
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ConfigError(f'{out} is there already; give another --out, or remove it')
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f'{out} is there already; give another --out, or remove it')
     return out.absolute()
 
 def refused_place(
@@ -142,7 +143,7 @@ def refused_place(
     "Where an export goes that is refused"
     return out.with_name(f'{out.name}.refused')
 
-# %% ../../nbs/api/export/80_export.ipynb #52bbf702
+# %% ../../nbs/api/export/80_export.ipynb #f196e914
 @dataclass(frozen=True)
 class Exported:
     "A model that was exported"
@@ -160,7 +161,7 @@ class Exported:
         caption = f'{self.trained.name}, against the trained model, on {self.rows} test examples'
         return f'<p>{caption}</p>{fidelity_table(self.found, self.metric).to_html(index=False)}'
 
-# %% ../../nbs/api/export/80_export.ipynb #bb1af377
+# %% ../../nbs/api/export/80_export.ipynb #62cdfa69
 def _prepare(job: ExportJob) -> tuple[Trained, Model, HeldOut, Path]:
     "Everything that can be refused before work begins"
     job.check()
@@ -210,7 +211,7 @@ def export_run(
         if (job.run/'data_report.md').is_file(): shutil.copy(job.run/'data_report.md', part/'data_report.md')
         return _finish(part, out, done)
 
-# %% ../../nbs/api/export/80_export.ipynb #2a723750
+# %% ../../nbs/api/export/80_export.ipynb #cdd09ebe
 def check_push(
     name: str, # of the repository
 ) -> None:
@@ -231,6 +232,8 @@ def push_export(
         api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=str(done.folder), commit_message=f'{done.trained.name}, exported by w2s')
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as e:
-        raise ConfigError(f'{name} was not uploaded: {" ".join(str(e).split())[:240]}; what was exported is in {done.folder} (hf auth login '
-                          'stores a token)') from e
+        said = ' '.join(str(e).split())[:240]
+        raise ConfigError(
+            f'{name} was not uploaded: {said}; what was exported is in {done.folder} (hf auth login stores a token)'
+        ) from e
     return f'https://huggingface.co/{name}'

@@ -6,7 +6,7 @@
 __all__ = ['Tolerance', 'flat', 'mean_gap', 'Said', 'say_rows', 'metric_estimates', 'Fidelity', 'measure_fidelity',
            'fidelity_table']
 
-# %% ../../nbs/api/export/50_fidelity.ipynb #ed128286
+# %% ../../nbs/api/export/50_fidelity.ipynb #3fa435a1
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ from ..evaluate.metrics import OPEN, Bounds
 from .held_out import HeldOut
 from .plain import Scores
 
-# %% ../../nbs/api/export/50_fidelity.ipynb #a25fc9a3
+# %% ../../nbs/api/export/50_fidelity.ipynb #3a3789a2
 @dataclass(frozen=True)
 class Tolerance:
     "How far an export may be from the trained model"
@@ -33,7 +33,7 @@ class Tolerance:
         for name, value in (('--tolerance', self.share), ('--rounding', self.nats)):
             if not 0 <= value < 1: raise ConfigError(f'{name} {value:g}: give a number from 0 to below 1')
 
-# %% ../../nbs/api/export/50_fidelity.ipynb #63aa4bd1
+# %% ../../nbs/api/export/50_fidelity.ipynb #2a7026f2
 def flat(
     scores: Scores, # of a model
 ) -> np.ndarray:
@@ -48,7 +48,7 @@ def mean_gap(
     gap = np.abs(flat(a) - flat(b)).mean()
     return float(gap) if np.isfinite(gap) else float('inf')
 
-# %% ../../nbs/api/export/50_fidelity.ipynb #a98709f1
+# %% ../../nbs/api/export/50_fidelity.ipynb #02cb4106
 def _range(metric: str) -> Bounds: return (0., 1.) if metric == 'accuracy' else OPEN
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def metric_estimates(
     _, by = clustered({'mine': mine[kept], 'change': (mine - theirs)[kept]}, list(np.array(groups)[kept]))
     return estimate(by['mine'][None], bounds=(low, high)), estimate(by['change'][None], bounds=(low - high, high - low), paired=True)
 
-# %% ../../nbs/api/export/50_fidelity.ipynb #92d210c6
+# %% ../../nbs/api/export/50_fidelity.ipynb #61e69fee
 @dataclass(frozen=True)
 class Fidelity:
     "How far one form of an export is from the trained model"
@@ -96,7 +96,7 @@ class Fidelity:
         "Is it near enough?"
         return not self.why
 
-# %% ../../nbs/api/export/50_fidelity.ipynb #1ac32962
+# %% ../../nbs/api/export/50_fidelity.ipynb #d8ec26ba
 def _why(gap: float, effect: float, change: Estimate | None, metric: str, limit: Tolerance) -> str:
     "Why an export is refused, or ''"
     if not np.isfinite(gap): return 'it gives numbers that are none (inf or NaN)'
@@ -122,13 +122,15 @@ def measure_fidelity(
     largest = float(np.abs(flat(export.scores) - flat(trained.scores)).max()) if np.isfinite(gap) else float('inf')
     return Fidelity(form, gap, gap/max(effect, 1e-12), largest, metric, change, _why(gap, effect, change, held.metric, limit))
 
-# %% ../../nbs/api/export/50_fidelity.ipynb #e3de05c6
+# %% ../../nbs/api/export/50_fidelity.ipynb #1aa3ed07
 def fidelity_table(
     found: Sequence[Fidelity], # of the forms that were tried
     metric: str,               # its name; '': there is none
 ) -> pd.DataFrame:             # text, for people
     "Every form beside the others"
-    def limits(e: Estimate | None, sign: str = '') -> str: return '–' if e is None else f'{e.value:{sign}.3f} [{e.low:{sign}.3f}, {e.high:{sign}.3f}]'
+    def limits(e: Estimate | None, sign: str = '') -> str:
+        return '–' if e is None else f'{e.value:{sign}.3f} [{e.low:{sign}.3f}, {e.high:{sign}.3f}]'
+
     rows: list[Mapping[str, str]] = [
         {
             'form': f.form,

@@ -6,7 +6,7 @@
 __all__ = ['FORMS', 'written_type', 'write_tokenizer', 'write_merged', 'padding_id', 'headed_model', 'write_adapter',
            'read_adapter_back', 'check_gguf']
 
-# %% ../../nbs/api/export/60_forms.ipynb #4eaed05b
+# %% ../../nbs/api/export/60_forms.ipynb #475efbb9
 import json
 import shutil
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from ..io.disk import text_bytes
 from ..models.adapters import CLASS_HEAD, HEAD
 from ..models.load import DTYPES, load_config, load_tokenizer, local_folder
 
-# %% ../../nbs/api/export/60_forms.ipynb #99ee0432
+# %% ../../nbs/api/export/60_forms.ipynb #43aab09b
 FORMS = ('merged', 'adapter', 'gguf-ready')
 
 def written_type(
@@ -38,7 +38,7 @@ def written_type(
     if asked != 'auto': return DTYPES[asked]
     return torch.float16 if getattr(load_config(model.name, model.load), 'dtype', None) == torch.float16 else torch.bfloat16
 
-# %% ../../nbs/api/export/60_forms.ipynb #b933cd66
+# %% ../../nbs/api/export/60_forms.ipynb #c5cbe3bb
 def write_tokenizer(
     model: Model,           # the base
     folder: Path,           # there already
@@ -51,7 +51,7 @@ def write_tokenizer(
     for f in sorted(local_folder(model.name, model.load).iterdir()):
         if (f.suffix == '.model' or f.name in ('vocab.json', 'merges.txt')) and not (folder/f.name).exists(): shutil.copy(f, folder/f.name)
 
-# %% ../../nbs/api/export/60_forms.ipynb #09993d07
+# %% ../../nbs/api/export/60_forms.ipynb #d9a5adae
 def write_merged(
     merged: PreTrainedModel, # of `merge_adapter`, or of `headed_model`
     model: Model,            # its base
@@ -63,10 +63,10 @@ def write_merged(
     for name, value in vars(own).items():
         if isinstance(value, float) and vars(merged.config).get(name) == 0.: setattr(merged.config, name, value)
     hf_logging.disable_progress_bar()
-    merged.to(dtype).save_pretrained(folder) # type: ignore[arg-type]
+    merged.to(dtype).save_pretrained(folder)
     write_tokenizer(model, folder, merged.config.pad_token_id if getattr(merged, 'w2s_pad', False) else None)
 
-# %% ../../nbs/api/export/60_forms.ipynb #846cf7de
+# %% ../../nbs/api/export/60_forms.ipynb #1bd27d2a
 def padding_id(
     pad: int | None,         # of the tokenizer
     end: int | None,         # of the tokenizer
@@ -104,7 +104,7 @@ def headed_model(
     done: PreTrainedModel = made.eval()
     return done
 
-# %% ../../nbs/api/export/60_forms.ipynb #9673af58
+# %% ../../nbs/api/export/60_forms.ipynb #46a04e49
 def write_adapter(
     adapter: Path, # folder of the adapter, without a head
     model: Model,  # its base
@@ -142,12 +142,12 @@ def read_adapter_back(
     loaded: PeftModel = PeftModel.from_pretrained(base, str(folder)).eval()
     return loaded
 
-# %% ../../nbs/api/export/60_forms.ipynb #67d7d3ec
+# %% ../../nbs/api/export/60_forms.ipynb #5564dd14
 def _written_types(folder: Path) -> dict[str, str]:
     "Name and type of each written tensor"
     out = {}
     for file in sorted(folder.glob('*.safetensors')):
-        with safe_open(str(file), 'pt') as f: out.update({k: f.get_slice(k).get_dtype() for k in f.keys()})
+        with safe_open(str(file), 'pt') as f: out.update({k: f.get_slice(k).get_dtype() for k in f.keys()}) # noqa: SIM118
     return out
 
 def check_gguf(
@@ -157,7 +157,8 @@ def check_gguf(
     config = json.loads((folder/'config.json').read_text(encoding='utf-8'))
     kinds = config.get('architectures') or []
     if len(kinds) != 1 or kinds[0].endswith('ForSequenceClassification'):
-        raise ModelError(f'a GGUF file holds a language model, and this is {", ".join(kinds) or "of no named architecture"}; take --to merged')
+        what = ', '.join(kinds) or 'of no named architecture'
+        raise ModelError(f'a GGUF file holds a language model, and this is {what}; take --to merged')
     if 'quantization_config' in config: raise ModelError(f'{folder} is still quantized; the converter wants weights in 16 or 32 bits')
     if not any(f.name.startswith('model') for f in folder.glob('*.safetensors')):
         raise ModelError(f'{folder} has no model*.safetensors, which the converter looks for')

@@ -6,7 +6,7 @@
 __all__ = ['Right', 'Answer', 'HeldOut', 'pick', 'row_sequences', 'margin_right', 'preference_rows', 'label_right', 'label_rows',
            'prompt_rows', 'answers_scored', 'demonstration_rows', 'toxicity_rows', 'held_out']
 
-# %% ../../nbs/api/export/40_held_out.ipynb #eaba3851
+# %% ../../nbs/api/export/40_held_out.ipynb #73ac9ae3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,16 +33,16 @@ from ..compare.toxicity_data import prompts_of, rows_of
 from ..compare.toxicity_settings import Toxicity
 from ..errors import ConfigError, DataError
 from ..evaluate.metrics import preference_correct
-from .arms import Trained, reference_adapter
-from .plain import Scores, Sequence_, greedy_texts
 from ..feedback.demonstrators import demonstrated, prompted
 from ..models.adapters import CLASS_HEAD, HEAD
 from ..train.endings import end_ids
 from ..train.generate import prompt_ids
 from ..train.tokens import EncodedRow, encode_rows, prompt_form, token_ids
 from ..world.parts import parts
+from .arms import Trained, reference_adapter
+from .plain import Scores, Sequence_, greedy_texts
 
-# %% ../../nbs/api/export/40_held_out.ipynb #4c1dcc72
+# %% ../../nbs/api/export/40_held_out.ipynb #6df81d03
 Right = Callable[[Scores, Scores], np.ndarray] # scores of a model, and of the reference (empty: there is none) -> one number a row
 
 Answer = Callable[[torch.nn.Module], np.ndarray] # of a model: one number a row
@@ -64,7 +64,7 @@ class HeldOut:
 
     def __repr__(self) -> str: return f'{len(self.rows)} test examples, {self.metric or "log-probs alone"}'
 
-# %% ../../nbs/api/export/40_held_out.ipynb #d99ae5a5
+# %% ../../nbs/api/export/40_held_out.ipynb #93eb9dd0
 def pick(
     count: int, # of rows
     most: int,  # wanted
@@ -79,7 +79,7 @@ def row_sequences(
     "Rows as plain numbers"
     return [[(s.ids, 0 if headed else max(1, s.start)) for s in r.sequences] for r in rows]
 
-# %% ../../nbs/api/export/40_held_out.ipynb #5611004e
+# %% ../../nbs/api/export/40_held_out.ipynb #e26baeb1
 def _sums(scores: Scores, mean: bool = False) -> np.ndarray:
     "One number a sequence: (rows, sequences)"
     return np.array([[s.mean() if mean else s.sum() for s in row] for row in scores])
@@ -110,7 +110,7 @@ def preference_rows(
     return HeldOut(test['id'][:], test['group'][:], row_sequences(encoded(model, test), bool(head)), test['chosen'][:20], 'accuracy', right,
                    reference=reference_adapter(trained) if against else None, against=against, head=head)
 
-# %% ../../nbs/api/export/40_held_out.ipynb #3fa45e25
+# %% ../../nbs/api/export/40_held_out.ipynb #44884b94
 def label_right(
     labels: Sequence[int], # true classes, one a row
 ) -> Right:
@@ -127,14 +127,14 @@ def label_rows(
     most: int,         # rows at most
 ) -> HeldOut:
     "Test texts with their classes; raises `ConfigError` for a probe, which changes no weight"
-    if config.readout == 'probe': raise ConfigError('a probe changes no weight of its model, so there is nothing to merge; it stays probe.npz')
+    if config.readout == 'probe': raise ConfigError('a probe changes no weight of its model: there is nothing to merge; it stays probe.npz')
     data = load_labels(config, [model.reader])
     test, words = data.test.select(pick(len(data.test), most)), data.words if config.readout == 'words' else ()
     rows, head = label_tokens(model.reader, test, words).rows, CLASS_HEAD if config.readout == 'head' else ''
     return HeldOut(test['id'][:], test['group'][:], row_sequences(rows, bool(head)), test['prompt'][:20], 'accuracy',
                    label_right(test['label'][:]), head=head, classes=tuple(data.classes))
 
-# %% ../../nbs/api/export/40_held_out.ipynb #e854b0b8
+# %% ../../nbs/api/export/40_held_out.ipynb #63b2e6b2
 def prompt_rows(
     model: Model,           # that reads them
     prompts: Sequence[str], # texts
@@ -201,7 +201,7 @@ def toxicity_rows(
     test = [test[i] for i in pick(len(test), most)]
     return prompt_rows(model, [r['prompt'] for r in test], [r['group'] for r in test])
 
-# %% ../../nbs/api/export/40_held_out.ipynb #3d5c829c
+# %% ../../nbs/api/export/40_held_out.ipynb #1333482e
 def held_out(
     trained: Trained,  # of a run
     config: Settings,  # of that run

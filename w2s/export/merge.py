@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BASES', 'four_bit_weights', 'put_weights', 'check_base', 'plain_base', 'merge_adapter']
 
-# %% ../../nbs/api/export/20_merge.ipynb #7f7b86f1
+# %% ../../nbs/api/export/20_merge.ipynb #b942d4b3
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from ..models.four_bits import FourBit, bnb
 from ..models.load import Base, load_base, load_config
 from ..models.reading import own_quantization
 
-# %% ../../nbs/api/export/20_merge.ipynb #275dce30
+# %% ../../nbs/api/export/20_merge.ipynb #c098a235
 def four_bit_weights(
     model: torch.nn.Module, # loaded, without an adapter
 ) -> dict[str, Tensor]:     # name of a parameter in the plain model -> its values, float32, on the CPU
@@ -28,13 +28,13 @@ def four_bit_weights(
     out = {}
     for at, m in model.named_modules():
         if type(m).__name__ == 'Linear4bit':
-            weight: torch.nn.Parameter = m.weight # type: ignore[assignment]
+            weight: torch.nn.Parameter = m.weight
             out[f'{at}.weight'] = bnb.dequantize_4bit(weight.detach(), weight.quant_state).float().cpu() # type: ignore[attr-defined]
         for leaf, chain in getattr(m, 'parametrizations', {}).items():
             if any(isinstance(p, FourBit) for p in chain): out[f'{at}.{leaf}'] = getattr(m, leaf).detach().float().cpu()
     return out
 
-# %% ../../nbs/api/export/20_merge.ipynb #deadca57
+# %% ../../nbs/api/export/20_merge.ipynb #63cc68b3
 def put_weights(
     model: torch.nn.Module,     # plain; changed in place
     weights: dict[str, Tensor], # of `four_bit_weights`
@@ -45,10 +45,11 @@ def put_weights(
         try: mine = model.get_parameter(name)
         except AttributeError as e: raise ModelError(f'{name} is in 4 bits, and the plain model has no weight of this name') from e
         if leaf == 'weight' and type(model.get_submodule(at)).__name__ == 'Conv1D': value = value.T
-        if value.shape != mine.shape: raise ModelError(f'{name} is {tuple(value.shape)} in 4 bits and {tuple(mine.shape)} in the plain model')
+        if value.shape != mine.shape:
+            raise ModelError(f'{name} is {tuple(value.shape)} in 4 bits and {tuple(mine.shape)} in the plain model')
         mine.data.copy_(value)
 
-# %% ../../nbs/api/export/20_merge.ipynb #db8d5181
+# %% ../../nbs/api/export/20_merge.ipynb #a270c30e
 BASES = ('dequantized', 'original')
 
 def check_base(
@@ -67,7 +68,8 @@ def plain_base(
     "The model that an adapter is merged into"
     check_base(model, base)
     plain = load_base(model.name, replace(model.load, quantize='none', dtype='float32'), 'cpu')
-    if base == 'dequantized' and model.load.quantize != 'none': put_weights(plain.model, four_bit_weights(load_base(model.name, model.load).model))
+    if base == 'dequantized' and model.load.quantize != 'none':
+        put_weights(plain.model, four_bit_weights(load_base(model.name, model.load).model))
     return plain
 
 def merge_adapter(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Sequence_', 'Scores', 'token_logps', 'head_scores', 'score_rows', 'greedy_texts', 'read_back', 'check_tokenizer']
 
-# %% ../../nbs/api/export/30_plain.ipynb #fd9e6b02
+# %% ../../nbs/api/export/30_plain.ipynb #9352db8b
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from transformers.utils import logging as hf_logging
 
 from ..errors import ModelError
 
-# %% ../../nbs/api/export/30_plain.ipynb #2b871ead
+# %% ../../nbs/api/export/30_plain.ipynb #89086762
 Sequence_ = tuple[tuple[int, ...], int] # ids, and where the part begins whose log-probs count
 Scores = list[list[np.ndarray]]         # a row's sequences, of each the numbers: log-probs of tokens or classes, or one reward
 
@@ -39,7 +39,7 @@ def head_scores(
     with torch.no_grad(): logits = model(input_ids=x).logits[0].float()
     return (logits.log_softmax(-1) if len(logits) > 1 else logits).double().cpu().numpy()
 
-# %% ../../nbs/api/export/30_plain.ipynb #f2b9b8b4
+# %% ../../nbs/api/export/30_plain.ipynb #e15e6728
 def score_rows(
     model: torch.nn.Module,             # read by transformers
     rows: Sequence[Sequence[Sequence_]],# a row is one sequence or several
@@ -48,7 +48,7 @@ def score_rows(
     "Everything that a model says of some rows, a sequence at a time: nothing is padded"
     return [[head_scores(model, ids) if headed else token_logps(model, ids, start) for ids, start in row] for row in rows]
 
-# %% ../../nbs/api/export/30_plain.ipynb #e179b81b
+# %% ../../nbs/api/export/30_plain.ipynb #781df637
 def greedy_texts(
     model: torch.nn.Module,          # read by transformers
     tokenizer: PreTrainedTokenizerBase, # its own
@@ -70,7 +70,7 @@ def greedy_texts(
         out.append(text[:min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))])
     return out
 
-# %% ../../nbs/api/export/30_plain.ipynb #1223a2a2
+# %% ../../nbs/api/export/30_plain.ipynb #32989a67
 def read_back(
     folder: Path,       # that was written
     dtype: torch.dtype, # of the arithmetic; the weights stay as they were rounded
@@ -80,9 +80,10 @@ def read_back(
     "Load a written model in plain transformers; raises `ModelError` where a tensor is missing or left over"
     hf_logging.disable_progress_bar()
     kind = AutoModelForSequenceClassification if headed else AutoModelForCausalLM
-    model, info = kind.from_pretrained(folder, dtype=dtype, device_map={'': device}, output_loading_info=True)
+    model, info = kind.from_pretrained(folder, dtype=dtype, device_map={'': device}, output_loading_info=True) # type: ignore[misc]
     for what in ('missing_keys', 'unexpected_keys', 'mismatched_keys'):
-        if bad := sorted(map(str, info.get(what, ()))): raise ModelError(f'{folder}, read back by transformers, has {what.replace("_", " ")}: {bad[0]}')
+        if bad := sorted(map(str, info.get(what, ()))):
+            raise ModelError(f'{folder}, read back by transformers, has {what.replace("_", " ")}: {bad[0]}')
     loaded: PreTrainedModel = model.eval()
     return loaded
 
