@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['HUB_NAME', 'base_name', 'hub_data', 'base_license', 'run_rows', 'gap_lines', 'header', 'card_text']
 
-# %% ../../nbs/api/export/70_card.ipynb #b2261d1d
+# %% ../../nbs/api/export/70_card.ipynb #e772da3f
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..compare.config import to_toml
@@ -25,7 +24,7 @@ from .arms import Trained
 from .fidelity import Fidelity, Tolerance, fidelity_table
 from .held_out import HeldOut
 
-# %% ../../nbs/api/export/70_card.ipynb #4546436c
+# %% ../../nbs/api/export/70_card.ipynb #de1fa5aa
 HUB_NAME = re.compile(r'[\w.-]+/[\w.-]+')
 
 def base_name(
@@ -48,12 +47,10 @@ def base_license(
     card = folder/'README.md'
     if not card.is_file(): return None
     found = re.match(r'---\n(.*?)\n---', card.read_text(encoding='utf-8', errors='replace'), re.DOTALL)
-    try: header = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError: return None
-    named = header.get('license') if isinstance(header, dict) else None
-    return named if isinstance(named, str) else None
+    named = re.search(r'^license:[ \t]*["\']?([\w.-]+)["\']?[ \t]*$', found[1], re.MULTILINE) if found else None
+    return named[1] if named else None
 
-# %% ../../nbs/api/export/70_card.ipynb #69175705
+# %% ../../nbs/api/export/70_card.ipynb #d794f4d3
 def run_rows(
     trained: Trained, # of a run
 ) -> pd.DataFrame:    # metric, value, low, high, n, seeds: of all seeds of the run
@@ -69,7 +66,7 @@ def gap_lines(
     report = run/'report.md'
     return [line for line in report.read_text(encoding='utf-8').splitlines() if line.startswith('- PGR')] if report.is_file() else []
 
-# %% ../../nbs/api/export/70_card.ipynb #5f329973
+# %% ../../nbs/api/export/70_card.ipynb #59a2af66
 def header(
     name: str,            # of the model
     config: Settings,     # of the run
@@ -106,7 +103,7 @@ def header(
         eval_results=results or None,
     )
 
-# %% ../../nbs/api/export/70_card.ipynb #2626f563
+# %% ../../nbs/api/export/70_card.ipynb #0a61d382
 def _model_sentence(trained: Trained, base: str, form: str) -> str:
     "What this is"
     here = 'comes with w2s' if Path(base).parent == FOLDER else 'is a folder of the machine that trained it'
@@ -134,7 +131,7 @@ def _limits(held: HeldOut, config: Settings, form: str) -> list[str]:
     if not held.metric: out.append("The run's own measure needs sampled text and was not measured again on the export; log-probs were.")
     return out
 
-# %% ../../nbs/api/export/70_card.ipynb #939a5181
+# %% ../../nbs/api/export/70_card.ipynb #fde7bfa2
 def card_text(
     trained: Trained,           # of a run
     config: Settings,           # of the run
