@@ -54,9 +54,11 @@ def reading_of(
     training = [p for _, p in mine if p.kind == 'train']
     rows = [[r for r in p.data if isinstance(r, EncodedRow)] for p in training]
     test = [p for stage, p in mine if p.kind in ('score', 'write') and 'test' in stage.split('-')]
-    most = max(test, key=lambda p: len(p.data), default=None)
+    most = max((len(p.data) for p in test), default=0)
+    # prompts with training examples in context are longer
+    texts = min((_texts(model, p) for p in test if len(p.data) == most), key=lambda t: sum(map(len, t)), default=[])
     rate = max((p.settings.learning_rate for p in training if isinstance(p.settings, TrainSettings)), default=0.)
-    return Reading(model, [r for r in rows if r], _texts(model, most) if most else [], rate, any(p.kind == 'write' for _, p in mine))
+    return Reading(model, [r for r in rows if r], texts, rate, any(p.kind == 'write' for _, p in mine))
 
 def some_rows(
     rows: Sequence[EncodedRow], # of a training
