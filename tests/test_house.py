@@ -35,6 +35,8 @@ FLOORS = [
     'plots',
     'report',
     'bench',
+    'export',
+    'check',
     'cli',
     'trl',
     '__main__',

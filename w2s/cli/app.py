@@ -20,11 +20,15 @@ from ..compare.preference_settings import WeakTeacher, weak_names
 from ..compare.settings import make_settings
 from ..errors import ConfigError, unknown
 from .bench import add_bench_command
+from .check import add_check_command
 from .compare import add_compare_command
-from .demonstrations import add_transfer_commands
+from .demonstrations import COMMANDS as TRANSFERS
+from .demonstrations import TOXICITY, add_transfer_commands
+from .export import add_export_command
 from .flags import Command, add_command, out_path, settings_table
 from .guard import GuardedGroup, prepare_process
 from .label import add_label_command
+from .labels import COMMANDS as LABELS
 from .labels import add_commands
 from .plan import add_plan_command
 from .refine import add_refine_command
@@ -138,6 +142,8 @@ add_plan_command(app, run_app)
 add_refine_command(app)
 add_bench_command(app)
 add_compare_command(app)
+add_export_command(app)
+add_check_command(app, {'preferences': PREFERENCES, **LABELS, **TRANSFERS, 'toxicity': TOXICITY})
 add_report_command(app)
 app.add_typer(toxicity_app, name='toxicity', help='Train a toxicity scorer, or score texts.')
 
