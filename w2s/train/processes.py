@@ -7,12 +7,11 @@ __all__ = ['ENGINES', 'OTHERS', 'T', 'END', 'PATIENCE', 'Joined', 'launched', 'p
            'check_launch', 'check_joined', 'ProcessLost', 'gather', 'together', 'by_itself', 'from_main', 'failures',
            'found_out', 'say_failed', 'join', 'leave', 'all_processes', 'sum_numbers', 'copy_from_main']
 
-# %% ../../nbs/api/train/005_processes.ipynb #0657dda1
+# %% ../../nbs/api/train/005_processes.ipynb #5f7f762c
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,7 +20,7 @@ from ..errors import ConfigError, W2SError
 from ..io.disk import failure_text
 from ..io.signals import Stopped, hold_signals
 
-# %% ../../nbs/api/train/005_processes.ipynb #18995029
+# %% ../../nbs/api/train/005_processes.ipynb #baaeaa6d
 @dataclass
 class Joined:
     "The processes that work together"
@@ -49,7 +48,7 @@ def is_main() -> bool:
     "Is this the process that writes and prints?"
     return process_number() == 0
 
-# %% ../../nbs/api/train/005_processes.ipynb #b9db9324
+# %% ../../nbs/api/train/005_processes.ipynb #9b9ee22f
 ENGINES = {
     'ACCELERATE_USE_FSDP': 'FSDP',
     'ACCELERATE_USE_DEEPSPEED': 'DeepSpeed',
@@ -75,7 +74,7 @@ def check_launch() -> None:
         if os.environ.get(name, '').lower() not in ('', 'no', '1'):
             raise ConfigError(f'accelerate launch asks for {what} ({os.environ[name]}), which w2s does not use; give it {instead}')
 
-# %% ../../nbs/api/train/005_processes.ipynb #4e3d824e
+# %% ../../nbs/api/train/005_processes.ipynb #1d5744f6
 def check_joined() -> None:
     "Raise `ConfigError` where several processes were launched and each works by itself"
     if launched() > 1 and not _JOINED:
@@ -84,7 +83,7 @@ def check_joined() -> None:
             '`with all_processes():` (w2s.train.processes), or start it without torchrun and accelerate launch'
         )
 
-# %% ../../nbs/api/train/005_processes.ipynb #d14e5e29
+# %% ../../nbs/api/train/005_processes.ipynb #75bcc327
 T = TypeVar('T')
 END = 'all processes stop. What was finished is kept, and trainings have a checkpoint: give the same command again to go on'
 
@@ -117,7 +116,7 @@ def together(
         if e is not None: raise e
     return [m for _, m, _ in said]
 
-# %% ../../nbs/api/train/005_processes.ipynb #52a56279
+# %% ../../nbs/api/train/005_processes.ipynb #fb87b876
 @contextmanager
 def by_itself() -> Iterator[None]:
     "Let this process work alone for a while"
@@ -137,7 +136,7 @@ def from_main(
         with by_itself(): return work()
     return together(mine, what)[0]
 
-# %% ../../nbs/api/train/005_processes.ipynb #b6391dca
+# %% ../../nbs/api/train/005_processes.ipynb #3b5ff883
 def failures() -> list[str]: # sentences
     "Why other processes have failed, as far as they could say"
     j = _JOINED[0]
@@ -164,10 +163,10 @@ def say_failed(
     "Write down why this process fails, for the others"
     if isinstance(error, (ProcessLost, KeyboardInterrupt)): return
     text = str(error) if isinstance(error, W2SError) else failure_text(error) or f'{type(error).__name__}: {error}'
-    try: _JOINED[0].store.set(f'failed {process_number()}', ' '.join(text.split())[:2000])
-    except RuntimeError: pass # nobody is left to read it
+    with suppress(RuntimeError): # nobody is left to read it
+        _JOINED[0].store.set(f'failed {process_number()}', ' '.join(text.split())[:2000])
 
-# %% ../../nbs/api/train/005_processes.ipynb #0e2d524d
+# %% ../../nbs/api/train/005_processes.ipynb #8fef5ffa
 PATIENCE = timedelta(hours=2) # that a process waits for the others; one that dies is noticed at once
 
 def join() -> None:
@@ -214,7 +213,7 @@ def all_processes() -> Iterator[None]:
         raise
     finally: leave(failed)
 
-# %% ../../nbs/api/train/005_processes.ipynb #ad5598e2
+# %% ../../nbs/api/train/005_processes.ipynb #f8364138
 def sum_numbers(
     tensors: Sequence[Any], # of this process, on its device; each of the same shape in all processes
 ) -> list[Any]:             # float32, the sums over all processes
