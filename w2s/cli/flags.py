@@ -175,6 +175,11 @@ def settings_table(
     if 'data' not in table and command.needs: raise ConfigError(command.needs)
     return table
 
+def _check_launched(config: Settings) -> None:
+    "Raise `ConfigError` before the processes meet, for what they cannot share"
+    from w2s.compare.comparison import check_elsewhere
+    check_elsewhere(config.machines, config.load)
+
 def start_command(
     command: Command,      # an experiment
     flags: dict[str, Any], # settings given by flags
@@ -182,11 +187,12 @@ def start_command(
 ) -> None:
     "Run, write and print; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     if launched() > 1 and (asked.dry_run or asked.worker):
-        raise ConfigError('--dry-run and --worker are for one process; give the command without torchrun and accelerate launch')
+        raise ConfigError('--dry-run and --worker are for one process; start the command without torchrun and accelerate launch')
     if asked.values is not None and asked.vary is None: raise ConfigError('--values are of what is varied; name it by --vary')
     table = settings_table(command, flags, asked.file, asked.extra)
     if asked.vary is not None: return vary_command(command, table, asked)
     config = make_settings(command.settings, table)
+    if launched() > 1: _check_launched(config)
     def check() -> None: check_places(command.models(config), sources, None if asked.dry_run else asked.out, config.load.allow_pickle)
     def work() -> str:
         check()
@@ -214,6 +220,7 @@ def vary_command(
     "Run a variation, write and print; raises `ConfigError` and what a run raises"
     from w2s.experiments.vary import variants
     configs = variants(table, str(asked.vary), split_names(asked.values or ''), command.settings)
+    if launched() > 1: _check_launched(next(iter(configs.values())))
     for c in configs.values():
         check_places(command.models(c), [c.data, *command.sources(c)], None if asked.dry_run else asked.out, c.load.allow_pickle)
     if asked.dry_run:
