@@ -91,7 +91,7 @@ class ProcessLost(W2SError):
     "Another process of the same command has ended, or does something else"
 
 def gather(
-    mine: Any, # of this process; it is sent to the others
+    mine: object, # of this process; it is sent to the others
 ) -> list[Any]: # of all processes, in their order
     "What each process has; raises `ProcessLost`"
     import torch.distributed as dist
