@@ -18,14 +18,18 @@ import torch
 from typer.testing import CliRunner
 
 from w2s.cli.app import app, main
-from w2s.compare.comparison import check_elsewhere
+from w2s.compare.comparison import check_elsewhere, run_experiment
 from w2s.compare.config import read_toml
+from w2s.compare.demonstration_settings import fill_transfer
 from w2s.compare.extensions import JUDGES, judge_scores
+from w2s.compare.label_settings import fill_classify
 from w2s.compare.machines import Machines
 from w2s.compare.preference_settings import fill_settings
 from w2s.data.rows import make_rows
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.errors import ConfigError, TrainError
+from w2s.experiments.demonstrations import open_demonstrations
+from w2s.experiments.labels import open_labels
 from w2s.experiments.preferences import run as run_preferences
 from w2s.io.signals import Stopped
 from w2s.models import devices
@@ -342,6 +346,43 @@ def test_the_first_process_alone_speaks(runs):
     "Every line of progress is there once"
     lines = [line for line in runs['second'][0].splitlines() if line.startswith('[')]
     assert lines and len(lines) == len(set(lines)) and len(lines) == sum(line.startswith('[') for line in runs['alone'].splitlines())
+
+
+# Other kinds of feedback
+
+SMALL = dict(load=dict(quantize='none', dtype='float32'), lora=dict(rank=2), weak='pico', strong='pico', seeds=1)
+TAUGHT = dict(epochs=1, batch_size=8, learning_rate=1e-3)
+FEEDBACK = {
+    'labels': (fill_classify, open_labels, dict(n_labelled=12, n_unlabelled=12, n_test=6, supervisor=TAUGHT, student=TAUGHT, snapshots=2)),
+    'demonstrations': (
+        fill_transfer,
+        open_demonstrations,
+        dict(n_labelled=6, n_unlabelled=8, n_test=4, max_tokens=12, examples=2, demonstrate=TAUGHT, student=TAUGHT,
+             methods=('naive', 'in-context')),
+    ),
+}
+
+
+def result_of(kind, out):
+    fill, open_comparison, given = FEEDBACK[kind]
+    return run_experiment(open_comparison, fill(SMALL | given), out, quiet=True)
+
+
+def job_feedback(kind, out):
+    "A comparison in Python: every process has its result"
+    items = result_of(kind, out).items
+    items.to_parquet(f'{out}-{os.environ["RANK"]}.parquet')
+
+
+@pytest.mark.parametrize('kind', FEEDBACK)
+def test_other_kinds_of_feedback(kind, home):
+    assert ended(started(job_feedback, [kind, home/kind], home/f'{kind}-log')) == [0, 0], (home/f'{kind}-log-0').read_text()[-1500:]
+    plain = result_of(kind, home/f'{kind}-alone').items
+    keys = [c for c in plain.columns if c not in ('value', 'seconds')]
+    for n in range(2):
+        items = pd.read_parquet(home/f'{kind}-{n}.parquet')
+        pd.testing.assert_frame_equal(items[keys], plain[keys], check_dtype=False)
+        np.testing.assert_allclose(items['value'], plain['value'], rtol=1e-5, atol=1e-5)
 
 
 # What is refused, before the processes meet

@@ -112,8 +112,8 @@ def together(
     if error is not None: raise error
     if len(places := {place for place, _, _ in said}) > 1:
         raise ProcessLost(f'the processes have come to different places ({"; ".join(sorted(places))}); {END}')
-    for _, _, e in said:
-        if e is not None: raise e
+    for _, _, failed in said:
+        if failed is not None: raise failed
     return [m for _, m, _ in said]
 
 # %% ../../nbs/api/train/005_processes.ipynb #fb87b876
