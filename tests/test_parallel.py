@@ -476,7 +476,8 @@ def test_nothing_is_cleaned_away_under_a_worker(tmp_path):
     )
 
 
-def test_several_processes_of_torchrun_are_refused(tmp_path, monkeypatch):
+def test_processes_of_torchrun_start_no_others(tmp_path, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
-    with pytest.raises(ConfigError, match='--devices'): run_experiment(open_preferences, fill_settings({}), tmp_path/'run')
+    config = fill_settings(dict(machines=dict(devices='cpu,cpu')))
+    with pytest.raises(ConfigError, match='leave out one of the two'): run_experiment(open_preferences, config, tmp_path/'run')
     assert not (tmp_path/'run').exists()

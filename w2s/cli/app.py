@@ -19,6 +19,7 @@ from ..compare.extensions import JUDGES
 from ..compare.preference_settings import WeakTeacher, weak_names
 from ..compare.settings import make_settings
 from ..errors import ConfigError, unknown
+from ..train.processes import launched
 from .bench import add_bench_command
 from .check import add_check_command
 from .compare import add_compare_command
@@ -56,10 +57,15 @@ def _say_version(asked: bool) -> None:
 
 @app.callback()
 def _before(
+    context: typer.Context,
     version: Annotated[bool, Flag('--version', callback=_say_version, is_eager=True, help='print the version and stop')] = False,
 ) -> None:
     # the callback's docstring would show up in the help
     if version: return
+    if launched() > 1 and context.invoked_subcommand != 'run':
+        raise ConfigError(
+            f'torchrun and accelerate launch are for w2s run: its trainings are shared; start w2s {context.invoked_subcommand} without them'
+        )
 
 # %% ../../nbs/api/cli/130_app.ipynb #960be72d
 @app.command('version')

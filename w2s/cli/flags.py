@@ -23,6 +23,7 @@ from ..compare.config import WHOLE, merged, read_toml, split_names
 from ..compare.options import Option, kinds_of, option_settings, options_of
 from ..compare.settings import Settings, make_settings, new_settings
 from ..errors import ConfigError
+from ..train.processes import all_processes, from_main, launched
 from .repeat import answer_once, ask_question
 
 # %% ../../nbs/api/cli/030_flags.ipynb #a5a6e771
@@ -95,8 +96,9 @@ def run_and_write(
 ) -> str:                # what is printed
     "Run and write; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     from w2s.report.write import write
-    result = import_module(command.opens.partition(':')[0]).run(config, out, keep=keep)
-    write(result)
+    with all_processes():
+        result = import_module(command.opens.partition(':')[0]).run(config, out, keep=keep)
+        from_main(lambda: write(result), 'the results')
     first = ('report.html', 'report.md', 'figure.png', 'results.tex', 'results.parquet')
     files = [f for f in (*first, *command.files) if (out/f).exists()]
     return f'{result}\n\nwritten to {out}: {", ".join([*files, "adapters/"])} …'
@@ -174,16 +176,24 @@ def settings_table(
     if 'data' not in table and command.needs: raise ConfigError(command.needs)
     return table
 
+def _check_launched(config: Settings) -> None:
+    "Raise `ConfigError` before the processes meet, for what they cannot share"
+    from w2s.compare.comparison import check_elsewhere
+    check_elsewhere(config.machines, config.load)
+
 def start_command(
     command: Command,      # an experiment
     flags: dict[str, Any], # settings given by flags
     asked: Asked,          # all else
 ) -> None:
     "Run, write and print; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
+    if launched() > 1 and (asked.dry_run or asked.worker):
+        raise ConfigError('--dry-run and --worker are for one process; start the command without torchrun and accelerate launch')
     if asked.values is not None and asked.vary is None: raise ConfigError('--values are of what is varied; name it by --vary')
     table = settings_table(command, flags, asked.file, asked.extra)
     if asked.vary is not None: return vary_command(command, table, asked)
     config = make_settings(command.settings, table)
+    if launched() > 1: _check_launched(config)
     def check() -> None: check_places(command.models(config), sources, None if asked.dry_run else asked.out, config.load.allow_pickle)
     def work() -> str:
         check()
@@ -197,9 +207,10 @@ def start_command(
         check()
         typer.echo(plan_command(command, config, asked))
     else:
-        typer.echo(
-            work() if asked.keep else answer_once(ask_question(command.opens, config, asked.out, command.models(config), sources), work)
-        )
+        with all_processes():
+            typer.echo(
+                work() if asked.keep else answer_once(ask_question(command.opens, config, asked.out, command.models(config), sources), work)
+            )
 
 # %% ../../nbs/api/cli/030_flags.ipynb #d797424c
 def vary_command(
@@ -210,6 +221,7 @@ def vary_command(
     "Run a variation, write and print; raises `ConfigError` and what a run raises"
     from w2s.experiments.vary import variants
     configs = variants(table, str(asked.vary), split_names(asked.values or ''), command.settings)
+    if launched() > 1: _check_launched(next(iter(configs.values())))
     for c in configs.values():
         check_places(command.models(c), [c.data, *command.sources(c)], None if asked.dry_run else asked.out, c.load.allow_pickle)
     if asked.dry_run:
@@ -221,8 +233,10 @@ def vary_command(
     if asked.worker: return worker_command(command, configs, asked)
     from w2s.experiments.vary import run_varied
     from w2s.report.varied import write_varied
-    varied = run_varied(table, str(asked.vary), split_names(asked.values or ''), asked.out, keep=asked.keep, cls=command.settings)
-    typer.echo(f'\n{varied}\n\nwritten to {write_varied(varied)}, with tables and a figure beside it')
+    with all_processes():
+        varied = run_varied(table, str(asked.vary), split_names(asked.values or ''), asked.out, keep=asked.keep, cls=command.settings)
+        where = from_main(lambda: write_varied(varied), 'the results')
+    typer.echo(f'\n{varied}\n\nwritten to {where}, with tables and a figure beside it')
 
 # %% ../../nbs/api/cli/030_flags.ipynb #c98862e5
 def _old_options(cls: Any) -> dict[str, Any]:

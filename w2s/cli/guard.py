@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 from ..errors import W2SError, W2SWarning
 from ..io.disk import failure_text
 from ..io.signals import Stopped, raise_stopped
+from ..train.processes import launched
 
 # %% ../../nbs/api/cli/010_guard.ipynb #8fd51909
 GOES_ON = 'stopped. What was finished is kept, and trainings have a checkpoint: give the same command again to go on'
@@ -70,6 +71,8 @@ def prepare_streams() -> None:
     "Let output never fail for a character"
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
+    if launched() > 1 and os.environ.get('RANK', '0') != '0' and not os.environ.get('W2S_TRACEBACK'): # the first process speaks for all
+        sys.stdout = sys.stderr = open(os.devnull, 'w', encoding='utf-8') # noqa: SIM115
 
 # %% ../../nbs/api/cli/010_guard.ipynb #33cdfa45
 def prepare_warnings() -> None:

@@ -42,6 +42,7 @@ from ..data.tasks import TASKS
 from ..io.disk import remove_tree
 from ..io.file_hashes import cache_folder, file_state, kept_hash
 from ..models.places import is_folder, located
+from ..train.processes import from_main, is_main, launched
 
 # %% ../../nbs/api/cli/020_repeat.ipynb #3579fadf
 MOST = 20_000 # files; who has more goes the long way
@@ -210,7 +211,13 @@ def question_key(
 ) -> str:               # JSON
     "What must be the same, files of data and models aside"
     return json.dumps(
-        {'command': question.command, 'settings': run_hash(question.settings), 'values': question.settings, **describe_surroundings()},
+        {
+            'command': question.command,
+            'settings': run_hash(question.settings),
+            'values': question.settings,
+            **describe_surroundings(),
+            **({'processes': launched()} if launched() > 1 else {}),
+        },
         sort_keys=True,
     )
 
@@ -347,9 +354,9 @@ def answer_once(
     work: Callable[[], str],  # runs, prints on its way, and returns the rest
 ) -> str:                     # what is left to be printed
     "Answer a question, by what is kept or by work; raises what the work raises"
-    if (said := find_answer(question)) is not None: return said
+    if (said := from_main(lambda: find_answer(question), 'a kept answer')) is not None: return said
     before = None if question.places is None else list_states(question.places)
     key = question_key(question)
     with hear_lines() as lines: text = work()
-    keep_answer(question, before, key, '\n'.join([*lines_again(lines), text]))
+    if is_main(): keep_answer(question, before, key, '\n'.join([*lines_again(lines), text]))
     return text

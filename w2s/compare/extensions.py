@@ -30,6 +30,7 @@ from ..data.tasks import TASKS, task
 from ..errors import ConfigError, unknown
 from ..io.disk import write_atomic
 from ..io.registry import Extension, Registry, call_own, check_numbers, check_texts, named_in
+from ..train.processes import from_main
 from ..train.settings import LABEL_LOSSES, PREFERENCE_LOSSES, label_loss, loss
 from .config import settings_hash
 from .sources import function_text, source_hash
@@ -124,7 +125,7 @@ def labeller_rewards(
     "What a labeller says of some pairs; raises `ConfigError`"
     _, found, options = LABELLERS.choose(text, 'kind of supervisor')
     given = {'prompts': pairs['prompt'][:], 'response_a': pairs['response_a'][:], 'response_b': pairs['response_b'][:], 'seed': seed}
-    out = call_own(found, lambda: found.fill(given, options))
+    out = from_main(lambda: call_own(found, lambda: found.fill(given, options)), f'labeller {text}')
     return check_numbers(found, out, (len(pairs), 2), 'a reward for each of the two responses of each pair')
 
 # %% ../../nbs/api/compare/040_extensions.ipynb #6efc39c4
@@ -140,7 +141,9 @@ def own_metrics(
         **({} if probs is None else {'probs': probs.copy()}),
     }
     fit = {k: e for k, e in METRICS.own.items() if set(e.takes) <= given.keys() and set(e.takes) & {'answers', 'probs'}}
-    return {k: check_numbers(e, call_own(e, partial(e.fill, given)), (len(rows),), 'one for each test example') for k, e in fit.items()}
+    def numbers(e: Extension) -> Any:
+        return check_numbers(e, call_own(e, partial(e.fill, given)), (len(rows),), 'one for each test example')
+    return {k: from_main(partial(numbers, e), f'metric {k}') for k, e in fit.items()}
 
 # %% ../../nbs/api/compare/040_extensions.ipynb #5604fda5
 def name_idle(
@@ -158,7 +161,8 @@ def judge_scores(
 ) -> Any:                       # array (responses,)
     "What a judge says of some responses; raises `ConfigError`"
     _, found, options = JUDGES.choose(text)
-    out = call_own(found, lambda: found.fill({'prompts': list(prompts), 'responses': list(responses)}, options))
+    given = {'prompts': list(prompts), 'responses': list(responses)}
+    out = from_main(lambda: call_own(found, lambda: found.fill(given, options)), f'judge {text}')
     return check_numbers(found, out, (len(responses),), 'one score for each response')
 
 def method_answers(
@@ -168,7 +172,8 @@ def method_answers(
     where: str = '',             # for messages, where it is tried
 ) -> list[str]:                  # one a question
     "The answers that a student learns by a method of the user; raises `ConfigError`"
-    return check_texts(found, call_own(found, lambda: found.fill(given, options), where), len(given['questions']))
+    out = from_main(lambda: call_own(found, lambda: found.fill(given, options), where), f'method {found.name}')
+    return check_texts(found, out, len(given['questions']))
 
 # %% ../../nbs/api/compare/040_extensions.ipynb #a2131dc1
 IMPORTED: dict[str, tuple[bytes, list[Extension]]] = {} # file -> what was in it when it was run, and what it registered

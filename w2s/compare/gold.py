@@ -26,6 +26,7 @@ from ..models.folders import check_config, check_weights
 from ..models.identity import identity
 from ..models.load import LoadSettings, load_config, load_tokenizer, local_folder
 from ..models.places import load_for
+from ..train.processes import from_main
 from ..train.reference import read_part, write_part
 from ..world.facts import World, fact_verdict, parse_question
 from ..world.service import gold_reward, politeness_verdict, rudeness_verdict
@@ -204,7 +205,7 @@ def response_rows(
         for k, w in enumerate(row)
     ]
     table = pd.DataFrame(flat, columns=['id', 'sample', 'prompt', 'response', 'cut']).astype({'cut': 'boolean'})
-    judged = score(table['prompt'].tolist(), table['response'].tolist())
+    judged = from_main(lambda: score(table['prompt'].tolist(), table['response'].tolist()), 'judging responses')
     return pd.concat([pd.DataFrame(dict(seed=seed, role=role, method=method), index=table.index), table, judged], axis=1)
 
 # %% ../../nbs/api/compare/210_gold.ipynb #e6e2156a

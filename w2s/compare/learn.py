@@ -26,6 +26,7 @@ from ..train import losses
 from ..train.batches import epoch_batches
 from ..train.checkpoints import checkpoints, step_of
 from ..train.loop import Objective, TrainSettings, material, plan_steps, sft_objective, train
+from ..train.processes import is_main
 from ..train.reference import tokens_hash
 from ..train.tokens import EncodedRow
 from .models import Model, model_inputs, open_base
@@ -129,7 +130,7 @@ def train_stage(
         try:
             train(adapted, goal, settings, going, seed, name, study.quiet, after=keep).to_csv(folder/'history.csv', index=False)
             save_adapter(adapted, base, folder/'adapter')
-            if kept: shutil.copytree(going/'snapshots', folder/'snapshots')
+            if kept and is_main(): shutil.copytree(going/'snapshots', folder/'snapshots')
         finally: adapted.unload()
 
     known = {**model_inputs(model), 'lora': asdict(study.config.lora),

@@ -40,6 +40,7 @@ from ..models.places import ROLES, load_for
 from ..train.generate import check_writes
 from ..train.logprobs import check_model
 from ..train.packing import packing_doubt
+from ..train.processes import is_main
 from ..train.sandbox import frozen_date
 from ..train.templates import check_template, template_uses_date
 from .preference_data import Reader
@@ -147,6 +148,7 @@ def note_models(
     models: Sequence[Model], # of `know_model`
 ) -> None:
     "Warn of models whose files have changed since the last run in a folder, and write down what they are now"
+    if not is_main(): return
     try: before = json.loads((run.root/MODELS).read_text(encoding='utf-8'))
     except (OSError, ValueError): before = {}
     if not isinstance(before, dict): before = {}

@@ -27,6 +27,7 @@ from ..errors import ConfigError, DataError
 from ..io.disk import check_writable, placed, remove_tree, sync_folder, sync_tree, write_atomic
 from ..io.manifests import INCOMPLETE, MANIFEST, find_damage, read_manifest, say_incomplete, seal_folder
 from ..io.provenance import describe_making, other_versions
+from ..train.processes import from_main, is_main, together
 from ..train.sandbox import freeze_date
 from .config import settings_hash
 from .extensions import run_hash
@@ -152,14 +153,24 @@ def _do_stage(run: Run, name: str, final: Path, inputs: dict[str, Any], work: Ca
     "Find a stage, or do its work while no other process does"
     part = final.with_name(f'.unfinished-{final.name}')
     run.used.append(final.name)
-    usable, said = judge_stage(final, run.keep)
-    with nullcontext() if usable or held else hold_stage(run.root, final):
-        if not usable: usable, said = judge_stage(final, run.keep) # another process may have done it while this one waited
+    def look() -> tuple[bool, str]: return from_main(lambda: judge_stage(final, run.keep), f'stage {final.name}')
+    usable, said = look()
+    with nullcontext() if usable or held or not is_main() else hold_stage(run.root, final):
+        if not usable: usable, said = look() # another process may have done it while this one waited
+        if not is_main(): return _help_stage(final, usable, work)
         if not usable: clear_unfinished(part)
         run.say(f'{name}: {said or ("going on" if part.is_dir() else "starting")}')
         if not usable: _make_stage(final, part, inputs, work)
         else: sync_folder(final.parent) # a run that was killed may have renamed it and not forced the name to disk
         remove_tree(final/CHECKPOINTS) # only now: a kill before this costs nothing
+    together(lambda: None, f'the end of stage {final.name}')
+    return final
+
+def _help_stage(final: Path, usable: bool, work: Callable[[Path], None]) -> Path:
+    "Do the share of this process in a stage that the first process makes; what this one writes is thrown away"
+    if not usable:
+        with TemporaryDirectory(prefix='w2s-share-') as scratch: work(Path(scratch))
+    together(lambda: None, f'the end of stage {final.name}')
     return final
 
 # %% ../../nbs/api/compare/080_stages.ipynb #3847b780
@@ -262,6 +273,10 @@ def claim(
 ) -> Iterator[Run]:
     "Have an experiment's folder while its stages are made; raises `ConfigError`, or `OSError` where nothing can be written"
     root = Path(root).absolute()
+    if not is_main(): # it only works along
+        freeze_date(from_main(lambda: read_day(root), 'the day of a run'))
+        yield Run(root, lambda line: None, keep)
+        return
     top = next(p for p in (root, *root.parents) if p.exists())
     before = {n for n in OWN if (root/n).exists()}
     check_writable(root)
@@ -269,6 +284,7 @@ def claim(
     held, run = lock(root), Run(root, say, keep)
     try:
         freeze_day(root)
+        from_main(lambda: read_day(root), 'the day of a run')
         if (line := _announce(root, run_hash(settings))) and not quiet: print(line)
         yield run
         write_atomic(root/RUN, json.dumps({'settings': run_hash(settings), 'stages': sorted(set(run.used))}))

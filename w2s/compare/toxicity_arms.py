@@ -31,6 +31,7 @@ from ..models.load import Base, files_hash, local_folder
 from ..models.zoo import model_folder
 from ..train.loop import Objective, preference_objective
 from ..train.losses import PREFERENCE_LOSSES
+from ..train.processes import from_main
 from ..train.reference import stored_logps, tokens_hash
 from ..world.rows import HUMAN_AGREEMENT
 from .answer import answer_texts
@@ -110,7 +111,9 @@ def toxicity_stage(
     assert context.judge
     (scorer, key), shape, notes = context.judge, (len(prompts), len(said[0])), context.study.run.notes
     def likely(rng: np.random.Generator) -> Columns: return {'scores': rng.uniform(size=shape), 'empty': np.zeros(shape, dtype=bool)}
-    def score() -> Columns: return dict(zip(('scores', 'empty'), score_continuations(scorer, prompts, said, name), strict=True))
+    def score() -> Columns:
+        found = from_main(lambda: score_continuations(scorer, prompts, said, name), f'scores of {name}')
+        return dict(zip(('scores', 'empty'), found, strict=True))
     inputs = {'scorer': key, 'texts': content_id(list(prompts), [list(s) for s in said])}
     if not key: found = likely(np.random.default_rng(0)) if notes is not None and notes.made_up else score()
     else: found = score_stage(context.study, None, name, inputs, 'scores.npz', score, likely, [Pass('other', '', shape[0]*shape[1])])

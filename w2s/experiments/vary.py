@@ -40,6 +40,7 @@ from ..evaluate.clusters import by_group
 from ..evaluate.intervals import Estimate, difference, with_limits
 from ..evaluate.several import adjust_table
 from ..feedback.confidence import WEIGHTS
+from ..train.processes import all_processes, from_main, is_main
 from ..train.settings import check_preference_loss
 from .demonstrations import open_demonstrations
 from .labels import open_labels
@@ -327,14 +328,16 @@ def run_varied(
     configs = variants(given, setting, values, cls)
     machines, load = (getattr(next(iter(configs.values())), n) for n in ('machines', 'load'))
     check_elsewhere(machines, load)
-    with claim(
+    with all_processes(), claim(
         out, {at: to_table(c) for at, c in configs.items()}, (lambda line: None) if quiet else print_now, keep, quiet=True
     ) as stages:
         ready = open_varied(configs, stages, quiet)
         note_models(stages, [m for o in ready.values() for m in o.models])
-        if not quiet: print(*dict.fromkeys(line for o in ready.values() for line in first_lines(o)), sep='\n')
+        if not quiet and is_main(): print(*dict.fromkeys(line for o in ready.values() for line in first_lines(o)), sep='\n')
         if machines.several: do_elsewhere(machines, partial(open_each, configs), list(ready.values()), stages)
-        elif not quiet: stages.say = say_numbered(print_now, count_stages(stages, lambda: [o.make() for o in ready.values()]))
+        elif not quiet:
+            total = from_main(lambda: count_stages(stages, lambda: [o.make() for o in ready.values()]), 'the number of stages')
+            if is_main(): stages.say = say_numbered(print_now, total)
         out_of = {at: _finish(o, stages) for at, o in ready.items()}
     _say_other_rows(setting, out_of)
     return Varied(Path(out), setting, out_of)

@@ -7,6 +7,7 @@ __all__ = ['MARKS', 'is_watched', 'progress_bar', 'escape_markdown', 'markdown_t
            'shorten_home']
 
 # %% ../../nbs/api/io/40_console.ipynb #3410dce8
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 # %% ../../nbs/api/io/40_console.ipynb #866cc199
 def is_watched() -> bool:
     "Is there a terminal or a notebook that can show a moving bar?"
+    if os.environ.get('RANK', '0') != '0': return False # one of several processes that show the same
     return 'ipykernel' in sys.modules or bool(getattr(sys.stderr, 'isatty', lambda: False)())
 
 # %% ../../nbs/api/io/40_console.ipynb #229e574f

@@ -49,11 +49,13 @@ def find_device(
         raise ConfigError(
             f'--device {name}: this machine has no such device ({has}); take --device {kind or "cpu"}, or install PyTorch for your GPU'
         )
-    if (wanted.index or 0) >= count_devices():
-        raise ConfigError(f'--device {name}: this machine has no such device ({has}, numbered from 0)')
+    number = wanted.index if wanted.index is not None else int(os.environ.get('LOCAL_RANK') or 0) # of several processes each has its own
+    if number >= count_devices():
+        own = '' if wanted.index == number else f' for process {number} of this machine: launch as many processes as it has GPUs'
+        raise ConfigError(f'--device {name}: this machine has no such device ({has}, numbered from 0){own}')
     # read at the first matrix product: what `deterministic` needs
     if kind == 'cuda': os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    return torch.device(kind, wanted.index or 0)
+    return torch.device(kind, number)
 
 # %% ../../nbs/api/models/090_devices.ipynb #04d93ecb
 def has_bfloat16(

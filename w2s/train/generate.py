@@ -25,9 +25,11 @@ from .batches import micro_batches
 from .endings import Response
 from .journal import add_to_journal, open_journal
 from .logprobs import embeddings
-from .room import Room, fitting
+from .processes import from_main, is_main
+from .room import Room
 from .sampling import draws
 from .settings import GenerateSettings
+from .shares import fitting_together
 from .templates import RowText, turn_end
 from .tokens import Encoded, EncodedRow, check_vocabulary, close, prompt_form, token_ids
 from .writing import PAD, check_state, check_writes, joins, padding_step, width, write
@@ -163,7 +165,7 @@ def respond(
     check_ready(model, tokenizer, tokens)
     how = with_turn_end(tokenizer, settings) if any(not isinstance(p, str) for p in prompts) else settings
     check_room([len(t) for t in tokens], [f'row {i} ({names[i][:40]!r})' for i in rows], settings.max_tokens, context_length(model.config))
-    out, n = _open(journal, settings, seed, arm), settings.samples
+    out, n = from_main(lambda: _open(journal, settings, seed, arm), 'a journal'), settings.samples
     set_mode(model, False)
     check_state(model)
     with torch.no_grad(), merged(model, WRITING), progress_bar(len(rows), label, 'rows', quiet) as bar:
@@ -176,9 +178,9 @@ def respond(
             made = write(model, tokenizer, [tokens[i] for i in left], torch.from_numpy(uniform), how)
             return {marks[rows[i]]: made[at*n:(at + 1)*n] for at, i in enumerate(left)}
 
-        for part, new in fitting(range(len(rows)), batch_sizes(lengths, settings, step), Room(settings.token_budget), work, cut):
+        for part, new in fitting_together(range(len(rows)), batch_sizes(lengths, settings, step), Room(settings.token_budget), work, cut):
             out |= new
-            if journal and new: add_to_journal(journal, {mark: [astuple(r) for r in row] for mark, row in new.items()})
+            if journal and new and is_main(): add_to_journal(journal, {mark: [astuple(r) for r in row] for mark, row in new.items()})
             bar.update(len(part))
     return [out[mark] for mark in marks]
 

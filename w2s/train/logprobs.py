@@ -26,7 +26,8 @@ from ..models.reading import check_numbers
 from .batches import Block, block, length_parts, micro_batches
 from .output_head import embeddings, head_error, head_of
 from .packing import AT_ONCE, Packed, cut_packed, pack, packed_states, packs, why_not_packed
-from .room import Room, fitting
+from .room import Room
+from .shares import fitting_together
 from .tokens import Encoded, EncodedRow
 
 # %% ../../nbs/api/train/110_logprobs.ipynb #c7eca4d7
@@ -283,8 +284,9 @@ def score(
     set_mode(model, False)
     device, cut = next(model.parameters()).device, cut_for(model, [(s,) for s in flat])
     def numbers(part: list[int]) -> np.ndarray: return run_sequences(model, [flat[i] for i in part], forward).cpu().double().numpy()
+    def work(part: list[int]) -> np.ndarray: return run_same(device, lambda: numbers(part))
     with torch.no_grad(), merged(model), progress_bar(sum(lengths), label, 'tok', quiet) as bar:
-        for part, made in fitting(range(len(flat)), lengths, Room(budget), lambda part: run_same(device, lambda: numbers(part)), cut):
+        for part, made in fitting_together(range(len(flat)), lengths, Room(budget), work, cut):
             found.append(made)
             places += part
             bar.update(sum(lengths[i] for i in part))

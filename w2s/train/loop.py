@@ -10,12 +10,12 @@ __all__ = ['IMMATERIAL', 'SCALE', 'OUT_OF_MEMORY', 'material', 'learning_rate', 
 
 # %% ../../nbs/api/train/190_loop.ipynb #06ebbb1a
 import math
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,10 @@ from .batches import epoch_batches
 from .checkpoints import checkpoints, load_last, save_checkpoint, trainable
 from .logprobs import cut_for, run_sequences
 from .objectives import Objective, preference_objective, row_targets, row_weights, sft_objective
+from .processes import from_main, is_main, process_count, together
 from .room import NoRoomLeft, Room, fitting, whole_step
 from .settings import OPTIMIZERS, SCHEDULES, TrainSettings
+from .shares import add_together, check_same_weights, own_rows, start_together, step_seed, stop_together
 from .step_memory import StepChoice, choose_step, compute_twice, computes_twice
 
 # %% ../../nbs/api/train/190_loop.ipynb #c8240d39
@@ -52,7 +54,8 @@ def material(
 ) -> dict[str, Any]:         # plain values
     "The settings that can change what is learned"
     out = {k: v for k, v in asdict(settings).items() if k not in IMMATERIAL}
-    return {**out, 'token_budget': settings.token_budget} if dropout else out
+    if not dropout: return out
+    return {**out, 'token_budget': settings.token_budget} | ({'processes': process_count()} if process_count() > 1 else {})
 
 # %% ../../nbs/api/train/190_loop.ipynb #230eefff
 def learning_rate(
@@ -125,11 +128,16 @@ def step_gradient(
     "Add up the gradient of one optimizer batch; raises `TrainError` if a loss is not finite, or a single row does not fit"
     if objective.prepare is not None: raise ConfigError('this objective must be prepared for its step: give `for_step(objective, …)` here')
     lengths, weights = {i: sum(len(s.ids) for s in objective.sequences[i]) for i in batch}, list(trainable(model).values())
-    size, total, value = sum(objective.sizes[i] for i in batch), 0., 0.
+    size = sum(objective.sizes[i] for i in batch)
     room, device = budget if isinstance(budget, Room) else Room(budget), next(model.parameters()).device
     def work(part: list[int]) -> tuple[float, float]: return run_same(device, lambda: add_block(model, objective, part, size, weights))
-    for _, (loss, val) in fitting(batch, lengths, room, work, cut_for(model, objective.sequences)):
-        total, value = total + loss, value + val / len(batch)
+    def add() -> tuple[float, float]:
+        total, value = 0., 0.
+        for _, (loss, val) in fitting(own_rows(batch, lengths), lengths, room, work, cut_for(model, objective.sequences)):
+            total, value = total + loss, value + val / len(batch)
+        return total, value
+
+    total, value = add_together(weights, add)
     return {'loss': total, 'value': value}
 
 # %% ../../nbs/api/train/190_loop.ipynb #1bf9a3ad
@@ -243,12 +251,9 @@ def train(
     after: Callable[[int], None] | None = None, # called after each step with the number of steps taken, before their checkpoint
 ) -> pd.DataFrame:            # one row per step: loss, value, grad_norm, learning_rate
     "Train an adapter, resumable to the same bits (on a GPU: unless `without_form` warned); raises `TrainError`, or `Stopped` on a signal"
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        raise ConfigError(
-            'w2s trains a model in one process; start it without torchrun or accelerate launch, and for several GPUs give --devices 0,1,2,3'
-        )
     steps, optimizer, folder = plan_steps(objective, settings, seed), make_optimizer(model, settings), Path(folder)
-    history = load_last(folder, model, optimizer)
+    weights = list(trainable(model).values())
+    history = start_together(lambda: load_last(folder, model, optimizer), weights, optimizer)
     set_mode(model, True)
     with (
         _as_before(model),
@@ -258,19 +263,22 @@ def train(
     ):
         chosen = plan_step(model, objective, settings) # unpacked weights have taken their room
         room = first_room(model, settings, history, chosen.tokens)
-        if chosen.twice: compute_twice(model)
+        if any(together(lambda: chosen.twice, 'memory of a step')): compute_twice(model)
         for step in range(len(history), len(steps)):
             history.append({'step': step, **_one_step(model, optimizer, objective, steps, step, settings, folder, room, seed)})
             layers.refresh()
             if room.lowered: history[-1]['token_budget'] = room.tokens # a resumed run goes on with it
             if after is not None:
-                after(step + 1)
+                from_main(partial(after, step + 1), 'what is done after a step')
                 if not model.training: set_mode(model, True)
-            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == len(steps) or came:
-                save_checkpoint(folder, step + 1, model, optimizer, history)
-            if came: raise Stopped(came[0])
+            stop = stop_together(came)
+            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == len(steps) or stop:
+                check_same_weights(weights, step + 1)
+                if is_main(): save_checkpoint(folder, step + 1, model, optimizer, history)
+            if stop := stop or (came[0] if came and process_count() == 1 else 0): raise Stopped(stop)
             bar.set_postfix(loss=f'{history[-1]["loss"]:.3f}', refresh=False)
             bar.update()
+        if stop := stop_together(came): raise Stopped(stop)
     return pd.DataFrame(history)
 
 # %% ../../nbs/api/train/190_loop.ipynb #8b9ea162
@@ -280,7 +288,7 @@ def _one_step(model: Any, optimizer: torch.optim.Optimizer, objective: Objective
     again = True # after memory ran out where nothing can be halved, such as in the gradient's norm
     while True:
         try:
-            torch.manual_seed(seed * 1_000_003 + step) # dropout is a function of seed and step: nothing else to save
+            torch.manual_seed(step_seed(seed, step)) # dropout is a function of seed, step and process: nothing else to save
             goal = for_step(objective, model, steps[step], step / len(steps), room.tokens)
             return take_step(model, optimizer, goal, steps[step], learning_rate(step, len(steps), settings), settings, room)
         except NoRoomLeft as e: short, again = str(e), False

@@ -11,6 +11,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..io.provenance import package_versions
 from ..models.adapters import adapter_hash, load_adapter
 from ..models.load import Base
 from .logprobs import score
+from .processes import from_main, is_main
 from .tokens import EncodedRow
 
 # %% ../../nbs/api/train/150_reference.ipynb #c382ae3d
@@ -95,7 +97,7 @@ def _score_parts(
         for n, path in enumerate(files):
             if parts[n] is None:
                 values = score(model, rows[n*PART:(n + 1)*PART], budget, label=label, quiet=quiet)
-                write_part(path, values)
+                if is_main(): write_part(path, values)
                 parts[n] = values.reshape(-1)
             bar.update()
 
@@ -156,13 +158,14 @@ def stored_logps(
     key = logps_key(base, adapter, rows)
     folder = store_folder(store, key)
     files = [folder/f'{n:05}.npy' for n in range(-(-len(rows)//PART))]
-    parts: list[Any] = [read_part(f) for f in files]
-    if any(p is None for p in parts) or _state(files) not in _SEEN:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder/'.lock'): # another process may need the same ones now
-            parts = [read_part(f) for f in files]
+    def kept() -> list[Any]: return [read_part(f) for f in files]
+    parts = from_main(kept, 'kept log-probs')
+    if from_main(lambda: any(p is None for p in parts) or _state(files) not in _SEEN, 'whether they are known'):
+        if is_main(): folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder/'.lock') if is_main() else nullcontext(): # another process may need the same ones now
+            parts = from_main(kept, 'kept log-probs')
             _fill_parts(folder, key, files, parts, base, adapter, rows, budget, check, label, quiet)
-        _SEEN.add(_state(files))
+        if is_main(): _SEEN.add(_state(files))
     return np.concatenate(parts).reshape(len(rows), -1)
 
 def _fill_parts(
@@ -180,7 +183,7 @@ def _fill_parts(
 ) -> None:
     "Compute what is not there, and look at what is"
     fresh = [p is None for p in parts]
-    write_atomic(folder/'key.json', json.dumps(key, indent=1))
+    if is_main(): write_atomic(folder/'key.json', json.dumps(key, indent=1))
     model: Any = load_adapter(base, adapter) if adapter else base.model
     try:
         _score_parts(files, parts, model, rows, budget, label, quiet)
