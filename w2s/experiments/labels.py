@@ -31,9 +31,11 @@ from ..compare.comparison import Opened, make_result, run_experiment
 from ..compare.config import to_table
 from ..compare.extensions import METRICS, name_idle, own_metrics
 from ..compare.label_data import load_labels
-from ..compare.label_settings import Classify, data_name, fill_labels, label_models
+from ..compare.label_mixes import ask_members, check_mixed_rows, mixed_arms
+from ..compare.label_settings import Classify, data_name, fill_labels, label_models, parse_method
 from ..compare.label_tables import LABELS, arm_items, label_quality, list_classifiers, prediction_table
 from ..compare.learn import Study
+from ..compare.mixes import list_mixes, mix_parts
 from ..compare.models import Model, know_model, model_lines
 from ..compare.preference_data import LoadedData
 from ..compare.preference_settings import short_name
@@ -51,13 +53,15 @@ def make_arms(
     labellers = {(w, p.seed): supervise(study, w, models, p) for w in c.weak for p in parts}
     arms = [*labellers.values(), *(a for p in parts if c.baseline for a in baseline_arms(p))]
     between = relabel_chain(study, models, parts, labellers)
+    members = {(w, p.seed): ask_members(study, models, w, p) for w in c.weak for p in parts} # None unless chosen by disagreement
     for model in (models[n] for n in c.strong):
         for p in parts:
             arms += frame_arms(study, model, p)
             for w in [w for w in c.weak if may_teach(w, model.name)]:
                 students = student_arms(study, model, p, labellers[w, p.seed], between.get((w, p.seed)))
                 stopped, curve, stop = follow_students(study, students, p, labellers[w, p.seed])
-                arms, curves, stops = [*arms, *students, *stopped], [*curves, *curve], [*stops, *stop]
+                mixed = mixed_arms(study, model, p, labellers[w, p.seed], members[w, p.seed])
+                arms, curves, stops = [*arms, *students, *stopped, *mixed], [*curves, *curve], [*stops, *stop]
     return Made(arms, parts, dict(snapshots=pd.concat(curves, ignore_index=True) if curves else pd.DataFrame(), stops=pd.DataFrame(stops)))
 
 # %% ../../nbs/api/experiments/20_labels.ipynb #8afa7804
@@ -80,6 +84,8 @@ def result_of(
         classes=data.classes,
         test=data.test,
     )
+    mixes = list_mixes(made.arms, {p.seed: len(p.unlabelled) for p in made.seeds}, parse_method(study.config.methods[0]).name, 'ceiling')
+    extra |= mix_parts(study.config, items, mixes, LABELS)
     return make_result(
         study.run, study.config, LABELS, (data.origin, data.report), model_lines(models.values()), items, list_classifiers(made.arms), extra
     )
@@ -102,6 +108,7 @@ def open_labels(
     check_pairs(c)
     models = {n: know_model(short_name(n), n, c, c.readout != 'probe') for n in label_models(to_table(c))}
     data = load_labels(c, [m.reader for m in models.values()])
+    check_mixed_rows(c, data)
     line = f'Classes: {", ".join(data.classes)}. Test rows: {len(data.test):,}.'
     return Opened(
         study,

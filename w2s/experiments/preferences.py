@@ -32,8 +32,10 @@ from ..compare.comparison import Opened, make_result, run_experiment
 from ..compare.extensions import judge_scores, name_idle, own_metrics
 from ..compare.gold import check_gold, is_judge
 from ..compare.learn import Study
+from ..compare.mixes import list_mixes, mix_parts
 from ..compare.models import Model, model_lines
 from ..compare.preference_data import LoadedData
+from ..compare.preference_mixes import ask_members, check_mixed_pairs, train_mixes, weak_method
 from ..compare.preference_settings import WeakTeacher, fill_settings, sampling
 from ..compare.preference_tables import fix_reference, label_table, list_trained, preference_kind, row_groups, weak_label_table
 from ..compare.response_ends import check_cut, check_responses
@@ -56,7 +58,8 @@ def make_arms(
     floors = [a for a in map(floor_arm, seeds) if a]
     items = [evaluate_arm(study, a, test) for a in floors] or [evaluate_choice(study, s, test) for s in seeds]
     written = write_responses(study, floors, test) # while the weak model is in memory
-    students = [arm for s in seeds for arm in train_students(study, strong, s)]
+    members = ask_members(study, weak, seeds) # likewise; none unless examples are chosen by disagreement
+    students = [arm for s in seeds for arm in (*train_students(study, strong, s), *train_mixes(study, strong, s, members))]
     items += [evaluate_arm(study, a, test) for a in students]
     responses = judge_responses(study, [*written, *write_responses(study, students, test)], test)
     check_cut(responses, sampling(c).max_tokens)
@@ -72,11 +75,13 @@ def result_of(
 ) -> Result:
     "All tables"
     items, c = made.extra['items'], study.config
+    kind, units = preference_kind(c), by_group(items, row_groups(data.test))
+    mixes = list_mixes(made.arms, {s.seed: len(s.unlabelled) for s in made.seeds}, weak_method(c), 'human')
     extra = dict(
         labels=label_table(made.seeds), weak_labels=weak_label_table(made.seeds), responses=made.extra['responses'], test=data.test
-    )
-    result = make_result(study.run, c, preference_kind(c), (data.origin, data.report), model_lines(models), items,
-                         list_trained(made.seeds, made.arms), extra, by_group(items, row_groups(data.test)))
+    ) | mix_parts(c, units, mixes, kind)
+    result = make_result(study.run, c, kind, (data.origin, data.report), model_lines(models), items,
+                         list_trained(made.seeds, made.arms), extra, units)
     return replace(result, intervals=fix_reference(result.intervals))
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #8e7a13d5
@@ -101,6 +106,7 @@ def open_loaded(
 ) -> Opened:
     "A comparison by preference labels that can start; raises `DataError` and `ConfigError`"
     c, models = study.config, [*weak, strong]
+    check_mixed_pairs(c, data)
     line = check_responses(c, list_writers(c, weak, strong), data)
     return Opened(
         study,
