@@ -53,12 +53,16 @@ class Result:
 
     def _repr_html_(self) -> str:
         return f'<p>{escape(pgr_text(self))}</p>{show_table(self).to_html(index=False)}' + ''.join(
-            f'<p>{escape(line)}</p>' for line in (self.caption, *_incomplete(self.notes)) if line
+            f'<p>{escape(line)}</p>' for line in (*_cost_lines(self), self.caption, *_incomplete(self.notes)) if line
         )
     def __repr__(self) -> str:
         return '\n\n'.join(
-            filter(None, [pgr_text(self), show_table(self).to_string(index=False), self.caption, '\n'.join(_incomplete(self.notes))])
+            filter(None, [pgr_text(self), '\n'.join(_cost_lines(self)), show_table(self).to_string(index=False), self.caption,
+                          '\n'.join(_incomplete(self.notes))])
         )
+
+def _cost_lines(result: Any) -> list[str]: # of a run with mixes of human and weak labels: the cheapest one, or why there is none
+    return [f'- {line}' for line in result.extra.get('cost_words', ())]
 
 def _incomplete(notes: Sequence[str]) -> list[str]: return ['incomplete:', *notes] if notes else []
 

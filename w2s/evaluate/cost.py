@@ -115,7 +115,7 @@ def cheapest_words(
 ) -> str:                       # a sentence or two
     "The cheapest mix that reaches the target, or why none can be named"
     what, best = f'{target_text(target)} in {metric}', cheapest_mix(judged)
-    if refused: return f'No cheapest mix can be named for {what}: {refused}.'
+    if refused: return f'No cheapest mix can be named for {what}: {refused}' + '.'*(refused[-1] not in '.?')
     known = judged.sort_values(['cost', 'human_labels'], kind='stable')
     maybe = known[known['verdict'] == 'open']
     if best is None: return f'No mix can be named that reaches {what}: {_why_none(known, maybe)}.'

@@ -21,6 +21,7 @@ from ..evaluate.power import DIFFERENCES_TOLD, report_differences
 from ..io.console import bullet_list, code_block, escape_list, escape_markdown
 from ..plots.results import plot_training
 from .folder import markdown_table, versions
+from .mixes import mix_figures, mix_sections, without_mixes
 
 # %% ../../nbs/api/report/20_page.ipynb #8a0efd83
 Drawn = dict[str, tuple[Callable[[], Figure], str]] # name of a file -> what draws it, and what it shows
@@ -83,7 +84,7 @@ def all_figures(
     page: Page,     # of its kind
 ) -> Drawn:
     "The figures of a report: those of the kind, and the training"
-    return page.figures(result) | (
+    return page.figures(without_mixes(result)) | mix_figures(result) | (
         {'training': ((lambda: training_figure(result)), 'loss of every training')} if len(result.curves) else {}
     )
 
@@ -145,6 +146,7 @@ def sections(
         **notes,
         'Differences': f'{markdown_table(report_differences(result.differences, ["weak", "strong"]))}\n\n{DIFFERENCES_TOLD}',
         'Arms': _arms(result, page),
+        **mix_sections(result),
         **page.more(result),
         'Weak feedback': page.weak(result) or 'No table of its own.',
         'Data report': _data(result, page),
