@@ -15,7 +15,7 @@ import numpy as np
 from ..data.rows import make_rows
 from ..errors import ConfigError, DataError
 from ..feedback.demonstrators import demonstrated, prompted
-from ..feedback.mixing import answer_disagreement
+from ..feedback.mixing import Mix, answer_disagreement
 from ..models.adapters import adapter_hash
 from ..train.reference import stored_logps, tokens_hash
 from ..train.tokens import EncodedRow, encode_rows
@@ -24,7 +24,7 @@ from .demonstration_arms import make_seed, student_arm, warm_up
 from .demonstration_settings import DemonstrationSettings
 from .demonstration_stages import Context, make_speaker, pair_answers, reads_weak, train_sft, weak_prompts
 from .demonstration_tasks import TaskRows
-from .mixes import Mix, check_counts, mix_method, plan_mixes
+from .mixes import check_counts, mix_method, plan_mixes
 from .models import Model, open_base
 from .notes import Later, scoring_pass
 from .score import score_stage
@@ -133,11 +133,11 @@ def seed_arms(
 def check_mixed_answers(
     config: DemonstrationSettings, # of the experiment
     seeds: Sequence[TaskRows],     # the questions, one record a seed
-) -> None:
-    "Raise `DataError` without good answers, `ConfigError` for a share of none or all, or a method that learns from no weak answers"
-    if not config.human_share: return
+) -> str:                          # a sentence for the start of a run; empty without human_share
+    "How many human answers the shares are; raises `DataError` without good answers, and `ConfigError`"
+    if not config.human_share: return ''
     if not reads_weak(config.methods[0]):
         raise ConfigError(f'human_share mixes human answers with weak ones; method {config.methods[0]} reads none: name another one first')
     if any(s.unlabelled.gold is None for s in seeds):
         raise DataError(f'{config.data} has no good answers for --human-share to take; name their column with --answer')
-    check_counts(config, [len(s.unlabelled.questions) for s in seeds])
+    return check_counts(config, [len(s.unlabelled.questions) for s in seeds])

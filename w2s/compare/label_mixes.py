@@ -11,13 +11,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..feedback.mixing import disagreement, doubt
+from ..feedback.mixing import Mix, disagreement, doubt
 from .arms import Arm
 from .label_arms import LabelRows, ask_arm, part_rows
 from .label_settings import Classify, Method, parse_method
 from .label_stages import ask_stage, learn_stage, make_targets
 from .learn import Study
-from .mixes import Mix, check_counts, mix_method, plan_mixes
+from .mixes import check_counts, mix_method, plan_mixes
 from .models import Model
 from .preference_data import LoadedData
 from .preference_settings import short_name, weak_names
@@ -99,6 +99,7 @@ def mixed_arms(
 def check_mixed_rows(
     config: Classify, # of the experiment
     data: LoadedData, # its rows
-) -> None:
-    "Raise `ConfigError` before any work for a share that comes to no row or to all"
-    if config.human_share: check_counts(config, [len(part_rows(config, data, s).unlabelled) for s in range(config.seeds)])
+) -> str:             # a sentence for the start of a run; empty without human_share
+    "How many human labels the shares are; raises `ConfigError` for a share that comes to no row or to all"
+    if not config.human_share: return ''
+    return check_counts(config, [len(part_rows(config, data, s).unlabelled) for s in range(config.seeds)])

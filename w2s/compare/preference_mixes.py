@@ -14,12 +14,12 @@ from datasets import Dataset
 from scipy.special import expit
 
 from ..data.rows import to_pairs
-from ..feedback.mixing import disagreement, doubt
+from ..feedback.mixing import Mix, disagreement, doubt
 from ..feedback.preferences import WeakLabels, given_labels
 from ..train.settings import choose_loss
 from .arms import Arm, SeedRows
 from .learn import Study
-from .mixes import Mix, check_counts, mix_method, plan_mixes
+from .mixes import check_counts, mix_method, plan_mixes
 from .models import Model
 from .preference_arms import train_arm
 from .preference_data import LoadedData, halves
@@ -95,7 +95,8 @@ def weak_method(
 def check_mixed_pairs(
     config: WeakTeacher, # of the experiment
     data: LoadedData,    # its rows
-) -> None:
-    "Raise `ConfigError` before any work for a share that comes to no pair or to all"
+) -> str:                # a sentence for the start of a run; empty without human_share
+    "How many human labels the shares are; raises `ConfigError` for a share that comes to no pair or to all"
     c = config
-    if c.human_share: check_counts(c, [len(halves(data.train, c.n_labelled, c.n_unlabelled, s)[1]) for s in range(c.seeds)])
+    if not c.human_share: return ''
+    return check_counts(c, [len(halves(data.train, c.n_labelled, c.n_unlabelled, s)[1]) for s in range(c.seeds)])

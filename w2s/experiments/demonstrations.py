@@ -22,7 +22,7 @@ from ..compare.demonstration_stages import Context
 from ..compare.demonstration_tables import answer_table, cut_answers, demonstration_kind, example_table, label_items, training_table
 from ..compare.extensions import METHODS, METRICS
 from ..compare.learn import Study
-from ..compare.mixes import list_mixes, mix_parts
+from ..compare.mixes import made_parts
 from ..compare.models import Model, know_model, model_lines
 from ..compare.preference_settings import short_name
 from ..compare.result import Result
@@ -70,8 +70,7 @@ def result_of(
         cut=cut_answers(made, c.max_tokens),
     )
     kind = demonstration_kind(c, ranges)
-    mixes = list_mixes(made.arms, {r.seed: len(r.unlabelled.questions) for r in made.seeds}, c.methods[0], 'ceiling')
-    extra |= mix_parts(c, items, mixes, kind)
+    extra |= made_parts(c, items, made, kind, c.methods[0], 'ceiling')
     result = make_result(study.run, c, kind, data, model_lines(models), items, made.arms, extra, notes=made.extra['notes'])
     return replace(result, extra=extra | dict(examples=example_table(result.intervals, c.examples)))
 
@@ -97,12 +96,13 @@ def open_demonstrations(
         if table is None
         else (f'{len(table.questions):,} questions of {Path(c.data).name}.', table.report)
     )
-    if c.human_share: check_mixed_answers(c, [seed_rows(study, table, judge, seed) for seed in range(c.seeds)])
+    mixed = check_mixed_answers(c, [seed_rows(study, table, judge, seed) for seed in range(c.seeds if c.human_share else 0)])
     own = METRICS.own or scores_by_function(c.judge) or any(METHODS.choose(m)[1].own for m in c.methods)
     line = try_extensions(c, known[c.strong], seed_rows(study, table, judge, 0)) if own else ''
     working, models = [*known.values(), *([judge] if judge else [])], {**dict.fromkeys(c.weak), **known}
     return Opened(
-        study, working, *data, partial(make_arms, study, models, judge, table), partial(result_of, study, working, table, data), (line,)
+        study, working, *data, partial(make_arms, study, models, judge, table), partial(result_of, study, working, table, data),
+        (line, mixed),
     )
 
 def run(

@@ -35,7 +35,7 @@ from ..compare.label_mixes import ask_members, check_mixed_rows, mixed_arms
 from ..compare.label_settings import Classify, data_name, fill_labels, label_models, parse_method
 from ..compare.label_tables import LABELS, arm_items, label_quality, list_classifiers, prediction_table
 from ..compare.learn import Study
-from ..compare.mixes import list_mixes, mix_parts
+from ..compare.mixes import made_parts
 from ..compare.models import Model, know_model, model_lines
 from ..compare.preference_data import LoadedData
 from ..compare.preference_settings import short_name
@@ -84,8 +84,8 @@ def result_of(
         classes=data.classes,
         test=data.test,
     )
-    mixes = list_mixes(made.arms, {p.seed: len(p.unlabelled) for p in made.seeds}, parse_method(study.config.methods[0]).name, 'ceiling')
-    extra |= mix_parts(study.config, items, mixes, LABELS)
+    first = parse_method(study.config.methods[0]).name
+    extra |= made_parts(study.config, items, made, LABELS, first, 'ceiling')
     return make_result(
         study.run, study.config, LABELS, (data.origin, data.report), model_lines(models.values()), items, list_classifiers(made.arms), extra
     )
@@ -108,7 +108,6 @@ def open_labels(
     check_pairs(c)
     models = {n: know_model(short_name(n), n, c, c.readout != 'probe') for n in label_models(to_table(c))}
     data = load_labels(c, [m.reader for m in models.values()])
-    check_mixed_rows(c, data)
     line = f'Classes: {", ".join(data.classes)}. Test rows: {len(data.test):,}.'
     return Opened(
         study,
@@ -117,7 +116,7 @@ def open_labels(
         data.report,
         partial(make_arms, study, models, data),
         partial(result_of, study, models, data),
-        (line, try_metrics(data)),
+        (line, check_mixed_rows(c, data), try_metrics(data)),
     )
 
 def run(

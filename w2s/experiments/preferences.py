@@ -32,7 +32,7 @@ from ..compare.comparison import Opened, make_result, run_experiment
 from ..compare.extensions import judge_scores, name_idle, own_metrics
 from ..compare.gold import check_gold, is_judge
 from ..compare.learn import Study
-from ..compare.mixes import list_mixes, mix_parts
+from ..compare.mixes import made_parts
 from ..compare.models import Model, model_lines
 from ..compare.preference_data import LoadedData
 from ..compare.preference_mixes import ask_members, check_mixed_pairs, train_mixes, weak_method
@@ -74,14 +74,11 @@ def result_of(
     made: Made,                # of `make_arms`
 ) -> Result:
     "All tables"
-    items, c = made.extra['items'], study.config
+    items, c, seeds = made.extra['items'], study.config, made.seeds
     kind, units = preference_kind(c), by_group(items, row_groups(data.test))
-    mixes = list_mixes(made.arms, {s.seed: len(s.unlabelled) for s in made.seeds}, weak_method(c), 'human')
-    extra = dict(
-        labels=label_table(made.seeds), weak_labels=weak_label_table(made.seeds), responses=made.extra['responses'], test=data.test
-    ) | mix_parts(c, units, mixes, kind)
+    extra = dict(labels=label_table(seeds), weak_labels=weak_label_table(seeds), responses=made.extra['responses'], test=data.test)
     result = make_result(study.run, c, kind, (data.origin, data.report), model_lines(models), items,
-                         list_trained(made.seeds, made.arms), extra, units)
+                         list_trained(seeds, made.arms), extra | made_parts(c, units, made, kind, weak_method(c), 'human'), units)
     return replace(result, intervals=fix_reference(result.intervals))
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #8e7a13d5
@@ -106,7 +103,6 @@ def open_loaded(
 ) -> Opened:
     "A comparison by preference labels that can start; raises `DataError` and `ConfigError`"
     c, models = study.config, [*weak, strong]
-    check_mixed_pairs(c, data)
     line = check_responses(c, list_writers(c, weak, strong), data)
     return Opened(
         study,
@@ -115,7 +111,7 @@ def open_loaded(
         data.report,
         partial(make_arms, study, weak, strong, data),
         partial(result_of, study, models, data),
-        (line, *lines),
+        (line, check_mixed_pairs(c, data), *lines),
     )
 
 def open_preferences(
