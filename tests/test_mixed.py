@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from w2s.cli.app import app
 from w2s.cli.guard import GuardedGroup
 from w2s.compare import mixes, stages
-from w2s.compare.config import to_toml
+from w2s.compare.config import read_toml, settings_hash, to_toml
 from w2s.compare.demonstration_settings import fill_demonstrations
 from w2s.compare.label_arms import part_rows
 from w2s.compare.label_data import load_labels
@@ -205,14 +205,21 @@ OPENED = {
 
 @pytest.mark.parametrize('kind', OPENED)
 def test_no_human_labels_are_the_student_and_all_of_them_the_upper_end(kind, tmp_path, monkeypatch):
-    "A mix of share 0 or 1 would be trained under the same key, so it is not trained again"
+    "What a mix of share 0 or 1 would be trained on is what the arms at the ends are trained on, so these stand for it"
     opener, fill, given, upper = OPENED[kind]
+    found: dict[str, list[str]] = {}
+
+    def note(run, name, inputs):
+        known = {k: v for k, v in inputs.items() if k != 'start'} # the name of the SFT stage before it
+        if 'rows' in inputs and 'lora' in inputs: found.setdefault(name.partition('-')[0], []).append(settings_hash(known))
+        return folder(run, name, inputs)
+    folder = stages.stage_folder
+    monkeypatch.setattr(stages, 'stage_folder', note)
     monkeypatch.setattr(mixes, 'inner_shares', lambda c: [0., 1.])
     opened = opener(Study(fill(FAST | given), run_for_plan(tmp_path/'run'), True))
-    keys: dict[str, set[str]] = {}
-    for n in walk_stages(opened.study.run, opened.make):
-        if any(p.kind == 'train' for p in n.passes): keys.setdefault(n.stage.partition('-')[0], set()).add(n.folder.rpartition('-')[2])
-    assert keys['mixed'] == keys['student'] | keys[upper] and not keys['student'] & keys[upper]
+    walk_stages(opened.study.run, opened.make)
+    ends = {*found['student'], *found[upper]}
+    assert len(ends) == len(found['mixed']) == (4 if kind == 'preferences' else 2) and set(found['mixed']) == ends
 
 
 PAIR = '--weak pico --strong nano --seeds 1 --epochs 1 --quantize none --dtype float32'
@@ -265,7 +272,7 @@ def test_the_flags_from_the_plan_to_the_report(command, tmp_path, monkeypatch):
     assert 'costs' in {p.stem for p in out.glob('*.svg')} and len(pd.read_parquet(out/'choices.parquet').query('share == .25')) >= 3
     arms = pd.read_parquet(out/'arms.parquet')
     assert sorted(arms.query('role == "mixed"').method.str.rpartition(', ')[2]) == ['disagree', 'random', 'uncertain']
-    assert 'human_share = [0.0, 0.25, 1.0]' in (out/'config.toml').read_text(encoding='utf-8')
+    assert read_toml(out/'config.toml')['human_share'] == [0., .25, 1.]
 
     code, said = start(command, *plain, '--out', out) # all arms of a plain run are there, so the ends were trained once
     assert code == 0 and 'starting' not in said, said
@@ -287,6 +294,6 @@ def test_bad_flags_are_one_sentence_before_any_work(command, flags, why, tmp_pat
 
 @pytest.mark.parametrize('fill', [fill_settings, fill_labels, fill_demonstrations])
 def test_settings_go_through_a_file(fill, tmp_path):
-    import tomllib
     c = fill(dict(human_share='0,.05,1/4', human_choice='random,uncertain', price_human=2., target='ceiling=.95'))
-    assert c.human_share == (0., .05, .25) and fill(tomllib.loads(to_toml(c))) == c == replace(c)
+    (tmp_path/'c.toml').write_text(to_toml(c), encoding='utf-8')
+    assert c.human_share == (0., .05, .25) and fill(read_toml(tmp_path/'c.toml')) == c == replace(c)
