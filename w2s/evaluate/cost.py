@@ -103,8 +103,9 @@ def _result(mix: pd.Series) -> str:
     if math.isnan(mix['pgr']): return f'score {mix["value"]:.3f}'
     return f'PGR {with_limits(mix["pgr"], mix["pgr_low"], mix["pgr_high"], 2)}'
 
-def _listed(rows: pd.DataFrame) -> str:
-    return '; '.join(f'{mix_words(r)} (cost {r["cost"]:,.6g}, {_result(r)})' for _, r in rows.iterrows())
+def _listed(rows: pd.DataFrame, most: int = 3) -> str:
+    more = f'; and {len(rows) - most} more' if len(rows) > most else ''
+    return '; '.join(f'{mix_words(r)} (cost {r["cost"]:,.6g}, {_result(r)})' for _, r in rows[:most].iterrows()) + more
 
 # %% ../../nbs/api/evaluate/175_cost.ipynb #a75630fb
 def cheapest_words(
