@@ -285,7 +285,7 @@ def test_the_flags_from_the_plan_to_the_report(command, tmp_path, monkeypatch):
     ('--human-share 2', 'human_share is 2'),
     ('--human-choice uncertain', 'give --human-share, too'),
     ('--human-share .5 --target 80', 'the share must lie above 0'),
-    ('--human-share .5 --price-human cheap', 'price-human'),
+    ('--human-share .5 --price-human 0', 'price_human and price_weak are both 0'),
 ])
 def test_bad_flags_are_one_sentence_before_any_work(command, flags, why, tmp_path):
     code, said = start(command, *COMMANDS[command].split(), *flags.split(), '--out', tmp_path/'run')
@@ -294,6 +294,6 @@ def test_bad_flags_are_one_sentence_before_any_work(command, flags, why, tmp_pat
 
 @pytest.mark.parametrize('fill', [fill_settings, fill_labels, fill_demonstrations])
 def test_settings_go_through_a_file(fill, tmp_path):
-    c = fill(dict(human_share='0,.05,1/4', human_choice='random,uncertain', price_human=2., target='ceiling=.95'))
+    c = fill(dict(human_share=(0, .05, .25), human_choice='random,uncertain', price_human=2., target='ceiling=.95'))
     (tmp_path/'c.toml').write_text(to_toml(c), encoding='utf-8')
     assert c.human_share == (0., .05, .25) and fill(read_toml(tmp_path/'c.toml')) == c == replace(c)
