@@ -33,7 +33,7 @@ METHOD_LOOKS = { # method of a student -> colour, mark
     'dpo': ('#44AA99', '<'),
 }
 SPARE = (('#AA4499', '8'), ('#661100', '$A$'), ('#6699CC', '$B$'), ('#999933', '$C$')) # for methods of a user
-ROLE_MARKS = {'baseline': 'h', 'floor': '>', 'mixed': 'p', 'human': 'd', 'ceiling': '*'}
+ROLE_MARKS = {'baseline': 'h', 'floor': '>', 'mixed': '$m$', 'human': 'd', 'ceiling': '*'}
 # in points; what lies below a student still shows
 MARK_SIZES = {'baseline': 10, 'floor': 10, 'student': 7, 'mixed': 7, 'human': 9, 'ceiling': 14}
 
