@@ -139,7 +139,8 @@ def test_summarise_is_the_same_to_the_bit_in_any_order():
 
 def test_order_of_roles_and_methods():
     who = [('ceiling', 'dpo gold'), ('human', 'dpo human'), ('baseline', 'untuned'),
-           ('student', 'dpo weak'), ('baseline', 'sft human'), ('floor', 'dpo human')]
+           ('student', 'dpo weak'), ('baseline', 'sft human'), ('floor', 'dpo human'),
+           ('mixed', 'dpo weak, 10% human, random')]
     t = by_role(pd.DataFrame(who, columns=['role', 'method']))
     assert list(dict.fromkeys(t['role'])) == list(ROLES)
     assert list(t['method'])[:2] == ['untuned', 'sft human']

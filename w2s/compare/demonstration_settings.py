@@ -22,7 +22,8 @@ from ..models.zoo import LADDER, SCHOLAR
 from ..train.settings import TrainSettings
 from .config import split_names
 from .extensions import JUDGES, METHODS, METRICS
-from .settings import Settings, check_least, check_names_once, make_settings, setting
+from .mix_settings import MixSettings
+from .settings import check_least, check_names_once, make_settings, setting
 
 # %% ../../nbs/api/compare/320_demonstration_settings.ipynb #920148b6
 # task -> is the answer right (content)? is it given as wanted (style)? In maths: is the way there right? The two panels of the paper's
@@ -57,7 +58,7 @@ PLANTED = ('gender', 'digits') # tasks of the world whose weak answers come from
 LADDER_STEPS: dict[str, Any] = dict(epochs=4, batch_size=16, learning_rate=1e-3)
 
 @dataclass(frozen=True)
-class DemonstrationSettings(Settings):
+class DemonstrationSettings(MixSettings):
     "Weak-to-strong by demonstrations (Somerstep et al. 2405.16236)"
     # questions: world (made on the spot), or a table of your own: a file, a folder or a name on the hub; for maths in the form of GSM8K
     data: str = setting('world', 'Data')
@@ -152,6 +153,7 @@ def check_demonstrations(
     for m in c.methods: METHODS.check(m)
     _check_ablation(c)
     _check_sources(c)
+    _check_mixes(c)
     _check_effects(c)
 
 # %% ../../nbs/api/compare/320_demonstration_settings.ipynb #ef13a989
@@ -215,6 +217,26 @@ def _check_sources(c: DemonstrationSettings) -> None:
         )
     if c.task == 'persona' and not (c.concept or c.instruction or scores_by_function(c.judge)):
         raise ConfigError('the judge must know which manner is wanted; say it as concept, such as "that of a pirate"')
+
+# %% ../../nbs/api/compare/320_demonstration_settings.ipynb #7391ff93
+def _check_mixes(c: DemonstrationSettings) -> None:
+    "Human demonstrations in the place of some of the supervisor's: these have to be what the student learns"
+    if not c.human_share: return
+    if (first := c.methods[0].partition('(')[0]) in ('own answers', 'auxiliary'):
+        raise ConfigError(
+            f'human_share puts human answers in the place of weak ones, and the method {first} does not learn from one weak answer to each '
+            'question; name another method first'
+        )
+    if 'uncertain' in c.human_choice and c.demonstrator in ('file', 'planted'):
+        raise ConfigError(
+            f'human_choice uncertain needs the log-probs of a weak model, and the weak answers here have none (demonstrator '
+            f'"{c.demonstrator}"); take random'
+        )
+    if 'disagree' in c.human_choice and c.demonstrator != 'tuned':
+        raise ConfigError(
+            f'human_choice disagree trains weak models with different seeds, and here none is trained (demonstrator "{c.demonstrator}"); '
+            'take random' + ' or uncertain'*(c.demonstrator == 'prompted')
+        )
 
 # %% ../../nbs/api/compare/320_demonstration_settings.ipynb #7cf39a61
 def _check_effects(c: DemonstrationSettings) -> None:

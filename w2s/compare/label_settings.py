@@ -21,8 +21,9 @@ from ..io.registry import split_call, write_call
 from ..models.places import LoraSettings
 from ..models.zoo import LADDER
 from ..train.settings import LABEL_LOSSES, TrainSettings, loss_options
+from .mix_settings import MixSettings
 from .preference_settings import weak_names
-from .settings import Settings, all_or_count, check_least, check_names_once, make_settings, setting
+from .settings import all_or_count, check_least, check_names_once, make_settings, setting
 
 # %% ../../nbs/api/compare/270_label_settings.ipynb #2ad49cc1
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def space_words(
     return [f' {w.strip()}' for w in words.split(',') if w.strip()]
 
 @dataclass(frozen=True)
-class Classify(Settings):
+class Classify(MixSettings):
     "Weak-to-strong by class labels (Burns et al. 2312.09390; Ye et al. 2410.12621)"
     # texts with a class: world:safety, world:storage or world:legal (made on the spot), a file, a folder, or a name on the hub
     data: str = setting('world:safety', 'Data')
@@ -206,6 +207,8 @@ def check_labels(
         raise ConfigError('trial belongs to data of the world; for a file, give other rows as the test split')
     check_names_once(c, ('weak', 'strong', 'methods'))
     _check_methods(c)
+    if 'disagree' in c.human_choice and c.readout == 'probe':
+        raise ConfigError('human_choice disagree needs supervisors of different seeds, and a probe has no seed; take random or uncertain')
     _check_snapshots(c)
 
 # %% ../../nbs/api/compare/270_label_settings.ipynb #212821f7

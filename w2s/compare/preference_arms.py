@@ -76,7 +76,7 @@ def arm_models(
     method: str,          # of the arm
 ) -> tuple[str, str]:     # weak and strong model, as the tables name them
     "Whose feedback an arm learned from ('' where none was weak), and what it was made of ('' for the supervisor)"
-    weak = role in ('floor', 'student') or (role, method) == ('baseline', 'sft weak') or is_twin(method)
+    weak = role in ('floor', 'student', 'mixed') or (role, method) == ('baseline', 'sft weak') or is_twin(method)
     return supervisor_name(config) if weak else '', '' if role == 'floor' else Path(config.strong).name
 
 def make_arm(
@@ -131,7 +131,7 @@ def arm_items(
     return metric_rows(ids, scores, **arm.who, task='preferences')
 
 # %% ../../nbs/api/compare/240_preference_arms.ipynb #b799c7c5
-LEARNED = ('student', 'human', 'ceiling') # roles that are trained by the loss of the settings
+LEARNED = ('student', 'mixed', 'human', 'ceiling') # roles that are trained by the loss of the settings
 
 def score_alone(
     config: WeakTeacher, # of the experiment

@@ -18,7 +18,8 @@ from ..errors import ConfigError, unknown
 from ..models.zoo import LADDER
 from ..train.settings import GenerateSettings, TrainSettings, check_preference_loss, smoothing_losses
 from .extensions import JUDGES, LABELLERS, has_model
-from .settings import Settings, all_or_count, make_settings, setting, world_seed
+from .mix_settings import MixSettings
+from .settings import all_or_count, make_settings, setting, world_seed
 
 # %% ../../nbs/api/compare/130_preference_settings.ipynb #4609359f
 SUBSETS = ('all', 'match', 'mismatch', 'random', 'random match', 'random mismatch')
@@ -92,7 +93,7 @@ OTHERS = ('human', 'ceiling')
 
 # %% ../../nbs/api/compare/130_preference_settings.ipynb #67e6d4ee
 @dataclass(frozen=True)
-class WeakTeacher(Settings):
+class WeakTeacher(MixSettings):
     "Weak-to-strong by preference labels (Tao & Li 2409.08813)"
     # preferences: world or world:SEED (made on the spot), a file, a folder with train_gt, train_w2s and test files, or a name on the hub
     data: str = setting('world', 'Data')
@@ -162,6 +163,7 @@ def check_settings(
     if c.start not in ('sft', 'base'): raise ConfigError(f'start is "{c.start}"; it must be "sft" or "base"')
     if odd := [o for o in c.others if o not in OTHERS]: raise ConfigError(unknown(odd[0], OTHERS, 'arm beside the student'))
     _check_columns(c)
+    _check_mixes(c)
     _check_loss(c)
     _check_samples(c)
 
@@ -186,6 +188,20 @@ def _check_columns(c: WeakTeacher) -> None:
     named_pairs(c.column, '--column', PARTS)
     if world_seed(c.data) is not None and (c.column or c.leave_out or c.split):
         raise ConfigError(f'column, leave_out and split are about rows of a file or data set; data is "{c.data}"')
+
+# %% ../../nbs/api/compare/130_preference_settings.ipynb #ec2c1dfa
+def _check_mixes(c: WeakTeacher) -> None:
+    "Human labels for some of the examples: of all examples, beside an arm of human labels, by supervisors that can disagree"
+    if not c.human_share: return
+    if c.labels.subset != 'all' or c.labels.keep != 1:
+        raise ConfigError('human_share is a share of all examples, and labels.subset and labels.keep leave some out; use one or the other')
+    if 'human' not in c.others:
+        raise ConfigError('human_share needs the arm of human labels alone, which is the upper end of its curve; leave human among others')
+    if 'disagree' in c.human_choice and c.supervisor not in ('dpo', 'reward'):
+        raise ConfigError(
+            f'human_choice disagree trains supervisors with different seeds, and the supervisor {c.supervisor} is not trained; '
+            'take random or uncertain'
+        )
 
 # %% ../../nbs/api/compare/130_preference_settings.ipynb #5a0c5c39
 def _check_loss(c: WeakTeacher) -> None:

@@ -54,14 +54,17 @@ class Result:
 
     def _repr_html_(self) -> str:
         return f'<p>{escape(pgr_text(self))}</p>{show_table(self).to_html(index=False)}' + ''.join(
-            [f'<p>{escape(line)}</p>' for line in (self.caption, *_incomplete(self.notes)) if line]
+            [f'<p>{escape(line)}</p>' for line in (*_cost_lines(self), self.caption, *_incomplete(self.notes)) if line]
             + [f'<p>{escape(further_words(self))}</p>']*bool(further_words(self))
             + [f'<p>{escape(title)}</p>{t.to_html(index=False)}' for title, t in further_tables(self).items()]
         )
     def __repr__(self) -> str:
-        table, notes = show_table(self).to_string(index=False), '\n'.join(_incomplete(self.notes))
+        table, costs, notes = show_table(self).to_string(index=False), '\n'.join(_cost_lines(self)), '\n'.join(_incomplete(self.notes))
         further = (f'{title}\n\n{t.to_string(index=False)}' for title, t in further_tables(self).items())
-        return '\n\n'.join(filter(None, [pgr_text(self), table, self.caption, notes, further_words(self), *further]))
+        return '\n\n'.join(filter(None, [pgr_text(self), costs, table, self.caption, notes, further_words(self), *further]))
+
+def _cost_lines(result: Any) -> list[str]: # of a run with mixes of human and weak labels: the cheapest one, or why there is none
+    return [f'- {line}' for line in result.extra.get('cost_words', ())]
 
 def _incomplete(notes: Sequence[str]) -> list[str]: return ['incomplete:', *notes] if notes else []
 

@@ -64,7 +64,7 @@ def preference_scores(
     return dict(accuracy=preference_correct(m), margin=m) | scores
 
 # %% ../../nbs/api/evaluate/010_metrics.ipynb #448568ea
-ROLES = ('baseline', 'floor', 'student', 'human', 'ceiling')
+ROLES = ('baseline', 'floor', 'student', 'mixed', 'human', 'ceiling')
 MODEL = ['task', 'role', 'method', 'weak', 'strong']     # the columns that say which model
 ITEM_COLUMNS = MODEL + ['seed', 'id', 'metric', 'value']
 TIDY_COLUMNS = MODEL + ['seed', 'metric', 'value', 'n']

@@ -14,8 +14,9 @@ from pathlib import Path
 from ..compare.arms import Made
 from ..compare.comparison import Opened, make_result, run_experiment
 from ..compare.config import to_table
-from ..compare.demonstration_arms import answer_settings, arm_items, choose_form, make_seed, score_arm, seed_rows, try_extensions
+from ..compare.demonstration_arms import answer_settings, arm_items, choose_form, score_arm, seed_rows, try_extensions
 from ..compare.demonstration_files import QuestionTable, rating_ranges, read_asked, table_rows
+from ..compare.demonstration_mixes import check_mixed_answers, seed_arms
 from ..compare.demonstration_settings import DemonstrationSettings, demonstration_models, fill_demonstrations, scores_by_function
 from ..compare.demonstration_stages import Context
 from ..compare.demonstration_tables import answer_table, cut_answers, demonstration_kind, example_table, label_items, training_table
@@ -23,6 +24,7 @@ from ..compare.demonstration_tests import demonstration_tester
 from ..compare.extensions import METHODS, METRICS
 from ..compare.inheritance import add_inheritance, judge_items
 from ..compare.learn import Study
+from ..compare.mixes import made_parts
 from ..compare.models import Model, know_model, model_lines
 from ..compare.preference_settings import short_name
 from ..compare.result import Result
@@ -48,7 +50,7 @@ def make_arms(
     if strong is None: raise DataError('the strong model has to answer; it cannot be a file')
     form = choose_form(c, strong)
     seeds = [seed_rows(study, table, judge, seed) for seed in range(c.seeds)]
-    arms = [a for rows in seeds for a in make_seed(Context(study, rows, strong, form, answer_settings(c, form)), models)]
+    arms = [a for rows in seeds for a in seed_arms(Context(study, rows, strong, form, answer_settings(c, form)), models)]
     items, notes = arm_items(arms, [score_arm(a, seeds[a.seed].test) for a in arms], c.task if table is None else Path(c.data).name)
     return Made(arms, seeds, dict(items=items, notes=notes, form=form))
 
@@ -70,9 +72,9 @@ def result_of(
         problems=table.problems if table else 0,
         cut=cut_answers(made, c.max_tokens),
     )
-    result = make_result(
-        study.run, c, demonstration_kind(c, ranges), data, model_lines(models), items, made.arms, extra, notes=made.extra['notes']
-    )
+    kind = demonstration_kind(c, ranges)
+    extra |= made_parts(c, items, made, kind, c.methods[0], 'ceiling')
+    result = make_result(study.run, c, kind, data, model_lines(models), items, made.arms, extra, notes=made.extra['notes'])
     result = replace(result, extra=extra | dict(examples=example_table(result.intervals, c.examples)))
     return add_inheritance(result, judge_items(items, result.kind.metrics[0], {}))
 
@@ -98,11 +100,13 @@ def open_demonstrations(
         if table is None
         else (f'{len(table.questions):,} questions of {Path(c.data).name}.', table.report)
     )
+    mixed = check_mixed_answers(c, [seed_rows(study, table, judge, seed) for seed in range(c.seeds if c.human_share else 0)])
     own = METRICS.own or scores_by_function(c.judge) or any(METHODS.choose(m)[1].own for m in c.methods)
     line = try_extensions(c, known[c.strong], seed_rows(study, table, judge, 0)) if own else ''
     working, models = [*known.values(), *([judge] if judge else [])], {**dict.fromkeys(c.weak), **known}
     opened = Opened(
-        study, working, *data, partial(make_arms, study, models, judge, table), partial(result_of, study, working, table, data), (line,)
+        study, working, *data, partial(make_arms, study, models, judge, table), partial(result_of, study, working, table, data),
+        (line, mixed),
     )
     return add_further_tests(opened, demonstration_tester(study, models, judge, table))
 

@@ -32,11 +32,13 @@ from ..compare.config import to_table
 from ..compare.extensions import METRICS, name_idle, own_metrics
 from ..compare.inheritance import add_inheritance, judge_predictions
 from ..compare.label_data import load_labels
-from ..compare.label_settings import Classify, data_name, fill_labels, label_models
+from ..compare.label_mixes import ask_members, check_mixed_rows, mixed_arms
+from ..compare.label_settings import Classify, data_name, fill_labels, label_models, parse_method
 from ..compare.label_tables import LABELS, arm_items, label_quality, list_classifiers, prediction_table
 from ..compare.label_tests import label_tester
 from ..compare.label_twins import twin_arm
 from ..compare.learn import Study
+from ..compare.mixes import made_parts
 from ..compare.models import Model, know_model, model_lines
 from ..compare.preference_data import LoadedData
 from ..compare.preference_settings import short_name
@@ -56,6 +58,7 @@ def make_arms(
     labellers = {(w, p.seed): supervise(study, w, models, p) for w in c.weak for p in parts}
     arms = [*labellers.values(), *(a for p in parts if c.baseline for a in baseline_arms(p))]
     between = relabel_chain(study, models, parts, labellers)
+    members = {(w, p.seed): ask_members(study, models, w, p) for w in c.weak for p in parts} # None unless chosen by disagreement
     for model in (models[n] for n in c.strong):
         for p in parts:
             arms += frame_arms(study, model, p)
@@ -63,7 +66,8 @@ def make_arms(
                 students = student_arms(study, model, p, labellers[w, p.seed], between.get((w, p.seed)))
                 stopped, curve, stop = follow_students(study, students, p, labellers[w, p.seed])
                 twins = [twin_arm(study, model, p, labellers[w, p.seed])] if c.twin else []
-                arms, curves, stops = [*arms, *students, *stopped, *twins], [*curves, *curve], [*stops, *stop]
+                mixed = mixed_arms(study, model, p, labellers[w, p.seed], members[w, p.seed])
+                arms, curves, stops = [*arms, *students, *stopped, *mixed, *twins], [*curves, *curve], [*stops, *stop]
     return Made(arms, parts, dict(snapshots=pd.concat(curves, ignore_index=True) if curves else pd.DataFrame(), stops=pd.DataFrame(stops)))
 
 # %% ../../nbs/api/experiments/20_labels.ipynb #8afa7804
@@ -86,6 +90,8 @@ def result_of(
         classes=data.classes,
         test=data.test,
     )
+    first = parse_method(study.config.methods[0]).name
+    extra |= made_parts(study.config, items, made, LABELS, first, 'ceiling')
     result = make_result(
         study.run, study.config, LABELS, (data.origin, data.report), model_lines(models.values()), items, list_classifiers(made.arms), extra
     )
@@ -118,7 +124,7 @@ def open_labels(
         data.report,
         partial(make_arms, study, models, data),
         partial(result_of, study, models, data),
-        (line, try_metrics(data)),
+        (line, check_mixed_rows(c, data), try_metrics(data)),
     )
     return add_further_tests(opened, label_tester(study, [m.reader for m in models.values()], data))
 

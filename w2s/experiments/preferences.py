@@ -33,8 +33,10 @@ from ..compare.extensions import judge_scores, name_idle, own_metrics
 from ..compare.gold import check_gold, is_judge
 from ..compare.inheritance import inherit_choices
 from ..compare.learn import Study
+from ..compare.mixes import made_parts
 from ..compare.models import Model, model_lines
 from ..compare.preference_data import LoadedData
+from ..compare.preference_mixes import ask_members, check_mixed_pairs, train_mixes, weak_method
 from ..compare.preference_settings import WeakTeacher, fill_settings, sampling
 from ..compare.preference_tables import fix_reference, label_table, list_trained, preference_kind, row_groups, weak_label_table
 from ..compare.preference_tests import preference_tester
@@ -59,7 +61,8 @@ def make_arms(
     floors = [a for a in map(floor_arm, seeds) if a]
     items = [evaluate_arm(study, a, test) for a in floors] or [evaluate_choice(study, s, test) for s in seeds]
     written = write_responses(study, floors, test) # while the weak model is in memory
-    students = [arm for s in seeds for arm in train_students(study, strong, s)]
+    members = ask_members(study, weak, seeds) # likewise; none unless examples are chosen by disagreement
+    students = [arm for s in seeds for arm in (*train_students(study, strong, s), *train_mixes(study, strong, s, members))]
     items += [evaluate_arm(study, a, test) for a in students]
     responses = judge_responses(study, [*written, *write_responses(study, students, test)], test)
     check_cut(responses, sampling(c).max_tokens)
@@ -74,13 +77,13 @@ def result_of(
     made: Made,                # of `make_arms`
 ) -> Result:
     "All tables"
-    items, c = made.extra['items'], study.config
-    extra = dict(
-        labels=label_table(made.seeds), weak_labels=weak_label_table(made.seeds), responses=made.extra['responses'], test=data.test
-    )
-    result = make_result(study.run, c, preference_kind(c), (data.origin, data.report), model_lines(models), items,
-                         list_trained(made.seeds, made.arms), extra, by_group(items, row_groups(data.test)))
-    return inherit_choices(replace(result, intervals=fix_reference(result.intervals)), items, data.test, row_groups(data.test))
+    items, c, seeds = made.extra['items'], study.config, made.seeds
+    kind, units = preference_kind(c), by_group(items, row_groups(data.test))
+    extra = dict(labels=label_table(seeds), weak_labels=weak_label_table(seeds), responses=made.extra['responses'], test=data.test)
+    result = make_result(study.run, c, kind, (data.origin, data.report), model_lines(models), items,
+                         list_trained(seeds, made.arms), extra | made_parts(c, units, made, kind, weak_method(c), 'human'), units)
+    result = replace(result, intervals=fix_reference(result.intervals))
+    return inherit_choices(result, items, data.test, row_groups(data.test))
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #8e7a13d5
 def try_extensions(
@@ -111,7 +114,7 @@ def open_loaded(
         data.report,
         partial(make_arms, study, weak, strong, data),
         partial(result_of, study, models, data),
-        (check_responses(c, list_writers(c, weak, strong), data), *lines),
+        (check_responses(c, list_writers(c, weak, strong), data), check_mixed_pairs(c, data), *lines),
     )
     return add_further_tests(opened, preference_tester(study, [m.reader for m in models], data))
 

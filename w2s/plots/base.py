@@ -25,7 +25,8 @@ from ..evaluate.metrics import MODEL, by_role
 from .metrics import metric_label, metric_of
 
 # %% ../../nbs/api/plots/020_base.ipynb #2cfbe231
-ROLE_COLORS = {'baseline': '#BBBBBB', 'floor': '#E69F00', 'student': '#0072B2', 'human': '#009E73', 'ceiling': '#882255'}
+ROLE_COLORS = {'baseline': '#BBBBBB', 'floor': '#E69F00', 'student': '#0072B2', 'mixed': '#000000', 'human': '#009E73',
+               'ceiling': '#882255'}
 COLORS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#999999') # for all that is not a role
 
 # %% ../../nbs/api/plots/020_base.ipynb #1486a8b4

@@ -33,8 +33,9 @@ METHOD_LOOKS = { # method of a student -> colour, mark
     'dpo': ('#44AA99', '<'),
 }
 SPARE = (('#AA4499', '8'), ('#661100', '$A$'), ('#6699CC', '$B$'), ('#999933', '$C$')) # for methods of a user
-ROLE_MARKS = {'baseline': 'h', 'floor': '>', 'human': 'd', 'ceiling': '*'}
-MARK_SIZES = {'baseline': 10, 'floor': 10, 'student': 7, 'human': 9, 'ceiling': 14} # in points; what lies below a student still shows
+ROLE_MARKS = {'baseline': 'h', 'floor': '>', 'mixed': '$m$', 'human': 'd', 'ceiling': '*'}
+# in points; what lies below a student still shows
+MARK_SIZES = {'baseline': 10, 'floor': 10, 'student': 7, 'mixed': 7, 'human': 9, 'ceiling': 14}
 
 # %% ../../nbs/api/plots/090_demonstrations.ipynb #6f1efa13
 def method_looks(

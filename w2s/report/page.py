@@ -24,6 +24,7 @@ from ..plots.results import plot_training
 from .disagreements import disagreements
 from .folder import markdown_table, versions
 from .inheritance import inheritance_drawn, inheritance_section
+from .mixes import mix_figures, mix_sections, without_mixes
 from .summary import limitations, making, question
 from .transfer import transfer_drawn, transfer_section
 
@@ -88,7 +89,7 @@ def all_figures(
     page: Page,     # of its kind
 ) -> Drawn:
     "The figures of a report: those of the kind, and the training"
-    return page.figures(result) | transfer_drawn(result) | inheritance_drawn(result) | (
+    return page.figures(without_mixes(result)) | mix_figures(result) | transfer_drawn(result) | inheritance_drawn(result) | (
         {'training': ((lambda: training_figure(result)), 'loss of every training')} if len(result.curves) else {}
     )
 
@@ -163,6 +164,7 @@ def sections(
         **notes,
         'Differences': f'{markdown_table(report_differences(result.differences, ["weak", "strong"]))}\n\n{DIFFERENCES_TOLD}',
         'Arms': _arms(result, page),
+        **mix_sections(result),
         'Limitations': bullet_list(limitations(result)),
         **transfer_section(result),
         **_disagreements(result),
