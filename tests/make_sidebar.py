@@ -33,6 +33,8 @@ API = { # folder -> what it is for, lowest first; '' holds the pages beside the 
     'plots': 'Figures',
     'report': 'Reports',
     'bench': 'Benchmarks',
+    'export': 'Export',
+    'check': 'Checks before a run',
     'cli': 'Command line',
     '': 'Package',
 }
