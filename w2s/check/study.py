@@ -19,7 +19,7 @@ def room_of(
     device: str, # as 'cpu' or 'cuda:0'
 ) -> int:        # bytes
     "How much memory a device has"
-    return torch.cuda.get_device_properties(device).total_memory if device.startswith('cuda') else machine_memory()
+    return machine_memory(torch.device(device))
 
 def memory_check(
     needed: float, # bytes, at the height

@@ -53,7 +53,8 @@ def read_label_test(
     "Read texts with classes that nothing is trained on; raises `DataError`"
     if source.startswith('world:') and world_task(source):
         rows = world_labels(replace(config, data=source)).test
-        report, classes = DataReport(rows_in={name: len(rows)}), ('no', 'yes')
+        report = DataReport(rows_in={name: len(rows)})
+        classes: tuple[str, ...] = ('no', 'yes')
     else:
         read = read_labels(source, classes=data.classes)
         (rows, report), classes = _clean(config, read, name), read.classes

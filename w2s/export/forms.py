@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -63,7 +64,8 @@ def write_merged(
     for name, value in vars(own).items():
         if isinstance(value, float) and vars(merged.config).get(name) == 0.: setattr(merged.config, name, value)
     hf_logging.disable_progress_bar()
-    merged.to(dtype).save_pretrained(folder)
+    half: Any = merged # transformers says too little of the types of `to`
+    half.to(dtype).save_pretrained(folder)
     write_tokenizer(model, folder, merged.config.pad_token_id if getattr(merged, 'w2s_pad', False) else None)
 
 # %% ../../nbs/api/export/60_forms.ipynb #1bd27d2a
@@ -100,7 +102,7 @@ def headed_model(
     body = getattr(merged, merged.base_model_prefix)
     getattr(made, made.base_model_prefix).load_state_dict(body.state_dict())
     score.weight.data.copy_(weight)
-    made.w2s_pad = config.pad_token_id is not None and config.pad_token_id != t.pad_token_id # type: ignore[assignment]
+    made.w2s_pad = config.pad_token_id is not None and config.pad_token_id != t.pad_token_id
     done: PreTrainedModel = made.eval()
     return done
 

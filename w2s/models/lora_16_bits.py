@@ -89,6 +89,7 @@ def compute_in_16_bits(
     base = model.get_base_model()
     layers = [m for m in base.modules() if isinstance(m, LoraLayer)]
     if not all(is_plain_lora(m) for m in layers): return False
-    for m in layers: m.forward = _in_16_bits(m, base.dtype)
+    dtype: Any = base.dtype
+    for m in layers: m.forward = _in_16_bits(m, dtype)
     setattr(base, DONE, base.peft_config)
     return True

@@ -67,7 +67,7 @@ def inheritance_section(
     if len(by): parts += ['By confidence of the supervisor:', _shares(by)]
     if inheritance_drawn(result): parts.append('![what became of the errors of the supervisor](inheritance.png)')
     if len(phi):
-        said = phi[['a', 'b', 'weak', 'strong']].assign(phi=[with_limits(*x, 2) for x in phi[['value', 'low', 'high']].to_numpy()])
+        said = phi[['a', 'b', 'weak', 'strong']].assign(phi=[with_limits(r.value, r.low, r.high, 2) for r in phi.itertuples()])
         parts += ['Correlation of errors (phi):', markdown_table(said)]
     if len(rows): parts += ['Errors of which the supervisor was surest, to read; all are in inherited_rows.parquet:', _examples(rows)]
     return {'Error inheritance': '\n\n'.join(parts)}
