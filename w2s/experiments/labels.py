@@ -83,15 +83,9 @@ def result_of(
     items = pd.concat(
         [arm_items(a, task, data.test, weak[a.weak, a.seed] if a.role == 'student' else None) for a in made.arms], ignore_index=True
     )
-    extra = dict(
-        labels=label_quality(made.seeds, labellers),
-        predictions=prediction_table(made.arms, data.test),
-        **made.extra,
-        classes=data.classes,
-        test=data.test,
-    )
-    first = parse_method(study.config.methods[0]).name
-    extra |= made_parts(study.config, items, made, LABELS, first, 'ceiling')
+    extra = dict(labels=label_quality(made.seeds, labellers), predictions=prediction_table(made.arms, data.test), **made.extra,
+                 classes=data.classes, test=data.test)
+    extra |= made_parts(study.config, items, made, LABELS, parse_method(study.config.methods[0]).name, 'ceiling')
     result = make_result(
         study.run, study.config, LABELS, (data.origin, data.report), model_lines(models.values()), items, list_classifiers(made.arms), extra
     )

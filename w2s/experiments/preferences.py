@@ -82,8 +82,7 @@ def result_of(
     extra = dict(labels=label_table(seeds), weak_labels=weak_label_table(seeds), responses=made.extra['responses'], test=data.test)
     result = make_result(study.run, c, kind, (data.origin, data.report), model_lines(models), items,
                          list_trained(seeds, made.arms), extra | made_parts(c, units, made, kind, weak_method(c), 'human'), units)
-    result = replace(result, intervals=fix_reference(result.intervals))
-    return inherit_choices(result, items, data.test, row_groups(data.test))
+    return inherit_choices(replace(result, intervals=fix_reference(result.intervals)), items, data.test, row_groups(data.test))
 
 # %% ../../nbs/api/experiments/10_preferences.ipynb #8e7a13d5
 def try_extensions(
