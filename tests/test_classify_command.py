@@ -47,6 +47,12 @@ ALWAYS = {
     'manifest.json',
     'adapters',
     'stages',
+    'inherited.parquet',
+    'error_correlation.parquet',
+    'inherited_rows.parquet',
+    'inheritance.png',
+    'inheritance.svg',
+    'inheritance.pdf',
 }
 SMALL = ('--n-labelled', '60', '--n-unlabelled', '60', '--n-test', '60', '--seeds', '1', '--epochs', '1')
 SAFETY = ('--weak', 'pico', '--strong', 'nano', *SMALL, '--method', 'xent,hard')
