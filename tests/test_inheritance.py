@@ -4,8 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from w2s.compare.demonstration_settings import fill_demonstrations
 from w2s.compare.inheritance import NEITHER, judge_items, judge_predictions, why_no_inheritance
 from w2s.data.rows import make_rows, to_pairs
+from w2s.errors import ConfigError
 from w2s.evaluate.inheritance import (
     confidence_bins,
     inheritance_table,
@@ -203,6 +205,12 @@ def test_where_nothing_is_right_or_wrong_that_is_said():
     judged = pd.concat([arm('floor', 'm', {0}), arm('student', 's', {1})], ignore_index=True)
     assert why_no_inheritance(None) == why_no_inheritance(judged.assign(right=3.5)) == NEITHER
     assert why_no_inheritance(judged) == '' and why_no_inheritance(judged.query('role != "floor"')) == 'no supervisor was tested'
+
+
+def test_a_twin_needs_answers_that_are_right_or_wrong():
+    with pytest.raises(ConfigError, match='stories of gender are neither right nor wrong'): fill_demonstrations(dict(task='gender', twin=True))
+    with pytest.raises(ConfigError, match='a rating is neither'): fill_demonstrations(dict(task='persona', judge='scholar', twin=True))
+    assert fill_demonstrations(dict(task='maths', twin=True)).twin
 
 
 def test_names_of_twins():

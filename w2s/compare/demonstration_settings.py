@@ -255,6 +255,9 @@ def _check_effects(c: DemonstrationSettings) -> None:
         raise ConfigError('repeats is how often a model rates each answer; no model is named as judge')
     if c.twin and c.judge and not scores_by_function(c.judge):
         raise ConfigError('twin has as many wrong answers as the weak model has, and a rating is neither right nor wrong; leave it out')
+    if c.twin and c.task == 'gender':
+        raise ConfigError('twin has as many wrong answers as the weak model has, and the stories of gender are neither right nor wrong; '
+                          'leave it out')
     if c.choice == 'batch' and not {'in-context', 'resampled'} & set(c.methods):
         raise ConfigError('choice "batch" belongs to the methods in-context and resampled')
     if c.choice == 'others': Examples(c.examples)
