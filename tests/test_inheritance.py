@@ -207,10 +207,13 @@ def test_where_nothing_is_right_or_wrong_that_is_said():
     assert why_no_inheritance(judged) == '' and why_no_inheritance(judged.query('role != "floor"')) == 'no supervisor was tested'
 
 
-def test_a_twin_needs_answers_that_are_right_or_wrong():
-    with pytest.raises(ConfigError, match='stories of gender are neither right nor wrong'): fill_demonstrations(dict(task='gender', twin=True))
-    with pytest.raises(ConfigError, match='a rating is neither'): fill_demonstrations(dict(task='persona', judge='scholar', twin=True))
-    assert fill_demonstrations(dict(task='maths', twin=True)).twin
+@pytest.mark.parametrize('settings, said', [
+    (dict(task='gender'), 'stories of gender are neither right nor wrong'),
+    (dict(data='mine.jsonl', judge='scholar'), 'a rating is neither right nor wrong'),
+])
+def test_a_twin_needs_answers_that_are_right_or_wrong(settings, said):
+    with pytest.raises(ConfigError, match=said): fill_demonstrations(dict(settings, twin=True))
+    assert fill_demonstrations(dict(task='math', twin=True)).twin
 
 
 def test_names_of_twins():
