@@ -209,7 +209,7 @@ def test_where_nothing_is_right_or_wrong_that_is_said():
 
 @pytest.mark.parametrize('settings, said', [
     (dict(task='gender'), 'stories of gender are neither right nor wrong'),
-    (dict(data='mine.jsonl', judge='scholar'), 'a rating is neither right nor wrong'),
+    (dict(data='mine.jsonl', judge='scholar', concept='that of a pirate'), 'a rating is neither right nor wrong'),
 ])
 def test_a_twin_needs_answers_that_are_right_or_wrong(settings, said):
     with pytest.raises(ConfigError, match=said): fill_demonstrations(dict(settings, twin=True))
