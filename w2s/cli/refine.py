@@ -50,15 +50,13 @@ def run_refine(
     load = table.get('load', {})
     if typed.show_prompts: return shown_prompts(table.get('strong', RefineJob.usual('strong')), load, typed.prompts)
     models, sources = [table.get('strong', '')], [table.get(k, '') for k in ('questions', 'weak_answers')]
-    def check() -> None: check_places(models, sources, pickle=bool(load.get('allow_pickle')))
-    if typed.dry_run or typed.out is None: check()
+    check_places(models, sources, pickle=bool(load.get('allow_pickle')))
     job, own = fill_refine(table), read_toml(typed.prompts) if typed.prompts else None
     if typed.dry_run:
         from w2s.files.refine import dry_refine
         return dry_refine(job, own)
     out = needed_out(typed.out, 'refine', 'answers: give --out refined.jsonl')
     def work() -> str:
-        check()
         from w2s.files.refine import refine_file
         return written_text(refine_file(job, out, typed.work, own, keep=typed.keep_stages), out)
     return do_once('refine', {'job': job, 'templates': own or {}}, out, typed, (models, sources), work)
