@@ -76,8 +76,8 @@ def test_a_page_fetches_nothing_and_runs_nothing(page):
 def test_pictures_are_inside_once_each_and_have_words(page, folder):
     images = Seen(page).of('img')
     data = [base64.b64decode(a['src'].partition('base64,')[2]) for a in images]
-    assert len(data) == len(set(data)) == 2, 'the result and the training'
-    assert set(data) == {(folder/f'{n}.png').read_bytes() for n in ('figure', 'training')}
+    assert len(data) == len(set(data)) == 3, 'the result, what became of errors, and the training'
+    assert set(data) == {(folder/f'{n}.png').read_bytes() for n in ('figure', 'inheritance', 'training')}
     assert all(len(a['alt']) > 10 for a in images)
 
 
@@ -135,7 +135,7 @@ def test_a_run_with_such_texts(result, tmp_path):
                    arms=result.arms.assign(adapter=EVIL))
     text = (write(evil, tmp_path/'out')/'report.html').read_text(encoding='utf-8')
     seen = Seen(text)
-    assert 'script' not in {tag for tag, _ in seen.tags} and not seen.of('a') and len(seen.of('img')) == 2
+    assert 'script' not in {tag for tag, _ in seen.tags} and not seen.of('a') and len(seen.of('img')) == 3
     assert sum(w.count('<script>z</script>') for w in seen.words) >= 4
 
 

@@ -208,7 +208,7 @@ def test_two_seeds_are_said_to_be_few(any_run):
 
 # One result, one report, whatever the feedback
 
-HEADINGS = ['PGR', 'Differences', 'Arms', 'Weak feedback', 'Data report', 'Training', 'Settings', 'How it was made']
+HEADINGS = ['PGR', 'Differences', 'Arms', 'Weak feedback', 'Error inheritance', 'Data report', 'Training', 'Settings', 'How it was made']
 SHARED = {f'{t}.parquet' for t in ('items', 'results', 'intervals', 'differences', 'pgr', 'histories', 'arms', 'labels')} | {
     'report.md',
     'report.html',

@@ -467,6 +467,7 @@ def test_every_stage_is_looked_at_here():
         'label_stages._probe_stage',
         'label_stages.ask_stage',
         'demonstration_stages.train_sft',
+        'demonstration_mixes.answer_doubt', # by `score_stage`, with the tokens of the answers
         'toxicity_arms.train_on_lines',
         'toxicity_arms.train_on_pairs',
         'toxicity_arms.judge_pairs',

@@ -133,9 +133,13 @@ def persona(tmp_path_factory):
 
 # What is written
 
+# where answers are right or wrong
+INHERITED = {'inherited.parquet', 'inherited_rows.parquet', 'inheritance.png', 'inheritance.svg', 'inheritance.pdf'}
+
+
 def test_persona_writes_everything(persona):
     out, _, printed = persona
-    assert files(out) == ALWAYS | {'examples.png', 'examples.svg', 'examples.pdf'}
+    assert files(out) == ALWAYS | INHERITED | {'error_correlation.parquet', 'examples.png', 'examples.svg', 'examples.pdf'}
     assert f'written to {out}' in printed
     text = (out/'report.md').read_text(encoding='utf-8')
     for part in (
@@ -198,7 +202,7 @@ def test_every_command_ends(tmp_path, monkeypatch, words, metrics):
     monkeypatch.setattr(transfer_tasks, 'SCHOOL_DIGITS', 16) # 1500 lessons take a minute
     out = tmp_path/'run'
     ran('run', *words, *TINY, '--method', 'naive', '--out', out)
-    assert files(out) == ALWAYS
+    assert files(out) == ALWAYS | (INHERITED if words[0] == 'maths' else set())
     t = pd.read_parquet(out/'intervals.parquet')
     assert metrics <= set(t.metric) and set(t.role) == {'floor', 'baseline', 'student', 'ceiling'}
 
