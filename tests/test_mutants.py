@@ -549,7 +549,9 @@ def test_students_of_demonstrations_learn_their_own_lesson_and_the_ceiling_the_g
     seen = []
     exam = SimpleNamespace(questions=['q1', 'q2'], gold=['g1', 'g2'], name='')
     site = SimpleNamespace(
-        config=SimpleNamespace(weak=('pico', 'nano'), methods=('naive',), via='', examples=2, ablation=(), student='settings'),
+        config=SimpleNamespace(
+            weak=('pico', 'nano'), methods=('naive',), via='', examples=2, ablation=(), student='settings', twin=False
+        ),
         form=None,
         seed=0,
         strong=SimpleNamespace(name='base'),
