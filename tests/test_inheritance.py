@@ -1,13 +1,16 @@
 "What becomes of a supervisor's errors: counts worked out by hand, intervals of textbooks, and a twin with as many errors at other places"
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 
+from w2s.compare import demonstration_arms
 from w2s.compare.demonstration_settings import fill_demonstrations
 from w2s.compare.inheritance import NEITHER, judge_items, judge_predictions, why_no_inheritance
 from w2s.data.rows import make_rows, to_pairs
-from w2s.errors import ConfigError
+from w2s.errors import ConfigError, DataError
 from w2s.evaluate.inheritance import (
     confidence_bins,
     inheritance_table,
@@ -214,6 +217,19 @@ def test_where_nothing_is_right_or_wrong_that_is_said():
 def test_a_twin_needs_answers_that_are_right_or_wrong(settings, said):
     with pytest.raises(ConfigError, match=said): fill_demonstrations(dict(settings, twin=True))
     assert fill_demonstrations(dict(task='math', twin=True)).twin
+
+
+def test_a_twin_refuses_scores_that_say_neither_right_nor_wrong(monkeypatch):
+    "A count of words would make a twin without a single error"
+    context = SimpleNamespace(
+        config=SimpleNamespace(judge='count'),
+        rows=SimpleNamespace(unlabelled=SimpleNamespace(score=lambda said: {'count': np.array([1., 4.])}, gold=['a', 'b'])),
+        seed=0,
+    )
+    monkeypatch.setattr(demonstration_arms, 'scores_by_function', lambda judge: True)
+    monkeypatch.setattr(demonstration_arms, 'task_measures', lambda config: ('count', 'count'))
+    with pytest.raises(DataError, match='count gives numbers other than 1 and 0'):
+        demonstration_arms.twin_arm(context, SimpleNamespace(weak='pico', extra={'given': ['x', 'y']}))
 
 
 def test_names_of_twins():

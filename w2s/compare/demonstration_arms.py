@@ -165,9 +165,11 @@ def twin_arm(
     context: Context, # of the run, with good answers
     weak: Arm,        # a weak model
 ) -> Arm:
-    "A student of good answers of which as many, at random, are wrong as the weak model's"
-    a = context.rows.unlabelled
-    right = a.score(weak.extra['given'])[task_measures(context.config)[0]]
+    "A student of good answers of which as many, at random, are wrong as the weak model's; raises `DataError` where none is right or wrong"
+    a, measure = context.rows.unlabelled, task_measures(context.config)[0]
+    right = a.score(weak.extra['given'])[measure]
+    if scores_by_function(context.config.judge) and not np.isin(right[~np.isnan(right)], (0, 1)).all():
+        raise DataError(f'--twin needs answers that are right or wrong, and {measure} gives numbers other than 1 and 0; leave --twin out')
     answers = deal_answers(a.gold or [], int((right < 1).sum()), context.seed)
     return student_arm(context, pair_answers(context, 'twin', weak.weak, answers, f'twin:{weak.weak}'), 'baseline')
 
