@@ -13,6 +13,7 @@ import pytest
 import w2s.compare
 from w2s.compare import answer as answer_stages
 from w2s.compare import demonstration_files as transfer_files
+from w2s.compare import demonstration_mixes as transfer_mixes
 from w2s.compare import demonstration_stages as transfer_stages
 from w2s.compare import gold, learn, models, preference_stages, score, supervisors, toxicity_arms, toxicity_scores
 from w2s.compare import label_stages as class_stages
@@ -43,6 +44,7 @@ MODULES = [
     toxicity_scores,
     toxicity_arms,
     transfer_files,
+    transfer_mixes,
     transfer_stages,
 ]
 
@@ -188,6 +190,14 @@ def classifier(n, readout):
 def judged(n):
     c = SimpleNamespace(task=n.task, concept=n.concept, instruction='', repeats=n.repeats)
     return transfer_files.score_by_judge(study(n, c), n.model, n.prompts)(n.said[0]*2)
+
+
+def doubt(n):
+    "How sure a weak model was of its answers"
+    rows = SimpleNamespace(seed=n.seed, unlabelled=SimpleNamespace(questions=n.prompts), labelled=SimpleNamespace(questions=[], gold=[]))
+    context = transfer_stages.Context(study(n, SimpleNamespace(demonstrator='tuned', demonstrate=n.how)), rows, n.model, WORLD, n.how)
+    said = [answer for (answer,) in n.said]
+    return transfer_mixes.answer_doubt(context, SimpleNamespace(weak='pico', model=n.model, adapter=n.adapter, extra={'given': said}))
 
 
 CASES = { # stage: (call, input -> what is changed, inputs that are always the same in this stage)
@@ -359,6 +369,11 @@ CASES = { # stage: (call, input -> what is changed, inputs that are always the s
         SAID | dict(scorer=change(key=lambda k: 'another')),
         set(),
     ),
+    'doubt': (
+        doubt,
+        MODEL | dict(policy=POLICY['policy'], rows=change(said=lambda s: [['a'], ['c']])),
+        {'what'},
+    ),
     'ratings': (
         judged,
         MODEL
@@ -467,7 +482,7 @@ def test_every_stage_is_looked_at_here():
         'label_stages._probe_stage',
         'label_stages.ask_stage',
         'demonstration_stages.train_sft',
-        'demonstration_mixes.answer_doubt', # by `score_stage`, with the tokens of the answers
+        'demonstration_mixes.answer_doubt',
         'toxicity_arms.train_on_lines',
         'toxicity_arms.train_on_pairs',
         'toxicity_arms.judge_pairs',
