@@ -12,6 +12,8 @@ from families import FAMILIES, make_model
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from typer.testing import CliRunner
 
 import w2s.export.export as exports
@@ -33,6 +35,7 @@ from w2s.export.plain import read_back, score_rows, token_logps
 from w2s.io.manifests import MANIFEST
 from w2s.models.adapters import CLASS_HEAD, HEAD, LoraSettings, add_adapter, save_adapter
 from w2s.models.class_heads import add_class_adapter
+from w2s.models.four_bits import METHOD
 from w2s.models.heads import add_reward_adapter
 from w2s.models.load import LoadSettings, load_base
 from w2s.report.write import write
@@ -167,6 +170,13 @@ def test_dropout_of_the_base_is_kept_in_its_config(tmp_path):
     model, held, mine, untuned = trained_on('gpt2', tmp_path, resid_pdrop=.25)
     merged_says(model, held, 'dequantized', tmp_path)
     assert json.loads((tmp_path/'dequantized'/'config.json').read_text(encoding='utf-8'))['resid_pdrop'] == .25
+
+
+def test_a_page_that_defines_the_quantizer_again_changes_nothing(tmp_path, monkeypatch):
+    "Pages are tests and run in this process: what they leave in the tables of transformers is not what a later load uses"
+    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, METHOD, Bnb4BitHfQuantizer)
+    base = load_base(make_model('mixtral', tmp_path/'base'), LoadSettings('nf4', 'float32'))
+    assert sum(w.numel() for w in four_bit_weights(base.model).values()) == base.bits.four > 0
 
 
 @pytest.mark.parametrize('name', ['llama', 'mixtral', 'gpt2'])

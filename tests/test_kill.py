@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -72,9 +73,19 @@ def start(home, out):
     return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=open(out.with_suffix('.log'), 'ab'))
 
 
+REPORTS = ('report.md', 'report.html')
+OF_THE_RUN = re.compile(rb'(?:Command|Date|Time): [^\n<]*|<footer>[^<]*')
+
+
 def content(path):
-    "What a file says; of a manifest without time, process and seconds, which are those of its run"
-    return json.dumps(read_manifest(path)['files']).encode() if path.name == 'manifest.json' else path.read_bytes()
+    """What a file says; of a report without command, date and time, of a manifest without time, process, seconds and the hashes of reports:
+    all these are those of its run"""
+    if path.name == 'manifest.json':
+        return json.dumps({k: v for k, v in read_manifest(path)['files'].items() if k not in REPORTS}).encode()
+    if path.name not in REPORTS: return path.read_bytes()
+    plain, found = OF_THE_RUN.subn(b'', path.read_bytes())
+    assert found == (4 if path.suffix == '.html' else 3), f'{path}: {found} lines of its run'
+    return plain
 
 
 def contents(out):

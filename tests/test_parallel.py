@@ -54,11 +54,14 @@ sft = {{batch_size = 4, epochs = 1, learning_rate = 1e-3, checkpoint_every = 2, 
 dpo = {{batch_size = 4, epochs = 2, learning_rate = 1e-3, checkpoint_every = 2, token_budget = 300}}
 '''
 MINE = '''
+import time
 import torch.nn.functional as F
 from w2s.compare.extensions import loss
 
 @loss('own_dpo')
-def own_dpo(gap, beta): return -F.logsigmoid(beta*gap)
+def own_dpo(gap, beta):
+    time.sleep(.05) # so that a training can be shot at while it goes on
+    return -F.logsigmoid(beta*gap)
 '''
 needs_ray = pytest.mark.skipif(find_spec('ray') is None, reason='Ray is not installed')
 needs_proc = pytest.mark.skipif(not Path('/proc/locks').exists(), reason='finds the process that works on a stage in /proc')
@@ -146,7 +149,7 @@ def holders(out):
 
 
 def kill_one(process, out, stage='-dpo'):
-    "Kill whoever works on a training of a preference loss that has a checkpoint; which process that was"
+    "Kill the process that works on a training of a preference loss that has a checkpoint; which process that was"
     while process.poll() is None:
         for name, pid in holders(out).items():
             if 'own' in name and list((out/'stages'/f'.unfinished-{name}').glob('checkpoints/step-*')):

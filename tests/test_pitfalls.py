@@ -1013,6 +1013,23 @@ BEFORE = {'weak-seed0-sft', 'ceiling-seed0-sft', *SFT_HUMAN} # what comes before
 RESPONSES = {k for k in EVERY if k.endswith('-responses')}
 TESTED = {k for k in EVERY if k.endswith('-test')} | RESPONSES
 SOFT = {'labels': LabelUse(targets='soft')}
+MIXED = {'human_share': (.5,)}
+
+
+def mix(choice): return {'mixed-seed0-sft', 'mixed-seed0-dpo', *one(f'mixed-dpo-weak,-50%-human,-{choice}')}
+
+
+def member(k): return {f'weak-seed{1000*k}-{part}' for part in ('sft', 'dpo', 'labels')}
+
+
+def more_stages(config):
+    "What these settings ask for, next to EVERY"
+    more = {'weak-seed0-held-out'} if config.labels.calibrate else set()
+    if not config.human_share: return more
+    if 'disagree' in config.human_choice: more |= member(1) | member(2)
+    return more.union(*map(mix, config.human_choice))
+
+
 CHANGES = { # field: (another value, the stages that are not found any more[, what else is set before and after])
     'WeakTeacher.n_labelled': (12, {'weak-seed0-sft', 'weak-seed0-labels', *FLOOR, *TAUGHT}),
     'WeakTeacher.n_unlabelled': (12, TRAINED - {'weak-seed0-sft', *FLOOR}),
@@ -1029,6 +1046,13 @@ CHANGES = { # field: (another value, the stages that are not found any more[, wh
     'WeakTeacher.samples': (2, RESPONSES),
     'WeakTeacher.temperature': (1.0, RESPONSES),
     'WeakTeacher.response_tokens': (5, RESPONSES),
+    'WeakTeacher.twin': (True, set()), # one training more
+    'WeakTeacher.human_share': ((.5,), set()),
+    'WeakTeacher.human_choice': (('uncertain',), mix('random'), MIXED),
+    'WeakTeacher.ensemble': (2, mix('disagree') | member(2), MIXED | {'human_choice': ('disagree',)}),
+    'WeakTeacher.price_human': (2., set(), MIXED),
+    'WeakTeacher.price_weak': (.1, set(), MIXED),
+    'WeakTeacher.target': ('pgr=0.5', set(), MIXED),
     'WeakTeacher.gold': ('b', set()),
     'WeakTeacher.gold_quantize': ('nf4', set()), # scores are kept by its name and bits, beside the stages
     'LoadSettings.packing': ('off', set()),
@@ -1072,7 +1096,7 @@ MORE = [ # other values, where one does not tell the whole
     ('LabelUse.targets', 'soft', STUDENT, {'labels': LabelUse(weights='confidence')}),
     ('LabelUse.targets', 'soft', STUDENT, {'loss': 'ipo'}),
 ]
-PATHS = {'WeakTeacher.data', 'WeakTeacher.weak', 'WeakTeacher.strong', 'WeakTeacher.imports'} # by content, below
+PATHS = {'WeakTeacher.data', 'WeakTeacher.weak', 'WeakTeacher.strong', 'WeakTeacher.imports', 'WeakTeacher.also_test'} # by content, below
 # for folders, and for rows that are texts; what they change: test_hub, test_chat_rows
 REFUSED = {'LoadSettings.revision', 'LoadSettings.chat_template'}
 READING = {'WeakTeacher.column', 'WeakTeacher.leave_out', 'WeakTeacher.split'} # of a file; what is read counts, by content
@@ -1127,7 +1151,7 @@ def test_pitfall_17_a_key_changes_if_and_only_if_the_setting_matters(asked, plai
     place = part or PLACES[cls]
     config = replace(old, **{place: replace(getattr(old, place), **{name: value})} if place else {name: value})
     assert config != old or name == 'strict' # True would stop the run or change nothing; see test_pitfall_08
-    assert {k.replace(f'-{old.loss}', '-dpo') for k in plain} == EVERY | ({'weak-seed0-held-out'} if old.labels.calibrate else set())
+    assert {k.replace(f'-{old.loss}', '-dpo') for k in plain} == EVERY | more_stages(old)
     changed = {k.replace(f'-{old.loss}', '-dpo') for k in changed_keys(plain, config, tmp_path, monkeypatch)}
     assert changed == declared
 

@@ -165,6 +165,8 @@ class NF4Config(BitsAndBytesConfig):
     def __init__(self, dtype: torch.dtype = torch.bfloat16, **other: Any):
         super().__init__(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
         self.quant_method: Any = METHOD
+        # here and not at import: a page that defines these classes again must not change later loads
+        AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD], AUTO_QUANTIZER_MAPPING[METHOD] = NF4Config, NF4Quantizer
 
 # %% ../../nbs/api/models/040_four_bits.ipynb #b6e5e3ee
 class _Pack(ConversionOps):
@@ -219,5 +221,3 @@ class NF4Quantizer(Bnb4BitHfQuantizer):
             at, _, leaf = name.rpartition('.')
             put_in_four_bits(model.get_submodule(at), leaf, state)
         return super()._process_model_after_weight_loading(model, **kwargs)
-
-AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD], AUTO_QUANTIZER_MAPPING[METHOD] = NF4Config, NF4Quantizer
