@@ -9,6 +9,7 @@ import base64
 import io
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -82,4 +83,6 @@ if __name__ == '__main__':
             nb = read_nb(notebook)
             small_outputs(nb)
             write_nb(nb, notebook)
-        else: run_save(notebook.resolve(), args.flags)
+        elif len(args.notebooks) == 1: run_save(notebook.resolve(), args.flags)
+        else: # in a process of its own: options that one page sets do not reach the next
+            subprocess.run([sys.executable, __file__, '--flags', args.flags, str(notebook)], check=True)

@@ -35,7 +35,8 @@ def progress_bar(
     )
 
 # %% ../../nbs/api/io/40_console.ipynb #dcb2b7da
-MARKS = re.compile(r'[\\`*<>|&~$]|(?<![^\W_])_|_(?![^\W_])|(?<!\S)#|\[(?!-?[\d.]+, -?[\d.]+\](?![(\[:]))') # except an interval such as [0.1, 0.2]
+# an interval such as [0.1, 0.2] stays as it is
+MARKS = re.compile(r'[\\`*<>|&~$]|(?<![^\W_])_|_(?![^\W_])|(?<!\S)#|\[(?!-?[\d.]+, -?[\d.]+\](?![(\[:]))')
 
 def escape_markdown(
     text: Any, # a text, or something that is shown as one
