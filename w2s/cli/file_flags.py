@@ -40,7 +40,7 @@ def out_options(
         return Annotated[kind, typer.Option(*names, rich_help_panel='Output', **more)], default
     return {
         'out': of(
-            Path | None, parser=out_path, metavar='PATH', help=f'file for {command.makes}; a report comes beside it, as .md and .json'
+            Path | None, parser=out_path, metavar='PATH', help=f'file for {command.makes}; a report is written next to it, as .md and .json'
         ),
         'work': of(Path | None, parser=out_path, metavar='PATH', help='folder where a killed job goes on (default: as out, with .work)'),
         'config': of(Path | None, help='TOML file with any settings; flags win over it'),

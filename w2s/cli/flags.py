@@ -236,7 +236,7 @@ def vary_command(
     with all_processes():
         varied = run_varied(table, str(asked.vary), split_names(asked.values or ''), asked.out, keep=asked.keep, cls=command.settings)
         where = from_main(lambda: write_varied(varied), 'the results')
-    typer.echo(f'\n{varied}\n\nwritten to {where}, with tables and a figure beside it')
+    typer.echo(f'\n{varied}\n\nwritten to {where}, with tables and a figure in the same folder')
 
 # %% ../../nbs/api/cli/030_flags.ipynb #c98862e5
 def _old_options(cls: Any) -> dict[str, Any]:
@@ -345,10 +345,10 @@ def add_command(
     "Register an experiment"
     first, _, rest = command.told.partition('\n\n')
     if command.needs and not command.preset:
-        rest = 'Defaults for rows of the embedded world and for models that come with w2s stand behind each flag.'
+        rest = 'Defaults for rows of the embedded world and for models that come with w2s are shown with each flag.'
     rest = (
         rest
-        or 'Without arguments: the embedded world and models that come with w2s. Other defaults hold there; they stand behind each flag.'
+        or 'Without arguments: the embedded world and models that come with w2s. Other defaults hold there; they are shown with each flag.'
     )
     program.command(
         name,

@@ -77,7 +77,7 @@ def fit_command(
     from w2s.data.toxicity_rows import read_toxicity
     from w2s.evaluate.toxicity_scorers import fit_ridge, save_ridge, why_useless
     if not 0 < held_out < 1:
-        raise ConfigError(f'--held-out is {held_out}; a share between 0 and 1 is needed: a scorer that was not measured is worth nothing')
+        raise ConfigError(f'--held-out is {held_out}; a share between 0 and 1 is needed: a scorer that was not measured says nothing')
     keep_inputs([out/name for name in ('card.json', 'ridge.npz', 'words.txt', 'letters.txt')], data)
     told = spread_columns(dict(column=column, text=text, score=score, group=group), 'scored')
     found = read_toxicity(data, **told, leave_out=column_names(leave_out), splits=named_pairs(split, '--split', SPLITS) or None)
@@ -235,4 +235,4 @@ def score_command(
     mean = f'mean {sum(known)/len(known):.3f}, {sum(x >= .5 for x in known):,} at ½ or over' if known else 'no text could be scored'
     typer.echo(f'{len(known):,} of {len(done):,} texts scored by {scorer} ({empty:,} empty, {failed:,} failed); {mean}')
     for line in warnings_of(raw, done if out.suffix == '.csv' else None, getattr(judge, 'card', None)): typer.echo(line)
-    typer.echo(f'written to {out}, with {_about(out).name} beside it')
+    typer.echo(f'written to {out}, with {_about(out).name} next to it')

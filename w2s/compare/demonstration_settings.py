@@ -175,7 +175,7 @@ def task_measures(
 def _check_ablation(c: DemonstrationSettings) -> None:
     "Numbers of examples"
     if odd := [n for n in c.ablation if n < 1]:
-        raise ConfigError(f'ablation holds {odd[0]}; numbers of examples begin at 1 (0 is the un-tuned model, which is always tested)')
+        raise ConfigError(f'ablation holds {odd[0]}; numbers of examples begin at 1 (0 is the untuned model, which is always tested)')
     if len(set(c.ablation)) < len(c.ablation): raise ConfigError(f'ablation {list(c.ablation)} holds a number twice')
 
 # %% ../../nbs/api/compare/420_demonstration_settings.ipynb #3bf9b7e2

@@ -141,7 +141,7 @@ class Classify(MixSettings):
     # the column of the class holds scores, and class 1 begins here
     threshold: float | None = setting(None, 'Data', say='0.5 for data sets that are known for scores, else none')
     classes: tuple[str, ...] = setting((), 'Data', say='as found, sorted') # names of the classes in their order
-    # label words, one a class, that readout words compares and a head begins with; on the command line each is put behind a space
+    # label words, one a class, that readout words compares and a head begins with; on the command line each is put after a space
     words: tuple[str, ...] = setting((), 'Method', say='those of the data', read=space_words)
     contradictions: str = setting('keep', 'Data')     # texts with two different labels: keep (and count), drop or refuse
     via: tuple[str, ...] = setting((), 'Models')      # models in between: each learns from the labels of the one before, and labels anew

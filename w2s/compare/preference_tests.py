@@ -109,7 +109,7 @@ def _as_test(name: str, source: str, rows: Dataset, numbers: Sequence[int], raw:
 
 # %% ../../nbs/api/compare/320_preference_tests.ipynb #0033d62d
 def pairs_to_items(
-    scores: Mapping[str, np.ndarray], # metric -> one number a pair
+    scores: Mapping[str, np.ndarray], # metric -> one number per pair
     test: FurtherTest,                # of `read_pair_test`
 ) -> list[tuple[list[str], dict[str, np.ndarray]]]: # ids of items, and metrics of these items
     "Scores of pairs as scores of items, by the rule that the good response beats all others"

@@ -31,7 +31,7 @@ def _cells(reader: Any, where: str, sep: str) -> Iterator[dict[str, str]]:
 
 # %% ../../nbs/api/data/080_csv_rows.ipynb #3f9e86a7
 LONGEST_CELL = 2**31 - 1 # Python's own bound is 131,072 characters
-HOW_QUOTED: dict[str, dict[str, Any]] = {'': {}, 'quotation marks behind a backslash are characters': dict(escapechar='\\'),
+HOW_QUOTED: dict[str, dict[str, Any]] = {'': {}, 'quotation marks after a backslash are characters': dict(escapechar='\\'),
                                          # what is said -> of `csv.reader`
                                          'quotation marks are characters, since they do not pair': dict(quoting=csv.QUOTE_NONE)}
 

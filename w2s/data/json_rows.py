@@ -110,7 +110,7 @@ def list_rows(
         elif text[place : place + 1] != ']':
             raise DataError(f'{at(place)}: not JSON (a comma or the end of the list is missing behind row {n}); correct or remove it')
     if (rest := _blank_end(text, place + 1)) < len(text):
-        raise DataError(f'{at(rest)}: not JSON (there is something behind the list); correct or remove it')
+        raise DataError(f'{at(rest)}: not JSON (there is something after the list); correct or remove it')
 
 # %% ../../nbs/api/data/060_json_rows.ipynb #7c99b6e6
 def is_messages(

@@ -170,7 +170,7 @@ def turns_of(
 
 # %% ../../nbs/api/data/130_prompts.ipynb #f93c44fc
 UNREADABLE = 'the prompt, or what belongs to it, is neither text nor messages of texts'
-TWO_SYSTEMS = 'the messages have a system prompt, and the column beside them another one'
+TWO_SYSTEMS = 'the messages have a system prompt, and the next column another one'
 
 def _part(cell: Any) -> str | None:
     "A cell that is read before or after a question; None: it holds no text"

@@ -22,7 +22,7 @@ def finite(
 ) -> np.ndarray:                          # float64, shape (rows,)
     "Numbers as a flat float64 array; `DataError` where one is NaN or infinite, or there are none"
     x = np.asarray(values, dtype=np.float64)
-    if x.ndim != 1 or not len(x): raise DataError(f'{what}: one number a row is needed, got an array of shape {x.shape}')
+    if x.ndim != 1 or not len(x): raise DataError(f'{what}: one number per row is needed, got an array of shape {x.shape}')
     bad = np.flatnonzero(~np.isfinite(x))
     if len(bad): raise DataError(f'{what}: {len(bad)} of {len(x)} values are not finite (the first is {x[bad[0]]}, at position {bad[0]}); '
                                  'look for the row that made the model overflow before counting it as wrong')

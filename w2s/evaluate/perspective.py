@@ -99,7 +99,7 @@ def read_cache(
         if not line: continue
         try: row = json.loads(line); known[row['key']] = float(row['score'])
         except (ValueError, KeyError, TypeError) as e:
-            if n < len(lines): raise DataError(f'{path}, line {n}: no answer of the service; move the file away, or mend the line') from e
+            if n < len(lines): raise DataError(f'{path}, line {n}: no answer of the service; move the file away, or correct it') from e
     return known
 
 # %% ../../nbs/api/evaluate/260_perspective.ipynb #b56f11df

@@ -55,7 +55,7 @@ def _range(metric: str) -> Bounds: return (0., 1.) if metric == 'accuracy' else 
 class Said:
     "What a model says of the test examples"
     scores: Scores             # log-probs or rewards
-    right: np.ndarray | None   # the metric, one number a row; NaN: not of this row; None: there is none
+    right: np.ndarray | None   # the metric, one number per row; NaN: not of this row; None: there is none
 
 def say_rows(
     held: HeldOut,           # test examples

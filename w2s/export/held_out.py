@@ -43,9 +43,9 @@ from .arms import Trained, reference_adapter
 from .plain import Scores, Sequence_, greedy_texts
 
 # %% ../../nbs/api/export/40_held_out.ipynb #6df81d03
-Right = Callable[[Scores, Scores], np.ndarray] # scores of a model, and of the reference (empty: there is none) -> one number a row
+Right = Callable[[Scores, Scores], np.ndarray] # scores of a model, and of the reference (empty: there is none) -> one number per row
 
-Answer = Callable[[torch.nn.Module], np.ndarray] # of a model: one number a row
+Answer = Callable[[torch.nn.Module], np.ndarray] # of a model: one number per row
 
 @dataclass(frozen=True)
 class HeldOut:

@@ -76,7 +76,7 @@ def fit_sharpness(
     m, p = np.asarray(margins, float), np.asarray(prob_a, float)
     w = np.ones(len(m)) if weights is None else np.asarray(weights, float)
     if m.ndim != 1 or not m.shape == p.shape == w.shape:
-        raise DataError(f'margins, labels and weights have shapes {m.shape}, {p.shape}, {w.shape}; want one number a row each')
+        raise DataError(f'margins, labels and weights have shapes {m.shape}, {p.shape}, {w.shape}; want one number per row each')
     if not (np.isfinite(m).all() and ((p >= 0) & (p <= 1)).all() and (np.isfinite(w) & (w >= 0)).all()):
         raise DataError('a margin or a weight is not finite, a weight is below 0, or a label is missing '
                         'or not between 0 and 1; leave such rows out')
@@ -99,7 +99,7 @@ def fit_temperature(
     k = fit_sharpness(margins, prob_a, weights)
     if k == 0:
         raise DataError(f'on {len(margins)} rows, large margins agree with the labels no more than small ones: '
-                        'no temperature can mend them. Train the supervisor longer or on more rows, or fit on more rows')
+                        'no temperature can correct them. Train the supervisor longer or on more rows, or fit on more rows')
     return 1 / k
 
 # %% ../../nbs/api/feedback/020_confidence.ipynb #9732550f

@@ -174,7 +174,7 @@ def check_adapter(
     if (folder/MANIFEST).is_file() and (damage := find_damage(folder)):
         raise ModelError(
             f'the adapter in {folder} is damaged: {damage[0]}; copy it again, or train it again (if you changed the file yourself, delete '
-            f'{MANIFEST} beside it)'
+            f'{MANIFEST} next to it)'
         )
     config = check_adapter_files(folder)
     if (folder/'w2s.json').is_file():

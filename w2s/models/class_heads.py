@@ -32,7 +32,7 @@ def tokens_in_place(
         start, *whole = tokenizer([text, *(text + w for w in words)], add_special_tokens=False)['input_ids']
         if start and all(len(i) > len(start) and i[:len(start)] == start for i in whole): return [i[len(start):] for i in whole]
     raise ConfigError(
-        f'the label words {", ".join(map(repr, words))} have no tokens of their own behind a text; begin them with a space, or let the '
+        f'the label words {", ".join(map(repr, words))} have no tokens of their own after a text; begin them with a space, or let the '
         'head begin at random'
     )
 
