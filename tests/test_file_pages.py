@@ -42,8 +42,8 @@ def made(request, tmp_path_factory):
     elif kind == 'refine':
         rows = [dict(question=f'What is {i}?', answer=EVIL) for i in range(3)]
         write_lines(home/'rows.jsonl', rows)
-        said = start('refine', '--strong', 'scholar', '--questions', home/'rows.jsonl', '--method', 'ask-to-improve', '--max-tokens', 8, '--out',
-                     home/'made.jsonl')
+        words = '--strong scholar --method ask-to-improve --max-tokens 8'.split()
+        said = start('refine', '--questions', home/'rows.jsonl', *words, '--out', home/'made.jsonl')
         page = home/'made.html'
     else:
         words, setting = VARIED[kind]
