@@ -13,8 +13,8 @@ import make_sidebar
 
 LLMS = make_sidebar.NBS/'llms.txt'
 HOW = ('Documentation of the Python package and command `w2s`. API pages are named as their modules: '
-       'api/evaluate/pgr is the page of `w2s.evaluate.pgr`. `pip install w2s`, then `w2s run preferences` is a whole experiment without a network; '
-       '`w2s --help` lists all commands.')
+       'api/evaluate/pgr is the page of `w2s.evaluate.pgr`. `pip install w2s`, then `w2s run preferences` is a whole experiment without '
+       'a network; `w2s --help` lists all commands.')
 
 
 def settings() -> dict[str, str]:
