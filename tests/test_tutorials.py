@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 from w2s import __version__
 from w2s.cli.app import app
 from w2s.cli.guard import GuardedGroup
-from w2s.cli.notebooks import LIST, copy_notebooks, plain_cell, site_links, tutorials_folder
+from w2s.cli.notebooks import LIST, SITE, copy_notebooks, plain_cell, site_links, tutorials_folder
 from w2s.errors import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -149,6 +150,12 @@ LINKS = {
 
 @pytest.mark.parametrize('text', LINKS)
 def test_links_out_of_the_folder_lead_to_the_site(text): assert site_links(text) == LINKS[text]
+
+
+def test_the_site_is_that_of_the_settings():
+    ini = ConfigParser(delimiters=['='])
+    ini.read(ROOT/'settings.ini', encoding='utf-8')
+    assert ini['DEFAULT']['doc_host'] + ini['DEFAULT']['doc_baseurl'] == SITE
 
 
 @pytest.mark.parametrize('source,folded', [('#| hide\nimport os', True), ('#|hide\nimport os', True), ('#| slow\nimport os', False),
