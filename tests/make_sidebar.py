@@ -61,16 +61,20 @@ def entries(pages: list[str], indent: int, names: dict[str, str] | None = None) 
     return lines
 
 
-def sidebar() -> str:
-    "The whole file"
-    lines = ['# Made by tests/make_sidebar.py: change it there, not here', 'website:', '  sidebar:', '    contents:']
-    sections = {
+def sections() -> dict[str, tuple[list[str], dict[str, str] | None]]:
+    "All sections but the API: their pages, and names of pages that are not their titles"
+    return {
         'Start here': (list(START), None),
         'Tutorials': ([p for p in pages_in('tutorials') if p not in START], None),
         'Papers': (pages_in('papers'), PAPERS),
         'Background': (pages_in('explanations'), None),
     }
-    for name, (pages, names) in sections.items():
+
+
+def sidebar() -> str:
+    "The whole file"
+    lines = ['# Made by tests/make_sidebar.py: change it there, not here', 'website:', '  sidebar:', '    contents:']
+    for name, (pages, names) in sections().items():
         lines += [f'      - section: {quoted(name)}', '        contents:', *entries(pages, 10, names)]
     lines += ['      - section: "API"', '        contents:']
     for folder, name in API.items():

@@ -17,10 +17,10 @@ from w2s.compare.upkeep import verify_folder
 from w2s.data.hygiene import DataReport
 from w2s.errors import ConfigError
 from w2s.experiments import labels
+from w2s.io.html import html_page, markdown_reader
 from w2s.io.manifests import INCOMPLETE, MANIFEST, read_manifest
 from w2s.report.again import EXPERIMENTS, _named, experiment_of, report_again
 from w2s.report.folder import fill_folder
-from w2s.report.html import html_page, markdown_reader
 from w2s.report.latex import escape_latex, latex_table
 from w2s.report.summary import gap_line, limitations, mde_words, not_significant, power_lines, question, verdict
 from w2s.report.write import write

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import make_llms
 import make_sidebar
 import pytest
 import refresh
@@ -126,6 +127,33 @@ def test_the_sidebar_has_every_page_once():
     assert set(listed) == {name(p) for p in PAGES} and set(listed.values()) == {1}
     sections = re.findall(r'^      - section: "(.*)"', text, re.M)
     assert sections == ['Start here', 'Tutorials', 'Papers', 'Background', 'API']
+
+
+def test_a_language_model_finds_every_page():
+    "llms.txt: each page once, by its address on the site, with its subtitle"
+    text = make_llms.LLMS.read_text(encoding='utf-8')
+    assert text == make_llms.llms(), 'run python tests/make_llms.py'
+    links = re.findall(r'^- \[.+?\]\((\S+)\)(: .+)?$', text, re.M)
+    assert Counter(a for a, _ in links) == Counter({make_llms.address(name(p)): 1 for p in PAGES})
+    assert all(told for _, told in links) and len(links) == text.count('\n- ')
+    assert text.startswith('# w2s\n\n> ') and '\n## API: ' in text and '.ipynb' not in text
+
+
+ADDRESS = {
+    'index.ipynb': 'https://w2s-project.github.io/w2s/index.html',
+    'api/data/030_rows.ipynb': 'https://w2s-project.github.io/w2s/api/data/rows.html',
+    'papers/24_burns.ipynb': 'https://w2s-project.github.io/w2s/papers/burns.html',
+    'api/10_errors.ipynb': 'https://w2s-project.github.io/w2s/api/errors.html',
+}
+
+
+@pytest.mark.parametrize('page', ADDRESS)
+def test_pages_have_addresses(page): assert make_llms.address(page) == ADDRESS[page]
+
+
+def test_the_site_publishes_the_list():
+    "At its root; it is named as a resource, since no page links to it"
+    assert re.search(r'^project: {.*resources: \[.*\bllms\.txt\b.*\]', (NBS/'_quarto.yml').read_text(encoding='utf-8'), re.M)
 
 
 # The checks find what they are for

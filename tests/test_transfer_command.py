@@ -343,7 +343,7 @@ def test_refine_writes_rows_and_report(home, tmp_path, method):
     )
     rows, weak_rows = lines(out), {r['question']: r['answer'] for r in lines(home/'weak.jsonl')}
     told = json.loads(out.with_suffix('.json').read_text(encoding='utf-8'))
-    assert files(tmp_path) == {'refined.jsonl', 'refined.md', 'refined.json', 'refined.work'} and f'written: {out}' in printed
+    assert files(tmp_path) == {f'refined.{s}' for s in ('jsonl', 'md', 'json', 'html', 'work')} and f'written: {out}' in printed
     assert (
         told['written'] == len(rows)
         and told['written'] + told['empty'] == told['questions'] == 12

@@ -31,6 +31,7 @@ from .guard import GuardedGroup, prepare_process
 from .label import add_label_command
 from .labels import COMMANDS as LABELS
 from .labels import add_commands
+from .notebooks import add_notebooks_command
 from .plan import add_plan_command
 from .refine import add_refine_command
 from .report import add_report_command
@@ -151,6 +152,7 @@ add_compare_command(app)
 add_export_command(app)
 add_check_command(app, {'preferences': PREFERENCES, **LABELS, **TRANSFERS, 'toxicity': TOXICITY})
 add_report_command(app)
+add_notebooks_command(app)
 app.add_typer(toxicity_app, name='toxicity', help='Train a toxicity scorer, or score texts.')
 
 # %% ../../nbs/api/cli/160_app.ipynb #7fa46e7b

@@ -17,6 +17,7 @@ import typer
 from ..compare.options import PANELS, Option
 from ..errors import ConfigError
 from ..files.jobs import work_folder
+from ..io.manifests import report_names
 from .flags import Keep, function_of, out_path, typed_settings, typer_option, with_file
 from .repeat import answer_once, ask_question
 
@@ -40,7 +41,7 @@ def out_options(
         return Annotated[kind, typer.Option(*names, rich_help_panel='Output', **more)], default
     return {
         'out': of(
-            Path | None, parser=out_path, metavar='PATH', help=f'file for {command.makes}; a report is written next to it, as .md and .json'
+            Path | None, parser=out_path, metavar='PATH', help=f'file for {command.makes}; a report comes with it, as .html, .md and .json'
         ),
         'work': of(Path | None, parser=out_path, metavar='PATH', help='folder where a killed job goes on (default: as out, with .work)'),
         'config': of(Path | None, help='TOML file with any settings; flags win over it'),
@@ -88,7 +89,8 @@ def written_text(
     out: Path,  # its file
 ) -> str:
     "The end of a job, for a terminal"
-    return f'\n{done}\n\nwritten: {out}, with a report in {out.with_suffix(".md").name} and {out.with_suffix(".json").name}'
+    _, *reports, last = report_names(out)
+    return f'\n{done}\n\nwritten: {out}, with a report in {", ".join(reports)} and {last}'
 
 # %% ../../nbs/api/cli/040_file_flags.ipynb #c8f417f4
 def do_once(

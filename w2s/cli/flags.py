@@ -236,7 +236,7 @@ def vary_command(
     with all_processes():
         varied = run_varied(table, str(asked.vary), split_names(asked.values or ''), asked.out, keep=asked.keep, cls=command.settings)
         where = from_main(lambda: write_varied(varied), 'the results')
-    typer.echo(f'\n{varied}\n\nwritten to {where}, with tables and a figure in the same folder')
+    typer.echo(f'\n{varied}\n\nwritten to {where.with_suffix(".html")}, with the same as Markdown, tables and a figure')
 
 # %% ../../nbs/api/cli/030_flags.ipynb #c98862e5
 def _old_options(cls: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import numpy as np
 from ..errors import ModelError, W2SWarning
 from ..io.disk import remove_tree
 from ..io.manifests import find_damage
+from ..io.track import track
 from ..models.adapters import LoraSettings, adapter_hash, add_adapter, load_adapter, save_adapter
 from ..models.load import Base
 from ..train import losses
@@ -128,8 +129,10 @@ def train_stage(
             if step in kept: save_adapter(adapted, base, going/'snapshots'/f'{step:06d}')
 
         try:
-            train(adapted, goal, settings, going, seed, name, study.quiet, after=keep).to_csv(folder/'history.csv', index=False)
+            curve = train(adapted, goal, settings, going, seed, name, study.quiet, after=keep)
+            curve.to_csv(folder/'history.csv', index=False)
             save_adapter(adapted, base, folder/'adapter')
+            if is_main(): track(study.config.machines.track, study.run.root, name, curve.to_dict('records'))
             if kept and is_main(): shutil.copytree(going/'snapshots', folder/'snapshots')
         finally: adapted.unload()
 

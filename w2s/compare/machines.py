@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, replace
 
 from ..errors import ConfigError, unknown
+from ..io.track import check_tracker
 from ..models.places import LoadSettings
 
 # %% ../../nbs/api/compare/030_machines.ipynb #5648adbd
@@ -28,9 +29,13 @@ class Machines:
     # ray: a Ray cluster that this machine belongs to, or else Ray on this machine; ray://HOST:10001: another cluster; none: no cluster
     on: str = ''
     gpu_share: float = 1.0         # share of a GPU that a worker under Ray takes: with 0.5 two of them share one
+    # trackio, wandb or tensorboard: gets the curve of each training, and the results; it has to be installed; none: no tracker
+    track: str = ''
 
     def __post_init__(self) -> None:
         if self.on == 'none': object.__setattr__(self, 'on', '')
+        if self.track == 'none': object.__setattr__(self, 'track', '')
+        check_tracker(self.track)
         _check_devices(self.devices)
         if self.on not in ('', 'ray') and not CLUSTER.fullmatch(self.on):
             raise ConfigError(f'--on {self.on}: {unknown(self.on, ("ray", "ray://HOST:10001"), "cluster")}')

@@ -306,7 +306,8 @@ def write_labels(
     )
     def rows(path: Path) -> None:
         with path.open('wb') as f: pq.write_table(trl_table(labelled).with_format('arrow')[:], f)
-    return publish_job(out, work, rows, report_text(labelled), told, settings)
+    told['question'] = f'How good are the labels of {told["labelled"]:,} pairs by {labelled.config.weak or labelled.config.supervisor}?'
+    return publish_job(out, work, rows, report_text(labelled), str(told['question']), told, settings)
 
 # %% ../../nbs/api/files/40_label.ipynb #bb825ef7
 def check_label_out(

@@ -269,7 +269,8 @@ def write_refined(
         models=list(done.models),
     )
     lines = ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in trl_rows(done))
-    return publish_job(out, work, lines, report_text(done), told, to_table(done.job))
+    asked = 'What did {strong} write for {questions:,} questions, by the method {method}?'.format(**facts(done))
+    return publish_job(out, work, lines, report_text(done), asked, told, to_table(done.job))
 
 # %% ../../nbs/api/files/50_refine.ipynb #4e06584f
 def refine_file(

@@ -19,7 +19,7 @@ from ..compare.result import Result
 from ..compare.settings import Settings, make_settings
 from ..compare.stages import Run, claim, walk_stages
 from ..errors import ConfigError
-from ..io.manifests import INCOMPLETE, MANIFEST, keep_edited, own_files, read_manifest
+from ..io.manifests import INCOMPLETE, MANIFEST, read_manifest
 from .write import write
 
 # %% ../../nbs/api/report/160_again.ipynb #fa69756c
@@ -92,7 +92,5 @@ def report_again(
     folder = Path(folder)
     table, made = finished_run(folder)
     settings, opener = EXPERIMENTS[experiment_of(table)]
-    files = own_files(folder/MANIFEST)
     result = result_again(folder, make_settings(_named(settings), table), opener, str(made.get('command', '')))
-    keep_edited(folder, files) # a run that is opened again says that it is incomplete, and then nothing would be kept
     return write(result, known=made)

@@ -6,6 +6,7 @@
 __all__ = ['PREFERENCES_PAGE', 'result_figure', 'responses_text', 'wins_text', 'varied_figure', 'varied_text', 'write_varied']
 
 # %% ../../nbs/api/report/080_preferences.ipynb #42160241
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -134,6 +135,7 @@ def varied_text(
 # %% ../../nbs/api/report/080_preferences.ipynb #c0f61624
 def write_varied(
     varied: Varied, # of `run_varied`; its folder is written to
+    more: Mapping[str, Callable[[Path], str]] | None = None, # further texts, name -> what makes it of the folder with the figure
 ) -> Path:          # the page of text
     "Write tables, figure, settings, versions of a variation into its folder; raises `ConfigError` where a user's file would be lost"
     name = varied.setting
@@ -149,5 +151,6 @@ def write_varied(
         }.items()
         if len(t)
     }
-    write_folder(varied.folder, None, tables, {name: lambda: varied_figure(varied)}, {f'{name}.md': varied_text(varied)}, prefix=f'{name}-')
+    texts = {f'{name}.md': varied_text(varied), **(more or {})}
+    write_folder(varied.folder, None, tables, {name: lambda: varied_figure(varied)}, texts, prefix=f'{name}-')
     return varied.folder/f'{name}.md'
