@@ -243,17 +243,17 @@ def clocked(work) -> tuple[float, float]:
     return time.process_time() - a, time.perf_counter() - b
 
 
-CASES = { # task -> what it is, contenders beside ours, rows
-    'dpo': ('DPO, reference counted in', ('theirs', 'plain', 'user'), {'base': 24, 'l25': 16}),
-    'sft': ('SFT', ('theirs', 'plain', 'user'), {'base': 24, 'l25': 16}),
-    'label': ('label pairs (two passes)', ('theirs', 'plain'), {'base': 32, 'l25': 16}),
-    'head': ('class head', ('theirs', 'plain'), {'base': 24, 'l25': 16}),
+CASES = { # task -> what it is, contenders beside ours, pairs by model
+    'dpo': ('DPO, reference counted in', ('theirs', 'plain', 'user'), {'base': 16, 'l25': 8}),
     'dpo_prompts': ('DPO, shared prompts', ('alone',), {'l25': 8}),
+    'sft': ('SFT', ('theirs', 'user'), {'base': 16, 'l25': 8}),
+    'label': ('label pairs (two passes)', ('theirs',), {'base': 32, 'l25': 16}),
+    'head': ('class head', ('theirs',), {'base': 16, 'l25': 8}),
     'label_prompts': ('label pairs, shared prompts', ('alone',), {'l25': 8}),
 }
 NAMES = {'theirs': 'TRL or transformers', 'plain': 'padded', 'user': 'TRL as started', 'alone': 'prompts not shared'}
-REPEATS = {'base': 5, 'l25': 3} # turns of each model
-FEW = {'base': {'plain': 3, 'user': 3}, 'l25': {'plain': 1, 'user': 1}} # contenders that take fewer
+FEW = {'plain': 1, 'user': 1} # turns of contenders that take fewer
+MEMORY = ('dpo', 'sft') # tasks whose memory is measured, each contender in a process of its own
 
 
 def random_rows(n: int) -> list[EncodedRow]:
@@ -283,28 +283,29 @@ def most_memory(who: str, task: str, folder: str, n: int, file: Path) -> float:
     return float(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def take_turns(task: str, name: str, folder: str, n: int, repeats: int, file: Path) -> pd.DataFrame:
+def take_turns(task: str, folder: str, n: int, repeats: int, file: Path) -> pd.DataFrame:
     "A row per turn: who, repeat, cpu and wall"
     made, found = {who: open_one(who, task, folder, n, file) for who in ('ours', *CASES[task][1])}, []
     for repeat in range(repeats):
         for who, one in made.items():
-            if repeat < FEW[name].get(who, repeats):
+            if repeat < FEW.get(who, repeats):
                 cpu, wall = seconds(who, task, one)
                 found.append(dict(who=who, repeat=repeat, cpu=cpu, wall=wall))
     return pd.DataFrame(found)
 
 
 def lines_of(task: str, name: str, folder: str, n: int, repeats: int, file: Path) -> list[str]:
-    turns, lines = take_turns(task, name, folder, n, repeats, file), []
+    turns, lines = take_turns(task, folder, n, repeats, file), []
     cpu, wall = (turns.pivot(index='repeat', columns='who', values=k) for k in ('cpu', 'wall'))
-    own = most_memory('ours', task, folder, n, file)
+    own = most_memory('ours', task, folder, n, file) if task in MEMORY else None
     for who in CASES[task][1]:
-        ratio, memory = (cpu[who]/cpu['ours']).dropna(), most_memory(who, task, folder, n, file)
+        ratio = (cpu[who]/cpu['ours']).dropna()
+        other = most_memory(who, task, folder, n, file) if own and who == 'theirs' else None
+        memory = f'{own:.2f} | {other:.2f} | {own / other:.2f}' if own and other else '– | – | –'
         spread = f' ({ratio.min():.2f} to {ratio.max():.2f})' if len(ratio) > 1 else ''
         lines.append(
             f'| {CASES[task][0]} | {name} | {n} | {NAMES[who]} | {len(ratio)} | {cpu["ours"].median():.2f} | {cpu[who].median():.2f} | '
-            f'**{ratio.median():.2f}**{spread} | {(wall[who] / wall["ours"]).median():.2f} | '
-            f'{own:.2f} | {memory:.2f} | {own / memory:.2f} |'
+            f'**{ratio.median():.2f}**{spread} | {(wall[who] / wall["ours"]).median():.2f} | {memory} |'
         )
         print(lines[-1], flush=True)
     return lines
@@ -333,7 +334,7 @@ def main() -> None:
     parser.add_argument('--data', type=Path, required=True)
     parser.add_argument('--models', nargs='+', default=['base', 'l25'])
     parser.add_argument('--tasks', nargs='+', default=list(CASES))
-    parser.add_argument('--repeats', type=int)
+    parser.add_argument('--repeats', type=int, default=5)
     parser.add_argument('--peak', nargs=4, help='measure the memory of one contender')
     a = parser.parse_args()
     torch.set_num_threads(1)
@@ -345,10 +346,10 @@ def main() -> None:
         return print(peak())
     lines: list[str] = []
     with tempfile.TemporaryDirectory() as place:
-        for name in a.models:
-            for task in a.tasks:
+        for task in a.tasks:
+            for name in a.models:
                 if (n := CASES[task][2].get(name)) is None: continue
-                lines += lines_of(task, name, write_model(name, Path(place)), n, a.repeats or REPEATS[name], a.data)
+                lines += lines_of(task, name, write_model(name, Path(place)), n, a.repeats, a.data)
                 write(lines)
 
 
