@@ -1,8 +1,8 @@
 """Five seeds at three betas in one folder, against fifteen separate runs: `python benchmarks/sweep.py`
 
 The sweep is `w2s run preferences --seeds 5 --vary beta --values .5,1,2`. The separate runs are the same study a seed and a beta at a time,
-each in a new folder: `--seeds 1 --beta B`, on rows made with another seed (`--data world:SEED`), since a run cannot begin at its second seed;
-each does the work of one seed at one value. Processor seconds of all processes, start of Python included. Writes sweep.md.
+each in a new folder: `--seeds 1 --beta B`, on rows made with another seed (`--data world:SEED`), since a run cannot begin at its second
+seed; each does the work of one seed at one value. Processor seconds of all processes, start of Python included. Writes sweep.md.
 """
 import argparse
 import os

@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_repeat import HEAVY, ROOT, Ran, add, change_text, flip, looks, remove
@@ -13,9 +13,12 @@ from typer.testing import CliRunner
 from w2s.cli import repeat
 from w2s.cli.app import app
 from w2s.cli.repeat import answer_file
+from w2s.compare.label_settings import Classify
+from w2s.compare.variations import result_prefix
 from w2s.data.samples import sample_preferences, write_samples
 from w2s.io.manifests import INCOMPLETE
 from w2s.models.tiny import tiny_model
+from w2s.report.varied import file_name
 
 TOML = '''
 data = "{home}/data"
@@ -175,23 +178,7 @@ def test_a_value_is_looked_at_like_a_setting(home, tmp_path):
     assert not runs(home, *varied)
 
 
-LABELS = 'run classify --data rows.jsonl --weak weak --strong strong --quantize none --dtype float32 --seeds 1 --lora-rank 2 ' \
-         '--n-labelled 16 --n-unlabelled 16 --others none'
-
-
-@pytest.mark.parametrize('setting, values', [('student.batch_size', '8,16'), ('--lr', '1e-3,2e-3')])
-def test_other_experiments_and_settings_with_a_dot(home, tmp_path, monkeypatch, setting, values):
-    monkeypatch.chdir(tmp_path)
-    for name in ('weak', 'strong'): shutil.copytree(home/'other', tmp_path/name)
-    rows = [f'{{"text": "The {a} is by the sea, number {i}.", "label": {i % 2}}}' for i in range(30) for a in ('fox', 'owl')]
-    Path('rows.jsonl').write_text('\n'.join(rows) + '\n')
-    asked = [*LABELS.split(), '--vary', setting, '--values', values, '--out', 'run']
-    done = CliRunner().invoke(app, asked)
-    assert done.exit_code == 0, done.output[-1500:] + repr(done.exception)
-    def run(*a, **k): raise Ran
-    monkeypatch.setattr('w2s.experiments.vary.run_varied', run)
-    again = CliRunner().invoke(app, asked)
-    assert again.exit_code == 0, repr(again.exception)
-    assert again.output == done.output.replace(': starting', ': found')
-    Path('rows.jsonl').write_text('\n'.join(rows[1:]) + '\n')
-    assert isinstance(CliRunner().invoke(app, asked).exception, Ran)
+@pytest.mark.parametrize('setting', ['n_labelled', 'student.batch_size', '--lr'])
+def test_the_manifest_is_looked_for_where_it_is_written(setting):
+    "Of kinds of feedback other than preferences, whose manifest the tests above find"
+    assert result_prefix(setting, Classify) == f'{file_name(SimpleNamespace(setting=setting))}-'
