@@ -178,7 +178,7 @@ def main() -> None:
     total = ' | '.join(f'{1e6*sum(f.values())/n:,.0f}' for n, f in found.items())
     lines.append(f'| all | {total} | {growth({n: sum(f.values()) for n, f in found.items()}):.2f} |')
     text = ['# Time per row', '', re.sub(r'\n(?!\n)', ' ', (__doc__ or '').split('\n\n')[1]).rsplit(' Writes', 1)[0], '',
-            'Microseconds of processor time per row. "–": not long enough to be measured at two sizes.', '', *lines, '',
+            'Microseconds of processor time per row, one run. "–": not long enough to be measured at two sizes.', '', *lines, '',
             f'{machine_line()}; other work ran on the machine.']
     Path(__file__).with_suffix('.md').write_text('\n'.join(text) + '\n', encoding='utf-8')
     print('\n'.join(lines))
