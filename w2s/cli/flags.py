@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Keep', 'out_path', 'check_places', 'with_file', 'typer_option', 'run_and_write', 'Command', 'Asked', 'plan_command',
-           'worker_command', 'settings_table', 'start_command', 'vary_command', 'typed_settings', 'function_of',
-           'command_function', 'add_command']
+           'worker_command', 'settings_table', 'start_command', 'run_variation', 'plan_variation', 'vary_command',
+           'typed_settings', 'function_of', 'command_function', 'add_command']
 
 # %% ../../nbs/api/cli/030_flags.ipynb #cdbff410
 import inspect
@@ -22,9 +22,10 @@ import typer
 from ..compare.config import WHOLE, merged, read_toml, split_names
 from ..compare.options import Option, kinds_of, option_settings, options_of
 from ..compare.settings import Settings, make_settings, new_settings
+from ..compare.variations import result_prefix, variants
 from ..errors import ConfigError
 from ..train.processes import all_processes, from_main, launched
-from .repeat import answer_once, ask_question
+from .repeat import Question, answer_once, ask_question, ask_variation
 
 # %% ../../nbs/api/cli/030_flags.ipynb #a5a6e771
 def out_path(
@@ -212,6 +213,30 @@ def start_command(
                 work() if asked.keep else answer_once(ask_question(command.opens, config, asked.out, command.models(config), sources), work)
             )
 
+# %% ../../nbs/api/cli/030_flags.ipynb #37cc9733
+def run_variation(
+    command: Command,      # an experiment
+    table: dict[str, Any], # settings that all values share
+    asked: Asked,          # folder, what is varied, and whether stages of other versions are kept
+) -> str:                  # what is printed
+    "Run a variation and write it; raises what a run raises"
+    from w2s.experiments.vary import run_varied
+    from w2s.report.varied import write_varied
+    varied = run_varied(table, str(asked.vary), split_names(asked.values or ''), asked.out, keep=asked.keep, cls=command.settings)
+    where = from_main(lambda: write_varied(varied), 'the results')
+    return f'\n{varied}\n\nwritten to {where.with_suffix(".html")}, with the same as Markdown, tables and a figure'
+
+# %% ../../nbs/api/cli/030_flags.ipynb #d25b8892
+def plan_variation(
+    command: Command,      # an experiment
+    table: dict[str, Any], # settings that all values share
+    asked: Asked,          # as in `run_variation`
+) -> str:                  # the data, and a line for each value
+    "What a variation would do; raises `DataError`, `ModelError` or `ConfigError`"
+    from w2s.experiments.vary import plan_varied
+    plans = plan_varied(table, str(asked.vary), split_names(asked.values or ''), asked.out, asked.keep, command.settings)
+    return '\n'.join([str(next(iter(plans.values())).report), *(f'{asked.vary} {at}: {p.summary}' for at, p in plans.items())])
+
 # %% ../../nbs/api/cli/030_flags.ipynb #d797424c
 def vary_command(
     command: Command,      # an experiment
@@ -219,24 +244,27 @@ def vary_command(
     asked: Asked,          # all else
 ) -> None:
     "Run a variation, write and print; raises `ConfigError` and what a run raises"
-    from w2s.experiments.vary import variants
-    configs = variants(table, str(asked.vary), split_names(asked.values or ''), command.settings)
+    setting, values = str(asked.vary), split_names(asked.values or '')
+    configs = variants(table, setting, values, command.settings)
     if launched() > 1: _check_launched(next(iter(configs.values())))
-    for c in configs.values():
-        check_places(command.models(c), [c.data, *command.sources(c)], None if asked.dry_run else asked.out, c.load.allow_pickle)
+    def check() -> None:
+        for c in configs.values():
+            check_places(command.models(c), [c.data, *command.sources(c)], None if asked.dry_run else asked.out, c.load.allow_pickle)
+    def work() -> str:
+        check()
+        return run_variation(command, table, asked)
+
+    if asked.worker:
+        check()
+        return worker_command(command, configs, asked)
     if asked.dry_run:
-        from w2s.experiments.vary import plan_varied
-        plans = plan_varied(table, str(asked.vary), split_names(asked.values or ''), asked.out, asked.keep, command.settings)
-        typer.echo(next(iter(plans.values())).report)
-        for at, p in plans.items(): typer.echo(f'{asked.vary} {at}: {p.summary}')
-        return
-    if asked.worker: return worker_command(command, configs, asked)
-    from w2s.experiments.vary import run_varied
-    from w2s.report.varied import write_varied
-    with all_processes():
-        varied = run_varied(table, str(asked.vary), split_names(asked.values or ''), asked.out, keep=asked.keep, cls=command.settings)
-        where = from_main(lambda: write_varied(varied), 'the results')
-    typer.echo(f'\n{varied}\n\nwritten to {where.with_suffix(".html")}, with the same as Markdown, tables and a figure')
+        check()
+        return typer.echo(plan_variation(command, table, asked))
+    models = [m for c in configs.values() for m in command.models(c)]
+    sources = [s for c in configs.values() for s in (c.data, *command.sources(c))]
+    def ask() -> Question:
+        return ask_variation(command.opens, setting, configs, asked.out, models, sources, result_prefix(setting, command.settings))
+    with all_processes(): typer.echo(work() if asked.keep else answer_once(ask(), work))
 
 # %% ../../nbs/api/cli/030_flags.ipynb #c98862e5
 def _old_options(cls: Any) -> dict[str, Any]:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MOST', 'LIBRARIES', 'SPOKEN', 'BESIDE', 'STAGE', 'texts_in', 'is_there', 'list_inside', 'hub_place', 'input_places',
            'list_states', 'same_inputs', 'code_hash', 'describe_surroundings', 'Question', 'ask_question',
-           'question_key', 'list_beside', 'stage_whole', 'stages_of', 'run_whole', 'hear_lines', 'lines_again',
-           'answer_file', 'is_held', 'find_answer', 'keep_answer', 'answer_once']
+           'question_key', 'ask_variation', 'list_beside', 'stage_whole', 'stages_of', 'run_whole', 'hear_lines',
+           'lines_again', 'answer_file', 'is_held', 'find_answer', 'keep_answer', 'answer_once']
 
 # %% ../../nbs/api/cli/020_repeat.ipynb #c6a79165
 import hashlib
@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
@@ -179,6 +179,7 @@ class Question:
     out: Path                       # folder of the run, or the file that a job writes
     places: list[Path] | None       # of `input_places`; None: it is always asked anew
     work: Path | None = None        # of a job: folder of its stages; None: that of the run
+    prefix: str = ''                # in front of the names of the results, where they share the folder with others: 'beta-'
 
     @property
     def stages(self) -> Path:
@@ -188,7 +189,8 @@ class Question:
     @property
     def results(self) -> tuple[Path, Path]:
         "Folder that the names of results begin in, and the manifest of the results"
-        return (self.out, self.out/MANIFEST) if self.work is None else (self.out.parent, file_manifest(self.out, self.work))
+        if self.work is not None: return self.out.parent, file_manifest(self.out, self.work)
+        return self.out, self.out/f'{self.prefix}{MANIFEST}'
 
 def ask_question(
     command: str,           # name of the experiment
@@ -220,6 +222,23 @@ def question_key(
         },
         sort_keys=True,
     )
+
+# %% ../../nbs/api/cli/020_repeat.ipynb #b910d88e
+def ask_variation(
+    command: str,                # name of the experiment
+    setting: str,                # that is varied
+    configs: Mapping[str, Any],  # value -> its settings
+    out: Path,                   # folder of stages and results
+    models: Iterable[str],       # names of the models of all values
+    sources: Iterable[str],      # names of the data of all values
+    prefix: str,                 # how the names of its results begin
+) -> Question:
+    "A variation with all that it rests on; raises `ModelError` for a model that is not there"
+    tables = {at: to_table(c) for at, c in configs.items()}
+    def of_all(name: str) -> list[str]: return list(dict.fromkeys(x for t in tables.values() for x in t.get(name) or ()))
+    whole = {'values': tables, 'imports': of_all('imports'), 'also_test': of_all('also_test')}
+    question = ask_question(f'{command} --vary {setting} {json.dumps(list(tables))}', whole, out, models, sources)
+    return replace(question, prefix=prefix)
 
 # %% ../../nbs/api/cli/020_repeat.ipynb #06797901
 BESIDE = ('.day', '.run.json', '.models.json', 'store', 'gold') # in the folder of a run, beside stages and results

@@ -127,7 +127,9 @@ def short_batches(
     out: list[np.ndarray] = []
     row: list[Sequence[int]] = []
     for d in sorted(docs, key=len):
-        if row and len(d)*(len(row) + 1) > positions: out, row = [*out, padded(row)], []
+        if row and len(d)*(len(row) + 1) > positions:
+            out.append(padded(row))
+            row = []
         row.append(d)
     if row: out.append(padded(row))
     return [out[i] for i in order.permutation(len(out))]

@@ -119,7 +119,8 @@ def cut_packed(
     for i in sorted(rows, key=lambda i: where[i]): # sorted() keeps the order of equals
         cost, keys = _cost(sequences[i], seen)
         if not out or size + cost > min(budget, most):
-            out, seen, size = [*out, []], set(), 0
+            out.append([])
+            seen, size = set(), 0
             cost, keys = _cost(sequences[i], seen)
         out[-1].append(i)
         seen, size = seen | keys, size + cost
