@@ -61,8 +61,8 @@ WEIGHTS = [1., .5, 0., 2.]*3 + [1.]
 
 class Work:
     "The rows and the model of all jobs"
-    def __init__(self, home):
-        self.home, self.base = home, load_base(home/'strong', FULL, device='cpu')
+    def __init__(self, home, load=FULL):
+        self.home, self.base = home, load_base(home/'strong', load, device='cpu')
         data = sample_preferences(ROWS, seed=6)
         self.data, tokenizer = make_rows(data, 'preferences'), self.base.tokenizer
         self.pairs = encode_rows(tokenizer, self.data, ('chosen', 'rejected'), 256).rows
@@ -90,11 +90,11 @@ def weights_of(model): return {n: p.detach().clone().numpy() for n, p in trainab
 KINDS = ('dpo', 'sft', 'words_in_batch', 'class_head', 'reward')
 
 
-def learn(work, folder, kind, name=None, after=None):
+def learn(work, folder, kind, name=None, after=None, step=STEP):
     "The adapter and the curve of a training"
     model, goal = getattr(work, kind)(folder)
     try:
-        curve = train(model, goal, STEP, folder/(name or kind), seed=3, quiet=True, after=after)
+        curve = train(model, goal, step, folder/(name or kind), seed=3, quiet=True, after=after)
         return weights_of(model), curve
     finally: model.unload()
 

@@ -21,6 +21,7 @@ from ..evaluate.intervals import interval_table
 from ..evaluate.metrics import summarise
 from ..models.devices import find_device
 from ..models.places import LoadSettings
+from ..models.sharding import ONE_PROCESS, check_shard
 from ..train.processes import all_processes, check_launch, from_main, is_main, launched
 from .arms import Arm, Made, list_adapters, list_arms, read_curves
 from .config import to_table
@@ -114,6 +115,7 @@ def check_shared(
         raise ConfigError(f'--device {load.device} is one device for all processes; leave out the number, each process has its own')
     if (kind := find_device(load.device).type) not in ('cpu', 'cuda'):
         raise ConfigError(f'several processes share a training on CUDA GPUs or on processors, not on {kind}; start one process')
+    check_shard(load.shard, load.quantize, kind)
 
 def check_elsewhere(
     machines: Machines, # where the work is to be done
@@ -121,6 +123,7 @@ def check_elsewhere(
 ) -> None:
     "Raise `ConfigError` for devices that are not there, or Ray that is not installed, before anything is read"
     if launched() > 1: check_shared(machines, load)
+    elif load.shard == 'on': raise ConfigError(ONE_PROCESS)
     if machines.on: need_ray()
     elif machines.several: crew_devices(machines, load, gpu_count())
 

@@ -28,6 +28,7 @@ from ..models.devices import compute_in, is_out_of_memory
 from ..models.four_bits import body_of
 from ..models.load import set_mode
 from ..models.places import SWITCH
+from ..models.sharding import forget_passes
 from .batches import Block
 from .tokens import Encoded
 
@@ -302,6 +303,7 @@ def why_not_packed(
     except (NotPacked, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:
         if is_out_of_memory(e): raise
         found = ' '.join(str(e).split())[:120] or type(e).__name__
+        forget_passes() # of a split model
     finally:
         if training: set_mode(model, True)
     setattr(base, VERDICT, found)
