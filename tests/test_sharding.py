@@ -9,13 +9,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_distributed import FULL, STEP, Work, ended, learn, read, started
+from launched import ended, started
+from test_distributed import FEEDBACK, FULL, SMALL, STEP, Work, learn, read
 from torch.distributed.fsdp import FSDPModule
 
-from w2s.compare.comparison import check_elsewhere
+from w2s.compare.comparison import check_elsewhere, run_experiment
+from w2s.compare.label_settings import fill_classify
 from w2s.compare.machines import Machines
 from w2s.data.samples import sample_preferences
 from w2s.errors import ConfigError, ModelError
+from w2s.experiments.labels import open_labels
 from w2s.io.signals import Stopped
 from w2s.models.load import LoadSettings, load_base
 from w2s.models.sharding import LayerLost, check_shard, is_split, own_weights, repeated_layers
@@ -27,6 +30,7 @@ from w2s.train.processes import all_processes, is_main, process_number, together
 if not hasattr(FSDPModule, 'reset_iter_state'): pytest.skip('an older PyTorch', allow_module_level=True)
 PLAIN = replace(FULL, merging='off') # as a split base computes
 KINDS, BITS, SECONDS = ('dpo', 'sft', 'class_head'), ('none', 'nf4'), 30
+GIVEN = SMALL | FEEDBACK['labels'][2]
 TWICE = replace(STEP, gradient_checkpointing=True)
 
 
@@ -82,16 +86,19 @@ def others(work, home):
 
 
 def short(work, home, inside=False):
-    "Memory runs out once, in one of the processes: in the loss, or in the middle of a layer"
+    "Memory runs out twice, in one of the processes, so that a block is halved: in the loss, or in the middle of a layer"
     model, goal = work.dpo(home/'two')
-    left = [process_number()]
+    left = [2*process_number()]
     def fail():
-        if left[0]: left[0] = 0; raise torch.OutOfMemoryError('out of memory') # noqa: E702
+        left[0] -= 1
+        if left[0] >= 0: raise torch.OutOfMemoryError('out of memory')
     def loss(logps, i):
         if not inside: fail()
         return goal.loss(logps, i)
     hook = repeated_layers(work.base.model)[1].self_attn.register_forward_hook(lambda *_: fail() if inside else None)
-    try: return train(model, replace(goal, loss=loss), STEP, home/'two'/f'short-{inside}', seed=3, quiet=True)
+    try:
+        curve = train(model, replace(goal, loss=loss), STEP, home/'two'/f'short-{inside}', seed=3, quiet=True)
+        return curve, together(lambda: 'token_budget' in curve, 'budgets')
     finally:
         hook.remove()
         model.unload()
@@ -195,8 +202,9 @@ def test_the_first_process_looks_alone(one, two):
 
 @pytest.mark.parametrize('where', ['short', 'short inside'])
 def test_memory_may_run_out_in_one_process(one, two, where):
-    same_curve(two['none'][where], one['none']['dpo'][1])
-    assert two['none'][where]['token_budget'].min() < STEP.token_budget
+    curve, halved = two['none'][where]
+    same_curve(curve, one['none']['dpo'][1])
+    assert halved == [False, True]
 
 
 def test_a_training_of_one_process_goes_on_in_two(one, two): near(two['none']['resumed'][0], one['none']['sft'][0])
@@ -223,10 +231,34 @@ def test_a_model_is_loaded_by_all_or_by_none(home):
     assert 'said: another process could not load' in first and 'said:' in second and 'another process' not in second
 
 
+# A whole comparison, with a weak and a strong model
+
+def labels(folder, **load):
+    given = GIVEN | {'load': SMALL['load'] | load}
+    return run_experiment(open_labels, fill_classify(given), folder, quiet=True).items
+
+
+def job_labels(home):
+    items = labels(home/'split', shard='on')
+    if os.environ['RANK'] == '0': items.to_parquet(home/'split.parquet')
+
+
+def test_a_whole_comparison(home):
+    assert ended(started(job_labels, [home], home/'labels-log')) == [0, 0], (home/'labels-log-0').read_text()[-1500:]
+    plain, items = labels(home/'plain', merging='off'), pd.read_parquet(home/'split.parquet')
+    keys = [c for c in plain.columns if c not in ('value', 'seconds')]
+    pd.testing.assert_frame_equal(items[keys], plain[keys], check_dtype=False)
+    np.testing.assert_allclose(items['value'], plain['value'], rtol=1e-5, atol=1e-5)
+    split, whole = ({p.name for p in (home/name/'stages').iterdir()} for name in ('split', 'plain'))
+    assert {n.rpartition('-')[0] for n in split} == {n.rpartition('-')[0] for n in whole} and len(split) > 3
+    assert any(n.startswith('ceiling') for n in split & whole) # later keys hold the bits of what was learned before
+
+
 # What is refused
 
 def test_one_process_is_refused(home):
-    for ask in (lambda: load_base(home/'strong', replace(FULL, shard='on')), lambda: check_elsewhere(Machines(), replace(FULL, shard='on'))):
+    split = replace(FULL, shard='on')
+    for ask in (lambda: load_base(home/'strong', split), lambda: check_elsewhere(Machines(), split)):
         with pytest.raises(ConfigError, match='torchrun'): ask()
 
 

@@ -25,7 +25,7 @@ class Meeting:
     count: int                                   # of processes
     guard: Callable[[], AbstractContextManager]  # turns a broken connection into an error in words
     shared: Callable[[], bool]                   # do all of them work now? False while the first one works by itself
-    serving: bool = False                        # has a sharded base been asked for? From then on those who wait help
+    serving: bool = False                        # has a split base been asked for? From then on those who wait help
     layers: list[Any] = field(default_factory=list) # weak references to the layers of all bases
     bodies: list[Any] = field(default_factory=list) # weak references to what holds them
 
@@ -36,11 +36,11 @@ def begin_meeting(
     guard: Callable[[], AbstractContextManager], # turns a broken connection into an error in words
     shared: Callable[[], bool],                  # do all of them work now?
 ) -> None:
-    "From now on bases can be sharded over the processes of `torch.distributed`"
+    "From now on bases can be split over the processes of `torch.distributed`"
     _MEETING[:] = [Meeting(count, guard, shared)]
 
 def end_meeting() -> None:
-    "No base can be sharded any more"
+    "No base can be split any more"
     _MEETING.clear()
 
 def exchange(
@@ -79,7 +79,9 @@ def _gather(wanted: Sequence[int], keep: int) -> None:
         except (RuntimeError, MemoryError) as e:
             from w2s.models.devices import is_out_of_memory
             if not is_out_of_memory(e): raise
-            raise LayerLost('out of memory while a layer of a sharded model was gathered; lower --token-budget, or start more processes') from e
+            raise LayerLost(
+                'out of memory while a layer of a split model was gathered; lower --token-budget, or start more processes'
+            ) from e
         if not stays: layer.reshard()
 
 def _meet_at(number: int) -> None:
@@ -93,7 +95,7 @@ def serve() -> None:
     forget_passes()
 
 def forget_passes() -> None:
-    "Let sharded models begin anew after a pass that was not finished; the lists of what was run are dropped, too"
+    "Let split models begin anew after a pass that was not finished; the lists of what was run are dropped, too"
     for body in (b() for m in _MEETING for b in m.bodies):
         if body is not None and body.w2s_ran: body.reset_iter_state()
 
@@ -118,7 +120,8 @@ def _check_layers(name: Any, layers: Sequence[Any]) -> None:
     owners: dict[int, int] = {}
     for n, layer in enumerate(layers):
         for p in layer.parameters():
-            if owners.setdefault(id(p), n) != n: raise ModelError(f'{name}: two of its layers have a weight in common, so they cannot be split; take --shard off')
+            if owners.setdefault(id(p), n) != n:
+                raise ModelError(f'{name}: two of its layers have a weight in common, so they cannot be split; take --shard off')
 
 def split_layers(
     name: Any,   # of the model, for messages
@@ -182,7 +185,7 @@ def check_shard(
     quantize: str, # nf4 or none
     kind: str,     # of device
 ) -> None:
-    "Raise `ConfigError` where a base cannot be sharded"
+    "Raise `ConfigError` where a base cannot be split"
     if shard != 'on': return
     if kind not in SHOWN[quantize]:
         raise ConfigError(
@@ -195,7 +198,7 @@ def check_shard(
 def check_meeting(
     shard: str, # of the settings: on or off
 ) -> None:
-    "Raise `ConfigError` where there are no processes to shard a base over"
+    "Raise `ConfigError` where there are no processes to split a base over"
     if shard == 'on' and not _MEETING: raise ConfigError(ONE_PROCESS)
 
 def may_split(
