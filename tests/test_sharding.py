@@ -4,6 +4,7 @@ import pickle
 import signal
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,8 +21,10 @@ from w2s.data.samples import sample_preferences
 from w2s.errors import ConfigError, ModelError
 from w2s.experiments.labels import open_labels
 from w2s.io.signals import Stopped
+from w2s.models import meeting
 from w2s.models.load import LoadSettings, load_base
-from w2s.models.sharding import LayerLost, check_shard, is_split, own_weights, repeated_layers
+from w2s.models.meeting import LayerLost
+from w2s.models.sharding import check_shard, is_split, own_weights, repeated_layers
 from w2s.models.tiny import tiny_model
 from w2s.train import processes
 from w2s.train.loop import train
@@ -269,6 +272,19 @@ def test_devices_on_which_it_was_not_shown_are_refused(bits, kind):
 
 def test_other_values_are_refused():
     with pytest.raises(ConfigError, match='shard'): LoadSettings(shard='auto')
+
+
+def test_memory_that_runs_out_while_a_layer_is_gathered(monkeypatch):
+    "A sentence, and not that another process is gone"
+    class Layer:
+        w2s_sample = SimpleNamespace(_parameters={'weight': torch.ones(2)}), 'weight'
+        def reshard(self): pass
+        def unshard(self): raise torch.OutOfMemoryError('out of memory')
+    layer = Layer()
+    monkeypatch.setattr(processes, '_JOINED', [processes.Joined(0, 1, None, SimpleNamespace(check=lambda keys: False))])
+    monkeypatch.setattr(meeting, 'MEETING', [meeting.Meeting(1, processes.found_out, lambda: True, layers=[lambda: layer])])
+    with pytest.raises(LayerLost, match='lower --token-budget'): meeting._gather([0], 0)
+    with pytest.raises(LayerLost, match='has not loaded'): meeting._gather([1], -1)
 
 
 def test_a_lost_layer_is_not_asked_for_again(monkeypatch):

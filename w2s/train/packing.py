@@ -27,8 +27,8 @@ from ..errors import W2SWarning
 from ..models.devices import compute_in, is_out_of_memory
 from ..models.four_bits import body_of
 from ..models.load import set_mode
+from ..models.meeting import forget_passes
 from ..models.places import SWITCH
-from ..models.sharding import forget_passes
 from .batches import Block
 from .tokens import Encoded
 

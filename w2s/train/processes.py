@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from ..errors import ConfigError, W2SError
 from ..io.disk import failure_text
 from ..io.signals import Stopped, hold_signals
-from ..models.sharding import LayerLost, begin_meeting, end_meeting, serve
+from ..models.meeting import LayerLost, begin_meeting, end_meeting, serve
 
 # %% ../../nbs/api/train/010_processes.ipynb #baaeaa6d
 @dataclass

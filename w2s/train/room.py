@@ -15,7 +15,7 @@ import torch
 
 from ..errors import TrainError, W2SWarning
 from ..models.devices import is_out_of_memory, release_memory
-from ..models.sharding import forget_passes
+from ..models.meeting import forget_passes
 from .batches import micro_batches
 
 # %% ../../nbs/api/train/090_room.ipynb #71fd79b2
