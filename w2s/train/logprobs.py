@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import ModelError, W2SError
 from ..io.console import progress_bar
 from ..models.devices import compute_in, run_same
 from ..models.four_bits import body_of
@@ -214,7 +214,7 @@ def check_model(
     if not is_split(base.model): check_numbers(base.name, base.model) # else that was done before
     try: _check_model(base)
     except FORWARD_ERRORS as e:
-        if isinstance(e, ModelError): raise
+        if isinstance(e, W2SError): raise
         raise ModelError(
             f'{base.name} fails on a short sequence ({type(base.model).__name__}: {" ".join(str(e).split())[:200]}); its config.json does '
             'not fit its weights, or this version of transformers does not run it'

@@ -23,7 +23,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..errors import W2SWarning
+from ..errors import W2SError, W2SWarning
 from ..models.devices import compute_in, is_out_of_memory
 from ..models.four_bits import body_of
 from ..models.load import set_mode
@@ -300,6 +300,7 @@ def why_not_packed(
                 warnings.warn(
                     f'the sequences of {type(base).__name__} are padded, not packed, which takes longer: {found}', W2SWarning, stacklevel=3
                 )
+    except W2SError: raise # of other processes
     except (NotPacked, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:
         if is_out_of_memory(e): raise
         found = ' '.join(str(e).split())[:120] or type(e).__name__

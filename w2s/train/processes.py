@@ -150,6 +150,7 @@ def failures() -> list[str]: # sentences
 def found_out() -> Iterator[None]:
     "Turn a broken connection into `ProcessLost`, with what the lost process had to say"
     try: yield
+    except W2SError: raise # ours, and not of the connection
     except (RuntimeError, ValueError) as e: # of gloo, NCCL and the store
         said, end = failures(), time.monotonic() + 1
         with hold_signals(): # the launcher stops all processes now, and there is something to be said first
