@@ -2,19 +2,17 @@
 import os
 import pickle
 import signal
-import socket
 import sys
 import time
-import warnings
 from contextlib import redirect_stdout
 from dataclasses import replace
 from io import StringIO
-from multiprocessing import get_all_start_methods, get_context
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from launched import ended, started
 from typer.testing import CliRunner
 
 from w2s.cli.app import app, main
@@ -61,8 +59,8 @@ WEIGHTS = [1., .5, 0., 2.]*3 + [1.]
 
 class Work:
     "The rows and the model of all jobs"
-    def __init__(self, home):
-        self.home, self.base = home, load_base(home/'strong', FULL, device='cpu')
+    def __init__(self, home, load=FULL):
+        self.home, self.base = home, load_base(home/'strong', load, device='cpu')
         data = sample_preferences(ROWS, seed=6)
         self.data, tokenizer = make_rows(data, 'preferences'), self.base.tokenizer
         self.pairs = encode_rows(tokenizer, self.data, ('chosen', 'rejected'), 256).rows
@@ -90,11 +88,11 @@ def weights_of(model): return {n: p.detach().clone().numpy() for n, p in trainab
 KINDS = ('dpo', 'sft', 'words_in_batch', 'class_head', 'reward')
 
 
-def learn(work, folder, kind, name=None, after=None):
+def learn(work, folder, kind, name=None, after=None, step=STEP):
     "The adapter and the curve of a training"
     model, goal = getattr(work, kind)(folder)
     try:
-        curve = train(model, goal, STEP, folder/(name or kind), seed=3, quiet=True, after=after)
+        curve = train(model, goal, step, folder/(name or kind), seed=3, quiet=True, after=after)
         return weights_of(model), curve
     finally: model.unload()
 
@@ -175,39 +173,6 @@ def job_command(*words):
 
 
 # The tests
-
-def _child(env, log, job, words):
-    "What a process does: it has its own environment, and writes to a file"
-    os.environ.update(env)
-    out = os.open(log, os.O_WRONLY | os.O_CREAT)
-    for number, name in ((1, 'stdout'), (2, 'stderr')):
-        os.dup2(out, number)
-        setattr(sys, name, open(number, 'w', closefd=False, buffering=1))
-    warnings.filterwarnings('ignore')
-    torch.set_num_threads(1)
-    job(*words)
-
-
-def started(job, words, log):
-    "Two processes with the environment that torchrun gives them; forked, since imports take longer than the work"
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        env = {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(s.getsockname()[1])}
-    context = get_context('fork' if 'fork' in get_all_start_methods() else 'spawn')
-    each = [{**env, 'RANK': str(n), 'LOCAL_RANK': str(n)} for n in range(2)]
-    both = [context.Process(target=_child, args=(e, f'{log}-{e["RANK"]}', job, words)) for e in each]
-    for p in both: p.start()
-    return both
-
-
-def ended(both, seconds=300):
-    "Exit codes; what still runs after so many seconds hangs"
-    end = time.time() + seconds
-    for p in both: p.join(max(0, end - time.time()))
-    codes = [p.exitcode for p in both]
-    for p in both: p.kill()
-    return codes
-
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):

@@ -2,12 +2,15 @@
 
 `python benchmarks/first_gpu.py` measures the same on a model of a useful size, and prints a table.
 """
+import os
+import pickle
 import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from launched import ended, started
 
 from w2s.data.rows import make_rows
 from w2s.data.samples import sample_preferences
@@ -16,12 +19,14 @@ from w2s.models.adapters import LoraSettings, add_adapter
 from w2s.models.devices import find_device, free_memory, has_bfloat16, settle
 from w2s.models.load import LoadSettings, load_base
 from w2s.models.places import SWITCH
+from w2s.models.sharding import SHOWN, own_weights, repeated_layers
 from w2s.models.tiny import tiny_model
 from w2s.train.checkpoints import trainable
 from w2s.train.generate import respond
 from w2s.train.logprobs import check_model, score, token_logps
 from w2s.train.loop import loss_scale, preference_objective, step_gradient, train
 from w2s.train.packing import packs, why_not_packed
+from w2s.train.processes import all_processes, together
 from w2s.train.reference import stored_logps
 from w2s.train.settings import GenerateSettings, TrainSettings
 from w2s.train.step_memory import estimate_step, model_bytes
@@ -253,3 +258,44 @@ def test_no_warning_about_determinism(base, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('error', W2SWarning)
         learned(base, tmp_path)
+
+
+# A base that two GPUs hold together
+
+def split_work(base, folder):
+    "A training, scores and texts, with the numbers that this process keeps of the layers"
+    adapter, curve = learned(base, folder)
+    how = GenerateSettings(max_tokens=8, samples=2, token_budget=200)
+    texts = [[r.text for r in row] for row in respond(base.model, base.tokenizer, [r['prompt'] for r in sample_preferences(8)], how, 5)]
+    kept = sum(own_weights(m) for m in repeated_layers(base.model))
+    return adapter, curve, score(base.model, rows_of(base), quiet=True), texts, kept
+
+
+def job_split(folder, out, kind, device):
+    "What each of two processes does; 4 bits are let in here, and refused to users until this test has passed"
+    SHOWN['nf4'] = ('cpu', 'cuda')
+    with all_processes():
+        base = load_base(folder, replace(KINDS[kind], device=device, shard='on'))
+        check_model(base)
+        where = {p.device.type for p in base.model.parameters()}
+        found = together(lambda: (*split_work(base, out/'two'), where), 'all')
+    if os.environ['RANK'] == '0': (out/'found.pkl').write_bytes(pickle.dumps(found))
+
+
+def compare_split(folder, out, kind, device):
+    "The work of two processes beside that of one"
+    codes = ended(started(job_split, [folder, out, kind, device], out/'log', 'spawn'))
+    assert codes == [0, 0], (out/'log-0').read_text()[-2000:]
+    base, found = load_base(folder, replace(KINDS[kind], device=device, merging='off')), pickle.loads((out/'found.pkl').read_bytes())
+    adapter, curve, scores, texts, whole = split_work(base, out/'one')
+    far = 1e-5 if base.settings.dtype == 'float32' else .05*float(adapter.abs().max())
+    for ours, steps, known, said, kept, where in found:
+        assert where == {device.partition(':')[0]} and .5*whole <= kept < .52*whole
+        assert (ours - adapter).abs().max() < far and np.abs(steps['loss'] - curve['loss']).max() < max(far, 1e-5)
+        np.testing.assert_allclose(known, scores, rtol=1e-5 if base.settings.dtype == 'float32' else .02)
+        assert base.settings.dtype != 'float32' or said == texts
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason='fewer than two GPUs')
+@pytest.mark.parametrize('kind', ['float32', 'bfloat16', 'nf4'])
+def test_two_gpus_hold_a_base_together(folder, tmp_path, kind): compare_split(folder, tmp_path, kind, 'cuda')

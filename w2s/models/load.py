@@ -25,10 +25,11 @@ from .bits import Bits, found_bits, planned_bits, without_weights, wrong_shapes
 from .chat_templates import choose_template
 from .devices import NOTE, settle
 from .folders import check_causal, check_config, check_weights, index_files, is_pointer, read_json
-from .four_bits import NF4Config
+from .four_bits import NF4Config, body_of
 from .hub import CONVERTER, hub_folder
 from .places import DTYPE_NAMES, SWITCH, LoadSettings, is_folder, ladder_hint, located
-from .reading import LOAD_ERRORS, check_tensors, error_words, own_quantization, read_model, saved_in_four_bits
+from .reading import LOAD_ERRORS, check_numbers, check_tensors, error_words, own_quantization, read_model, saved_in_four_bits
+from .sharding import check_meeting, check_shard, load_split, may_split, split_base
 
 # %% ../../nbs/api/models/110_load.ipynb #df8c6779
 _all_ = ['LoadSettings', 'is_folder', 'ladder_hint', 'located'] # a reader of this module should find them here
@@ -242,6 +243,13 @@ def load_base(
     "Load a frozen causal model with its tokenizer; raises `ModelError`, or `ConfigError` for a device that is not there"
     hf_logging.disable_progress_bar()
     settings = settle(replace(settings, device=device or settings.device))
+    check_shard(settings.shard, settings.quantize, torch.device(settings.device).type)
+    check_meeting(settings.shard)
+    if may_split(settings.shard): return load_split(lambda: _loaded(name, settings, True))
+    return _loaded(name, settings, False)
+
+def _loaded(name: str | Path, settings: LoadSettings, split: bool) -> Base:
+    "A base by settings without 'auto'; split: over the processes of this command"
     plan = plan_model(name, settings)
     place, folder = located(name), local_folder(name, settings)
     check_weights(folder, settings.allow_pickle)
@@ -254,7 +262,7 @@ def load_base(
         config=plan.config,
         dtype=DTYPES[settings.dtype],
         trust_remote_code=settings.trust_remote_code,
-        device_map={'': settings.device},
+        device_map={'': 'cpu' if split else settings.device},
         quantization_config=None if plan.saved_so else plan.quantizer,
     )
     check_tensors(name, info | {'mismatched_keys': [*info['mismatched_keys'], *wrong_shapes(model, plan.model)]})
@@ -264,15 +272,23 @@ def load_base(
             f'{name}: {bits.four:,} weights are in 4 bits, and {plan.bits.four:,} should be; this version of transformers or bitsandbytes '
             'is not known to w2s'
         )
-    model.requires_grad_(False)
-    for note, value in {NOTE: settings.compute, **{at: getattr(settings, s) for s, at in SWITCH.items()}}.items():
-        setattr(model, note, value)
-    set_mode(model, False)
+    _note_settings(name, model, settings, split)
     if not here: # an adapter remembers both
         model.name_or_path = model.config.name_or_path = str(name)
         model.hub_revision = hub_folder(str(name), settings.revision, settings.allow_pickle, settings.trust_remote_code).revision
     known_as = str(name) if place != name or not here else str(folder.resolve()) # only a name of the ladder is moved
     return Base(known_as, model, tokenizer, fingerprint(folder), settings, context_length(plan.config), bits)
+
+def _note_settings(name: str | Path, model: Any, settings: LoadSettings, split: bool) -> None:
+    "Freeze a model that was read, let it remember how it computes, and split it if that is asked for"
+    model.requires_grad_(False)
+    for note, value in {NOTE: settings.compute, **{at: getattr(settings, s) for s, at in SWITCH.items()}}.items():
+        setattr(model, note, value)
+    if split:
+        check_numbers(name, model)
+        split_base(name, model, body_of(model), torch.device(settings.device))
+        setattr(model, SWITCH['merging'], 'off') # it would keep whole weights
+    set_mode(model, False)
 
 # %% ../../nbs/api/models/110_load.ipynb #b9b66c65
 def hub_notes(

@@ -69,6 +69,9 @@ class LoadSettings:
     # auto: weights are unpacked once per pass, and on a CPU in float32 added to the adapter once per step, where memory allows it; off: at
     # every product
     merging: str = 'auto'
+    # on: the layers of a model are split over the processes that torchrun or accelerate launch has started, for one that does not fit on a
+    # GPU; off: each process has the whole model
+    shard: str = 'off'
 
     def __post_init__(self):
         if self.quantize not in ('nf4', 'none'): raise ConfigError(unknown(self.quantize, ['nf4', 'none'], 'value of quantize'))
@@ -77,6 +80,7 @@ class LoadSettings:
         for name in SWITCH:
             if getattr(self, name) not in ('auto', 'off'):
                 raise ConfigError(unknown(getattr(self, name), ('auto', 'off'), f'value of {name}'))
+        if self.shard not in ('off', 'on'): raise ConfigError(unknown(self.shard, ('off', 'on'), 'value of shard'))
         if not DEVICE.fullmatch(self.device):
             raise ConfigError(unknown(self.device, ('auto', 'cpu', 'cuda', 'cuda:1', 'mps', 'xpu'), 'value of --device'))
         if not 0 <= self.nf4_share <= 1: raise ConfigError(f'nf4_share is {self.nf4_share}; it is a share of the weights, from 0 to 1')

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from ..errors import ConfigError, W2SError
 from ..io.disk import failure_text
 from ..io.signals import Stopped, hold_signals
+from ..models.meeting import LayerLost, begin_meeting, end_meeting, serve
 
 # %% ../../nbs/api/train/010_processes.ipynb #baaeaa6d
 @dataclass
@@ -66,9 +67,8 @@ def check_launch() -> None:
     for name, engine in ENGINES.items():
         if os.environ.get(name, '').lower() in ('true', '1'):
             raise ConfigError(
-                f'accelerate launch asks for {engine}, which splits the weights of a model, and w2s keeps the whole model on each GPU and '
-                'shares out the rows: launch it without (accelerate launch --multi_gpu --num_processes N -m w2s run …); a model that does '
-                'not fit on one GPU in 4 bits (--quantize nf4) cannot be trained'
+                f'accelerate launch asks for {engine}, and w2s shares out the rows by itself: launch it without (accelerate launch '
+                '--multi_gpu --num_processes N -m w2s run …), and split the weights of a model that does not fit on one GPU by --shard on'
             )
     for name, (what, instead) in OTHERS.items():
         if os.environ.get(name, '').lower() not in ('', 'no', '1'):
@@ -95,6 +95,7 @@ def gather(
 ) -> list[Any]: # of all processes, in their order
     "What each process has; raises `ProcessLost`"
     import torch.distributed as dist
+    serve() # the others may need layers of a split model
     out: list[Any] = [None]*_JOINED[0].count
     with found_out(): dist.all_gather_object(out, mine, group=_JOINED[0].control)
     return out
@@ -107,6 +108,7 @@ def together(
     if process_count() == 1: return [work()]
     error, made = None, None
     try: made = work()
+    except (ProcessLost, LayerLost): raise # the others cannot be met any more
     except W2SError as e: error = e
     said = gather((what, made, error))
     if error is not None: raise error
@@ -148,6 +150,7 @@ def failures() -> list[str]: # sentences
 def found_out() -> Iterator[None]:
     "Turn a broken connection into `ProcessLost`, with what the lost process had to say"
     try: yield
+    except W2SError: raise # ours, and not of the connection
     except (RuntimeError, ValueError) as e: # of gloo, NCCL and the store
         said, end = failures(), time.monotonic() + 1
         with hold_signals(): # the launcher stops all processes now, and there is something to be said first
@@ -184,6 +187,7 @@ def join() -> None:
     except (RuntimeError, ValueError) as e:
         raise ConfigError(f'the launched processes do not find each other ({" ".join(str(e).split())[:200]})') from e
     _JOINED.append(Joined(number, count, None, store))
+    begin_meeting(count, found_out, lambda: process_count() > 1)
 
 def leave(
     failed: bool, # does this process end by an error?
@@ -192,6 +196,7 @@ def leave(
     import torch
     import torch.distributed as dist
     _JOINED.clear()
+    end_meeting()
     if not (failed and torch.cuda.is_available()): dist.destroy_process_group() # NCCL would wait for those that are gone
 
 @contextmanager

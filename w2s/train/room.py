@@ -15,6 +15,7 @@ import torch
 
 from ..errors import TrainError, W2SWarning
 from ..models.devices import is_out_of_memory, release_memory
+from ..models.meeting import forget_passes
 from .batches import micro_batches
 
 # %% ../../nbs/api/train/090_room.ipynb #71fd79b2
@@ -42,6 +43,7 @@ def try_once(
     except (RuntimeError, MemoryError) as e:
         if not is_out_of_memory(e): raise
         said = str(e).strip().splitlines()[:1]
+    forget_passes() # of a split model
     for restore, state in before: restore(state)
     return NoRoom(said[0] if said else 'out of memory')
 
