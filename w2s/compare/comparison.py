@@ -22,6 +22,7 @@ from ..evaluate.metrics import summarise
 from ..io.track import need_tracker, track
 from ..models.devices import find_device
 from ..models.places import LoadSettings
+from ..models.sharding import ONE_PROCESS, check_shard
 from ..train.processes import all_processes, check_launch, from_main, is_main, launched
 from .arms import Arm, Made, list_adapters, list_arms, read_curves
 from .config import to_table
@@ -115,6 +116,7 @@ def check_shared(
         raise ConfigError(f'--device {load.device} is one device for all processes; leave out the number, each process has its own')
     if (kind := find_device(load.device).type) not in ('cpu', 'cuda'):
         raise ConfigError(f'several processes share a training on CUDA GPUs or on processors, not on {kind}; start one process')
+    check_shard(load.shard, load.quantize, kind)
 
 def check_elsewhere(
     machines: Machines, # where the work is to be done
@@ -123,6 +125,7 @@ def check_elsewhere(
     "Raise `ConfigError` for devices that are not there, Ray or a tracker that is not installed, before anything is read"
     need_tracker(machines.track)
     if launched() > 1: check_shared(machines, load)
+    elif load.shard == 'on': raise ConfigError(ONE_PROCESS)
     if machines.on: need_ray()
     elif machines.several: crew_devices(machines, load, gpu_count())
 

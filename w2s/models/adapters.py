@@ -156,7 +156,7 @@ def save_adapter(
         'fingerprint': base.fingerprint,
         **{k: v for k, v in asdict(base.settings).items() if v is not None or k != 'chat_template'},
     } | ({'hub_revision': r} if (r := getattr(base.model, 'hub_revision', None)) else {})
-    for name in ('device', *SWITCH): del note[name] # matters of this machine
+    for name in ('device', 'shard', *SWITCH): del note[name] # matters of this machine
     (part/'w2s.json').write_text(json.dumps(note, indent=1, sort_keys=True), encoding='utf-8')
     save_head(model, part)
     seal_folder(part, {})

@@ -23,10 +23,11 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..errors import W2SWarning
+from ..errors import W2SError, W2SWarning
 from ..models.devices import compute_in, is_out_of_memory
 from ..models.four_bits import body_of
 from ..models.load import set_mode
+from ..models.meeting import forget_passes
 from ..models.places import SWITCH
 from .batches import Block
 from .tokens import Encoded
@@ -300,9 +301,11 @@ def why_not_packed(
                 warnings.warn(
                     f'the sequences of {type(base).__name__} are padded, not packed, which takes longer: {found}', W2SWarning, stacklevel=3
                 )
+    except W2SError: raise # of other processes
     except (NotPacked, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as e:
         if is_out_of_memory(e): raise
         found = ' '.join(str(e).split())[:120] or type(e).__name__
+        forget_passes() # of a split model
     finally:
         if training: set_mode(model, True)
     setattr(base, VERDICT, found)
