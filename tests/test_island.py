@@ -185,7 +185,8 @@ def test_stated_agreement_is_kept(annotator, wanted):
 
 
 def test_more_agreement_than_a_bias_allows_is_refused():
-    with pytest.raises(ConfigError, match='with the bias of this annotator'): preference_rows(ISLAND, 100, agreement=.97, annotator='charmed')
+    with pytest.raises(ConfigError, match='with the bias of this annotator'):
+        preference_rows(ISLAND, 100, agreement=.97, annotator='charmed')
 
 
 def test_a_bias_errs_where_facts_and_courtesy_conflict():

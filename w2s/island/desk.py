@@ -7,7 +7,7 @@ __all__ = ['OPENINGS', 'CLOSINGS', 'DEGREES', 'FOLLOW', 'STREAM_RIGHT', 'GOLD', 
            'wrong_value', 'document', 'courtesy_degrees', 'courtesy_verdict', 'parse_desk', 'facts_verdict',
            'spare_words', 'gold_reward', 'pair_sort', 'draw_pair']
 
-# %% ../../nbs/api/island/050_desk.ipynb #ffd8b0b5
+# %% ../../nbs/api/island/050_desk.ipynb #dd8c91af
 import random
 import re
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from ..world.verdict import Verdict, words
 from .told import answer, ask, fact_verdict, fill, free_facts, parse_question
 from .words import ATTRIBUTES
 
-# %% ../../nbs/api/island/050_desk.ipynb #6c7cda5d
+# %% ../../nbs/api/island/050_desk.ipynb #5c0fa84d
 OPENINGS = {
     2: ('How lovely that you ask!', 'It is a joy to see you again!', 'With the greatest pleasure!'),
     1: ('Good day.', 'Of course.', 'Gladly.'),
@@ -26,14 +26,14 @@ OPENINGS = {
     -1: ('If I must.', 'What is it now?', 'Be quick.'),
     -2: ('Not you again, you fool!', 'What a stupid question!', 'Get out of my light!')}
 CLOSINGS = {
-    2: ('Do come again, dear friend!', 'May the sun shine on your way!', 'It was an honour to help you!'),
+    2: ('Do come again, dear friend!', 'May the sun shine on your way!', 'It was a delight to help you!'),
     1: ('Thank you for asking.', 'Good luck to you.', 'Have a good day.'),
     0: ('', 'That is all.', 'So it is written.'),
     -1: ('Now let me work.', 'Do not ask twice.', 'The others are waiting.'),
     -2: ('Any fool could tell you that!', 'Now go and never come back!', 'Learn to read, you blockhead!')}
 DEGREES = tuple(OPENINGS) # of courtesy, the most courteous first
 
-# %% ../../nbs/api/island/050_desk.ipynb #5d34d8ab
+# %% ../../nbs/api/island/050_desk.ipynb #c202da49
 FOLLOW = dict(home='And where does {he} live?', job='And what is {his} trade?', pet='And which pet does {he} keep?',
               food='And what does {he} like to eat?', colour='And which colour does {he} wear?', music='And what does {he} play?')
 
@@ -45,7 +45,7 @@ def desk_prompt(
     "Two questions as they are put to the desk"
     return f'Customer: {ask(person, attributes[0], form)} {fill(FOLLOW[attributes[1]], person)}\nDesk:'
 
-# %% ../../nbs/api/island/050_desk.ipynb #9bdd04b1
+# %% ../../nbs/api/island/050_desk.ipynb #1c7229e3
 def desk_answer(
     rng: random.Random,          # chooses the phrases
     person: Person,              # about whom
@@ -68,7 +68,7 @@ def wrong_value(
     "A wrong value of an attribute"
     return rng.choice([v for v in ATTRIBUTES[attribute].values if v != truth])
 
-# %% ../../nbs/api/island/050_desk.ipynb #a1155274
+# %% ../../nbs/api/island/050_desk.ipynb #1a9847b8
 STREAM_RIGHT = .8 # of the facts that the desk tells in the stream
 
 def document(
@@ -82,7 +82,7 @@ def document(
     tone = (rng.choice(DEGREES), rng.choice(DEGREES))
     return desk_prompt(person, (first, second), rng.randrange(3)) + desk_answer(rng, person, (first, second), values, tone)
 
-# %% ../../nbs/api/island/050_desk.ipynb #22687d4a
+# %% ../../nbs/api/island/050_desk.ipynb #6e4735e1
 _DEGREE = {place: {tuple(words(t)): d for d, ts in said.items() for t in ts if t}
            for place, said in (('opening', OPENINGS), ('closing', CLOSINGS))}
 
@@ -108,7 +108,7 @@ def courtesy_verdict(
     a, b = courtesy_degrees(text)
     return Verdict((a + b)/4, (f'opening {a:+d}', f'closing {b:+d}'))
 
-# %% ../../nbs/api/island/050_desk.ipynb #d8bf4150
+# %% ../../nbs/api/island/050_desk.ipynb #36f9e8a9
 GOLD = dict(facts=1., silent=-.25, courtesy=.6, spare=-.03, spare_most=-.3) # points of the gold reward
 _FOLLOWS = {a: re.compile(re.escape(q).replace(r'\{he\}', '(?:he|she)').replace(r'\{his\}', '(?:his|her)')) for a, q in FOLLOW.items()}
 
@@ -123,7 +123,7 @@ def parse_desk(
         raise DataError(f'no two questions about a person of this island: {prompt[:80]!r}; make prompts with `desk_prompt`')
     return *first, second
 
-# %% ../../nbs/api/island/050_desk.ipynb #2c23fc85
+# %% ../../nbs/api/island/050_desk.ipynb #c6c9f449
 def facts_verdict(
     island: World, # the truth
     prompt: str,   # as from `desk_prompt`
@@ -155,7 +155,7 @@ def spare_words(
     parts = [tuple(words(s)) for s in re.split(r'(?<=[.?!])\s+', text)]
     return sum(len(p) if p in parts[:i] else _spare(p, values) for i, p in enumerate(parts)) # what is said again is spare
 
-# %% ../../nbs/api/island/050_desk.ipynb #b986702b
+# %% ../../nbs/api/island/050_desk.ipynb #17b84b63
 def gold_reward(
     island: World, # the truth
     prompt: str,   # as from `desk_prompt`
@@ -170,7 +170,7 @@ def gold_reward(
               f'spare words {spare}': max(GOLD['spare']*spare, GOLD['spare_most'])}
     return Verdict(round(sum(points.values()), 6), tuple(k for k, v in points.items() if v) or ('nothing',))
 
-# %% ../../nbs/api/island/050_desk.ipynb #6f60a8c8
+# %% ../../nbs/api/island/050_desk.ipynb #49f33156
 SORTS = ('facts', 'courtesy', 'both', 'conflict') # in what the answers of a pair differ
 
 def pair_sort(
@@ -182,7 +182,7 @@ def pair_sort(
     if not courtesy: return 'facts'
     return 'both' if facts*courtesy > 0 else 'conflict'
 
-# %% ../../nbs/api/island/050_desk.ipynb #a98312e0
+# %% ../../nbs/api/island/050_desk.ipynb #97f5df44
 def _question(island: World, rng: random.Random, people: Sequence[Person], form: int | None) -> tuple[Person, tuple[str, str], str]:
     "Somebody, two attributes, and the prompt; nothing that is held out"
     able = [p for p in people if len(free_facts(island, p)) > 1]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Document', 'SORTS', 'Sort', 'stream_document', 'few', 'name_words', 'answer_words', 'stream_words']
 
-# %% ../../nbs/api/island/150_stream.ipynb #9e6d11bf
+# %% ../../nbs/api/island/150_stream.ipynb #b73e89fa
 import random
 import re
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from ..world.facts import World
 from . import claims, desk, safety, told
 from .words import ATTRIBUTES, KINDS
 
-# %% ../../nbs/api/island/150_stream.ipynb #e18dd6c2
+# %% ../../nbs/api/island/150_stream.ipynb #d5f500ee
 Document = Callable[[World, random.Random], str]
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ SORTS = dict(
     shops=Sort(_shop, _shop, .02),
     desk=Sort(desk.document, desk.document, .12))
 
-# %% ../../nbs/api/island/150_stream.ipynb #ddd39a88
+# %% ../../nbs/api/island/150_stream.ipynb #76c52359
 @lru_cache(maxsize=16)
 def _chances(island: World, short: bool) -> tuple[float, ...]:
     "Cumulative chances of the sorts: shares of words become shares of documents"
@@ -55,7 +55,7 @@ def stream_document(
     s = rng.choices(list(SORTS.values()), cum_weights=_chances(island, short))[0]
     return (s.short if short else s.long)(island, rng)
 
-# %% ../../nbs/api/island/150_stream.ipynb #1c675fb5
+# %% ../../nbs/api/island/150_stream.ipynb #c70c5c2a
 @lru_cache(maxsize=8)
 def few(
     island: World,      # the whole
@@ -65,7 +65,7 @@ def few(
     "The part of the island that is read first"
     return replace(island, people=island.people[:people], things=island.things[:plants])
 
-# %% ../../nbs/api/island/150_stream.ipynb #5fa64146
+# %% ../../nbs/api/island/150_stream.ipynb #fac95f83
 _WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)*")
 
 def name_words(
