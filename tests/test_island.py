@@ -242,7 +242,7 @@ def test_names_are_found_however_they_stand():
 
 
 def test_preference_splits_have_the_names_of_the_first_world():
-    split = world_preferences(ISLAND, 120, 60, 1, annotator='patient', mix=dict(conflict=1, courtesy=1))
+    split = world_preferences(ISLAND, 120, 60, 1, agreement=.6, annotator='patient', mix=dict(conflict=1, courtesy=1))
     assert {k: len(v) for k, v in split.items()} == dict(train_gt=60, train_w2s=60, test=60)
 
 
