@@ -22,6 +22,7 @@ API = { # folder -> what it is for, lowest first; '' holds the pages beside the 
     'io': 'Files',
     'data': 'Data',
     'world': 'The toy world',
+    'island': 'The island, a second world',
     'models': 'Models',
     'train': 'Training',
     'feedback': 'Feedback',

@@ -24,6 +24,7 @@ FLOORS = [
     'io',
     'data',
     'world',
+    'island',
     'models',
     'train',
     'feedback',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HUMAN_AGREEMENT', 'TASKS', 'bradley_terry', 'human_scale', 'preference_rows', 'Task', 'persona_questions',
-           'label_rows', 'demonstration_rows', 'world_splits', 'world_preferences']
+           'label_rows', 'demonstration_rows', 'split_seed', 'world_splits', 'world_preferences']
 
 # %% ../../nbs/api/world/160_rows.ipynb #abbfb707
 import hashlib
@@ -169,7 +169,10 @@ def demonstration_rows(
     return _task_rows('demonstrations', world, task, n, seed, options)
 
 # %% ../../nbs/api/world/160_rows.ipynb #0cb07639
-def _split_seed(seed: int, split: str) -> int:
+def split_seed(
+    seed: int,  # of a run
+    split: str, # its name
+) -> int:
     "A seed of its own for each split, so that rows with the same number have nothing in common"
     return int(hashlib.sha256(f'{seed}:{split}'.encode()).hexdigest()[:8], 16)
 
@@ -186,11 +189,11 @@ def world_splits(
     even = {split: 1/len(sizes) for split in sizes}
     parts: dict[str, dict[str, tuple]] = dict(people=split_people(world, even, seed), things=split_things(world, even, seed))
     if task == 'preferences':
-        return {k: preference_rows(world, n, _split_seed(seed, k), people=parts['people'][k], **options) for k, n in sizes.items()}
+        return {k: preference_rows(world, n, split_seed(seed, k), people=parts['people'][k], **options) for k, n in sizes.items()}
     kind = TASKS[task].kind
     if kind == 'labels': parts['things'] = {k: tuple(t for t in v if not asked(t.name)) for k, v in parts['things'].items()}
     own = [name for name in parts if name in _takes(task)]
-    return {k: _task_rows(kind, world, task, n, _split_seed(seed, k), options | {name: parts[name][k] for name in own})
+    return {k: _task_rows(kind, world, task, n, split_seed(seed, k), options | {name: parts[name][k] for name in own})
             for k, n in sizes.items()}
 
 # %% ../../nbs/api/world/160_rows.ipynb #c88bdfa8
