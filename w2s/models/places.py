@@ -19,7 +19,7 @@ from .zoo import SHIPPED, model_folder
 # %% ../../nbs/api/models/080_places.ipynb #44eb5962
 DTYPE_NAMES = ('bfloat16', 'float16', 'float32')
 COMPUTE = ('auto', 'autocast', 'plain')
-SWITCH = {'packing': 'w2s_packing', 'merging': 'w2s_merging', 'refill': 'w2s_refill'} # ways to be faster: setting -> attribute of a loaded base
+SWITCH = {'packing': 'w2s_packing', 'merging': 'w2s_merging', 'refill': 'w2s_refill'} # ways to be faster: setting -> a base's attribute
 DEVICE = re.compile(r'auto|cpu|(cuda|xpu|mps)(:\d+)?')
 
 # %% ../../nbs/api/models/080_places.ipynb #c56ec603

@@ -24,15 +24,22 @@ def common(
 # %% ../../nbs/api/train/285_beginnings.ipynb #f8b98414
 Group = tuple[int, int, int] # places in the order, from and to, and tokens in common
 
-def _groups(shared: Sequence[int], start: int, stop: int, least: int) -> tuple[int, list[Group]]:
-    "Tokens that groups of the prompts of these places save, and the groups"
-    if stop - start < 2: return 0, []
-    low = min(shared[start:stop - 1])
-    cuts = [start, *(at + 1 for at in range(start, stop - 1) if shared[at] == low), stop]
-    parts = [_groups(shared, a, b, least) for a, b in zip(cuts, cuts[1:], strict=False)]
-    apart, whole = sum(saved for saved, _ in parts), (stop - start - 1)*low
-    if whole >= max(apart, least, 1): return whole, [(start, stop, low)]
-    return apart, [group for _, groups in parts for group in groups]
+def _groups(shared: Sequence[int], least: int) -> list[Group]:
+    "Neighbours that are grouped, by what each prompt shares with the next one: those groups that save most together"
+    best: list[tuple[int, Group]] = [(0, (0, 0, 0))] # tokens saved in the first places, and their last group
+    for stop in range(1, len(shared) + 2):
+        low, choice = shared[stop - 2] if stop > 1 else 0, (best[-1][0], (stop - 1, stop, 0))
+        for start in range(stop - 2, -1, -1):
+            low = min(low, shared[start])
+            if not low: break
+            saved = (stop - start - 1)*low
+            if saved >= least and best[start][0] + saved >= choice[0]: choice = (best[start][0] + saved, (start, stop, low))
+        best.append(choice)
+    out, at = list[Group](), len(best) - 1
+    while at > 0:
+        out.append(best[at][1])
+        at = out[-1][0]
+    return out
 
 def shared_beginnings(
     prompts: Sequence[Sequence[int]], # ids
@@ -42,6 +49,6 @@ def shared_beginnings(
     order = sorted(range(len(prompts)), key=lambda i: list(prompts[i]))
     shared = [common(prompts[i], prompts[j]) for i, j in zip(order, order[1:], strict=False)]
     out: list[tuple[int, ...]] = [()]*len(prompts)
-    for start, stop, tokens in _groups(shared, 0, len(order), least)[1]:
+    for start, stop, tokens in _groups(shared, least) if order else []:
         for i in order[start:stop]: out[i] = tuple(prompts[i][:tokens])
     return out

@@ -134,13 +134,14 @@ class _State:
         known = inspect.signature(self.body.forward).parameters
         self.positions, self.kept = 'position_ids' in known, cache_name(self.body)
         self.rows = len(prompts)*samples
-        prompts, before = (list(x)*(2 if self.rows == 1 else 1) for x in (prompts, before))
-        ids, self.mask, self.position = (t.to(model.device) for t in padded(prompts, padding_step(model)))
+        alone, step = self.rows == 1, padding_step(model)
+        if alone and width(len(prompts[0]), step) < PAD: prompts, samples, alone = list(prompts)*2, 1, False # no product of a single token
+        ids, self.mask, self.position = (t.to(model.device) for t in padded(prompts, step))
         self.cache, start = _behind(model, before, [len(p) for p in prompts], ids.shape[1]) if before else (None, 0)
         self.text, self.position = ids.masked_fill(self.mask == 0, -1), self.position[:, start:]
         self.read(ids[:, start:])
-        if samples == 1: return
-        at = torch.arange(len(prompts), device=ids.device).repeat_interleave(samples)
+        if samples == 1 and not alone: return
+        at = torch.arange(len(prompts), device=ids.device).repeat_interleave(2 if alone else samples)
         self.cache.reorder_cache(at) # the one method that all kinds of layers have
         self.mask, self.position, self.hidden, self.text = (t[at] for t in (self.mask, self.position, self.hidden, self.text))
 
