@@ -137,18 +137,16 @@ def pairs() -> list[list[str]]:
             with torch.no_grad():
                 model.generate(**x, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, top_k=0, pad_token_id=0)
         return len(prompts)*tokens
-    ends = GenerateSettings(96, 1., stop=(rare_letter(tokenizer),), token_budget=BATCH*(room + 96))
-    short, full = GenerateSettings(16, 1.), GenerateSettings(32, 1., token_budget=BATCH*(room + 32))
+    ends = GenerateSettings(64, 1., stop=(rare_letter(tokenizer),), token_budget=BATCH*(room + 64))
+    short, full = GenerateSettings(8, 1.), GenerateSettings(32, 1., token_budget=BATCH*(room + 32))
     start = len(os.path.commonprefix(prompt_ids(tokenizer, begun)))
     cases = {
-        f'64 prompts, {BATCH} rows at once, geometric lengths: rows replaced, or batch after batch': (
-            lambda: ours(asked[:64], ends), lambda: ours(asked[:64], ends, refill='off')),
+        f'48 prompts, {BATCH} rows at once, geometric lengths: rows replaced, or batch after batch': (
+            lambda: ours(asked[:48], ends), lambda: ours(asked[:48], ends, refill='off')),
         f'32 prompts with {start} tokens in common: read once, or 32 times': (
             lambda: ours(begun, short), lambda: ours(begun, short, packing='off')),
-        f'32 prompts, {BATCH} rows at once, 32 tokens each: rows replaced, or batch after batch': (
-            lambda: ours(asked[:32], full), lambda: ours(asked[:32], full, refill='off')),
-        f'32 prompts, {BATCH} rows at once, 32 tokens each: w2s, or generate of transformers': (
-            lambda: ours(asked[:32], full), lambda: theirs(asked[:32], 32)),
+        f'16 prompts, {BATCH} rows at once, 32 tokens each: w2s, or generate of transformers': (
+            lambda: ours(asked[:16], full), lambda: theirs(asked[:16], 32)),
     }
     took: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for turn in range(PAIRS + 1):

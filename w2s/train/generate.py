@@ -181,14 +181,13 @@ def respond(
     set_mode(model, False)
     check_state(model)
     with torch.no_grad(), merged(model, WRITING), progress_bar(len(rows), label, 'rows', quiet) as bar:
-        lengths, room, again = [len(t) for t in tokens], Room(settings.token_budget), refills(model)
+        lengths, room, shares = [len(t) for t in tokens], Room(settings.token_budget), process_count() if refills(model) else len(rows) + 1
         def cut(some: Sequence[int], most: int) -> list[list[int]]:
-            planned = plan_batches(lengths, replace(settings, token_budget=most), step, some, joins(model))
-            return plan_pools(planned, process_count()) if again else planned
+            return plan_pools(plan_batches(lengths, replace(settings, token_budget=most), step, some, joins(model)), shares)
         def work(part: list[int]) -> dict[str, list[Response]]:
             if not (left := [i for i in part if marks[rows[i]] not in out]): return {}
             uniform = np.stack([draws(seed, names[rows[i]], k, settings.max_tokens, arm) for i in left for k in range(n)])
-            made = write(model, tokenizer, [tokens[i] for i in left], torch.from_numpy(uniform), how, room.tokens if again else None)
+            made = write(model, tokenizer, [tokens[i] for i in left], torch.from_numpy(uniform), how, room.tokens)
             return {marks[rows[i]]: made[at*n:(at + 1)*n] for at, i in enumerate(left)}
 
         for part, new in fitting_together(range(len(rows)), batch_sizes(lengths, settings, step), room, work, cut):
