@@ -580,9 +580,9 @@ page.respond(base.model, base.tokenizer, prompts, page.GenerateSettings(**settin
 
 
 def test_a_kill_in_the_middle_changes_no_text(folder, base, prompts, tmp_path, monkeypatch):
-    """SIGKILL at the fourth batch, and the last line in the journal cut off. Mutations: rows drawn in the order in which they are made; no
-    journal; the half line kept"""
-    s, journal, made, write = replace(YE, samples=2, temperature=1.1, token_budget=320), tmp_path/'texts.jsonl', [], page.write
+    """SIGKILL in the third pool of eight rows, and the last line in the journal cut off. Mutations: rows drawn in the order in which they
+    are made; no journal; the half line kept"""
+    s, journal, made, write = replace(YE, samples=2, temperature=1.1, token_budget=60), tmp_path/'texts.jsonl', [], page.write
     whole = respond(base.model, base.tokenizer, prompts, replace(s, token_budget=8192), 3, quiet=True)
     settings = json.dumps(
         {k: getattr(s, k) for k in ('max_tokens', 'temperature', 'top_p', 'top_k', 'no_repeat_ngram', 'samples', 'token_budget')}
@@ -594,7 +594,7 @@ def test_a_kill_in_the_middle_changes_no_text(folder, base, prompts, tmp_path, m
         env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'},
     )
     # lines, the first of them the settings
-    while process.poll() is None and (journal.read_bytes().count(b'\n') if journal.exists() else 0) < 4: time.sleep(.002)
+    while process.poll() is None and (journal.read_bytes().count(b'\n') if journal.exists() else 0) < 3: time.sleep(.002)
     assert process.poll() is None, process.communicate()[1][-2000:]
     process.send_signal(signal.SIGKILL)
     process.communicate()

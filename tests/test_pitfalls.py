@@ -1057,6 +1057,7 @@ CHANGES = { # field: (another value, the stages that are not found any more[, wh
     'WeakTeacher.gold_quantize': ('nf4', set()), # scores are kept by its name and bits, beside the stages
     'LoadSettings.packing': ('off', set()),
     'LoadSettings.merging': ('off', set()), # speed, and the last bits of a sum
+    'LoadSettings.refill': ('off', set()), # speed of generation
     'LoadSettings.shard': ('on', set()), # where the work is done
     'LoadSettings.device': ('cpu', set()),
     'LoadSettings.compute': ('plain', set()), # on a CPU; on a GPU: test_a_stage_knows_where_its_model_computes

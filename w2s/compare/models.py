@@ -43,6 +43,7 @@ from ..train.packing import packing_doubt
 from ..train.processes import is_main
 from ..train.sandbox import frozen_date
 from ..train.templates import check_template, template_uses_date
+from ..train.writing import joins
 from .preference_data import Reader
 from .preference_settings import weak_names
 from .stages import MODELS, Run
@@ -75,6 +76,8 @@ def _known(
         )
     if load.device == 'cpu' and load.packing == 'auto' and (doubt := packing_doubt(plan.model)):
         notes.append(f'its sequences are padded, not packed, which takes longer: {doubt}')
+    if writes and load.refill == 'auto' and not joins(plan.model):
+        notes.append('in generation, a batch ends before the next begins and prompts are read whole: not all of its layers keep all keys')
     return (
         context_length(plan.config),
         getattr(plan.config.get_text_config(decoder=True), 'vocab_size', None),

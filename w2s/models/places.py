@@ -19,7 +19,7 @@ from .zoo import SHIPPED, model_folder
 # %% ../../nbs/api/models/080_places.ipynb #44eb5962
 DTYPE_NAMES = ('bfloat16', 'float16', 'float32')
 COMPUTE = ('auto', 'autocast', 'plain')
-SWITCH = {'packing': 'w2s_packing', 'merging': 'w2s_merging'} # ways to be faster: setting -> attribute of a loaded base
+SWITCH = {'packing': 'w2s_packing', 'merging': 'w2s_merging', 'refill': 'w2s_refill'} # ways to be faster: setting -> a base's attribute
 DEVICE = re.compile(r'auto|cpu|(cuda|xpu|mps)(:\d+)?')
 
 # %% ../../nbs/api/models/080_places.ipynb #c56ec603
@@ -64,11 +64,14 @@ class LoadSettings:
     compute: str = 'auto'
 
     # auto: on a CPU or a CUDA GPU sequences go through without padding, and a prompt that several share once, where the model's attention
-    # allows it; off: padded
+    # allows it, as does in generation what prompts have in common at their beginning; off: padded, each prompt by itself
     packing: str = 'auto'
     # auto: weights are unpacked once per pass, and on a CPU in float32 added to the adapter once per step, where memory allows it; off: at
     # every product
     merging: str = 'auto'
+    # auto: in generation, waiting prompts take the places of rows that have ended, where the model's cache allows it; off: a batch ends
+    # before the next begins
+    refill: str = 'auto'
     # on: the layers of a model are split over the processes that torchrun or accelerate launch has started, for one that does not fit on a
     # GPU; off: each process has the whole model
     shard: str = 'off'

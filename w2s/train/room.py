@@ -61,7 +61,8 @@ class Room:
         said: str,  # the error
     ) -> None:
         "From now on half as many; said once a training or scoring"
-        asked, self.tokens = self.tokens, max(1, min(block, self.tokens) // 2)
+        block = min(block, self.tokens) # of rows that take turns, no more are in memory at once
+        asked, self.tokens = self.tokens, max(1, block // 2)
         if not self.lowered:
             warnings.warn(
                 f'out of memory with {block:,} padded tokens at once ({said[:160]}); going on with {self.tokens:,}, {self.result}; '

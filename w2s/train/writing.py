@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['PAD', 'WIDE', 'width', 'padded', 'padding_step', 'no_cache', 'cache_name', 'has_own_cache', 'chooses_all', 'joins',
-           'check_writes', 'check_state', 'write']
+           'refills', 'check_writes', 'check_state', 'write']
 
 # %% ../../nbs/api/train/290_writing.ipynb #fa66e014
 import inspect
 import sys
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,9 +20,11 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..errors import ModelError
-from ..models.devices import compute_in
+from ..errors import ModelError, W2SWarning
+from ..models.devices import compute_in, is_out_of_memory
 from ..models.four_bits import body_of
+from ..models.places import SWITCH
+from .beginnings import ELSEWHERE, LEAST, shared_beginnings
 from .endings import Response, finisher
 from .logprobs import head_of
 from .sampling import ban_repeats, next_logits, pick
@@ -93,6 +97,31 @@ def chooses_all(
     return not kinds or any('reorder_cache' in vars(c) for c in kinds)
 
 # %% ../../nbs/api/train/290_writing.ipynb #b73808b4
+def _moved(x: Tensor, to: int, at: int, fill: int = 0) -> Tensor: # a tensor whose dimension `at` is filled up on the left
+    if (more := to - x.shape[at]) == 0: return x
+    shape = list(x.shape)
+    shape[at] = more
+    return torch.cat([x.new_full(shape, fill), x], at)
+
+@dataclass(frozen=True)
+class _Beginning:
+    "What a model keeps of tokens that several prompts begin with"
+    tokens: int                            # how many, a multiple of `PAD`
+    layers: tuple[tuple[Tensor, Tensor], ...] # keys and values, each (1, heads, tokens, width)
+
+def _behind(model: Any, before: Sequence[_Beginning], lengths: Sequence[int], to: int) -> tuple[Any, int]:
+    "A cache for prompts of these lengths, padded to one width, that holds their beginnings; how many places of each it fills"
+    start = to - width(max(n - b.tokens for n, b in zip(lengths, before, strict=True)))
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if start <= 0: return cache, 0
+    for at in range(len(before[0].layers)):
+        keys, values = (
+            torch.cat([_moved(b.layers[at][what][:, :, :max(start - to + n, 0)], start, 2) for n, b in zip(lengths, before, strict=True)])
+            for what in (0, 1)
+        )
+        cache.update(keys, values, at)
+    return cache, start
+
 class _State:
     "Sequences that are being written: what the model needs to go on with each"
     hidden: Tensor  # (sequences, width): where the next token is read; a single sequence is there twice
@@ -100,17 +129,19 @@ class _State:
     cache: Any      # keys and values of all layers
     rows: int       # sequences that were asked for
 
-    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], samples: int):
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], samples: int, before: Sequence[_Beginning] = ()):
         self.model, self.body = model, body_of(model)
         known = inspect.signature(self.body.forward).parameters
         self.positions, self.kept = 'position_ids' in known, cache_name(self.body)
-        alone = len(prompts)*samples == 1
         self.rows = len(prompts)*samples
-        ids, self.mask, self.position = (t.to(model.device) for t in padded(list(prompts)*2 if alone else prompts, padding_step(model)))
-        self.cache, self.text = None, ids.masked_fill(self.mask == 0, -1)
-        self.read(ids)
-        if samples == 1: return
-        at = torch.arange(len(prompts), device=ids.device).repeat_interleave(samples)
+        alone, step = self.rows == 1, padding_step(model)
+        if alone and width(len(prompts[0]), step) < PAD: prompts, samples, alone = list(prompts)*2, 1, False # no product of a single token
+        ids, self.mask, self.position = (t.to(model.device) for t in padded(prompts, step))
+        self.cache, start = _behind(model, before, [len(p) for p in prompts], ids.shape[1]) if before else (None, 0)
+        self.text, self.position = ids.masked_fill(self.mask == 0, -1), self.position[:, start:]
+        self.read(ids[:, start:])
+        if samples == 1 and not alone: return
+        at = torch.arange(len(prompts), device=ids.device).repeat_interleave(2 if alone else samples)
         self.cache.reorder_cache(at) # the one method that all kinds of layers have
         self.mask, self.position, self.hidden, self.text = (t[at] for t in (self.mask, self.position, self.hidden, self.text))
 
@@ -129,10 +160,18 @@ class _State:
             at = torch.tensor(keep*2 if len(keep) == 1 else keep, device=chosen.device)
             self.cache.reorder_cache(at)
             self.mask, self.position, self.text, chosen = self.mask[at], self.position[at], self.text[at], chosen[at]
+        self.rows = len(keep)
         self.text = torch.cat([self.text, chosen[:, None]], 1)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(chosen), 1)], 1)
         self.position = self.position[:, -1:] + 1
         self.read(chosen[:, None])
+
+    def trim(self) -> None:
+        "Leave out places that are padding in all sequences"
+        empty = int((self.mask.cumsum(1) == 0).sum(1).min()) // PAD * PAD
+        if not empty: return
+        for layer in self.cache.layers: layer.keys, layer.values = layer.keys[:, :, empty:], layer.values[:, :, empty:]
+        self.mask, self.text = self.mask[:, empty:], self.text[:, empty:]
 
 # %% ../../nbs/api/train/290_writing.ipynb #f128dbfe
 def joins(
@@ -146,12 +185,6 @@ def joins(
         and all(type(layer) is DynamicLayer for layer in layers)
         and not has_own_cache(body_of(model))
     )
-
-def _moved(x: Tensor, to: int, at: int, fill: int = 0) -> Tensor: # a tensor whose dimension `at` is filled up on the left
-    if (more := to - x.shape[at]) == 0: return x
-    shape = list(x.shape)
-    shape[at] = more
-    return torch.cat([x.new_full(shape, fill), x], at)
 
 def _join(states: Sequence[_State]) -> _State:
     "Sequences of several widths as one batch, in this order"
@@ -168,14 +201,13 @@ def _join(states: Sequence[_State]) -> _State:
     first.rows = sum(s.rows for s in states)
     return first
 
-def _begin(model: Any, prompts: Sequence[Sequence[int]], samples: int) -> tuple[list[int], _State]:
-    "Read prompts, those of one width at a time where they can be joined; their order in the batch"
-    step = padding_step(model)
-    widths = [width(len(p), step) for p in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: (widths[i], i))
-    if len(set(widths)) == 1 or model.device.type != 'cpu' or not joins(model):
-        return list(range(len(prompts))), _State(model, prompts, samples)
-    return order, _join([_State(model, [prompts[i] for i in order if widths[i] == w], samples) for w in sorted(set(widths))])
+# %% ../../nbs/api/train/290_writing.ipynb #dc667a74
+def refills(
+    model: Any, # a causal language model, with or without an adapter
+) -> bool:
+    "Do waiting prompts take the places of rows that have ended? Where they can join a batch, unless it was loaded with refill off"
+    base = model.get_base_model() if hasattr(model, 'get_base_model') else model
+    return joins(model) and getattr(base, SWITCH['refill'], 'auto') != 'off'
 
 # %% ../../nbs/api/train/290_writing.ipynb #c7902817
 _STATEFUL: WeakKeyDictionary[Any, bool] = WeakKeyDictionary() # bodies that were tried
@@ -209,6 +241,82 @@ def check_state(
     if not error <= max(least, .3*(other - want).norm()): raise ModelError(no_cache(type(body).__name__))
     _STATEFUL[body] = True
 
+# %% ../../nbs/api/train/290_writing.ipynb #b39a2d4a
+_BEHIND: WeakKeyDictionary[Any, bool] = WeakKeyDictionary() # bodies that were tried
+
+def _beginning(model: Any, ids: Sequence[int]) -> _Beginning:
+    "Read what several prompts begin with"
+    layers = _State(model, [ids], 2).cache.layers # twice: a single sequence would be computed twice
+    return _Beginning(len(ids), tuple((layer.keys[:1], layer.values[:1]) for layer in layers))
+
+def _reads_on(model: Any) -> bool:
+    "Are prompts that are read behind their beginning what they are when they are read at once? Tried once per model"
+    body, rows = body_of(model), [[*(3 + i % 5 for i in range(24)), *more] for more in ([5, 6], [7, 4, 3])]
+    if body in _BEHIND: return _BEHIND[body]
+    whole = _State(model, rows, 1).hidden.float()
+    try: behind = _State(model, rows, 1, [_beginning(model, rows[0][:24])]*2).hidden.float()
+    except (RuntimeError, IndexError, AttributeError, ValueError, TypeError) as e:
+        if is_out_of_memory(e): raise
+        behind = torch.full_like(whole, torch.nan)
+    error, bound = (behind - whole).norm(dim=1), (1e-4 if model.dtype == torch.float32 else .03)*whole.norm(dim=1)
+    _BEHIND[body] = bool((error <= bound).all())
+    if not _BEHIND[body]:
+        warnings.warn(
+            f'prompts with a common beginning are read whole, each by itself, which takes longer: {type(body).__name__} gives other states '
+            'when it reads on behind a copied beginning', W2SWarning, stacklevel=4)
+    return _BEHIND[body]
+
+def _beginnings(model: Any, prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+    "For each prompt the beginning that is read once for several; () for none"
+    base, none = model.get_base_model() if hasattr(model, 'get_base_model') else model, [()]*len(prompts)
+    if not joins(model) or getattr(base, SWITCH['packing'], 'auto') == 'off': return none
+    found = shared_beginnings(prompts, LEAST.get(model.device.type, ELSEWHERE))
+    return found if any(found) and _reads_on(model) else none
+
+# %% ../../nbs/api/train/290_writing.ipynb #a3e11fb2
+class _Waiting:
+    "Prompts that are not in the batch yet"
+    def __init__(self, model: Any, prompts: Sequence[Sequence[int]], settings: GenerateSettings, most: int | None):
+        self.model, self.prompts, self.samples, self.most = model, prompts, settings.samples, most
+        self.widths = [width(len(p), padding_step(model)) for p in prompts]
+        self.sizes = [w + settings.max_tokens for w in self.widths]
+        self.starts, self.known = _beginnings(model, prompts), dict[tuple[int, ...], _Beginning]()
+        widest = dict[tuple[int, ...], int]()
+        for start, w in zip(self.starts, self.widths, strict=True): widest[start] = max(w, widest.get(start, 0))
+        def place(i: int) -> tuple: # prompts of one beginning together
+            return (widest[self.starts[i]] if self.starts[i] else self.widths[i], self.starts[i], self.widths[i], i)
+        self.left = sorted(range(len(prompts)), key=place) if joins(model) else list(range(len(prompts)))
+
+    def take(self, live: Sequence[int]) -> list[int]:
+        "The prompts that get a place beside those of live rows; none while so few would that it is not worth a pass"
+        new, largest = list[int](), max((self.sizes[i] for i in live), default=0)
+        for i in self.left:
+            largest = max(largest, self.sizes[i])
+            if self.most and (live or new) and (len(live) + (len(new) + 1)*self.samples)*largest > self.most: break
+            new.append(i)
+        if len(new) < len(self.left) and PAD*len(new)*self.samples < len(live): return []
+        self.left = self.left[len(new):]
+        return new
+
+    def read(self, new: list[int], running: _State | None) -> _State:
+        "Read prompts, those of one width and of beginnings of one length at a time, and let them join the batch in this order"
+        cpu, kinds = self.model.device.type == 'cpu', dict[Any, list[int]]()
+        for i in new: kinds.setdefault((self.widths[i], len(self.starts[i])) if cpu else bool(self.starts[i]), []).append(i)
+        parts = list(kinds.values()) if joins(self.model) else [new]
+        new[:] = [i for part in parts for i in part]
+        read = [_State(self.model, [self.prompts[i] for i in part], self.samples, self.before(part)) for part in parts]
+        still = {self.starts[i] for i in self.left}
+        self.known = {start: found for start, found in self.known.items() if start in still}
+        if running is not None: running.trim()
+        states = [*([] if running is None else [running]), *read]
+        return states[0] if len(states) == 1 else _join(states)
+
+    def before(self, part: list[int]) -> list[_Beginning]:
+        "The beginnings of prompts, read now where they are not yet"
+        for i in part:
+            if (start := self.starts[i]) and start not in self.known: self.known[start] = _beginning(self.model, start)
+        return [self.known[self.starts[i]] for i in part if self.starts[i]]
+
 # %% ../../nbs/api/train/290_writing.ipynb #7e4f9b34
 def write(
     model: Any,                         # a causal language model, in evaluation mode
@@ -216,24 +324,29 @@ def write(
     prompts: Sequence[Sequence[int]],   # ids of each prompt
     uniform: Tensor,                    # (prompts × samples, max_tokens): random numbers, samples of a prompt one after another
     settings: GenerateSettings,         # how to sample
+    most: int | None = None,            # tokens at once: prompts that do not fit wait until others have ended; None: all at once
 ) -> list[Response]:                    # prompts × samples, in the same order
-    "Responses to one batch of prompts"
+    "Responses to some prompts"
     head, finish = head_of(model), finisher(model, tokenizer, settings.stop, settings.max_tokens)
-    known = max(tokenizer.get_vocab().values()) + 1
-    order, state = _begin(model, prompts, settings.samples)
-    live = [i*settings.samples + k for i in order for k in range(settings.samples)]
-    device = state.hidden.device
-    place = torch.device('cpu') if device.type == 'mps' else device # random numbers have 64 bits, which Apple's GPUs do not know
+    known, n = max(tokenizer.get_vocab().values()) + 1, settings.samples
+    # random numbers have 64 bits, which Apple's GPUs do not know
+    place = torch.device('cpu') if model.device.type == 'mps' else model.device
     uniform, ids = uniform.to(place), [list[int]() for _ in uniform]
     out: list[Any] = [None] * len(uniform)
-    for step in range(settings.max_tokens):
+    waiting, live, state = _Waiting(model, prompts, settings, most), list[int](), None
+    while live or waiting.left:
+        if waiting.left and (state is None or state.mask.shape[1] % PAD == 0) and (new := waiting.take([row // n for row in live])):
+            state = waiting.read(new, state)
+            live += [i*n + k for i in new for k in range(n)]
+        assert state is not None
         logits = ban_repeats(next_logits(state.hidden[:len(live)], **head)[:, :known], state.text[:len(live)], settings.no_repeat_ngram)
-        chosen = pick(logits.to(place), uniform[live, step], settings.temperature, settings.top_p, settings.top_k).to(device)
+        drawn = uniform[live, [len(ids[row]) for row in live]]
+        chosen = pick(logits.to(place), drawn, settings.temperature, settings.top_p, settings.top_k).to(model.device)
         for row, token in zip(live, chosen.tolist(), strict=True):
             ids[row].append(token)
-            out[row] = finish(prompts[row // settings.samples], ids[row])
+            out[row] = finish(prompts[row // n], ids[row])
         keep = [at for at, row in enumerate(live) if out[row] is None]
-        if not keep: break
         live = [live[at] for at in keep]
-        state.advance(chosen, keep)
+        if live: state.advance(chosen, keep)
+        else: state = None
     return out
