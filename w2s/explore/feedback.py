@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FEEDBACK_ROWS', 'Range', 'log_odds', 'preference_feedback', 'label_feedback', 'demonstration_feedback',
-           'feedback_rows', 'filter_rows', 'sort_rows']
+           'feedback_rows', 'filter_rows', 'sort_rows', 'short_table']
 
-# %% ../../nbs/api/explore/20_feedback.ipynb #18cb0784
+# %% ../../nbs/api/explore/20_feedback.ipynb #c5d077c5
 from collections.abc import Callable
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..compare.result import Result
 from ..data.rows import prompt_text
 from ..errors import ConfigError, DataError, unknown
 
-# %% ../../nbs/api/explore/20_feedback.ipynb #b05672ff
+# %% ../../nbs/api/explore/20_feedback.ipynb #da9e440d
 def log_odds(
     prob: pd.Series, # between 0 and 1
 ) -> pd.Series:      # infinite at 0 and 1
@@ -50,7 +50,7 @@ def demonstration_feedback(
     return t[['method', 'weak', 'seed']].assign(id=ids, question=t['question'], weak_answer=t['weak_answer'], answer=t['answer'],
                                                 changed=changed)
 
-# %% ../../nbs/api/explore/20_feedback.ipynb #f60361f7
+# %% ../../nbs/api/explore/20_feedback.ipynb #9cc20131
 FEEDBACK_ROWS: dict[str, Callable[[Result], pd.DataFrame]] = {
     'preferences': preference_feedback,
     'labels': label_feedback,
@@ -69,7 +69,7 @@ def feedback_rows(
     if 'prompt' in rows: rows['prompt_text'] = [prompt_text(p) for p in rows['prompt']]
     return rows
 
-# %% ../../nbs/api/explore/20_feedback.ipynb #609afec2
+# %% ../../nbs/api/explore/20_feedback.ipynb #d8266892
 Range = tuple[float, float] # lowest and highest, both kept
 
 def _within(rows: pd.DataFrame, column: str, bounds: Range | None) -> pd.Series:
@@ -110,3 +110,17 @@ def sort_rows(
     known = [c for c in rows if c not in ('prompt', 'prompt_text')]
     if by not in known: raise ConfigError(unknown(by, known, 'column'))
     return rows.sort_values(by, ascending=not descending, kind='stable')
+
+# %% ../../nbs/api/explore/20_feedback.ipynb #0e30a5f0
+def short_table(
+    rows: pd.DataFrame, # of `feedback_rows`
+    length: int = 70,   # characters of a text
+) -> pd.DataFrame:
+    "The rows for a table: numbers with three digits, texts on one line and cut"
+    def short(cell: object) -> object:
+        if isinstance(cell, float): return round(cell, 3)
+        text = ' '.join(str(cell).split())
+        return cell if isinstance(cell, int) else text if len(text) <= length else f'{text[:length]}…'
+    kept = rows.assign(prompt=rows['prompt_text']).drop(columns='prompt_text') if 'prompt_text' in rows else rows
+    one_seed = kept['seed'].nunique() < 2
+    return kept.drop(columns=['id', *['seed']*one_seed]).map(short)

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from ..compare.models import Model, open_base
 from ..compare.preference_arms import know_models
@@ -76,7 +77,7 @@ def find_policy(
 
 # %% ../../nbs/api/explore/30_tokens.ipynb #fceb9f1f
 def logps_by_token(
-    model: Any,                   # with or without an adapter; left in evaluation mode
+    model: torch.nn.Module,       # with or without an adapter; left in evaluation mode
     sequences: Sequence[Encoded], # a few
 ) -> list[np.ndarray]:            # of each sequence, one number for each token of its response, nats
     "Log-probability of every token of every response"
@@ -89,7 +90,7 @@ def logps_by_token(
 
 # %% ../../nbs/api/explore/30_tokens.ipynb #3afed80c
 def token_pieces(
-    tokenizer: Any,     # of the model
+    tokenizer: PreTrainedTokenizerBase, # of the model
     ids: Sequence[int], # of a response
 ) -> list[tuple[str, list[int]]]: # text, and the places of its tokens; the texts together are the response
     "A response in pieces of text, one a token where that is possible"
@@ -103,21 +104,17 @@ def token_pieces(
     return pieces
 
 # %% ../../nbs/api/explore/30_tokens.ipynb #a61f9b77
-def _opened(policy: Policy, adapter: Path | None) -> Any:
-    "The base with an adapter, or alone"
-    base = open_base(policy.model)
-    return load_adapter(base, adapter) if adapter else base.model
-
 @contextmanager
-def _worn(policy: Policy, adapter: Path | None) -> Iterator[Any]:
-    "The same for a while: the base is left as it was"
-    model = _opened(policy, adapter)
+def _with_adapter(policy: Policy, adapter: Path | None) -> Iterator[Any]:
+    "The base with an adapter, or alone; it is left as it was"
+    base = open_base(policy.model)
+    model: Any = load_adapter(base, adapter) if adapter else base.model
     try: yield model
     finally:
         if adapter: model.unload()
 
 def token_table(
-    tokenizer: Any,        # of the model
+    tokenizer: PreTrainedTokenizerBase, # of the model
     ids: Sequence[int],    # of a response
     policy: np.ndarray,    # log-prob of each token
     reference: np.ndarray, # likewise
@@ -140,8 +137,8 @@ def token_shifts(
     data = Dataset.from_list([{k: r[k] for k in ('id', 'prompt', *RESPONSES)} for r in rows])
     tokens = encode_rows(reader.tokenizer, data, RESPONSES, reader.limit)
     if tokens.refused: raise DataError('row {}: {}'.format(*next(iter(tokens.refused.items()))))
-    with _worn(policy, policy.adapter) as model: ours = [logps_by_token(model, r.sequences) for r in tokens.rows]
-    with _worn(policy, policy.reference) as model: theirs = [logps_by_token(model, r.sequences) for r in tokens.rows]
+    with _with_adapter(policy, policy.adapter) as model: ours = [logps_by_token(model, r.sequences) for r in tokens.rows]
+    with _with_adapter(policy, policy.reference) as model: theirs = [logps_by_token(model, r.sequences) for r in tokens.rows]
     return [
         {side: token_table(reader.tokenizer, s.response, a, b, sign*policy.beta)
          for side, s, a, b, sign in zip(RESPONSES, row.sequences, x, y, (1, -1), strict=True)}
