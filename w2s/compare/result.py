@@ -78,7 +78,7 @@ class Result:
         further = (f'{title}\n\n{t.to_string(index=False)}' for title, t in further_tables(self).items())
         return '\n\n'.join(filter(None, [pgr_text(self), costs, table, self.caption, notes, further_words(self), *further]))
 
-def _explored(page: str, name: str) -> Any: # what shows a result draws figures, which stand above this page: it is imported when it is needed
+def _explored(page: str, name: str) -> Any: # what shows a result draws figures, which stand above this page: imported when needed
     return getattr(import_module(f'w2s.explore.{page}'), name)
 
 def _cost_lines(result: Any) -> list[str]: # of a run with mixes of human and weak labels: the cheapest one, or why there is none

@@ -15,10 +15,10 @@ import pandas as pd
 
 from ..compare.result import Result
 from ..errors import ConfigError, DataError, ModelError, unknown
+from ..io.live import is_live
 from .cards import AGAINST, TOWARDS, demonstration_card, label_card, pair_card
 from .feedback import Range, feedback_rows, filter_rows, short_table, sort_rows
 from .tokens import Pair, find_policy, token_shifts
-from ..io.live import is_live
 
 # %% ../../nbs/api/explore/40_browse.ipynb #be7c09b5
 FEW = 4 # cards in a saved page
@@ -68,7 +68,9 @@ class FeedbackBrowser:
 
     def __len__(self) -> int: return len(self.rows)
     def __repr__(self) -> str: return f'{self._words()}\n\n{short_table(self.rows.head(10)).to_string(index=False)}'
-    def _words(self) -> str: return f'{len(self.rows):,} rows of feedback' + (f' for {s} seeds' if (s := self.rows["seed"].nunique()) > 1 else '')
+    def _words(self) -> str:
+        seeds = self.rows['seed'].nunique()
+        return f'{len(self.rows):,} rows of feedback' + f' for {seeds} seeds'*(seeds > 1)
 
     def _repr_html_(self) -> str:
         shown = f', the first {self.few} of them here' if len(self.rows) > self.few else ''

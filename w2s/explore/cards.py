@@ -71,7 +71,8 @@ def label_card(
     "A text with its weak label and the ground truth"
     head = f'{escape(str(row["id"]))} · seed {row["seed"]} · {escape(row["weak"])} · {_agreement(row["agrees"])}'
     share = f'<progress max="1" value="{row["confidence"]:.3f}" style="width:8em"></progress> {row["confidence"]:.3f}'
-    return _card(head, escape(row['text']), [_box('weak label', f'{escape(row["given"])} {share}'), _box('ground truth', escape(row['truth']))])
+    boxes = [_box('weak label', f'{escape(row["given"])} {share}'), _box('ground truth', escape(row['truth']))]
+    return _card(head, escape(row['text']), boxes)
 
 def changed_words(
     before: str, # a text

@@ -33,7 +33,8 @@ from ..report.write import page_of
 STYLE = '''
 .w2s-tabs { font-size: 14px; line-height: 1.45; margin: 4px 0 12px; }
 .w2s-tabs > input { position: absolute; opacity: 0; pointer-events: none; width: 1px; height: 1px; margin: 0; }
-.w2s-tabs > label { display: inline-block; padding: 5px 12px; margin: 0; cursor: pointer; opacity: .7; border-bottom: 3px solid transparent; }
+.w2s-tabs > label { display: inline-block; padding: 5px 12px; margin: 0; cursor: pointer; opacity: .7;
+  border-bottom: 3px solid transparent; }
 .w2s-tabs > label:hover { opacity: 1; }
 .w2s-tabs > input:checked + label { opacity: 1; font-weight: 600; border-bottom-color: #2a7ab9; }
 .w2s-tabs > input:focus-visible + label { outline: 2px solid #2a7ab9; outline-offset: -2px; }
@@ -42,7 +43,7 @@ STYLE = '''
 .w2s-tabs p { max-width: 62em; margin: 0 0 8px; }
 .w2s-tabs > section:first-of-type > p:first-of-type { font-weight: 600; }
 .w2s-tabs table { border-collapse: collapse; border: none; margin: 4px 0 10px; font-variant-numeric: tabular-nums; font-size: 13px; }
-.w2s-tabs th, .w2s-tabs td { text-align: left; padding: 3px 14px 3px 0; border: none; border-bottom: 1px solid rgba(128,128,128,.25);
+.w2s-tabs th, .w2s-tabs td { text-align: left !important; padding: 3px 14px 3px 0; border: none; border-bottom: 1px solid rgba(128,128,128,.25);
   white-space: nowrap; }
 .w2s-tabs pre { font-size: 12px; max-height: 32em; overflow: auto; background: rgba(128,128,128,.1); padding: 8px; color: inherit; }
 .w2s-tabs img { max-width: 100%; height: auto; background: #fff; padding: 6px; border-radius: 4px; }
@@ -93,7 +94,8 @@ def figure_html(
     out = BytesIO()
     figure.savefig(out, format='png', dpi=80, metadata={'Software': None})
     words = escape(words[:1].upper() + words[1:])
-    return f'<figure><img alt="{words}" src="data:image/png;base64,{b64encode(out.getvalue()).decode()}"><figcaption>{words}</figcaption></figure>'
+    data = b64encode(out.getvalue()).decode()
+    return f'<figure><img alt="{words}" src="data:image/png;base64,{data}"><figcaption>{words}</figcaption></figure>'
 
 def first_figure(
     result: Result, # of a run

@@ -58,7 +58,8 @@ def _arm_of(result: Result, role: str, seed: int) -> pd.Series:
     found = arms[arms['role'] == role]
     if len(found): return found.iloc[0]
     supervisor = getattr(result.config, 'supervisor', '')
-    if role == 'floor': raise DataError(f'the supervisor "{supervisor}" was not trained, so no tokens moved its margin; take role="student"')
+    if role == 'floor':
+        raise DataError(f'the supervisor "{supervisor}" was not trained, so no tokens moved its margin; take role="student"')
     raise ConfigError(unknown(role, list(dict.fromkeys(arms['role'])), 'role with a trained model') + f', seed {seed}')
 
 def find_policy(
@@ -71,7 +72,8 @@ def find_policy(
     arm = _arm_of(result, role, seed)
     adapter = result.adapters[arm['adapter']]
     objective, reference = _reference_of(adapter)
-    if objective == 'reward': raise DataError('a reward model scores a whole response, so its margin is no sum over tokens; take role="student"')
+    if objective == 'reward':
+        raise DataError('a reward model scores a whole response, so its margin is no sum over tokens; take role="student"')
     weak, strong = know_models(result.config)
     return Policy(weak[0] if role == 'floor' else strong, adapter, reference, result.config.beta, f'{role} {arm["method"]}')
 
@@ -122,7 +124,8 @@ def token_table(
 ) -> pd.DataFrame:         # token, policy, reference, moved (in log-odds, towards the chosen response)
     "How much each token of a response moved the margin"
     return pd.DataFrame(
-        [(text, policy[at].sum(), reference[at].sum(), factor*(policy[at] - reference[at]).sum()) for text, at in token_pieces(tokenizer, ids)],
+        [(text, policy[at].sum(), reference[at].sum(), factor*(policy[at] - reference[at]).sum())
+         for text, at in token_pieces(tokenizer, ids)],
         columns=['token', 'policy', 'reference', 'moved'],
     )
 

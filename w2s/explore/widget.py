@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
-from ipywidgets import HTML, Box, Dropdown, FloatRangeSlider, HBox, Text, VBox, ValueWidget
+from ipywidgets import HTML, Box, Dropdown, FloatRangeSlider, HBox, Text, ValueWidget, VBox
 from itables.widget import ITable
 
 from .feedback import Range, filter_rows, short_table
 
 # %% ../../nbs/api/explore/38_widget.ipynb #c2d3a0a9
-AGREES: list[tuple[str, bool | None]] = [('any', None), ('agrees', True), ('disagrees', False)]
+AGREES: dict[str, bool | None] = {'any': None, 'agrees': True, 'disagrees': False}
 MOST = 2000 # rows in the table
 
 def range_slider(
@@ -49,7 +49,8 @@ class FilterControls:
     ):
         self.confidence = range_slider(rows['confidence'], 'confidence') if 'confidence' in rows else None
         self.margin = range_slider(rows['margin'], 'margin') if 'margin' in rows else None
-        self.agrees = Dropdown(options=AGREES, description='truth') if 'agrees' in rows else None
+        several = 'agrees' in rows and rows['agrees'].nunique() > 1
+        self.agrees = Dropdown(options=list(AGREES), description='truth') if several else None
         self.text = Text(placeholder='a word in the texts', description='text', continuous_update=False)
 
     @property
@@ -62,8 +63,8 @@ class FilterControls:
         rows: pd.DataFrame, # of `feedback_rows`
     ) -> pd.DataFrame:
         "The rows that fit"
-        return filter_rows(rows, slider_range(self.confidence), slider_range(self.margin), self.agrees.value if self.agrees else None,
-                           self.text.value)
+        agrees = AGREES[self.agrees.value] if self.agrees else None
+        return filter_rows(rows, slider_range(self.confidence), slider_range(self.margin), agrees, self.text.value)
 
     def watch(
         self,
