@@ -68,7 +68,10 @@ class Result:
         "This minus the other, paired by test example, as `w2s compare` does; raises `DataError` and `ConfigError`"
         return compare_models_of(self, other, mine, theirs, metrics, level)
 
-    def browse(self, **options: Any) -> object:
+    def browse(
+        self,
+        **options: Any, # of browse_feedback, as agrees=False
+    ) -> object:
         "The rows of feedback to read, sort and filter, as `browse_feedback`; raises `DataError` and `ConfigError`"
         return _explored('browse', 'browse_feedback')(self, **options)
 
