@@ -43,7 +43,8 @@ STYLE = '''
 .w2s-tabs p { max-width: 62em; margin: 0 0 8px; }
 .w2s-tabs > section:first-of-type > p:first-of-type { font-weight: 600; }
 .w2s-tabs table { border-collapse: collapse; border: none; margin: 4px 0 10px; font-variant-numeric: tabular-nums; font-size: 13px; }
-.w2s-tabs th, .w2s-tabs td { text-align: left !important; padding: 3px 14px 3px 0; border: none; border-bottom: 1px solid rgba(128,128,128,.25);
+.w2s-tabs th, .w2s-tabs td { text-align: left !important; padding: 3px 14px 3px 0; border: none;
+  border-bottom: 1px solid rgba(128,128,128,.25);
   white-space: nowrap; }
 .w2s-tabs pre { font-size: 12px; max-height: 32em; overflow: auto; background: rgba(128,128,128,.1); padding: 8px; color: inherit; }
 .w2s-tabs img { max-width: 100%; height: auto; background: #fff; padding: 6px; border-radius: 4px; }
