@@ -33,6 +33,7 @@ API = { # folder -> what it is for, lowest first; '' holds the pages beside the 
     'files': 'Your own files',
     'plots': 'Figures',
     'report': 'Reports',
+    'explore': 'Explore a result',
     'bench': 'Benchmarks',
     'export': 'Export',
     'check': 'Checks before a run',

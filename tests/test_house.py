@@ -35,6 +35,7 @@ FLOORS = [
     'files',
     'plots',
     'report',
+    'explore',
     'bench',
     'export',
     'check',
@@ -191,10 +192,9 @@ def undeclared(names: set[str], declared: set[str]) -> set[str]:
 def test_requirements_are_declared():
     names = {name.split('.')[0] for path in MODULES for name, _ in imported(path)}
     # an extra, imported only where it is asked for
-    missing = undeclared(names, requirements('requirements') | requirements('ray_requirements') | requirements('trl_requirements'))
-    assert not missing, (
-        f'imported by w2s, not in the lines `requirements`, `ray_requirements` and `trl_requirements` of settings.ini: {sorted(missing)}'
-    )
+    lines = ('requirements', 'ray_requirements', 'trl_requirements', 'jupyter_requirements')
+    missing = undeclared(names, set().union(*map(requirements, lines)))
+    assert not missing, f'imported by w2s, not in the lines {", ".join(lines)} of settings.ini: {sorted(missing)}'
 
 
 def test_test_requirements_are_declared():

@@ -239,7 +239,8 @@ def test_the_gap_is_the_first_thing_that_is_said(any_run):
     assert first.startswith('- PGR') and ('[' in first or 'since' in first)
     assert repr(result).startswith(first) and str(result).startswith(first)
     html = result._repr_html_()
-    assert html.startswith('<p>- PGR') and html.count('<table') == 1
+    answer = html.partition('<section><h4>Answer</h4>')[2].partition('</section>')[0]
+    assert answer.startswith('<p>PGR') and answer.count('<table') == 1
     assert headings(report_of(result))[0] == 'PGR' and report_of(result).index('PGR') < report_of(result).index('|')
 
 

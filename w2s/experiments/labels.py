@@ -34,7 +34,7 @@ from ..compare.inheritance import add_inheritance, judge_predictions
 from ..compare.label_data import load_labels
 from ..compare.label_mixes import ask_members, check_mixed_rows, mixed_arms
 from ..compare.label_settings import Classify, data_name, fill_labels, label_models, parse_method
-from ..compare.label_tables import LABELS, arm_items, label_quality, list_classifiers, prediction_table
+from ..compare.label_tables import LABELS, arm_items, label_quality, list_classifiers, prediction_table, weak_class_table
 from ..compare.label_tests import label_tester
 from ..compare.label_twins import twin_arm
 from ..compare.learn import Study
@@ -83,7 +83,8 @@ def result_of(
     items = pd.concat(
         [arm_items(a, task, data.test, weak[a.weak, a.seed] if a.role == 'student' else None) for a in made.arms], ignore_index=True
     )
-    extra = dict(labels=label_quality(made.seeds, labellers), predictions=prediction_table(made.arms, data.test), **made.extra,
+    extra = dict(labels=label_quality(made.seeds, labellers), weak_labels=weak_class_table(made.seeds, labellers, data.classes),
+                 predictions=prediction_table(made.arms, data.test), **made.extra,
                  classes=data.classes, test=data.test)
     extra |= made_parts(study.config, items, made, LABELS, parse_method(study.config.methods[0]).name, 'ceiling')
     result = make_result(

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .live import live_bar
+
 # %% ../../nbs/api/io/40_console.ipynb #866cc199
 def is_watched() -> bool:
     "Is there a terminal or a notebook that can show a moving bar?"
@@ -27,8 +29,9 @@ def progress_bar(
     unit: str,           # what is counted: 'step', 'tok', 'rows'
     quiet: bool = False, # True: no bar in any case
     initial: int = 0,    # units that are done already
-) -> Any:                # a tqdm bar, to be used in a `with`
-    "A progress bar, where somebody can see it"
+) -> Any:                # a bar of tqdm, or one with the same methods, to be used in a `with`
+    "A progress bar, where somebody can see it; in a notebook the display of the running cell"
+    if not quiet and (bar := live_bar(total, label, unit, initial)): return bar
     from tqdm.auto import tqdm
     return tqdm(
         total=total, desc=label, unit=unit, unit_scale=unit == 'tok', initial=initial, leave=False, disable=quiet or not is_watched()
