@@ -161,7 +161,7 @@ def spread(
 
 # %% ../../nbs/api/plots/110_demonstrations.ipynb #0388b01f
 def _names_above(ax: Axes, at: Mapping[str, float]) -> None:
-    "Names of weak models above the axes, a pale upright line through the marks of each"
+    "Names of weak models above the axes, a pale vertical line through the marks of each"
     names, (low, high) = sorted(at, key=lambda n: at[n]), ax.get_xlim()
     for name, place in zip(names, spread([(at[n] - low)/(high - low) for n in names], .07), strict=True):
         ax.axvline(at[name], color='0.88', lw=.8, zorder=0)

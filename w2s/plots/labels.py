@@ -32,7 +32,6 @@ from w2s.plots.base import (
     model_name,
     model_size,
     new_axes,
-    panel_width,
     rows_of_metric,
     write_caption,
 )
@@ -125,16 +124,17 @@ def places(
     return {size: '/'.join(n) for size, n in found.items()}
 
 # %% ../../nbs/api/plots/090_labels.ipynb #c7595fd6
-def _size_names(at: Mapping[float, str], width: float) -> list[str]:
-    "Name and size of each tick; lower by two lines where it would meet the one before it, on an axis of this many inches"
-    span, out, last, low = np.log(max(at)/min(at)) or 1., [], -np.inf, False
-    for size, name in at.items():
-        label = f'{name}\n{size_name(size)}'
-        place, half = .75*width*np.log(size/min(at))/span, .04*max(map(len, label.split('\n')))
-        low = bool(place - half < last) and not low
-        out.append('\n\n'*low + label)
-        last = max(last, place + half + .05)
-    return out
+def _lower_names(ax: Axes, gap: float = 6.) -> None:
+    "Lower the name of a tick by two lines, or four, where it would meet one on its left; gap: in pixels"
+    if (figure := ax.get_figure(root=True)) is None: return
+    figure.draw_without_rendering()
+    labels, ends, names = ax.get_xticklabels(), [-np.inf]*len(ax.get_xticklabels()), []
+    for t in labels:
+        box = t.get_window_extent()
+        level = next((k for k, end in enumerate(ends) if box.x0 > end + gap), 0)
+        ends[level] = box.x1
+        names.append('\n\n'*level + t.get_text())
+    ax.set_xticks(ax.get_xticks(), names)
 
 # %% ../../nbs/api/plots/090_labels.ipynb #c2140e52
 def set_size_axis(
@@ -144,11 +144,12 @@ def set_size_axis(
 ) -> None:
     "Logarithmic x axis with a tick at each model, by name and size"
     ax.set_xscale('log')
-    ax.set_xticks(list(at), _size_names(at, panel_width(ax)))
+    ax.set_xticks(list(at), [f'{name}\n{size_name(size)}' for size, name in at.items()])
     ax.set_xticks([], minor=True)
     room = max((max(at)/min(at))**.09, 1.25)
     ax.set_xlim(min(at)/room, max(at)*room)
     ax.set_xlabel(label, fontsize=9)
+    _lower_names(ax)
 
 # %% ../../nbs/api/plots/090_labels.ipynb #f9c56dca
 def _floor_lines(ax: Axes, floors: pd.DataFrame, colors: Mapping[str, str], sizes: Sizes) -> None:
@@ -230,7 +231,7 @@ def _refused(ax: Axes, part: pd.DataFrame, place: float, marker: str, color: str
 def _pgr_axis(ax: Axes, table: pd.DataFrame) -> str:
     "Limits and the lines at 0 and 1; returns a remark for the caption where an interval does not fit"
     v, low, high = (table[c].dropna() for c in ('value', 'low', 'high'))
-    ends = (min(v.min(), 0) - .6, max(v.max(), 1) + .6) if len(v) else (0., 1.)
+    ends = (min(v.min(), 0) - .8, max(v.max(), 1) + .8) if len(v) else (0., 1.)
     bottom, top = max(min(low.min(), 0), ends[0]) if len(v) else 0., min(max(high.max(), 1), ends[1]) if len(v) else 1.
     ax.set_ylim(bottom - .2*(top - bottom), top + .05*(top - bottom))
     for y, name in ((0, 'supervisor'), (1, 'ceiling')):
