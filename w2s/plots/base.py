@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ROLE_COLORS', 'COLORS', 'ROLE_WORDS', 'GROUPS', 'QUESTIONS', 'BOUNDS', 'MARKERS', 'ABOVE', 'WIDEST', 'VALUE', 'tint',
            'model_colors', 'named_role', 'series_colors', 'rows_of_metric', 'model_name', 'group_names', 'model_size',
-           'check_columns', 'check_single', 'caption', 'new_axes', 'panel_width', 'write_caption', 'set_value_axis',
-           'draw_bars', 'texts_meet', 'fit_texts', 'draw_points', 'fit_values', 'share_legend']
+           'check_columns', 'check_single', 'caption', 'new_axes', 'panel_width', 'write_caption', 'above',
+           'set_value_axis', 'draw_bars', 'texts_meet', 'fit_texts', 'draw_points', 'fit_values', 'share_legend']
 
 # %% ../../nbs/api/plots/020_base.ipynb #e5762a94
 import re
@@ -188,7 +188,7 @@ def write_caption(
     text: str,  # one line or several
 ) -> None:
     "Small text under the label of the x axis, in lines no wider than the panel, so that neighbouring captions do not meet"
-    wide = max(40, int(panel_width(ax)/.055)) # characters of this size
+    wide = max(40, int(panel_width(ax)/.061)) # characters of this size
     ax.annotate(
         '\n'.join(textwrap.fill(line, wide) for line in text.split('\n')),
         (0.5, 0),
@@ -200,6 +200,14 @@ def write_caption(
         fontsize=7,
         color='0.35',
     )
+
+# %% ../../nbs/api/plots/020_base.ipynb #b422088e
+def above(
+    ax: Axes,         # of a figure
+    columns: int = 3, # at most; fewer on narrow panels
+) -> dict:            # keywords of a legend
+    "A legend above the axes, where it hides no data, and no wider than the panel"
+    return ABOVE | dict(ncols=max(1, min(columns, int(panel_width(ax)/1.7))))
 
 # %% ../../nbs/api/plots/020_base.ipynb #de215158
 def set_value_axis(
@@ -247,9 +255,10 @@ def draw_bars(
 # %% ../../nbs/api/plots/020_base.ipynb #66ca3240
 def texts_meet(
     texts: Sequence[Text], # of one figure, which has been drawn
+    gap: float = 0.,       # pixels that must be left between them
 ) -> bool:
     "Do any two texts overlap?"
-    boxes = [t.get_window_extent().padded(-.5) for t in texts if t.get_visible() and t.get_text()]
+    boxes = [t.get_window_extent().padded(gap/2 - .5) for t in texts if t.get_visible() and t.get_text()]
     return any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 def fit_texts(
@@ -264,7 +273,7 @@ def fit_texts(
         for t in values: t.set_rotation(90)
         low, high = ax.get_ylim()
         ax.set_ylim(low, high + .08*(high - low))
-    if texts_meet(ax.get_xticklabels()):
+    if texts_meet(ax.get_xticklabels(), 4.): # the layout may still become narrower
         names = [t.get_text().replace('\n', ' ') for t in ax.get_xticklabels()]
         ax.set_xticks(ax.get_xticks(), names, rotation=40, ha='right', rotation_mode='anchor')
 

@@ -18,12 +18,12 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 
 from w2s.plots.base import (
-    ABOVE,
     BOUNDS,
     GROUPS,
     MARKERS,
     ROLE_COLORS,
     WIDEST,
+    above,
     caption,
     check_columns,
     check_single,
@@ -125,16 +125,16 @@ def places(
 
 # %% ../../nbs/api/plots/090_labels.ipynb #c7595fd6
 def _lower_names(ax: Axes, gap: float = 6.) -> None:
-    "Lower the name of a tick by two lines, or four, where it would meet one on its left; gap: in pixels"
+    "Lower the name of a tick by a line or two where it would meet one on its left; gap: in pixels"
     if (figure := ax.get_figure(root=True)) is None: return
     figure.draw_without_rendering()
-    labels, ends, names = ax.get_xticklabels(), [-np.inf]*len(ax.get_xticklabels()), []
-    for t in labels:
-        box = t.get_window_extent()
-        level = next((k for k, end in enumerate(ends) if box.x0 > end + gap), 0)
-        ends[level] = box.x1
-        names.append('\n\n'*level + t.get_text())
-    ax.set_xticks(ax.get_xticks(), names)
+    ticks = ax.xaxis.get_major_ticks()
+    ends = [-np.inf]*len(ticks) # right end of the last name in each line
+    for tick in ticks:
+        box = tick.label1.get_window_extent()
+        line = next((k for k, end in enumerate(ends) if box.x0 > end + gap), 0)
+        ends[line] = box.x1
+        tick.set_pad(tick.get_pad() + 24*line)
 
 # %% ../../nbs/api/plots/090_labels.ipynb #c2140e52
 def set_size_axis(
@@ -209,7 +209,7 @@ def plot_sizes(
     ax = new_axes(ax, 6.2, 4)
     more = _draw_sizes(ax, table, chosen, colors, sizes)
     ax.set_ylabel(metric_label(metric), fontsize=9)
-    ax.legend(handles=line_legend(colors, chosen, more), **ABOVE)
+    ax.legend(handles=line_legend(colors, chosen, more), **above(ax))
     write_caption(ax, caption(table, GROUPS))
     return ax
 
@@ -267,7 +267,7 @@ def plot_pgr(
         lines = len(colors)*len(chosen)
         _refused(ax, lost, aside(lines)*(i + .5 - lines/2), MARKERS[chosen.index(method) % len(MARKERS)], colors[weak])
     ax.set_ylabel(f'PGR ({metric_label(metric)})', fontsize=9)
-    ax.legend(handles=line_legend(colors, chosen, []), **ABOVE)
+    ax.legend(handles=line_legend(colors, chosen, []), **above(ax))
     write_caption(ax, caption(here, GROUPS) + more)
     return ax
 

@@ -15,13 +15,13 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from w2s.plots.base import (
-                                ABOVE,
                                 BOUNDS,
                                 COLORS,
                                 GROUPS,
                                 MARKERS,
                                 ROLE_COLORS,
                                 WIDEST,
+                                above,
                                 caption,
                                 check_columns,
                                 check_single,
@@ -119,7 +119,7 @@ def plot_methods(
     ax.set_xticks(range(len(metrics)), [metric_label(m) for m in metrics])
     names = [f'{word} {model_name(n)}' for c, word in (('weak', 'supervisor'), ('strong', 'student')) for n in dict.fromkeys(table[c]) if n]
     ax.set_xlabel(', '.join(names), fontsize=9)
-    ax.legend(**ABOVE)
+    ax.legend(**above(ax))
     write_caption(ax, 'Bars start at chance. ' * bool(chance) + caption(table, GROUPS))
     fit_texts(ax)
     return ax

@@ -15,9 +15,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from w2s.plots.base import (
-    ABOVE,
     COLORS,
     ROLE_COLORS,
+    above,
     caption,
     draw_bars,
     fit_texts,
@@ -105,7 +105,7 @@ def plot_seeds(
     ticks = dict(zip(key, _tick_names(table) + ('\n' + group).where(group != '', ''), strict=True))
     ax.set_xticks(range(len(at)), [ticks[k] for k in at])
     ax.set_xlabel(_models_line(table), fontsize=9)
-    ax.legend(**ABOVE)
+    ax.legend(**above(ax))
     if means is not None: write_caption(ax, caption(means))
     fit_texts(ax)
     return ax
@@ -175,7 +175,7 @@ def plot_training(
     if start is not None: ax.axhline(start, color='0.25', lw=1, ls='--', label=f'start: {start:.3f}')
     ax.set_xlabel('optimiser step', fontsize=9)
     ax.set_ylabel(f'{value} (nats)' if value == 'loss' else value, fontsize=9)
-    ax.legend(**ABOVE)
+    ax.legend(**above(ax))
     return ax
 
 # %% ../../nbs/api/plots/030_results.ipynb #7469537e

@@ -80,7 +80,8 @@ def methods_figure(
     "Every role and method by several measures, with PGR (Ye et al. 2410.12621, bar chart)"
     found, methods, shown = taught_pairs(result), methods_of(result), shown_measures(result.intervals)
     others = result.intervals.loc[result.intervals['role'] != 'student', ['role', 'method']].drop_duplicates()
-    figure, axes = panels(len(found), 1 if len(found) < 4 else 2, (min(max(7., 1.4 + .4*len(shown)*(len(others) + len(methods))), WIDEST), 4.4))
+    width = min(max(7., 1.4 + .4*len(shown)*(len(others) + len(methods))), WIDEST)
+    figure, axes = panels(len(found), 1 if len(found) < 4 else 2, (width, 4.4))
     for ax, (weak, strong) in zip(axes, found, strict=True):
         plot_methods(result.intervals, shown, methods, weak, strong, 1/len(result.classes), result.pgr, ax)
     return figure
