@@ -83,7 +83,7 @@ def examples_figure(
 # %% ../../nbs/api/report/100_demonstrations.ipynb #778fd341
 FIGURES = {
     'figure': (scores_figure, 'content and style of every model'),
-    'transfer': (transfer_figure, 'students against weak supervisors'),
+    'supervisors': (transfer_figure, 'students against weak supervisors'),
     'plane': (plane_figure, 'content against style'),
     'examples': (examples_figure, 'by weak answers in context'),
 } # file -> what draws it, and what it shows
@@ -94,7 +94,7 @@ def demonstration_figures(
     "The figures that a run has something to show in"
     taught = not result.intervals[(result.intervals['role'] == 'student') & (result.intervals['weak'] != '')].empty
     several = taught and len(weak_names_of(result)) > 1 # one supervisor is one place on the axis
-    there = ['figure'] + ['transfer']*several + ['plane'] + ['examples']*bool(result.config.ablation)
+    there = ['figure'] + ['supervisors']*several + ['plane'] + ['examples']*bool(result.config.ablation)
     return {name: (partial(FIGURES[name][0], result), FIGURES[name][1]) for name in there}
 
 # %% ../../nbs/api/report/100_demonstrations.ipynb #f520efad
