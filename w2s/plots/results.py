@@ -55,9 +55,10 @@ def plot_roles(
         draw_bars(ax, x[mine.index], mine, start, width * (1 if alone else .9), color, f'{role}: {method}')
     if alone: ax.set_xticks(x, _tick_names(table))
     else: ax.set_xticks(range(len(names)), names)
-    if not alone: ax.legend(frameon=False, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1.04), ncols=3)
+    if not alone: ax.legend(**above(ax))
     ax.set_xlabel(_models_line(table), fontsize=9)
     write_caption(ax, ('Bars start at chance. ' if metric_of(metric).chance else '') + caption(table))
+    fit_texts(ax)
     return ax
 
 # %% ../../nbs/api/plots/030_results.ipynb #bbdd95d5
