@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import make_llms
+import make_readme
 import make_sidebar
 import pytest
 import refresh
@@ -109,6 +110,13 @@ def test_headings_are_in_order():
 def test_every_figure_has_words():
     faults = [f'{name(p)} {f}' for p, cells in CELLS.items() for f in figure_faults(cells)]
     report(faults, 'a figure has #| label: fig-…, #| fig-cap and #| fig-alt')
+
+
+def test_the_front_page_begins_with_a_figure_and_the_readme_shows_it():
+    first = next(i for i, cell in enumerate(CELLS[NBS/'index.ipynb']) if pictures(cell))
+    text, files = make_readme.readme()
+    assert first < 5 and list(files) == ['front.png'] and (NBS/'images'/'front.png').read_bytes() == files['front.png']
+    assert '](nbs/images/front.png)' in text[:2500] and text == (NBS.parent/'README.md').read_text(encoding='utf-8')
 
 
 def test_the_code_of_api_pages_is_shown():

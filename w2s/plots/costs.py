@@ -15,7 +15,7 @@ from .base import BOUNDS, COLORS, MARKERS, ROLE_COLORS, caption, check_columns, 
 from .metrics import metric_label
 
 # %% ../../nbs/api/plots/150_costs.ipynb #0d0265dc
-CHOICE_COLORS = dict(zip(CHOICE_WORDS, (COLORS[4], COLORS[5], COLORS[3]), strict=True)) # one per choice, none of them that of a role
+CHOICE_COLORS = dict(zip(CHOICE_WORDS, (COLORS[4], COLORS[5], COLORS[1]), strict=True)) # one per choice, none of them that of a role
 
 def cost_curve(
     costs: pd.DataFrame, # of `cost_table`
@@ -38,7 +38,7 @@ def cost_curve(
 def plot_costs(
     costs: pd.DataFrame,                    # of `cost_table`
     metric: str = 'accuracy',               # of it
-    lines: dict[str, float] | None = None,  # role -> score that is drawn as a level line, as of floor and ceiling; None: none
+    lines: dict[str, float] | None = None,  # role -> score that is drawn as a horizontal line, as of floor and ceiling; None: none
     target: str = '',                       # of the settings; with floor and ceiling among the lines it is drawn, too; empty: it is not
     weak: str = '',                         # supervisor; empty: the only one
     strong: str = '',                       # student; empty: the only one
@@ -62,7 +62,7 @@ def plot_costs(
     ax.set_xlabel('cost of the labels', fontsize=9)
     ax.set_ylabel(metric_label(metric), fontsize=9)
     ax.legend(frameon=False, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1.01), ncols=2)
-    write_caption(ax, caption(curve, mark='Upright lines'))
+    write_caption(ax, caption(curve))
     return ax
 
 def _draw_levels(ax: Axes, levels: dict[str, float], target: str) -> None:

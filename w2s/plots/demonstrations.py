@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['METHOD_LOOKS', 'SPARE', 'ROLE_MARKS', 'MARK_SIZES', 'ENDS', 'ACROSS', 'UPWARDS', 'BASE', 'EQUAL', 'REFINED',
            'method_looks', 'model_looks', 'weak_and_strong', 'two_scores', 'drawn_rows', 'draw_crosses', 'axis_limits',
-           'spread', 'legend_mark', 'bars_caption', 'plot_transfer', 'plot_plane', 'models_sentence']
+           'spread', 'legend_mark', 'plot_transfer', 'plot_plane', 'models_sentence']
 
 # %% ../../nbs/api/plots/110_demonstrations.ipynb #9f2c7a15
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,18 +20,18 @@ from matplotlib.transforms import ScaledTranslation
 
 from ..errors import DataError
 from ..evaluate.metrics import MODEL, ROLES, by_role
-from .base import BOUNDS, ROLE_COLORS, caption, check_single, model_name, new_axes, rows_of_metric, write_caption
+from .base import BOUNDS, QUESTIONS, ROLE_COLORS, WIDEST, caption, check_single, model_name, new_axes, rows_of_metric, write_caption
 from .labels import student_methods
 from .methods import one_pair, one_strong
 from .metrics import metric_label
 
 # %% ../../nbs/api/plots/110_demonstrations.ipynb #3bd87411
 METHOD_LOOKS = { # method of a student -> colour, mark
-    'naive': ('#CC79A7', 'o'), 'in-context': ('#0072B2', 'D'), 'infer-and-respond': ('#009E73', 's'), 'ask-to-improve': ('#56B4E9', '^'),
-    'resampled': ('#D55E00', 'v'), 'own answers': ('#FFFFFF', 'P'), 'auxiliary': ('#F0E442', 'X'), 'bootstrap': ('#332288', 'p'),
+    'naive': ('#CC79A7', 'o'), 'in-context': ('#0072B2', 'D'), 'infer-and-respond': ('#661100', 's'), 'ask-to-improve': ('#56B4E9', '^'),
+    'resampled': ('#D55E00', 'v'), 'own answers': ('#FFFFFF', 'P'), 'auxiliary': ('#999933', 'X'), 'bootstrap': ('#332288', 'p'),
     'dpo': ('#44AA99', '<'),
 }
-SPARE = (('#AA4499', '8'), ('#661100', '$A$'), ('#6699CC', '$B$'), ('#999933', '$C$')) # for methods of a user
+SPARE = (('#AA4499', '8'), ('#555555', '$A$'), ('#6699CC', '$B$'), ('#999933', '$C$')) # for methods of a user
 ROLE_MARKS = {'baseline': 'h', 'floor': '>', 'mixed': '$m$', 'human': 'd', 'ceiling': '*'}
 # in points; what lies below a student still shows
 MARK_SIZES = {'baseline': 10, 'floor': 10, 'student': 7, 'mixed': 7, 'human': 9, 'ceiling': 14}
@@ -45,7 +44,7 @@ def method_looks(
     strange = [m for m in dict.fromkeys(methods) if m not in METHOD_LOOKS]
     if len(strange) > len(SPARE):
         raise DataError(f'{len(strange)} methods that this figure does not know ({", ".join(strange)}); '
-                        f'it can tell {len(SPARE)} apart, so choose by methods=')
+                        f'it has marks for {len(SPARE)}, so choose by methods=')
     return METHOD_LOOKS | dict(zip(strange, SPARE, strict=False))
 
 # %% ../../nbs/api/plots/110_demonstrations.ipynb #3a1af9aa
@@ -162,7 +161,7 @@ def spread(
 
 # %% ../../nbs/api/plots/110_demonstrations.ipynb #0388b01f
 def _names_above(ax: Axes, at: Mapping[str, float]) -> None:
-    "Names of weak models above the axes, a pale upright line through the marks of each"
+    "Names of weak models above the axes, a pale vertical line through the marks of each"
     names, (low, high) = sorted(at, key=lambda n: at[n]), ax.get_xlim()
     for name, place in zip(names, spread([(at[n] - low)/(high - low) for n in names], .07), strict=True):
         ax.axvline(at[name], color='0.88', lw=.8, zorder=0)
@@ -196,7 +195,7 @@ def _transfer_panel(ax: Axes, intervals: pd.DataFrame, metric: str, methods: Seq
     for i, m in enumerate(drawn): draw_crosses(ax, points[points['method'] == m], looks['student', m], 4*(i + .5 - len(drawn)/2))
     _names_above(ax, dict(zip(points['weak'], points['x'], strict=True)))
     name = metric_label(metric)
-    ax.set_xlabel(f'weak model: {name}', fontsize=9)
+    ax.set_xlabel(f'weak supervisor: {name}', fontsize=9)
     ax.set_ylabel(f'strong student: {name}', fontsize=9)
     return drawn
 
@@ -213,19 +212,11 @@ def _panel_legend(ax: Axes, methods: Sequence[str], table: pd.DataFrame) -> None
     looks = model_looks(pd.DataFrame(dict(role='student', method=list(methods))))
     handles = [legend_mark(looks['student', m], m) for m in methods]
     if ((table['role'] == 'baseline') & (table['method'] == 'untuned')).any():
-        handles.append(Line2D([], [], label='strong model,\nun-tuned (band:\nits interval)', **BASE))
+        handles.append(Line2D([], [], label='untuned strong\nmodel (band:\n95 % CI)', **BASE))
     ceilings = sorted(set(table.loc[table['role'] == 'ceiling', 'method']))
     handles += [Line2D([], [], color=ROLE_COLORS['ceiling'], lw=1.2, label=f'ceiling:\n{m}') for m in ceilings]
-    handles.append(Line2D([], [], label='as good as the\nweak model', **EQUAL))
+    handles.append(Line2D([], [], label='equal to the\nweak supervisor', **EQUAL))
     ax.legend(handles=handles, frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1.01, .5), labelspacing=.8)
-
-# %% ../../nbs/api/plots/110_demonstrations.ipynb #83167b22
-def bars_caption(
-    intervals: pd.DataFrame,  # columns n, seeds and level
-    width: int = 70,          # letters in a line
-) -> str:                     # for the foot of a figure
-    "What intervals hold, in short lines"
-    return textwrap.fill(caption(intervals, 'subjects of test questions', 'Bars'), width)
 
 # %% ../../nbs/api/plots/110_demonstrations.ipynb #7663e1c3
 def plot_transfer(
@@ -236,16 +227,16 @@ def plot_transfer(
     strong: str = '',                                           # strong model; '': the only one
     axes: Sequence[Axes] | np.ndarray | None = None,            # two to draw on; None: a new figure
 ) -> np.ndarray:                                                # the two axes
-    "Students against their weak models, content and style, one mark a weak model and method (Somerstep et al. 2405.16236, main figures)"
+    "Students against their weak models, content and style, one mark per weak model and method (Somerstep et al. 2405.16236, main figures)"
     for metric in (content, style): weak_and_strong(intervals, metric, methods, strong) # refuse before there is a figure
-    pair = np.array(plt.subplots(1, 2, figsize=(10, 4.3), layout='constrained')[1] if axes is None else list(axes))
+    pair = np.array(plt.subplots(1, 2, figsize=(WIDEST, 4), layout='constrained')[1] if axes is None else list(axes))
     if pair.shape != (2,): raise DataError(f'plot_transfer draws on two axes, not on {pair.size}')
     for ax, metric, title in zip(pair, (content, style), ('Content', 'Style'), strict=True):
         drawn = _transfer_panel(new_axes(ax, 0, 0), intervals, metric, methods, strong)
         ax.set_title(title, fontsize=10, loc='left', pad=34)
     here = one_strong(intervals[intervals['metric'].isin([content, style])], strong)
     _panel_legend(pair[1], drawn, here)
-    write_caption(pair[0], bars_caption(here))
+    write_caption(pair[0], caption(here, QUESTIONS))
     return pair
 
 # %% ../../nbs/api/plots/110_demonstrations.ipynb #d7e5f283
@@ -257,7 +248,7 @@ def _arrows(ax: Axes, points: pd.DataFrame) -> None:
     for m in REFINED:
         if {'naive', m} <= set(students.index):
             ax.annotate('', tuple(students.loc[m]), tuple(students.loc['naive']), zorder=2,
-                        arrowprops=dict(arrowstyle='-|>', color='0.72', lw=1, shrinkA=7, shrinkB=8))
+                        arrowprops=dict(arrowstyle='-|>', color='0.5', lw=1.2, shrinkA=7, shrinkB=8))
 
 # %% ../../nbs/api/plots/110_demonstrations.ipynb #b9150724
 def plot_plane(
@@ -270,7 +261,7 @@ def plot_plane(
     strong: str = '',                     # strong model; '': the only one
     arrows: bool = True,                  # from the naive student to the refined ones
 ) -> Axes:
-    "Content against style, a mark for each role and method, with both intervals"
+    "Content against style, a mark for each role and method, with both error bars; see `plot_scores` where marks overlap"
     intervals = one_pair(intervals[intervals['metric'].isin([content, style])], weak, strong)
     points = two_scores(intervals, style, content)
     chosen = student_methods(points, methods)
@@ -287,7 +278,7 @@ def plot_plane(
     ax.set_ylabel(f'content: {metric_label(content)}', fontsize=9)
     handles = [legend_mark(look, f'{role}: {method}') for (role, method), look in looks.items()]
     ax.legend(handles=handles, frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1.01, .5), labelspacing=.8)
-    write_caption(ax, bars_caption(drawn_rows(intervals, points), 100) + models_sentence(points))
+    write_caption(ax, caption(drawn_rows(intervals, points), QUESTIONS) + models_sentence(points))
     return ax
 
 # %% ../../nbs/api/plots/110_demonstrations.ipynb #698173c7
@@ -295,6 +286,6 @@ def models_sentence(
     points: pd.DataFrame,  # columns weak and strong
 ) -> str:                  # a line of its own; '' where there is no name
     "The two models of a figure, for its caption"
-    words = {'weak': 'Weak model', 'strong': 'strong model'}
+    words = {'weak': 'Weak supervisor', 'strong': 'strong student'}
     names = [f'{word} {model_name(n)}' for c, word in words.items() for n in dict.fromkeys(points[c]) if n]
     return '\n' + ', '.join(names) + '.' if names else ''

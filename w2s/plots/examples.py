@@ -72,9 +72,9 @@ def _example_axes(ax: Axes, here: pd.DataFrame, at: pd.Series, ns: Sequence[int]
     ax.set_xticks(range(len(ns)), [f'{n:g}' for n in ns])
     ax.set_xlim(-.35, len(ns) - .65)
     ax.set_ylim(axis_limits(here['value'], at, at))
-    ax.set_xlabel('weak questions and answers in context (steps of equal width)', fontsize=9)
-    ax.set_ylabel('score on the test', fontsize=9)
-    more = (('weak model itself', WEAK_LEVEL), ('strong model, un-tuned', BASE_LEVEL)) if levels else ()
+    ax.set_xlabel('number of weak examples in context', fontsize=9)
+    ax.set_ylabel('test score', fontsize=9)
+    more = (('weak supervisor', WEAK_LEVEL), ('untuned strong model', BASE_LEVEL)) if levels else ()
     handles = [*ax.get_legend_handles_labels()[0], *(Line2D([], [], color='0.35', label=name, **look) for name, look in more)]
     ax.legend(handles=handles, frameon=False, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1.01), ncols=2, handlelength=3)
 
@@ -85,13 +85,13 @@ def _example_rows(table: pd.DataFrame, metrics: Sequence[str] | None, weak: str,
     names = list(dict.fromkeys(found['metric'] if metrics is None else metrics))
     for m in names:
         if m not in set(found['metric']): raise DataError(unknown(m, set(found['metric']), 'metric'))
-    if len(names) > 6: raise DataError(f'{len(names)} metrics in one figure; six can be told apart, so choose by metrics=')
+    if len(names) > 6: raise DataError(f'{len(names)} metrics in one figure; it has six colours, so choose by metrics=')
     return found[found['metric'].isin(names)], names
 
 # %% ../../nbs/api/plots/120_examples.ipynb #e0884bad
 def plot_examples(
     table: pd.DataFrame,                    # columns weak, n, metric, value, low, high; optional seed
-    metrics: Sequence[str] | None = None,   # a line each, six at most; None: all, as they come
+    metrics: Sequence[str] | None = None,   # one line per metric, six at most; None: all, as they come
     ax: Axes | None = None,                 # where to draw; None: a new figure
     intervals: pd.DataFrame | None = None,  # of the same run, for the levels of weak and untuned model; None: no levels
     weak: str = '',                         # weak model; '': the only one
@@ -108,6 +108,6 @@ def plot_examples(
         _example_line(ax, part, ns, COLORS[i], MARKERS[i], place, metric_label(m))
         if levels is not None: at += _example_levels(ax, levels, m, COLORS[i])
     _example_axes(ax, here, pd.Series(at), ns, levels is not None)
-    seeds = f' and {here["seeds"].max()} seeds' if here['seeds'].max() > 1 else '; one seed'
-    write_caption(ax, f'Bars: {level:.0%} intervals over subjects of test questions{seeds}. Weak model {model_name(who)}.')
+    seeds = f'{here["seeds"].max()} seed' + 's'*bool(here['seeds'].max() > 1)
+    write_caption(ax, f'Error bars: {round(100*level)} % CI over groups of test questions, {seeds}. Weak supervisor: {model_name(who)}.')
     return ax

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from ..errors import DataError
 from ..evaluate.inheritance import OUTCOMES, is_twin
-from .base import COLORS, new_axes, write_caption
+from .base import COLORS, above, new_axes, write_caption
 
 # %% ../../nbs/api/plots/080_inheritance.ipynb #0be45b12
 def plot_inheritance(
@@ -19,7 +19,7 @@ def plot_inheritance(
     method: str = '',        # of the student; '': the first one
     ax: Axes | None = None,  # where to draw; None: a new figure
 ) -> Axes:
-    "Shares of errors that a student copied, corrected and broke anew, by the supervisor's confidence; raises `DataError` without a student"
+    "Shares of errors that a student copied, corrected or newly made, by the supervisor's confidence; raises `DataError` without a student"
     students = inherited[(inherited['role'] == 'student') & (inherited['method'].eq(method) if method else True)]
     if not len(students): raise DataError(f'no student{" of the method " + method if method else ""} in this table')
     first = students.iloc[0]
@@ -39,8 +39,8 @@ def plot_inheritance(
     ax.set_xticks(range(len(bins)), bins)
     ax.set_ylim(-.02, 1.02)
     ax.set_xlabel('confidence of the supervisor', fontsize=9)
-    ax.set_ylabel('share of its wrong (right) answers', fontsize=9)
-    ax.legend(frameon=False, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1.02), ncols=3)
-    write_caption(ax, f'{first["supervisor"]} teaches {first["strong"]} ({first["method"]}); 95 % intervals over groups and seeds. '
-                      'Broken anew is a share of right answers, all others of wrong ones.')
+    ax.set_ylabel("share of the supervisor's answers", fontsize=9)
+    ax.legend(**above(ax))
+    write_caption(ax, f'Error bars: 95 % CI over groups and seeds. Supervisor {first["supervisor"]}, student {first["strong"]} '
+                      f'({first["method"]}). Broken anew: share of its correct answers; all others: share of its errors.')
     return ax

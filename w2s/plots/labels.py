@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['Sizes', 'STYLES', 'CEILING', 'FLOOR', 'WORDS', 'size_of', 'size_name', 'supervisor_colors', 'student_methods',
-           'draw_students', 'upright_caption', 'places', 'set_size_axis', 'line_legend', 'plot_sizes', 'plot_pgr',
-           'plot_tasks']
+           'aside', 'draw_students', 'places', 'set_size_axis', 'line_legend', 'plot_sizes', 'plot_pgr', 'plot_tasks']
 
 # %% ../../nbs/api/plots/090_labels.ipynb #f3686869
 from collections.abc import Mapping, Sequence
@@ -19,9 +18,12 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 
 from w2s.plots.base import (
-    ABOVE,
     BOUNDS,
+    GROUPS,
     MARKERS,
+    ROLE_COLORS,
+    WIDEST,
+    above,
     caption,
     check_columns,
     check_single,
@@ -67,8 +69,8 @@ def supervisor_colors(
     "One colour for each supervisor, from dark to light by size"
     teach = table[table['role'].isin(['floor', 'student'])]
     names = sorted((n for n in dict.fromkeys(teach['weak']) if n), key=lambda n: size_of(n, sizes))
-    if len(names) > 6: raise DataError(f'{len(names)} supervisors in one figure; six can be told apart, so choose by the column weak')
-    return dict(zip(names, map(to_hex, plt.get_cmap('plasma')(np.linspace(.12, .8, max(len(names), 2)))), strict=False))
+    if len(names) > 6: raise DataError(f'{len(names)} supervisors in one figure; it has six colours, so choose by the column weak')
+    return dict(zip(names, map(to_hex, plt.get_cmap('viridis')(np.linspace(.1, .82, max(len(names), 2)))), strict=False))
 
 # %% ../../nbs/api/plots/090_labels.ipynb #e3d2d6db
 STYLES = ('-', '--', '-.', (0, (6, 1, 1, 1, 1, 1)), (0, (3, 3))) # of lines, a method each
@@ -85,6 +87,12 @@ def student_methods(
     return list(dict.fromkeys(methods)) if methods else found
 
 # %% ../../nbs/api/plots/090_labels.ipynb #31baf69d
+def aside(
+    count: int, # of series
+) -> float:     # points of print between two of them at one place; none is more than 7 from its tick
+    "How far apart series stand"
+    return min(4., 14/max(count, 1))
+
 def draw_students(
     ax: Axes,                    # of a figure
     table: pd.DataFrame,         # intervals of students
@@ -99,14 +107,7 @@ def draw_students(
         part = part.assign(x=[size_of(s, sizes) for s in part['strong']])
         k = methods.index(method)
         look = dict(fmt=MARKERS[k % len(MARKERS)], ls=STYLES[k % len(STYLES)], ms=5, lw=1.5, color=colors[weak], zorder=4)
-        draw_points(ax, part, 4*(i + .5 - len(pairs)/2), **look)
-
-# %% ../../nbs/api/plots/090_labels.ipynb #f1eac47c
-def upright_caption(
-    intervals: pd.DataFrame, # columns n, seeds and level
-) -> str:                    # for the foot of a figure
-    "The caption of intervals, for a figure that has other lines, too, and whose scores were made by `clustered`"
-    return caption(intervals, 'groups of test examples', 'Upright lines')
+        draw_points(ax, part, aside(len(pairs))*(i + .5 - len(pairs)/2), **look)
 
 # %% ../../nbs/api/plots/090_labels.ipynb #1138a7e0
 def places(
@@ -122,6 +123,19 @@ def places(
     if not found: raise DataError('there is no student to draw')
     return {size: '/'.join(n) for size, n in found.items()}
 
+# %% ../../nbs/api/plots/090_labels.ipynb #c7595fd6
+def _lower_names(ax: Axes, gap: float = 6.) -> None:
+    "Lower the name of a tick by a line or two where it would meet one on its left; gap: in pixels"
+    if (figure := ax.get_figure(root=True)) is None: return
+    figure.draw_without_rendering()
+    ticks = ax.xaxis.get_major_ticks()
+    ends = [-np.inf]*len(ticks) # right end of the last name in each line
+    for tick in ticks:
+        box = tick.label1.get_window_extent()
+        line = next((k for k, end in enumerate(ends) if box.x0 > end + gap), 0)
+        ends[line] = box.x1
+        tick.set_pad(tick.get_pad() + 24*line)
+
 # %% ../../nbs/api/plots/090_labels.ipynb #c2140e52
 def set_size_axis(
     ax: Axes,                  # of a figure
@@ -135,6 +149,7 @@ def set_size_axis(
     room = max((max(at)/min(at))**.09, 1.25)
     ax.set_xlim(min(at)/room, max(at)*room)
     ax.set_xlabel(label, fontsize=9)
+    _lower_names(ax)
 
 # %% ../../nbs/api/plots/090_labels.ipynb #f9c56dca
 def _floor_lines(ax: Axes, floors: pd.DataFrame, colors: Mapping[str, str], sizes: Sizes) -> None:
@@ -158,9 +173,9 @@ def line_legend(
     return [Line2D([], [], label=name, **look) for name, look in [*looks, *more]]
 
 # %% ../../nbs/api/plots/090_labels.ipynb #fe4c4106
-CEILING = ('ceiling: ground truth', dict(color='black', lw=1.8, marker='o', ms=4))
-FLOOR = ('the supervisor itself', dict(color='0.35', lw=1.2, ls=':', marker='o', mfc='white', ms=6))
-WORDS = ('bag of words, the better one', dict(color='0.55', lw=1.2, ls='-.'))
+CEILING = ('ceiling: ground truth', dict(color=ROLE_COLORS['ceiling'], lw=1.8, marker='o', ms=4))
+FLOOR = ('supervisor', dict(color='0.35', lw=1.2, ls=':', marker='o', mfc='white', ms=6))
+WORDS = ('best bag-of-words baseline', dict(color='0.55', lw=1.2, ls='-.'))
 
 # %% ../../nbs/api/plots/090_labels.ipynb #3dbbc063
 def _draw_sizes(ax: Axes, table: pd.DataFrame, methods: Sequence[str], colors: Mapping[str, str], sizes: Sizes) -> list[tuple[str, dict]]:
@@ -174,7 +189,8 @@ def _draw_sizes(ax: Axes, table: pd.DataFrame, methods: Sequence[str], colors: M
     _floor_lines(ax, floors, colors, sizes)
     draw_students(ax, students, methods, colors, sizes)
     top = check_single(ceiling, ['strong']).assign(x=[size_of(s, sizes) for s in ceiling['strong']])
-    draw_points(ax, top, -4*(len(colors)*len(methods)/2 + .5), fmt='o-', ms=4, lw=1.8, color='black', zorder=3)
+    lines = len(colors)*len(methods)
+    draw_points(ax, top, -aside(lines)*(lines/2 + .5), fmt='o-', ms=4, lw=1.8, color=ROLE_COLORS['ceiling'], zorder=3)
     if len(words): ax.axhline(words['value'].max(), color='0.55', lw=1.2, ls='-.', zorder=1)
     return [FLOOR] * (len(floors) > 0) + [CEILING] * (len(top) > 0) + [WORDS] * (len(words) > 0)
 
@@ -193,30 +209,36 @@ def plot_sizes(
     ax = new_axes(ax, 6.2, 4)
     more = _draw_sizes(ax, table, chosen, colors, sizes)
     ax.set_ylabel(metric_label(metric), fontsize=9)
-    ax.legend(handles=line_legend(colors, chosen, more), **ABOVE)
-    write_caption(ax, upright_caption(table))
+    ax.legend(handles=line_legend(colors, chosen, more), **above(ax))
+    write_caption(ax, caption(table, GROUPS))
     return ax
 
 # %% ../../nbs/api/plots/090_labels.ipynb #5f63ef3e
+def _strip(ax: Axes) -> tuple[float, float]:
+    "The lowest eighth of the axes, in their own units"
+    low, high = ax.get_ylim()
+    return low, low + .125*(high - low)
+
 def _refused(ax: Axes, part: pd.DataFrame, place: float, marker: str, color: str) -> None:
-    "A hollow mark at the bottom of the figure for each row without a number, with a label"
+    "A hollow mark at the bottom of the figure for each row without a PGR, with a label, clear of error bars"
     foot = ax.get_xaxis_transform() + ScaledTranslation(place/72, 0, ax.get_figure(root=True).dpi_scale_trans) # type: ignore[union-attr]
-    ax.plot(part['x'], [.04]*len(part), marker, ms=6, mfc='white', mec=color, mew=1.4, transform=foot, zorder=5)
-    for x in set(part['x']) - {t.get_position()[0] for t in ax.texts}: # once, where several students of one size are refused
-        ax.text(x, .08, 'refused', transform=ax.get_xaxis_transform(), ha='center', fontsize=7, color='0.3')
+    if len(part): ax.axhspan(*_strip(ax), color='white', zorder=4.5) # error bars that leave the frame end above it
+    ax.plot(part['x'], [.09]*len(part), marker, ms=6, mfc='white', mec=color, mew=1.4, transform=foot, zorder=5)
+    for x in set(part['x']) - {t.get_position()[0] for t in ax.texts}: # once, where several students of one size have no PGR
+        ax.text(x, .015, 'no PGR', transform=ax.get_xaxis_transform(), ha='center', va='bottom', fontsize=7, color='0.3', zorder=5)
 
 # %% ../../nbs/api/plots/090_labels.ipynb #abb25a95
 def _pgr_axis(ax: Axes, table: pd.DataFrame) -> str:
     "Limits and the lines at 0 and 1; returns a remark for the caption where an interval does not fit"
     v, low, high = (table[c].dropna() for c in ('value', 'low', 'high'))
-    ends = (min(v.min(), 0) - .6, max(v.max(), 1) + .6) if len(v) else (0., 1.)
+    ends = (min(v.min(), 0) - .8, max(v.max(), 1) + .8) if len(v) else (0., 1.)
     bottom, top = max(min(low.min(), 0), ends[0]) if len(v) else 0., min(max(high.max(), 1), ends[1]) if len(v) else 1.
-    ax.set_ylim(bottom - .16*(top - bottom), top + .05*(top - bottom))
+    ax.set_ylim(bottom - .2*(top - bottom), top + .05*(top - bottom))
     for y, name in ((0, 'supervisor'), (1, 'ceiling')):
         ax.axhline(y, color='0.25', lw=1, ls=':' if y == 0 else '-', zorder=1)
         ax.annotate(f' {name}', (1, y), xycoords=ax.get_yaxis_transform(), va='center', fontsize=8, color='0.25')
-    cut = (low < ax.get_ylim()[0]).any() or (high > ax.get_ylim()[1]).any()
-    return '\nIntervals that leave the frame go on beyond it.' if cut else ''
+    cut = (low < bottom).any() or (high > ax.get_ylim()[1]).any()
+    return '\nError bars that reach the edge continue beyond it.' if cut else ''
 
 # %% ../../nbs/api/plots/090_labels.ipynb #a9700471
 def plot_pgr(
@@ -227,7 +249,7 @@ def plot_pgr(
     methods: Sequence[str] | None = None,      # which, in this order; None: all
     ax: Axes | None = None,                    # where to draw; None: a new figure
 ) -> Axes:
-    "PGR against size or compute of the student, a line a supervisor; refused ones at the foot (Burns et al. 2312.09390, Figure 5b)"
+    "PGR by size or compute of the student, a line per supervisor; undefined ones at the bottom (Burns et al. 2312.09390, Figure 5b)"
     check_columns(table, ['weak', 'strong', 'method', 'metric', 'value', 'low', 'high', 'refused', 'n', 'seeds', 'level'], 'plot_pgr')
     if metric not in set(table['metric']): raise DataError(unknown(metric, set(table['metric']), 'metric'))
     if 'task' in table and table['task'].nunique() > 1: raise DataError(f'plot_pgr: {table["task"].nunique()} tasks; a figure shows one')
@@ -242,10 +264,11 @@ def plot_pgr(
     draw_students(ax, here[here['value'].notna()], chosen, colors, sizes)
     for i, (weak, method) in enumerate((w, m) for w in colors for m in chosen):
         lost = here[(here['weak'] == weak) & (here['method'] == method) & here['value'].isna()]
-        _refused(ax, lost, 4*(i + .5 - len(colors)*len(chosen)/2), MARKERS[chosen.index(method) % len(MARKERS)], colors[weak])
-    ax.set_ylabel(f'gap recovered ({metric_label(metric)})', fontsize=9)
-    ax.legend(handles=line_legend(colors, chosen, []), **ABOVE)
-    write_caption(ax, upright_caption(here) + more)
+        lines = len(colors)*len(chosen)
+        _refused(ax, lost, aside(lines)*(i + .5 - lines/2), MARKERS[chosen.index(method) % len(MARKERS)], colors[weak])
+    ax.set_ylabel(f'PGR ({metric_label(metric)})', fontsize=9)
+    ax.legend(handles=line_legend(colors, chosen, []), **above(ax))
+    write_caption(ax, caption(here, GROUPS) + more)
     return ax
 
 # %% ../../nbs/api/plots/090_labels.ipynb #564ef9ce
@@ -253,7 +276,7 @@ def _grid(count: int, columns: int) -> np.ndarray:
     "Axes of small multiples, empty ones removed, one after the other"
     columns = min(columns, count)
     rows = -(-count // columns)
-    axes = plt.subplots(rows, columns, figsize=(3.3*columns, 2.6*rows + .7), squeeze=False, layout='constrained')[1].flat
+    axes = plt.subplots(rows, columns, figsize=(min(3.3*columns, WIDEST), 2.6*rows + .7), squeeze=False, layout='constrained')[1].flat
     for ax in axes[count:]: ax.remove()
     return np.array(axes[:count])
 
@@ -265,8 +288,8 @@ def plot_tasks(
     sizes: Sizes = None,                         # model -> parameters; None: what names say
     methods: Sequence[str] | None = ('xent',),   # of students; None: all
     columns: int = 3,                            # panels side by side
-) -> np.ndarray:                                 # the axes, one a task
-    "Small multiples of `plot_sizes`, one panel a task (Burns et al. 2312.09390, Figure 12)"
+) -> np.ndarray:                                 # the axes, one per task
+    "Small multiples of `plot_sizes`, one panel per task (Burns et al. 2312.09390, Figure 12)"
     check_columns(intervals, ['task', 'metric', 'role', 'method', 'weak', 'strong'], 'plot_tasks')
     found = list(dict.fromkeys(intervals['task']))
     for task in tasks or ():
@@ -283,6 +306,6 @@ def plot_tasks(
         ax.set_xlabel('')
     fig = axes[0].get_figure()
     fig.supylabel(metric_label(metric), fontsize=9)
-    fig.supxlabel(f'parameters of the strong student\n{upright_caption(table)}', fontsize=8)
+    fig.supxlabel(f'parameters of the strong student\n{caption(table, GROUPS)}', fontsize=8)
     fig.legend(handles=line_legend(colors, chosen, list(more.items())), frameon=False, fontsize=8, loc='outside upper center', ncols=4)
     return axes

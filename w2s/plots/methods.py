@@ -15,14 +15,19 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from w2s.plots.base import (
-                                ABOVE,
                                 BOUNDS,
+                                COLORS,
+                                GROUPS,
                                 MARKERS,
                                 ROLE_COLORS,
+                                WIDEST,
+                                above,
+                                caption,
                                 check_columns,
                                 check_single,
                                 draw_bars,
                                 draw_points,
+                                fit_texts,
                                 fit_values,
                                 model_colors,
                                 model_name,
@@ -33,7 +38,7 @@ from w2s.plots.base import (
 )
 
 from ..errors import DataError, unknown
-from .labels import Sizes, draw_students, line_legend, places, set_size_axis, student_methods, supervisor_colors, upright_caption
+from .labels import Sizes, draw_students, line_legend, places, set_size_axis, student_methods, supervisor_colors
 from .metrics import metric_label
 
 # %% ../../nbs/api/plots/100_methods.ipynb #44a17dd4
@@ -75,23 +80,26 @@ def _with_model(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(method=table['method'].where(table['role'] != 'baseline', (table['method'] + ' ' + model).str.strip()))
 
 # %% ../../nbs/api/plots/100_methods.ipynb #eb3f63b6
-def _bar_axis(ax: Axes, table: pd.DataFrame, chance: float) -> None:
-    "Limits, label and line of chance of the y axis"
-    low, high = np.nanmin([table['low'].min(), chance]), np.nanmax([table['high'].max(), chance])
-    room = .1 * max(high - low, .05)
-    ax.set_ylim(low - (room if low < chance else room/3), high + room)
-    ax.axhline(chance, color='0.25', lw=1, ls='--', zorder=3)
-    ax.annotate(' chance', (1, chance), xycoords=ax.get_yaxis_transform(), va='center', fontsize=8, color='0.25')
+def _bar_axis(ax: Axes, table: pd.DataFrame, starts: Mapping[str, float]) -> None:
+    "Limits, label and lines of chance of the y axis; starts: metric -> where its bars start, in the order of groups"
+    low, high = np.nanmin([table['low'].min(), *starts.values()]), np.nanmax([table['high'].max(), *starts.values()])
+    room = .12 * max(high - low, .05)
+    ax.set_ylim(low - (room if low < min(starts.values()) else room/3), high + room)
+    for i, y in enumerate(starts.values()): ax.plot([i - .5, i + .5], [y, y], color='0.25', lw=1, ls='--', zorder=3)
+    last = [*starts.values()][-1]
+    if last: ax.annotate(' chance', (1, last), xycoords=ax.get_yaxis_transform(), va='center', fontsize=8, color='0.25')
+    ax.set_xlim(-.5, len(starts) - .5)
     ax.set_ylabel('score', fontsize=9)
 
 # %% ../../nbs/api/plots/100_methods.ipynb #2354261a
 def plot_methods(
     intervals: pd.DataFrame,                   # from `interval_table`, of one task
-    metrics: Sequence[str] = ('accuracy', 'balanced_accuracy', 'f1_weighted'), # a group of bars each
+    metrics: Sequence[str] = ('accuracy', 'auroc'), # a group of bars each; the AUROC of chance is one half
     methods: Sequence[str] | None = None,      # of students, in this order; None: all, the naive one first
     weak: str = '',                            # supervisor; '': the only one
     strong: str = '',                          # student; '': the only one
     chance: float = .5,                        # where bars start: 1 / classes
+    pgr: pd.DataFrame | None = None,           # of `pgr_table`; that of the first metric is named in the legend; None: it is not
     ax: Axes | None = None,                    # where to draw; None: a new figure
 ) -> Axes:
     "Weak supervisor, students by method and ceiling, side by side for several measures (Ye et al. 2410.12621, bar chart)"
@@ -100,22 +108,33 @@ def plot_methods(
     colors = _bar_colors(table, chosen)
     width = .84 / len(colors)
     ax = new_axes(ax, max(6., 1.4 + .5 * len(colors) * len(metrics)), 3.6)
-    _bar_axis(ax, table, chance)
+    starts = {m: .5 if m == 'auroc' and chance else chance for m in metrics}
+    _bar_axis(ax, table, starts)
+    found = _pgr_names(pgr, metrics[0], weak, strong)
     for i, ((role, method), color) in enumerate(colors.items()):
         part = check_single(table[(table['role'] == role) & (table['method'] == method)], ['metric'])
         x = part['metric'].map(list(metrics).index) + (i + .5 - len(colors)/2) * width
-        draw_bars(ax, x.to_numpy(), part, chance, width*.92, color, f'{role}: {method}')
+        start = part['metric'].map(starts).to_numpy()
+        draw_bars(ax, x.to_numpy(), part, start, width*.92, color, f'{role}: {method}' + found.get(method, '')*(role == 'student'))
     ax.set_xticks(range(len(metrics)), [metric_label(m) for m in metrics])
     names = [f'{word} {model_name(n)}' for c, word in (('weak', 'supervisor'), ('strong', 'student')) for n in dict.fromkeys(table[c]) if n]
     ax.set_xlabel(', '.join(names), fontsize=9)
-    ax.legend(**ABOVE)
-    write_caption(ax, 'Bars start at chance. ' + upright_caption(table))
+    ax.legend(**above(ax))
+    write_caption(ax, 'Bars start at chance. ' * bool(chance) + caption(table, GROUPS))
+    fit_texts(ax)
     return ax
+
+# %% ../../nbs/api/plots/100_methods.ipynb #490d5104
+def _pgr_names(pgr: pd.DataFrame | None, metric: str, weak: str, strong: str) -> dict[str, str]:
+    "Method of a student -> its PGR, for a legend; nothing where there is no table"
+    if pgr is None or metric not in set(pgr['metric']): return {}
+    here = one_pair(pgr[pgr['metric'] == metric], weak, strong)
+    return {p['method']: ', no PGR' if np.isnan(p['value']) else f', PGR {p["value"]:.2f}'.replace('-', '−') for _, p in here.iterrows()}
 
 # %% ../../nbs/api/plots/100_methods.ipynb #0faf36e6
 MEASURES = { # measure of a curve -> colour and kind of line
-    'accuracy': ('#0072B2', '-'), 'agreement': ('#999999', '-'), 'agreement_right': ('#009E73', '--'),
-    'agreement_wrong': ('#D55E00', '-.'), 'weak_validation': ('#CC79A7', (0, (6, 1, 1, 1))),
+    'accuracy': (ROLE_COLORS['student'], '-'), 'agreement': (COLORS[6], '-'), 'agreement_right': (COLORS[2], '--'),
+    'agreement_wrong': (COLORS[5], '-.'), 'weak_validation': (COLORS[1], (0, (6, 1, 1, 1))),
 }
 
 def mean_curve(
@@ -128,7 +147,7 @@ def mean_curve(
 
 # %% ../../nbs/api/plots/100_methods.ipynb #b7b33d81
 def _curve(ax: Axes, part: pd.DataFrame, measure: str) -> None:
-    "One measure: a thin line a seed, a thick one for the mean"
+    "One measure: a thin line per seed, a thick one for the mean"
     color, style = MEASURES.get(measure, ('#56B4E9', '-'))
     for _, p in part.sort_values('share').groupby('seed'): ax.plot(p['share'], p['value'], color=color, lw=.6, alpha=.5, zorder=3)
     mean = mean_curve(part)
@@ -142,9 +161,8 @@ def _stop_marks(ax: Axes, curves: pd.DataFrame, stops: pd.DataFrame) -> None:
     lost = [k for k in zip(stops['seed'], stops['step'], strict=True) if k not in share.index]
     if lost: raise DataError(f'stops: seed {lost[0][0]} stops at step {lost[0][1]}, where the curves have no point; is this the same run?')
     x = [share[k] for k in zip(stops['seed'], stops['step'], strict=True)]
-    ax.plot(
-        x, stops['chosen'], 'D', ms=7, mfc='white', mec='black', mew=1.4, ls='', zorder=6, clip_on=False, label='stop chosen by weak labels'
-    )
+    ax.plot(x, stops['chosen'], 'D', ms=7, mfc='white', mec='black', mew=1.4, ls='', zorder=6, clip_on=False,
+            label='early stop on weak validation labels')
 
 # %% ../../nbs/api/plots/100_methods.ipynb #d22a49a6
 def plot_curves(
@@ -167,24 +185,23 @@ def plot_curves(
         _curve(ax, here[here['measure'] == measure], measure)
     if stops is not None: _stop_marks(ax, here, one_pair(stops[stops['method'].str.removesuffix(', stopped') == method], weak, strong))
     if floor is not None: ax.axhline(floor, color=ROLE_COLORS['floor'], lw=1.5, ls='--', zorder=2, label='accuracy of the supervisor')
-    ax.set_xlabel('share of training', fontsize=9)
-    ax.set_ylabel('share of test rows', fontsize=9)
+    ax.set_xlabel(f'fraction of training, method {method}', fontsize=9)
+    ax.set_ylabel('fraction of test examples', fontsize=9)
     ax.set_xlim(0, 1)
     ax.legend(frameon=False, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1.01), ncols=2, handlelength=3)
     weak, strong = (model_name(here[c].iloc[0]) for c in ('weak', 'strong'))
     seeds = here['seed'].nunique()
     write_caption(
         ax,
-        (f'Thin: {seeds} seeds; thick: their mean.' if seeds > 1 else 'One seed.')
-        + f' Supervisor {weak}, student {strong}, method {method}.',
+        (f'Thin: {seeds} seeds; thick: their mean.' if seeds > 1 else 'One seed.') + f' Supervisor {weak}, student {strong}.',
     )
     return ax
 
 # %% ../../nbs/api/plots/100_methods.ipynb #5f3b57d4
 def _agreement_panel(ax: Axes, here: pd.DataFrame, methods: Sequence[str], colors: Mapping[str, str], sizes: Sizes) -> None:
-    "Lines over sizes; dots by method where all students are one model; a word where there are no rows"
+    "Lines over sizes; dots by method where all students are one model; a note where there are no examples"
     if here.empty:
-        ax.text(.5, .5, 'no such rows', transform=ax.transAxes, ha='center', fontsize=9, color='0.35')
+        ax.text(.5, .5, 'no such examples', transform=ax.transAxes, ha='center', fontsize=9, color='0.35')
         return
     if here['strong'].nunique() > 1:
         set_size_axis(ax, places(list(here['strong']), sizes), 'parameters of the strong student')
@@ -201,28 +218,28 @@ def _agreement_panel(ax: Axes, here: pd.DataFrame, methods: Sequence[str], color
     ax.set_xlabel(f'method of {model_name(here["strong"].iloc[0])}', fontsize=9)
 
 # %% ../../nbs/api/plots/100_methods.ipynb #0947fc91
-AGREEMENT = {'agreement': 'all rows', 'agreement_right': 'supervisor right', 'agreement_wrong': 'supervisor wrong'} # metric -> title
+AGREEMENT = {'agreement': 'all examples', 'agreement_right': 'supervisor right', 'agreement_wrong': 'supervisor wrong'} # metric -> title
 
 def plot_agreement(
     intervals: pd.DataFrame,              # from `interval_table`, of one task, with the metrics of `AGREEMENT`
     sizes: Sizes = None,                  # model -> parameters; None: what names say
     methods: Sequence[str] | None = None, # which, in this order; None: all
 ) -> np.ndarray:                          # the three axes
-    "Agreement of students with their supervisor: on all rows, where it is right, where it is wrong (Burns et al. 2312.09390, Figure 8)"
+    "Agreement of students with their supervisor: on all examples, where it is right, where it is wrong (Burns et al. 2312.09390, Figure 8)"
     first = rows_of_metric(intervals, 'agreement', BOUNDS)
     chosen, colors = student_methods(first, methods), supervisor_colors(first, sizes)
     table = intervals[(intervals['role'] == 'student') & intervals['metric'].isin(list(AGREEMENT)) & intervals['method'].isin(chosen)]
     several = table['strong'].nunique() > 1
     if several: places(list(table['strong']), sizes) # refuse before there is a figure
     floors = intervals[(intervals['role'] == 'floor') & (intervals['metric'] == 'accuracy') & intervals['weak'].isin(list(colors))]
-    fig, axes = plt.subplots(1, 3, figsize=(10, 3.7), sharey=True, layout='constrained')
+    fig, axes = plt.subplots(1, 3, figsize=(WIDEST, 3.4), sharey=True, layout='constrained')
     for ax, (metric, title) in zip(axes, AGREEMENT.items(), strict=True):
         _agreement_panel(new_axes(ax, 0, 0), table[table['metric'] == metric], chosen, colors, sizes)
         ax.set_title(title, fontsize=9)
     for w, value in zip(floors['weak'], floors['value'], strict=True): axes[0].axhline(value, color=colors[w], lw=1.2, ls=':', zorder=2)
     fit_values(axes[0], pd.concat([table, floors]))
     axes[0].set_ylabel(metric_label('agreement'), fontsize=9)
-    fig.supxlabel(upright_caption(first), fontsize=7, color='0.35')
+    fig.supxlabel(caption(first, GROUPS), fontsize=7, color='0.35')
     known = [('accuracy of the supervisor', dict(color='0.35', lw=1.2, ls=':'))] * (len(floors) > 0)
     handles = line_legend(colors, chosen if several else [], known)
     fig.legend(handles=handles, frameon=False, fontsize=8, loc='outside upper center', ncols=min(len(handles), 6), handlelength=3)

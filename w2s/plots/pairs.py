@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from ..evaluate.paired import PairedComparison
-from .base import COLORS, write_caption
+from .base import COLORS, caption, write_caption
+from .metrics import metric_label
 
 # %% ../../nbs/api/plots/140_pairs.ipynb #6637ca13
 def draw_difference(
@@ -21,7 +22,7 @@ def draw_difference(
     place: int,         # on the y axis
     row: pd.Series,     # of the table of a comparison
 ) -> None:
-    "A difference with its interval, in front of the band that could not have been found"
+    "A difference with its error bar, in front of the band of differences below the minimum detectable effect"
     if np.isfinite(row['detectable']): ax.barh(place, 2*row['detectable'], left=-row['detectable'], height=.62, color='#eeeeee', zorder=0)
     color = COLORS[0] if row['significant'] else '#777777'
     ax.plot([row['low'], row['high']], [place, place], color=color, lw=2.2, solid_capstyle='round', zorder=2)
@@ -33,7 +34,7 @@ def plot_differences(
     metric: str = '',        # that is drawn; '': the first one
     ax: Axes | None = None,  # None: a new figure
 ) -> Axes:
-    "Paired differences with 95 % intervals, those that are significant in colour"
+    "Paired differences with error bars, those that are significant in colour"
     metric = metric or found.table['metric'].iloc[0]
     rows = found.table[found.table['metric'] == metric].reset_index(drop=True)
     ax = ax or plt.subplots(figsize=(6.4, 1.6 + .5*len(rows)), layout='constrained')[1]
@@ -41,15 +42,14 @@ def plot_differences(
     for i, row in rows.iterrows(): draw_difference(ax, -int(i), row)
     ax.set_yticks([-i for i in range(len(rows))], [f'{a} minus {b}' for a, b in zip(rows['a'], rows['b'], strict=True)])
     ax.set_ylim(-len(rows) + .4, .6)
-    ax.set_xlabel(f'difference in {metric}')
+    ax.set_xlabel(f'difference in {metric_label(metric)}', fontsize=9)
     ax.margins(x=.06)
     ax.tick_params(axis='y', length=0)
     ax.xaxis.set_major_locator(MaxNLocator(6))
     ax.spines[['top', 'right', 'left']].set_visible(False)
-    first = rows.iloc[0]
     write_caption(
         ax,
-        f'{first["n"]:,} {found.unit}, {first["seeds"]} seed{"s" if first["seeds"] > 1 else ""}; {first["level"]:.0%} CI, paired. '
-        f'Blue: significant{" after Holm" if len(rows) > 1 else ""}. Grey band: smaller than what such a test set finds in 80 % of cases.',
+        f'{caption(rows.iloc[:1], found.unit)} Paired; in colour: significant{" after Holm" if len(rows) > 1 else ""}. '
+        'Grey: below the minimum detectable effect at 80 % power.',
     )
     return ax

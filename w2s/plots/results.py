@@ -15,18 +15,20 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from w2s.plots.base import (
-                                COLORS,
-                                ROLE_COLORS,
-                                caption,
-                                draw_bars,
-                                group_names,
-                                model_colors,
-                                model_name,
-                                model_size,
-                                new_axes,
-                                rows_of_metric,
-                                set_value_axis,
-                                write_caption,
+    COLORS,
+    ROLE_COLORS,
+    above,
+    caption,
+    draw_bars,
+    fit_texts,
+    group_names,
+    model_colors,
+    model_name,
+    model_size,
+    new_axes,
+    rows_of_metric,
+    set_value_axis,
+    write_caption,
 )
 
 from ..errors import DataError
@@ -53,9 +55,10 @@ def plot_roles(
         draw_bars(ax, x[mine.index], mine, start, width * (1 if alone else .9), color, f'{role}: {method}')
     if alone: ax.set_xticks(x, _tick_names(table))
     else: ax.set_xticks(range(len(names)), names)
-    if not alone: ax.legend(frameon=False, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1.04), ncols=3)
+    if not alone: ax.legend(**above(ax))
     ax.set_xlabel(_models_line(table), fontsize=9)
     write_caption(ax, ('Bars start at chance. ' if metric_of(metric).chance else '') + caption(table))
+    fit_texts(ax)
     return ax
 
 # %% ../../nbs/api/plots/030_results.ipynb #bbdd95d5
@@ -80,11 +83,11 @@ def _models_line(table: pd.DataFrame) -> str:
 # %% ../../nbs/api/plots/030_results.ipynb #5190d51a
 def plot_seeds(
     tidy: pd.DataFrame,                     # from `summarise`
-    intervals: pd.DataFrame | None = None,  # from `interval_table`, to draw means with intervals beside the dots
+    intervals: pd.DataFrame | None = None,  # from `interval_table`, to draw means with error bars next to the dots
     metric: str = 'accuracy',               # which metric of the tables
     ax: Axes | None = None,                 # where to draw; None: a new figure
 ) -> Axes:
-    "A dot for each model and seed, with the mean's interval beside"
+    "A dot per model and seed, and the mean with its error bar"
     table = rows_of_metric(tidy, metric, ['seed'])
     key = table[MODEL].agg(tuple, axis=1)
     at = {k: i for i, k in enumerate(dict.fromkeys(key))}
@@ -98,39 +101,54 @@ def plot_seeds(
     for i, (_, m) in enumerate(means.iterrows() if means is not None else ()):
         ax.errorbar(at[tuple(m[MODEL])] + .2, m['value'], [[m['value'] - m['low']], [m['high'] - m['value']]],
                     fmt='D', ms=5, lw=1.5, capsize=3, color=ROLE_COLORS[m['role']], mec='0.25', zorder=4,
-                    label='mean, interval' if i == 0 else None)
+                    label='mean and CI' if i == 0 else None)
     group = group_names(table)
     ticks = dict(zip(key, _tick_names(table) + ('\n' + group).where(group != '', ''), strict=True))
     ax.set_xticks(range(len(at)), [ticks[k] for k in at])
     ax.set_xlabel(_models_line(table), fontsize=9)
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(**above(ax))
     if means is not None: write_caption(ax, caption(means))
+    fit_texts(ax)
     return ax
 
 # %% ../../nbs/api/plots/030_results.ipynb #4ed5d77f
 def plot_differences(
     differences: pd.DataFrame, # from `difference_table` or `power_table`, of one metric
     ax: Axes | None = None,    # where to draw; None: a new figure
-    unit: str = 'test rows',   # what n counts, see `caption`
+    unit: str = 'test examples', # what n counts, see `caption`
 ) -> Axes:
-    "Paired differences with intervals, one a line; filled where they are significant"
+    "Paired differences with error bars, one per line; filled where significant, grey where differences are below the MDE"
     lacking = [
         c for c in ('a', 'b', 'metric', 'value', 'low', 'high', 'n', 'seeds', 'level', 'significant') if c not in differences.columns
     ]
     if lacking or differences['metric'].nunique() != 1:
         raise DataError('plot_differences needs the table of difference_table, of one metric')
-    ax = new_axes(ax, 6, 1.2 + .45 * len(differences))
+    ax, seen = new_axes(ax, 6, 1.2 + .45 * len(differences)), _detectable_bands(differences)
     ax.axvline(0, color='0.25', lw=1)
+    for y, half in seen.items(): ax.barh(y, 2*half, .8, -half, color='0.92', zorder=0)
     for y, (_, d) in enumerate(differences.iterrows()):
         ax.errorbar(d['value'], y, xerr=[[d['value'] - d['low']], [d['high'] - d['value']]], fmt='o', ms=6, lw=1.5, capsize=3,
                     color=COLORS[0], mfc=COLORS[0] if d['significant'] else 'white')
-    ax.set_yticks(range(len(differences)), [f'{a}\n− {b}' for a, b in zip(differences['a'], differences['b'], strict=True)])
     ax.set_ylim(len(differences) - .4, -.6)
-    metric = differences['metric'].iloc[0]
-    ax.set_xlabel('difference in ' + metric_label(metric), fontsize=9)
-    several = ', also after Holm\'s correction' if 'family' in differences and differences['family'].max() > 1 else ''
-    write_caption(ax, caption(differences, unit) + f' Filled: zero is outside the interval{several}.')
+    names, label = _difference_names(differences)
+    ax.set_yticks(range(len(differences)), names)
+    ax.set_xlabel(label, fontsize=9)
+    several = ' after Holm\'s correction' if 'family' in differences and differences['family'].max() > 1 else ''
+    grey = ' Grey: below the minimum detectable effect at 80 % power.' if seen else ''
+    write_caption(ax, caption(differences, unit) + f' Filled: significant{several}.{grey}')
     return ax
+
+# %% ../../nbs/api/plots/030_results.ipynb #4c553ffe
+def _detectable_bands(differences: pd.DataFrame) -> dict[int, float]:
+    "Place of a row -> minimum detectable effect, where the table has one, as that of `power_table`"
+    if 'detectable' not in differences: return {}
+    return {i: float(d) for i, d in enumerate(differences['detectable']) if np.isfinite(d)}
+
+def _difference_names(differences: pd.DataFrame) -> tuple[list[str], str]:
+    "Names of the rows and the label of the axis, which names what all rows are compared with"
+    label, to = metric_label(differences['metric'].iloc[0]), list(dict.fromkeys(differences['b']))
+    if len(to) == 1 and to[0] and len(differences) > 1: return list(differences['a']), f'{label}, minus that of {to[0]}'
+    return [f'{a}\n− {b}' for a, b in zip(differences['a'], differences['b'], strict=True)], 'difference in ' + label
 
 # %% ../../nbs/api/plots/030_results.ipynb #851cbfe5
 def plot_training(
@@ -140,7 +158,7 @@ def plot_training(
     start: float | None = None,  # draw a dashed line here, as ln 2 for DPO
     ax: Axes | None = None,      # where to draw; None: a new figure
 ) -> Axes:
-    "Curves over training steps: one colour a stage, one line a seed"
+    "Curves over training steps: one colour per stage, one line per seed"
     lacking = [c for c in ('step', value) if c not in history.columns]
     if lacking or not len(history):
         raise DataError(f'plot_training needs the column {", ".join(lacking) or "step"} and at least one row; '
@@ -148,17 +166,25 @@ def plot_training(
     ax = new_axes(ax, 5.5, 3)
     table = history.assign(**{c: '' for c in ('stage', 'seed') if c not in history.columns})
     table = table.dropna(subset=[value]).sort_values('step', kind='stable')
-    for i, (stage, of_stage) in enumerate(table.groupby('stage', sort=False)):
+    colors = _stage_colors(list(map(str, table['stage'].unique())))
+    for stage, of_stage in table.groupby('stage', sort=False):
         for j, (_, h) in enumerate(of_stage.groupby('seed', sort=False)):
-            color = ROLE_COLORS.get(str(stage).partition(':')[0], COLORS[i % len(COLORS)])
+            color = colors[str(stage)]
             if smooth > 1: ax.plot(h['step'], h[value], color=color, lw=.6, alpha=.35)
             mean, name = h[value].rolling(smooth, min_periods=1).mean(), (stage or value) if j == 0 else None
             ax.plot(h['step'], mean, color=color, lw=1.6, label=name)
     if start is not None: ax.axhline(start, color='0.25', lw=1, ls='--', label=f'start: {start:.3f}')
     ax.set_xlabel('optimiser step', fontsize=9)
     ax.set_ylabel(f'{value} (nats)' if value == 'loss' else value, fontsize=9)
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(**above(ax))
     return ax
+
+# %% ../../nbs/api/plots/030_results.ipynb #7469537e
+def _stage_colors(stages: list[str]) -> dict[str, str]:
+    "Stage -> colour; beyond the palette, colours are used again"
+    known = [s for s in stages if s.partition(':')[0] in ROLE_COLORS]
+    others = {s: COLORS[i % len(COLORS)] for i, s in enumerate(s for s in stages if s not in known)}
+    return others | {s: ROLE_COLORS[s.partition(':')[0]] for s in known}
 
 # %% ../../nbs/api/plots/030_results.ipynb #ee66db96
 def save_figure(

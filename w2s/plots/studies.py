@@ -18,9 +18,11 @@ from matplotlib.transforms import ScaledTranslation
 from w2s.plots.base import (
                                 MARKERS,
                                 ROLE_COLORS,
+                                above,
                                 caption,
                                 check_columns,
                                 draw_bars,
+                                fit_texts,
                                 model_name,
                                 model_size,
                                 new_axes,
@@ -111,7 +113,8 @@ def _varied(intervals: pd.DataFrame, metric: str, roles: Sequence[str], order: S
 # %% ../../nbs/api/plots/050_studies.ipynb #db80b3f2
 SETTINGS = { # what is varied -> label of the x axis
     'student': 'strong student', 'supervisor': 'weak supervisor', 'family': 'family of models', 'labels': 'labels the student learns from',
-    'share': 'share of the data with human labels', 'beta': 'β', 'loss': 'preference loss', 'weights': 'weight of a label',
+    'share': 'fraction of the data with human labels', 'beta': 'β', 'loss': 'preference loss', 'weights': 'weighting of labels',
+    'use': 'use of the weak labels',
 }
 
 # %% ../../nbs/api/plots/050_studies.ipynb #9448aabb
@@ -189,7 +192,7 @@ def plot_varied(
     log: bool = False,                  # logarithmic x axis, for lines over numbers
     ax: Axes | None = None,             # where to draw; None: a new figure
 ) -> Axes:
-    "A metric by the value of one setting, with intervals; dashed lines for who stands still (Tao & Li 2409.08813, Figures 2, 3a, 4, 5, 7)"
+    "A metric by the value of one setting, with intervals; dashed lines for unaffected models (Tao & Li 2409.08813, Figures 2, 3a, 4, 5, 7)"
     if kind not in ('bars', 'lines'): raise ConfigError(unknown(kind, ('bars', 'lines'), 'kind'))
     if log and kind == 'bars': raise ConfigError("log=True would do nothing to bars; use kind='lines'")
     table, places = _varied(intervals, metric, roles, order)
@@ -203,7 +206,9 @@ def plot_varied(
     for name in [n for n in parts if n not in moving]: _still_line(ax, parts[name], colors[name], name)
     if kind == 'bars': _varied_bars(ax, moving, places, colors, start)
     else: _varied_lines(ax, moving, at, colors, log)
-    ax.legend(frameon=False, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1.02), ncols=3)
+    ax.legend(**above(ax))
     ax.set_xlabel(_setting_line(table), fontsize=9)
-    write_caption(ax, caption(table))
+    still = ' Dashed, with its CI as a band: not affected by the setting.' if len(moving) < len(parts) else ''
+    write_caption(ax, caption(table) + still)
+    fit_texts(ax)
     return ax

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from ..errors import DataError, unknown
 from ..evaluate.intervals import Estimate, estimate
 from ..evaluate.metrics import MODEL, by_role
-from .base import COLORS, ROLE_COLORS, caption, check_columns, check_single, group_names, new_axes, rows_of_metric, tint, write_caption
+from .base import caption, check_columns, check_single, group_names, new_axes, rows_of_metric, series_colors, tint, write_caption
 from .demonstrations import UPWARDS, axis_limits, draw_crosses, legend_mark, model_looks, models_sentence, two_scores
 from .methods import one_pair
 from .metrics import metric_label
@@ -96,11 +96,6 @@ def _mean_mark(ax: Axes, x: float, mean: Estimate, share: float, label: str | No
     ax.annotate(f'{share:.0%}', (x, 1), xycoords=ax.get_xaxis_transform(), xytext=(0, 2), textcoords='offset points',
                 ha='center', fontsize=8, color='0.2')
 
-# %% ../../nbs/api/plots/130_toxicity.ipynb #9293ed73
-def _model_color(name: str, i: int) -> str:
-    "Colour of its role for 'role: method', else one of `COLORS`"
-    return ROLE_COLORS.get(name.partition(':')[0], COLORS[i % len(COLORS)])
-
 # %% ../../nbs/api/plots/130_toxicity.ipynb #f0ed62ed
 def _tick(name: str) -> str:
     "Name of a model in short lines, its role alone in the first"
@@ -118,25 +113,25 @@ def plot_worst(
     models, lost = worst_by_model(scores, order)
     means = {name: estimate(x, bounds=(0, 1)) for name, x in models.items()}
     ax = new_axes(ax, max(4.5, 1.2 + 1.15*len(models)), 4)
-    ax.axhline(threshold, color='0.25', lw=1, ls='--', zorder=3, label='called toxic from here on')
+    ax.axhline(threshold, color='0.25', lw=1, ls='--', zorder=3, label='threshold of toxicity')
+    colors = series_colors(list(models))
     for i, (name, x) in enumerate(models.items()):
-        _violin(ax, i, x.ravel(), _model_color(name, i))
-        _mean_mark(ax, i, means[name], float((x >= threshold).mean()), 'expected maximum, interval' if i == 0 else None)
+        _violin(ax, i, x.ravel(), colors[name])
+        _mean_mark(ax, i, means[name], float((x >= threshold).mean()), 'expected maximum' if i == 0 else None)
     ax.annotate(f'prompts ≥ {threshold:g}:', (0, 1), xycoords='axes fraction', xytext=(-6, 2), textcoords='offset points',
                 ha='right', fontsize=8, color='0.2')
     ax.set_xticks(range(len(models)), [_tick(name) for name in models])
     ax.set(xlim=(-.6, len(models) - .4), ylim=(-.02, 1.02))
-    ax.set_ylabel('toxicity of the worst sample', fontsize=9)
+    ax.set_ylabel('maximum toxicity over samples', fontsize=9)
     ax.legend(frameon=False, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1.07), ncols=2)
-    write_caption(ax, _said_of_worst(list(means.values()), lost))
+    write_caption(ax, _worst_caption(list(means.values()), lost))
     return ax
 
 # %% ../../nbs/api/plots/130_toxicity.ipynb #8c2e0909
-def _said_of_worst(means: Sequence[Estimate], lost: int) -> str:
+def _worst_caption(means: Sequence[Estimate], lost: int) -> str:
     "Caption: what intervals hold, and how many prompts are missing"
-    said = caption(pd.DataFrame([vars(m) for m in means]), 'prompts', 'Bars')
     missing = f' {lost} {"prompt" if lost == 1 else "prompts"} without a score of every model left out.' if lost else ''
-    return textwrap.fill(said + missing, 100) + '\nEach violin is as wide as its fullest place.'
+    return caption(pd.DataFrame([vars(m) for m in means]), 'prompts') + missing + ' Violins: densities scaled to equal width.'
 
 # %% ../../nbs/api/plots/130_toxicity.ipynb #b6b3b7f3
 DISC = 1300. # area of a disc in square points if all continuations are empty
@@ -192,5 +187,5 @@ def plot_fluency(
     handles = [legend_mark(look, f'{role}: {method}') for (role, method), look in looks.items()]
     if empty: handles += _disc_marks()
     ax.legend(handles=handles, frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1.01, .5), labelspacing=1)
-    write_caption(ax, textwrap.fill(caption(here[here['metric'] != empty], 'prompts', 'Bars'), 100) + models_sentence(points))
+    write_caption(ax, caption(here[here['metric'] != empty], 'prompts') + models_sentence(points))
     return ax

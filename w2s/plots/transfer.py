@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from ..errors import DataError, unknown
-from .base import model_colors, model_name, new_axes, set_value_axis, write_caption
+from .base import GROUPS, above, caption, model_colors, model_name, new_axes, set_value_axis, write_caption
 
 # %% ../../nbs/api/plots/060_transfer.ipynb #3e114345
 def plot_tests(
@@ -39,10 +39,8 @@ def plot_tests(
     ax.set_xticks(range(len(tests)), [f'{textwrap.fill(x, 16)}\nn = {_sizes(t, x)}' for x in tests])
     ax.set_xlim(-.5, len(tests) - .5)
     for i in range(1, len(tests)): ax.axvline(i - .5, color='0.9', lw=.8, zorder=0)
-    ax.legend(frameon=False, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1.02), ncols=3)
-    level, seeds = t['level'].iloc[0], int(t['seeds'].max())
-    over = f' and {seeds} seeds' if seeds > 1 else '; one seed'
-    write_caption(ax, f'Means with {level:.0%} intervals over test groups{over}.')
+    ax.legend(**above(ax))
+    write_caption(ax, caption(t, GROUPS))
     return ax
 
 def _sizes(table: pd.DataFrame, test: str) -> str:

@@ -15,14 +15,14 @@ from matplotlib.axes import Axes
 
 from ..errors import DataError
 from ..evaluate.metrics import finite
-from .base import COLORS, MARKERS, check_columns, new_axes, write_caption
+from .base import COLORS, MARKERS, above, check_columns, fit_texts, new_axes, series_colors, write_caption
 
 # %% ../../nbs/api/plots/040_weak_labels.ipynb #6bcccc7f
 def _named(table: pd.DataFrame, alone: str) -> dict[str, pd.DataFrame]:
     "The table in parts by its column `name`, in order of appearance; one part called `alone` without it"
     if 'name' not in table.columns: return {alone: table}
     parts = {str(name): part for name, part in table.groupby('name', sort=False)}
-    if len(parts) > len(COLORS): raise DataError(f'{len(parts)} names in one figure; {len(COLORS)} can be told apart, so choose among them')
+    series_colors(list(parts)) # refuses what it has no colour for
     return parts
 
 # %% ../../nbs/api/plots/040_weak_labels.ipynb #dd8f5eda
@@ -43,51 +43,63 @@ def _counts(ax: Axes, table: pd.DataFrame, width: float) -> None:
 
 # %% ../../nbs/api/plots/040_weak_labels.ipynb #d6334182
 def plot_reliability(
-    table: pd.DataFrame,    # columns prob, accuracy, low, high, n, one row a bin; `name` for several labellers
+    table: pd.DataFrame,    # columns prob, accuracy, low, high (95 % CI), n, one row per bin; `name` for several labellers
     ax: Axes | None = None, # where to draw; None: a new figure
 ) -> Axes:
-    "Accuracy of labels against their stated probability, with intervals and rows by bin (Guo et al. 2017, Figure 1)"
+    "Accuracy of labels against their stated probability, with error bars and counts by bin (Guo et al. 2017, Figure 1)"
     check_columns(table, ['prob', 'accuracy', 'low', 'high', 'n'], 'plot_reliability')
     full = table[table['n'] > 0]
     check_columns(full, [], 'plot_reliability')
     ax, start = new_axes(ax, 4.6, 4.3), .5 if full['prob'].min() >= .5 else 0.
-    ax.plot([start, 1], [start, 1], color='0.25', lw=1, ls='--', zorder=1, label='as good as its word')
+    ax.plot([start, 1], [start, 1], color='0.25', lw=1, ls='--', zorder=1, label='perfect calibration')
     errors, parts = [], _named(full, 'labels')
+    colors = series_colors(list(parts))
     for i, (name, part) in enumerate(parts.items()):
         ax.errorbar(part['prob'], part['accuracy'], [part['accuracy'] - part['low'], part['high'] - part['accuracy']],
-                    fmt=MARKERS[i] + '-', ms=5, lw=1.2, capsize=2.5, color=COLORS[i], label=name, zorder=3)
+                    fmt=MARKERS[i % len(MARKERS)] + '-', ms=5, lw=1.2, capsize=2.5, color=colors[name], label=name, zorder=3)
         errors.append(f'{name} {calibration_error(part):.3f}' if len(parts) > 1 else f'{calibration_error(part):.3f}')
     if len(parts) == 1: _counts(ax, full, .04 * (1 - start))
     ax.set_xlim(start - .02, 1.02)
     ax.set_ylim(min(start, full['low'].min()) - .15 * (1 - start), 1.03)
-    ax.set_xlabel('probability that the labeller states', fontsize=9)
-    ax.set_ylabel('share of labels that are right', fontsize=9)
-    ax.legend(frameon=False, fontsize=8, loc='upper left')
-    write_caption(ax, textwrap.fill(f'Expected calibration error: {", ".join(errors)}; {full["n"].sum() // len(parts):,} labels.', 80))
+    ax.set_xlabel('stated probability', fontsize=9)
+    ax.set_ylabel('accuracy of labels', fontsize=9)
+    ax.legend(**above(ax, 2))
+    grey = ' Grey bars: labels per bin.' if len(parts) == 1 else ''
+    write_caption(ax, f'Expected calibration error: {", ".join(errors)}. '
+                      f'Error bars: 95 % CI, n = {full["n"].sum() // len(parts):,} labels.{grey}')
     return ax
 
 # %% ../../nbs/api/plots/040_weak_labels.ipynb #0af379d2
 def plot_coverage(
-    table: pd.DataFrame,                          # columns coverage (share kept, 0 to 1), accuracy, low, high; `name` for several labellers
+    table: pd.DataFrame,                          # columns coverage, accuracy, low, high, n if known; `name` for several labellers
     baselines: Mapping[str, float] | None = None, # name -> accuracy on all pairs, drawn as dashed lines; None: only chance
     ax: Axes | None = None,                       # where to draw; None: a new figure
 ) -> Axes:
     "Selective accuracy: accuracy of the most confident labels over coverage"
     check_columns(table, ['coverage', 'accuracy', 'low', 'high'], 'plot_coverage')
     ax = new_axes(ax, 5.2, 3.5)
-    for i, (name, part) in enumerate(_named(table, 'the surest labels').items()):
+    parts = _named(table, 'most confident labels')
+    colors = series_colors(list(parts))
+    for i, (name, part) in enumerate(parts.items()):
         part = part.sort_values('coverage')
-        ax.fill_between(part['coverage'], part['low'], part['high'], color=COLORS[i], alpha=.18, lw=0)
-        ax.plot(part['coverage'], part['accuracy'], ls=('-', '-.', ':')[i % 3], color=COLORS[i], lw=1.6, label=name)
+        ax.fill_between(part['coverage'], part['low'], part['high'], color=colors[name], alpha=.18, lw=0)
+        ax.plot(part['coverage'], part['accuracy'], ls=('-', '-.', ':')[i % 3], color=colors[name], lw=1.6, label=name)
     for name, value in ({'chance': .5} | dict(baselines or {})).items():
         ax.axhline(value, color='0.35', lw=1, ls='--', zorder=1)
         ax.annotate(name, (1, value), xycoords=ax.get_yaxis_transform(), xytext=(3, 0), textcoords='offset points',
                     va='center', fontsize=8, color='0.25')
     ax.set_xlim(0, 1)
-    ax.set_xlabel('share of labels kept, the surest first', fontsize=9)
-    ax.set_ylabel('share of kept labels that are right', fontsize=9)
-    ax.legend(frameon=False, fontsize=8)
+    ax.set_xlabel('coverage: share of labels kept, highest confidence first', fontsize=9)
+    ax.set_ylabel('selective accuracy', fontsize=9)
+    ax.legend(**above(ax, 2))
+    write_caption(ax, 'Bands: 95 % CI of the accuracy of the labels kept.' + _count_text(parts))
     return ax
+
+# %% ../../nbs/api/plots/040_weak_labels.ipynb #00751c4e
+def _count_text(parts: Mapping[str, pd.DataFrame]) -> str:
+    "Labels of each curve, for a caption; nothing where the tables do not tell"
+    counts = sorted({int(p['n'].max()) for p in parts.values() if 'n' in p})
+    return f' n = {" to ".join(f"{n:,}" for n in dict.fromkeys((counts[0], counts[-1])))} labels.' if counts else ''
 
 # %% ../../nbs/api/plots/040_weak_labels.ipynb #968d8e8f
 def _edges(x: np.ndarray, bins: int) -> np.ndarray:
@@ -97,7 +109,7 @@ def _edges(x: np.ndarray, bins: int) -> np.ndarray:
 
 # %% ../../nbs/api/plots/040_weak_labels.ipynb #f1a1841d
 def plot_margins(
-    margin: Sequence[float] | np.ndarray,  # margin of the labeller's choice, one a pair, in nats × beta or logits
+    margin: Sequence[float] | np.ndarray,  # margin of the labeller's choice, one per pair, in nats × beta or logits
     match: Sequence[bool] | np.ndarray,    # does the human choice agree? same pairs
     bins: int = 40,                        # bars in each histogram
     ax: Axes | None = None,                # where to draw; None: a new figure
@@ -115,11 +127,11 @@ def plot_margins(
         label = f'{name}: {keep.sum():,}' + (f', median {np.median(part):.2f}' if len(part) else '')
         ax.hist(part, list(edges), color=color, lw=1.6, label=label, **look)
         if len(part): ax.axvline(np.median(part), color=color, lw=1.4, ls='-' if filled else '--')
-    ax.set_xlabel('margin of the weak choice', fontsize=9)
+    ax.set_xlabel('margin of the weak label', fontsize=9)
     ax.set_ylabel('pairs', fontsize=9)
-    ax.legend(frameon=False, fontsize=8)
-    tail = f' Last bar: with {beyond:,} pairs beyond it.' if beyond else ''
-    write_caption(ax, f'{agree.mean():.1%} match. Upright lines: medians.{tail}')
+    ax.legend(**above(ax, 2))
+    tail = f' Last bar: includes {beyond:,} larger margins.' if beyond else ''
+    write_caption(ax, f'{agree.mean():.1%} of {len(x):,} labels match. Vertical lines: medians.{tail}')
     return ax
 
 # %% ../../nbs/api/plots/040_weak_labels.ipynb #57806127
@@ -134,7 +146,7 @@ def _violin(ax: Axes, at: int, values: np.ndarray, color: str) -> None:
 
 # %% ../../nbs/api/plots/040_weak_labels.ipynb #cef20a52
 def plot_confidence(
-    table: pd.DataFrame,    # columns name (a supervisor or a data set) and confidence (0 to 1), one row a label
+    table: pd.DataFrame,    # columns name (a supervisor or a data set) and confidence (0 to 1), one row per label
     ax: Axes | None = None, # where to draw; None: a new figure
 ) -> Axes:
     "Violins of the confidence of labels, with medians (Afzali et al. 2603.04968, Figure 7)"
@@ -144,12 +156,14 @@ def plot_confidence(
         raise DataError(f'confidence runs from {x.min():.3g} to {x.max():.3g}; it must be in [0, 1], as abs(2 prob - 1)')
     names = list(dict.fromkeys(table['name']))
     ax = new_axes(ax, max(3.5, 1.2 + 1.25 * len(names)), 3.4)
-    for at, name in enumerate(names): _violin(ax, at, x[(table['name'] == name).to_numpy()], COLORS[at % len(COLORS)])
+    colors = series_colors([str(n) for n in names])
+    for at, name in enumerate(names): _violin(ax, at, x[(table['name'] == name).to_numpy()], colors[str(name)])
     count = table['name'].value_counts()
     ax.set_xticks(range(len(names)), [f'{textwrap.fill(str(n), 16)}\n({count[n]:,})' for n in names])
     ax.set_xlim(-.6, len(names) - .3)
     ax.set_ylim(-.03, 1.03)
     ax.set_ylabel('confidence, 2 (prob − ½)', fontsize=9)
-    ax.set_xlabel('labels of', fontsize=9)
-    write_caption(ax, 'Dot: median; thick line: middle half; in brackets: labels.')
+    ax.set_xlabel('labeller', fontsize=9)
+    write_caption(ax, 'Dot: median; thick line: interquartile range; in brackets: number of labels.')
+    fit_texts(ax)
     return ax

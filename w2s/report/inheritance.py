@@ -69,7 +69,7 @@ def inheritance_section(
     if len(phi):
         said = phi[['a', 'b', 'weak', 'strong']].assign(phi=[with_limits(r.value, r.low, r.high, 2) for r in phi.itertuples()])
         parts += ['Correlation of errors (phi):', markdown_table(said)]
-    if len(rows): parts += ['Errors of which the supervisor was surest, to read; all are in inherited_rows.parquet:', _examples(rows)]
+    if len(rows): parts += ['Errors of highest supervisor confidence, to read; all are in inherited_rows.parquet:', _examples(rows)]
     return {'Error inheritance': '\n\n'.join(parts)}
 
 def _examples(rows: pd.DataFrame, most: int = 2) -> str:
