@@ -17,7 +17,6 @@ WEAK, STRONG = 'english-1m,english-5m', 'gemma-3-270m'
 PROBE = dict(readout='probe', weak=WEAK, max_length=96, seeds=2, n_labelled=500, n_unlabelled=500, n_test=500)
 STUDIES = { # name: kind of feedback, rows, settings
     'diasafety-probe': ('classify', 'diasafety', PROBE),
-    'privacy-probe': ('classify', 'privacy_policy_qa/privacy_policy_qa.test.jsonl.gz', PROBE),
 }
 
 
