@@ -1,8 +1,8 @@
 """A real pretrained model on real rows, with time and memory: `W2S_REAL_MODELS=… W2S_REAL_DATA=… python benchmarks/real_models.py`
 
-W2S_REAL_MODELS is a folder with the models english-1m, english-5m and gemma-3-270m, W2S_REAL_DATA one with the rows diasafety,
-privacy_policy_qa and hh_helpful. Each study is a comparison of `w2s run` in a process of its own, in OUT/<study>; a killed one goes on where
-it stopped. Processor time, time on the clock and peak memory of every process are added to OUT/costs.jsonl. The page about the results is
+W2S_REAL_MODELS is a folder with the models english-1m, english-5m and gemma-3-270m, W2S_REAL_DATA one with the rows of DiaSafety in
+diasafety. Each study is a comparison of `w2s run` in a process of its own, in OUT/<study>; a killed one goes on where it stopped. Processor
+time, time on the clock and peak memory of every process are added to OUT/costs.jsonl. The page about the results is
 nbs/papers/50_real_models.ipynb, which reads the finished stages.
 """
 import argparse
@@ -15,16 +15,20 @@ from pathlib import Path
 
 WEAK, STRONG = 'english-1m,english-5m', 'gemma-3-270m'
 PROBE = dict(readout='probe', weak=WEAK, max_length=96, seeds=2, n_labelled=500, n_unlabelled=500, n_test=500)
-STUDIES = { # name: kind of feedback, rows, settings
-    'diasafety-probe': ('classify', 'diasafety', PROBE),
-}
+STUDIES = {'diasafety-probe': ('diasafety', PROBE)} # name: rows, settings of `w2s run classify`
+
+
+def folder(variable: str) -> Path:
+    "A folder that the environment names; raises `ConfigError` where it does not"
+    from w2s.errors import ConfigError
+    if not os.environ.get(variable): raise ConfigError(f'{variable} is not set; the head of benchmarks/real_models.py says what it names')
+    return Path(os.environ[variable]).expanduser()
 
 
 def settings(name: str) -> dict:
-    "Settings of a study on this machine; exits where a folder is not named"
-    models, data = (Path(os.environ.get(n) or sys.exit(f'{n} is not set: see the head of {Path(__file__).name}')).expanduser()
-                    for n in ('W2S_REAL_MODELS', 'W2S_REAL_DATA'))
-    _, rows, given = STUDIES[name]
+    "Settings of a study on this machine"
+    models, data = map(folder, ('W2S_REAL_MODELS', 'W2S_REAL_DATA'))
+    rows, given = STUDIES[name]
     weak = ','.join(str(models/w) for w in given['weak'].split(','))
     return given | dict(data=str(data/rows), weak=weak, strong=str(models/STRONG))
 
@@ -34,11 +38,9 @@ def study(name: str, out: Path, quiet: bool = True):
     import torch
 
     from w2s.compare.label_settings import fill_labels
-    from w2s.compare.preference_settings import fill_settings
-    from w2s.experiments import labels, preferences
+    from w2s.experiments import labels
     torch.set_num_threads(1)
-    if STUDIES[name][0] == 'classify': return labels.run(fill_labels(settings(name)), out/name, quiet)
-    return preferences.run(fill_settings(settings(name)), out/name, quiet)
+    return labels.run(fill_labels(settings(name)), out/name, quiet)
 
 
 def measured(name: str, out: Path) -> dict:
