@@ -32,6 +32,7 @@ from w2s.data.samples import sample_preferences, write_samples
 from w2s.data.splits import drop_overlap, group_split, overlap, sample_rows, split_record
 from w2s.data.tables import read_table
 from w2s.errors import ConfigError, DataError
+from w2s.train.tokens import Encoded, EncodedRow, Tokens, report_tokens
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parents[2] / 'shared' / 'data'
@@ -460,6 +461,14 @@ def test_added_lines_count_only_what_is_gone():
     report = report.add('prompt cut', 'train', 5, 8, 'cut', model='weak')
     assert report.rows_left == dict(train=8) and 'train, weak' in str(report)
     with refuses('9 rows of 8'): report.add('x', 'train', 9, 8, 'cut')
+
+
+def test_report_says_by_how_much_prompts_were_cut():
+    "Not how long they were, or are: 10 of 30 and 2 of 22 tokens are gone"
+    rows = [EncodedRow(str(n), (Encoded((1, 2, 3), 2),), cut=n) for n in (10, 2, 0)]
+    found = report_tokens(DataReport(), 'train', 'm', Tokens(rows, {}, 20), [], []).found
+    assert found[['check', 'rows', 'of']].values.tolist() == [['prompt cut', 2, 3]]
+    assert found['detail'][0] == 'to fit 20 tokens, by 6 on average and 10 at most'
 
 
 def test_rows_read_and_left_agree_with_what_the_reader_refused(tmp_path):

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -14,7 +15,7 @@ from w2s.compare.comparison import run_experiment
 from w2s.compare.demonstration_settings import fill_demonstrations
 from w2s.compare.label_settings import fill_labels
 from w2s.compare.learn import Study
-from w2s.compare.plan import plan, run_for_plan, shown_stages, stage_table
+from w2s.compare.plan import Plan, plan, run_for_plan, shown_stages, stage_table
 from w2s.compare.preference_settings import fill_settings
 from w2s.compare.stages import Run, count_stages, walk_stages
 from w2s.compare.toxicity_settings import fill_toxicity
@@ -294,3 +295,13 @@ def test_a_variation_numbers_its_lines_through(samples, tmp_path, capsys):
     run = run_for_plan(tmp_path/'none')
     each = open_varied(variants(dict(PREFERENCES, samples=0, data=samples), 'use', ['hard', 'soft']), run, True)
     assert lines[-1].startswith(f'[{len(lines)}/{len(lines)}]') and len(lines) == sum(count_stages(run, o.make) for o in each.values())
+
+
+@pytest.mark.parametrize('passing, words', [
+    ('', '0.7 GiB of weights, without activations'),
+    ('8,192 padded tokens at once, without gradient checkpointing', '0.7 GiB at the height (8,192 padded tokens at once, without'),
+])
+def test_a_plan_does_not_call_weights_the_height_of_memory(passing, words):
+    "Where models are only read, activations and the program itself were not counted"
+    stages = pd.DataFrame([('x-states', 'x', 'score', 5, 50, 'to do', 1.)], columns=[*'stage model kind rows tokens state minutes'.split()])
+    assert words in Plan(stages, 1, .7*2**30, passing, '').summary

@@ -208,7 +208,8 @@ class Plan:
         )
         untimed = int(((self.stages.kind == 'other') & (self.stages.state == 'to do') & (self.stages.rows > 0)).sum())
         rest = f', and {untimed} that no clock was held to' if untimed else ''
-        memory = f', {self.memory/2**30:.1f} GiB at the height{f" ({self.passing})" if self.passing else ""}' if self.memory else ''
+        how = f'at the height ({self.passing})' if self.passing else 'of weights, without activations' # nothing is trained: only read
+        memory = f', {self.memory/2**30:.1f} GiB {how}' if self.memory else ''
         return (f'{self.asked} stages{f" ({known})" if known else ""}, {self.trainings} trainings, all seeds together: about '
                 f'{self.minutes:.0f} min on this machine{rest}{memory}')
 

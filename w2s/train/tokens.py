@@ -195,7 +195,7 @@ def report_tokens(
             model=model,
             detail=row_numbers(numbers, of),
         )
-    how = f'to fit {tokens.limit} tokens; {sum(cuts)/len(cuts):.0f} tokens on average, {max(cuts)} at most' if cuts else ''
+    how = f'to fit {tokens.limit} tokens, by {sum(cuts)/len(cuts):.0f} on average and {max(cuts)} at most' if cuts else ''
     chars = set(lost)
     hit = sum(not chars.isdisjoint(t) for t in texts) if chars else 0
     names = ' '.join(repr(c)[1:-1] for c in lost[:20]) + (f' and {len(lost) - 20} more' if len(lost) > 20 else '')
