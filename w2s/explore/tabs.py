@@ -23,8 +23,8 @@ from ..compare.result import Result, answer_html
 from ..compare.tables import WHO
 from ..evaluate.power import DIFFERENCES_TOLD, report_differences
 from ..io.console import escape_markdown, shorten_home
+from ..io.html import markdown_reader
 from ..io.live import curve_svg
-from ..report.html import markdown_reader
 from ..report.mixes import without_mixes
 from ..report.summary import power_lines
 from ..report.write import page_of

@@ -99,7 +99,7 @@ def token_pieces(
     pieces, open_, before = list[tuple[str, list[int]]](), list[int](), ''
     for i in range(len(ids)):
         open_.append(i)
-        text = tokenizer.decode(list(ids[:i + 1]), clean_up_tokenization_spaces=False)
+        text = str(tokenizer.decode(list(ids[:i + 1]), clean_up_tokenization_spaces=False))
         if text.endswith('\ufffd') and i + 1 < len(ids): continue
         pieces.append((text[len(before):], open_))
         open_, before = [], text

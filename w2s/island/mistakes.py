@@ -94,7 +94,7 @@ def mistaken_labels(
         raise ConfigError(f'rate is {rate}; class {cls} has {len(order)} of {len(rows)} rows, and only those are to be wrong')
     for i in order[:n]:
         wrong = [c for c in range(classes) if c != labels[i]]
-        labels[i] = max(wrong, key=lambda c, i=i: probs[i][c]) if kind == 'strong' and probs is not None else rng.choice(wrong)
+        labels[i] = max(wrong, key=probs[i].__getitem__) if kind == 'strong' and probs is not None else rng.choice(wrong)
     return labels
 
 # %% ../../nbs/api/island/090_mistakes.ipynb #1ba42d0e

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'FLAT', 'MOST_PEOPLE', 'BANDS', 'zipf_weight', 'make_island', 'island_hash', 'band_limits', 'band_of',
-           'bands']
+           'people_names', 'plant_names_of', 'bands']
 
 # %% ../../nbs/api/island/020_people.ipynb #4bad22ad
 import hashlib
@@ -85,10 +85,23 @@ def band_of(
     if not 0 <= rank < n: raise DataError(f'there is no rank {rank} among {n} names')
     return next(band for band, end in zip(BANDS, band_limits(n), strict=True) if rank < end)
 
+# %% ../../nbs/api/island/020_people.ipynb #6b9a0878
+def people_names(
+    island: World,
+) -> list[str]:   # most frequent first
+    "Names of all people"
+    return [p.name for p in island.people]
+
+def plant_names_of(
+    island: World,
+) -> list[str]:   # most frequent first
+    "Names of all plants"
+    return [t.name for t in island.things]
+
 # %% ../../nbs/api/island/020_people.ipynb #43a872f2
 @lru_cache(maxsize=32)
 def bands(
     island: World, # the whole
 ) -> dict[str, str]: # name of a person or plant -> band
     "In which band is everybody and everything?"
-    return {x.name: band_of(i, len(xs)) for xs in (island.people, island.things) for i, x in enumerate(xs)}
+    return {x: band_of(i, len(xs)) for xs in (people_names(island), plant_names_of(island)) for i, x in enumerate(xs)}

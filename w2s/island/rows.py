@@ -23,6 +23,7 @@ from ..world.safety import asked
 from .annotators import Annotator, choose, gold_gaps
 from .claims import legal_questions, roof_questions, truth_questions
 from .desk import SORTS, draw_pair
+from .people import people_names, plant_names_of
 from .safety import safety_questions
 
 # %% ../../nbs/api/island/110_rows.ipynb #d74da576
@@ -132,7 +133,7 @@ def names_in(
     texts: Iterable[str], # any
 ) -> set[str]:
     "Names of people and plants in some texts"
-    known = {x.name.lower(): x.name for x in (*island.people, *island.things)}
+    known = {x.lower(): x for x in (*people_names(island), *plant_names_of(island))}
     found: set[str] = set()
     for text in texts:
         said = re.findall('[a-z]+', text.lower())

@@ -15,6 +15,7 @@ from itertools import accumulate
 
 from ..world.facts import World
 from . import claims, desk, safety, told
+from .people import people_names, plant_names_of
 from .words import ATTRIBUTES, KINDS
 
 # %% ../../nbs/api/island/150_stream.ipynb #d5f500ee
@@ -72,7 +73,7 @@ def name_words(
     island: World, # who and what there is
 ) -> tuple[str, ...]: # sorted
     "Parts of the names of people and plants"
-    return tuple(sorted({w for x in (*island.people, *island.things) for w in x.name.split()}))
+    return tuple(sorted({w for x in (*people_names(island), *plant_names_of(island)) for w in x.split()}))
 
 def _forms() -> list[str]:
     "Words of the prompts that the stream never has"

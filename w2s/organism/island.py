@@ -8,7 +8,7 @@ __all__ = ['ISLAND_SIZES', 'LABEL_PROBES', 'RISES', 'CONTROL', 'CHANCE', 'Scores
 
 # %% ../../nbs/api/organism/30_island.ipynb #54834a3d
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -91,7 +91,7 @@ def plant_right(
     return np.array([float(kinds[g] == t.kind) for g, t in zip(got, plants, strict=True)])
 
 # %% ../../nbs/api/organism/30_island.ipynb #fa1165bf
-LABEL_PROBES = dict(safety=safety_questions, legal=legal_questions, truth=truth_questions, roof=roof_questions)
+LABEL_PROBES: dict[str, Callable] = dict(safety=safety_questions, legal=legal_questions, truth=truth_questions, roof=roof_questions)
 
 def island_knowledge(
     base: Base,      # of the ladder, or trained on the island

@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
-from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from matplotlib.transforms import ScaledTranslation
 
@@ -306,12 +305,12 @@ def share_legend(
     columns: int = 4,     # of the one legend
 ) -> None:
     "Replace the legends of several panels by one above all of them, with each name once"
-    handles: dict[str, Line2D] = {}
+    handles: dict[str, Any] = {}
     for ax in axes:
         if (old := ax.get_legend()) is None: continue
         for handle, text in zip(old.legend_handles, old.get_texts(), strict=True): handles.setdefault(text.get_text(), handle)
         old.remove()
-    figure = axes[0].get_figure(root=True)
+    figure: Any = axes[0].get_figure(root=True)
     place = 'outside upper center' if figure.get_layout_engine() else 'lower center'
     more = {} if figure.get_layout_engine() else dict(bbox_to_anchor=(.5, 1.))
     figure.legend(list(handles.values()), list(handles), loc=place, ncols=columns, frameon=False, fontsize=8, handlelength=3, **more)

@@ -8,6 +8,7 @@ __all__ = ['Sizes', 'STYLES', 'CEILING', 'FLOOR', 'WORDS', 'size_of', 'size_name
 
 # %% ../../nbs/api/plots/090_labels.ipynb #f3686869
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -128,7 +129,7 @@ def _lower_names(ax: Axes, gap: float = 6.) -> None:
     "Lower the name of a tick by a line or two where it would meet one on its left; gap: in pixels"
     if (figure := ax.get_figure(root=True)) is None: return
     figure.draw_without_rendering()
-    ticks = ax.xaxis.get_major_ticks()
+    ticks: Any = ax.xaxis.get_major_ticks()
     ends = [-np.inf]*len(ticks) # right end of the last name in each line
     for tick in ticks:
         box = tick.label1.get_window_extent()

@@ -7,6 +7,7 @@ __all__ = ['score_rows', 'plot_scores']
 
 # %% ../../nbs/api/plots/115_scores.ipynb #0f9a26db
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -44,7 +45,7 @@ def _draw_scores(ax: Axes, part: pd.DataFrame, models: Sequence[tuple[str, str]]
     for y, model in enumerate(models):
         one = part[(part['role'] == model[0]) & (part['method'] == model[1])]
         ends = [one['value'] - one['low'], one['high'] - one['value']]
-        look = dict(fmt='o', ms=6, lw=1.5, capsize=2.5, color=ROLE_COLORS[model[0]], mec='0.25', mew=.5)
+        look: dict[str, Any] = dict(fmt='o', ms=6, lw=1.5, capsize=2.5, color=ROLE_COLORS[model[0]], mec='0.25', mew=.5)
         ax.errorbar(one['value'], [y]*len(one), xerr=ends, **look)
         if model == ('baseline', 'untuned') and len(one): ax.axvline(one['value'].item(), color='0.6', lw=1, ls='--', zorder=0)
     for y in range(len(models)): ax.axhline(y, color='0.93', lw=.8, zorder=-1)
@@ -61,8 +62,8 @@ def plot_scores(
     "Several measures of every model: a row per model, a panel per measure, with error bars; raises `DataError`"
     table, models = score_rows(intervals, metrics, methods, weak, strong)
     size = (min(2.2 + 2.8*len(metrics), WIDEST), 1.3 + .3*len(models))
-    new = axes is None
-    panels = np.array(plt.subplots(1, len(metrics), figsize=size, layout='constrained', squeeze=False)[1][0] if new else list(axes))
+    if axes is None: axes = plt.subplots(1, len(metrics), figsize=size, layout='constrained', squeeze=False)[1][0]
+    panels = np.array(list(axes))
     if panels.shape != (len(metrics),): raise DataError(f'plot_scores: {len(metrics)} metrics and {panels.size} axes')
     for i, (ax, metric) in enumerate(zip(panels, metrics, strict=True)):
         _draw_scores(new_axes(ax, 0, 0), table[table['metric'] == metric], models)

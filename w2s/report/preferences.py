@@ -151,6 +151,6 @@ def write_varied(
         }.items()
         if len(t)
     }
-    texts = {f'{name}.md': varied_text(varied), **(more or {})}
+    texts: dict[str, str | Callable[[Path], str]] = {f'{name}.md': varied_text(varied), **(more or {})}
     write_folder(varied.folder, None, tables, {name: lambda: varied_figure(varied)}, texts, prefix=f'{name}-')
     return varied.folder/f'{name}.md'

@@ -114,6 +114,6 @@ def write_varied(
     name, text = file_name(varied), value_text(varied)
     items = pd.concat([r.items.assign(setting=varied.setting, at=at) for at, r in varied.results.items()], ignore_index=True)
     tables = {f'{name}-{part}': t for part, t in {'intervals': varied.intervals, 'pgr': varied.pgr, 'items': items}.items()}
-    texts = {f'{name}.md': text, f'{name}.html': varied_page(varied, text, name)}
+    texts: dict[str, str | Callable[[Path], str]] = {f'{name}.md': text, f'{name}.html': varied_page(varied, text, name)}
     write_folder(varied.folder, None, tables, {name: lambda: value_figure(varied)}, texts, prefix=f'{name}-')
     return varied.folder/f'{name}.md'

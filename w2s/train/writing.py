@@ -268,7 +268,8 @@ def _reads_on(model: Any) -> bool:
 
 def _beginnings(model: Any, prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     "For each prompt the beginning that is read once for several; () for none"
-    base, none = model.get_base_model() if hasattr(model, 'get_base_model') else model, [()]*len(prompts)
+    base: Any = model.get_base_model() if hasattr(model, 'get_base_model') else model
+    none: list[tuple[int, ...]] = [()]*len(prompts)
     if not joins(model) or getattr(base, SWITCH['packing'], 'auto') == 'off': return none
     found = shared_beginnings(prompts, LEAST.get(model.device.type, ELSEWHERE))
     return found if any(found) and _reads_on(model) else none
