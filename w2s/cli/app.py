@@ -26,12 +26,13 @@ from .compare import add_compare_command
 from .demonstrations import COMMANDS as TRANSFERS
 from .demonstrations import TOXICITY, add_transfer_commands
 from .export import add_export_command
-from .flags import Command, add_command, out_path, settings_table
+from .flags import Command, add_command, settings_table
 from .guard import GuardedGroup, prepare_process
 from .label import add_label_command
 from .labels import COMMANDS as LABELS
 from .labels import add_commands
 from .notebooks import add_notebooks_command
+from .places import out_path
 from .plan import add_plan_command
 from .refine import add_refine_command
 from .report import add_report_command

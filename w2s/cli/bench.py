@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError, unknown
-from .flags import check_places, out_path
+from .places import check_places, out_path
 
 # %% ../../nbs/api/cli/100_bench.ipynb #a3a0971f
 KINDS = ('dpo', 'sft', 'label', 'generate', 'classify') # as in the benchmark, which needs PyTorch

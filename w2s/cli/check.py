@@ -17,7 +17,8 @@ import typer
 from ..compare.options import options_of
 from ..compare.settings import make_settings
 from ..errors import ConfigError, unknown
-from .flags import Command, check_places, function_of, out_path, settings_table, typed_settings, typer_option
+from .flags import Command, function_of, settings_table, typed_settings
+from .places import check_places, out_path, typer_option
 
 # %% ../../nbs/api/cli/150_check.ipynb #2a440777
 ALIASES = {'labels': 'classify', 'demonstrations': 'persona'} # kind of feedback -> an experiment that has it

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .flags import out_path
+from .places import out_path
 
 # %% ../../nbs/api/cli/110_compare.ipynb #5e38ab20
 def write_comparison(

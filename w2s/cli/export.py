@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from .flags import out_path
+from .places import out_path
 
 # %% ../../nbs/api/cli/140_export.ipynb #e1008d6b
 Flag = typer.Option

@@ -18,7 +18,8 @@ from ..compare.options import PANELS, Option
 from ..errors import ConfigError
 from ..files.jobs import work_folder
 from ..io.manifests import report_names
-from .flags import Keep, function_of, out_path, typed_settings, typer_option, with_file
+from .flags import function_of, typed_settings
+from .places import Keep, out_path, typer_option, with_file
 from .repeat import answer_once, ask_question
 
 # %% ../../nbs/api/cli/040_file_flags.ipynb #694a5b3d

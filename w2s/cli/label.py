@@ -16,7 +16,7 @@ from ..compare.options import Option, options_of
 from ..compare.preference_settings import WeakTeacher
 from ..files.jobs import ACTING, LabelJob, label_settings
 from .file_flags import FileCommand, add_file_command, do_once, needed_out, written_text
-from .flags import check_places
+from .places import check_places
 
 # %% ../../nbs/api/cli/080_label.ipynb #83b1eafa
 OWN_FLAGS = (

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .flags import out_path
+from .places import out_path
 
 # %% ../../nbs/api/cli/130_plan.ipynb #fe05c420
 SCRIPT = '''#!/bin/bash

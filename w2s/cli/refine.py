@@ -18,7 +18,7 @@ from ..compare.settings import overlay
 from ..files.jobs import RefineJob, fill_refine
 from ..models.places import LoadSettings
 from .file_flags import FileCommand, add_file_command, do_once, needed_out, written_text
-from .flags import check_places
+from .places import check_places
 
 # %% ../../nbs/api/cli/090_refine.ipynb #d61e3832
 def shown_prompts(

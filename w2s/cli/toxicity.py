@@ -19,7 +19,7 @@ import typer
 from ..errors import ConfigError, DataError
 from ..io.console import shorten_home
 from ..io.disk import write_atomic, write_through
-from .flags import check_places, out_path
+from .places import check_places, out_path
 
 # %% ../../nbs/api/cli/060_toxicity.ipynb #4871f06e
 def card_text(

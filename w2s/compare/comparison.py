@@ -94,7 +94,7 @@ def make_result(
 # %% ../../nbs/api/compare/590_comparison.ipynb #0cd64251
 def open_alone(
     open_comparison: Callable[[Study], Opened], # knows the models, reads and checks the examples
-    config: Any,                                # settings
+    config: Settings,                           # of the experiment
     run: Run,                                   # folder of the stages
 ) -> list[Opened]:                              # the one comparison
     "Open a comparison in another process; its own functions are imported again there"

@@ -87,14 +87,14 @@ def band_of(
 
 # %% ../../nbs/api/island/020_people.ipynb #6b9a0878
 def people_names(
-    island: World,
-) -> list[str]:   # most frequent first
+    island: World, # the second world
+) -> list[str]:    # most frequent first
     "Names of all people"
     return [p.name for p in island.people]
 
 def plant_names_of(
-    island: World,
-) -> list[str]:   # most frequent first
+    island: World, # the second world
+) -> list[str]:    # most frequent first
     "Names of all plants"
     return [t.name for t in island.things]
 

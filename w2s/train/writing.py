@@ -203,10 +203,11 @@ def _join(states: Sequence[_State]) -> _State:
 
 # %% ../../nbs/api/train/290_writing.ipynb #dc667a74
 def refills(
-    model: Any, # a causal language model, with or without an adapter
+    model: torch.nn.Module, # a causal language model, with or without an adapter
 ) -> bool:
     "Do waiting prompts take the places of rows that have ended? Where they can join a batch, unless it was loaded with refill off"
-    base = model.get_base_model() if hasattr(model, 'get_base_model') else model
+    base: Any = model
+    if hasattr(base, 'get_base_model'): base = base.get_base_model()
     return joins(model) and getattr(base, SWITCH['refill'], 'auto') != 'off'
 
 # %% ../../nbs/api/train/290_writing.ipynb #c7902817
