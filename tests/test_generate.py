@@ -606,6 +606,26 @@ def test_a_kill_in_the_middle_changes_no_text(folder, base, prompts, tmp_path, m
     assert respond(base.model, base.tokenizer, prompts, s, 3, quiet=True, journal=journal) == whole and sum(made) == len(prompts) - kept
 
 
+@pytest.mark.parametrize('every, kept_some', [(0., True), (600., False)])
+def test_what_has_ended_is_written_down_before_its_pool_has(base, prompts, tmp_path, monkeypatch, every, kept_some):
+    "All prompts are one pool, which fails when half of the responses have ended. With minutes to wait it is written down as a whole"
+    s, journal, told, made, write = replace(YE, samples=2, temperature=1.1), tmp_path/'texts.jsonl', [], [], page.write
+    whole = respond(base.model, base.tokenizer, prompts, s, 3, quiet=True)
+    monkeypatch.setattr(page, 'EVERY', every)
+    def failing(*a):
+        def ended(row, response):
+            told.append(row)
+            a[6](row, response)
+            if len(told) == len(prompts): raise KeyboardInterrupt
+        return write(*a[:6], ended)
+    monkeypatch.setattr(page, 'write', failing)
+    with pytest.raises(KeyboardInterrupt): respond(base.model, base.tokenizer, prompts, s, 3, quiet=True, journal=journal)
+    kept = sum(len(read_line(line)) for line in journal.read_bytes().splitlines()[1:])
+    assert 0 < kept < len(prompts) if kept_some else kept == 0
+    monkeypatch.setattr(page, 'write', lambda *a: (made.append(len(a[2])), write(*a))[1])
+    assert respond(base.model, base.tokenizer, prompts, s, 3, quiet=True, journal=journal) == whole and sum(made) == len(prompts) - kept
+
+
 def test_a_journal_of_other_rows_is_a_journal_of_some(base, prompts, tmp_path):
     "Rows come and go between the starts: what is there is not made again, what is not asked for is not returned"
     journal, s = tmp_path/'deep'/'texts.jsonl', replace(YE, token_budget=300)

@@ -10,7 +10,7 @@ __all__ = ['PAD', 'WIDE', 'width', 'padded', 'padding_step', 'no_cache', 'cache_
 import inspect
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -327,6 +327,7 @@ def write(
     uniform: Tensor,                    # (prompts × samples, max_tokens): random numbers, samples of a prompt one after another
     settings: GenerateSettings,         # how to sample
     most: int | None = None,            # tokens at once: prompts that do not fit wait until others have ended; None: all at once
+    ended: Callable[[int, Response], None] | None = None, # is told the number of each response and the response, when it has ended
 ) -> list[Response]:                    # prompts × samples, in the same order
     "Responses to some prompts"
     head, finish = head_of(model), finisher(model, tokenizer, settings.stop, settings.max_tokens)
@@ -347,8 +348,8 @@ def write(
         for row, token in zip(live, chosen.tolist(), strict=True):
             ids[row].append(token)
             out[row] = finish(prompts[row // n], ids[row])
-        keep = [at for at, row in enumerate(live) if out[row] is None]
-        live = [live[at] for at in keep]
+            if ended and out[row] is not None: ended(row, out[row])
+        keep, live = [at for at, row in enumerate(live) if out[row] is None], [row for row in live if out[row] is None]
         if live: state.advance(chosen, keep)
         else: state = None
     return out
