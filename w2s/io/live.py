@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from html import escape
 from multiprocessing import parent_process
-from typing import Any
+from typing import Any, Protocol
 
 # %% ../../nbs/api/io/35_live.ipynb #fc319326
 def _live_shell() -> Any:
@@ -63,15 +63,20 @@ def curve_svg(
             f'stroke-opacity=".25"/>{drawn}{words}</svg>')
 
 # %% ../../nbs/api/io/35_live.ipynb #6ca7eac7
+class _Panel(Protocol): # what a bar needs of its display
+    def open(self, bar: 'LiveBar') -> None: ...
+    def close(self, bar: 'LiveBar') -> None: ...
+    def show(self) -> None: ...
+
 class LiveBar:
     "A piece of work of the running cell: how far it is, and its loss"
     def __init__(
         self,
-        panel: 'LivePanel', # that shows it
-        total: int,         # units of work
-        label: str,         # what it is
-        unit: str,          # what is counted
-        initial: int = 0,   # units that are done already
+        panel: _Panel,    # that shows it
+        total: int,       # units of work
+        label: str,       # what it is
+        unit: str,        # what is counted
+        initial: int = 0, # units that are done already
     ):
         self.panel, self.total, self.label, self.unit, self.n, self.initial = panel, total, label, unit, initial, initial
         self.points: list[tuple[float, float]] = []
