@@ -58,8 +58,9 @@ def test_the_command_of_an_installed_wheel(installed, tmp_path):
 
 
 def start(*words):
-    app.info.cls = GuardedGroup
-    done = CliRunner().invoke(app, ['notebooks', *map(str, words)])
+    with pytest.MonkeyPatch.context() as m: # without it, tests of other files would see exit codes where they look for errors
+        m.setattr(app.info, 'cls', GuardedGroup)
+        done = CliRunner().invoke(app, ['notebooks', *map(str, words)])
     return done.exit_code, done.output
 
 
