@@ -15,7 +15,8 @@ from w2s.cli.labels import COMMANDS as LABELS
 from w2s.compare.config import read_toml, to_table
 from w2s.compare.settings import make_settings
 
-PAGES = sorted(p for p in (Path(__file__).parents[1]/'nbs'/'papers').glob('*.ipynb') if 'real_models' not in p.stem) # that is a study of ours
+OURS = ('50_real_models',) # a study of no paper
+PAGES = sorted(p for p in (Path(__file__).parents[1]/'nbs'/'papers').glob('*.ipynb') if p.stem not in OURS)
 COMMANDS = {'preferences': PREFERENCES, **LABELS, **TRANSFERS, 'toxicity': TOXICITY}
 BLOCK = re.compile(r'^Save as `([\w.-]+)`:\n\n```toml\n(.*?)^```\n\n```bash\n(.*?)^```', re.M | re.S)
 
