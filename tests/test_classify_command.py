@@ -33,6 +33,7 @@ ALWAYS = {
     'intervals.parquet',
     'differences.parquet',
     'labels.parquet',
+    'weak_labels.parquet',
     'predictions.parquet',
     'pgr.parquet',
     'histories.parquet',
