@@ -143,7 +143,8 @@ def test_several_processes_end_in_the_same_bits(home, straight, flags):
 
 def holders(out):
     "Stage -> the process that works on it, as the system sees it"
-    nodes = {p.stat().st_ino: p.name for p in (out/'.locks').glob('*')} if (out/'.locks').is_dir() else {}
+    # numbers from the folder itself: a lock may be gone by the time that one would look at it
+    nodes = {entry.inode(): entry.name for entry in os.scandir(out/'.locks')} if (out/'.locks').is_dir() else {}
     held = [line.split() for line in Path('/proc/locks').read_text().splitlines() if 'FLOCK' in line and '->' not in line]
     return {nodes[int(w[5].rpartition(':')[2])]: int(w[4]) for w in held if int(w[5].rpartition(':')[2]) in nodes}
 
