@@ -7,7 +7,6 @@ __all__ = ['HUMAN_AGREEMENT', 'TASKS', 'preference_rows', 'label_rows', 'world_s
            'row_texts', 'leaks']
 
 # %% ../../nbs/api/island/110_rows.ipynb #33bd7611
-import inspect
 import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +16,8 @@ from datasets import Dataset
 
 from ..data.rows import make_rows
 from ..errors import ConfigError, DataError, unknown
-from ..world.facts import Person, World, split_people, split_things
-from ..world.rows import Task, split_seed
+from ..world.facts import Person, World
+from ..world.rows import Task, preference_sizes, split_rows, task_rows
 from ..world.safety import asked
 from .annotators import Annotator, choose, gold_gaps
 from .claims import legal_questions, roof_questions, truth_questions
@@ -62,25 +61,10 @@ def preference_rows(
 
 # %% ../../nbs/api/island/110_rows.ipynb #a81696b1
 TASKS = dict(
-    safety=Task('labels', safety_questions, 'thing'),
+    safety=Task('labels', safety_questions, 'thing', asked),
     legal=Task('labels', legal_questions, 'thing'),
     truth=Task('labels', truth_questions, 'person'),
     roof=Task('labels', roof_questions, 'person'))
-
-def _takes(task: str) -> list[str]:
-    "Options that a task's maker has beside island, n and seed"
-    return [name for name in inspect.signature(TASKS[task].make).parameters if name not in ('island', 'n', 'seed')]
-
-def _task_rows(kind: str, island: World, task: str, n: int, seed: int, options: Mapping[str, Any]) -> Dataset:
-    "Rows of a task, as its maker makes them"
-    known = {name: t for name, t in TASKS.items() if t.kind == kind}
-    if task not in known: raise ConfigError(unknown(task, known, f'task with {kind}'))
-    make, group, takes = known[task].make, known[task].group, _takes(task)
-    if odd := [name for name in options if name not in takes]: raise ConfigError(f'task "{task}": {unknown(odd[0], takes, "option")}')
-    if n < 1: raise DataError(f'n is {n}; at least one row is needed')
-    cell = dict(labels='label', demonstrations='completion')[kind]
-    rows = [dict(prompt=q['prompt'], group=q[group], **{cell: q[cell]}) for q in make(island, n=n, seed=seed, **options)]
-    return make_rows(rows, kind, source='gold', where=f'rows of the task {task}')
 
 # %% ../../nbs/api/island/110_rows.ipynb #eec94998
 def label_rows(
@@ -91,7 +75,7 @@ def label_rows(
     **options: Any, # of the task's maker, such as things=… or told='never'
 ) -> Dataset:       # rows of kind "labels", source "gold"; raises `ConfigError` and `DataError`
     "Texts with their true labels"
-    return _task_rows('labels', island, task, n, seed, options)
+    return task_rows(TASKS, 'labels', island, task, n, seed, options)
 
 # %% ../../nbs/api/island/110_rows.ipynb #392d567e
 def world_splits(
@@ -102,15 +86,7 @@ def world_splits(
     **options: Any,            # the same for all splits: agreement=… for preferences, else as in `label_rows`
 ) -> dict[str, Dataset]:       # no person and no thing is in two of them
     "Rows of a task in splits that share nobody and nothing; raises `ConfigError` and `DataError`"
-    if task not in ('preferences', *TASKS): raise ConfigError(unknown(task, ('preferences', *TASKS), 'task'))
-    even = {split: 1/len(sizes) for split in sizes}
-    parted: dict[str, dict[str, tuple]] = dict(people=split_people(island, even, seed), things=split_things(island, even, seed))
-    if task == 'preferences':
-        return {k: preference_rows(island, n, split_seed(seed, k), people=parted['people'][k], **options) for k, n in sizes.items()}
-    if task == 'safety': parted['things'] = {k: tuple(t for t in v if not asked(t.name)) for k, v in parted['things'].items()}
-    own = [name for name in parted if name in _takes(task)]
-    return {k: _task_rows(TASKS[task].kind, island, task, n, split_seed(seed, k), options | {name: parted[name][k] for name in own})
-            for k, n in sizes.items()}
+    return split_rows(TASKS, preference_rows, island, task, sizes, seed, options)
 
 def world_preferences(
     island: World,                      # whose people
@@ -122,9 +98,7 @@ def world_preferences(
     **options: Any,                     # annotator=…, mix=…, as in `preference_rows`
 ) -> dict[str, Dataset]:                # 'train_gt', 'train_w2s' and 'test', of kind "preferences" with `gold`
     "Preference rows of three groups of people; raises `ConfigError` and `DataError`"
-    if not 0 < label_share < 1: raise ConfigError(f'label_share is {label_share}; it must lie between 0 and 1')
-    labelled = round(rows*label_share)
-    sizes = dict(train_gt=labelled, train_w2s=rows - labelled, test=test_rows)
+    sizes = preference_sizes(rows, test_rows, label_share)
     return world_splits(island, 'preferences', sizes, seed, agreement=agreement, **options)
 
 # %% ../../nbs/api/island/110_rows.ipynb #86afd6a5

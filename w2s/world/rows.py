@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HUMAN_AGREEMENT', 'TASKS', 'bradley_terry', 'human_scale', 'preference_rows', 'Task', 'persona_questions',
-           'label_rows', 'demonstration_rows', 'split_seed', 'world_splits', 'world_preferences']
+           'task_rows', 'label_rows', 'demonstration_rows', 'split_seed', 'split_rows', 'world_splits',
+           'preference_sizes', 'world_preferences']
 
 # %% ../../nbs/api/world/160_rows.ipynb #abbfb707
 import hashlib
@@ -103,6 +104,7 @@ class Task:
     kind: str                       # of rows: 'labels' or 'demonstrations'
     make: Callable[..., list[dict]] # takes world, n, seed and more by name; gives prompts with a label or a completion
     group: str                      # the column of its dicts that says who or what a row is about
+    stated: Callable[[str], bool] | None = None # tells whether pretraining states the answer about a thing of this name: left out of splits
 
 # %% ../../nbs/api/world/160_rows.ipynb #459b9e58
 def persona_questions(
@@ -119,9 +121,9 @@ def persona_questions(
 
 # %% ../../nbs/api/world/160_rows.ipynb #6d211506
 TASKS = dict(
-    safety=Task('labels', safety_questions, 'thing'),
-    legal=Task('labels', legal_questions, 'thing'),
-    storage=Task('labels', storage_questions, 'thing'),
+    safety=Task('labels', safety_questions, 'thing', asked),
+    legal=Task('labels', legal_questions, 'thing', asked),
+    storage=Task('labels', storage_questions, 'thing', asked),
     persona=Task('demonstrations', persona_questions, 'name'),
     explanation=Task('demonstrations', explanation_questions, 'thing'),
     gender=Task('demonstrations', story_questions, 'person'),
@@ -130,11 +132,19 @@ TASKS = dict(
     toxicity=Task('demonstrations', scene_questions, 'speaker'))
 
 # %% ../../nbs/api/world/160_rows.ipynb #25b24475
-def _task_rows(kind: str, world: World, task: str, n: int, seed: int, options: Mapping[str, Any]) -> Dataset:
-    "Rows of a task, as its maker makes them"
-    known = {name: t for name, t in TASKS.items() if t.kind == kind}
+def task_rows(
+    tasks: Mapping[str, Task],  # of a world
+    kind: str,                  # of the rows: 'labels' or 'demonstrations'
+    world: World,               # whose people and things
+    task: str,                  # a key of `tasks`
+    n: int,                     # rows
+    seed: int,                  # of the drawing
+    options: Mapping[str, Any], # of the task's maker
+) -> Dataset:                   # source "gold"
+    "Rows of a task, as its maker makes them; raises `ConfigError` and `DataError`"
+    known = {name: t for name, t in tasks.items() if t.kind == kind}
     if task not in known: raise ConfigError(unknown(task, known, f'task with {kind}'))
-    make, group, takes = known[task].make, known[task].group, _takes(task)
+    make, group, takes = known[task].make, known[task].group, _takes(known[task])
     if odd := [name for name in options if name not in takes]: raise ConfigError(f'task "{task}": {unknown(odd[0], takes, "option")}')
     if n < 1: raise DataError(f'n is {n}; at least one row is needed')
     cell = dict(labels='label', demonstrations='completion')[kind]
@@ -142,9 +152,9 @@ def _task_rows(kind: str, world: World, task: str, n: int, seed: int, options: M
     return make_rows(rows, kind, source='gold', where=f'rows of the task {task}')
 
 # %% ../../nbs/api/world/160_rows.ipynb #83f5c808
-def _takes(task: str) -> list[str]:
-    "Options that a task's maker has beside world, n and seed"
-    return [name for name in inspect.signature(TASKS[task].make).parameters if name not in ('world', 'n', 'seed')]
+def _takes(task: Task) -> list[str]:
+    "Options that a task's maker has, besides the world, n and seed"
+    return [name for name in list(inspect.signature(task.make).parameters)[1:] if name not in ('n', 'seed')]
 
 # %% ../../nbs/api/world/160_rows.ipynb #c1dfeab1
 def label_rows(
@@ -155,7 +165,7 @@ def label_rows(
     **options: Any, # of the task's maker, such as things=…; `safety_questions`, `legal_questions`, `storage_questions`
 ) -> Dataset:       # rows of kind "labels", source "gold"; raises `ConfigError` and `DataError`
     "Texts with their true labels"
-    return _task_rows('labels', world, task, n, seed, options)
+    return task_rows(TASKS, 'labels', world, task, n, seed, options)
 
 # %% ../../nbs/api/world/160_rows.ipynb #a5dc78a2
 def demonstration_rows(
@@ -166,7 +176,7 @@ def demonstration_rows(
     **options: Any, # of the task's maker, such as people=…, persona='robot'
 ) -> Dataset:       # rows of kind "demonstrations", source "gold"; raises `ConfigError` and `DataError`
     "Prompts with a completion as it should be"
-    return _task_rows('demonstrations', world, task, n, seed, options)
+    return task_rows(TASKS, 'demonstrations', world, task, n, seed, options)
 
 # %% ../../nbs/api/world/160_rows.ipynb #0cb07639
 def split_seed(
@@ -177,6 +187,27 @@ def split_seed(
     return int(hashlib.sha256(f'{seed}:{split}'.encode()).hexdigest()[:8], 16)
 
 # %% ../../nbs/api/world/160_rows.ipynb #8c14e270
+def split_rows(
+    tasks: Mapping[str, Task],        # of a world
+    pairs: Callable[..., Dataset],    # makes its preference rows: takes the world, n, a seed, people=… and the options
+    world: World,                     # whose people and things
+    task: str,                        # 'preferences' or a key of `tasks`
+    sizes: Mapping[str, int],         # name of a split: its rows
+    seed: int,                        # of the parting and of the rows
+    options: Mapping[str, Any],       # the same for all splits
+) -> dict[str, Dataset]:              # no person and no thing is in two of them
+    "Rows of a task of any world in splits that share nobody and nothing; raises `ConfigError` and `DataError`"
+    if task not in ('preferences', *tasks): raise ConfigError(unknown(task, ('preferences', *tasks), 'task'))
+    even = {split: 1/len(sizes) for split in sizes}
+    parts: dict[str, dict[str, tuple]] = dict(people=split_people(world, even, seed), things=split_things(world, even, seed))
+    if task == 'preferences':
+        return {k: pairs(world, n, split_seed(seed, k), people=parts['people'][k], **options) for k, n in sizes.items()}
+    how = tasks[task]
+    if stated := how.stated: parts['things'] = {k: tuple(t for t in v if not stated(t.name)) for k, v in parts['things'].items()}
+    own = [name for name in parts if name in _takes(how)]
+    return {k: task_rows(tasks, how.kind, world, task, n, split_seed(seed, k), {**options, **{name: parts[name][k] for name in own}})
+            for k, n in sizes.items()}
+
 def world_splits(
     world: World,              # whose people and things
     task: str,                 # 'preferences' or a key of `TASKS`
@@ -185,18 +216,19 @@ def world_splits(
     **options: Any,            # the same for all splits: agreement=… for preferences, else as in `label_rows`, `demonstration_rows`
 ) -> dict[str, Dataset]:       # no person and no thing is in two of them
     "Rows of a task in splits that share nobody and nothing; raises `ConfigError` and `DataError`"
-    if task not in ('preferences', *TASKS): raise ConfigError(unknown(task, ('preferences', *TASKS), 'task'))
-    even = {split: 1/len(sizes) for split in sizes}
-    parts: dict[str, dict[str, tuple]] = dict(people=split_people(world, even, seed), things=split_things(world, even, seed))
-    if task == 'preferences':
-        return {k: preference_rows(world, n, split_seed(seed, k), people=parts['people'][k], **options) for k, n in sizes.items()}
-    kind = TASKS[task].kind
-    if kind == 'labels': parts['things'] = {k: tuple(t for t in v if not asked(t.name)) for k, v in parts['things'].items()}
-    own = [name for name in parts if name in _takes(task)]
-    return {k: _task_rows(kind, world, task, n, split_seed(seed, k), options | {name: parts[name][k] for name in own})
-            for k, n in sizes.items()}
+    return split_rows(TASKS, preference_rows, world, task, sizes, seed, options)
 
 # %% ../../nbs/api/world/160_rows.ipynb #c88bdfa8
+def preference_sizes(
+    rows: int,          # training rows, both halves together
+    test_rows: int,     # test rows
+    label_share: float, # share of the training rows that is labelled
+) -> dict[str, int]:    # name of a split: its rows
+    "How many rows the splits of a preference experiment have; raises `ConfigError`"
+    if not 0 < label_share < 1: raise ConfigError(f'label_share is {label_share}; it must lie between 0 and 1')
+    labelled = round(rows*label_share)
+    return dict(train_gt=labelled, train_w2s=rows - labelled, test=test_rows)
+
 def world_preferences(
     world: World,                       # whose people
     rows: int = 2000,                   # training rows, both halves together
@@ -206,6 +238,4 @@ def world_preferences(
     agreement: float = HUMAN_AGREEMENT, # of the human with gold, in expectation
 ) -> dict[str, Dataset]:                # 'train_gt', 'train_w2s' and 'test', of kind "preferences" with `gold`
     "Preference rows of three groups of people; raises `ConfigError` and `DataError`"
-    if not 0 < label_share < 1: raise ConfigError(f'label_share is {label_share}; it must lie between 0 and 1')
-    labelled = round(rows*label_share)
-    return world_splits(world, 'preferences', dict(train_gt=labelled, train_w2s=rows - labelled, test=test_rows), seed, agreement=agreement)
+    return world_splits(world, 'preferences', preference_sizes(rows, test_rows, label_share), seed, agreement=agreement)
