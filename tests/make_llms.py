@@ -2,10 +2,8 @@
 
 Sections and their order are those of the sidebar; each page is a link with its title and its subtitle.
 """
-import argparse
 import json
 import re
-import sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -56,11 +54,4 @@ def llms() -> str:
     return '\n'.join(lines) + '\n'
 
 
-if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--check', action='store_true', help='write nothing; exit with 1 if the file is another one')
-    if parser.parse_args().check:
-        same = LLMS.is_file() and LLMS.read_text(encoding='utf-8') == llms()
-        if not same: print('nbs/llms.txt is not what the pages say: run python tests/make_llms.py')
-        sys.exit(not same)
-    LLMS.write_text(llms(), encoding='utf-8')
+if __name__ == '__main__': make_sidebar.write_or_check(LLMS, llms(), 'make_llms.py', __doc__)

@@ -84,11 +84,15 @@ def sidebar() -> str:
     return '\n'.join(lines) + '\n'
 
 
-if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def write_or_check(file: Path, made: str, program: str, about: str | None) -> None:
+    "Write a file that follows from the pages, or with --check only compare; exits with 1 if it is another one"
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true', help='write nothing; exit with 1 if the file is another one')
     if parser.parse_args().check:
-        same = SIDEBAR.is_file() and SIDEBAR.read_text(encoding='utf-8') == sidebar()
-        if not same: print('nbs/sidebar.yml is not what the pages say: run python tests/make_sidebar.py')
+        same = file.is_file() and file.read_text(encoding='utf-8') == made
+        if not same: print(f'{file.relative_to(ROOT)} is not what the pages say: run python tests/{program}')
         sys.exit(not same)
-    SIDEBAR.write_text(sidebar(), encoding='utf-8')
+    file.write_text(made, encoding='utf-8')
+
+
+if __name__ == '__main__': write_or_check(SIDEBAR, sidebar(), 'make_sidebar.py', __doc__)
