@@ -177,7 +177,7 @@ def test_stream_has_no_held_out_sum(documents):
 def test_stream_keeps_its_shares(world, short):
     "Each sort drawn apart, by its chance: the words that it gives are its share"
     from w2s.world.stream import _chances
-    up_to, rng = _chances(world, short), random.Random(9)
+    up_to, rng = _chances(tuple(SORTS.values()), world, short), random.Random(9)
     chance = [b - a for a, b in zip((0, *up_to), up_to, strict=False)]
     n = [
         c * sum(len((s.short if short else s.long)(world, rng).split()) for _ in range(1000))

@@ -7,14 +7,11 @@ __all__ = ['VERSION', 'FLAT', 'MOST_PEOPLE', 'BANDS', 'zipf_weight', 'make_islan
            'people_names', 'plant_names_of', 'bands']
 
 # %% ../../nbs/api/island/020_people.ipynb #4bad22ad
-import hashlib
-import json
 import random
-from dataclasses import asdict
 from functools import lru_cache
 
 from ..errors import ConfigError, DataError
-from ..world.facts import Person, Thing, World
+from ..world.facts import Person, Thing, World, content_hash
 from .words import ATTRIBUTES, KINDS, family_names, first_names, plant_names
 
 # %% ../../nbs/api/island/020_people.ipynb #335968be
@@ -62,9 +59,7 @@ def island_hash(
     island: World, # any
 ) -> str:          # 16 hexadecimal digits
     "Content of an island, its words included; the same in every process"
-    content = [VERSION, asdict(island) | {'held_out': sorted(island.held_out)}, [asdict(a) for a in ATTRIBUTES.values()],
-               [asdict(k) for k in KINDS.values()]]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return content_hash(VERSION, island, ATTRIBUTES, KINDS)
 
 # %% ../../nbs/api/island/020_people.ipynb #05403581
 BANDS = ('famous', 'known', 'obscure', 'forgotten') # the most frequent first

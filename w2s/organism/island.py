@@ -20,12 +20,13 @@ from ..evaluate.knowledge import chosen, label_right
 from ..island.claims import legal_questions, roof_questions, truth_questions
 from ..island.people import BANDS, bands
 from ..island.safety import safety_questions
-from ..island.stream import answer_words, few, name_words, stream_document, stream_words
+from ..island.stream import FIRST, answer_words, name_words, stream_document, stream_words
 from ..island.told import ask, free_facts
 from ..island.words import ATTRIBUTES, KINDS
 from ..models.load import Base
 from ..models.pretrain import Recipe, Size, Stream, world_tokenizer
 from ..world.facts import Person, World, qa_prompt
+from ..world.stream import few
 
 # %% ../../nbs/api/organism/30_island.ipynb #6915d6bc
 ISLAND_SIZES = dict(xs=Size(64, 3, 128), s=Size(128, 4, 256), m=Size(192, 4, 512), l=Size(320, 5, 704)) # the weakest first
@@ -36,7 +37,7 @@ def island_stream(
     recipe: Recipe, # for how long the corpus is about the best known only
 ) -> Stream:
     "The stream of an island, ready to be read"
-    start = few(island)
+    start = few(island, *FIRST)
     def make(rng: random.Random, done: float, short: bool) -> str:
         return stream_document(start if done < recipe.first_share else island, rng, short)
     return Stream(world_tokenizer(stream_words(island)), make, answer_words(), name_words(island))
