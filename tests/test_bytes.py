@@ -220,6 +220,7 @@ def test_a_damaged_journal_is_named_and_its_rows_are_made_again(home, straight, 
     "Killed in the fourth batch of the answers; a line in the middle is damaged"
     out = tmp_path/'run'
     with monkeypatch.context() as m:
+        m.setattr(generating, 'POOL', 1) # batches do not refill each other: one call for each
         stop_at(m, generating, 'write', 4)
         m.setattr(page, 'write_responses', page.write_responses)
         m.setattr('w2s.compare.gold.sampling', lambda c: small(c))

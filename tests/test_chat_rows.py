@@ -123,7 +123,7 @@ def test_a_reply_is_cut_at_the_next_turn(tmp_path, monkeypatch, choice, stop):
     seen = []
     tiny_model(tmp_path/'m', TEXTS)
     base = load_base(tmp_path/'m', LoadSettings('none', 'float32', chat_template=choice), device='cpu')
-    monkeypatch.setattr('w2s.train.generate.write', lambda model, tok, prompts, uniform, how: seen.append(how.stop) or [None]*len(prompts))
+    monkeypatch.setattr('w2s.train.generate.write', lambda model, tok, prompts, _, how, *__: seen.append(how.stop) or [None]*len(prompts))
     respond(base.model, base.tokenizer, [ASK], GenerateSettings(max_tokens=2), quiet=True)
     respond(base.model, base.tokenizer, ['text'], GenerateSettings(max_tokens=2), quiet=True)
     assert seen == [(stop,), ()]

@@ -22,7 +22,7 @@ from w2s.explore import browse as browse_page
 from w2s.explore.browse import browse_feedback
 from w2s.explore.cards import demonstration_card, label_card, pair_card
 from w2s.explore.feedback import demonstration_feedback, feedback_rows, filter_rows, sort_rows
-from w2s.explore.tabs import settings_html, table_html, tabs_html
+from w2s.explore.tabs import data_html, settings_html, table_html, tabs_html
 from w2s.explore.tokens import find_policy, token_pieces, token_shifts
 from w2s.io import console, live
 from w2s.models.adapters import load_adapter
@@ -144,8 +144,11 @@ def test_hostile_names_are_text(pairs):
 
 
 def test_settings_name_no_folder(pairs, tmp_path):
-    text = settings_html(replace(pairs, config=fill_settings(dict(data=str(tmp_path/'sub'/'mine.jsonl'), weak='pico'))))
-    assert str(tmp_path) not in text and '…/mine.jsonl' in text and 'pico' in text
+    config = fill_settings(dict(data=str(tmp_path/'sub'/'mine__1.jsonl'), weak='pico'))
+    text = settings_html(replace(pairs, config=config))
+    assert str(tmp_path) not in text and '…/mine__1.jsonl' in text and 'pico' in text
+    assert str(tmp_path) not in (text := data_html(replace(pairs, config=config, origin=f'Rows read from {config.data}.')))
+    assert 'Rows read from …/mine__1.jsonl.' in text
     assert 'first 3 of 9 rows' in table_html(pd.DataFrame(dict(a=range(9))), 3)
 
 

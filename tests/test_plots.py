@@ -446,14 +446,16 @@ def public_plots():
 
 
 def shown_plots(page):
-    "Module and name of every plotting function that a page imports, calls and shows with a picture"
-    out = set()
+    "Module and name of every plotting function that a page imports, and then calls in a cell with a picture"
+    out, modules = set(), {} # modules: name on the page -> module and name in the package, as imported last
     for cell in json.loads(page.read_text())['cells']:
-        if cell['cell_type'] != 'code' or not any('image/png' in o.get('data', {}) for o in cell['outputs']): continue
+        if cell['cell_type'] != 'code': continue
         nodes = list(ast.walk(ast.parse(''.join(cell['source']))))
+        modules |= {(a.asname or a.name): (n.module.rpartition('.')[2], a.name)
+                    for n in nodes if isinstance(n, ast.ImportFrom) and n.module.startswith('w2s.plots.') for a in n.names}
+        if not any('image/png' in o.get('data', {}) for o in cell['outputs']): continue
         called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
-        out |= {(n.module.rpartition('.')[2], a.name) for n in nodes if isinstance(n, ast.ImportFrom) and n.module.startswith('w2s.plots.')
-                for a in n.names if (a.asname or a.name) in called}
+        out |= {modules[name] for name in called & modules.keys()}
     return out
 
 

@@ -214,6 +214,7 @@ def test_killed_while_sampling(writers, monkeypatch, tmp_path):
         return real(*a, **k)
     with monkeypatch.context() as m:
         m.setattr(generate_module, 'plan_batches', lambda lengths, *_: [list(range(len(lengths)))[i::3] for i in range(3)])
+        m.setattr(generate_module, 'POOL', 1) # batches do not refill each other: one call for each
         m.setattr(generate_module, 'write', killed)
         with pytest.raises(KeyboardInterrupt): sample_stage(*writers('b'))
         assert sample_stage(*writers('b')) == straight
