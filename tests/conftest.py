@@ -78,8 +78,42 @@ LONG = (
 )
 
 
-def pytest_collection_modifyitems(items):
-    "Notebooks first, in the order of test_notebooks.py: a long one started last would leave a worker idle. And mark the quick tier"
+# A plain `pytest` takes minutes: it leaves out tests marked `long`, and of a test marked `cases(n)` all but n of its cases, evenly spread.
+# `pytest --all` runs everything, and so does a plain one in which files, tests or `-k` are named.
+
+def pytest_addoption(parser):
+    parser.addoption('--all', action='store_true', help='run the tests marked long too, and every case of tests marked cases')
+
+
+def pytest_configure(config):
+    named = config.args_source is config.ArgsSource.ARGS or bool(config.option.keyword)
+    if not hasattr(config, 'workerinput'): config.option.all |= named # workers are told by this process
+
+
+def spread(n: int, most: int) -> set[int]:
+    "Which of n cases: at most so many, the first and the last among them"
+    return set(range(n)) if n <= most else {round(i*(n - 1)/max(most - 1, 1)) for i in range(most)}
+
+
+def kept(items):
+    "The tests of a plain run"
+    places = {}
+    for item in items: places.setdefault((item.path, item.cls, item.originalname), []).append(item)
+    chosen = set()
+    for cases in places.values():
+        mark = cases[0].get_closest_marker('cases')
+        chosen |= {cases[i].nodeid for i in spread(len(cases), mark.args[0] if mark else len(cases))}
+    return [item for item in items if item.nodeid in chosen and not item.get_closest_marker('long')]
+
+
+def pytest_collection_modifyitems(config, items):
+    """Notebooks first, in the order of test_notebooks.py: a long one started last would leave a worker idle. Mark the quick tier, and
+    leave out what a plain run leaves out"""
     items.sort(key=lambda item: item.path.name != 'test_notebooks.py')
     for item in items:
         if item.path.stem in QUICK and item.originalname not in LONG: item.add_marker('quick')
+    if config.option.all: return
+    now = kept(items)
+    stays = set(now)
+    config.hook.pytest_deselected(items=[item for item in items if item not in stays])
+    items[:] = now

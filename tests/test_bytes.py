@@ -133,6 +133,7 @@ def harm(out, kind, damage):
     return file
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize('kind', KEPT)
 def test_a_damaged_file_is_named_or_made_again(home, straight, tmp_path, kind):
     "The same command after one bit of a finished run was flipped: the same bits; a stage that was not whole was named"
@@ -150,6 +151,7 @@ def test_a_damaged_file_is_named_or_made_again(home, straight, tmp_path, kind):
     same(out, result, straight)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize('damage', ['cut', 'empty'])
 def test_damage_of_every_kind_at_once(home, straight, tmp_path, damage):
     "A file of each kind is cut or emptied: each is named before anything is run, and all are made again"
@@ -169,6 +171,7 @@ def test_damage_of_every_kind_at_once(home, straight, tmp_path, damage):
     same(out, result, straight)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize('damage', DAMAGE)
 def test_damaged_log_probs_are_computed_again(home, straight, tmp_path, damage):
     "Each kept part in turn, with the stage that reads it gone"
@@ -197,6 +200,7 @@ def stop_at(monkeypatch, module, name, call):
     monkeypatch.setattr(module, name, dies)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize('damage', DAMAGE)
 @pytest.mark.parametrize('file', ['adapter.safetensors', 'optimizer.pt', 'history.json', 'manifest.json'])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(home, straight, tmp_path, monkeypatch, file, damage):
@@ -215,6 +219,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(home, straight, tmp_pa
     same(out, result, straight)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize('damage', DAMAGE)
 def test_a_damaged_journal_is_named_and_its_rows_are_made_again(home, straight, tmp_path, monkeypatch, damage):
     "Killed in the fourth batch of the answers; a line in the middle is damaged"
@@ -324,6 +329,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize('kind', FOREIGN)
 @pytest.mark.parametrize('name', ['report.md', 'items.parquet', 'adapters', 'config.toml'])
 def test_the_users_own_files_stay(home, straight, tmp_path, kind, name):
@@ -404,6 +410,7 @@ CHANGES = {
     'config.json': lambda t: t.replace('{', '{"label_smoothing": 0, ', 1)}
 
 
+@pytest.mark.cases(5)
 @pytest.mark.parametrize('file', CHANGES)
 def test_a_changed_model_folder_is_another_model(home, tmp_path, file, monkeypatch):
     "Weights the same, another file of the folder changed: nothing is found, and it is said; put back, all of it is"
@@ -437,6 +444,7 @@ def test_a_changed_model_folder_is_another_model(home, tmp_path, file, monkeypat
     assert again() == (True, True)
 
 
+@pytest.mark.long
 def test_a_changed_loss_is_another_stage(home, tmp_path, monkeypatch):
     "The body of a loss was changed, its name was not: its trainings are done anew, the others are found"
     from w2s.train import losses

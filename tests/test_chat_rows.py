@@ -254,6 +254,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize('choice', [None, 'plain', 'chatml', 'mine.jinja'])
 @pytest.mark.parametrize('command', ['weak-teacher', 'label'])
 def test_the_plan_says_how_messages_are_written(typed, command, choice):

@@ -101,6 +101,7 @@ FAULTS = { # check: its light, and what is wrong
 }
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize('fault', FAULTS)
 def test_a_fault_is_seen(clean, untimed, fault, monkeypatch):
     check, light, more, patch = FAULTS[fault]

@@ -171,6 +171,7 @@ def test_again_finds_all(home, safety):
     assert {n: (folder/n).read_bytes() for n in before} == before
 
 
+@pytest.mark.long
 def test_chain_and_rounds(home):
     "`--chain` names three models; the plan counts what is trained"
     out = home/'legal'
@@ -321,6 +322,7 @@ def test_refusals_of_a_file(home, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize('command', list(COMMANDS))
 def test_plan_writes_nothing(home, tmp_path, command):
     "Settings as TOML that can be read back, the data report, and the number of trainings"
@@ -353,6 +355,7 @@ def start(home, out):
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.long
 def test_killed_while_a_student_learns(home, safety, tmp_path):
     "`kill -9` at a checkpoint of a student, started again: the same numbers, and the supervisor is not trained twice"
     out, limit = tmp_path/'killed', time.time() + 240

@@ -903,6 +903,7 @@ LINES = {
 }
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize('kind', LINES)
 def test_every_command_says_what_it_reads(home, tmp_path, kind):
     assert f'read     {LINES[kind]}\n' in w2s(*command(kind, home, '', tmp_path))
@@ -937,6 +938,7 @@ def test_the_report_of_a_run_says_what_it_read(home, tmp_path):
         assert LINES['weak-teacher'] in text
 
 
+@pytest.mark.cases(10)
 @pytest.mark.parametrize('kind', LINES)
 def test_every_command_stops_at_a_long_column_and_takes_leave_out(home, tmp_path, kind):
     with pytest.raises(DataError) as e: w2s(*command(kind, home, '-long', tmp_path))

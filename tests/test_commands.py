@@ -145,6 +145,7 @@ def ask_further(command, out, folder):
     assert '(transfer.png)' in report and (out/'transfer.png').exists()
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize('command', COMMANDS)
 def test_a_command_can_do_everything(command, tmp_path, monkeypatch):
     words, own, setting, values = COMMANDS[command]

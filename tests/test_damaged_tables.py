@@ -332,6 +332,7 @@ print(peak() - before)
 NEEDS_PROC = pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='needs /proc')
 
 
+@pytest.mark.cases(2)
 @NEEDS_PROC
 @pytest.mark.parametrize(
     'name, unit',

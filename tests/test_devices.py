@@ -346,6 +346,7 @@ def shaped(config):
         )
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize('twice', [False, True], ids=['plain', 'checkpointing'])
 @pytest.mark.parametrize('name', SHAPES)
 def test_the_estimate_is_within_15_percent_of_what_is_counted(name, twice):

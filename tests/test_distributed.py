@@ -339,6 +339,7 @@ def job_feedback(kind, out):
     items.to_parquet(f'{out}-{os.environ["RANK"]}.parquet')
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize('kind', FEEDBACK)
 def test_other_kinds_of_feedback(kind, home):
     assert ended(started(job_feedback, [kind, home/kind], home/f'{kind}-log')) == [0, 0], (home/f'{kind}-log-0').read_text()[-1500:]

@@ -147,6 +147,7 @@ def commands(home):
 def outside_code(text): return re.sub(r'^(`{3,}|~{3,}).*?^\1', '', text, flags=re.S | re.M)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize('name', ['weak-teacher', 'vary', 'classify', 'maths', 'toxicity', 'label', 'refine'])
 def test_reports_hold_no_tags_links_or_pictures_of_others(home, tmp_path, name):
     out = tmp_path/{'label': 'x.parquet', 'refine': 'x.jsonl'}.get(name, 'run')

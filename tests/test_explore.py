@@ -115,6 +115,7 @@ def test_a_curve_is_small_and_its_title_is_text():
 def panel(html, heading): return html.partition(f'<section><h4>{heading}</h4>')[2].partition('</section>')[0]
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize('kind', ['pairs', 'texts'])
 def test_a_result_in_tabs(kind, request):
     result = request.getfixturevalue(kind)

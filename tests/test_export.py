@@ -84,6 +84,7 @@ def read_once(monkeypatch, known={}): # noqa: B006
 
 # The round trip
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize('kind', RUNS)
 def test_what_goes_out_is_what_was_trained(runs, kind, tmp_path):
     done = export_run(ExportJob(runs(kind), out=tmp_path/'out', rows=24))
@@ -101,6 +102,7 @@ def test_what_goes_out_is_what_was_trained(runs, kind, tmp_path):
     assert loaded.dtype == torch.float16 and AutoTokenizer.from_pretrained(tmp_path/'out')
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize('to', ['adapter', 'gguf-ready'])
 def test_other_forms(runs, to, tmp_path):
     done = export_run(ExportJob(runs('preferences'), to=to, out=tmp_path/'out', rows=12))
@@ -115,6 +117,7 @@ def test_other_forms(runs, to, tmp_path):
     else: check_gguf(tmp_path/'out')
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(('kind', 'to', 'said'), [
     ('head', 'gguf-ready', 'a GGUF file holds a language model'), ('head', 'adapter', 'which PEFT does not know')])
 def test_a_head_has_its_forms(runs, kind, to, said, tmp_path):
@@ -232,6 +235,7 @@ WRONG = {
 }
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize('how', WRONG)
 @pytest.mark.parametrize('kind', ['preferences', 'head'])
 def test_a_wrong_merge_is_refused(runs, kind, how, tmp_path, monkeypatch):
@@ -292,6 +296,7 @@ def not_a_number(folder):
     (folder/MANIFEST).unlink()
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize('damage', [cut, flip, no_config, no_weights, pointer, not_a_number])
 def test_a_damaged_adapter_makes_nothing(runs, damage, tmp_path):
     run = tmp_path/'run'
@@ -312,6 +317,7 @@ def test_an_adapter_of_another_base(runs, tmp_path):
         merge_adapter(plain_base(know_model('strong', 'nano', read_settings(run)), 'original'), arms.adapter)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(('file', 'said'), [('config.toml', 'holds no config.toml'), ('arms.parquet', 'holds no arms.parquet')])
 def test_a_folder_that_is_no_run(runs, file, said, tmp_path):
     run = tmp_path/'run'

@@ -207,6 +207,7 @@ COMMANDS = {
                 '--method naive --scorer unkind'}
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize('kind', COMMANDS)
 def test_the_same_from_the_command_line(tmp_path, kind):
     (tmp_path / 'mine.py').write_text(
@@ -478,6 +479,7 @@ def test_a_wrong_task_is_refused_with_its_name(tmp_path, wrong, said):
 
 # Without a reference
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize('name', ['simpo(gamma=1)', 'mine'])
 def test_a_loss_without_a_reference_has_none_computed_and_is_tested_by_its_own_reward(tmp_path, monkeypatch, name):
     from w2s.compare import preference_stages

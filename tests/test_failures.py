@@ -78,6 +78,7 @@ PLACES = (
 )
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize('writer, place', [*((w, PLACES[0]) for w in WRITERS), *(('torch', p) for p in PLACES[1:])])
 def test_a_disk_that_refuses_is_named_and_the_same_command_goes_on(tmp_path, monkeypatch, writer, place):
     out = tmp_path/'run'
@@ -244,6 +245,7 @@ def start(*words, **env):
     )
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize('env', [dict(PYTHONIOENCODING='ascii'), dict(LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')], ids=str)
 def test_a_terminal_that_cannot_write_a_character_ends_nothing(tmp_path, env):
     out = tmp_path/'größe'
@@ -253,6 +255,7 @@ def test_a_terminal_that_cannot_write_a_character_ends_nothing(tmp_path, env):
     assert (out/'report.md').read_text(encoding='utf-8').startswith('# pico teaches pico') and (out/'items.parquet').is_file()
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize('name, status', [('SIGTERM', 143), ('SIGINT', 130)])
 def test_a_signal_is_answered_with_how_to_go_on(tmp_path, name, status):
     import signal
@@ -291,6 +294,7 @@ LIGHT = { # words of a command -> what is said
 }
 
 
+@pytest.mark.cases(11)
 @pytest.mark.parametrize('words', LIGHT)
 def test_what_needs_no_model_is_said_before_pytorch_is_loaded(tmp_path, words):
     (tmp_path/'file').write_text('mine')

@@ -431,6 +431,7 @@ def test_other_kinds_of_adapters_are_refused(folders, tmp_path, config):
 
 # Answers: A16
 
+@pytest.mark.cases(27)
 @pytest.mark.parametrize('name', [f for f in PLAIN if f not in ('recurrent_gemma', 'minimax')])
 def test_answers_are_those_of_generate(folders, name):
     "Greedy ones to the letter; sampled ones do not depend on the batch"
@@ -551,6 +552,7 @@ CANNOT = (
 )
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize('name, tokenizer, command', TABLE)
 def test_commands_are_right_or_refused(tmp_path, name, tokenizer, command):
     "Through to the end; the whole table is `benchmarks/families.py`, or this test with W2S_FAMILIES=all"

@@ -56,6 +56,7 @@ def outcome(out: Path) -> dict:
             'here': {'stages': digest(stages), 'values': digest([float(v).hex() for v in values])}}
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize('command', COMMANDS)
 def test_results_are_those_on_record(command, tmp_path, monkeypatch):
     monkeypatch.setenv('COLUMNS', '200')

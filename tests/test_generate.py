@@ -108,6 +108,7 @@ def family(name):
     return model
 
 
+@pytest.mark.cases(8)
 @pytest.mark.parametrize('again', [0, 2], ids=['', 'no pair twice'])
 @pytest.mark.parametrize('name', ['llama', 'gpt2', 'opt', 'gpt_neox', 'qwen2', 'gemma2', 'mistral'])
 def test_pitfall_06_a_padded_row_says_what_it_says_alone(name, again):
@@ -135,6 +136,7 @@ def test_pitfall_06_a_padded_row_says_what_it_says_alone(name, again):
     assert len({tuple(e) for e in expected}) >= 6 and len({len(e) for e in expected}) > 1
 
 
+@pytest.mark.cases(7)
 @pytest.mark.parametrize('load', [FULL, NF4, NF4_16, LoadSettings('none')], ids=['fp32', 'nf4 fp32', 'nf4 bf16', 'bf16'])
 @pytest.mark.parametrize(
     'settings',

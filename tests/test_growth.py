@@ -54,6 +54,7 @@ def seconds(work, given):
     return min(once(), once())
 
 
+@pytest.mark.cases(7)
 @pytest.mark.parametrize('part', PARTS)
 def test_time_per_row_does_not_grow(part):
     n, make, work = PARTS[part]

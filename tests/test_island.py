@@ -177,6 +177,7 @@ def test_preferences_have_the_columns_of_the_first_world():
         assert better != worse and gold == float(better > worse)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize('wanted', [.6, .7, .75])
 @pytest.mark.parametrize('annotator', ANNOTATORS)
 def test_stated_agreement_is_kept(annotator, wanted):
@@ -200,6 +201,7 @@ def test_a_bias_errs_where_facts_and_courtesy_conflict():
 
 # Nobody of the test is in training
 
+@pytest.mark.cases(5)
 @pytest.mark.parametrize('trial', [False, True])
 @pytest.mark.parametrize('seed', [0, 1, 4])
 @pytest.mark.parametrize('task', ['preferences', *TASKS])
@@ -222,6 +224,7 @@ def test_splits_share_no_name(task):
             if a != b: assert leaks(ISLAND, split[a], split[b]) == [], (task, a, b)
 
 
+@pytest.mark.cases(16)
 @pytest.mark.parametrize('column', ['prompt', 'completion', 'chosen', 'rejected', 'planted', 'answer'])
 @pytest.mark.parametrize('task', ['preferences', *TASKS])
 def test_a_leak_is_found(task, column):

@@ -141,6 +141,7 @@ def straight(home):
     return home/'straight'
 
 
+@pytest.mark.long
 def test_five_kills_end_in_the_same_bits(home, straight, record_property):
     out, done, fell = home/'killed', {}, {}
     for aim, (sign, delay) in AIMS.items():

@@ -278,6 +278,7 @@ def start(home, out, work):
     return subprocess.Popen([str(c) for c in command], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.long
 def test_killed_while_training(home, done, tmp_path):
     "`kill -9` at a checkpoint of DPO, started again: the same file, and SFT is not done twice"
     (home/'fast.toml').write_text('[sft]\nepochs = 1\ncheckpoint_every = 2\n[dpo]\nepochs = 2\ncheckpoint_every = 2\n')

@@ -243,6 +243,7 @@ def clean(monkeypatch):
     monkeypatch.setattr(app.info, 'cls', GuardedGroup)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize('command', COMMANDS)
 def test_the_flags_from_the_plan_to_the_report(command, tmp_path, monkeypatch):
     plain, words, out = COMMANDS[command].split(), [*COMMANDS[command].split(), *MIX.split()], tmp_path/'run'
@@ -279,6 +280,7 @@ def test_the_flags_from_the_plan_to_the_report(command, tmp_path, monkeypatch):
     assert 'Human labels and cost' not in (out/'report.md').read_text(encoding='utf-8')
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize('command', COMMANDS)
 @pytest.mark.parametrize('flags, why', [
     ('--human-share .01', '--human-share 0.01 of 16 examples is none of them'),

@@ -160,6 +160,7 @@ def kill_one(process, out, stage='-dpo'):
     return None
 
 
+@pytest.mark.cases(1)
 @needs_proc
 @pytest.mark.parametrize(
     'flags', [['--devices', 'cpu,cpu'], pytest.param(['--on', 'ray', '--processes', '2'], marks=needs_ray)], ids=' '.join
@@ -174,6 +175,7 @@ def test_a_worker_that_is_killed_is_made_up_for(home, straight, flags):
     if flags[0] == '--devices': assert 'was killed (exit code -9); the others do its stages' in out.with_suffix('.log').read_text()
 
 
+@pytest.mark.long
 def test_all_workers_killed_is_said_and_gone_on_with(home, straight):
     out = home/'all-shot'
     process = start(home, out, '--devices', 'cpu')
@@ -184,6 +186,7 @@ def test_all_workers_killed_is_said_and_gone_on_with(home, straight):
     same(out, straight)
 
 
+@pytest.mark.long
 @needs_proc
 def test_a_stopped_command_stops_its_workers(home, straight):
     out = home/'stopped'
@@ -205,6 +208,7 @@ def test_an_error_of_the_work_comes_back_as_it_is(home):
     assert 'error: stopped at step' in said and 'Traceback' not in said
 
 
+@pytest.mark.long
 def test_slurm_script(home, straight, tmp_path):
     "Its body, with what Slurm sets: it submits itself; two workers at the same time; then the job that writes the results"
     out, script = home/'slurm', tmp_path/'sweep it.sh'
@@ -344,6 +348,7 @@ class Half(Share):
         return ready and self.asked % 2 == 1
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize('kind', KINDS)
 def test_walks_with_made_up_results_do_no_other_stage(kind, tmp_path):
     fill, open_comparison, given = KINDS[kind]

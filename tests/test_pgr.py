@@ -159,6 +159,7 @@ def coverage(studies, rates=(.6, .7, .8), truth=.5, **how):
     return np.mean(held), 1 - len(held)/studies
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize('rates, truth', [((.6, .7, .8), .5), ((.6, .58, .8), -.1), ((.6, .8, .8), 1.)])
 def test_rows_are_covered(rates, truth):
     found, refused = coverage(600, rates, truth, rows=300)

@@ -657,6 +657,7 @@ print('done')
 '''
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize('quantize', ['none', 'nf4'])
 def test_pitfall_14_what_is_trained_is_saved(folder, tmp_path, rows, quantize):
     "Every adapter matrix is in the optimizer and changes in two steps; a new process finds the same logits to 1e-6"
@@ -1146,6 +1147,7 @@ CASES += [(f, 'dpo', value, stages - BEFORE) for f, (value, stages, *_) in CHANG
 def named(case): return f'{case[0]}-{case[1]}-{case[2]}'
 
 
+@pytest.mark.cases(26)
 @pytest.mark.parametrize('case', CASES, ids=named)
 def test_pitfall_17_a_key_changes_if_and_only_if_the_setting_matters(asked, plain_keys, tmp_path, monkeypatch, case):
     (cls, name), part, value, declared, before = case[0].split('.'), case[1], case[2], case[3], case[4] if len(case) > 4 else {}

@@ -98,6 +98,7 @@ def process(folder: Path, how: str, hash_seed: str) -> subprocess.Popen:
                             env=os.environ | {'PYTHONHASHSEED': hash_seed}, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.long
 def test_killed_from_outside_and_resumed(tmp_path, whole):
     "kill -9 of a process, another process goes on; a third one, here, was never disturbed"
     first = process(tmp_path, 'killed', '1')
@@ -136,6 +137,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.cases(3)
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 @pytest.mark.parametrize('where', BOMBS)
 def test_killed_anywhere(tmp_path, whole, where):

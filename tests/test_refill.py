@@ -57,6 +57,7 @@ def passes(base, prompts, settings, **switches):
 def read(seen): return [(rows, tokens) for rows, tokens in seen if tokens > 1]
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize('name', TRIED)
 def test_texts_of_every_family_are_those_of_the_plain_way(bases, name):
     """Rows padded on the left that end at any time; families that keep a window or a state go the plain way. Mutations: the random number

@@ -126,6 +126,7 @@ CHANGES = { # what -> how
 }
 
 
+@pytest.mark.cases(15)
 @pytest.mark.parametrize('what', CHANGES)
 def test_a_change_starts_the_variation(home, first, tmp_path, what):
     shutil.copytree(home, tmp_path/'as it was', symlinks=True)
