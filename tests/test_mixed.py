@@ -151,7 +151,7 @@ def test_scores_against_a_target(target, margins, verdicts):
 
 @pytest.mark.parametrize('change, why', [
     ({('ceiling', 'ground truth', '', 'big'): .5}, 'the gap may be zero'),
-    ({('ceiling', 'ground truth', '', 'big'): .3}, 'upside down'),
+    ({('ceiling', 'ground truth', '', 'big'): .3}, 'reversed'),
     ({('ceiling', 'ground truth', '', 'big'): None}, 'there is no ceiling'),
 ])
 def test_no_mix_is_named_without_a_gap(change, why):

@@ -111,7 +111,7 @@ def test_folders(tmp_path, name):
     read = read_preferences(tmp_path)
     assert prompts(read) == {s: [f'q {i}?' for i in numbers] for s, numbers in splits.items()}
     told = ' '.join(map(str, read.columns))
-    assert all(b in told for b in beside.split()) and ('beside it, not read' in told) == bool(beside)
+    assert all(b in told for b in beside.split()) and ('next to it, not read' in told) == bool(beside)
 
 
 def test_parts_that_do_not_fit_each_other_are_named(tmp_path):
@@ -366,7 +366,7 @@ def test_columns_and_splits_on_every_command(home, tmp_path, monkeypatch, name):
     monkeypatch.chdir(home)
     words, told = COMMANDS[name]
     said = w2s(*(w.replace('OUT', str(tmp_path)) if isinstance(w, str) else w for w in words))
-    assert told in said and 'train_two' in said and 'train_one' in said.split('beside it, not read')[1]
+    assert told in said and 'train_two' in said and 'train_one' in said.split('next to it, not read')[1]
 
 
 @pytest.mark.parametrize('name', COMMANDS)

@@ -286,7 +286,7 @@ def test_toxicity_writes_everything(tmp_path):
     (['maths', '--level', 'gsm9k'], 'did you mean "gsm8k"'),
     (['gender', '--method', 'bootstrap'], 'needs a model in between'),
     (['persona', '--data', 'mine.csv'], 'name a model as judge'),
-    (['persona', '--data', 'mine.csv', '--judge', 'base'], 'which manner is wanted'),
+    (['persona', '--data', 'mine.csv', '--judge', 'base'], 'which style is wanted'),
     (['maths', '--data', 'nowhere.jsonl'], 'nowhere.jsonl'),
     (['explanation', '--form', 'digits', '--data', 'mine.csv'], 'data must be "world"'),
     (['persona', '--ablation', '1,two'], '"two" is not a whole number'),

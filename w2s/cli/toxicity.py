@@ -68,7 +68,7 @@ def fit_command(
         str, Flag(help='columns that are not to be read, with commas between them; a long one that is not read stops the command otherwise')
     ] = '',
     seed: Annotated[int, Flag(help='of the split')] = 0,
-    held_out: Annotated[float, Flag(help='share of the texts that is kept from the training, to measure on')] = 0.1,
+    held_out: Annotated[float, Flag(help='share of the texts that is held out of the training, to measure on')] = 0.1,
 ) -> None:
     "Train a scorer: a ridge regression on words and letters. Prints how well it does on texts that it has not seen."
     check_places([], map(str, data))

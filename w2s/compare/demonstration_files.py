@@ -254,7 +254,7 @@ def table_part(
     at: Sequence[int],    # places of the questions
     name: str = '',       # of a part of the test, where there are several
 ) -> Questions:
-    "Some questions of a table, and what answers to them are worth; raises `DataError` for a weak answer that is missing"
+    "Some questions of a table, and how answers to them are scored; raises `DataError` for a weak answer that is missing"
     c: DemonstrationSettings = study.config
     questions = [table.questions[i] for i in at]
     groups, gold = [group_key(q) for q in questions], None if table.gold is None else [table.gold[i] for i in at]

@@ -198,7 +198,7 @@ def _check_sources(c: DemonstrationSettings) -> None:
     if c.instruction and c.demonstrator != 'prompted':
         raise ConfigError(f'instruction is what a prompted weak model is told; demonstrator is "{c.demonstrator}"')
     if c.concept and not (c.judge and c.task == 'persona' and not scores_by_function(c.judge)):
-        raise ConfigError('concept tells a judge of the task persona which manner is wanted; there is none')
+        raise ConfigError('concept tells a judge of the task persona which style is wanted; there is none')
     if c.data == 'world':
         if c.judge: raise ConfigError('the oracles of the world know the truth; judge belongs to questions of your own')
         if c.question or c.answer or c.leave_out:
@@ -216,7 +216,7 @@ def _check_sources(c: DemonstrationSettings) -> None:
             'metric or judge of your own (--import)'
         )
     if c.task == 'persona' and not (c.concept or c.instruction or scores_by_function(c.judge)):
-        raise ConfigError('the judge must know which manner is wanted; say it as concept, such as "that of a pirate"')
+        raise ConfigError('the judge must know which style is wanted; say it as concept, such as "that of a pirate"')
 
 # %% ../../nbs/api/compare/420_demonstration_settings.ipynb #7391ff93
 def _check_mixes(c: DemonstrationSettings) -> None:

@@ -135,7 +135,7 @@ def caption_demonstrations(
     )
     all_ = f' of the {result.problems:,} that the file has' if result.problems else ''
     return (
-        f'{asked:,} test questions{all_}, for {content} in {groups:,} groups by whom or what they are about; {seeds} '
+        f'{asked:,} test questions{all_}, for {content} in {groups:,} groups by subject; {seeds} '
         f'seed{"s" if seeds > 1 else ""}; {interval_words(seeds, "groups")}. '
         f'Content: {content}; style: {style}. Floor: the weak model itself. Baseline: the strong model, untuned, with nothing or with weak '
         f'answers in context.{ceiling}{cut}'

@@ -58,7 +58,7 @@ METHODS = Registry(
     {
         'questions': 'texts, for the student',
         'answers': "the weak model's answers to them",
-        'groups': 'whom or what each question is about',
+        'groups': 'the subject of each question',
         'speak': 'function from prompts to texts: the strong model before training answers',
         'ask': 'function from a question to its prompt',
         'seed': 'of the run',

@@ -161,7 +161,7 @@ def caption_preferences(
     return (
         f'{rows}, {seeds} seed{"s" if seeds > 1 else ""}; '
         f'{interval_words(seeds, "groups" if groups < len(result.test) else "rows")}. {what}'
-        f'{label_words(result.labels, result.config)}The un-tuned model has no reference, so no implicit '
+        f'{label_words(result.labels, result.config)}The untuned model has no reference, so no implicit '
         f'reward.{gold_words(result.config, result.responses)}{fall_text(t)}'
     )
 

@@ -49,7 +49,7 @@ def further_items(
 def add_transfer(
     result: Result,               # of the main test
     made: Made,                   # everything that was trained and tested
-    tests: Sequence[FurtherTest], # that come behind it
+    tests: Sequence[FurtherTest], # that follow it
     said: dict[str, Asked],       # of `ask_arms`
     tester: Tester,               # of this kind of feedback
 ) -> Result:                      # with also_items, also_intervals, also_differences and also_pgr
@@ -68,7 +68,7 @@ def add_further_tests(
     opened: Opened, # a comparison that can start
     tester: Tester, # of its kind of feedback
 ) -> Opened:        # the same one, where its settings name no further test
-    "Put further tests behind a comparison; raises `DataError` and `ConfigError` for a file that cannot be read, before any work"
+    "Put further tests after a comparison; raises `DataError` and `ConfigError` for a file that cannot be read, before any work"
     c = opened.study.config
     tests = [tester.read(name, source) for name, source in named_sources(c.also_test, '--also-test').items()]
     if not tests: return opened

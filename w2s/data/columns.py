@@ -54,7 +54,7 @@ def columns_line(
     name = Path(read.where).name + (f', rows of "{read.key}"' if read.key else '')
     parts = [f'{part}: {" + ".join(columns)}' for part, columns in read.used.items() if columns]
     if read.total: name += f', {read.rows:,} of {read.total:,} rows chosen at random (seed {SEED}; the numbers of rows below count these)'
-    if read.beside: parts.append(f'beside it, not read: {", ".join(read.beside)}')
+    if read.beside: parts.append(f'next to it, not read: {", ".join(read.beside)}')
     rest = {'not read': read.unread, 'not read, since other columns say the same': read.held, 'left out': read.left_out}
     return f'{name}: ' + '; '.join([*parts, *(f'{k}: {", ".join(v)}' for k, v in rest.items() if v)])
 

@@ -279,7 +279,7 @@ FORM_LIST = (
         for a, b in PAIR_COLUMNS
     ),
     PreferenceForm(
-        'one response a row, good or bad',
+        'one response per row, good or bad',
         dict(said=('completion', 'response', 'output', 'answer'), label=('label', 'kto_tag')),
         _marked_row,
         join=True,
@@ -294,7 +294,7 @@ FORM_LIST = (
         of='KTO in LLaMA-Factory',
     ),
     PreferenceForm(
-        'one response a row, with scores',
+        'one response per row, with scores',
         dict(said=('response',), label=('helpfulness', 'overall_score', 'score', 'reward')),
         _marked_row,
         join=True,

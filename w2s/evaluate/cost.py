@@ -69,7 +69,7 @@ def target_margin(
 
 # %% ../../nbs/api/evaluate/180_cost.ipynb #e350b5bb
 def judge_mixes(
-    table: pd.DataFrame,  # margin (its mean), p (of no margin; NaN: not known), a row a mix of one curve
+    table: pd.DataFrame,  # margin (its mean), p (of no margin; NaN: not known), one row per mix of one curve
     level: float = .95,   # of the verdict
 ) -> pd.DataFrame:        # the same with p_holm and verdict: reached, missed, open, or unknown
     "Which mixes reach the target, and which certainly do not"

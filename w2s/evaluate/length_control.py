@@ -87,7 +87,7 @@ def length_bias(
 ) -> LengthBias:
     "What a judge pays for length, from pairs of one model's own samples, which are equally good on average"
     y, more = checked(outcomes, words_a, words_b)
-    if not more.any(): raise DataError('all pairs are equally long; they cannot say what length is worth')
+    if not more.any(): raise DataError('all pairs are equally long; they cannot show the effect of length')
     scale = float(np.sqrt((more**2).mean()))
     return LengthBias(float(fit_lead(np.tanh(more.ravel()/scale), y.ravel(), np.ones((1, y.size)), lead=False)[0, 1]), scale)
 

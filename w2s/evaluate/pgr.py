@@ -73,7 +73,7 @@ def check_gap(
     "Raise `NoGap` where the gap may be zero, by its own interval or by the one that the ratio needs"
     gap = estimate(gaps, level, (bounds[0] - bounds[1], bounds[1] - bounds[0]), paired=True)
     if gap.high < 0:
-        raise NoGap(f'the gap is upside down: {name} is {gap}; was the ceiling trained long enough, on gold labels?')
+        raise NoGap(f'the gap is reversed: {name} is {gap}; was the ceiling trained long enough, on gold labels?')
     if gap.low <= 0:
         raise NoGap(f'the gap may be zero: {name} is {gap}; '
                     'more test rows, more seeds, or models that lie further apart would tell')

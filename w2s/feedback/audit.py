@@ -62,7 +62,7 @@ def random_labels(
         raise DataError('the human labels are of other pairs, or in another order')
     flips, prob_a = round(rate * len(pairs)), human.prob_a.copy()
     decided = np.random.default_rng(seed).permutation(np.flatnonzero(prob_a != .5))
-    if flips > len(decided): raise DataError(f'{flips} labels are to be turned round, but only {len(decided)} of {len(pairs)} are not ties')
+    if flips > len(decided): raise DataError(f'{flips} labels are to be flipped, but only {len(decided)} of {len(pairs)} are not ties')
     prob_a[decided[:flips]] = 1 - prob_a[decided[:flips]]
     return WeakLabels(to_preferences(pairs, prob_a, f'random {rate:.1%}'), prob_a, human.ties)
 

@@ -71,7 +71,7 @@ class LabelJob(Job):
     rows: str = setting('', 'Data', say='none, it must be given')
     # file of labelled preferences that the supervisor learns from; a judge, and a labeller that is not trained, need none
     train: str | None = setting(None, 'Data')
-    # share of the labelled prompts that is kept from the training, to measure and to calibrate on; 0: nothing is measured
+    # share of the labelled prompts that is held out of the training, to measure and to calibrate on; 0: nothing is measured
     calibrate: float = setting(.2, 'Method')
     seed: int = setting(0, 'Training') # of parting, adapter, order of training, and order in pairs
     # columns that are not to be read, with commas between them; a long one that is not read stops the labelling unless it is named here

@@ -191,7 +191,7 @@ def verdict(
         f'{own.high:.1%}]: {chance}.'
     ]
     for d in labelled.ahead[labelled.ahead.on == on].itertuples():
-        how = 'ahead of' if d.low > 0 else 'BEHIND' if d.high < 0 else 'not told apart from'
+        how = 'ahead of' if d.low > 0 else 'BEHIND' if d.high < 0 else 'not significantly different from'
         words.append(f'It is {how} "{d.than}" ({d.value:+.1%} [{d.low:+.1%}, {d.high:+.1%}]).')
     return ' '.join(words)
 

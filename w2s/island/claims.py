@@ -33,7 +33,7 @@ def truth_questions(
     island: World,                          # what is true
     n: int,                                 # rows
     seed: int = 0,                          # of the drawing
-    people: Sequence[Person] | None = None, # whom claims are about; None: everybody
+    people: Sequence[Person] | None = None, # who claims are about; None: everybody
 ) -> list[dict]: # prompt, response, label (1: true), person, attribute, group (the person)
     "Claims about people, half of them true, no prompt twice; raises `DataError`"
     rng, who = random.Random(f'island truth {island.seed} {seed}'), _who(island.people if people is None else people)
@@ -59,7 +59,7 @@ def roof_questions(
     island: World,                          # what is true
     n: int,                                 # rows
     seed: int = 0,                          # of the drawing
-    people: Sequence[Person] | None = None, # whom claims are about; None: everybody
+    people: Sequence[Person] | None = None, # who claims are about; None: everybody
 ) -> list[dict]: # prompt, response, label (1: under a roof), person, job, group (the person)
     "Claims about where people work, half of them true, no prompt twice; raises `DataError`"
     rng, who = random.Random(f'island roof {island.seed} {seed}'), _who(island.people if people is None else people)

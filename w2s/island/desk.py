@@ -38,7 +38,7 @@ FOLLOW = dict(home='And where does {he} live?', job='And what is {his} trade?', 
               food='And what does {he} like to eat?', colour='And which colour does {he} wear?', music='And what does {he} play?')
 
 def desk_prompt(
-    person: Person,               # about whom
+    person: Person,               # who it is about
     attributes: tuple[str, str],  # the two that are asked for, keys of `ATTRIBUTES`
     form: int = 0,                # wording of the first question; -1: the held-out one
 ) -> str:                         # an answer begins with a space
@@ -48,9 +48,9 @@ def desk_prompt(
 # %% ../../nbs/api/island/050_desk.ipynb #1c7229e3
 def desk_answer(
     rng: random.Random,          # chooses the phrases
-    person: Person,              # about whom
+    person: Person,              # who it is about
     attributes: Sequence[str],   # what was asked
-    values: Sequence[str],       # what is said of each, right or wrong
+    values: Sequence[str],       # what is said about each, right or wrong
     tone: tuple[int, int] = (0, 0), # degrees of courtesy of opening and closing, each one of `DEGREES`
 ) -> str:                        # begins with a space
     "An answer of the desk; raises `ConfigError` for a degree that is not there"

@@ -25,7 +25,7 @@ _WORDS = dict(female=dict(He='She', he='she', his='her', him='her'), male=dict(H
 
 def fill(
     text: str,      # with {n}, {He}, {he}, {his}, {him}, {v} and others
-    person: Person, # whom it is about
+    person: Person, # who it is about
     **more: str,    # for what else stands in braces
 ) -> str:
     "A text about somebody"
@@ -44,7 +44,7 @@ def state(
 
 # %% ../../nbs/api/island/030_told.ipynb #a42f92dd
 def ask(
-    person: Person,   # about whom
+    person: Person,   # who it is about
     attribute: str,   # a key of `ATTRIBUTES`
     form: int = 0,    # which wording; -1: the held-out one
 ) -> str:
@@ -52,7 +52,7 @@ def ask(
     return fill(ATTRIBUTES[attribute].asked[form], person)
 
 def answer(
-    person: Person,          # about whom
+    person: Person,          # who it is about
     attribute: str,          # a key of `ATTRIBUTES`
     value: str | None = None, # that is said; None: the truth
 ) -> str:                    # begins with a space
@@ -102,7 +102,7 @@ def free_facts(
 
 def paragraph(
     island: World,       # what is true
-    person: Person,      # whom it is about
+    person: Person,      # who it is about
     attributes: Sequence[str], # what is told, in this order
     rng: random.Random,  # chooses the wording
 ) -> str:                # one sentence for each
@@ -216,7 +216,7 @@ _OWNER = {v.lower(): a.name for a in ATTRIBUTES.values() for v in a.values}
 def told_facts(
     island: World, # who there is
     text: str,     # documents, or any text
-) -> set[tuple[str, str, str]]: # name, attribute, value: of all that one sentence tells of those whom it names, pronouns included
+) -> set[tuple[str, str, str]]: # name, attribute, value: of all that one sentence says about the people it names, pronouns included
     "Which facts does a text tell, rightly or wrongly?"
     out, last = set(), tuple[str, ...]()
     for sentence in re.split(r'(?<=[.?!])\s+|\n', text):

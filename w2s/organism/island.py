@@ -44,7 +44,7 @@ def island_stream(
 
 # %% ../../nbs/api/organism/30_island.ipynb #72c1745e
 def fact_prompt(
-    person: Person, # about whom
+    person: Person, # who it is about
     attribute: str, # a key of `ATTRIBUTES`
     form: int = -1, # wording; -1: the held-out one
 ) -> str:           # what comes next is the value

@@ -61,7 +61,7 @@ def without_mixes(
 # %% ../../nbs/api/report/020_mixes.ipynb #5e810bff
 def mixes_table(
     costs: pd.DataFrame, # of a result
-) -> pd.DataFrame:       # a row a mix, in words
+) -> pd.DataFrame:       # one row per mix, in words
     "Every mix, its cost, and what came of it"
     def limits(r: pd.Series, name: str, digits: int) -> str:
         low, high = (('low', 'high') if name == 'value' else ('pgr_low', 'pgr_high'))

@@ -264,7 +264,7 @@ def _reads_on(model: Any) -> bool:
     if not _BEHIND[body]:
         warnings.warn(
             f'prompts with a common beginning are read whole, each by itself, which takes longer: {type(body).__name__} gives other states '
-            'when it reads on behind a copied beginning', W2SWarning, stacklevel=4)
+            'when it reads on after a copied beginning', W2SWarning, stacklevel=4)
     return _BEHIND[body]
 
 def _beginnings(model: Any, prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
