@@ -53,7 +53,7 @@ def in_new_process(code, hash_seed='5'):
 # --- rows
 
 @pytest.mark.parametrize('bad, why, todo', [
-    (dict(prompt='p', chosen='same', rejected='same'), 'identical', 'correct these rows, or give others'),
+    (dict(prompt='p', chosen='same', rejected='same'), 'chosen equals rejected', 'correct these rows, or give others'),
     (dict(prompt='q0', chosen='a', rejected='b'), 'prompt occurs in another split', 'leave this split out'),
 ])
 def test_a_file_without_rows_says_which_and_why(tmp_path, bad, why, todo):
