@@ -52,6 +52,21 @@ def in_new_process(code, hash_seed='5'):
 
 # --- rows
 
+@pytest.mark.parametrize('bad, why, todo', [
+    (dict(prompt='p', chosen='same', rejected='same'), 'chosen equals rejected', 'correct these rows, or give others'),
+    (dict(prompt='q0', chosen='a', rejected='b'), 'prompt occurs in another split', 'leave this split out'),
+])
+def test_a_file_without_rows_says_which_and_why(tmp_path, bad, why, todo):
+    "A folder of files in which one of them ends up empty"
+    good = [dict(prompt=f'q{i}', chosen='a', rejected='b') for i in range(4)]
+    for name, rows in dict(train=[bad]*3, test=good).items():
+        (tmp_path/f'{name}.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows), encoding='utf-8')
+    read = read_preferences(tmp_path)
+    with pytest.raises(DataError) as e: clean_text(read.splits, read.refused, read.rows_read, columns=read.columns)
+    said = str(e.value).split('\n')[0]
+    assert said.startswith('split "train" (train.jsonl) has no rows left of 3 that were read (') and why in said and said.endswith(todo)
+
+
 def test_group_key_takes_typed_twice_as_one():
     same = ['What  is X?', 'what is x?', ' WHAT\tis\nX? ', 'What\u00a0is Ｘ?']
     assert len({group_key(p) for p in same}) == 1

@@ -255,6 +255,23 @@ def test_the_rows_that_are_needed_fall_with_the_gap():
     )
 
 
+def test_a_model_is_named_by_as_many_words_as_it_takes():
+    "A result may have one floor and one ceiling: their roles name them; a word too few or a wrong one is a sentence"
+    items = table(right((.5, .6, .8), seeds=1, rows=500))
+    whole, short = (gap_power(items, [pair]) for pair in ((WHO[0], WHO[2]), (dict(role='floor'), dict(role='ceiling'))))
+    pd.testing.assert_frame_equal(whole.drop(columns=['floor', 'ceiling']), short.drop(columns=['floor', 'ceiling']))
+    assert short.loc[0, ['floor', 'ceiling']].tolist() == ['floor', 'ceiling']
+    assert pgr(items, dict(role='floor'), dict(role='student'), dict(role='ceiling')) == pgr(items, *WHO)
+    two = pd.concat([items, items[items.role == 'floor'].assign(method='other')])
+    for name, why in (
+        (dict(role='floor'), 'floor fits several models; say which one by method='),
+        (dict(role='floor', metod='other'), 'did you mean "method"'),
+        (dict(method='other'), r'names no model; write \(role, method\)'),
+        (('floor', 'other', 'pico'), r'names no model; write \(role, method\)'),
+    ):
+        with pytest.raises(DataError, match=why): gap_power(two, [(name, WHO[2])])
+
+
 # ---- scores of labels
 
 def test_accuracy_does_not_depend_on_the_order_of_classes():

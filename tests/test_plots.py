@@ -182,6 +182,29 @@ def test_differences_are_filled_where_they_are_clear():
     assert [t.get_text() for t in ax.get_yticklabels()][1] == 'student (dpo weak)\n− student (dpo weak)'
 
 
+@pytest.mark.parametrize('weak, strong, name', [
+    (['pico', 'nano'], ['base']*2, 'student xent\n− floor ground truth (nano)'),
+    (['pico', 'pico'], ['base', 'micro'], 'student xent\n− floor ground truth (micro)'),
+    (['pico', 'nano'], ['micro', 'base'], 'student xent\n− floor ground truth (nano → base)'),
+    (['pico', 'pico'], ['base', 'base'], 'student xent\n− floor ground truth'),
+])
+def test_differences_name_the_models_that_differ(weak, strong, name):
+    d = pd.DataFrame(dict(a='student xent', b=['floor ground truth', 'floor ground truth'], metric='accuracy', value=.1, low=0., high=.2,
+                          n=100, seeds=3, level=.95, significant=True, weak=weak, strong=strong))
+    with_models = [t.get_text() for t in plot_differences(d.assign(b=['human xent', 'floor ground truth'])).get_yticklabels()]
+    assert with_models[1] == name
+    assert [t.get_text() for t in plot_differences(d).get_yticklabels()][1] == name.replace('\n− floor ground truth', '')
+
+
+def test_a_model_without_a_model_has_a_name_on_the_axis():
+    "A bag of words belongs to no supervisor and to no student"
+    t = interval_table(pd.concat([experiment(strong=s) for s in ('m/opt-350m', 'm/opt-1.3b')]).drop_duplicates(
+        ['role', 'method', 'weak', 'strong', 'seed', 'id', 'metric']))
+    bag = t[t.role == 'floor'].head(1).assign(role='baseline', method='bag of words', weak='', strong='', metric='accuracy')
+    labels = [x.get_text() for x in plot_roles(pd.concat([t, bag], ignore_index=True)).get_xticklabels()]
+    assert all(labels) and 'no model' in labels
+
+
 def test_training_has_a_line_a_seed_and_a_name_a_stage():
     h = pd.concat([pd.DataFrame({'step': range(30), 'loss': np.linspace(1, .5, 30) + s/10, 'stage': stage, 'seed': s})
                    for stage in ('floor: dpo human', 'student: dpo weak', 'other') for s in (0, 1)])

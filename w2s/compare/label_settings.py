@@ -150,6 +150,8 @@ class Classify(MixSettings):
     methods: tuple[str, ...] = setting(('xent', 'confidence'), 'Method', flag='method', probe=('xent',))
     # head: trained, on the last token; words: the likelier label word; probe: linear, on frozen states
     readout: str = setting('head', 'Method', world='words')
+    # of a probe: the penalty on squared coefficients; 1 is that of scikit-learn, less fits the states more closely
+    penalty: float = setting(1., 'Method')
     # words: a head begins at the label words' rows of the output head (Burns et al.: 0 and 1), at random where there are none; or random
     head_start: str = setting('words', 'Method')
     rounds: int = setting(1, 'Method')                # from the second on, students learn from labels of their own kind (strong-to-strong)
@@ -217,6 +219,9 @@ def _check_methods(c: Classify) -> None:
     methods = [parse_method(m) for m in c.methods]
     if twice := [m.name for m in methods if [x.name for x in methods].count(m.name) > 1]:
         raise ConfigError(f'method {twice[0]} is given twice')
+    if c.penalty <= 0: raise ConfigError(f'penalty is {c.penalty}; it must be a number above 0, as 1')
+    if c.penalty != 1 and c.readout != 'probe':
+        raise ConfigError(f'penalty belongs to the readout "probe"; with readout "{c.readout}" nothing would look at it')
     if c.readout == 'probe':
         if odd := [m.name for m in methods if m.loss != 'xent']:
             raise ConfigError(f'a probe is fitted by cross-entropy; method {odd[0]} needs readout "head" or "words"')

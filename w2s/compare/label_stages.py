@@ -172,10 +172,12 @@ def _probe_stage(study: Study, model: Model, name: str, rows: Dataset, targets: 
     hidden, notes = hidden_stage(study, model, name, rows), study.run.notes
     made_up = notes is not None and notes.made_up
     inputs = model_inputs(model) | {'rows': read_later(model.reader, rows, ())[1], 'target': targets.tolist(), 'weights': weights.tolist()}
+    penalty = study.config.penalty
+    if penalty != 1: inputs['penalty'] = penalty # at 1 the stage is the one that was made before there was a choice
     def work(folder: Path) -> None:
         # the states are no input, so made-up ones must not get into a real probe
         known = hidden_stage(study, model, name, rows) if made_up and study.run.notes is None else hidden
-        save_probe(fit_probe(known, targets, weights.tolist()), folder/'probe.npz')
+        save_probe(fit_probe(known, targets, weights.tolist(), penalty), folder/'probe.npz')
     return run_stage(
         study.run, f'{name}-probe', inputs, work, Sketch([Pass('other', model.name, len(rows))], lambda folder, rng: work(folder))
     )

@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from ..io.console import fit_table
 from ..models.adapters import LoraSettings, add_adapter
 from ..models.devices import free_memory, wait_for
 from ..models.load import Base, set_mode
@@ -214,7 +215,7 @@ class Plan:
                 f'{self.minutes:.0f} min on this machine{rest}{memory}')
 
     def __repr__(self) -> str:
-        table = shown_stages(self.stages).to_string(index=False, float_format='{:.1f}'.format, na_rep='–')
+        table = fit_table(shown_stages(self.stages), ['stage', 'model', 'kind'], float_format='{:.1f}'.format, na_rep='–')
         return f'{self.report}\n\n{table}\n\n{self.summary}'
 
 # %% ../../nbs/api/compare/610_plan.ipynb #bf741c48

@@ -22,8 +22,9 @@ from ..data.score_items import Scores, gather_items
 from ..errors import ConfigError, unknown
 from ..evaluate.paired import PairedComparison, compare_results
 from ..evaluate.pgr import pgr_paragraph
+from ..io.console import fit_table
 from .extensions import METRICS
-from .tables import Kind, pivot_intervals, why_no_gap
+from .tables import WHO, Kind, pivot_intervals, why_no_gap
 from .transfer import transfer_metrics, transfer_table, transfer_words
 
 # %% ../../nbs/api/compare/120_result.ipynb #ebe5b62d
@@ -77,8 +78,8 @@ class Result:
 
     def _repr_html_(self) -> str: return _explored('tabs', 'tabbed_view')(self)
     def __repr__(self) -> str:
-        table, costs, notes = show_table(self).to_string(index=False), '\n'.join(_cost_lines(self)), '\n'.join(_incomplete(self.notes))
-        further = (f'{title}\n\n{t.to_string(index=False)}' for title, t in further_tables(self).items())
+        table, costs, notes = fit_table(show_table(self), WHO), '\n'.join(_cost_lines(self)), '\n'.join(_incomplete(self.notes))
+        further = (f'{title}\n\n{fit_table(t, WHO)}' for title, t in further_tables(self).items())
         return '\n\n'.join(filter(None, [pgr_text(self), costs, table, self.caption, notes, further_words(self), *further]))
 
 def _explored(page: str, name: str) -> Any: # what shows a result draws figures, which stand above this page: imported when needed

@@ -21,7 +21,7 @@ from ..errors import DataError
 from .columns import ColumnsRead
 from .public_pairs import JOINED
 from .readers import REASONS, Refused
-from .report import ACTIONS, COLUMNS, GONE, DataReport, merge_reports
+from .report import ACTIONS, COLUMNS, GONE, DataReport, explain_empty, merge_reports
 from .rows import as_dataset, check_rows, content_id, group_key
 from .splits import KEEP_ORDER, drop_overlap
 from .tables import PIECE
@@ -206,6 +206,6 @@ def clean_text(
         clean, numbers, group_keys, IN_ANOTHER, f'a prompt stays in the first of {", ".join(keep_order)}', keep_order, report
     )
     for k, v in clean.items():
-        if not len(v): raise DataError(f'split "{k}" has no rows left:\n{report}')
+        if not len(v): raise DataError(f'{explain_empty(report, k)}\n{report}')
         report = _mention(v, k, numbers[k], report)
     return clean, report

@@ -33,6 +33,7 @@ from .columns import ColumnsRead
 from .label_readers import LABEL_REASONS
 from .names import CONTRADICTIONS
 from .readers import Refused
+from .report import explain_empty
 from .rows import check_rows, group_key
 from .splits import KEEP_ORDER
 
@@ -167,6 +168,6 @@ def clean_labels(
         clean[s], numbers[s], report = _clean_one(ds, s, bad[s], contradictions == 'drop', file_rows(s, len(ds), refused), report)
     clean, report = _part_labels(clean, numbers, keep_order, report)
     for s, ds in clean.items():
-        if not len(ds): raise DataError(f'split "{s}" has no rows left:\n{report}')
+        if not len(ds): raise DataError(f'{explain_empty(report, s)}\n{report}')
         report = _mention_labels(ds, s, classes, report)
     return clean, report

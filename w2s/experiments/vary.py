@@ -32,12 +32,14 @@ from ..compare.preference_tables import row_groups
 from ..compare.result import Result
 from ..compare.settings import Settings
 from ..compare.stages import Run, claim, count_stages, say_numbered
+from ..compare.tables import WHO
 from ..compare.toxicity_settings import Toxicity
 from ..compare.variations import USES, VARIATIONS, Variation, variants
 from ..errors import ConfigError, W2SWarning, unknown
 from ..evaluate.clusters import by_group
 from ..evaluate.intervals import Estimate, difference, with_limits
 from ..evaluate.several import adjust_table
+from ..io.console import fit_table
 from ..train.processes import all_processes, from_main, is_main
 from .demonstrations import open_demonstrations
 from .labels import open_labels
@@ -87,7 +89,7 @@ class Varied:
         return [varied_table(self, [m]) for m in ('accuracy', 'gold_reward') if m in set(self.intervals['metric'])]
 
     def _repr_html_(self) -> str: return ''.join(t.to_html(index=False) for t in self._tables())
-    def __repr__(self) -> str: return '\n\n'.join(t.to_string(index=False) for t in self._tables())
+    def __repr__(self) -> str: return '\n\n'.join(fit_table(t, [self.setting, *WHO]) for t in self._tables())
 
 # %% ../../nbs/api/experiments/50_vary.ipynb #eaaf0a9c
 def varied_table(

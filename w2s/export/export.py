@@ -20,6 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..compare.models import Model, close_base, opened_model
 from ..errors import ConfigError, ModelError
+from ..io.console import fit_table
 from ..io.disk import remove_tree, writing_name
 from ..models.adapters import CLASS_HEAD, HEAD, load_adapter
 from ..models.class_heads import load_class_adapter
@@ -155,7 +156,7 @@ class Exported:
 
     def __repr__(self) -> str:
         return (f'{self.trained.name}, against the trained model, on {self.rows} test examples:\n'
-                f'{fidelity_table(self.found, self.metric).to_string(index=False)}')
+                f'{fit_table(fidelity_table(self.found, self.metric), ["form"])}')
 
     def _repr_html_(self) -> str:
         caption = f'{self.trained.name}, against the trained model, on {self.rows} test examples'

@@ -44,6 +44,7 @@ def plot_roles(
     "Grouped bars with intervals, like Tao & Li's Figure 2"
     table = rows_of_metric(intervals, metric, ['low', 'high', 'n', 'seeds', 'level'])
     group, colors = group_names(table), model_colors(table)
+    if group.nunique() > 1: group = group.replace('', 'no model') # a bag of words
     alone_weak = set(group[table['strong'] == '']) # a floor that belongs to no student comes first
     names = sorted(set(group), key=lambda g: (g not in alone_weak, model_size(g), g))
     alone = len(names) == 1
@@ -145,10 +146,12 @@ def _detectable_bands(differences: pd.DataFrame) -> dict[int, float]:
     return {i: float(d) for i, d in enumerate(differences['detectable']) if np.isfinite(d)}
 
 def _difference_names(differences: pd.DataFrame) -> tuple[list[str], str]:
-    "Names of the rows and the label of the axis, which names what all rows are compared with"
+    "Names of the rows, with their models where those differ, and the label of the axis, which names what all rows are compared with"
     label, to = metric_label(differences['metric'].iloc[0]), list(dict.fromkeys(differences['b']))
-    if len(to) == 1 and to[0] and len(differences) > 1: return list(differences['a']), f'{label}, minus that of {to[0]}'
-    return [f'{a}\n− {b}' for a, b in zip(differences['a'], differences['b'], strict=True)], 'difference in ' + label
+    of = [f' ({g})'*bool(g) for g in group_names(differences)] if {'weak', 'strong'} <= set(differences) else ['']*len(differences)
+    if len(to) == 1 and to[0] and len(differences) > 1:
+        return [f'{a}{m}' for a, m in zip(differences['a'], of, strict=True)], f'{label}, minus that of {to[0]}'
+    return [f'{a}\n− {b}{m}' for a, b, m in zip(differences['a'], differences['b'], of, strict=True)], 'difference in ' + label
 
 # %% ../../nbs/api/plots/030_results.ipynb #851cbfe5
 def plot_training(
