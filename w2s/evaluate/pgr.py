@@ -18,7 +18,7 @@ from ..errors import DataError, W2SError
 from .bootstrap import crossed_bootstrap
 from .ends import unseen_share
 from .intervals import Estimate, difference, estimate, half_width, with_limits
-from .matrices import Who, model_words, paired_matrix, score_matrix
+from .matrices import Who, model_scores, model_words, paired_matrix
 from .metrics import OPEN, RANGES, Bounds, range_of
 from .power import detectable, forecast
 
@@ -117,7 +117,7 @@ def pgr(
 ) -> Estimate:
     "PGR of one student; raises `NoGap`, or `DataError` where the three were not scored on the same rows and seeds"
     for other in (student, ceiling): paired_matrix(items, other, floor, metric) # the same rows and seeds, or it says which are not
-    scores = np.stack([score_matrix(items, metric=metric, **model_words(w)).to_numpy() for w in (floor, student, ceiling)])
+    scores = np.stack([model_scores(items, w, metric).to_numpy() for w in (floor, student, ceiling)])
     return pgr_interval(scores, level, n, seed, range_of(metric, ranges), less)
 
 # %% ../../nbs/api/evaluate/170_pgr.ipynb #4a77073a

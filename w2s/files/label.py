@@ -10,7 +10,7 @@ __all__ = ['SUPERVISOR', 'WORDS', 'LONGER', 'SHOWN', 'EXPLAINED', 'FORM', 'judge
 
 # %% ../../nbs/api/files/40_label.ipynb #94bf3458
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from ..evaluate.intervals import estimate
 from ..evaluate.metrics import agreement
 from ..feedback.confidence import fit_sharpness, fit_temperature, weighted
 from ..feedback.preferences import WeakLabels, label_pairs
-from ..io.console import markdown_table
+from ..io.console import fit_table, markdown_table
 from .job_files import check_job_out, job_page, job_plan, open_job, publish_job, tell_beginning
 from .jobs import LabelJob, acting, is_trained, label_settings
 from .label_rows import LabelData, length_lead, load_label_data, word_margins
@@ -79,7 +79,7 @@ class Labelled:
     models: tuple[str, ...] = () # of `model_lines`
     unfit: str = ''          # why no temperature fits; '': one does, or none was asked for
 
-    def __repr__(self) -> str: return measured_text(self)
+    def __repr__(self) -> str: return measured_text(self, _in_terminal)
     def _repr_markdown_(self) -> str: return measured_text(self)
 
 # %% ../../nbs/api/files/40_label.ipynb #965105d7
@@ -196,10 +196,10 @@ def verdict(
     return ' '.join(words)
 
 # %% ../../nbs/api/files/40_label.ipynb #29b3e7d0
-def _cells(
+def _texts(
     table: pd.DataFrame, # of numbers and texts
-) -> str:
-    "A table in Markdown, with three digits"
+) -> pd.DataFrame:
+    "The same as texts, with three digits"
     def cell(x: Any) -> str:
         return (
             ('no', 'yes')[x]
@@ -212,7 +212,10 @@ def _cells(
             if isinstance(x, int)
             else str(x)
         )
-    return markdown_table(table.columns, [list(map(cell, r)) for r in table.itertuples(index=False)])
+    return pd.DataFrame([list(map(cell, r)) for r in table.itertuples(index=False)], columns=table.columns)
+
+def _in_markdown(table: pd.DataFrame) -> str: return markdown_table(table.columns, _texts(table).to_numpy().tolist())
+def _in_terminal(table: pd.DataFrame) -> str: return fit_table(_texts(table), ['what', 'on', 'name'])
 
 # %% ../../nbs/api/files/40_label.ipynb #c2e02838
 def facts(
@@ -241,19 +244,20 @@ On held-out pairs, each half was calibrated on the other."""
 
 def measured_text(
     labelled: Labelled, # of a labelling
+    show: Callable[[pd.DataFrame], str] = _in_markdown, # writes a table
 ) -> str:               # Markdown
     "What was labelled, and what was measured"
     known = pd.DataFrame([(k.replace('_', ' '), v) for k, v in facts(labelled).items()], columns=['what', 'value'])
-    parts = [verdict(labelled), _cells(known)]
+    parts = [verdict(labelled), show(known)]
     if labelled.scores.empty: return '\n\n'.join(parts)
     return '\n\n'.join(
         [
             *parts,
             '## How often it is right',
             EXPLAINED,
-            _cells(labelled.scores),
+            show(labelled.scores),
             '## Do its probabilities mean what they say?',
-            _cells(labelled.bins),
+            show(labelled.bins),
         ]
     )
 
