@@ -231,7 +231,10 @@ def zoo_build(
 @app.command('verify')
 def verify_command(
     folders: Annotated[
-        list[Path], typer.Argument(help='the --out of runs, the .work of labels or refined answers, or folders of adapters')
+        list[Path],
+        typer.Argument(
+            parser=out_path, metavar='FOLDER', help='the --out of runs, the .work of labels or refined answers, or folders of adapters'
+        ),
     ],
 ) -> None:
     "Compare every file of a run with its checksum; the exit status is 1 if one is damaged."
@@ -251,7 +254,9 @@ def verify_command(
 # %% ../../nbs/api/cli/160_app.ipynb #5051a97b
 @app.command('clean')
 def clean_command(
-    folder: Annotated[Path, typer.Argument(help='the --out of a run, or the .work of labels or refined answers')],
+    folder: Annotated[
+        Path, typer.Argument(parser=out_path, metavar='FOLDER', help='the --out of a run, or the .work of labels or refined answers')
+    ],
     yes: Annotated[bool, Flag('--yes', '-y', help='do not ask')] = False,
 ) -> None:
     "Remove leftovers of killed runs, and stages that the results in a folder do not rest on."

@@ -18,7 +18,7 @@ from .places import out_path
 Flag = typer.Option
 
 def export_command(
-    run: Annotated[Path, typer.Argument(help='the --out of a finished run')],
+    run: Annotated[Path, typer.Argument(parser=out_path, metavar='FOLDER', help='the --out of a finished run')],
     arm: Annotated[
         str, Flag(help='which model: ROLE, ROLE/METHOD, ROLE/METHOD/WEAK, or the name of its folder in adapters/')
     ] = 'student',

@@ -21,6 +21,7 @@ from .. import __version__
 from ..errors import ConfigError
 from ..io.disk import check_writable, text_bytes, write_atomic
 from ..io.manifests import file_damage, file_hash, own_files, write_manifest
+from .places import out_path
 
 # %% ../../nbs/api/cli/145_notebooks.ipynb #8149b48c
 PACKAGE = Path(str(files('w2s')))
@@ -109,7 +110,7 @@ def title_of(
     return first.partition('\n')[0].lstrip('# ')
 
 def notebooks_command(
-    folder: Annotated[Path, typer.Argument(help='where the tutorials go; made if it is not there', metavar='DIR')],
+    folder: Annotated[Path, typer.Argument(parser=out_path, help='where the tutorials go; made if it is not there', metavar='DIR')],
 ) -> None:
     "Copy the tutorials of this version into a folder, to run and change them in Jupyter."
     copies = copy_notebooks(folder)

@@ -94,6 +94,7 @@ def add_plan_command(
         w2s plan EXPERIMENT takes all options of w2s run EXPERIMENT.
         """
         arguments = [a for a in context.args if a != '--dry-run']
+        if not arguments: raise ConfigError('name an experiment, as in w2s plan preferences; w2s run --list shows them all')
         if slurm is not None: check_planned(arguments)
         command: Any = typer.main.get_command(runs)
         command([*arguments, '--dry-run'], prog_name='w2s run', standalone_mode=False)

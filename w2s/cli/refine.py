@@ -54,7 +54,7 @@ def run_refine(
     job, own = fill_refine(table), read_toml(typed.prompts) if typed.prompts else None
     if typed.dry_run:
         from w2s.files.refine import dry_refine
-        return dry_refine(job, own)
+        return dry_refine(job, own, typed.out)
     out = needed_out(typed.out, 'refine', 'answers: give --out refined.jsonl')
     def work() -> str:
         from w2s.files.refine import refine_file

@@ -11,9 +11,12 @@ from typing import Annotated
 
 import typer
 
+# %% ../../nbs/api/cli/120_report.ipynb #14cbd933
+from .places import out_path
+
 # %% ../../nbs/api/cli/120_report.ipynb #a3932d2b
 def report_command(
-    folders: Annotated[list[Path], typer.Argument(help='the --out of finished runs')],
+    folders: Annotated[list[Path], typer.Argument(parser=out_path, metavar='FOLDER', help='the --out of finished runs')],
 ) -> None:
     "Write report, figures and tables of finished runs again, from their stages; nothing is trained."
     from w2s.report.again import report_again

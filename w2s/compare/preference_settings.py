@@ -19,7 +19,7 @@ from ..models.zoo import LADDER
 from ..train.settings import GenerateSettings, TrainSettings, check_preference_loss, smoothing_losses
 from .extensions import JUDGES, LABELLERS, has_model
 from .mix_settings import MixSettings
-from .settings import all_or_count, make_settings, setting, world_seed
+from .settings import all_or_count, check_model_names, make_settings, setting, world_seed
 
 # %% ../../nbs/api/compare/160_preference_settings.ipynb #4609359f
 SUBSETS = ('all', 'match', 'mismatch', 'random', 'random match', 'random mismatch')
@@ -171,7 +171,7 @@ def check_settings(
 def _check_supervisor(c: WeakTeacher) -> None:
     "A kind of supervisor that is there; one without a model has no name of a model"
     LABELLERS.check(c.supervisor, 'kind of supervisor')
-    if has_model(c.supervisor): return
+    if has_model(c.supervisor): return check_model_names(weak=weak_names(c.weak))
     if c.weak not in ('', WeakTeacher.usual('weak')):
         raise ConfigError(f'weak is {c.weak}, and the supervisor {c.supervisor} has no model; leave out --weak')
     object.__setattr__(c, 'weak', '')

@@ -28,7 +28,7 @@ def asked_and_said(
     return talk[:last] or None, talk[last]['content']
 
 # %% ../../nbs/api/data/260_conversations.ipynb #1a3c1157
-TALK_NAMES = ('messages', 'conversations', 'conversation', 'dialogue', 'dialog', 'chat', 'prompt', 'text')
+TALK_NAMES = ('messages', 'conversations', 'conversation', 'dialogue', 'dialog', 'chat', 'data', 'prompt', 'text')
 
 def _holds_talk(cells: Sequence[Any]) -> bool:
     "Are the cells conversations?"
@@ -99,6 +99,7 @@ def choices_of(
     "The choices of a question"
     text = '\n'.join(map(str, cell)) if isinstance(cell, list) else str(cell or '').strip('[]')
     parts = LETTER.split(text)
+    if len(parts) == 1 and isinstance(cell, list): return {chr(65 + i): str(t) for i, t in enumerate(cell[:26])}
     return {a.upper(): b.strip().strip('\'"').rstrip(',').strip().strip('\'"') for a, b in zip(parts[1::2], parts[2::2], strict=False)}
 
 # %% ../../nbs/api/data/260_conversations.ipynb #0b6035ce

@@ -9,8 +9,9 @@ __all__ = ['FITTING', 'EMPTY_TEXT', 'NO_LABEL', 'OTHER_LABEL', 'MINUS_ONE', 'NO_
            'REPLY_IS_SAFE', 'TEXT_NAMES', 'LabelForm', 'class_order', 'label_name', 'write_prompt']
 
 # %% ../../nbs/api/data/240_label_readers.ipynb #261362fe
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -107,20 +108,21 @@ def labels_of(
     column: str,               # of the labels
     form: LabelForm,           # with other names of its classes
     wanted: Sequence[str] = (), # classes as the user names them: they are classes, even if their name could mean "missing"
+    known: Iterable[str] = (),  # labels in other files of the source: a test set of which every label is -1 has none
 ) -> list[str | None]:         # None: there is no label
     "The labels of a table, each in its one spelling; numbers of a data set that names its classes become the names"
     kind, cells, meant = table.features[column], table.with_format(None)[column][:], set(map(spelled, wanted))
     if isinstance(kind, ClassLabel): cells = [None if c is None or c < 0 else kind.names[c] for c in cells]
     if form.threshold is not None: cells = [score_class(c, form.threshold) for c in cells]
     names = [s if meant and (s := spelled(c)) in meant else label_name(c) for c in cells]
-    if '-1' not in meant and _is_no_class(set(names)): names = [None if n == '-1' else n for n in names]
+    if '-1' not in meant and _is_no_class({*names, *known}): names = [None if n == '-1' else n for n in names]
     same = [n if n is None else form.same.get(n, n) for n in names]
     return [n if n is None or not form.rest or n in form.words else form.rest for n in same]
 
 def _is_no_class(names: set[str | None]) -> bool:
-    "Does -1 mean that there is no label, as in data sets of the hub? It does beside two or more numbers from 0 on"
+    "Does -1 mean that there is no label, as in data sets of the hub? It does beside two or more words, or numbers from 0 on"
     others = {n for n in names if n is not None and n != '-1'}
-    return '-1' in names and len(others) > 1 and all(n.isdigit() for n in others)
+    return '-1' in names and len(others) > 1 and not any(re.fullmatch(r'-\d+', n) for n in others)
 
 # %% ../../nbs/api/data/240_label_readers.ipynb #219a05e8
 FITTING = .9 # share of the labels that must be classes of a form
@@ -130,8 +132,8 @@ def _fits(match: LabelMatch, raw: RawTable, where: str, wanted: Sequence[str]) -
     form = match.form
     if form.files and not any(f in where.lower() for f in form.files): return False
     if match.label in raw.broken: return False
-    names = [n for n in labels_of(raw.data, match.label, form, wanted) if n is not None]
-    return bool(names) and (not form.words or sum(n in form.words for n in names) >= FITTING * len(names))
+    names = [n for n in labels_of(raw.data, match.label, form, wanted, form.words) if n is not None]
+    return bool(names or form.words and len(raw.data)) and (not form.words or sum(n in form.words for n in names) >= FITTING * len(names))
 
 def match_labels(
     raw: RawTable,                 # a file
@@ -211,6 +213,7 @@ def label_rows_of(
     split: str = 'all',                      # noted with each refused row
     leave_out: Sequence[str] = (),           # columns that are not to be read
     wanted: Sequence[str] = (),              # classes as the user names them
+    known: Iterable[str] = (),               # labels in all files of the source
 ) -> FileRead:                               # rows of kind "labels"
     "Read one table; raises `DataError` for a column that cannot be used, and for a long one that is not read"
     used = match.used | (dict(group=(group,)) if group else {})
@@ -220,7 +223,7 @@ def label_rows_of(
         record = replace(record, used={**record.used, 'label': (f'{match.label} (1 from {match.form.threshold:g} on)',)})
     need = list(dict.fromkeys(c for columns in used.values() for c in columns))
     labels, written = (
-        labels_of(raw.data, match.label, match.form, wanted),
+        labels_of(raw.data, match.label, match.form, wanted, known),
         written_columns(sample_cells(raw.data, [*match.texts, *match.beside.names])),
     )
     refused, parsed, pieces, named = list[Refused](), list[int](), [], isinstance(raw.data.features[match.label], ClassLabel)
@@ -281,6 +284,36 @@ def _one_form(matches: Mapping[str, LabelMatch]) -> None:
             raise DataError(f'{where} is read as {other.form.name} and {first} as {match.form.name}, or by other columns; '
                             'name them with --text and --label, or read one of the files')
 
+# %% ../../nbs/api/data/240_label_readers.ipynb #76fa5f4b
+def _all_labels(
+    tables: Mapping[str, tuple[str, RawTable]], found: Mapping[str, LabelMatch], wanted: Sequence[str]
+) -> list[str | None]:
+    "The labels of all files of a source; raises `DataError` where a cell holds several, and where a file has none"
+    known = set[str]()
+    for where, t in tables.values():
+        column = found[where].label
+        if column in t.broken: raise DataError(t.broken[column])
+        odd = next((c for c in t.data.with_format(None)[column][:] if isinstance(c, (list, dict))), None)
+        if odd is not None:
+            raise DataError(f'{where}: column "{column}" holds {odd!r:.60}; a label is one class, as a text or a number. Is this the label '
+                            'column? Another one is named by --label')
+        known |= {n for n in labels_of(t.data, column, found[where].form, wanted) if n is not None}
+    labels = {where: labels_of(t.data, found[where].label, found[where].form, wanted, known) for where, t in tables.values()}
+    bare = [where for where, names in labels.items() if names and not any(n is not None for n in names)]
+    if bare and len(bare) < len(labels):
+        raise DataError(f'{bare[0]}: no row has a label (column "{found[bare[0]].label}"), and other files of the source have them; choose '
+                        'the files that are read, as in --split train=train,test=validation')
+    return [n for names in labels.values() for n in names]
+
+def _check_scores(have: Iterable[str], found: Mapping[str, LabelMatch]) -> None:
+    "Raise `DataError` for labels that are scores"
+    numbers = [n for n in have if re.fullmatch(r'-?\d*\.?\d+(e-?\d+)?', n)]
+    parts = [n for n in numbers if not n.lstrip('-').isdecimal()]
+    if not parts or len(numbers) < len(list(have)): return
+    where, match = next(iter(found.items()))
+    raise DataError(f'{where}: column "{match.label}" holds scores ({", ".join(parts[:3])}), not classes; say from which score on a text '
+                    f'is of class 1, as in --threshold {parts[len(parts) // 2]}, or name the classes (--classes)')
+
 # %% ../../nbs/api/data/240_label_readers.ipynb #df07b27c
 def read_labels(
     source: str | Path,          # a file, a folder, or the name of a data set ("name" or "name:config")
@@ -296,7 +329,7 @@ def read_labels(
     "Read texts with classes; raises `DataError` for what cannot be read at all"
     tables = source_tables(str(source), splits, most=most)
     check_leave_out(leave_out, dict(tables.values()))
-    if not (text or label): tables = {s: (where, as_answers(t, readable_columns(t, leave_out))) for s, (where, t) in tables.items()}
+    if not (text or label): tables = {s: (where, as_answers(t, readable_columns(t, leave_out), where)) for s, (where, t) in tables.items()}
     for where, t in tables.values():
         if group and group not in t.data.column_names:
             raise DataError(f'{where}: has no column "{group}"; it has {", ".join(t.data.column_names)}')
@@ -304,7 +337,7 @@ def read_labels(
     if threshold is not None: found = {where: replace(m, form=replace(m.form, threshold=threshold)) for where, m in found.items()}
     _one_form(found)
     chosen, form = _classes_of(tables, found, classes, str(source))
-    done = {s: label_rows_of(t, found[where], chosen, group, where, s, leave_out, classes) for s, (where, t) in tables.items()}
+    done = {s: label_rows_of(t, found[where], chosen, group, where, s, leave_out, classes, chosen) for s, (where, t) in tables.items()}
     names = tuple(name for _, name in sorted(chosen.values()))
     words = tuple(form.words[n] for n in names) if form.words else ()
     return LabelsRead(
@@ -323,15 +356,14 @@ def _classes_of(
     tables: Mapping[str, tuple[str, RawTable]], found: Mapping[str, LabelMatch], wanted: Sequence[str], source: str
 ) -> tuple[dict[str, tuple[int, str]], LabelForm]:
     "The classes of all files, and their form; raises `DataError`"
-    for where, t in tables.values():
-        if found[where].label in t.broken: raise DataError(t.broken[found[where].label])
-    names = [n for where, t in tables.values() for n in labels_of(t.data, found[where].label, found[where].form, wanted)]
+    names = _all_labels(tables, found, wanted)
     have, form = Counter(n for n in names if n is not None), next(iter(found.values())).form
     if not have and names:
         raise DataError(
             f'{source}: the labels hold nothing; two classes are needed, and all {len(names):,} labels are missing. Is this the label '
             'column? Another one is named by --label'
         )
+    if form.threshold is None and not wanted: _check_scores(have, found)
     same = {k: v for m in found.values() for k, v in m.form.same.items()}
     chosen = chosen_classes(
         class_order(set(form.words) & set(have) or set(have)), [same.get(spelled(c), spelled(c)) for c in wanted], source

@@ -82,6 +82,15 @@ def _inside_row(row: Mapping[str, Any], columns: Sequence[str], where: str) -> d
         {**row, 'prompt': asked.get('full_text', asked.get('text')) if isinstance(asked, dict) else asked}, columns, where, by_scores
     )
 
+# %% ../../nbs/api/data/150_pair_rows.ipynb #61028f9f
+def _annotated_row(row: Mapping[str, Any], columns: Sequence[str], where: str) -> dict | str:
+    "Responses of several models, and a rating of each; they are joined by the name of the model, else by their place"
+    items, notes = ([x for x in row[p] or [] if isinstance(x, dict)] for p in ('items', 'label'))
+    if len(items) != len(notes): return FEW
+    named = {n['model']: n for n in notes if n.get('model') is not None}
+    if len(named) == len(notes): notes = [named.get(i.get('model'), {}) for i in items]
+    return ranked_row(open_messages(row['prompt']), [dict(n) | dict(i) for i, n in zip(items, notes, strict=True)])
+
 # %% ../../nbs/api/data/150_pair_rows.ipynb #d9d03916
 SEVERAL = 'row with several good or bad responses, read as a pair of each good with each bad one'
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MISSING', 'NOT_DIALOGUE', 'DIFFER', 'ELSEWHERE', 'MESSAGES', 'WRITTEN', 'TIE', 'NO_CHOICE', 'FEW', 'REASONS', 'TURN',
-           'PAIR_COLUMNS', 'LABEL_COLUMNS', 'PROMPT_COLUMNS', 'TIES', 'Choose', 'CHOICE', 'SAYS', 'UP', 'DOWN',
-           'NUMBERS', 'Refused', 'split_dialogue', 'by_name', 'by_sign', 'by_scores', 'by_middle', 'one_is_first',
-           'ranked_row', 'PreferenceForm', 'Match', 'match_form']
+           'PAIR_COLUMNS', 'LABEL_COLUMNS', 'PROMPT_COLUMNS', 'TIES', 'CALLED', 'Choose', 'CHOICE', 'SAYS', 'UP',
+           'DOWN', 'NUMBERS', 'Refused', 'split_dialogue', 'by_name', 'by_sign', 'by_scores', 'by_middle',
+           'one_is_first', 'ranked_row', 'PreferenceForm', 'Match', 'match_form']
 
 # %% ../../nbs/api/data/140_preference_forms.ipynb #929df4f2
 import math
@@ -112,7 +112,8 @@ PAIR_COLUMNS = (
 )
 LABEL_COLUMNS = ('label', 'preferred', 'winner', 'preference', 'better', 'choice')
 PROMPT_COLUMNS = ('prompt', 'instruction', 'question', 'query', 'input')
-TIES = ('tie', 'equal', 'neither', 'both', 'both_bad', 'both bad', 'bothbad', 'tie (bothbad)', 'tie (both bad)', 'draw', 'same')
+TIES = ('equal', 'neither', 'both', 'both_bad', 'bothbad', 'draw', 'same') # and whatever begins with tie
+CALLED = ('model', 'response', 'assistant', 'answer', 'output', 'completion', 'option') # what a label calls a response: "Response B"
 
 # %% ../../nbs/api/data/140_preference_forms.ipynb #2d7b07c1
 def _end(column: str) -> str:
@@ -125,9 +126,10 @@ def _label_name(label, columns: Sequence[str], where: str) -> int | None:
     text, ends = str(label).strip().lower(), [_end(c) for c in columns]
     if re.fullmatch(r'\d+\.0', text): text = text[:-2]
     if found := re.fullmatch(r'\[*(\w+)\s*([>=]+)\s*(\w+)\]*', text): text = 'tie' if '>' not in found[2] else found[1]
+    text = re.sub(r'[\s-]+', '_', text)
     for i, c in enumerate(columns):
-        if text in (c.lower(), ends[i], f'model_{ends[i]}', f'response_{ends[i]}', ('first', 'second')[i]): return i
-    if text in TIES: return None
+        if text in (c.lower(), ends[i], ('first', 'second')[i], *(f'{word}_{ends[i]}' for word in CALLED)): return i
+    if text in TIES or re.match(r'tie\b|tie_', text): return None
     raise DataError(f'{where}: label {label!r} names neither {columns[0]} nor {columns[1]}; write {ends[0]!r} or {ends[1]!r}, or "tie"')
 
 # %% ../../nbs/api/data/140_preference_forms.ipynb #c681d8aa
@@ -211,10 +213,16 @@ def ranked_row(
     "The best and the worst response of a list"
     if prompt is None or not isinstance(items, list): return MISSING
     pairs = list(zip(items, scores, strict=False)) if isinstance(scores, list) else [_scored(x) for x in items if isinstance(x, dict)]
-    known = [(t, float(s)) for t, s in pairs if isinstance(t, str) and not is_missing(s) and isinstance(s, (int, float))]
+    known = [(t, x) for t, s in pairs if isinstance(t, str) and (x := _score(s)) is not None]
     if len(known) < 2: return FEW
     best, worst = max(known, key=lambda p: p[1]), min(known, key=lambda p: p[1])
     return TIE if best[1] == worst[1] else _trl_row(dict(prompt=prompt, chosen=best[0], rejected=worst[0]))
+
+def _score(cell: Any) -> float | None:
+    "A score as a number, also out of a text; None: there is none"
+    try: x = math.nan if is_missing(cell) else float(cell)
+    except (TypeError, ValueError): return None
+    return x if math.isfinite(x) else None
 
 def _scored(item: Mapping[str, Any]) -> tuple[Any, Any]:
     "Text and score of a response, more is better"

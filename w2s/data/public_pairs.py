@@ -17,6 +17,7 @@ from w2s.data.pair_rows import (
                                 BETWEEN,
                                 JOINED,
                                 SEVERAL,
+                                _annotated_row,
                                 _inside_row,
                                 _lists_row,
                                 _marked_row,
@@ -55,6 +56,9 @@ CHOSEN_COLUMNS = (
     ('chosen_messages', 'rejected_messages'),
     ('preferred_output', 'non_preferred_output'),
     ('response_j', 'response_k'),
+    ('selected', 'rejected'),
+    ('accepted', 'rejected'),
+    ('preferred', 'dispreferred'),
 )
 TALKS = (*HOLDERS, 'trajectory') # columns of a conversation that ends before the responses
 
@@ -164,8 +168,29 @@ _NAMED = (
         dict(first=('conversation_a',), second=('conversation_b',), label=LABEL_COLUMNS),
         _talks_row,
         prompt=False,
-        spare=('openai_moderation', 'toxic_chat_tag', 'conv_metadata', 'category_tag'),
+        spare=('openai_moderation', 'toxic_chat_tag', 'conv_metadata', 'category_tag', 'full_conversation'),
         of='Arena human preference',
+    ),
+    *(
+        PreferenceForm(
+            'edits',
+            dict(chosen=(a,), rejected=(b,)),
+            lambda row, names, at: _trl_row(row),
+            asks=('context', 'prompt'),
+            spare=('feedback', 'change_summary', 'original_response'),
+            of='HelpSteer3 edits',
+        )
+        for a, b in (('good_edited_response', 'bad_edited_response'), ('edited_response', 'original_response'))
+    ),
+    PreferenceForm(
+        'responses and their annotations',
+        dict(items=('responses',), label=('annotations',)),
+        _annotated_row,
+        spare=('models',),
+        of='CodeUltraFeedback',
+        fits=lambda cells, asked: all(
+            isinstance(c, list) and isinstance(c[0], dict) for part in ('items', 'label') for c in cells[part] if c
+        ),
     ),
     PreferenceForm(
         'two summaries',
@@ -219,6 +244,8 @@ _NOTES = (
     'conversation',
     'messages',
     'instructions',
+    'all_generated_responses',
+    'responses',
 )
 
 def _chosen_forms(a: str, b: str) -> tuple[PreferenceForm, ...]:
@@ -234,8 +261,8 @@ def _chosen_forms(a: str, b: str) -> tuple[PreferenceForm, ...]:
     ).get(a, '')
     return (
         *(
-            PreferenceForm(f'notes of distilabel{tail}', parts, read, marks=(m,), spare=_NOTES, of='distilabel Orca pairs, Capybara')
-            for m in ('labelling_prompt', 'generation_prompt')
+            PreferenceForm(f'notes of distilabel{tail}', parts, read, marks=(m,), spare=_NOTES, of='distilabel, Magpie')
+            for m in ('labelling_prompt', 'generation_prompt', 'all_generated_responses', 'gen_input_configs')
         ),
         PreferenceForm(f'responses that repeat the prompt{tail}', parts, lambda row, names, at: _whole_row(row), fits=_repeat_prompt),
         PreferenceForm(f'dialogues{tail}', parts, lambda row, names, at: _hh_row(row), prompt=False, fits=_are_dialogues, of='HH-RLHF'),

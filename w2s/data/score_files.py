@@ -144,7 +144,7 @@ def _json_form(source: str) -> str:
     "What a JSON file holds"
     try: whole = json.loads(whole_text(source))
     except json.JSONDecodeError: return 'table'
-    if isinstance(whole, dict) and 'eval' in whole and 'version' in whole: return 'Inspect log'
+    if isinstance(whole, dict) and 'eval' in whole and {'version', 'samples'} & whole.keys(): return 'Inspect log'
     first = whole[0] if isinstance(whole, list) and whole and isinstance(whole[0], dict) else {}
     return 'AlpacaEval annotations' if {'preference', 'generator_2'} <= first.keys() else 'table'
 
@@ -168,6 +168,7 @@ def read_scores(
 ) -> Scores:
     "Scores of one model from a file of any known kind; raises `DataError` and `ConfigError`"
     name, path, arm = split_source(str(source))
+    if not path.strip(): raise ConfigError(f'"{source}" names no file; write it as FILE or NAME=FILE')
     form, files = detect_form(path)
     if arm and form != 'run of w2s':
         raise ConfigError(f'{path}: "@{arm}" chooses a model of a run of w2s, and this is a file of the kind: {form}')

@@ -41,6 +41,8 @@ def lm_eval_items(
                     f'{where}: no "{lost[0]}" in it, so that it was not written by lm-eval --log_samples in a version that is known (0.4)'
                 )
             wanted = metrics or r['metrics']
+            if bare := [m for m in wanted if m not in r and m in r['metrics']]:
+                raise DataError(f'{where}: "metrics" names {bare[0]}, and the row has no such score; the file is damaged, write it again')
             if absent := [m for m in wanted if m not in r]: raise ConfigError(f'{where}: ' + unknown(absent[0], r['metrics'], 'metric'))
             doc = r['doc'] if isinstance(r.get('doc'), dict) else {}
             yield Item(
@@ -152,9 +154,15 @@ def alpaca_items(
     source: str, # annotations.json
 ) -> Iterator[Item]:
     "Items of annotations of AlpacaEval: how far the second response is preferred, 0 to 1; raises `DataError`"
+    first: tuple[Any, Any] | None = None
     for n, r in enumerate(json.loads(whole_text(source)), 1):
         where = f'{source}, row {n}'
         if 'instruction' not in r: raise DataError(f'{where}: no "instruction" in it; give the annotations.json that AlpacaEval writes')
         value = read_number(r.get('preference'), where, 'preference')
+        models = r.get('generator_2'), r.get('generator_1')
+        if models != (first := first or models):
+            raise DataError(f'{where}: it is {models[0]} against {models[1]}, and above {first[0]} against {first[1]}; one file of '
+                            'annotations is of one model and one reference')
         if not 1 <= value <= 2: raise DataError(f'{where}: a preference of {value:g}; AlpacaEval writes 1 (the reference) to 2 (the model)')
-        yield Item(where, str(r['instruction']), {'win_rate': value - 1}, plain_cells({k: r.get(k) for k in ('dataset', 'annotator')}))
+        groups = plain_cells({k: r.get(k) for k in ('dataset', 'annotator')})
+        yield Item(where, str(r['instruction']), {'win_rate': value - 1}, groups, f'against {models[1]}, judged by {r.get("annotator")}')

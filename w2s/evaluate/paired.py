@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'check_contents', 'wide_scores', 'join_scores', 'cluster_of', 'paired_differences', 'PairedComparison',
-           'alike_bounds', 'compare_pair', 'compare_results', 'shared_metrics', 'name_apart', 'correct_table',
-           'verdict_lines', 'show_differences']
+           'alike_bounds', 'compare_pair', 'scale_notes', 'compare_results', 'shared_metrics', 'name_apart',
+           'correct_table', 'verdict_lines', 'show_differences']
 
 # %% ../../nbs/api/evaluate/270_paired.ipynb #5f670e7d
 from collections.abc import Sequence
@@ -35,10 +35,9 @@ def check_contents(
     same = [i for i in a.contents if i in b.contents]
     odd = [i for i in same if a.contents[i] != b.contents[i]]
     if odd:
-        raise DataError(
-            f'{a.source} and {b.source}: item "{odd[0]:.60}" is not the same item in both (its hash differs, as for {len(odd)} of '
-            f'{len(same)}); the test sets differ'
-        )
+        (x, y), many = (s.contents[odd[0]] for s in (a, b)), f'{len(odd)} of {len(same)}'
+        how = f'({x}; {y}; as for {many})' if ' ' in x else f'(its hash differs, as for {many}); the test sets differ'
+        raise DataError(f'{a.source} and {b.source}: item "{odd[0]:.60}" is not the same item in both {how}')
 
 # %% ../../nbs/api/evaluate/270_paired.ipynb #e016f96b
 def wide_scores(
@@ -159,6 +158,18 @@ def compare_pair(
         | dict(p=p, detectable=least)
     )
 
+# %% ../../nbs/api/evaluate/270_paired.ipynb #48686322
+def scale_notes(
+    sources: Sequence[Scores],     # that are compared
+    wides: Sequence[pd.DataFrame], # (seeds, ids) of each
+    metric: str,                   # that is compared
+) -> list[str]:                    # nothing where all could be on one scale
+    "Is one model scored from 0 to 1 and another one in percent?"
+    ends = [(float(w.to_numpy().min()), float(w.to_numpy().max())) for w in wides]
+    if min(low for low, _ in ends) < 0 or not any(high <= 1 for _, high in ends) or max(high for _, high in ends) < 10: return []
+    shown = ', '.join(f'{s.name} from {low:g} to {high:g}' for s, (low, high) in zip(sources, ends, strict=True))
+    return [f'{metric}: the scores may be on different scales ({shown}); bring them to one before they are compared']
+
 # %% ../../nbs/api/evaluate/270_paired.ipynb #05d49bc8
 def compare_results(
     *sources: str | Path | Scores,  # two or more: files, folders or Scores; NAME=PATH names one, PATH@ROLE/METHOD chooses a model of a run
@@ -171,6 +182,9 @@ def compare_results(
     "Paired differences of models on the items that they share; raises `DataError` and `ConfigError`"
     if len(sources) < 2: raise ConfigError(f'{len(sources)} file of scores was given; a comparison needs two or more')
     read = name_apart([s if isinstance(s, Scores) else read_scores(s, metrics, id_column, filter_name) for s in sources])
+    for name, flag, form in ((filter_name, '--filter', 'lm-eval samples'), (id_column, '--id', 'table')):
+        if name and not any(s.form == form for s, given in zip(read, sources, strict=True) if not isinstance(given, Scores)):
+            raise ConfigError(f'{flag} {name}: none of the files is of the kind {form}')
     for a, b in combinations(read, 2): check_contents(a, b)
     rows, items, notes = [], [], [f'{s.name}: {note}' for s in read for note in s.notes]
     for metric in shared_metrics(read):
@@ -186,7 +200,7 @@ def compare_results(
             .reset_index()
             .assign(metric=metric)
         )
-        notes += [n for n in more if n not in notes]
+        notes += [n for n in (*more, *scale_notes(read, wides, metric)) if n not in notes]
     return PairedComparison(
         correct_table(pd.DataFrame(rows)),
         pd.concat(items, ignore_index=True),

@@ -109,7 +109,7 @@ def verdict_text(
     digits: int = 3,          # of the detectable difference
 ) -> str:
     "Is a higher than b, lower, or is there no significant difference, and which could have been found?"
-    if np.isnan(row['p_holm']): return 'not known: all rows are alike'
+    if np.isnan(row['p_holm']): return f'not known: {"there is one row or cluster" if row.get("n") == 1 else "all rows are alike"}'
     if row['significant']: return 'higher' if row['value'] > 0 else 'lower'
     among = f' among {row["family"]} comparisons' if row['family'] > 1 else ''
     could = '' if np.isnan(row['detectable']) else f' (could detect ±{row["detectable"]:.{digits}f})'

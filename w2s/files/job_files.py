@@ -37,6 +37,7 @@ def check_job_out(
     "Raise `ConfigError` for a name of another form, or where a file that is read would be lost"
     out = Path(out)
     if out.suffix != suffix: raise ConfigError(f'--out is {out}; {what} written as a {suffix} file: name it so')
+    if out.is_dir(): raise ConfigError(f'{out} is a folder; name a file as --out')
     keep_inputs([out.with_name(name) for name in report_names(out)], inputs)
     return out
 

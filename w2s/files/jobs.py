@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from ..compare.config import merged, to_table
 from ..compare.extensions import JUDGES, LABELLERS, METHODS, has_model, import_extensions, judge_scores
 from ..compare.preference_settings import WeakTeacher, fill_settings
-from ..compare.settings import FITS, fill_fields, make_settings, read_imports, setting
+from ..compare.settings import FITS, check_model_names, fill_fields, make_settings, read_imports, setting
 from ..data.names import PARTS, SPLITS, named_pairs, spread_columns
 from ..errors import ConfigError, unknown
 from ..feedback.forms import CHOICES
@@ -279,7 +279,9 @@ def fill_refine(
     given: Mapping[str, Any], # settings by name, tables inside; what is given always holds
 ) -> RefineJob:
     "What is given, then the defaults for models that come with w2s, then the others; raises `ConfigError`"
-    return make_settings(RefineJob, given)
+    job = make_settings(RefineJob, given)
+    check_model_names(strong=job.strong)
+    return job
 
 # %% ../../nbs/api/files/10_jobs.ipynb #fbc614d9
 def work_folder(

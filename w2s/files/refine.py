@@ -125,8 +125,10 @@ def refiner(
 def dry_refine(
     job: RefineJob, # what is asked for
     own: Mapping[str, Any] | None = None, # templates of one's own, see `edited`
+    out: str | Path | None = None, # file for the result; None: it is not named yet
 ) -> str:           # settings as TOML, what would be read, and what is known of the model
     "What a refinement would do; nothing is written. Raises `DataError`, `ModelError` or `ConfigError`"
+    if out is not None: check_job_out(out, *FORM, [job.questions, job.weak_answers])
     report = read_job(job)[2]
     own_form(job.strong, model_load(job, job.strong, 'strong'), own)
     return job_plan(to_table(job), report, [refiner(job)])
