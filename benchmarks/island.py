@@ -21,7 +21,19 @@ import torch
 from w2s.island.people import BANDS, make_island
 from w2s.models import muon, pretrain
 from w2s.models.load import Base, LoadSettings, load_base
-from w2s.models.pretrain import Recipe, Size, Training, block_batches, learn, make_optimizers, marks, new_model, pretrain_model, token_weights, tune_memory
+from w2s.models.pretrain import (
+    Recipe,
+    Size,
+    Training,
+    block_batches,
+    learn,
+    make_optimizers,
+    marks,
+    new_model,
+    pretrain_model,
+    token_weights,
+    tune_memory,
+)
 from w2s.organism import island as ladder
 from w2s.world.facts import World
 
@@ -131,7 +143,8 @@ def scores(measured: list[dict]) -> dict[str, dict[str, np.ndarray]]:
 def changed(settings: dict) -> str:
     "Settings of a trial that are not those of the ladder"
     usual = asdict(ladder.ISLAND_RECIPE) | dict(first=list(ladder.FIRST), people=1000, plants=300, namesakes=2.)
-    return ', '.join(f'{k} {v:g}' if isinstance(v, float) else f'{k} {v}' for k, v in settings.items() if k != 'tokens' and v != usual[k]) or '–'
+    other = {k: f'{v:g}' if isinstance(v, float) else v for k, v in settings.items() if k != 'tokens' and v != usual[k]}
+    return ', '.join(f'{k} {v}' for k, v in other.items()) or '–'
 
 
 def tables(out: Path) -> Iterator[str]:

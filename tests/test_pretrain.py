@@ -299,7 +299,7 @@ class Products(TorchDispatchMode):
 
 @pytest.mark.parametrize('native', [False, True])
 def test_bfloat16_only_where_the_processor_has_it(native, monkeypatch):
-    "Emulated, a step takes two to ten times as long"
+    "Emulated, a step takes several times as long"
     for module in (muon, pretrain): monkeypatch.setattr(module, 'has_bfloat16', lambda device: native)
     model, ids = new_model(SIZE, len(tiny_stream().tokenizer), 256, 3), batch()[:4]
     training = Training(model, make_optimizers(model, RECIPE), [], 0)
