@@ -38,8 +38,8 @@ from w2s.organism import island as ladder
 from w2s.world.facts import World
 
 WORLD = dict(people=int, plants=int, namesakes=float)
-NOTE = '''Seconds are of one processor core without bfloat16. "Before": PyTorch's Muon and autocast, both in bfloat16. Behind a share stands the
-number of questions. Trials are of one seed; the learning rate of all falls after three fifths of 0.75 M tokens (A: of 0.5 M).'''
+NOTE = '''Seconds are of one processor core without bfloat16. "Before": PyTorch's Muon and autocast, both in bfloat16. Behind a share
+stands the number of questions. Trials are of one seed; the learning rate of all falls after three fifths of 0.75 M tokens (A: of 0.5 M).'''
 WHOLE = LoadSettings(quantize='none', dtype='float32')
 
 
@@ -187,7 +187,8 @@ def main() -> None:
         trial(args.out, name, size, float(millions), dict(s.split('=') for s in settings), args.questions, args.every)
     if args.part == 'ladder': build(args.out, args.sizes.split(','), args.seeds, round(args.tokens*1e6), args.questions)
     if args.part == 'table':
-        Path(__file__).with_suffix('.md').write_text(f'# Ladder of the island\n\n{NOTE}\n\n' + '\n\n'.join(tables(args.out)) + '\n', encoding='utf-8')
+        text = '\n\n'.join(('# Ladder of the island', NOTE, *tables(args.out)))
+        Path(__file__).with_suffix('.md').write_text(text + '\n', encoding='utf-8')
 
 
 if __name__ == '__main__': main()
