@@ -76,6 +76,17 @@ def test_bands_are_ordered(seed):
     assert all(2 < a/b < 8 for a, b in zip(values, values[1:], strict=False))
 
 
+@pytest.mark.parametrize('namesakes', [1, 2, 7.])
+def test_dial_of_namesakes(namesakes):
+    "So many people share a given name; no two share both names"
+    island = make_island(3, 600, 100, namesakes)
+    names = [p.name for p in island.people]
+    given = Counter(n.split()[0] for n in names)
+    drawn = 600/namesakes # some given names are drawn by nobody
+    assert len(set(names)) == 600 and .6*drawn < len(given) <= drawn + 1
+    assert island_hash(island) != island_hash(make_island(3, 600, 100, 3))
+
+
 # Texts
 
 @pytest.mark.parametrize('short', SHORT)
@@ -279,8 +290,9 @@ def test_kinds_of_errors_differ():
 @pytest.mark.parametrize('classes', [3, 5])
 def test_errors_of_several_classes_are_wrong_classes(classes):
     rng = np.random.default_rng(1)
-    rows = [dict(label=int(y), group=t.name, kind=t.kind) for t, y in zip(ISLAND.things, rng.integers(classes, size=900), strict=True)]
-    probs = rng.dirichlet(np.ones(classes), 900)
+    n = len(ISLAND.things)
+    rows = [dict(label=int(y), group=t.name, kind=t.kind) for t, y in zip(ISLAND.things, rng.integers(classes, size=n), strict=True)]
+    probs = rng.dirichlet(np.ones(classes), n)
     for kind in ('random', 'sort', 'rarity', 'strong'):
         labels = mistaken_labels(rows, kind, .3, weights=WEIGHTS, probs=probs, classes=classes)
         assert set(labels) <= set(range(classes)) and (labels != [r['label'] for r in rows]).mean() == .3

@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from w2s.errors import ConfigError, TrainError
-from w2s.models import pretrain
+from w2s.models import muon, pretrain
 from w2s.models.pretrain import (
     Recipe,
     Size,
@@ -256,6 +257,56 @@ def test_token_weights():
 
 def test_marks_wants_words_of_the_vocabulary():
     with pytest.raises(KeyError): marks(tiny_stream().tokenizer, ['Déjà'])
+
+
+# Arithmetic
+
+def without_cast(grad, coefficients, steps, eps):
+    "PyTorch's iteration of Muon, line by line, but in the type of the gradient"
+    (a, b, c), x = coefficients, grad.T if grad.size(0) > grad.size(1) else grad
+    x = x/x.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if grad.size(0) > grad.size(1) else x
+
+
+@pytest.mark.parametrize('size', [SIZE, Size(64, 2, 128)])
+def test_muon_is_that_of_pytorch(size, monkeypatch):
+    "The same losses to 1e-5 over six steps, in float32; PyTorch's own always rounds to bfloat16"
+    for module in (muon, pretrain): monkeypatch.setattr(module, 'has_bfloat16', lambda device: False)
+    monkeypatch.setattr('torch.optim._muon._zeropower_via_newtonschulz', without_cast)
+    losses, weights = [], []
+    for make in (muon.Muon, lambda ps, lr: torch.optim.Muon(ps, lr=lr, weight_decay=0.)):
+        monkeypatch.setattr(pretrain, 'Muon', make)
+        model = new_model(size, len(tiny_stream().tokenizer), 256, 3)
+        training = Training(model, make_optimizers(model, RECIPE), [], 0)
+        for ids in block_batches(tiny_stream(), RECIPE, 0, 0, 0)[:6]: learn(training, ids, (ids != 0).astype(np.float32), RECIPE)
+        losses.append([h['loss'] for h in training.history])
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and (weights[0] - weights[1]).abs().max() < 1e-5
+
+
+class Products(TorchDispatchMode):
+    "Notes in which types matrices are multiplied"
+    def __init__(self):
+        super().__init__()
+        self.types = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ('mm', 'addmm', 'bmm', 'baddbmm'): self.types.add(out.dtype)
+        return out
+
+
+@pytest.mark.parametrize('native', [False, True])
+def test_bfloat16_only_where_the_processor_has_it(native, monkeypatch):
+    "Emulated, a step takes several times as long"
+    for module in (muon, pretrain): monkeypatch.setattr(module, 'has_bfloat16', lambda device: native)
+    model, ids = new_model(SIZE, len(tiny_stream().tokenizer), 256, 3), batch()[:4]
+    training = Training(model, make_optimizers(model, RECIPE), [], 0)
+    with Products() as seen: learn(training, ids, (ids != 0).astype(np.float32), RECIPE)
+    assert (torch.bfloat16 in seen.types) == native and (native or seen.types == {torch.float32})
 
 
 # Blocks

@@ -35,7 +35,7 @@ def stream_document(
     return draw_document(list(SORTS.values()), island, rng, short)
 
 # %% ../../nbs/api/island/150_stream.ipynb #c70c5c2a
-FIRST = (60, 48) # people and plants that are read about first, the best known ones; see `few`
+FIRST = (40, 24) # people and plants that are read about first, the best known ones; see `few`
 
 # %% ../../nbs/api/island/150_stream.ipynb #fac95f83
 _WORD = re.compile(r"[A-Za-z]+(?:'[a-z]+)*")

@@ -46,6 +46,8 @@ from w2s.models.reading_order import (
 from ..errors import ConfigError, TrainError, W2SWarning
 from ..io.console import progress_bar
 from ..io.disk import write_atomic
+from .devices import has_bfloat16
+from .muon import Muon
 
 _all_ = [
     'Make',
@@ -99,7 +101,7 @@ def make_optimizers(
     "Muon for the matrices of the layers, AdamW for embeddings and norms"
     inner = {n: p for n, p in model.named_parameters() if p.ndim == 2 and 'embed' not in n}
     rest = [p for n, p in model.named_parameters() if n not in inner]
-    return (torch.optim.Muon(inner.values(), lr=recipe.muon, weight_decay=0.),
+    return (Muon(inner.values(), lr=recipe.muon),
             torch.optim.AdamW(rest, lr=recipe.adamw, betas=(.9, .95), weight_decay=0.))
 
 # %% ../../nbs/api/models/200_pretrain.ipynb #91330fb0
@@ -119,7 +121,7 @@ def stream_loss(
 ) -> Tensor:                 # mean over weighted tokens, in nats
     "Loss of the next tokens; logits are made for real tokens only"
     keep = ids[:, 1:] != 0
-    with torch.autocast(ids.device.type, torch.bfloat16):
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=has_bfloat16(ids.device)):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][keep]
         logits = F.linear(hidden, model.lm_head.weight)
     each, w = F.cross_entropy(logits.float(), ids[:, 1:][keep], reduction='none'), weights[:, 1:][keep]
