@@ -5,6 +5,8 @@ import os
 os.environ['OMP_NUM_THREADS'] = '1'
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+# Commands that tests start are those of an installation, which keeps what Python has compiled
+os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
 
 from pathlib import Path
 

@@ -43,7 +43,7 @@ FLOORS = [
     'trl',
     '__main__',
 ]
-HEAVY = ['torch', 'ray', 'transformers', 'datasets', 'peft', 'accelerate', 'bitsandbytes', 'pandas', 'pyarrow',
+HEAVY = ['torch', 'numpy', 'ray', 'transformers', 'datasets', 'peft', 'accelerate', 'bitsandbytes', 'pandas', 'pyarrow',
          'matplotlib', 'seaborn', 'sklearn', 'scipy']
 
 

@@ -91,7 +91,8 @@ def test_class_names_of_a_data_set_are_used(tmp_path):
 @pytest.mark.parametrize('rows, wish, message', [
     ([dict(text='a', label=1)] * 2, {}, "the labels hold '1'; two classes are needed"),
     ([dict(text='a', label=None)], {}, 'the labels hold nothing; two classes'),
-    ([dict(text=str(i), label=i / 7) for i in range(120)], {}, 'different labels'),
+    ([dict(text=str(i), label=f'kind {i}') for i in range(120)], {}, 'different labels'),
+    ([dict(text=str(i), label=i / 7) for i in range(120)], {}, r'column "label" holds scores \(0\.142857'),
     ([dict(text='a', label='Safe'), dict(text='b', label='safe')], {}, '"Safe" and "safe" differ in case only'),
     ([dict(text='a', sentence='b', label=1)], {}, 'text and sentence could each be the text'),
     ([dict(text='a', label=1, answer=2)], {}, 'label and answer could each be the label'),
