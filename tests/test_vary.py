@@ -356,7 +356,8 @@ def test_vary_from_a_terminal(given, tmp_path):
     (tmp_path/'run.toml').write_text(tomli_w.dumps(given), encoding='utf-8')
     def w2s(*words):
         return CliRunner().invoke(
-            app, ['run', 'preferences', '--config', str(tmp_path / 'run.toml'), '--out', str(tmp_path / 'out'), *words]
+            app, ['run', 'preferences', '--config', str(tmp_path / 'run.toml'), '--out', str(tmp_path / 'out'), *words],
+            env={'COLUMNS': '300'}, # headings in one line
         )
     wrong = w2s('--vary', 'strat')
     assert isinstance(wrong.exception, ConfigError) and 'did you mean "start"' in str(wrong.exception) and not (tmp_path/'out').exists()
