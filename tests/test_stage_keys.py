@@ -88,7 +88,7 @@ def labelled(n=6, end='?'):
 def given(tmp_path_factory):
     "Arguments of every call; a change replaces some of them"
     config = fill_settings(dict(weak='pico', strong='pico'))
-    classify = dict(lora=config.lora, student=config.dpo, supervisor=config.dpo, readout='words')
+    classify = dict(lora=config.lora, student=config.dpo, supervisor=config.dpo, readout='words', penalty=1.)
     targets = np.array([[.3, .7]]*6)
     return dict(
         config=config,
@@ -387,7 +387,9 @@ CASES = { # stage: (call, input -> what is changed, inputs that are always the s
         {'chat'},
     ),
 }
-PROBE = MODEL | LABELS | TARGET # a probe is a stage behind another one
+# A probe is a stage behind another one. At 1 its penalty is no input: such stages are from before there was a choice
+PENALTY = dict(penalty=change(classify=lambda c: c | dict(penalty=.1)))
+PROBE = MODEL | LABELS | TARGET | PENALTY
 
 
 @pytest.mark.parametrize('stage, name', [(s, i) for s, (_, changes, _) in CASES.items() for i in changes])
@@ -421,7 +423,7 @@ def test_a_probe_knows_its_states_and_targets(monkeypatch, given, name):
     for module in (class_stages, score): monkeypatch.setattr(module, 'run_stage', stand_in)
     monkeypatch.setattr(score, 'read_scores', lambda path: None)
     for g in (given, PROBE[name](given)): classifier(SimpleNamespace(**g), 'probe')
-    assert seen[0][name] != seen[1][name] and set(seen[0]) - {'device'} == PROBE.keys()
+    assert seen[0].get(name) != seen[1][name] and set(seen[0]) - {'device'} == PROBE.keys() - PENALTY.keys()
 
 
 @pytest.mark.parametrize('stage', [s for s, (_, changes, _) in CASES.items() if 'quantize' in changes])

@@ -525,7 +525,9 @@ def test_killed_refinement_goes_on(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
         )
-    def journal(): return next(iter(tmp_path.glob('r.work/stages/.unfinished-*/checkpoints/*.jsonl')), None)
+    def journal(): # not a file that is being written: it has another name a moment later
+        found = tmp_path.glob('r.work/stages/.unfinished-*/checkpoints/*.jsonl')
+        return next((j for j in found if not j.name.startswith('.')), None)
     first, limit = start(), time.time() + 300
     while first.poll() is None and time.time() < limit:
         if (j := journal()) and len(j.read_bytes().splitlines()) > 1: break # a line that says what it is of, and a line a batch
