@@ -67,8 +67,11 @@ def gap(a, b): return ((a - b).norm()/b.norm().clamp(min=1e-6)).item()
 
 # --- packing
 
-# full attention in every layer: must be packed
-WHOLE = ['llama', 'gpt2', 'opt', 'pythia', 'mixtral', 'qwen3_moe', 'granite', 'cohere', 'olmoe', 'deepseek_v3', 'phi3', 'stablelm']
+# full attention in every layer, or a sliding window: must be packed
+WHOLE = [
+    'llama', 'gpt2', 'opt', 'pythia', 'mixtral', 'qwen3_moe', 'granite', 'cohere', 'olmoe', 'deepseek_v3', 'phi3', 'stablelm', 'mistral',
+    'gemma3 nested', 'cohere2',
+]
 
 
 @pytest.mark.parametrize('name', FAMILIES)
@@ -87,10 +90,8 @@ def test_packed_or_padded_the_numbers_are_the_same(folders, name):
     'name',
     [
         'gemma2',
-        'mistral',
         'gpt_oss',
         'llama4',
-        'cohere2',
         'bloom',
         'mpt',
         'mamba',
@@ -102,11 +103,11 @@ def test_packed_or_padded_the_numbers_are_the_same(folders, name):
     ],
 )
 def test_other_attention_is_never_packed(folders, name):
-    "Sliding windows, chunks, sinks, caps, biases by distance, recurrence"
+    "Chunks, sinks, caps, biases by distance, recurrence"
     with warnings.catch_warnings(action='ignore'): assert not packs(load_base(folders(name), FULL, device='cpu').model)
 
 
-@pytest.mark.parametrize('name', ['llama', 'gpt2', 'opt', 'pythia', 'mixtral'])
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'opt', 'pythia', 'mixtral', 'mistral', 'gemma3 nested'])
 @pytest.mark.parametrize('kind', ['dpo', 'sft'])
 def test_packed_or_padded_the_gradients_are_the_same(folders, name, kind):
     "Of every LoRA matrix, in one block and in several"

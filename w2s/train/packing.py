@@ -140,7 +140,7 @@ def _cost(sequences: Sequence[Encoded], seen: set) -> tuple[int, set]:
 NAME = 'w2s_packed' # of our attention
 _NOW: list[tuple[Span, ...]] = [] # the row that is computed
 # what attention may be given, and ours does not know
-PLAIN = ('sliding_window', 'softcap', 's_aux', 'position_bias', 'head_mask', 'chunk_size')
+PLAIN = ('softcap', 's_aux', 'position_bias', 'head_mask', 'chunk_size')
 
 class NotPacked(ValueError):
     "This model needs its sequences one by one"
@@ -164,21 +164,24 @@ def _in_one_go(query: Tensor, value: Tensor) -> bool:
 def _has_flash(device: torch.device) -> bool:
     return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
-def _flash(spans: tuple[Span, ...], query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float | None) -> Tensor:
+def _flash(
+    spans: tuple[Span, ...], query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float | None, window: int | None
+) -> Tensor:
     "Attention of all spans by one kernel: (tokens, heads, width)"
+    seen = dict(window_size_left=window - 1, window_size_right=0) if window else {}
     starts, own, most, most_own, order = _layout(spans, query.device)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     if len(order) > len(spans):
         sizes = [s.stop - s.start for s in spans]
         k, v = (torch.cat([parts[i] for i in order]) for parts in (k.split(sizes), v.split(sizes)))
-    return torch.ops.aten._flash_attention_forward(q, k, v, starts, own, most, most_own, dropout, True, False, scale=scale)[0]
+    return torch.ops.aten._flash_attention_forward(q, k, v, starts, own, most, most_own, dropout, True, False, scale=scale, **seen)[0]
 
 # %% ../../nbs/api/train/110_packing.ipynb #e6ca6f2b
-def _causal(span: Span, like: Tensor) -> Tensor:
-    "For a response after a prompt: what each token sees, as an additive mask"
+def _causal(span: Span, like: Tensor, window: int | None = None) -> Tensor:
+    "What each token sees, as an additive mask: the prompt before it and the span so far, or the last tokens of them"
     own, before = span.stop - span.start, span.prompt[1] - span.prompt[0] if span.prompt else 0
     mask = torch.full((own, before + own), -torch.inf, dtype=like.dtype, device=like.device)
-    return mask.triu_(before + 1)
+    return mask.triu(before + 1) + mask.tril(before - window) if window else mask.triu_(before + 1)
 
 def packed_attention(
     module: Any,                    # the layer
@@ -188,6 +191,7 @@ def packed_attention(
     attention_mask: Tensor | None,  # not used: spans say it all
     dropout: float = 0.,            # of the attention; a base is loaded without
     scaling: float | None = None,   # of the products
+    sliding_window: int | None = None, # tokens that each one sees, itself the last of them; None: all before it
     **other: Any,                   # refused where it would act
 ) -> tuple[Tensor, None]:           # (1, tokens, heads, width)
     "Attention inside each span of a packed row; raises `NotPacked` where that is not what the layer means"
@@ -196,21 +200,22 @@ def packed_attention(
         raise NotPacked('its attention is asked for something else than the packed row')
     if bad := [k for k in PLAIN if other.get(k) is not None]: raise NotPacked(f'its attention has a {bad[0]}')
     if other.get('is_causal') is False or getattr(module, 'is_causal', True) is False: raise NotPacked('its attention is not causal')
-    if _in_one_go(query, value): return _flash(spans, query, key, value, dropout, scaling)[None], None
+    if _in_one_go(query, value): return _flash(spans, query, key, value, dropout, scaling, sliding_window)[None], None
     if (groups := query.shape[1]//key.shape[1]) > 1: key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
     sizes = [s.stop - s.start for s in spans]
     parts = {s.start: at for s, *at in zip(spans, *(t.split(sizes, 2) for t in (query, key, value)), strict=True)}
-    return torch.cat([_of_span(s, parts, dropout, scaling) for s in spans], 2).transpose(1, 2), None
+    return torch.cat([_of_span(s, parts, dropout, scaling, sliding_window) for s in spans], 2).transpose(1, 2), None
 
-def _of_span(span: Span, parts: dict[int, list[Tensor]], dropout: float, scale: float | None) -> Tensor:
+def _of_span(span: Span, parts: dict[int, list[Tensor]], dropout: float, scale: float | None, window: int | None) -> Tensor:
     "What one span sees"
     q, k, v = parts[span.start]
-    if span.prompt is None: return scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
-    _, before, values = parts[span.prompt[0]]
-    mask = causal_lower_right(q.shape[2], before.shape[2] + k.shape[2]) if q.is_cuda else _causal(span, q) # a GPU needs no table
-    return scaled_dot_product_attention(
-        q, torch.cat([before, k], 2), torch.cat([values, v], 2), attn_mask=mask, dropout_p=dropout, scale=scale
-    )
+    if span.prompt:
+        _, before, values = parts[span.prompt[0]]
+        k, v = torch.cat([before, k], 2), torch.cat([values, v], 2)
+    own, total, mask = q.shape[2], k.shape[2], None
+    if window and window < total: mask = _causal(span, q, window)
+    elif span.prompt: mask = causal_lower_right(own, total) if q.is_cuda else _causal(span, q) # a GPU needs no table
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale)
 
 # %% ../../nbs/api/train/110_packing.ipynb #0b97b2ca
 @contextmanager
@@ -247,19 +252,30 @@ def packing_doubt(
     "What in the configuration of a model speaks against packing its sequences"
     config = model.config.get_text_config(decoder=True)
     if 'position_ids' not in inspect.signature(body_of(model).forward).parameters: return 'it counts positions itself'
-    if set(getattr(config, 'layer_types', None) or ()) - {'full_attention'}: return 'not all of its layers are of full attention'
+    if set(getattr(config, 'layer_types', None) or ()) - {'full_attention', 'sliding_attention'}: return 'some of its layers are of another kind'
     for name in ('attention_chunk_size', 'alibi', 'use_alibi', 'window_size', 'attention_types'):
         if getattr(config, name, None): return f'its configuration has {name}'
     return ''
+
+@contextmanager
+def _short_window(body: Any) -> Iterator[None]:
+    "Where attention has a window, one that a trial reaches"
+    places = [x for x in (body.config, *body.modules()) if isinstance(getattr(x, 'sliding_window', None), int)]
+    before = [x.sliding_window for x in places]
+    for x in places: x.sliding_window = 8
+    try: yield
+    finally:
+        for x, w in zip(places, before, strict=True): x.sliding_window = w
 
 def _tried(model: Any) -> str:
     "Does a packed row give the states of each sequence alone, as nearly as a padded block does? '' or what is wrong"
     top = min(model.get_input_embeddings().weight.shape[0], 1000) - 3
     ids = [(7*i) % top + 3 if top > 0 else 0 for i in range(40)]
     rows = [Encoded(tuple(ids[:15]), 10), Encoded((*ids[:10], *ids[20:23]), 10), Encoded(tuple(ids[23:36]), 2)]
-    alone = [packed_alone(model, s) for s in rows]
-    data = pack(rows).to(alone[0].device)
-    ours = packed_states(model, data).float()
+    with _short_window(body_of(model)):
+        alone = [packed_alone(model, s) for s in rows]
+        data = pack(rows).to(alone[0].device)
+        ours = packed_states(model, data).float()
     at = [[*range(15)], [*range(10), *range(15, 18)], [*range(18, 31)]]
     off = _gap([ours[i] for i in at], alone)
     if model.dtype == torch.float32: return '' if off <= 1e-4 else f'its states differ by {off:.1%} when it is tried'
