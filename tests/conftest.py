@@ -1,4 +1,5 @@
 "What every test needs: one thread a worker, no network, the long notebooks first, and the folder of shared data"
+import gc
 import os
 
 # Before anything loads torch: two workers with two threads each would fight over two cores.
@@ -106,6 +107,12 @@ def kept(items):
         mark = cases[0].get_closest_marker('cases')
         chosen |= {cases[i].nodeid for i in spread(len(cases), mark.args[0] if mark else len(cases))}
     return [item for item in items if item.nodeid in chosen and not item.get_closest_marker('long')]
+
+
+def pytest_collection_finish():
+    "What is there now stays: the garbage collector, which a page of ours may call a hundred times, need not look at it again"
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config, items):

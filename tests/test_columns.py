@@ -938,7 +938,7 @@ def test_the_report_of_a_run_says_what_it_read(home, tmp_path):
         assert LINES['weak-teacher'] in text
 
 
-@pytest.mark.cases(10)
+@pytest.mark.cases(4)
 @pytest.mark.parametrize('kind', LINES)
 def test_every_command_stops_at_a_long_column_and_takes_leave_out(home, tmp_path, kind):
     with pytest.raises(DataError) as e: w2s(*command(kind, home, '-long', tmp_path))
@@ -946,6 +946,7 @@ def test_every_command_stops_at_a_long_column_and_takes_leave_out(home, tmp_path
     assert 'left out: notes' in w2s(*command(kind, home, '-long', tmp_path), '--leave-out', 'notes')
 
 
+@pytest.mark.long
 def test_leave_out_in_a_file_of_settings(home, tmp_path):
     (tmp_path/'x.toml').write_text('leave_out = ["notes"]\n')
     for kind in ('weak-teacher', 'classify', 'persona', 'maths', 'toxicity'):

@@ -278,6 +278,7 @@ def runs(home):
     return dict(codes=codes, seconds=seconds, said=said, kept=kept, again=again, second=second, alone=said_alone.getvalue(), result=result)
 
 
+@pytest.mark.long
 def test_a_command_whose_process_is_killed_says_one_sentence(runs):
     first, other = runs['said']
     assert runs['codes'] == [1, -signal.SIGKILL] and other == '' and runs['seconds'] < SECONDS

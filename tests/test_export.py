@@ -102,7 +102,7 @@ def test_what_goes_out_is_what_was_trained(runs, kind, tmp_path):
     assert loaded.dtype == torch.float16 and AutoTokenizer.from_pretrained(tmp_path/'out')
 
 
-@pytest.mark.cases(1)
+@pytest.mark.long
 @pytest.mark.parametrize('to', ['adapter', 'gguf-ready'])
 def test_other_forms(runs, to, tmp_path):
     done = export_run(ExportJob(runs('preferences'), to=to, out=tmp_path/'out', rows=12))

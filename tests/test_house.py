@@ -141,6 +141,7 @@ def others(path: Path) -> set[str]:
     return {line for line in lines if not line.startswith(own)}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 def test_each_module_imports_alone():
     "Each in a process that has loaded none of ours. Torch and its like are loaded once, then the process is forked: they take seconds"

@@ -200,6 +200,7 @@ def test_a_stopped_command_stops_its_workers(home, straight):
     same(out, straight)
 
 
+@pytest.mark.long
 def test_an_error_of_the_work_comes_back_as_it_is(home):
     out = home/'wrong'
     process = start(home, out, '--devices', 'cpu,cpu', '--sft-lr', '1e30')
@@ -348,7 +349,7 @@ class Half(Share):
         return ready and self.asked % 2 == 1
 
 
-@pytest.mark.cases(1)
+@pytest.mark.long
 @pytest.mark.parametrize('kind', KINDS)
 def test_walks_with_made_up_results_do_no_other_stage(kind, tmp_path):
     fill, open_comparison, given = KINDS[kind]

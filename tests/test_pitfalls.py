@@ -1285,6 +1285,7 @@ print(json.dumps(out))
 '''
 
 
+@pytest.mark.long
 def test_pitfall_17_same_seed_same_bits_in_two_processes(world, done, tmp_path):
     from w2s.compare.config import to_table
     table = json.dumps(to_table(replace(world, seeds=2)))

@@ -176,6 +176,7 @@ def same_curve(ours, plain):
     for c in ('loss', 'value', 'grad_norm', 'learning_rate'): np.testing.assert_allclose(ours[c], plain[c], rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize('kind', [*KINDS, 'twice', 'padded', 'looked', 'nf4'])
 def test_adapters_are_those_of_one_process(one, two, kind):
     where = ('nf4', 'dpo') if kind == 'nf4' else ('none', kind)
@@ -191,6 +192,7 @@ def test_each_process_keeps_half_of_the_layers(one, two, bits):
     for layers, other in two[bits]['size']: assert .5*whole <= layers < .52*whole and other == rest
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize('bits', BITS)
 def test_scores_and_texts_are_those_of_one_process(one, two, bits):
     ours, plain = two[bits]['read'], one[bits]['read']

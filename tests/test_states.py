@@ -29,6 +29,7 @@ STUDIES = { # words -> pairs of model and texts
 }
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize('study', STUDIES)
 def test_no_text_is_read_twice_by_one_model(tmp_path, monkeypatch, study):
     words, least = STUDIES[study]

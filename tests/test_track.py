@@ -139,6 +139,7 @@ def test_tensorboard_reads_what_is_written(tmp_path):
     assert [(e.step, round(e.value, 6)) for e in events.Scalars('loss')] == [(i, round(1/(i + 1), 6)) for i in range(5)]
 
 
+@pytest.mark.long
 def test_workers_hand_over_their_own_trainings(tmp_path):
     "Each process of --devices cpu,cpu has the tracker; a tracker of the user's Python path that writes a line for each call"
     (tmp_path/'wandb.py').write_text(f'''

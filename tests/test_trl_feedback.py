@@ -93,6 +93,7 @@ def their_step(both, trainer, index):
     return loss.item(), own_gradients(both['other'])
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize('columns', [('prob',), ('weight',), FEEDBACK], ids='+'.join)
 @pytest.mark.parametrize('kind, ours', [('sigmoid', dict(loss='dpo')), ('robust', dict(loss='rdpo', smoothing=.1))])
 def test_dpo_with_feedback_is_ours(both, columns, kind, ours):

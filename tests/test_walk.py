@@ -177,6 +177,7 @@ def training_tokens(notes):
     return out
 
 
+@pytest.mark.cases(9)
 @pytest.mark.parametrize('case', CASES)
 def test_what_is_noted_is_done(case, samples, tmp_path, monkeypatch):
     kind, given = CASES[case]
