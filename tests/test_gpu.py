@@ -25,7 +25,7 @@ from w2s.train.checkpoints import trainable
 from w2s.train.generate import respond
 from w2s.train.logprobs import check_model, score, token_logps
 from w2s.train.loop import loss_scale, preference_objective, step_gradient, train
-from w2s.train.packing import packs, why_not_packed
+from w2s.train.packed_models import packs, why_not_packed
 from w2s.train.processes import all_processes, together
 from w2s.train.reference import stored_logps
 from w2s.train.settings import GenerateSettings, TrainSettings

@@ -20,7 +20,8 @@ from w2s.train.batches import block, epoch_batches, length_parts
 from w2s.train.checkpoints import trainable
 from w2s.train.logprobs import cut_for, response_logps, run_sequences, score, token_logps
 from w2s.train.loop import TrainSettings, preference_objective, sft_objective, step_gradient, train
-from w2s.train.packing import cut_packed, pack, packs, prompt_key, why_not_packed
+from w2s.train.packed_models import packs, why_not_packed
+from w2s.train.packing import cut_packed, pack, prompt_key
 from w2s.train.tokens import Encoded, EncodedRow, encode_rows
 
 FULL, PLAIN = LoadSettings('none', 'float32'), dict(packing='off', merging='off')

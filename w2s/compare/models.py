@@ -39,7 +39,7 @@ from ..models.identity import identity
 from ..models.places import ROLES, load_for
 from ..train.generate import check_writes
 from ..train.logprobs import check_model
-from ..train.packing import packing_doubt
+from ..train.packed_models import packing_doubt
 from ..train.processes import is_main
 from ..train.sandbox import frozen_date
 from ..train.templates import check_template, template_uses_date

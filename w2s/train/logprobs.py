@@ -26,7 +26,8 @@ from ..models.reading import check_numbers
 from ..models.sharding import is_split
 from .batches import Block, block, length_parts, micro_batches
 from .output_head import embeddings, head_error, head_of
-from .packing import AT_ONCE, Packed, cut_packed, pack, packed_states, packs, why_not_packed
+from .packed_models import packed_states, packs, why_not_packed
+from .packing import AT_ONCE, Packed, cut_packed, pack
 from .room import Room
 from .shares import fitting_together
 from .tokens import Encoded, EncodedRow
