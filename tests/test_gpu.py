@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from launched import ended, started
+from transformers import MistralConfig, MistralForCausalLM
 
 from w2s.data.rows import make_rows
 from w2s.data.samples import sample_preferences
@@ -25,7 +26,8 @@ from w2s.train.checkpoints import trainable
 from w2s.train.generate import respond
 from w2s.train.logprobs import check_model, score, token_logps
 from w2s.train.loop import loss_scale, preference_objective, step_gradient, train
-from w2s.train.packed_models import packs, why_not_packed
+from w2s.train.packed_models import packed_alone, packed_states, packs, why_not_packed
+from w2s.train.packing import pack
 from w2s.train.processes import all_processes, together
 from w2s.train.reference import stored_logps
 from w2s.train.settings import GenerateSettings, TrainSettings
@@ -244,6 +246,24 @@ def test_packed_or_padded_the_numbers_are_the_same(base, monkeypatch):
     exact = base.settings.dtype == 'float32'
     assert np.abs(logps - plain).max() < (1e-3 if exact else .02*np.abs(plain).max())
     assert (gradient - other).norm() < (1e-4 if exact else .05)*other.norm()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_a_sliding_window_is_packed(dtype, device='cuda'):
+    "The states of packed sequences, longer than the window, are those of each alone"
+    config = MistralConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        sliding_window=16,
+    )
+    torch.manual_seed(0)
+    model = MistralForCausalLM(config).to(device, dtype).eval()
+    rows = [Encoded(tuple(range(3, 3 + n)), 30) for n in (50, 38)] + [Encoded(tuple(range(60, 124)), 20)]
+    assert not why_not_packed(model)
+    with torch.no_grad():
+        ours = packed_states(model, pack(rows).to(torch.device(device))).float()
+        alone = [packed_alone(model, r) for r in rows]
+    for at, own in zip(([*range(50)], [*range(30), *range(50, 58)], [*range(58, 122)]), alone, strict=True):
+        assert (ours[at] - own).norm() < (1e-5 if dtype == torch.float32 else .02)*own.norm()
 
 
 def shaken(model):
