@@ -30,6 +30,7 @@ from w2s.train.packed_models import packed_alone, packed_states, packs, why_not_
 from w2s.train.packing import pack
 from w2s.train.processes import all_processes, together
 from w2s.train.reference import stored_logps
+from w2s.train.sampling import next_logits
 from w2s.train.settings import GenerateSettings, TrainSettings
 from w2s.train.step_memory import estimate_step, model_bytes
 from w2s.train.tokens import Encoded, EncodedRow, encode_rows
@@ -208,6 +209,20 @@ def test_float16_has_a_scale(folder, tmp_path):
     assert (scale, none) == (2.**14, 1.)
     assert (a - b).norm() < .02*b.norm()
     learned(half, tmp_path)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
+def test_the_logits_of_the_next_token_are_those_of_64_bits(dtype):
+    "The head of a model in 16 bits is used as it is: its copy in 32 bits would be read at every token"
+    draw = torch.Generator('cuda').manual_seed(0)
+    weight = torch.randn(20_000, 64, generator=draw, device='cuda').bfloat16()
+    hidden = torch.randn(16, 64, generator=draw, device='cuda').to(dtype)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ours = next_logits(hidden, weight, scale=.5, cap=30.)
+    assert torch.cuda.max_memory_allocated() - before < 4*weight.numel() # bytes: less than the copy alone
+    want = 30*torch.tanh(.5*hidden.double() @ weight.double().T/30)
+    assert ours.dtype == torch.float32 and (ours - want).abs().max() < 1e-5*want.abs().max()
 
 
 @pytest.mark.parametrize('words', [96, 20_000])

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .logprobs import PIECE
+from .logprobs import PIECE, in_16_bits, product_in_32_bits
 
 # %% ../../nbs/api/train/260_sampling.ipynb #e35fc1a6
 def draws(
@@ -36,7 +36,8 @@ def next_logits(
     cap: float | None = None,     # logits are capped by cap·tanh(z/cap)
 ) -> Tensor:                      # (rows, vocabulary) float32
     "Logits of the next token, in 32 bits also where the model computes in 16"
-    z = torch.cat([hidden.float() @ weight[v:v + PIECE].float().T for v in range(0, len(weight), PIECE)], 1)
+    if in_16_bits(weight): z = product_in_32_bits(hidden, weight.T) # no copy of the head in 32 bits
+    else: z = torch.cat([hidden.float() @ weight[v:v + PIECE].float().T for v in range(0, len(weight), PIECE)], 1)
     if bias is not None: z += bias.float()
     if scale != 1: z *= scale
     return z if cap is None else cap * torch.tanh(z / cap)
