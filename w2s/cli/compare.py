@@ -7,6 +7,7 @@ __all__ = ['Flag', 'write_comparison', 'compare_command', 'add_compare_command']
 
 # %% ../../nbs/api/cli/110_compare.ipynb #4bafe330
 import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,12 +65,18 @@ def compare_command(
     id_column: Annotated[str, Flag('--id', help='of tables: column by which items are joined (default: recognised)')] = '',
     filter_name: Annotated[str, Flag('--filter', help='of lm-eval: which of several filters (default: the only one)')] = '',
     level: Annotated[float, Flag(help='coverage of the intervals')] = 0.95,
+    margin: Annotated[
+        float | None,
+        Flag(help='greatest difference that does not matter, stated beforehand: are models equivalent within it?'),
+    ] = None,
     out: Annotated[
         Path | None, Flag(parser=out_path, metavar='PATH', help='folder for table, figure and joined items (default: nothing is written)')
     ] = None,
 ) -> None:
     "Compare models item by item: difference, interval, what could have been found, and a verdict."
     if not .5 <= level < 1: raise ConfigError(f'--level {level:g}: a coverage from .5 to below 1 is needed, as .95')
+    if margin is not None and not 0 < margin < math.inf:
+        raise ConfigError(f'--margin {margin:g} allows no claim: it must be above 0, as .05')
     from w2s.evaluate.paired import compare_results
     found = compare_results(
         *sources,
@@ -78,6 +85,7 @@ def compare_command(
         id_column=id_column,
         filter_name=filter_name,
         level=level,
+        margin=margin,
     )
     typer.echo(str(found))
     if out is not None: typer.echo(f'written to {out}: {", ".join(write_comparison(found, out))}')

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['with_limits', 'Estimate', 'interval_words', 'mean_squares', 'two_errors', 'mover_half', 't_factor', 'half_width',
-           'interval_limits', 'estimate', 'interval', 'difference', 'interval_table', 'p_value', 'difference_table']
+           'interval_limits', 'estimate', 'interval', 'difference_bounds', 'difference', 'interval_table', 'p_value',
+           'difference_table']
 
 # %% ../../nbs/api/evaluate/090_intervals.ipynb #4e13b853
 from collections.abc import Mapping, Sequence
@@ -177,7 +178,13 @@ def interval(
     return estimate(score_matrix(check_items(items), role, method, metric, **more).to_numpy(), level, range_of(metric, ranges))
 
 # %% ../../nbs/api/evaluate/090_intervals.ipynb #4e42edb6
-def _apart(bounds: Bounds) -> Bounds: return (bounds[0] - bounds[1], bounds[1] - bounds[0]) # range of a difference
+def difference_bounds(
+    metric: str,                           # as 'accuracy'
+    ranges: Mapping[str, Bounds] = RANGES, # of metrics
+) -> Bounds:                               # of differences of two scores
+    "The least and the greatest difference that a metric allows"
+    low, high = range_of(metric, ranges)
+    return low - high, high - low
 
 def _minus(d: np.ndarray, a: Who, b: Who, level: float, bounds: Bounds) -> Estimate:
     "Mean difference of two models from their paired scores"
@@ -193,7 +200,7 @@ def difference(
     ranges: Mapping[str, Bounds] = RANGES, # of metrics
 ) -> Estimate:           # of mean(a) - mean(b)
     "Paired difference of two models on the same rows and seeds; raises `DataError`"
-    return _minus(paired_matrix(items, a, b, metric).to_numpy(), a, b, level, _apart(range_of(metric, ranges)))
+    return _minus(paired_matrix(items, a, b, metric).to_numpy(), a, b, level, difference_bounds(metric, ranges))
 
 # %% ../../nbs/api/evaluate/090_intervals.ipynb #42e4b29d
 def interval_table(
@@ -237,7 +244,7 @@ def difference_table(
     ranges: Mapping[str, Bounds] = RANGES, # of metrics
 ) -> pd.DataFrame:       # a, b, metric, value, low, high, n, seeds, level, p, family, p_holm, significant
     "Paired differences of several pairs of models; raises `DataError`"
-    rows, bounds = [], _apart(range_of(metric, ranges))
+    rows, bounds = [], difference_bounds(metric, ranges)
     for a, b in pairs:
         d = paired_matrix(items, a, b, metric).to_numpy()
         p = 1. if model_words(a) == model_words(b) else p_value(d, bounds)

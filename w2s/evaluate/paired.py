@@ -21,6 +21,7 @@ from ..data.score_files import Scores, read_scores
 from ..errors import ConfigError, DataError, unknown
 from ..io.console import bullet_list, fit_table, markdown_table
 from .clusters import clustered
+from .equivalence import check_margin, equivalence_words, judge_equivalence
 from .intervals import estimate, p_value, with_limits
 from .metrics import OPEN, Bounds
 from .power import detectable, verdict_text
@@ -146,6 +147,7 @@ def compare_pair(
     metric: str,                         # that is compared
     groups: Sequence[str] | None = None, # cluster of each item
     level: float = .95,                  # coverage of the interval
+    margin: float | None = None,         # greatest difference that does not matter; None: equivalence is not asked for
 ) -> dict[str, object]:                  # a line of the table, before Holm
     "One paired difference"
     d = paired_differences(a[1], b[1], groups)
@@ -156,6 +158,7 @@ def compare_pair(
         dict(a=a[0], b=b[0], metric=metric, mean_a=float(a[1].to_numpy().mean()), mean_b=float(b[1].to_numpy().mean()))
         | vars(found)
         | dict(p=p, detectable=least)
+        | (judge_equivalence(d, margin, level, bounds) if margin else {})
     )
 
 # %% ../../nbs/api/evaluate/270_paired.ipynb #48686322
@@ -178,8 +181,10 @@ def compare_results(
     id_column: str = '',            # of tables; '': recognised
     filter_name: str = '',          # of lm-eval, where there are several
     level: float = .95,             # coverage of the intervals
+    margin: float | None = None,    # greatest difference that does not matter, stated beforehand; None: equivalence is not asked for
 ) -> PairedComparison:
     "Paired differences of models on the items that they share; raises `DataError` and `ConfigError`"
+    if margin is not None: check_margin(margin)
     if len(sources) < 2: raise ConfigError(f'{len(sources)} file of scores was given; a comparison needs two or more')
     read = name_apart([s if isinstance(s, Scores) else read_scores(s, metrics, id_column, filter_name) for s in sources])
     for name, flag, form in ((filter_name, '--filter', 'lm-eval samples'), (id_column, '--id', 'table')):
@@ -191,7 +196,7 @@ def compare_results(
         wides, more = join_scores(read, metric)
         groups = cluster_of(read, cluster, list(wides[0].columns)) if cluster else None
         rows += [
-            compare_pair((a.name, x), (b.name, y), metric, groups, level)
+            compare_pair((a.name, x), (b.name, y), metric, groups, level, margin)
             for (a, x), (b, y) in combinations(zip(read, wides, strict=True), 2)
         ]
         items.append(
@@ -255,9 +260,9 @@ def _verdict(row: pd.Series, unit: str) -> str:
     size = with_limits(row['value'], row['low'], row['high'], sign='+')
     head = f'{row["metric"]}: {row["a"]} {row["mean_a"]:.3f}, {row["b"]} {row["mean_b"]:.3f}'
     said = verdict_text(row)
-    return f'{head}; difference {size} ({row["level"]:.0%} CI, {over}): ' + (
-        f'{row["a"]} is {said} than {row["b"]}' if said in ('higher', 'lower') else said
-    )
+    words = f'{row["a"]} is {said} than {row["b"]}' if said in ('higher', 'lower') else said
+    alike = f'; {equivalence_words(row)}' if 'margin' in row else ''
+    return f'{head}; difference {size} ({row["level"]:.0%} CI, {over}): {words}{alike}'
 
 def show_differences(
     table: pd.DataFrame, # of compare_results
@@ -268,4 +273,6 @@ def show_differences(
         .rename(columns={'p_holm': 'p', 'value': 'a - b'})
         .round(4)
     )
-    return shown.assign(significant=table['significant'].map({True: 'yes', False: 'no'}))
+    yes = {True: 'yes', False: 'no'}
+    alike = {'equivalent': table['equivalent'].map(yes)} if 'equivalent' in table else {}
+    return shown.assign(significant=table['significant'].map(yes), **alike)
