@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROLE_COLORS', 'COLORS', 'ROLE_WORDS', 'GROUPS', 'QUESTIONS', 'BOUNDS', 'MARKERS', 'ABOVE', 'WIDEST', 'VALUE', 'tint',
            'model_colors', 'named_role', 'series_colors', 'rows_of_metric', 'model_name', 'group_names', 'model_size',
-           'check_columns', 'check_single', 'caption', 'new_axes', 'panel_width', 'write_caption', 'above',
+           'check_columns', 'check_single', 'caption', 'new_axes', 'panel_width', 'write_caption', 'legend_above',
            'set_value_axis', 'draw_bars', 'texts_meet', 'fit_texts', 'draw_points', 'fit_values', 'share_legend']
 
 # %% ../../nbs/api/plots/020_base.ipynb #e5762a94
@@ -201,12 +201,19 @@ def write_caption(
     )
 
 # %% ../../nbs/api/plots/020_base.ipynb #b422088e
-def above(
-    ax: Axes,         # of a figure
-    columns: int = 3, # at most; fewer on narrow panels
-) -> dict:            # keywords of a legend
+def legend_above(
+    ax: Axes,         # of a figure, with everything drawn that has a label
+    columns: int = 3, # at most; fewer where the panel is narrower than the names
+    **more: Any,      # keywords of the legend, as handles
+) -> None:
     "A legend above the axes, where it hides no data, and no wider than the panel"
-    return ABOVE | dict(ncols=max(1, min(columns, int(panel_width(ax)/1.7))))
+    columns, figure = max(1, min(columns, int(panel_width(ax)/1.7))), ax.get_figure(root=True) # as many as short names allow
+    legend = ax.legend(**ABOVE | dict(ncols=columns) | more)
+    while figure is not None and columns > 1:
+        figure.draw_without_rendering()
+        if legend.get_window_extent().width <= .92*panel_width(ax)*figure.dpi: return # names of the y axis take the rest
+        columns -= 1
+        legend = ax.legend(**ABOVE | dict(ncols=columns) | more) # its boxes are laid out once
 
 # %% ../../nbs/api/plots/020_base.ipynb #de215158
 def set_value_axis(

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from ..errors import DataError
 from ..evaluate.inheritance import OUTCOMES, is_twin
-from .base import COLORS, above, new_axes, write_caption
+from .base import COLORS, legend_above, new_axes, write_caption
 
 # %% ../../nbs/api/plots/080_inheritance.ipynb #0be45b12
 def plot_inheritance(
@@ -40,7 +40,7 @@ def plot_inheritance(
     ax.set_ylim(-.02, 1.02)
     ax.set_xlabel('confidence of the supervisor', fontsize=9)
     ax.set_ylabel("share of the supervisor's answers", fontsize=9)
-    ax.legend(**above(ax))
+    legend_above(ax)
     write_caption(ax, f'Error bars: 95 % CI over groups and seeds. Supervisor {first["supervisor"]}, student {first["strong"]} '
                       f'({first["method"]}). Broken anew: share of its correct answers; all others: share of its errors.')
     return ax

@@ -24,12 +24,12 @@ from w2s.plots.base import (
     MARKERS,
     ROLE_COLORS,
     WIDEST,
-    above,
     caption,
     check_columns,
     check_single,
     draw_points,
     fit_values,
+    legend_above,
     model_name,
     model_size,
     new_axes,
@@ -210,7 +210,7 @@ def plot_sizes(
     ax = new_axes(ax, 6.2, 4)
     more = _draw_sizes(ax, table, chosen, colors, sizes)
     ax.set_ylabel(metric_label(metric), fontsize=9)
-    ax.legend(handles=line_legend(colors, chosen, more), **above(ax))
+    legend_above(ax, handles=line_legend(colors, chosen, more))
     write_caption(ax, caption(table, GROUPS))
     return ax
 
@@ -268,7 +268,7 @@ def plot_pgr(
         lines = len(colors)*len(chosen)
         _refused(ax, lost, aside(lines)*(i + .5 - lines/2), MARKERS[chosen.index(method) % len(MARKERS)], colors[weak])
     ax.set_ylabel(f'PGR ({metric_label(metric)})', fontsize=9)
-    ax.legend(handles=line_legend(colors, chosen, []), **above(ax))
+    legend_above(ax, handles=line_legend(colors, chosen, []))
     write_caption(ax, caption(here, GROUPS) + more)
     return ax
 

@@ -15,26 +15,26 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from w2s.plots.base import (
-                                BOUNDS,
-                                COLORS,
-                                GROUPS,
-                                MARKERS,
-                                ROLE_COLORS,
-                                WIDEST,
-                                above,
-                                caption,
-                                check_columns,
-                                check_single,
-                                draw_bars,
-                                draw_points,
-                                fit_texts,
-                                fit_values,
-                                model_colors,
-                                model_name,
-                                new_axes,
-                                rows_of_metric,
-                                tint,
-                                write_caption,
+    BOUNDS,
+    COLORS,
+    GROUPS,
+    MARKERS,
+    ROLE_COLORS,
+    WIDEST,
+    caption,
+    check_columns,
+    check_single,
+    draw_bars,
+    draw_points,
+    fit_texts,
+    fit_values,
+    legend_above,
+    model_colors,
+    model_name,
+    new_axes,
+    rows_of_metric,
+    tint,
+    write_caption,
 )
 
 from ..errors import DataError, unknown
@@ -119,7 +119,7 @@ def plot_methods(
     ax.set_xticks(range(len(metrics)), [metric_label(m) for m in metrics])
     names = [f'{word} {model_name(n)}' for c, word in (('weak', 'supervisor'), ('strong', 'student')) for n in dict.fromkeys(table[c]) if n]
     ax.set_xlabel(', '.join(names), fontsize=9)
-    ax.legend(**above(ax))
+    legend_above(ax)
     write_caption(ax, 'Bars start at chance. ' * bool(chance) + caption(table, GROUPS))
     fit_texts(ax)
     return ax

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 
 from ..errors import ConfigError, DataError
 from ..evaluate.metrics import finite
-from .base import BOUNDS, COLORS, above, caption, check_columns, new_axes, write_caption
+from .base import BOUNDS, COLORS, caption, check_columns, legend_above, new_axes, write_caption
 
 # %% ../../nbs/api/plots/070_responses.ipynb #60868af0
 def outcome_shares(
@@ -113,7 +113,7 @@ def plot_similarity(
     ax.set(xlim=(low - room, high + room), ylim=(low - room, high + room), aspect='equal')
     ax.set_xlabel(f'similarity to the human choice: {labels[0]}', fontsize=9)
     ax.set_ylabel(f'similarity to the human choice: {labels[1]}', fontsize=9)
-    ax.legend(**above(ax, 2))
+    legend_above(ax, 2)
     write_caption(ax, f'n = {len(a):,} prompts.')
     return ax
 

@@ -17,11 +17,11 @@ from matplotlib.axes import Axes
 from w2s.plots.base import (
     COLORS,
     ROLE_COLORS,
-    above,
     caption,
     draw_bars,
     fit_texts,
     group_names,
+    legend_above,
     model_colors,
     model_name,
     model_size,
@@ -56,7 +56,7 @@ def plot_roles(
         draw_bars(ax, x[mine.index], mine, start, width * (1 if alone else .9), color, f'{role}: {method}')
     if alone: ax.set_xticks(x, _tick_names(table))
     else: ax.set_xticks(range(len(names)), names)
-    if not alone: ax.legend(**above(ax))
+    if not alone: legend_above(ax)
     ax.set_xlabel(_models_line(table), fontsize=9)
     write_caption(ax, ('Bars start at chance. ' if metric_of(metric).chance else '') + caption(table))
     fit_texts(ax)
@@ -107,7 +107,7 @@ def plot_seeds(
     ticks = dict(zip(key, _tick_names(table) + ('\n' + group).where(group != '', ''), strict=True))
     ax.set_xticks(range(len(at)), [ticks[k] for k in at])
     ax.set_xlabel(_models_line(table), fontsize=9)
-    ax.legend(**above(ax))
+    legend_above(ax)
     if means is not None: write_caption(ax, caption(means))
     fit_texts(ax)
     return ax
@@ -179,7 +179,7 @@ def plot_training(
     if start is not None: ax.axhline(start, color='0.25', lw=1, ls='--', label=f'start: {start:.3f}')
     ax.set_xlabel('optimiser step', fontsize=9)
     ax.set_ylabel(f'{value} (nats)' if value == 'loss' else value, fontsize=9)
-    ax.legend(**above(ax))
+    legend_above(ax)
     return ax
 
 # %% ../../nbs/api/plots/030_results.ipynb #7469537e

@@ -16,20 +16,20 @@ from matplotlib.axes import Axes
 from matplotlib.transforms import ScaledTranslation
 
 from w2s.plots.base import (
-                                MARKERS,
-                                ROLE_COLORS,
-                                above,
-                                caption,
-                                check_columns,
-                                draw_bars,
-                                fit_texts,
-                                model_name,
-                                model_size,
-                                new_axes,
-                                rows_of_metric,
-                                set_value_axis,
-                                tint,
-                                write_caption,
+    MARKERS,
+    ROLE_COLORS,
+    caption,
+    check_columns,
+    draw_bars,
+    fit_texts,
+    legend_above,
+    model_name,
+    model_size,
+    new_axes,
+    rows_of_metric,
+    set_value_axis,
+    tint,
+    write_caption,
 )
 
 from ..errors import ConfigError, DataError, unknown
@@ -206,7 +206,7 @@ def plot_varied(
     for name in [n for n in parts if n not in moving]: _still_line(ax, parts[name], colors[name], name)
     if kind == 'bars': _varied_bars(ax, moving, places, colors, start)
     else: _varied_lines(ax, moving, at, colors, log)
-    ax.legend(**above(ax))
+    legend_above(ax)
     ax.set_xlabel(_setting_line(table), fontsize=9)
     still = ' Dashed, with its CI as a band: not affected by the setting.' if len(moving) < len(parts) else ''
     write_caption(ax, caption(table) + still)

@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from ..errors import DataError, unknown
-from .base import GROUPS, above, caption, model_colors, model_name, new_axes, set_value_axis, write_caption
+from .base import GROUPS, caption, legend_above, model_colors, model_name, new_axes, set_value_axis, write_caption
 
 # %% ../../nbs/api/plots/060_transfer.ipynb #3e114345
 def plot_tests(
@@ -39,7 +39,7 @@ def plot_tests(
     ax.set_xticks(range(len(tests)), [f'{textwrap.fill(x, 16)}\nn = {_sizes(t, x)}' for x in tests])
     ax.set_xlim(-.5, len(tests) - .5)
     for i in range(1, len(tests)): ax.axvline(i - .5, color='0.9', lw=.8, zorder=0)
-    ax.legend(**above(ax))
+    legend_above(ax)
     write_caption(ax, caption(t, GROUPS))
     return ax
 

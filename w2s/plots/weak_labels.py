@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 
 from ..errors import DataError
 from ..evaluate.metrics import finite
-from .base import COLORS, MARKERS, above, check_columns, fit_texts, new_axes, series_colors, write_caption
+from .base import COLORS, MARKERS, check_columns, fit_texts, legend_above, new_axes, series_colors, write_caption
 
 # %% ../../nbs/api/plots/040_weak_labels.ipynb #6bcccc7f
 def _named(table: pd.DataFrame, alone: str) -> dict[str, pd.DataFrame]:
@@ -63,7 +63,7 @@ def plot_reliability(
     ax.set_ylim(min(start, full['low'].min()) - .15 * (1 - start), 1.03)
     ax.set_xlabel('stated probability', fontsize=9)
     ax.set_ylabel('accuracy of labels', fontsize=9)
-    ax.legend(**above(ax, 2))
+    legend_above(ax, 2)
     grey = ' Grey bars: labels per bin.' if len(parts) == 1 else ''
     write_caption(ax, f'Expected calibration error: {", ".join(errors)}. '
                       f'Error bars: 95 % CI, n = {full["n"].sum() // len(parts):,} labels.{grey}')
@@ -91,7 +91,7 @@ def plot_coverage(
     ax.set_xlim(0, 1)
     ax.set_xlabel('coverage: share of labels kept, highest confidence first', fontsize=9)
     ax.set_ylabel('selective accuracy', fontsize=9)
-    ax.legend(**above(ax, 2))
+    legend_above(ax, 2)
     write_caption(ax, 'Bands: 95 % CI of the accuracy of the labels kept.' + _count_text(parts))
     return ax
 
@@ -129,7 +129,7 @@ def plot_margins(
         if len(part): ax.axvline(np.median(part), color=color, lw=1.4, ls='-' if filled else '--')
     ax.set_xlabel('margin of the weak label', fontsize=9)
     ax.set_ylabel('pairs', fontsize=9)
-    ax.legend(**above(ax, 2))
+    legend_above(ax, 2)
     tail = f' Last bar: includes {beyond:,} larger margins.' if beyond else ''
     write_caption(ax, f'{agree.mean():.1%} of {len(x):,} labels match. Vertical lines: medians.{tail}')
     return ax
