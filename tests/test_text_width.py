@@ -165,8 +165,8 @@ def test_commands_start_with_such_a_stream_where_lines_are_to_fit(monkeypatch):
 
 
 def test_errors_fit_the_terminal():
-    env = {**os.environ, 'COLUMNS': '60', 'PYTHONPATH': str(ROOT)}
-    for more, limit in (({}, 60), ({'COLUMNS': ''}, None)):
+    env = {**os.environ, 'COLUMNS': '45', 'PYTHONPATH': str(ROOT)}
+    for more, limit in (({}, 45), ({'COLUMNS': ''}, None)):
         done = subprocess.run([sys.executable, '-m', 'w2s', 'run', 'preferences', '--seeds', '3', '--values', '1,2'], env={**env, **more},
                               capture_output=True, text=True, check=False)
         lines = done.stderr.strip().split('\n')
