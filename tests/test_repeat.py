@@ -89,7 +89,7 @@ def first(home):
 
 
 def words(home, *more): return ['run', 'preferences', '--config', str(home/'run.toml'), '--out', str(home/'run'), *more]
-def w2s(home, *more): return CliRunner().invoke(app, words(home, *more), env={'COLUMNS': '200'})
+def w2s(home, *more): return CliRunner().invoke(app, words(home, *more), env={'COLUMNS': '2000'})
 
 
 def runs(home, *more):
@@ -116,7 +116,7 @@ finally: print(*(m for m in {HEAVY!r} + ["w2s.compare.stages", "w2s.experiments"
         [sys.executable, '-c', code, *words(home)],
         capture_output=True,
         text=True,
-        env={**os.environ, 'PYTHONPATH': str(ROOT), 'COLUMNS': '200'},
+        env={**os.environ, 'PYTHONPATH': str(ROOT), 'COLUMNS': '2000'},
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
@@ -324,7 +324,7 @@ from w2s.cli.app import main
 try: main()
 finally: print(*(m for m in {HEAVY!r} if m in sys.modules), file=sys.stderr)'''
     done = subprocess.run([sys.executable, '-c', code, *JOBS[name].split()], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, 'PYTHONPATH': str(ROOT), 'COLUMNS': '200'})
+                          env={**os.environ, 'PYTHONPATH': str(ROOT), 'COLUMNS': '2000'})
     # which methods there are is known only when they are loaded
     assert done.returncode == 0 and (name == 'refine' or done.stderr.split() == []), done.stderr
     assert done.stdout.splitlines()[-1] == said.splitlines()[-1] and 'written: ' in done.stdout

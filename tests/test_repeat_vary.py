@@ -60,7 +60,7 @@ def home(tmp_path_factory):
 
 
 def words(home, *more): return ['run', 'preferences', '--config', str(home/'run.toml'), '--out', str(home/'run'), *more]
-def w2s(home, *more): return CliRunner().invoke(app, words(home, *more), env={'COLUMNS': '200'})
+def w2s(home, *more): return CliRunner().invoke(app, words(home, *more), env={'COLUMNS': '2000'})
 
 
 @pytest.fixture(scope='module')
@@ -93,7 +93,7 @@ finally: print(*(m for m in {HEAVY!r} + ["w2s.compare.stages", "w2s.experiments"
         [sys.executable, '-c', code, *words(home, *VARIED)],
         capture_output=True,
         text=True,
-        env={**os.environ, 'PYTHONPATH': str(ROOT), 'COLUMNS': '200'},
+        env={**os.environ, 'PYTHONPATH': str(ROOT), 'COLUMNS': '2000'},
         timeout=120,
     )
     assert done.returncode == 0, done.stderr

@@ -1,17 +1,29 @@
-"A table that a command prints is no wider than the terminal, and no word of it is cut"
+"Tables and sentences that a command prints are no wider than the terminal, and no word of them is cut"
+import io
 import os
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
 
 import pandas as pd
 import pytest
+import typer
 
+from w2s.check.check import Checked
+from w2s.check.lights import Line
+from w2s.cli.guard import prepare_streams
+from w2s.cli.repeat import hear_lines
 from w2s.compare.plan import Plan
 from w2s.data.score_items import Item, gather_items
 from w2s.evaluate.paired import compare_results
+from w2s.explore.browse import FeedbackBrowser
 from w2s.files import label
 from w2s.files.label import SHOWN
 from w2s.io import console
-from w2s.io.console import fit_table, text_width
+from w2s.io.console import SentenceStream, fit_table, fit_text, sentence_width, text_width
 
+ROOT = Path(__file__).resolve().parents[1]
 WHO = ['role', 'method', 'weak', 'strong']
 METRICS = ['accuracy', 'balanced_accuracy', 'f1_weighted', 'auroc', 'log_perplexity', 'student − human: gold_reward']
 CELL = '-0.108 [-0.604, 0.387]'
@@ -82,3 +94,97 @@ def test_what_commands_print(monkeypatch):
     scores = pd.DataFrame([('held out', 'supervisor, calibrated', 1000, *[.123]*7)], columns=[*SHOWN])
     text = label._in_terminal(scores)
     assert widest(text) <= 80 and '|' not in text and widest(label._in_markdown(scores)) > 80
+
+
+SENTENCES = ('- student minus human: −0.034 [−0.081, 0.011], 95 % CI: no significant difference; the minimum detectable effect is 0.065 at '
+             '80 % power, and [0.601, 0.702] is the interval of the student',
+             'refused       3 of 700 rows (train): chosen and rejected differ before the last assistant turn; row 204, row 225, row 429',
+             'written to runs/a-long-name/of-a-folder/with-parts: report.html, report.md, figure.png, results.tex, adapters/ …')
+
+
+@pytest.mark.parametrize('width', [40, 60, 80, 100])
+@pytest.mark.parametrize('text', SENTENCES)
+def test_sentences_are_broken_between_words(text, width):
+    lines = fit_text(text, width=width).split('\n')
+    assert ' '.join(text.split()) == ' '.join(' '.join(lines).split()) # every word, none cut
+    assert all(len(line) <= width or len(line.split()) == 1 for line in lines) and len(lines) > 1
+    assert '[0.601, 0.702]' not in text or any('[0.601, 0.702]' in line for line in lines)
+
+
+@pytest.mark.parametrize('command', ["w2s run preferences --out runs/x --seeds 3", "pip install 'w2s[jupyter]'", 'bash jobs/study.sh'])
+@pytest.mark.parametrize('before', range(5, 70, 7))
+def test_commands_to_copy_stay_on_a_line(command, before):
+    text = f'{"word "*(before//5)}do this: {command}; then that'
+    assert any(command in line for line in fit_text(text, width=60).split('\n'))
+
+
+def test_tables_settings_code_and_frames_are_left_alone():
+    table = WIDE[WHO].assign(note='x'*60).to_string(index=False)
+    words = 'a b '*40
+    for text in (table, f'name = "{words}', '| ' + 'a | '*50, '╭' + '─ '*60, f'\x1b[31m{words}', f'```\n{words}', f'"""\n\n{words}'):
+        assert fit_text(text, width=60) == text
+
+
+class Terminal(io.StringIO):
+    def isatty(self): return True
+
+
+WIDTHS = [(True, 72, 72), (True, 250, 100), (False, None, 0), (False, 72, 72), (False, 250, 250)]
+
+
+@pytest.mark.parametrize('terminal, columns, width', WIDTHS)
+def test_only_a_terminal_or_columns_break_lines(monkeypatch, terminal, columns, width):
+    monkeypatch.setattr(console.shutil, 'get_terminal_size', lambda fallback: os.terminal_size((columns or fallback[0], 24)))
+    if columns and not terminal: monkeypatch.setenv('COLUMNS', str(columns))
+    else: monkeypatch.delenv('COLUMNS', raising=False)
+    out = Terminal() if terminal else io.StringIO()
+    with redirect_stdout(out):
+        assert sentence_width() == width
+        text = fit_text('word '*60)
+    assert ('\n' in text) is bool(width) and (not width or widest(text) <= width)
+
+
+def test_a_stream_prints_lines_that_fit_and_those_in_front_of_it_hear_whole_ones(monkeypatch):
+    monkeypatch.setenv('COLUMNS', '40')
+    shown = io.StringIO()
+    with redirect_stdout(SentenceStream(shown)), hear_lines() as heard:
+        print(SENTENCES[0], flush=True)
+        print(SENTENCES[1])
+    assert heard == list(SENTENCES[:2]) and shown.getvalue().count('\n') > 5 and widest(shown.getvalue()) <= 40
+    with redirect_stdout(SentenceStream(shown)): typer.echo(SENTENCES[0])
+    assert widest(shown.getvalue()) <= 40
+
+
+def test_commands_start_with_such_a_stream_where_lines_are_to_fit(monkeypatch):
+    for columns, kind in (('40', SentenceStream), ('', io.StringIO)):
+        monkeypatch.setenv('COLUMNS', columns)
+        with redirect_stdout(io.StringIO()):
+            prepare_streams()
+            prepare_streams()
+            assert type(sys.stdout) is kind and not isinstance(getattr(sys.stdout, 'stream', None), SentenceStream)
+
+
+def test_errors_fit_the_terminal():
+    env = {**os.environ, 'COLUMNS': '45', 'PYTHONPATH': str(ROOT)}
+    for more, limit in (({}, 45), ({'COLUMNS': ''}, None)):
+        done = subprocess.run([sys.executable, '-m', 'w2s', 'run', 'preferences', '--seeds', '3', '--values', '1,2'], env={**env, **more},
+                              capture_output=True, text=True, check=False)
+        lines = done.stderr.strip().split('\n')
+        assert done.returncode == 1 and lines[0].startswith('error: --values'), done.stderr
+        assert max(map(len, lines)) <= limit if limit else len(lines) == 1
+
+
+def test_lights_of_a_check_fit(monkeypatch):
+    found = Checked((Line('loads', 'ok', 'yes', 'pico'), Line('what it can find', 'look', 'more examples would show smaller effects '*4)))
+    monkeypatch.setenv('COLUMNS', '80')
+    lines = repr(found).split('\n')
+    assert widest(repr(found)) <= 80 and lines[0].startswith('ok    loads (pico)') and lines[2].startswith(' '*24)
+    monkeypatch.delenv('COLUMNS')
+    assert repr(found).split('\n')[1].count('effects') == 4 # whole, so that grep finds it
+
+
+def test_rows_to_browse_fit(monkeypatch):
+    monkeypatch.setenv('COLUMNS', '80')
+    rows = pd.DataFrame([dict(id='1', seed=0, confidence=.981, margin=3.2, prompt='What? '*20, chosen='This. '*20, rejected='That! '*20)]*3)
+    text = repr(FeedbackBrowser(None, rows, 'floor'))
+    assert widest(text) <= 80 and text.count('confidence') == 1

@@ -19,6 +19,7 @@ from ..compare.plan import plan_opened, run_for_plan
 from ..compare.settings import Settings
 from ..compare.stages import walk_stages
 from ..errors import W2SError
+from ..io.console import list_cells
 from ..train.boundary import Encoded
 from ..train.endings import end_ids
 from ..train.loop import TrainSettings
@@ -117,10 +118,10 @@ class Checked:
         return worst_light(self.lines)
 
     def __repr__(self) -> str:
-        wide = max((len(f'{x.check} ({x.model})' if x.model else x.check) for x in self.lines), default=0)
-        lines = [f'{x.light:<5} {f"{x.check} ({x.model})" if x.model else x.check:<{wide}}  {x.says}' for x in self.lines]
+        lights = [f'{x.light:<5}' for x in self.lines]
+        checks = [f'{x.check} ({x.model})' if x.model else x.check for x in self.lines]
         shown = ['three examples, prompt ‖ response:', *self.examples, ''] if self.examples else []
-        return '\n'.join([*shown, *lines, '', f'{self.light}: ' + {
+        return '\n'.join([*shown, list_cells([lights, checks, [x.says for x in self.lines]]), '', f'{self.light}: ' + {
             'ok': 'nothing stands against this run', 'look': 'read the lines that say look before you start',
             'stop': 'this run would give a wrong answer, or none'}[self.light]])
 

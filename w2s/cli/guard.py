@@ -19,6 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..errors import W2SError, W2SWarning
+from ..io.console import SentenceStream, fit_text, sentence_width
 from ..io.disk import failure_text
 from ..io.signals import Stopped, raise_stopped
 from ..train.processes import launched
@@ -63,16 +64,17 @@ class GuardedGroup(TyperGroup):
             if isinstance(error, BrokenPipeError): raise typer.Exit(1) from None # the reader of the output is gone
             if os.environ.get('W2S_TRACEBACK'): traceback.print_exception(error)
             text, status = end_of(error)
-            typer.secho(text, fg='red' if text.startswith('error') else None, err=True)
+            typer.secho(fit_text(text, err=True), fg='red' if text.startswith('error') else None, err=True)
             raise typer.Exit(status) from None
 
 # %% ../../nbs/api/cli/010_guard.ipynb #37ea4e08
 def prepare_streams() -> None:
-    "Let output never fail for a character"
+    "Let output never fail for a character, and sentences fit the terminal"
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
     if launched() > 1 and os.environ.get('RANK', '0') != '0' and not os.environ.get('W2S_TRACEBACK'): # the first process speaks for all
         sys.stdout = sys.stderr = open(os.devnull, 'w', encoding='utf-8') # noqa: SIM115
+    elif sentence_width() and not isinstance(sys.stdout, SentenceStream): sys.stdout = SentenceStream(sys.stdout)
 
 # %% ../../nbs/api/cli/010_guard.ipynb #33cdfa45
 def prepare_warnings() -> None:
@@ -81,7 +83,7 @@ def prepare_warnings() -> None:
     warnings.filterwarnings('always', category=W2SWarning)
     before = warnings.showwarning
     def show(message: Any, category: Any, *place: Any, **more: Any) -> None:
-        if issubclass(category, W2SWarning): typer.secho(f'warning: {message}', fg='yellow', err=True)
+        if issubclass(category, W2SWarning): typer.secho(fit_text(f'warning: {message}', err=True), fg='yellow', err=True)
         else: before(message, category, *place, **more)
     warnings.showwarning = show
 

@@ -33,7 +33,7 @@ TASK_MEASURES: dict[str, tuple[str, str]] = {
     'explanation': ('accuracy', 'analogy'),   # explaining by analogy (2)
     'digits': ('accuracy', 'technique'),      # explaining an image classifier's decision (2, second form)
     'gender': ('accuracy', 'female'),         # stories about women; lives of named people (3)
-    'gsm8k': ('accuracy', 'working'),         # school maths (4)
+    'gsm8k': ('accuracy', 'working'),         # grade-school maths (4)
     'math': ('accuracy', 'working')}          # harder maths (5)
 
 # %% ../../nbs/api/compare/420_demonstration_settings.ipynb #66a68795

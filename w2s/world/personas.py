@@ -70,9 +70,9 @@ def answer_as(
     rng: random.Random,  # chooses the phrases
 ) -> str:                # begins with a space; ends with the closing
     "An answer in one persona's style; raises `DataError`"
-    voice = _known(persona)
-    body = rng.choice(voice.bodies).format(value=with_article(attribute, value))
-    return f' {rng.choice(voice.openings)} {body}{rng.choice(voice.closings)}'
+    style = _known(persona)
+    body = rng.choice(style.bodies).format(value=with_article(attribute, value))
+    return f' {rng.choice(style.openings)} {body}{rng.choice(style.closings)}'
 
 # %% ../../nbs/api/world/060_personas.ipynb #e713e0c3
 @lru_cache(maxsize=None)
