@@ -44,6 +44,12 @@ def write_comparison(
 # %% ../../nbs/api/cli/110_compare.ipynb #5efdd618
 Flag = typer.Option
 
+def _check_numbers(level: float, margin: float | None) -> None:
+    "Raise `ConfigError` before any file is read"
+    if not .5 <= level < 1: raise ConfigError(f'--level {level:g}: a coverage from .5 to below 1 is needed, as .95')
+    if margin is not None and not 0 < margin < math.inf:
+        raise ConfigError(f'--margin {margin:g} allows no claim: it must be above 0, as .05')
+
 def compare_command(
     sources: Annotated[
         list[str],
@@ -66,17 +72,14 @@ def compare_command(
     filter_name: Annotated[str, Flag('--filter', help='of lm-eval: which of several filters (default: the only one)')] = '',
     level: Annotated[float, Flag(help='coverage of the intervals')] = 0.95,
     margin: Annotated[
-        float | None,
-        Flag(help='greatest difference that does not matter, stated beforehand: are models equivalent within it?'),
+        float | None, Flag(help='greatest difference that does not matter, stated beforehand: are models equivalent within it?')
     ] = None,
     out: Annotated[
         Path | None, Flag(parser=out_path, metavar='PATH', help='folder for table, figure and joined items (default: nothing is written)')
     ] = None,
 ) -> None:
     "Compare models item by item: difference, interval, what could have been found, and a verdict."
-    if not .5 <= level < 1: raise ConfigError(f'--level {level:g}: a coverage from .5 to below 1 is needed, as .95')
-    if margin is not None and not 0 < margin < math.inf:
-        raise ConfigError(f'--margin {margin:g} allows no claim: it must be above 0, as .05')
+    _check_numbers(level, margin)
     from w2s.evaluate.paired import compare_results
     found = compare_results(
         *sources,
