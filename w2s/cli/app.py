@@ -32,7 +32,7 @@ from .label import add_label_command
 from .labels import COMMANDS as LABELS
 from .labels import add_commands
 from .notebooks import add_notebooks_command
-from .places import out_path
+from .places import FullCommand, out_path
 from .plan import add_plan_command
 from .refine import add_refine_command
 from .report import add_report_command
@@ -201,7 +201,7 @@ def cards_table(
     return table
 
 # %% ../../nbs/api/cli/160_app.ipynb #b6987aab
-@zoo_app.command('build')
+@zoo_app.command('build', cls=FullCommand)
 def zoo_build(
     size: Annotated[str, Flag(help='pico, nano, micro or base; or scholar: base, taught to name, follow and improve a way of answering')],
     out: Annotated[Path, Flag(parser=out_path, metavar='PATH', help='folder for models; the model goes into a folder of its name in it')],
@@ -228,7 +228,7 @@ def zoo_build(
     typer.echo(f'written to {out/size}; w2s run preferences --weak {out/size} takes it')
 
 # %% ../../nbs/api/cli/160_app.ipynb #676c04db
-@app.command('verify')
+@app.command('verify', cls=FullCommand)
 def verify_command(
     folders: Annotated[
         list[Path],
@@ -252,7 +252,7 @@ def verify_command(
     if bad: raise typer.Exit(1)
 
 # %% ../../nbs/api/cli/160_app.ipynb #5051a97b
-@app.command('clean')
+@app.command('clean', cls=FullCommand)
 def clean_command(
     folder: Annotated[
         Path, typer.Argument(parser=out_path, metavar='FOLDER', help='the --out of a run, or the .work of labels or refined answers')

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .places import out_path
+from .places import FullCommand, out_path
 
 # %% ../../nbs/api/cli/110_compare.ipynb #5e38ab20
 def write_comparison(
@@ -87,4 +87,4 @@ def add_compare_command(
     program: typer.Typer, # that gets the command
 ) -> None:
     "Register `w2s compare`"
-    program.command('compare')(compare_command)
+    program.command('compare', cls=FullCommand)(compare_command)

@@ -19,7 +19,7 @@ import typer
 from ..errors import ConfigError, DataError
 from ..io.console import shorten_home
 from ..io.disk import write_atomic, write_through
-from .places import check_places, out_path
+from .places import FullCommand, check_places, out_path
 
 # %% ../../nbs/api/cli/060_toxicity.ipynb #4871f06e
 def card_text(
@@ -55,7 +55,7 @@ Group = Annotated[
 ]
 
 # %% ../../nbs/api/cli/060_toxicity.ipynb #6f922b34
-@toxicity_app.command('fit')
+@toxicity_app.command('fit', cls=FullCommand)
 def fit_command(
     data: ScoredFiles, # of texts with a score
     out: Annotated[Path, Flag(parser=out_path, metavar='PATH', help='folder for the scorer')],
@@ -207,7 +207,7 @@ ScoresOut = Annotated[
 ]
 
 # %% ../../nbs/api/cli/060_toxicity.ipynb #7abc5176
-@toxicity_app.command('score')
+@toxicity_app.command('score', cls=FullCommand)
 def score_command(
     scorer: Scorer, # folder, classifier or oracle
     texts: Annotated[Path, Flag(help='file with a column of texts')],

@@ -10,6 +10,7 @@ __all__ = ['MOST_CLASSES', 'LONGEST_CLASS', 'DIALOGUE_SAFETY', 'CLAUSES', 'PRIVA
 # %% ../../nbs/api/data/220_label_forms.ipynb #c26b6c75
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from re import ASCII, fullmatch
 from unicodedata import normalize
 
 # %% ../../nbs/api/data/220_label_forms.ipynb #fc498f85
@@ -45,11 +46,19 @@ def class_order(
 MOST_CLASSES = 100  # more than that is a column of numbers or of texts
 LONGEST_CLASS = 100 # characters of its name
 
+def _number(name: str) -> str:
+    "A number in one way; '': it is none, or has more digits than are kept"
+    return f'{float(name):.15g}' if fullmatch(r'[-+]?\d{1,15}(\.\d{1,15})?', name, ASCII) else ''
+
+def _same_class(name: str) -> str:
+    "What two names of one class have in common"
+    return _number(name) or normalize('NFKC', name).casefold()
+
 def check_classes(
     found: Sequence[str], # labels, each once
     where: str,           # name of the file, for the message
 ) -> None:
-    "Raise `DataError` for fewer than two classes, for too many, for whole texts, and for two that differ in case or width only"
+    "Raise `DataError` for fewer than two classes, for too many, for whole texts, and for two that differ in how they are written only"
     shown = ', '.join(f'{n!r:.60}' for n in found[:6]) + (' …' if len(found) > 6 else '')
     if len(found) < 2:
         raise DataError(
@@ -65,8 +74,9 @@ def check_classes(
                         'this the label column? Another one is named by --label')
     first: dict[str, str] = {}
     for name in found:
-        if (other := first.setdefault(normalize('NFKC', name).casefold(), name)) != name:
+        if (other := first.setdefault(_same_class(name), name)) != name:
             how = 'case' if other.casefold() == name.casefold() else 'the way that characters are written'
+            if _number(name): how = 'the way that a number is written'
             raise DataError(f'{where}: classes "{other}" and "{name}" differ in {how} only; write them in one way')
 
 # %% ../../nbs/api/data/220_label_forms.ipynb #0e32b77c
