@@ -85,3 +85,37 @@ def test_the_plan_names_the_other_run(tmp_path, monkeypatch):
     done = CliRunner().invoke(app, ['run', 'safety', '--dry-run', '--out', str(tmp_path)])
     assert "'THE PLAN'" in done.output and 'holds the results of another run' in done.output.replace('\n', ' '), done.output
     assert json.loads((tmp_path/'manifest.json').read_text())['made']['settings'] == '0'*12
+
+
+# w2s verify, where other programs have files of the same name
+
+def verified(folder):
+    from w2s.compare.upkeep import verify_folder
+    return {f.name: (f.problem, f.damaged) for f in verify_folder(folder)}
+
+
+def test_a_manifest_of_another_program_is_not_damaged(tmp_path):
+    (tmp_path/'manifest.json').write_text(json.dumps(dict(name='extension', manifest_version=3)))
+    (tmp_path/'stages'/'mine').mkdir(parents=True)
+    with pytest.raises(ConfigError, match='holds nothing that w2s has written; manifest.json was not written by w2s: it lists no files'):
+        verified(tmp_path)
+    (tmp_path/'stages'/'student-0123456789ab').mkdir(parents=True)
+    found = verified(tmp_path)
+    assert found['manifest.json'][1] is False and found['mine'][1] is False and 'was not made by w2s' in found['mine'][0]
+    assert found['student-0123456789ab'] == ('manifest.json is missing', True)
+
+
+def test_a_manifest_of_w2s_that_was_changed_is(tmp_path):
+    (tmp_path/'report.md').write_text('mine')
+    seal_folder(tmp_path, {})
+    path = tmp_path/'manifest.json'
+    for text in (path.read_text().replace('report', 'repart'), path.read_text()[:40], ''):
+        path.write_text(text)
+        assert verified(tmp_path)['manifest.json'] == (
+            'the manifest was changed or cut off after w2s wrote it, so that its results cannot be checked', True
+        )
+
+
+def test_a_file_is_no_folder(tmp_path):
+    a_file(tmp_path)
+    with pytest.raises(ConfigError, match='o is a file; give the --out of a run'): verified(tmp_path/'o')

@@ -246,7 +246,8 @@ def verify_command(
             if f.problem: typer.secho(str(f), fg='red' if f.damaged else 'yellow')
         damaged = sum(bool(f.problem and f.damaged) for f in found)
         typer.echo(
-            f'{folder}: {len(found):,} things looked at, {damaged:,} damaged' + (': the same command makes them again' if damaged else '')
+            f'{folder}: {len(found):,} thing{"s" * (len(found) != 1)} looked at, {damaged:,} damaged'
+            + ('; the command that made this folder makes it again where it is damaged' if damaged else '')
         )
         bad += damaged
     if bad: raise typer.Exit(1)
