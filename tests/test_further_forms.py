@@ -81,7 +81,8 @@ def prometheus(i):
     return dict(
         orig_criteria='Is the answer of use to somebody who stands before the table?', orig_feedback_A=ask(i) * 3, orig_score_A='2',
         orig_feedback_B=ask(i) * 3, orig_score_B='4', orig_feedback=ask(i) * 4, orig_instruction=ask(i),
-        orig_response_A=(no, yes)[i % 2](i), orig_response_B=(yes, no)[i % 2](i), orig_reference_answer=f'Lamp {i}', orig_preference='BA'[i % 2],
+        orig_response_A=(no, yes)[i % 2](i), orig_response_B=(yes, no)[i % 2](i),
+        orig_reference_answer=f'Lamp {i}', orig_preference='BA'[i % 2],
         instruction=f'###Task: judge these two. {ask(i)} {yes(i)} {no(i)}', output=f'Feedback: {ask(i)} [RESULT] A', input='',
     )
 
