@@ -31,6 +31,7 @@ from .guard import GuardedGroup, prepare_process
 from .label import add_label_command
 from .labels import COMMANDS as LABELS
 from .labels import add_commands
+from .narrow import NarrowGroup
 from .notebooks import add_notebooks_command
 from .places import FullCommand, out_path
 from .plan import add_plan_command
@@ -40,13 +41,14 @@ from .toxicity import toxicity_app
 
 # %% ../../nbs/api/cli/160_app.ipynb #355a3f31
 app = typer.Typer(
+    cls=NarrowGroup,
     help='Weak-to-strong alignment of language models.',
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={'help_option_names': ['-h', '--help']},
 )
-run_app = typer.Typer(help='Run a whole experiment.', no_args_is_help=True)
+run_app = typer.Typer(cls=NarrowGroup, help='Run a whole experiment.', no_args_is_help=True)
 app.add_typer(run_app, name='run')
 Flag = typer.Option
 
@@ -70,13 +72,13 @@ def _before(
         )
 
 # %% ../../nbs/api/cli/160_app.ipynb #960be72d
-@app.command('version')
+@app.command('version', cls=FullCommand)
 def version_command() -> None:
     "Print the version of w2s"
     typer.echo(__version__)
 
 # %% ../../nbs/api/cli/160_app.ipynb #34b6a88e
-@app.command('help', hidden=True)
+@app.command('help', cls=FullCommand, hidden=True)
 def help_command(
     context: typer.Context, # of typer, for the help of the whole program
 ) -> None:
@@ -84,7 +86,7 @@ def help_command(
     typer.echo(context.parent.get_help() if context.parent else '')
 
 # %% ../../nbs/api/cli/160_app.ipynb #4579d044
-@app.command('env')
+@app.command('env', cls=FullCommand)
 def env_command() -> None:
     "Print versions and machine: for reports of faults"
     import torch
@@ -157,7 +159,9 @@ add_notebooks_command(app)
 app.add_typer(toxicity_app, name='toxicity', help='Train a toxicity scorer, or score texts.')
 
 # %% ../../nbs/api/cli/160_app.ipynb #7fa46e7b
-zoo_app = typer.Typer(help='The models that come with w2s: list them, or build one.', invoke_without_command=True)
+zoo_app = typer.Typer(
+    cls=NarrowGroup, help='The models that come with w2s: list them, or build one.', invoke_without_command=True
+)
 app.add_typer(zoo_app, name='zoo')
 
 # %% ../../nbs/api/cli/160_app.ipynb #9b5b7da0
@@ -169,7 +173,7 @@ def zoo(
     if context.invoked_subcommand: return
     zoo_list()
 
-@zoo_app.command('list')
+@zoo_app.command('list', cls=FullCommand)
 def zoo_list() -> None:
     "List the models: their size, and how often they are right."
     from rich.console import Console

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, get_origin
 
 import typer
-from typer.core import TyperCommand
 
 # %% ../../nbs/api/cli/025_places.ipynb #92d9c44a
 from ..compare.config import merged, read_toml
 from ..compare.options import Option, kinds_of
 from ..compare.settings import new_settings
 from ..errors import ConfigError
+from .narrow import NarrowCommand
 
 # %% ../../nbs/api/cli/025_places.ipynb #a5a6e771
 def out_path(
@@ -66,11 +66,11 @@ def check_not_empty(
         if all(t if 'stop' in name else t.strip() for t in texts): continue
         raise ConfigError(f'{flags[name]} is empty; give it a value, or leave it out (is a variable of the shell not set?)')
 
-class FullCommand(TyperCommand):
+class FullCommand(NarrowCommand):
     "A command that refuses options with an empty value"
     def parse_args(
         self,
-        ctx: Any,        # of typer
+        ctx: typer.Context, # type: ignore[override] # of typer
         args: list[str], # as they were typed
     ) -> list[str]:
         "Look at the options before anything is made of them; raises `ConfigError`"

@@ -19,6 +19,7 @@ import typer
 from ..errors import ConfigError, DataError
 from ..io.console import shorten_home
 from ..io.disk import write_atomic, write_through
+from .narrow import NarrowGroup
 from .places import FullCommand, check_places, out_path
 
 # %% ../../nbs/api/cli/060_toxicity.ipynb #4871f06e
@@ -37,7 +38,7 @@ def card_text(
 
 # %% ../../nbs/api/cli/060_toxicity.ipynb #c09f6fba
 Flag = typer.Option
-toxicity_app = typer.Typer(no_args_is_help=True)
+toxicity_app = typer.Typer(cls=NarrowGroup, no_args_is_help=True)
 
 @toxicity_app.callback()
 def _before() -> None: "Train a toxicity scorer, or score texts."

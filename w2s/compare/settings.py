@@ -54,9 +54,9 @@ def overlay(
 
 # %% ../../nbs/api/compare/050_settings.ipynb #642416d3
 def check_not_blank(
-    value: Any, # that was given: a text, texts, a group of settings, or something else
-    usual: Any, # its default
-    name: str,  # of the setting
+    value: object, # that was given: a text, texts, a group of settings, or something else
+    usual: object, # its default
+    name: str,     # of the setting
 ) -> None:
     "Raise `ConfigError` for an empty text where that is not the default, and for an empty text among others"
     if isinstance(value, Mapping) or is_dataclass(value):

@@ -24,7 +24,6 @@ from w2s.data.pair_rows import (
                                 _several_row,
                                 _summaries_row,
                                 _talks_row,
-                                _truths_row,
                                 are_texts,
                                 join_marked,
                                 post_text,
@@ -45,7 +44,7 @@ from w2s.data.preference_forms import (
                                        ranked_row,
 )
 
-from .message_trees import RANKS, REPLIES, first_turn_row, ranked_replies
+from .message_trees import TREE_FORMS
 from .messages import HOLDERS, open_messages
 
 # %% ../../nbs/api/data/160_public_pairs.ipynb #e49e3973
@@ -101,7 +100,6 @@ _STRENGTH, _RANKED = (
     partial(_pair_row, choose=by_sign),
     lambda row, names, at: ranked_row(open_messages(row['prompt']), row['items'], row.get('label')),
 )
-_ABOUT = ('criteria', 'reference_answer', 'feedback', 'feedback_A', 'feedback_B', 'score_A', 'score_B') # what Prometheus has beside a pair
 _NAMED = (
     _pairs(
         'human_ref_A, human_ref_B',
@@ -138,38 +136,7 @@ _NAMED = (
         ('individual_preference',),
         label=('overall_preference',),
     ),
-    _pairs(
-        'orig_preference',
-        'orig_response_A',
-        'orig_response_B',
-        _pair_row,
-        'Prometheus preference collection',
-        ('orig_instruction',),
-        ('instruction', 'input', 'output', 'messages', *(f'orig_{x}' for x in _ABOUT)),
-        label=('orig_preference',),
-    ),
-    PreferenceForm(
-        'messages and their ranked replies',
-        dict(items=(REPLIES,), label=(RANKS,)),
-        ranked_replies,
-        spare=('detoxify', 'labels', 'emojis'),
-        of='OASST1, OASST2',
-    ),
-    PreferenceForm(
-        'a conversation with scored answers',
-        dict(items=('conversation_history',)),
-        first_turn_row,
-        prompt=False,
-        spare=('opening_prompt', 'open_feedback', 'performance_attributes', 'choice_attributes', 'system_string'),
-        of='PRISM',
-    ),
-    PreferenceForm(
-        'a right answer and wrong ones',
-        dict(chosen=('best_answer',), rejected=('incorrect_answers',)),
-        _truths_row,
-        spare=('correct_answers', 'source'),
-        of='TruthfulQA',
-    ),
+    *TREE_FORMS,
     _pairs(
         'two scores',
         'answer_0',

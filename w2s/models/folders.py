@@ -157,8 +157,6 @@ def index_files(
         raise ModelError(f'{index} is damaged: it does not say which tensor is in which file; download the model anew')
     if odd := sorted(f for f in files.values() if Path(f).name != f):
         raise ModelError(f'{index} names {odd[0]}, which does not lie beside it; put all files of the model into one folder')
-    if not isinstance(read.get('metadata'), dict):
-        raise ModelError(f'{index} is damaged: it has no "metadata", without which transformers does not read it; download the model anew')
     return set(files.values())
 
 def _quantized(folder: Path) -> bool:
@@ -187,6 +185,8 @@ def check_weights(
             f'{folder} holds its weights twice, as model.safetensors and as the files of {index.name}, and only one of them would be read; '
             'move the other one away'
         )
+    if listed and not isinstance(read_json(index).get('metadata'), dict):
+        raise ModelError(f'{index} is damaged: it has no "metadata", without which transformers does not read it; download the model anew')
     found = sorted(listed) or _names(folder, '*.safetensors')
     if found and not listed and 'model.safetensors' not in found:
         raise ModelError(
@@ -200,7 +200,10 @@ def check_weights(
                 f'{folder / name} holds {whole[0]} as whole numbers, and config.json does not say how they were quantized; take the model '
                 'in 16 or 32 bits'
             )
-    if found: return
+    if not found: _check_pickled(folder, pickle)
+
+def _check_pickled(folder: Path, pickle: bool) -> None:
+    "Raise `ModelError` for weights in pickle form that may not be read, or are none"
     pickled = _names(folder, '*.bin', '*.pt', '*.pth')
     if not pickled: raise ModelError(f'{folder} holds no weights: expected *.safetensors there; download the model anew')
     if not pickle:

@@ -149,7 +149,7 @@ MIN_CONTEXT = 2 # tokens: one that is read, and one that follows
 
 def check_context(
     name: str | Path, # of the model, for the message
-    config: Any,      # of the model
+    config: object,   # of the model
 ) -> None:
     "Raise `ModelError` for a model that cannot read anything"
     if (n := context_length(config)) < MIN_CONTEXT:
