@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from w2s.cli.app import app
 from w2s.data.columns import unread_columns
-from w2s.data.label_readers import read_labels
+from w2s.data.label_readers import UNKNOWN, read_labels
 from w2s.data.messages import conversation
 from w2s.data.questions import read_asked_file
 from w2s.data.readers import read_preferences
@@ -382,3 +382,35 @@ def test_the_plan_of_a_refinement_looks_at_out(tmp_path, out, told, monkeypatch)
     jsonl(tmp_path/'q.jsonl', [dict(question=ask(i), answer=yes(i)) for i in N])
     done = CliRunner().invoke(app, ['refine', '--questions', 'q.jsonl', '--strong', 'pico', '--out', out, '--dry-run'])
     assert isinstance(done.exception, ConfigError) and told in str(done.exception), done.exception
+
+
+# Labels that are not known, and numbers that are written in two ways
+
+@pytest.mark.parametrize('some', ['unknown', 'Unknown', 'UNK', 'not available', 'unspecified', 'not annotated', 'No label'])
+def test_a_label_that_is_not_known_is_no_class(tmp_path, some):
+    path = jsonl(tmp_path/'x.jsonl', texts(lambda i: ('no', 'yes', some)[i % 3]))
+    read = read_labels(path)
+    assert read.classes == ('no', 'yes') and {r.reason for r in read.refused} == {UNKNOWN} and len(read.refused) == 8
+    named = read_labels(path, classes=('no', 'yes', some))
+    assert named.classes == ('no', 'yes', some) and not named.refused
+
+
+def test_unknown_stays_where_it_is_a_class(tmp_path):
+    assert read_labels(jsonl(tmp_path/'x.jsonl', texts(lambda i: ('known', 'unknown')[i % 2]))).classes == ('known', 'unknown')
+
+
+def test_the_declared_classes_of_a_data_set_are_classes(tmp_path):
+    "A class none was dropped as missing, as of stance detection"
+    from datasets import ClassLabel, Dataset
+    names = ['none', 'against', 'favor', 'unknown']
+    ds = Dataset.from_list(texts(lambda i: i % 4)).cast_column('label', ClassLabel(names=names))
+    ds.to_parquet(tmp_path/'x.parquet')
+    read = read_labels(tmp_path/'x.parquet')
+    assert sorted(read.classes) == sorted(names) and not read.refused
+
+
+@pytest.mark.parametrize('pair', [('01', '1'), ('1', '+1'), ('1.50', '1.5'), ('007', '7')])
+def test_a_number_that_is_written_in_two_ways(tmp_path, pair):
+    with pytest.raises(DataError, match='differ in the way that a number is written only; write them in one way'):
+        read_labels(jsonl(tmp_path/'x.jsonl', texts(lambda i: (*pair, 'other')[i % 3])))
+    assert read_labels(jsonl(tmp_path/'x.jsonl', texts(lambda i: ('01', '02', '10')[i % 3]))).classes == ('01', '02', '10')

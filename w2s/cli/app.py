@@ -31,8 +31,9 @@ from .guard import GuardedGroup, prepare_process
 from .label import add_label_command
 from .labels import COMMANDS as LABELS
 from .labels import add_commands
+from .narrow import NarrowGroup
 from .notebooks import add_notebooks_command
-from .places import out_path
+from .places import FullCommand, out_path
 from .plan import add_plan_command
 from .refine import add_refine_command
 from .report import add_report_command
@@ -40,13 +41,14 @@ from .toxicity import toxicity_app
 
 # %% ../../nbs/api/cli/160_app.ipynb #355a3f31
 app = typer.Typer(
+    cls=NarrowGroup,
     help='Weak-to-strong alignment of language models.',
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={'help_option_names': ['-h', '--help']},
 )
-run_app = typer.Typer(help='Run a whole experiment.', no_args_is_help=True)
+run_app = typer.Typer(cls=NarrowGroup, help='Run a whole experiment.', no_args_is_help=True)
 app.add_typer(run_app, name='run')
 Flag = typer.Option
 
@@ -70,13 +72,13 @@ def _before(
         )
 
 # %% ../../nbs/api/cli/160_app.ipynb #960be72d
-@app.command('version')
+@app.command('version', cls=FullCommand)
 def version_command() -> None:
     "Print the version of w2s"
     typer.echo(__version__)
 
 # %% ../../nbs/api/cli/160_app.ipynb #34b6a88e
-@app.command('help', hidden=True)
+@app.command('help', cls=FullCommand, hidden=True)
 def help_command(
     context: typer.Context, # of typer, for the help of the whole program
 ) -> None:
@@ -84,7 +86,7 @@ def help_command(
     typer.echo(context.parent.get_help() if context.parent else '')
 
 # %% ../../nbs/api/cli/160_app.ipynb #4579d044
-@app.command('env')
+@app.command('env', cls=FullCommand)
 def env_command() -> None:
     "Print versions and machine: for reports of faults"
     import torch
@@ -157,7 +159,9 @@ add_notebooks_command(app)
 app.add_typer(toxicity_app, name='toxicity', help='Train a toxicity scorer, or score texts.')
 
 # %% ../../nbs/api/cli/160_app.ipynb #7fa46e7b
-zoo_app = typer.Typer(help='The models that come with w2s: list them, or build one.', invoke_without_command=True)
+zoo_app = typer.Typer(
+    cls=NarrowGroup, help='The models that come with w2s: list them, or build one.', invoke_without_command=True
+)
 app.add_typer(zoo_app, name='zoo')
 
 # %% ../../nbs/api/cli/160_app.ipynb #9b5b7da0
@@ -169,7 +173,7 @@ def zoo(
     if context.invoked_subcommand: return
     zoo_list()
 
-@zoo_app.command('list')
+@zoo_app.command('list', cls=FullCommand)
 def zoo_list() -> None:
     "List the models: their size, and how often they are right."
     from rich.console import Console
@@ -201,7 +205,7 @@ def cards_table(
     return table
 
 # %% ../../nbs/api/cli/160_app.ipynb #b6987aab
-@zoo_app.command('build')
+@zoo_app.command('build', cls=FullCommand)
 def zoo_build(
     size: Annotated[str, Flag(help='pico, nano, micro or base; or scholar: base, taught to name, follow and improve a way of answering')],
     out: Annotated[Path, Flag(parser=out_path, metavar='PATH', help='folder for models; the model goes into a folder of its name in it')],
@@ -228,7 +232,7 @@ def zoo_build(
     typer.echo(f'written to {out/size}; w2s run preferences --weak {out/size} takes it')
 
 # %% ../../nbs/api/cli/160_app.ipynb #676c04db
-@app.command('verify')
+@app.command('verify', cls=FullCommand)
 def verify_command(
     folders: Annotated[
         list[Path],
@@ -246,13 +250,14 @@ def verify_command(
             if f.problem: typer.secho(str(f), fg='red' if f.damaged else 'yellow')
         damaged = sum(bool(f.problem and f.damaged) for f in found)
         typer.echo(
-            f'{folder}: {len(found):,} things looked at, {damaged:,} damaged' + (': the same command makes them again' if damaged else '')
+            f'{folder}: {len(found):,} thing{"s" * (len(found) != 1)} looked at, {damaged:,} damaged'
+            + ('; the command that made this folder makes it again where it is damaged' if damaged else '')
         )
         bad += damaged
     if bad: raise typer.Exit(1)
 
 # %% ../../nbs/api/cli/160_app.ipynb #5051a97b
-@app.command('clean')
+@app.command('clean', cls=FullCommand)
 def clean_command(
     folder: Annotated[
         Path, typer.Argument(parser=out_path, metavar='FOLDER', help='the --out of a run, or the .work of labels or refined answers')

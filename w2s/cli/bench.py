@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError, unknown
-from .places import check_places, out_path
+from .places import FullCommand, check_places, out_path
 
 # %% ../../nbs/api/cli/100_bench.ipynb #a3a0971f
 KINDS = ('dpo', 'sft', 'label', 'generate', 'classify') # as in the benchmark, which needs PyTorch
@@ -72,4 +72,4 @@ def add_bench_command(
     program: typer.Typer, # that gets the command
 ) -> None:
     "Register it"
-    program.command('bench')(bench_command)
+    program.command('bench', cls=FullCommand)(bench_command)

@@ -18,7 +18,7 @@ from ..compare.options import options_of
 from ..compare.settings import make_settings
 from ..errors import ConfigError, unknown
 from .flags import Command, function_of, settings_table, typed_settings
-from .places import check_places, out_path, typer_option
+from .places import FullCommand, check_places, out_path, typer_option
 
 # %% ../../nbs/api/cli/150_check.ipynb #2a440777
 ALIASES = {'labels': 'classify', 'demonstrations': 'persona'} # kind of feedback -> an experiment that has it
@@ -65,7 +65,7 @@ def add_check_command(
     commands: Mapping[str, Command], # experiments by name
 ) -> None:
     "Register `w2s check`"
-    @program.command('check', context_settings={'allow_extra_args': True, 'ignore_unknown_options': True})
+    @program.command('check', cls=FullCommand, context_settings={'allow_extra_args': True, 'ignore_unknown_options': True})
     def check_experiment(
         context: typer.Context, # of typer: the flags of w2s run
         kind: Annotated[
@@ -81,7 +81,7 @@ def add_check_command(
         """
         found: list[object] = []
         inner = typer.Typer(add_completion=False)
-        inner.command()(check_function(choose_command(kind, commands), found.append))
+        inner.command(cls=FullCommand)(check_function(choose_command(kind, commands), found.append))
         typer.main.get_command(inner)(context.args, prog_name='w2s check', standalone_mode=False)
         if not found: return
         from w2s.check.check import Checked

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .places import out_path
+from .places import FullCommand, out_path
 
 # %% ../../nbs/api/cli/110_compare.ipynb #5e38ab20
 def write_comparison(
@@ -81,14 +81,9 @@ def compare_command(
     "Compare models item by item: difference, interval, what could have been found, and a verdict."
     _check_numbers(level, margin)
     from w2s.evaluate.paired import compare_results
+    metrics = [m.strip() for m in (metric or '').split(',') if m.strip()]
     found = compare_results(
-        *sources,
-        metrics=[m.strip() for m in (metric or '').split(',') if m.strip()],
-        cluster=cluster,
-        id_column=id_column,
-        filter_name=filter_name,
-        level=level,
-        margin=margin,
+        *sources, metrics=metrics, cluster=cluster, id_column=id_column, filter_name=filter_name, level=level, margin=margin
     )
     typer.echo(str(found))
     if out is not None: typer.echo(f'written to {out}: {", ".join(write_comparison(found, out))}')
@@ -98,4 +93,4 @@ def add_compare_command(
     program: typer.Typer, # that gets the command
 ) -> None:
     "Register `w2s compare`"
-    program.command('compare')(compare_command)
+    program.command('compare', cls=FullCommand)(compare_command)

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from .places import out_path
+from .places import FullCommand, out_path
 
 # %% ../../nbs/api/cli/140_export.ipynb #e1008d6b
 Flag = typer.Option
@@ -60,4 +60,4 @@ def add_export_command(
     program: typer.Typer, # that gets the command
 ) -> None:
     "Register `w2s export`"
-    program.command('export')(export_command)
+    program.command('export', cls=FullCommand)(export_command)

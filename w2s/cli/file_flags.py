@@ -19,7 +19,7 @@ from ..errors import ConfigError
 from ..files.jobs import work_folder
 from ..io.manifests import report_names
 from .flags import function_of, typed_settings
-from .places import Keep, out_path, typer_option, with_file
+from .places import FullCommand, Keep, out_path, typer_option, with_file
 from .repeat import answer_once, ask_question
 
 # %% ../../nbs/api/cli/040_file_flags.ipynb #694a5b3d
@@ -73,7 +73,7 @@ def add_file_command(
     command: FileCommand, # a job
 ) -> None:
     "Register a job"
-    program.command(command.name, help=command.told)(file_function(command))
+    program.command(command.name, cls=FullCommand, help=command.told)(file_function(command))
 
 # %% ../../nbs/api/cli/040_file_flags.ipynb #9cc2c317
 def needed_out(

@@ -19,13 +19,13 @@ from typing import Annotated, Any
 import typer
 
 # %% ../../nbs/api/cli/030_flags.ipynb #0f93bdcb
-from ..compare.config import WHOLE, split_names
+from ..compare.config import WHOLE, split_names, to_table
 from ..compare.options import Option, option_settings, options_of
 from ..compare.settings import Settings, make_settings
 from ..compare.variations import result_prefix, variants
 from ..errors import ConfigError
 from ..train.processes import all_processes, from_main, launched
-from .places import Keep, check_places, out_path, typer_option, with_file
+from .places import FullCommand, Keep, check_places, out_path, typer_option, with_file
 from .repeat import Question, answer_once, ask_question, ask_variation
 
 # %% ../../nbs/api/cli/030_flags.ipynb #618d17ee
@@ -78,9 +78,13 @@ def plan_command(
     asked: Asked,     # folder, and whether stages of other versions are kept
 ) -> str:
     "What a run would do, how long it takes and how much memory it needs; raises `DataError`, `ModelError` or `ConfigError`"
+    from w2s.compare.extensions import run_hash
     from w2s.compare.plan import plan
+    from w2s.compare.stages import say_other
     module, _, name = command.opens.partition(':')
-    return repr(plan(getattr(import_module(module), name), config, asked.out, asked.keep))
+    planned = repr(plan(getattr(import_module(module), name), config, asked.out, asked.keep))
+    other = say_other(asked.out.absolute(), run_hash(to_table(config)))
+    return f'{planned}\n\n{other}' if other else planned
 
 # %% ../../nbs/api/cli/030_flags.ipynb #c3a7e190
 def worker_command(
@@ -135,7 +139,7 @@ def start_command(
     if asked.vary is not None: return vary_command(command, table, asked)
     config = make_settings(command.settings, table)
     if launched() > 1: _check_launched(config)
-    def check() -> None: check_places(command.models(config), sources, None if asked.dry_run else asked.out, config.load.allow_pickle)
+    def check() -> None: check_places(command.models(config), sources, asked.out, config.load.allow_pickle)
     def work() -> str:
         check()
         return f'\n{command.run(command, config, asked.out, asked.keep)}'
@@ -189,7 +193,7 @@ def vary_command(
     if launched() > 1: _check_launched(next(iter(configs.values())))
     def check() -> None:
         for c in configs.values():
-            check_places(command.models(c), [c.data, *command.sources(c)], None if asked.dry_run else asked.out, c.load.allow_pickle)
+            check_places(command.models(c), [c.data, *command.sources(c)], asked.out, c.load.allow_pickle)
     def work() -> str:
         check()
         return run_variation(command, table, asked)
@@ -320,6 +324,7 @@ def add_command(
     )
     program.command(
         name,
+        cls=FullCommand,
         help=f'{first}\n\n{rest}\n\nA flag of one training, as --{_one_stage(command.settings)}, is there for every setting that sets '
              'all of them.',
         hidden=hidden,

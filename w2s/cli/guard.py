@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
 
 from ..errors import W2SError, W2SWarning
 from ..io.console import SentenceStream, fit_text, sentence_width
 from ..io.disk import failure_text
 from ..io.signals import Stopped, raise_stopped
 from ..train.processes import launched
+from .narrow import NarrowGroup
 
 # %% ../../nbs/api/cli/010_guard.ipynb #8fd51909
 GOES_ON = 'stopped. What was finished is kept, and trainings have a checkpoint: give the same command again to go on'
@@ -51,7 +51,7 @@ def end_of(
     return f'error: {fault_text(error)}', 70
 
 # %% ../../nbs/api/cli/010_guard.ipynb #241848c8
-class GuardedGroup(TyperGroup):
+class GuardedGroup(NarrowGroup):
     "Commands whose failures are sentences"
     def invoke(
         self,

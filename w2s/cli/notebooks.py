@@ -21,7 +21,7 @@ from .. import __version__
 from ..errors import ConfigError
 from ..io.disk import check_writable, text_bytes, write_atomic
 from ..io.manifests import file_damage, file_hash, own_files, write_manifest
-from .places import out_path
+from .places import FullCommand, out_path
 
 # %% ../../nbs/api/cli/145_notebooks.ipynb #8149b48c
 PACKAGE = Path(str(files('w2s')))
@@ -124,4 +124,4 @@ def add_notebooks_command(
     program: typer.Typer, # that gets the command
 ) -> None:
     "Register `w2s notebooks`"
-    program.command('notebooks')(notebooks_command)
+    program.command('notebooks', cls=FullCommand)(notebooks_command)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
-from .places import out_path
+from .places import FullCommand, out_path
 
 # %% ../../nbs/api/cli/130_plan.ipynb #fe05c420
 SCRIPT = '''#!/bin/bash
@@ -73,7 +73,7 @@ def add_plan_command(
     runs: typer.Typer,    # with the experiments
 ) -> None:
     "Register `w2s plan`"
-    @program.command('plan', context_settings={'allow_extra_args': True, 'ignore_unknown_options': True})
+    @program.command('plan', cls=FullCommand, context_settings={'allow_extra_args': True, 'ignore_unknown_options': True})
     def plan_experiment(
         context: typer.Context, # of typer: the arguments of w2s run
         slurm: Annotated[

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 # %% ../../nbs/api/cli/120_report.ipynb #14cbd933
-from .places import out_path
+from .places import FullCommand, out_path
 
 # %% ../../nbs/api/cli/120_report.ipynb #a3932d2b
 def report_command(
@@ -26,4 +26,4 @@ def add_report_command(
     program: typer.Typer, # that gets the command
 ) -> None:
     "Register `w2s report`"
-    program.command('report')(report_command)
+    program.command('report', cls=FullCommand)(report_command)

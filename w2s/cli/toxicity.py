@@ -19,7 +19,8 @@ import typer
 from ..errors import ConfigError, DataError
 from ..io.console import shorten_home
 from ..io.disk import write_atomic, write_through
-from .places import check_places, out_path
+from .narrow import NarrowGroup
+from .places import FullCommand, check_places, out_path
 
 # %% ../../nbs/api/cli/060_toxicity.ipynb #4871f06e
 def card_text(
@@ -37,7 +38,7 @@ def card_text(
 
 # %% ../../nbs/api/cli/060_toxicity.ipynb #c09f6fba
 Flag = typer.Option
-toxicity_app = typer.Typer(no_args_is_help=True)
+toxicity_app = typer.Typer(cls=NarrowGroup, no_args_is_help=True)
 
 @toxicity_app.callback()
 def _before() -> None: "Train a toxicity scorer, or score texts."
@@ -55,7 +56,7 @@ Group = Annotated[
 ]
 
 # %% ../../nbs/api/cli/060_toxicity.ipynb #6f922b34
-@toxicity_app.command('fit')
+@toxicity_app.command('fit', cls=FullCommand)
 def fit_command(
     data: ScoredFiles, # of texts with a score
     out: Annotated[Path, Flag(parser=out_path, metavar='PATH', help='folder for the scorer')],
@@ -207,7 +208,7 @@ ScoresOut = Annotated[
 ]
 
 # %% ../../nbs/api/cli/060_toxicity.ipynb #7abc5176
-@toxicity_app.command('score')
+@toxicity_app.command('score', cls=FullCommand)
 def score_command(
     scorer: Scorer, # folder, classifier or oracle
     texts: Annotated[Path, Flag(help='file with a column of texts')],

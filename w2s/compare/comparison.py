@@ -34,7 +34,7 @@ from .models import Model, model_lines, note_models
 from .on_ray import do_on_ray, need_ray
 from .result import Result
 from .settings import Settings
-from .stages import Run, claim, count_stages, say_numbered
+from .stages import Run, check_out, claim, count_stages, say_numbered
 from .tables import Kind, compare_models, recover_gaps
 from .workers import Opener
 
@@ -163,6 +163,7 @@ def run_experiment(
 ) -> Result:
     "Run a whole comparison; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
     check_elsewhere(config.machines, config.load)
+    from_main(lambda: check_out(out), 'the folder of a run')
     with all_processes(), claim(out, to_table(config), (lambda line: None) if quiet else say, keep, quiet) as stages:
         opened = open_comparison(Study(config, stages, quiet))
         note_models(stages, opened.models)

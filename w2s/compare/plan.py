@@ -35,7 +35,7 @@ from .learn import Study
 from .models import Model, open_base
 from .notes import Noted, Pass
 from .settings import Settings
-from .stages import Run, read_day, walk_stages
+from .stages import Run, check_out, read_day, walk_stages
 
 # %% ../../nbs/api/compare/610_plan.ipynb #fb33b2a1
 @dataclass(frozen=True)
@@ -260,7 +260,8 @@ def plan(
     out: str | Path,                             # folder of stages: what is done in it costs nothing
     keep: bool = False,                          # stages that other versions of the packages made are done, too
 ) -> Plan:
-    "Read the data, note all stages, time the models, and say what the run would do; nothing is written"
+    "Read the data, note all stages, time the models, and say what the run would do; nothing is written. Raises as a run does"
+    check_out(out)
     return plan_opened(open_comparison(Study(config, run_for_plan(out, keep), True)))
 
 def passing_words(

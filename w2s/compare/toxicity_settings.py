@@ -19,7 +19,7 @@ from ..models.places import LoraSettings
 from ..models.zoo import SHIPPED
 from ..train.settings import GenerateSettings, TrainSettings
 from .extensions import METHODS
-from .settings import Settings, check_least, check_names_once, make_settings, setting
+from .settings import Settings, check_least, check_model_names, check_names_once, make_settings, setting
 
 # %% ../../nbs/api/compare/500_toxicity_settings.ipynb #7b386831
 SCENES = 'world:scenes'
@@ -111,6 +111,7 @@ def check_toxicity(
 ) -> None:
     "Raise `ConfigError` for a setting out of range or without effect"
     check_least(c, ('examples',))
+    check_model_names(weak=c.weak)
     if not 0 < c.threshold < 1: raise ConfigError(f'threshold is {c.threshold}; it must lie between 0 and 1')
     if not 0 < c.beta < math.inf: raise ConfigError(f'beta is {c.beta}; it must be a number above 0')
     if not c.methods: raise ConfigError(f'methods is empty; name at least one of {", ".join(TOXICITY_METHODS)}')

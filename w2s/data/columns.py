@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SYSTEM', 'HISTORY', 'ABOVE', 'BELOW', 'BELONGS', 'OPTIONS', 'LONG', 'SENTENCE', 'SAMPLE', 'MANY', 'HALF',
-           'MISSING_WORDS', 'ColumnsRead', 'columns_line', 'texts_in', 'plain_name', 'why_long', 'is_held',
-           'readable_columns', 'check_leave_out', 'sample_cells', 'unread_columns', 'stop_unread', 'columns_read',
-           'with_columns', 'rename_columns', 'is_missing']
+           'MISSING_WORDS', 'UNKNOWN_WORDS', 'ColumnsRead', 'columns_line', 'texts_in', 'plain_name', 'why_long',
+           'is_held', 'readable_columns', 'check_leave_out', 'sample_cells', 'unread_columns', 'stop_unread',
+           'columns_read', 'with_columns', 'rename_columns', 'is_missing']
 
 # %% ../../nbs/api/data/100_columns.ipynb #f41577d1
 import math
@@ -256,6 +256,10 @@ def rename_columns(
 # %% ../../nbs/api/data/100_columns.ipynb #08c74996
 MISSING_WORDS = frozenset(('', 'na', 'n/a', 'n.a.', '#n/a', '<na>', 'nan', 'nat', 'null', 'none', 'missing', 'undefined', 'unlabeled',
                            'unlabelled', '-', '--', '---', '–', '—', '?', '[]', '{}'))
+
+# said by annotators and exports that have no label; a class where the user or the data set names it as one
+UNKNOWN_WORDS = frozenset(('unknown', 'unk', 'not known', 'unspecified', 'not specified', 'not available', 'no label', 'not labeled',
+                           'not labelled', 'not annotated', 'tbd', 'to be determined'))
 
 def is_missing(
     cell: object, # of a column of labels

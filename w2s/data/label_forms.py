@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['MOST_CLASSES', 'LONGEST_CLASS', 'DIALOGUE_SAFETY', 'CLAUSES', 'PRIVACY', 'REPLY_IS_SAFE', 'IS_SAFE', 'LABEL_FORMS',
-           'TEXT_NAMES', 'LABEL_NAMES', 'spelled', 'label_name', 'class_order', 'check_classes', 'chosen_classes',
-           'LabelForm', 'form_columns', 'write_prompt', 'only_column', 'columns_form']
+           'TEXT_NAMES', 'LABEL_NAMES', 'LABEL_WORDS', 'spelled', 'label_name', 'class_order', 'check_classes',
+           'chosen_classes', 'LabelForm', 'form_columns', 'write_prompt', 'only_column', 'columns_form']
 
 # %% ../../nbs/api/data/220_label_forms.ipynb #c26b6c75
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from re import ASCII, fullmatch, split
 from unicodedata import normalize
 
 # %% ../../nbs/api/data/220_label_forms.ipynb #fc498f85
@@ -45,11 +46,19 @@ def class_order(
 MOST_CLASSES = 100  # more than that is a column of numbers or of texts
 LONGEST_CLASS = 100 # characters of its name
 
+def _number(name: str) -> str:
+    "A number in one way; '': it is none, or has more digits than are kept"
+    return f'{float(name):.15g}' if fullmatch(r'[-+]?\d{1,15}(\.\d{1,15})?', name, ASCII) else ''
+
+def _same_class(name: str) -> str:
+    "What two names of one class have in common"
+    return _number(name) or normalize('NFKC', name).casefold()
+
 def check_classes(
     found: Sequence[str], # labels, each once
     where: str,           # name of the file, for the message
 ) -> None:
-    "Raise `DataError` for fewer than two classes, for too many, for whole texts, and for two that differ in case or width only"
+    "Raise `DataError` for fewer than two classes, for too many, for whole texts, and for two that differ in how they are written only"
     shown = ', '.join(f'{n!r:.60}' for n in found[:6]) + (' …' if len(found) > 6 else '')
     if len(found) < 2:
         raise DataError(
@@ -65,8 +74,9 @@ def check_classes(
                         'this the label column? Another one is named by --label')
     first: dict[str, str] = {}
     for name in found:
-        if (other := first.setdefault(normalize('NFKC', name).casefold(), name)) != name:
+        if (other := first.setdefault(_same_class(name), name)) != name:
             how = 'case' if other.casefold() == name.casefold() else 'the way that characters are written'
+            if _number(name): how = 'the way that a number is written'
             raise DataError(f'{where}: classes "{other}" and "{name}" differ in {how} only; write them in one way')
 
 # %% ../../nbs/api/data/220_label_forms.ipynb #0e32b77c
@@ -147,6 +157,8 @@ TEXT_NAMES = ('text', 'txt', 'sentence', 'prompt', 'question', 'content', 'passa
               'premise', 'hypothesis', 'sentence1', 'sentence2', 'response')
 LABEL_NAMES = ('label', 'labels', 'hard_label', 'gold_label', 'class', 'answer', 'target', 'is_safe')
 
+LABEL_WORDS = {'label', 'labels', 'class', 'category', 'gold', 'target'} # one of them in a longer name: a column that may be the label
+
 def only_column(
     names: Sequence[str], # usual ones
     have: Sequence[str],  # columns of a table
@@ -156,11 +168,13 @@ def only_column(
     "The one column of these names; raises `DataError`"
     found = [c for c in have if c.lower() in names]
     if len(found) == 1: return found[0]
+    likely = [c for c in have if what == 'label' and LABEL_WORDS & set(split('[^a-z]+', c.lower()))] # such as coarse_label
+    if len(likely) > 1: found = found or likely
     why = f'{" and ".join(found)} could each be the {what}' if found else f'no column is known as a {what}'
     how = (
         f'--{what} {found[0]}' + (f', or all of them: --{what} {",".join(found)}' if what == 'text' else '')
         if found
-        else f'--{what} COLUMN'
+        else f'--{what} {(*likely, "COLUMN")[0]}'
     )
     raise DataError(f'{where}: {why}. Columns found: {", ".join(have)}. Name it: {how}')
 

@@ -108,6 +108,13 @@ def _several_row(row: Mapping[str, Any], columns: Sequence[str], where: str) -> 
     found = [_trl_row(dict(prompt=row['prompt'], chosen=a, rejected=b)) for a in good for b in bad]
     return next((f for f in found if isinstance(f, str)), [f for f in found if isinstance(f, dict)])
 
+# %% ../../nbs/api/data/150_pair_rows.ipynb #6d33d1e8
+def _truths_row(row: Mapping[str, Any], columns: Sequence[str], where: str) -> list[dict] | str:
+    "A pair of the best answer with each wrong one, which are a list, or one text with semicolons"
+    wrong = row['rejected']
+    if isinstance(wrong, str): wrong = [t.strip() for t in wrong.split(';') if t.strip()]
+    return _several_row({**row, 'rejected': wrong}, columns, where)
+
 # %% ../../nbs/api/data/150_pair_rows.ipynb #f4f421af
 def _marked_row(row: Mapping[str, Any], columns: Sequence[str], where: str) -> dict | str:
     "A prompt with one response and its mark"

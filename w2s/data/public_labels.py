@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLIC_LABELS', 'CHOICE_ROWS', 'CHOICE_SPARE', 'FROM_ONE', 'MADE_ANSWER', 'MADE_LABEL', 'CHOICE_FORMS', 'LEGAL_TEXTS',
-           'ALL_LABEL_FORMS', 'choices_in', 'first_number', 'right_and_wrong', 'as_answers', 'legal_form',
+           'ALL_LABEL_FORMS', 'choices_in', 'first_number', 'right_and_wrong', 'as_answers', 'as_listed', 'legal_form',
            'score_class', 'label_form_table']
 
 # %% ../../nbs/api/data/230_public_labels.ipynb #8903d5e7
@@ -131,6 +131,7 @@ CHOICE_ROWS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = ( # set,
     ('MMLU-Pro', ('question',), ('options', 'answer')),
     ('AQuA', ('question',), ('options', 'correct')),
     ('MMLU', ('question',), ('choices', 'answer')),
+    ('TruthfulQA', ('question',), ('incorrect_answers', 'best_answer')),
     ('ARC', ('question',), ('choices', 'answerKey')),
     ('CommonsenseQA', ('question_stem',), ('choices', 'answerKey')),
     ('PIQA', ('goal',), ('sol1', 'sol2', 'label')),
@@ -138,7 +139,7 @@ CHOICE_ROWS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = ( # set,
     ('WinoGrande', ('sentence',), ('option1', 'option2', 'answer')),
     ('HellaSwag', ('ctx',), ('endings', 'label')))
 CHOICE_SPARE = ('support', 'ctx_a', 'ctx_b', 'fact1', 'activity_label', 'sent1', 'sent2', 'rationale', 'exp', 'answer', 'cot_content',
-                'additional_metadata', 'answer_info')
+                'additional_metadata', 'answer_info', 'correct_answers', 'source')
 # their answers are numbered from 1; those of others are, if the last number occurs and no 0
 FROM_ONE = ('Social IQA', 'WinoGrande', 'QuALITY')
 
@@ -172,6 +173,7 @@ def right_and_wrong(
     "The answers of a multiple-choice question"
     values = list(cells.values())
     if 'correct_answer' in cells: return values[0] or '', [w for w in values[1:] if isinstance(w, str) and w.strip()]
+    if 'best_answer' in cells: return values[1] or '', [w for w in values[0] or [] if isinstance(w, str) and w.strip()]
     options, names = choices_in(cells)
     at = _place(values[-1], names, len(options), first)
     return (options[at], [o for i, o in enumerate(options) if i != at]) if at is not None else ('', [])
@@ -224,6 +226,34 @@ def as_answers(
                         'read the training or validation file, whose rows do')
     of = ' or '.join(o for o in options if o != key or key == options[0])
     return with_columns(raw, {MADE_ANSWER: answers, MADE_LABEL: labels}, {MADE_ANSWER: of, MADE_LABEL: key}, options)
+
+# %% ../../nbs/api/data/230_public_labels.ipynb #5c6f6184
+def as_listed(
+    raw: RawTable,        # a file
+    have: Sequence[str],  # the columns that may be read
+) -> RawTable:            # the same, if it has no multiple-choice questions
+    "Multiple-choice questions with their answers listed below them, and the right one as the answer"
+    found = next((r for r in CHOICE_ROWS if {*r[1], *r[2]} <= set(have) and r[0] != 'TruthfulQA'), None)
+    if found is None: return raw
+    name, texts, options = found
+    some = raw.data.with_format(None)[:20]
+    if len(options) == 2 and not any(isinstance(x, (list, dict)) for x in some[options[0]]): return raw
+    rows = [r for _, piece in row_pieces(raw.data, [*texts, *options]) for r in piece]
+    first = first_number([{c: r[c] for c in options} for r in rows], name)
+    made = [_listed([r[t] for t in texts], {c: r[c] for c in options}, first) for r in rows]
+    of = f'{" + ".join(texts)} + {" or ".join(options[:-1])}'
+    says = options[0] if options[0] == 'correct_answer' else options[-1]
+    return with_columns(raw, {'question': [q for q, _ in made], 'answer': [a for _, a in made]}, {'question': of, 'answer': says},
+                        (*texts, *options, *(c for c in CHOICE_SPARE if c in have)))
+
+def _listed(texts: Sequence[Any], cells: Mapping[str, Any], first: int) -> tuple[str | None, str | None]:
+    "A question with its answers below it, and the right one; None: it is missing"
+    right, wrong = right_and_wrong(cells, first)
+    options = sorted([right, *wrong]) if 'correct_answer' in cells else [str(o) for o in choices_in(cells)[0] if o is not None]
+    if not options or any(not isinstance(t, str) or not t.strip() for t in texts): return None, None
+    lines = [f'({chr(65 + i)}) {o}' for i, o in enumerate(options)]
+    at = options.index(str(right)) if right and str(right) in options else None
+    return '\n'.join([*texts, *lines]), None if at is None else lines[at]
 
 # %% ../../nbs/api/data/230_public_labels.ipynb #b4c7c18b
 LEGAL_TEXTS = (

@@ -44,6 +44,7 @@ from w2s.data.preference_forms import (
                                        ranked_row,
 )
 
+from .message_trees import TREE_FORMS
 from .messages import HOLDERS, open_messages
 
 # %% ../../nbs/api/data/160_public_pairs.ipynb #e49e3973
@@ -135,6 +136,7 @@ _NAMED = (
         ('individual_preference',),
         label=('overall_preference',),
     ),
+    *TREE_FORMS,
     _pairs(
         'two scores',
         'answer_0',

@@ -39,6 +39,7 @@ from w2s.data.preference_forms import (
 
 from ..errors import DataError
 from .columns import ColumnsRead, check_leave_out, columns_read, readable_columns, sample_cells, stop_unread, unread_columns
+from .message_trees import as_replies
 from .messages import are_written_messages, parse_messages
 from .names import SPLITS
 from .prompts import PARSED, drop_held, find_columns, has_turns, join_prompt, read_back, written_columns
@@ -110,6 +111,7 @@ def says_choice(
     columns: Mapping[str, str] | None = None,   # part of a row -> its column; None: recognised
 ) -> bool:
     "Does a table of pairs say which response is the better one?"
+    if not columns: raw = as_replies(raw, readable_columns(raw, leave_out))
     have, told = readable_columns(raw, leave_out), {p: tuple(n.strip() for n in c.split('+')) for p, c in (columns or {}).items()}
     found = filter(None, (match_form(f, have, told) for f in FORM_LIST))
     return any(m.form.fits(_cells_of(raw, m), bool(find_columns(PROMPT_COLUMNS, have))) for m in found)
@@ -153,6 +155,7 @@ def preference_rows(
 ) -> FileRead:                                  # rows of kind "preferences"
     "Recognise the form of a table and read it; raises `DataError` for an unknown form, a bad number, or a long column that is not read"
     told = {p: tuple(n.strip() for n in c.split('+')) for p, c in (columns or {}).items()}
+    if not told: raw = as_replies(raw, readable_columns(raw, leave_out))
     match = _choose(raw, where, leave_out, told, blind)
     spare = find_columns(match.form.spare, readable_columns(raw, leave_out))
     record = columns_read(raw, match.used, where, ['prompt'], _how(match), leave_out, split, match.form.name, spare)

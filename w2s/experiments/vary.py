@@ -31,7 +31,7 @@ from ..compare.preference_settings import WeakTeacher
 from ..compare.preference_tables import row_groups
 from ..compare.result import Result
 from ..compare.settings import Settings
-from ..compare.stages import Run, claim, count_stages, say_numbered
+from ..compare.stages import Run, check_out, claim, count_stages, say_numbered
 from ..compare.tables import WHO
 from ..compare.toxicity_settings import Toxicity
 from ..compare.variations import USES, VARIATIONS, Variation, variants
@@ -216,6 +216,7 @@ def plan_varied(
     cls: type[Settings] = WeakTeacher, # the experiment's class of settings
 ) -> dict[str, Plan]:           # value -> its plan; what an earlier value does is shared and costs nothing
     "Say what a variation would do; nothing is written. Raises as `run_varied` does"
+    check_out(out, ())
     seen: set[str] = set()
     speeds: dict = {}
     return {

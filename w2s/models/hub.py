@@ -114,6 +114,7 @@ def hub_words(
 ) -> str:                  # the end of a sentence that begins with the name
     "What keeps a model from being fetched, and what to do"
     again = 'and give the same command again'
+    here = 'is a file here, not a folder, and not' if Path(name).is_file() else 'is neither a folder here nor'
     where = f'{constants.ENDPOINT}/{name}'
     if isinstance(error, GatedRepoError):
         who = 'the account of your token has no access yet' if huggingface_hub.get_token() else 'you are not logged in'
@@ -128,9 +129,9 @@ def hub_words(
     at = '' if revision is None else f' at revision {revision}'
     fetch = f'hf download {name}' + ('' if revision is None else f' --revision {revision}')
     if constants.HF_HUB_OFFLINE or isinstance(error, OfflineModeIsEnabled):
-        return (f'is neither a folder here nor in the cache of the hub on this machine{at}, and HF_HUB_OFFLINE is set; unset it, or run '
+        return (f'{here} in the cache of the hub on this machine{at}, and HF_HUB_OFFLINE is set; unset it, or run '
                 f'{fetch} where there is a network and bring its folder here')
-    return (f'is neither a folder here nor in the cache of the hub on this machine{at}, and the hub cannot be reached ({_short(error)}); '
+    return (f'{here} in the cache of the hub on this machine{at}, and the hub cannot be reached ({_short(error)}); '
             f'check the network {again}, or run {fetch} where there is one and bring its folder here')
 
 def _short(error: BaseException) -> str:

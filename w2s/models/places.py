@@ -125,7 +125,9 @@ def is_folder(
     name: str | Path, # folder, or name on the hub such as 'facebook/opt-125m'
 ) -> bool:
     "Does this name mean a folder? Raises `ModelError` if it does and there is none"
-    path = Path(name).expanduser()
+    try: path = Path(name).expanduser()
+    except RuntimeError as e:
+        raise ModelError(f'no model folder at {name}: no user has the name {Path(name).parts[0][1:]}; write the whole path') from e
     if path.is_dir(): return True
     if path.is_file() and (path.suffix or '/' in str(name)): raise ModelError(file_fault(path))
     if str(name).startswith(('.', '/', '~')) or str(name).count('/') > 1:
@@ -138,7 +140,7 @@ def ladder_hint(
 ) -> str:             # which one may have been meant, and which there are; '' for a name that cannot be one of the ladder
     "Name the models of the ladder"
     if '/' in str(name): return ''
-    near = get_close_matches(str(name), SHIPPED, n=1, cutoff=.75)
+    near = get_close_matches(str(name).strip().lower(), SHIPPED, n=1, cutoff=.75)
     return (f'did you mean "{near[0]}"? ' if near else '') + f'models of the ladder: {", ".join(SHIPPED)}'
 
 # %% ../../nbs/api/models/080_places.ipynb #1c46e21b

@@ -51,6 +51,8 @@ def error_words(
     if isinstance(error, (SafetensorError, UnpicklingError, EOFError)):
         return f'has a damaged file of weights ({text[:160]}); download it anew'
     if 'safetensors' in text: return 'has no weights in safetensors form; convert them, or, if you trust their origin, give --allow-pickle'
+    if isinstance(error, KeyError):
+        return f'cannot be loaded: {text[:100]} is missing from its files, or named in them and not known to this version of transformers'
     return f'cannot be loaded: {text[:300] or type(error).__name__}'
 
 # %% ../../nbs/api/models/030_reading.ipynb #873aa27f

@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+# %% ../../nbs/api/train/060_boundary.ipynb #f8bd661c
+from ..errors import ModelError
+
 # %% ../../nbs/api/train/060_boundary.ipynb #d8c128ec
 @dataclass(frozen=True)
 class Encoded:
@@ -50,10 +53,13 @@ def token_ids(
     texts: list[str],   # may hold duplicates
     special: bool,      # may the tokenizer add its special tokens?
 ) -> list[list[int]]:   # ids of each text
-    "Token ids of many texts, each different text tokenized once"
+    "Token ids of many texts, each different text tokenized once; raises `ModelError` where the tokenizer fails"
     different = list(dict.fromkeys(texts))
     if not different: return []
-    ids = tokenizer(different, add_special_tokens=special, padding=False, truncation=False, verbose=False)['input_ids']
+    try: ids = tokenizer(different, add_special_tokens=special, padding=False, truncation=False, verbose=False)['input_ids']
+    except Exception as e: # the tokenizers library raises plain exceptions, as for a word that is unknown where no token means that
+        raise ModelError(f'the tokenizer cannot read all texts ({" ".join(str(e).split())[:120]}); take the one that the model was '
+                         'published with') from e
     known = dict(zip(different, ids, strict=True))
     return [known[t] for t in texts]
 

@@ -66,7 +66,8 @@ def text_ids(
         fulls = token_ids(tokenizer, [texts[i].whole for i in rows], special)
         for i, p, full in zip(rows, starts, fulls, strict=True):
             ids = close(full, tokenizer.bos_token_id, tokenizer.eos_token_id) if special else full
-            out[i] = Encoded(tuple(ids), common_start(close(p, tokenizer.bos_token_id, None), ids))
+            start = close(p, tokenizer.bos_token_id, None) if special else p # a template that begins twice does so in both
+            out[i] = Encoded(tuple(ids), common_start(start, ids))
     return out
 
 # %% ../../nbs/api/train/070_tokens.ipynb #4e3c1578
