@@ -26,6 +26,7 @@ def draw_difference(
     if np.isfinite(row['detectable']): ax.barh(place, 2*row['detectable'], left=-row['detectable'], height=.62, color='#eeeeee', zorder=0)
     color = COLORS[0] if row['significant'] else '#777777'
     ax.plot([row['low'], row['high']], [place, place], color=color, lw=2.2, solid_capstyle='round', zorder=2)
+    if 'margin' in row: ax.plot([row['margin_low'], row['margin_high']], [place, place], color=color, lw=6, alpha=.35, zorder=1)
     ax.plot(row['value'], place, 'o', color=color, ms=7, zorder=3)
 
 # %% ../../nbs/api/plots/140_pairs.ipynb #8c631caf
@@ -39,6 +40,8 @@ def plot_differences(
     rows = found.table[found.table['metric'] == metric].reset_index(drop=True)
     ax = ax or plt.subplots(figsize=(6.4, 1.6 + .5*len(rows)), layout='constrained')[1]
     ax.axvline(0, color='#333333', lw=1)
+    asked = f' Dashed: margin of equivalence; thick: its {2*rows["level"][0] - 1:.0%} CI.' if 'margin' in rows else ''
+    for edge in [-rows['margin'][0], rows['margin'][0]] if asked else []: ax.axvline(edge, color='#333333', lw=1, ls='--')
     for i, row in rows.iterrows(): draw_difference(ax, -int(i), row)
     ax.set_yticks([-i for i in range(len(rows))], [f'{a} minus {b}' for a, b in zip(rows['a'], rows['b'], strict=True)])
     ax.set_ylim(-len(rows) + .4, .6)
@@ -50,6 +53,6 @@ def plot_differences(
     write_caption(
         ax,
         f'{caption(rows.iloc[:1], found.unit)} Paired; in colour: significant{" after Holm" if len(rows) > 1 else ""}. '
-        'Grey: below the minimum detectable effect at 80 % power.',
+        'Grey: below the minimum detectable effect at 80 % power.' + asked,
     )
     return ax
