@@ -28,7 +28,7 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 
 def w2s(*words, monkeypatch):
     monkeypatch.setattr(app.info, 'cls', GuardedGroup)
-    monkeypatch.setenv('COLUMNS', '200')
+    monkeypatch.setenv('COLUMNS', '2000')
     return CliRunner().invoke(app, ['compare', *map(str, words)])
 
 
