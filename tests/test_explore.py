@@ -33,7 +33,7 @@ EVIL = '<img src=x onerror=y><script>z</script> "q" \'a\' & <b>'
 
 @pytest.fixture(scope='module')
 def pairs(tmp_path_factory) -> Result:
-    given = dict(weak='pico', strong='nano', n_labelled=30, n_unlabelled=30, n_test=20, seeds=2, samples=0, others='',
+    given = dict(weak='pico', strong='nano', n_labelled=30, n_unlabelled=30, n_test=20, seeds=2, samples=0, others=(),
                  sft=dict(epochs=1), dpo=dict(epochs=2))
     return preferences.run(fill_settings(given), tmp_path_factory.mktemp('pairs')/'run', quiet=True)
 
