@@ -1,6 +1,7 @@
 "Tables and sentences that a command prints are no wider than the terminal, and no word of them is cut"
 import io
 import os
+import re
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -125,15 +126,18 @@ def test_tables_settings_code_and_frames_are_left_alone():
         assert fit_text(text, width=60) == text
 
 
+def plain(text): return re.sub(r'\x1b\[[\d;]*m', '', text)
+
+
 class Terminal(io.StringIO):
     def isatty(self): return True
 
 
-WIDTHS = [(True, 72, 72), (True, 250, 100), (False, None, 0), (False, 72, 72), (False, 250, 250)]
+WIDTHS = [(True, 72, 72), (True, 250, 100), (False, None, 0), (False, 72, 0), (False, 250, 0)]
 
 
 @pytest.mark.parametrize('terminal, columns, width', WIDTHS)
-def test_only_a_terminal_or_columns_break_lines(monkeypatch, terminal, columns, width):
+def test_only_a_terminal_breaks_lines(monkeypatch, terminal, columns, width):
     monkeypatch.setattr(console.shutil, 'get_terminal_size', lambda fallback: os.terminal_size((columns or fallback[0], 24)))
     if columns and not terminal: monkeypatch.setenv('COLUMNS', str(columns))
     else: monkeypatch.delenv('COLUMNS', raising=False)
@@ -146,7 +150,7 @@ def test_only_a_terminal_or_columns_break_lines(monkeypatch, terminal, columns, 
 
 def test_a_stream_prints_lines_that_fit_and_those_in_front_of_it_hear_whole_ones(monkeypatch):
     monkeypatch.setenv('COLUMNS', '40')
-    shown = io.StringIO()
+    shown = Terminal()
     with redirect_stdout(SentenceStream(shown)), hear_lines() as heard:
         print(SENTENCES[0], flush=True)
         print(SENTENCES[1])
@@ -156,30 +160,34 @@ def test_a_stream_prints_lines_that_fit_and_those_in_front_of_it_hear_whole_ones
 
 
 def test_commands_start_with_such_a_stream_where_lines_are_to_fit(monkeypatch):
-    for columns, kind in (('40', SentenceStream), ('', io.StringIO)):
-        monkeypatch.setenv('COLUMNS', columns)
-        with redirect_stdout(io.StringIO()):
+    monkeypatch.setenv('COLUMNS', '40')
+    for out, kind in ((Terminal(), SentenceStream), (io.StringIO(), io.StringIO)):
+        with redirect_stdout(out):
             prepare_streams()
             prepare_streams()
             assert type(sys.stdout) is kind and not isinstance(getattr(sys.stdout, 'stream', None), SentenceStream)
 
 
 def test_errors_fit_the_terminal():
+    "In a terminal of 45 columns; in a pipe the line stays whole, though COLUMNS says 45 there, too"
+    words = [sys.executable, '-m', 'w2s', 'run', 'preferences', '--seeds', '3', '--values', '1,2']
     env = {**os.environ, 'COLUMNS': '45', 'PYTHONPATH': str(ROOT)}
-    for more, limit in (({}, 45), ({'COLUMNS': ''}, None)):
-        done = subprocess.run([sys.executable, '-m', 'w2s', 'run', 'preferences', '--seeds', '3', '--values', '1,2'], env={**env, **more},
-                              capture_output=True, text=True, check=False)
-        lines = done.stderr.strip().split('\n')
-        assert done.returncode == 1 and lines[0].startswith('error: --values'), done.stderr
-        assert max(map(len, lines)) <= limit if limit else len(lines) == 1
+    ours, theirs = os.openpty()
+    in_terminal = subprocess.run(words, env=env, stdout=subprocess.PIPE, stderr=theirs, check=False)
+    os.close(theirs)
+    lines = plain(os.read(ours, 10_000).decode()).splitlines()
+    os.close(ours)
+    assert in_terminal.returncode == 1 and lines[0].startswith('error: --values') and len(lines) > 1, lines
+    assert max(map(len, lines)) <= 45
+    in_pipe = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+    assert in_pipe.returncode == 1 and len(in_pipe.stderr.strip().splitlines()) == 1, in_pipe.stderr
 
 
 def test_lights_of_a_check_fit(monkeypatch):
     found = Checked((Line('loads', 'ok', 'yes', 'pico'), Line('what it can find', 'look', 'more examples would show smaller effects '*4)))
     monkeypatch.setenv('COLUMNS', '80')
-    lines = repr(found).split('\n')
-    assert widest(repr(found)) <= 80 and lines[0].startswith('ok    loads (pico)') and lines[2].startswith(' '*24)
-    monkeypatch.delenv('COLUMNS')
+    with redirect_stdout(Terminal()): lines = repr(found).split('\n')
+    assert widest('\n'.join(lines)) <= 80 and lines[0].startswith('ok    loads (pico)') and lines[2].startswith(' '*24)
     assert repr(found).split('\n')[1].count('effects') == 4 # whole, so that grep finds it
 
 

@@ -145,10 +145,9 @@ def _cells(column: 'pd.DataFrame', **form: Any) -> list[str]: # of one column, a
 def sentence_width(
     err: bool = False, # is it printed among the errors?
 ) -> int:              # columns; 0: lines stay whole
-    "Columns for sentences: of the terminal, at most 100, or those of COLUMNS; none in a file or a pipe"
+    "Columns for sentences: of the terminal, at most 100; none in a file or a pipe, whatever COLUMNS says"
     stream = sys.stderr if err else sys.stdout
-    if getattr(stream, 'isatty', lambda: False)(): return min(text_width(), 100)
-    return text_width() if os.environ.get('COLUMNS') else 0
+    return min(text_width(), 100) if getattr(stream, 'isatty', lambda: False)() else 0 # readline sets COLUMNS for child processes
 
 # %% ../../nbs/api/io/40_console.ipynb #42f46f12
 COMMAND = re.compile(
