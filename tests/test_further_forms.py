@@ -175,3 +175,11 @@ def test_refine_takes_them_without_a_flag(tmp_path):
     path = jsonl(tmp_path/'q.jsonl', map(LISTED['AQuA'], N))
     done = CliRunner().invoke(app, ['refine', '--questions', str(path), '--strong', 'pico', '--out', str(tmp_path/'r.jsonl'), '--dry-run'])
     assert not done.exception, done.exception
+
+
+def test_columns_that_are_named_are_a_plain_pair(tmp_path):
+    "And not the answers of TruthfulQA, which are lists"
+    rows = [dict(question=f'What is {i}?', good=f'A number; {i}.', bad=f'A letter; perhaps {i}; or none.') for i in N]
+    found = read_preferences(jsonl(tmp_path/'x.jsonl', rows), columns=dict(chosen='good', rejected='bad')).splits
+    pairs = {(r['prompt'], r['chosen'], r['rejected']) for rows in found.values() for r in rows}
+    assert pairs == {(r['question'], r['good'], r['bad']) for r in rows}

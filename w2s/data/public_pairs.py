@@ -44,7 +44,7 @@ from w2s.data.preference_forms import (
                                        ranked_row,
 )
 
-from .message_trees import TREE_FORMS
+from .message_trees import TREE_FORMS, TRUTHS
 from .messages import HOLDERS, open_messages
 
 # %% ../../nbs/api/data/160_public_pairs.ipynb #e49e3973
@@ -329,11 +329,12 @@ FORM_LIST = (
         join=True,
         of='HelpSteer, HelpSteer2',
     ),
+    TRUTHS,
 )
 FORMS = f'''prompt, chosen, rejected (texts or chat messages; also {", ".join(f"{a}/{b}" for a, b in CHOSEN_COLUMNS[1:])});
   chosen, rejected (dialogues "\\n\\nHuman: … \\n\\nAssistant: …", or chat messages with a shared start);
   prompt, two responses (such as response_a/_b, response_0/_1 or output_1/_2), and {", ".join(LABEL_COLUMNS[:-1])} or {LABEL_COLUMNS[-1]};
-  those of {", ".join(dict.fromkeys(f.of for f in _NAMED))}; KTO and HelpSteer, where a prompt has two responses;
+  those of {", ".join(dict.fromkeys(f.of for f in (*_NAMED, TRUTHS)))}; KTO and HelpSteer, where a prompt has two responses;
   prompt, chosen and rejected as lists of texts (RewardBench 2); question, response_A/_B and a label such as A>B (JudgeBench);
   the prompt is called prompt, instruction, question, query or input; system, history, context, body and input beside it are joined to it.
   Other names can be told, as in --column prompt=query,chosen=good,rejected=bad'''
