@@ -177,6 +177,42 @@ def test_refine_takes_them_without_a_flag(tmp_path):
     assert not done.exception, done.exception
 
 
+NAMES = (('a', 'b'), ('resp_0', 'resp_1'), ('resp_1', 'resp_2'), ('response1', 'response2'), ('response_1', 'response_2'),
+         ('human_ref_A', 'other'))
+
+
+def named_pairs(tmp_path, names, label, labels, tell):
+    rows = [{'q': f'What is {i}?', names[0]: f'{i}, the first', names[1]: f'{i}, the second', label: labels[i%2]} for i in N]
+    found = read_preferences(jsonl(tmp_path/'x.jsonl', rows), columns=tell).splits
+    return {r['prompt']: r['chosen'].split()[-1] for rows in found.values() for r in rows}
+
+
+@pytest.mark.parametrize('names', NAMES)
+@pytest.mark.parametrize('all_told', [True, False])
+def test_columns_that_are_named_have_no_convention_of_a_data_set(tmp_path, names, all_told):
+    "A label names a response; that 1 is the first one, or a number below zero, holds for the columns of SHP and HelpSteer"
+    tell = dict(prompt='q', label='w') | (dict(first=names[0], second=names[1]) if all_told else {})
+    if not all_told and names[0] in ('a', 'resp_0', 'resp_1', 'human_ref_A'): tell |= dict(zip(('first', 'second'), names, strict=True))
+    got = named_pairs(tmp_path, names, 'w', names, tell)
+    assert got == {f'What is {i}?': ('first', 'second')[i%2] for i in N}
+    ends = [n[-1] for n in names]
+    if ends[0] == '1': assert named_pairs(tmp_path, names, 'w', ends, tell) == got
+    if ends != ['0', '1']:
+        with pytest.raises(DataError, match='label 0 names neither'): named_pairs(tmp_path, names, 'w', (0, 1), tell)
+
+
+def test_a_label_column_of_a_data_set_keeps_its_convention(tmp_path):
+    "Also where responses are called otherwise"
+    tell = dict(prompt='q', first='a', second='b', label='preference_strength')
+    got = named_pairs(tmp_path, ('a', 'b'), 'preference_strength', (-2, 3), tell)
+    assert got == {f'What is {i}?': ('first', 'second')[i%2] for i in N}
+    with pytest.raises(DataError, match='names neither'):
+        named_pairs(tmp_path, ('a', 'b'), 'labels', (1, 0), dict(prompt='q', first='a', second='b', label='labels'))
+    tell = dict(prompt='q', first='human_ref_A', second='human_ref_B', label='labels')
+    got = named_pairs(tmp_path, ('human_ref_A', 'human_ref_B'), 'labels', (1, 0), tell)
+    assert got == {f'What is {i}?': ('first', 'second')[i%2] for i in N}
+
+
 def test_columns_that_are_named_are_a_plain_pair(tmp_path):
     "And not the answers of TruthfulQA, which are lists"
     rows = [dict(question=f'What is {i}?', good=f'A number; {i}.', bad=f'A letter; perhaps {i}; or none.') for i in N]

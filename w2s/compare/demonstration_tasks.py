@@ -21,7 +21,7 @@ import numpy as np
 
 # %% ../../nbs/api/compare/430_demonstration_tasks.ipynb #91f312c3
 from ..errors import ConfigError, DataError, unknown
-from ..evaluate.knowledge import VOICES
+from ..evaluate.knowledge import PERSONA_STYLES
 from ..world.analogy import analogy_verdict, explain, explanation_questions, explanation_verdict
 from ..world.digits import digit_questions, digit_verdict, region_verdict, technique_verdict
 from ..world.facts import ATTRIBUTES, KINDS_OF_THINGS, World, fact_verdict, make_world
@@ -107,7 +107,7 @@ def persona_rows(
     trial: bool,  # see `world_parts`
 ) -> TaskRows:
     "A persona (Somerstep et al., experiment 1)"
-    w, voice = world_parts(seed, trial), VOICES[seed % len(VOICES)]
+    w, voice = world_parts(seed, trial), PERSONA_STYLES[seed % len(PERSONA_STYLES)]
     says = dict(
         accuracy=lambda r, a: fact_verdict(make_world(), r['name'], r['attribute'], a).score,
         persona=lambda r, a: persona_verdict(voice, a).score,

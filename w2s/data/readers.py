@@ -18,6 +18,7 @@ from datasets import Dataset
 
 # %% ../../nbs/api/data/170_readers.ipynb #37db1ad9
 from w2s.data.preference_forms import (
+                                       CHOICE,
                                        DIFFER,
                                        ELSEWHERE,
                                        LABEL_COLUMNS,
@@ -43,7 +44,7 @@ from .message_trees import as_replies
 from .messages import are_written_messages, parse_messages
 from .names import SPLITS
 from .prompts import PARSED, drop_held, find_columns, has_turns, join_prompt, read_back, written_columns
-from .public_pairs import FORM_LIST, FORMS, SEVERAL, join_marked
+from .public_pairs import FORM_LIST, FORMS, OWN_FORMS, SEVERAL, join_marked
 from .rows import group_key, make_rows, stack_rows
 from .sources import source_tables, split_of
 from .tables import RawTable, row_pieces
@@ -70,7 +71,7 @@ _all_ = [
     'split_dialogue',
 ] # a reader of this module should find them here
 
-# %% ../../nbs/api/data/170_readers.ipynb #3498b8aa
+# %% ../../nbs/api/data/170_readers.ipynb #5a544021
 def _cells_of(raw: RawTable, match: Match) -> dict[str, list]:
     "Some cells by part; messages that were written as text are read"
     parts = match.parts | ({'prompt': match.prompt.main} if match.prompt.main else {})
@@ -90,14 +91,27 @@ def _how(match: Match) -> str:
     "How a column that is not read could be read, with {} for its name; '': the responses hold the prompt, and nothing can be joined to it"
     return f'--column prompt={{}}+{"+".join(match.prompt.names)}' if match.form.prompt else ''
 
+# %% ../../nbs/api/data/170_readers.ipynb #fe6052a1
+def _borrowed(match: Match) -> bool:
+    "Would columns that only the user calls so be read by the convention of one data set?"
+    own = {p for p, c in match.parts.items() if find_columns(match.form.parts[p], [c])}
+    says = any(match.parts[p] not in (*LABEL_COLUMNS, 'labels') for p in own & set(CHOICE)) # a name that one data set alone has
+    return match.form in OWN_FORMS and own != match.parts.keys() and not says
+
+def _matches(raw: RawTable, have: Sequence[str], told: Mapping[str, tuple[str, ...]], blind: bool = False) -> list[Match]:
+    "All forms that columns and cells allow, those with a borrowed convention last"
+    found = [m for f in FORM_LIST if (m := match_form(f, have, told, blind))]
+    asked = bool(find_columns(PROMPT_COLUMNS, have))
+    return sorted((m for m in found if m.form.fits(_cells_of(raw, m), asked)), key=_borrowed)
+
+# %% ../../nbs/api/data/170_readers.ipynb #3498b8aa
 def _choose(raw: RawTable, where: str, leave_out: Sequence[str], told: Mapping[str, tuple[str, ...]], blind: bool = False) -> Match:
     "The form of a table; raises `DataError` where none fits, or where all that fit leave something unread"
     have = readable_columns(raw, leave_out)
     if lost := [c for columns in told.values() for c in columns if c not in have]:
         raise DataError(f'{where}: has no column "{lost[0]}"; it has {", ".join(have)}')
     lacking, how = dict[str, str](), ''
-    for match in filter(None, (match_form(f, have, told, blind) for f in FORM_LIST)):
-        if not match.form.fits(_cells_of(raw, match), bool(find_columns(PROMPT_COLUMNS, have))): continue
+    for match in _matches(raw, have, told, blind):
         match = _joined_once(raw, match, told)
         long, _ = unread_columns(raw, match.used, ['prompt'], (*leave_out, *find_columns(match.form.spare, have)))
         if not long: return match
@@ -113,8 +127,7 @@ def says_choice(
     "Does a table of pairs say which response is the better one?"
     if not columns: raw = as_replies(raw, readable_columns(raw, leave_out))
     have, told = readable_columns(raw, leave_out), {p: tuple(n.strip() for n in c.split('+')) for p, c in (columns or {}).items()}
-    found = filter(None, (match_form(f, have, told) for f in FORM_LIST))
-    return any(m.form.fits(_cells_of(raw, m), bool(find_columns(PROMPT_COLUMNS, have))) for m in found)
+    return bool(_matches(raw, have, told))
 
 # %% ../../nbs/api/data/170_readers.ipynb #57ae5a25
 def _number(x, name: str, at: str) -> float:
