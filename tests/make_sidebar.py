@@ -13,6 +13,7 @@ SIDEBAR = NBS / 'sidebar.yml'
 START = ('index.ipynb', 'tutorials/05_first_run.ipynb', 'tutorials/10_quickstart.ipynb')
 PAPERS = { # authors of the paper that a page is about
     '10_weak_teacher': 'Tao & Li (2024): weak feedback',
+    '11_equivalence': 'Tao & Li (2024): equivalence',
     '12_confidence': 'Afzali et al. (2026): confidence weights',
     '20_beyond_accuracy': 'Ye et al. (2024): safety, toxicity, law',
     '24_burns': 'Burns et al. (2023): generalization',
