@@ -14,6 +14,7 @@ from w2s.compare.models import know_model
 from w2s.errors import DataError, ModelError
 from w2s.models.load import LoadSettings, load_base, load_tokenizer
 from w2s.models.places import check_model_folder, located
+from w2s.models.reading import check_numbers
 from w2s.models.tiny import tiny_model
 from w2s.train.boundary import token_ids
 from w2s.train.tokens import encode
@@ -94,8 +95,13 @@ ODD = {
     'listed added tokens': (put('added_tokens.json', '[]'), 'added_tokens.json is damaged'),
     'tokenizer settings that are a folder': (a_folder('tokenizer_config.json'), 'tokenizer_config.json is a folder'),
     'an empty tokenizer': (put('tokenizer.json', '{}'), "has no tokenizer that can be read.*'added_tokens' is missing in them"),
-    'no kind': (settings(model_type=...), 'config.json has no "model_type"'),
-    'a listed kind': (settings(model_type=['llama']), 'config.json has no "model_type"'),
+    'no kind': (settings(model_type=...), 'config.json describes no model: it has no "model_type"'),
+    'a listed kind': (settings(model_type=['llama']), 'config.json describes no model: it has no "model_type"'),
+    'a listed quantization': (settings(quantization_config=['nf4']), r'its "quantization_config" is \["nf4"\], not settings by name'),
+    'an empty quantization': (settings(quantization_config={}), r'its "quantization_config" is \{\}, not settings by name'),
+    'less than no layers': (settings(num_hidden_layers=-1), 'its "num_hidden_layers" is -1; download the model anew'),
+    'no heads': (settings(num_attention_heads=0), 'its "num_attention_heads" is 0'),
+    'a tokenizer that is a folder': (a_folder('tokenizer.json'), 'tokenizer.json is a folder, and a file is needed there'),
     'no room': (settings(max_position_embeddings=1), r'reads 1 tokens at most, as its config.json says \(max_position_embeddings\)'),
     'less than no room': (settings(max_position_embeddings=-5), 'reads -5 tokens at most'),
     'an activation of its own': (settings(hidden_act='nonsense'), "'nonsense' is missing from its files, or named in them and not known"),
@@ -122,6 +128,8 @@ RIGHT = {
     'states put out': settings(output_hidden_states=True, output_attentions=False),
     'dropout': settings(attention_dropout=.5),
     'another type of weights': settings(torch_dtype='float64', dtype='float64'),
+    'attention that is not here': settings(_attn_implementation='flash_attention_2'),
+    'attention of no kind': settings(attn_implementation=3),
     'a classifier by name': settings(architectures=['LlamaForSequenceClassification']),
 }
 
@@ -143,6 +151,15 @@ def test_weights_that_are_whole_numbers(mine, kind):
     save_file({k: v.to(kind) for k, v in kept.items()}, mine/'model.safetensors', metadata={'format': 'pt'})
     with pytest.raises(ModelError, match='holds .*weight as whole numbers, and config.json does not say how they were quantized'):
         check_model_folder(mine)
+
+
+@pytest.mark.parametrize('quantize', ['none', 'nf4'])
+def test_a_model_of_zeros(mine, quantize):
+    "It would label every pair as a tie"
+    def check(): check_numbers('mine', load_base(mine, LoadSettings(quantize, 'float32'), device='cpu').model)
+    check()
+    save_file({k: torch.zeros_like(v) for k, v in load_file(mine/'model.safetensors').items()}, mine/'model.safetensors', {'format': 'pt'})
+    with pytest.raises(ModelError, match='mine is damaged: all of its weights are zero'): check()
 
 
 def test_masks_in_old_files_are_no_weights(mine):

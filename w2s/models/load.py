@@ -162,8 +162,10 @@ def load_config(
 ) -> Any:                                    # a Hugging Face configuration
     "The configuration of a model, without its weights; raises `ModelError`"
     folder = local_folder(name, settings)
-    check_config(folder)
-    try: return AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+    attention = [k for k in ('_attn_implementation', 'attn_implementation') if k in check_config(folder)]
+    try: return AutoConfig.from_pretrained(
+        folder, trust_remote_code=settings.trust_remote_code, **dict.fromkeys(attention) # where it was saved is no matter of the model
+    )
     except LOAD_ERRORS as e: raise model_error(name, e) from e
 
 # %% ../../nbs/api/models/110_load.ipynb #9a9e9c20

@@ -99,23 +99,28 @@ def check_tensors(
             'model anew, or the config.json that belongs to it'
         )
 
+# %% ../../nbs/api/models/030_reading.ipynb #2b84ba09
+def _numbers(p: Any) -> list[Any]:
+    "The tensors of real numbers that a parameter is made of: itself, or the scales of its 4 bits"
+    state = getattr(p, 'quant_state', None)
+    parts = [p] if state is None else [state.absmax, state.offset, getattr(state.state2, 'absmax', None)]
+    return [t for t in parts if t is not None and t.is_floating_point()]
+
 # %% ../../nbs/api/models/030_reading.ipynb #44071e8b
 def check_numbers(
     name: Any,   # of the model, for the message
     model: Any,  # loaded
 ) -> None:
-    "Raise `ModelError` for weights that hold inf or NaN"
-    def whole(p: Any) -> bool:
-        state = getattr(p, 'quant_state', None)
-        parts = [p] if state is None else [state.absmax, state.offset, getattr(state.state2, 'absmax', None)]
-        return all(t.isfinite().all() for t in parts if t is not None and t.is_floating_point())
-    bad = [n for n, p in model.named_parameters() if not whole(p)]
+    "Raise `ModelError` for weights that hold inf or NaN, and for a model of zeros"
+    bad = [n for n, p in model.named_parameters() if not all(t.isfinite().all() for t in _numbers(p))]
     if bad:
         raise ModelError(
             f'{name} is damaged: {bad[0]} holds inf or NaN'
             + (f', and so do {len(bad) - 1} more of its tensors' if len(bad) > 1 else '')
             + '; get the model anew'
         )
+    if not any(t.any() for p in model.parameters() if p.ndim > 1 for t in _numbers(p)):
+        raise ModelError(f'{name} is damaged: all of its weights are zero, so that it says nothing; get the model anew')
 
 # %% ../../nbs/api/models/030_reading.ipynb #c4fce685
 def own_quantization(
