@@ -42,6 +42,6 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require=dict(jupyter=jupyter, ray=cfg['ray_requirements'].split(), trl=cfg['trl_requirements'].split(),
-                        dev=cfg['dev_requirements'].split() + jupyter),
+                        vllm=cfg['vllm_requirements'].split(), dev=cfg['dev_requirements'].split() + jupyter),
     entry_points=dict(console_scripts=cfg['console_scripts'].split(), nbdev=[f'{lib}={lib}._modidx:d']),
 )

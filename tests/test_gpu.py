@@ -21,7 +21,7 @@ from w2s.models.devices import find_device, free_memory, has_bfloat16, settle
 from w2s.models.load import LoadSettings, load_base
 from w2s.models.places import SWITCH
 from w2s.models.sharding import SHOWN, own_weights, repeated_layers
-from w2s.models.tiny import tiny_model
+from w2s.models.tiny import pretrain, tiny_model
 from w2s.train.checkpoints import trainable
 from w2s.train.generate import respond
 from w2s.train.logprobs import check_model, score, token_logps
@@ -34,6 +34,7 @@ from w2s.train.sampling import next_logits
 from w2s.train.settings import GenerateSettings, TrainSettings
 from w2s.train.step_memory import estimate_step, model_bytes
 from w2s.train.tokens import Encoded, EncodedRow, encode_rows
+from w2s.train.vllm_engine import load_vllm, stop_vllm
 
 pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA GPU'), pytest.mark.filterwarnings('ignore::FutureWarning')]
 STEP = TrainSettings(batch_size=8, epochs=2, learning_rate=1e-3, warmup=0, checkpoint_every=2, token_budget=600)
@@ -293,6 +294,37 @@ def test_no_warning_about_determinism(base, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('error', W2SWarning)
         learned(base, tmp_path)
+
+
+@pytest.mark.parametrize('kind', ['bfloat16', 'float16'])
+def test_vllm_begins_as_w2s_does(tmp_path, kind):
+    """The real engine, with ends and stop strings: greedy texts begin alike, and most are the same to the end. In 16 bits two tokens can be
+    nearly equal, and the engines round otherwise"""
+    pytest.importorskip('vllm')
+    texts = [r['prompt'] + r['chosen'] for r in sample_preferences(300, seed=1)]
+    out = tiny_model(tmp_path/'tiny', texts, hidden=256, layers=2) # eight heads of 32
+    pretrain(out, texts, steps=150)
+    prompts = list(dict.fromkeys(r['prompt'] for r in sample_preferences(60, seed=2)))[:32]
+    for how in (GenerateSettings(20, 0), GenerateSettings(20, 0, stop=('.',))):
+        base, fast = opened(out, kind), load_vllm(out, KINDS[kind])
+        try: theirs = respond(fast.model, fast.tokenizer, prompts, how, quiet=True)
+        finally: stop_vllm(fast)
+        ours = respond(base.model, base.tokenizer, prompts, how, quiet=True)
+        assert np.mean([a.text[:6] == b.text[:6] for (a,), (b,) in zip(ours, theirs, strict=True)]) > .9
+        assert np.mean([a == b for a, b in zip(ours, theirs, strict=True)]) > .7
+        assert all(r.ended or r.tokens == how.max_tokens for r, in theirs)
+
+
+def test_the_samples_of_vllm_are_those_of_their_row(folder):
+    "Seeds act: nearly the same twice (what is in its cache is rounded otherwise), others for another seed, and one for each sample"
+    pytest.importorskip('vllm')
+    fast, how = load_vllm(folder, KINDS['bfloat16']), GenerateSettings(12, 1., samples=3)
+    prompts = [r['prompt'] for r in sample_preferences(8, seed=5)]
+    def made(seed): return [[r.text for r in row] for row in respond(fast.model, fast.tokenizer, prompts, how, seed, quiet=True)]
+    try: first, again, other = made(0), made(0), made(1)
+    finally: stop_vllm(fast)
+    def same(a, b): return np.mean([x == y for x, y in zip(sum(a, []), sum(b, []), strict=True)])
+    assert same(first, again) > .7 and same(first, other) < .3 and all(len(set(row)) > 1 for row in first)
 
 
 # A base that two GPUs hold together

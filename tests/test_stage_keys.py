@@ -441,6 +441,22 @@ def test_a_stage_knows_where_its_model_computes(inputs_of, given, stage, monkeyp
     assert inputs_of(CASES[stage][0], of_load(dtype='bfloat16', compute='auto', device='cpu')(given)).keys() == plain.keys()
 
 
+UNTUNED = {'answers': dict(adapter=None), 'responses': dict(adapter=None), 'ratings': {}} # what vLLM can write
+
+
+@pytest.mark.parametrize('stage', [s for s, (_, changes, _) in CASES.items() if 'quantize' in changes])
+def test_a_stage_knows_what_vllm_writes(inputs_of, given, stage, monkeypatch):
+    "And its version; with an adapter, in training and in scoring w2s computes all the same, and the key is that without the setting"
+    monkeypatch.setattr(models, 'vllm_version', lambda: '0.32.0')
+    call, of_none = CASES[stage][0], given | UNTUNED.get(stage, {})
+    def asked(g, engine='w2s'): return inputs_of(call, of_load(quantize='none', engine=engine)(g))
+    plain, fast = asked(of_none), asked(of_none, 'vllm')
+    assert 'engine' not in plain and fast == plain | ({'engine': 'vllm 0.32.0'} if stage in UNTUNED else {})
+    assert asked(given) | ({} if stage != 'ratings' else {'engine': 'vllm 0.32.0'}) == asked(given, 'vllm')
+    monkeypatch.setattr(models, 'vllm_version', lambda: '0.31.0')
+    assert (asked(of_none, 'vllm') != fast) is (stage in UNTUNED)
+
+
 @pytest.mark.parametrize(
     'stage', ['sft', 'dpo', 'reward', 'classifier by words', 'classifier by a head', 'demonstrations', 'toxicity: tune', 'toxicity: prefer']
 )

@@ -8,6 +8,7 @@ __all__ = ['Written', 'sketch_answers', 'answer_stage', 'answer_texts']
 # %% ../../nbs/api/compare/220_answer.ipynb #6f804227
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from ..models.adapters import adapter_hash
 from ..train.generate import GenerateSettings, generate_inputs, prompt_ids, respond
 from .config import settings_hash
 from .learn import Study
-from .models import Model, asked_inputs, model_inputs, opened_model
+from .models import Model, asked_inputs, by_vllm, engine_inputs, model_inputs, open_writer, opened_model
 from .notes import Pass, Sketch, likely_texts
 from .stages import CHECKPOINTS, run_stage
 
@@ -33,6 +34,7 @@ def sketch_answers(
     prompts: Sequence[str | list[dict]], # what it is asked
     settings: GenerateSettings,          # how it answers
     like: Sequence[str] | None,          # texts of the length that is to be expected, one a prompt; None: as long as they may be
+    adapter: Path | None = None,         # of the model; None: untuned
 ) -> Sketch:
     "What answers cost, and texts that stand in for them"
     tokenizer, n = model.reader.tokenizer, settings.samples
@@ -49,7 +51,8 @@ def sketch_answers(
         texts = likely_texts([f'so{" so"*(settings.max_tokens//2)}']*len(prompts) if like is None else like, n, rng)
         (folder/'texts.json').write_text(json.dumps(texts), encoding='utf-8')
 
-    return Sketch([Pass('write', model.name, n*len(prompts), tokens, prompts, settings)], stand_in)
+    kind = 'other' if by_vllm(model.load, adapter) else 'write' # vLLM is not timed
+    return Sketch([Pass(kind, model.name, n*len(prompts), tokens, prompts, settings)], stand_in)
 
 # %% ../../nbs/api/compare/220_answer.ipynb #ea753f8c
 def answer_stage(
@@ -66,19 +69,19 @@ def answer_stage(
 ) -> list[list[Written]]:                # `settings.samples` answers to each
     "Let a model answer, once; after a kill it goes on where it was"
     def work(folder: Path) -> None:
-        with opened_model(model, adapter) as speaker:
+        with opened_model(model, adapter) if adapter else nullcontext(open_writer(model).model) as speaker:
             made = respond(
                 speaker, model.reader.tokenizer, prompts, settings, seed, name, study.quiet, ids, arm, folder / CHECKPOINTS / 'texts.jsonl'
             )
         write_atomic(folder/'texts.json', json.dumps([[Written(r.text, not r.ended) for r in row] for row in made]))
 
-    inputs: dict[str, Any] = {**model_inputs(model), **asked_inputs(model, prompts), 'seed': seed}
+    inputs: dict[str, Any] = {**model_inputs(model), **engine_inputs(model.load, adapter), **asked_inputs(model, prompts), 'seed': seed}
     if ids is None: inputs |= {'adapter': adapter_hash(adapter), 'prompts': list(prompts), 'generate': generate_inputs(settings)}
     else:
         def rows() -> str:
             return settings_hash([[i, t] for i, t in zip(ids, prompt_ids(model.reader.tokenizer, list(prompts)), strict=True)])
         inputs |= {'policy': adapter_hash(adapter), 'rows': rows, 'arm': arm, 'how': generate_inputs(settings)}
-    done = run_stage(study.run, name, inputs, work, sketch_answers(model, prompts, settings, like))
+    done = run_stage(study.run, name, inputs, work, sketch_answers(model, prompts, settings, like, adapter))
     return [
         [Written(x) if isinstance(x, str) else Written(*x) for x in row]
         for row in json.loads((done / 'texts.json').read_text(encoding='utf-8'))

@@ -34,7 +34,7 @@ from .demonstration_settings import DemonstrationSettings, scores_by_function
 from .demonstration_tasks import Questions, Score, TaskRows, bare, question_rows
 from .extensions import JUDGES, METRICS
 from .learn import Study
-from .models import Model, open_base
+from .models import Model, by_vllm, engine_inputs, open_writer
 from .notes import Pass
 from .score import Columns, score_stage
 
@@ -198,7 +198,7 @@ def rate_all(
     answers: Sequence[str],      # one a row
 ) -> Columns:
     "Ratings by every rubric of the task; NaN where no reply could be read"
-    base, out, c = open_base(judge), Columns(), study.config
+    base, out, c = open_writer(judge), Columns(), study.config
     for rubric, metrics in RATINGS[c.task]:
         own = replace(rubric, chat=bool(judge.reader.tokenizer.chat_template))
         about = (c.concept or c.instruction) if '{concept}' in rubric.text else ''
@@ -220,13 +220,14 @@ def score_by_judge(
         'concept': c.concept or c.instruction,
         'rubrics': [r.text for r, _ in rubrics],
         'questions': list(questions),
+        **engine_inputs(judge.load),
     }
     def score(answers: Sequence[str]) -> Columns:
         def likely(rng: np.random.Generator) -> Columns:
             return {m: rng.uniform(r.lowest, r.highest, len(answers)) for r, metrics in rubrics for m in metrics.values()}
         def rate() -> Columns: return rate_all(study, judge, how, questions, answers)
         def tokens() -> int: return len(rubrics)*c.repeats*rating_tokens(judge, rubrics[0][0], questions, answers)
-        asked = Pass('write', judge.name, len(rubrics)*c.repeats*len(answers), tokens, questions, how)
+        asked = Pass('other' if by_vllm(judge.load) else 'write', judge.name, len(rubrics)*c.repeats*len(answers), tokens, questions, how)
         return score_stage(study, judge, 'ratings', {**known, 'answers': list(answers)}, 'ratings.npz', rate, likely, [asked])
     return score
 

@@ -79,7 +79,9 @@ def settled_load(
     machines: Machines, # where the work is done
     load: LoadSettings, # how models are loaded
 ) -> LoadSettings:      # on the kind of device that is named
-    "How models are loaded in a process of several; raises `ConfigError` where `--device` and `--devices` contradict each other"
+    "How models are loaded in a process of several; raises `ConfigError` where `--devices` contradicts `--device` or `--engine`"
+    if machines.several and load.engine == 'vllm':
+        raise ConfigError('--engine vllm is for one process and the first GPU; leave out --devices, --processes and --on, or --engine')
     if not machines.several or load.device == 'auto' and not machines.devices: return load
     given, kind = (
         ','.join(machines.devices),

@@ -42,9 +42,10 @@ from .supervisors import ask, floor_method, join_rewards, student_rows
 # %% ../../nbs/api/compare/290_preference_arms.ipynb #c3ffa398
 def know_models(
     config: WeakTeacher, # of the experiment
+    generate: bool = True, # do they answer, where the experiment has samples? Those of a finished run do not
 ) -> tuple[list[Model], Model]: # supervisors, strong student
     "The models of an experiment, not yet loaded; raises `ModelError`"
-    judged, writes = config.supervisor == 'judge', config.samples > 0
+    judged, writes = config.supervisor == 'judge', generate and config.samples > 0
     return ([know_model('weak', w, config, not judged, writes and config.supervisor == 'dpo') for w in weak_names(config.weak)],
             know_model('strong', config.strong, config, writes=writes))
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FITS', 'COUNTS', 'MOST_SEEDS', 'setting', 'overlay', 'check_not_blank', 'fill_fields', 'all_or_count', 'read_imports',
-           'Settings', 'check_shared', 'check_model_names', 'check_least', 'check_names_once', 'make_settings',
-           'new_settings', 'part_rows', 'world_seed']
+           'Settings', 'check_shared', 'check_engine', 'check_model_names', 'check_least', 'check_names_once',
+           'make_settings', 'new_settings', 'part_rows', 'world_seed']
 
 # %% ../../nbs/api/compare/050_settings.ipynb #6c9b3efb
 import os
@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from ..data.names import SPLITS, named_pairs, named_sources
 from ..errors import ConfigError, DataError, W2SWarning
 from ..models.places import LoadSettings, LoraSettings
+from ..train.settings import GenerateSettings, check_vllm_sampling
 from .config import WHOLE, check_names, check_value, field_kinds, from_table, merged, number
 from .extensions import import_extensions
 from .machines import Machines, settled_load
@@ -200,10 +201,19 @@ def check_shared(
     check_least(c, COUNTS)
     check_model_names(strong=c.strong)
     if c.seeds > MOST_SEEDS: raise ConfigError(f'seeds is {str(c.seeds):.20}; it must be at most {MOST_SEEDS:,}')
+    if c.load.engine == 'vllm': check_engine(c)
     named_pairs(c.split, '--split', SPLITS)
     named_sources(c.also_test, '--also-test')
     if isinstance(n := c.n_labelled, float) and not 0 < n < 1:
         raise ConfigError(f'n_labelled is {n}; write a whole number, or a share of all examples between 0 and 1, as .25 or 1/4')
+
+def check_engine(
+    c: Settings, # of an experiment that generates by vLLM
+) -> None:
+    "Raise `ConfigError` for sampling that vLLM does not have, before anything is trained"
+    for value in vars(c).values():
+        if isinstance(value, GenerateSettings): check_vllm_sampling(value.temperature, value.no_repeat_ngram)
+    if temperature := getattr(c, 'temperature', None): check_vllm_sampling(temperature)
 
 def check_model_names(
     **given: str | Sequence[str], # setting -> name of a model, or several

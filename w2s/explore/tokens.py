@@ -74,7 +74,7 @@ def find_policy(
     objective, reference = _reference_of(adapter)
     if objective == 'reward':
         raise DataError('a reward model scores a whole response, so its margin is no sum over tokens; take role="student"')
-    weak, strong = know_models(result.config)
+    weak, strong = know_models(result.config, generate=False)
     return Policy(weak[0] if role == 'floor' else strong, adapter, reference, result.config.beta, f'{role} {arm["method"]}')
 
 # %% ../../nbs/api/explore/30_tokens.ipynb #fceb9f1f

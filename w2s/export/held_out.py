@@ -100,7 +100,7 @@ def preference_rows(
     most: int,           # rows at most
 ) -> HeldOut:
     "Test pairs; raises `DataError` where they cannot be read any more"
-    weak, strong = know_models(config)
+    weak, strong = know_models(config, generate=False)
     test = load_rows(config, [*weak, strong]).test
     test = test.select(pick(len(test), most))
     head = HEAD if (trained.adapter/f'{HEAD}.safetensors').is_file() else ''
