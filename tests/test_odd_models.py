@@ -84,8 +84,8 @@ def a_folder(name):
 
 ODD = {
     'weights twice': (in_shards(twice), 'holds its weights twice, as model.safetensors and as the files of .*; move the other one away'),
-    'a shard elsewhere': (in_shards(moved('..')), 'names ../model-.*, which does not lie beside it'),
-    'a shard below': (in_shards(moved('w')), 'names w/model-.*, which does not lie beside it'),
+    'a shard elsewhere': (in_shards(moved('..')), 'names ../model-.*, which is not in the same folder'),
+    'a shard below': (in_shards(moved('w')), 'names w/model-.*, which is not in the same folder'),
     'an index without metadata': (in_shards(lambda f, t: t.pop('metadata')), 'is damaged: it has no "metadata"'),
     'half generation settings': (put('generation_config.json', '{"eos_token_id":'), 'generation_config.json is damaged: it is no JSON'),
     'listed generation settings': (put('generation_config.json', '[]'), 'generation_config.json is damaged: it holds no settings by name'),

@@ -173,7 +173,7 @@ def index_files(
     if not isinstance(files, dict) or not files or not all(isinstance(f, str) and f for f in files.values()):
         raise ModelError(f'{index} is damaged: it does not say which tensor is in which file; download the model anew')
     if odd := sorted(f for f in files.values() if Path(f).name != f):
-        raise ModelError(f'{index} names {odd[0]}, which does not lie beside it; put all files of the model into one folder')
+        raise ModelError(f'{index} names {odd[0]}, which is not in the same folder; put all files of the model into one folder')
     return set(files.values())
 
 def _quantized(folder: Path) -> bool:
