@@ -212,7 +212,7 @@ def test_training_has_a_line_a_seed_and_a_name_a_stage():
     assert [x.get_text() for x in ax.get_legend().get_texts()] == ['floor: dpo human', 'student: dpo weak', 'other', 'start: 0.693']
     colors = {x.get_text(): line.get_color() for x, line in zip(ax.get_legend().get_texts(), ax.get_legend().get_lines(), strict=True)}
     assert colors['floor: dpo human'] == ROLE_COLORS['floor'] and colors['student: dpo weak'] == ROLE_COLORS['student']
-    assert len(ax.lines) == 3*2*2 + 1 and ax.get_xlabel() == 'optimiser step' and ax.get_ylabel() == 'loss (nats)'
+    assert len(ax.lines) == 3*2*2 + 1 and ax.get_xlabel() == 'optimizer step' and ax.get_ylabel() == 'loss (nats)'
     plain = plot_training(h[['step', 'loss']].iloc[:30], smooth=1)
     assert np.allclose(plain.lines[0].get_ydata(), h['loss'].iloc[:30]) and len(plain.lines) == 1
     with pytest.raises(DataError, match='column margin'): plot_training(h, 'margin')
@@ -486,3 +486,39 @@ def test_every_public_plot_is_in_the_gallery():
     pages = sorted((ROOT/'nbs'/'explanations').glob('7*_figures*.ipynb'))
     shown = set().union(*map(shown_plots, pages))
     assert len(pages) == 2 and len(public_plots()) > 25 and not public_plots() - shown
+
+
+def test_a_legend_does_not_squeeze_the_axes():
+    "Three names that are wider than the axes stand below each other, not beside: the axes keep their width"
+    values = {('student', 'dpo weak', 'pico'): .8, ('human', 'dpo human', ''): .9, ('ceiling', 'dpo gold', ''): 1.25}
+    rows = [dict(role=r, method=m, weak=w, strong='base', metric='gold_reward', value=v, low=v - .1, high=v + .1, n=200, seeds=5, level=.95,
+                 task='t', setting='beta', at=b) for (r, m, w), v in values.items() for b in ('.25', '.5')]
+    ax = plot_varied(pd.DataFrame(rows), 'gold_reward', kind='lines', log=True)
+    figure = ax.get_figure()
+    figure.draw_without_rendering()
+    wide = ax.get_window_extent().width
+    assert ax.get_legend().get_window_extent().width <= 1.1*wide and wide > .75*figure.get_size_inches()[0]*figure.dpi
+
+
+@pytest.mark.parametrize('low', [.2, .41, .5, .7])
+def test_counts_of_bins_lie_below_all_error_bars(low):
+    ax = plot_reliability(BINS.assign(low=low, accuracy=.75, high=.9))
+    counts = boxes([t for t in ax.texts if t.get_text() in ('40', '50')])
+    assert len(counts) == 2 and all(b.y1 < ax.transData.transform((0, low))[1] for b in counts)
+
+
+def test_one_caption_below_several_panels_is_in_the_middle_of_the_figure():
+    axes = plot_scores(labels_table(3, ('accuracy', 'persona')), ('accuracy', 'persona'))
+    figure = axes[0].get_figure()
+    assert figure.get_supxlabel().startswith('Error bars: 95 % CI') and not any('Error' in t for ax in axes for t in texts(ax))
+    figure.draw_without_rendering()
+    box = figure._supxlabel.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and abs((box.x0 + box.x1)/2 - figure.bbox.width/2) < 2
+    given = plot_scores(labels_table(3, ('accuracy', 'persona')), ('accuracy', 'persona'), axes=plt.subplots(1, 2)[1])
+    assert any('Error bars' in t for t in texts(given[0]))
+
+
+def test_curves_say_what_is_thin_and_how_many_seeds():
+    h = pd.concat([pd.DataFrame(dict(step=range(30), loss=np.linspace(1, .5, 30), seed=s)) for s in (0, 1)])
+    assert texts(plot_training(h))[-1] == 'Thin: each step; thick: running mean of 10 steps. 2 seeds.'
+    assert texts(plot_training(h[h.seed == 0], smooth=1))[-1] == '1 seed.'
