@@ -141,6 +141,13 @@ def test_a_signature_on_the_site_holds_no_links():
     assert get_config().get('procs') == 'tests.site_procs:plain_signatures'
 
 
+def test_no_default_is_a_path_of_this_machine():
+    "The site would show it in the signature"
+    found = [f'{name(p)}: {line.strip()}' for p, cells in CELLS.items() if 'api' in p.parts for cell in cells for line in cell['source']
+             if re.match(r' +\w+: Path = [A-Z_]+,', line)]
+    report(found, 'a default that is a folder is None in the signature')
+
+
 def test_pages_are_light():
     heavy = [f'{name(p)}: {p.stat().st_size:,} bytes' for p in PAGES if p.stat().st_size > refresh.MOST]
     report(heavy, 'python tests/refresh.py --figures PAGE')
