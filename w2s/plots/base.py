@@ -202,8 +202,8 @@ def write_caption(
     )
 
 def share_caption(
-    axes: Sequence[Axes], # panels of one figure
-    text: str,            # one line or several
+    axes: Sequence[Axes] | np.ndarray, # panels of one figure
+    text: str,                         # one line or several
 ) -> None:
     "One caption below all panels, as wide as the figure; under the first panel where nothing lays the figure out"
     figure: Any = axes[0].get_figure(root=True)
