@@ -223,10 +223,12 @@ def legend_above(
     most = 1.05*ax.get_window_extent().width
     legend = ax.legend(**ABOVE | dict(ncols=columns) | more)
     while figure is not None and columns > 1:
+        legend.set_in_layout(False) # while it is measured
         figure.draw_without_rendering()
-        if legend.get_window_extent().width <= most: return
+        if legend.get_window_extent().width <= most: break
         columns -= 1
         legend = ax.legend(**ABOVE | dict(ncols=columns) | more) # its boxes are laid out once
+    legend.set_in_layout(True)
 
 # %% ../../nbs/api/plots/020_base.ipynb #de215158
 def set_value_axis(
