@@ -1,4 +1,5 @@
 "What a researcher does with a result in a notebook: live curves, tabs, feedback rows, tokens that moved the margin, two results compared"
+import json
 import math
 import re
 import sys
@@ -299,6 +300,24 @@ def test_a_table_with_filters_in_a_live_notebook(texts, monkeypatch):
     assert len(table.df) == 0 and 'No row fits' in card.value
     monkeypatch.setattr(browse_page, 'is_live', lambda: True)
     assert 'application/vnd.jupyter.widget-view+json' in browser._repr_mimebundle_()
+
+
+def test_a_filter_leaves_the_columns_and_all_rows_that_fit():
+    "Without them an update of the table shows its index and leaves out rows beyond 64 kB, so that a click shows another row"
+    pytest.importorskip('anywidget')
+    from w2s.explore.widget import browser_widget
+    text = [f'{i} ' + 'long '*60 for i in range(1500)]
+    rows = pd.DataFrame(dict(weak='pico', seed=0, id=[str(i) for i in range(1500)], text=text, given='no', truth='yes',
+                             confidence=.75 + .25*np.cos(range(1500)), margin=1., agrees=0.))
+    controls, words, table, card = browser_widget(rows, lambda part: ' '.join(part['id'])).children
+    def names(): return re.findall('<th>(.*?)</th>', table._dt_args['table_html'])
+    before = names()
+    assert 'confidence' in before and '' not in before and not table._dt_args.get('text_in_header_can_be_selected')
+    controls.children[0].value = (.5, .95)
+    assert not table._dt_args.get('text_in_header_can_be_selected') # else a click on a name does not sort
+    assert names() == before and len(json.loads(table._dt_args['data_json'])) == len(table.df) and 1000 < len(table.df) < 1500
+    table.selected_rows = [1000]
+    assert card.value == table.df['text'].iloc[1000].split()[0]
 
 
 @pytest.mark.parametrize('lost', ['itables', 'anywidget', 'ipywidgets'])

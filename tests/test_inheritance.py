@@ -61,7 +61,7 @@ def test_counts_are_those_of_a_hand():
     assert whole(t, 'xent')[['count', 'of']].to_dict('index') == {
         'copied': dict(count=2, of=4),
         'corrected': dict(count=2, of=4),
-        'broken anew': dict(count=1, of=4),
+        'newly wrong': dict(count=1, of=4),
     }
     assert whole(t, 'xent')['value'].tolist() == pytest.approx([0.5, 0.5, 0.25])
     assert whole(t, 'xent')['twin'].tolist() == pytest.approx([0.25, 0.75, 0.25])
@@ -77,7 +77,7 @@ def test_another_wrong_class_is_not_copied():
         'copied': 1,
         'other error': 1,
         'corrected': 0,
-        'broken anew': 0,
+        'newly wrong': 0,
     }
 
 
@@ -239,4 +239,4 @@ def test_names_of_twins():
 def test_outcomes_cover_everything():
     rng = np.random.default_rng(0)
     a, b, same = rng.integers(0, 2, 50), rng.integers(0, 2, 50), rng.integers(0, 2, 50).astype(bool)
-    assert set(outcomes(a, b, same)) == {'copied', 'other error', 'corrected', 'broken anew', 'kept'}
+    assert set(outcomes(a, b, same)) == {'copied', 'other error', 'corrected', 'newly wrong', 'kept'}

@@ -17,11 +17,11 @@ from matplotlib.colors import to_hex, to_rgb
 from w2s.errors import DataError
 from w2s.evaluate.intervals import difference_table, interval_table
 from w2s.evaluate.metrics import ROLES, metric_rows, preference_scores, summarise
-from w2s.plots.base import COLORS, WIDEST, named_role, share_legend
-from w2s.plots.costs import CHOICE_COLORS
+from w2s.plots.base import COLORS, WIDEST, legend_above, named_role, share_legend
+from w2s.plots.costs import CHOICE_COLORS, plot_costs
 from w2s.plots.demonstrations import METHOD_LOOKS, SPARE
 from w2s.plots.labels import plot_pgr, set_size_axis
-from w2s.plots.methods import MEASURES, plot_methods
+from w2s.plots.methods import MEASURES, plot_curves, plot_methods
 from w2s.plots.metrics import metric_label, metric_of
 from w2s.plots.responses import MARKS, OUTCOMES, plot_outcomes, plot_similarity
 from w2s.plots.results import (
@@ -212,7 +212,7 @@ def test_training_has_a_line_a_seed_and_a_name_a_stage():
     assert [x.get_text() for x in ax.get_legend().get_texts()] == ['floor: dpo human', 'student: dpo weak', 'other', 'start: 0.693']
     colors = {x.get_text(): line.get_color() for x, line in zip(ax.get_legend().get_texts(), ax.get_legend().get_lines(), strict=True)}
     assert colors['floor: dpo human'] == ROLE_COLORS['floor'] and colors['student: dpo weak'] == ROLE_COLORS['student']
-    assert len(ax.lines) == 3*2*2 + 1 and ax.get_xlabel() == 'optimiser step' and ax.get_ylabel() == 'loss (nats)'
+    assert len(ax.lines) == 3*2*2 + 1 and ax.get_xlabel() == 'optimizer step' and ax.get_ylabel() == 'loss (nats)'
     plain = plot_training(h[['step', 'loss']].iloc[:30], smooth=1)
     assert np.allclose(plain.lines[0].get_ydata(), h['loss'].iloc[:30]) and len(plain.lines) == 1
     with pytest.raises(DataError, match='column margin'): plot_training(h, 'margin')
@@ -486,3 +486,59 @@ def test_every_public_plot_is_in_the_gallery():
     pages = sorted((ROOT/'nbs'/'explanations').glob('7*_figures*.ipynb'))
     shown = set().union(*map(shown_plots, pages))
     assert len(pages) == 2 and len(public_plots()) > 25 and not public_plots() - shown
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize(('width', 'letters'), [(6., 14), (6., 24), (5.2, 20), (4.6, 16), (4.6, 40)])
+def test_a_legend_of_several_columns_does_not_squeeze_the_axes(width, letters):
+    figure, ax = plt.subplots(figsize=(width, 3), layout='constrained')
+    ax.set_yticks([0, 1], ['a name of a tick', 'another'])
+    for i in range(3): ax.plot([0, 1], [i, i], label=f'{i} ' + 'x'*letters)
+    figure.draw_without_rendering()
+    before = ax.get_window_extent().width
+    legend_above(ax)
+    figure.draw_without_rendering()
+    assert ax.get_window_extent().width > .93*before or ax.get_legend()._ncols == 1
+
+
+@pytest.mark.parametrize('low', [.2, .41, .5, .7])
+def test_counts_of_bins_lie_below_all_error_bars(low):
+    ax = plot_reliability(BINS.assign(low=low, accuracy=.75, high=.9))
+    counts = boxes([t for t in ax.texts if t.get_text() in ('40', '50')])
+    assert len(counts) == 2 and all(b.y1 < ax.transData.transform((0, low))[1] for b in counts)
+
+
+def test_one_caption_below_several_panels_is_in_the_middle_of_the_figure():
+    axes = plot_scores(labels_table(3, ('accuracy', 'persona')), ('accuracy', 'persona'))
+    figure = axes[0].get_figure()
+    assert figure.get_supxlabel().startswith('Error bars: 95 % CI') and not any('Error' in t for ax in axes for t in texts(ax))
+    figure.draw_without_rendering()
+    box = figure._supxlabel.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and abs((box.x0 + box.x1)/2 - figure.bbox.width/2) < 2
+    given = plot_scores(labels_table(3, ('accuracy', 'persona')), ('accuracy', 'persona'), axes=plt.subplots(1, 2)[1])
+    assert any('Error bars' in t for t in texts(given[0]))
+
+
+def test_curves_say_what_is_thin_and_how_many_seeds():
+    h = pd.concat([pd.DataFrame(dict(step=range(30), loss=np.linspace(1, .5, 30), seed=s)) for s in (0, 1)])
+    assert texts(plot_training(h))[-1] == 'Thin: each step; thick: running mean of 10 steps. 2 seeds.'
+    assert texts(plot_training(h[h.seed == 0], smooth=1))[-1] == '1 seed.'
+
+
+def test_names_of_levels_that_are_near_each_other_do_not_meet():
+    row = dict(weak='pico', strong='base', metric='accuracy', seeds=5, level=.95, n=200)
+    costs = pd.DataFrame([row | dict(choice='', share=s, cost=10 + 100*s, value=.7 + .1*s, low=.65, high=.85) for s in (0., 1.)])
+    ax = plot_costs(costs, 'accuracy', dict(floor=.640, ceiling=.645), 'pgr=80%')
+    names = [t for t in ax.texts if t.get_text() in ('floor', 'ceiling') or '80' in t.get_text()]
+    assert len(names) == 3 and not overlap(names)
+
+
+def test_legends_of_curves_side_by_side_do_not_meet():
+    row = dict(weak='pico', strong='base', method='xent', seed=0)
+    curves = pd.DataFrame([row | dict(step=i, share=i/4, measure=m, value=.5 + .1*i) for i in range(5)
+                           for m in ('accuracy', 'agreement_right', 'agreement_wrong')])
+    axes = plt.subplots(1, 2, figsize=(8.5, 3.4), layout='constrained')[1]
+    for ax in axes: plot_curves(curves, floor=.6, ax=ax)
+    axes[0].get_figure().draw_without_rendering()
+    left, right = (ax.get_legend().get_window_extent() for ax in axes)
+    assert left.x1 <= right.x0

@@ -81,6 +81,11 @@ def test_pictures_are_inside_once_each_and_have_words(page, folder):
     assert all(len(a['alt']) > 10 for a in images)
 
 
+def test_measures_have_the_names_of_the_field(page):
+    text = page[:page.index('<h2>Details</h2>')]
+    assert 'AUROC' in text and 'auroc' not in text
+
+
 def test_the_answer_comes_first_and_details_are_folded(page, result):
     seen = Seen(page)
     text = ' '.join(seen.words)

@@ -27,9 +27,10 @@ from .places import FullCommand, out_path
 PACKAGE = Path(str(files('w2s')))
 
 def tutorials_folder(
-    package: Path = PACKAGE, # folder of the package
+    package: Path | None = None, # folder of the package; None: the one that runs
 ) -> Path:
     "Where the tutorials of this version are; raises `ConfigError`"
+    package = package or PACKAGE
     for folder in (package/'tutorials', package.parent/'nbs'/'tutorials'):
         if any(folder.glob('*.ipynb')): return folder
     raise ConfigError('this installation of w2s has no tutorials: install it again, from a wheel or from the repository')

@@ -73,7 +73,7 @@ OUTCOMES = {
     'copied': 'the same wrong answer, of those that the supervisor gets wrong',
     'other error': 'another wrong answer, of those that the supervisor gets wrong',
     'corrected': 'right, of those that the supervisor gets wrong',
-    'broken anew': 'wrong, of those that the supervisor gets right',
+    'newly wrong': 'wrong, of those that the supervisor gets right',
 } # outcome -> what it is, and of what it is a share
 
 def outcomes(
@@ -83,7 +83,7 @@ def outcomes(
 ) -> np.ndarray:             # (examples,): a key of `OUTCOMES`, or 'kept'
     "What became of each answer of a supervisor in its student"
     wrong = np.where(right == 1, 'corrected', np.where(same, 'copied', 'other error'))
-    return np.where(floor_right == 1, np.where(right == 1, 'kept', 'broken anew'), wrong)
+    return np.where(floor_right == 1, np.where(right == 1, 'kept', 'newly wrong'), wrong)
 
 # %% ../../nbs/api/evaluate/290_inheritance.ipynb #01515f3b
 def join_floor(
@@ -118,7 +118,7 @@ INHERITED = ['supervisor', *WHO, 'confidence', 'outcome', *SHARES]
 
 def _counts(part: pd.DataFrame, outcome: str) -> tuple[np.ndarray, np.ndarray]:
     "Hits, and of how many, by seed and group"
-    return (seed_groups(part, part['outcome'] == outcome), seed_groups(part, part['floor_right'] == float(outcome == 'broken anew')))
+    return (seed_groups(part, part['outcome'] == outcome), seed_groups(part, part['floor_right'] == float(outcome == 'newly wrong')))
 
 def _beside_twin(part: pd.DataFrame, twin: pd.DataFrame | None, outcome: str) -> dict[str, float]:
     "The share of the twin on the same examples, and the paired difference"
@@ -127,7 +127,7 @@ def _beside_twin(part: pd.DataFrame, twin: pd.DataFrame | None, outcome: str) ->
     ours, theirs = (t.set_index(['seed', 'id']).sort_index() for t in (part, twin))
     shared = ours.index.intersection(theirs.index)
     ours, theirs = (t.loc[shared].reset_index() for t in (ours, theirs))
-    if not (ours['floor_right'] == float(outcome == 'broken anew')).any(): return none
+    if not (ours['floor_right'] == float(outcome == 'newly wrong')).any(): return none
     one, two = (linear_share(*_counts(t, outcome)) for t in (ours, theirs))
     gap = estimate(one - two, bounds=(-1., 1.))
     return dict(twin=float(two.mean()), more=gap.value, more_low=gap.low, more_high=gap.high)

@@ -81,12 +81,16 @@ code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 footer { margin-top: 2rem; font-size: .875rem; color: var(--soft); }
 @media (max-width: 30rem) { body { padding: 1.2rem 1rem 3rem; } h1 { font-size: 1.4rem; } 
   .answer > p:first-of-type { font-size: 1.05rem; } table { font-size: .8125rem; } th, td { padding-right: .6rem; }
-  .arms td, .arms th { white-space: normal; } .arms td { min-width: 4rem; } }
+  .arms td, .arms th { white-space: normal; } .arms td { min-width: 4rem; }
+  p:has(> img) { overflow-x: auto; } p > img { max-width: none; max-height: none; width: 36rem; } }
+@page { margin: 16mm; }
 @media print {
   :root { --ink: #000; --soft: #444; --line: #bbb; --back: #fff; --card: #f5f5f5; --mark: #000; }
   body { max-width: none; padding: 0; font-size: 10pt; }
   img { max-height: 9cm; break-inside: avoid; border: 0; padding: 0; }
   tr, li { break-inside: avoid; } h2, summary { break-after: avoid; }
+  details:not([open]), main:not(:has(details[open])) > h2 { display: none; }
+  table { font-size: 8pt; } td { min-width: 0; }
   .wide { overflow: visible; } .arms td, .arms th { white-space: normal; } pre { white-space: pre-wrap; }
 }
 '''

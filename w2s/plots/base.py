@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ROLE_COLORS', 'COLORS', 'ROLE_WORDS', 'GROUPS', 'QUESTIONS', 'BOUNDS', 'MARKERS', 'ABOVE', 'WIDEST', 'VALUE', 'tint',
            'model_colors', 'named_role', 'series_colors', 'rows_of_metric', 'model_name', 'group_names', 'model_size',
-           'check_columns', 'check_single', 'caption', 'new_axes', 'panel_width', 'write_caption', 'legend_above',
-           'set_value_axis', 'draw_bars', 'texts_meet', 'fit_texts', 'draw_points', 'fit_values', 'share_legend']
+           'check_columns', 'check_single', 'caption', 'new_axes', 'panel_width', 'write_caption', 'share_caption',
+           'legend_above', 'set_value_axis', 'draw_bars', 'texts_meet', 'fit_texts', 'draw_points', 'fit_values',
+           'share_legend']
 
 # %% ../../nbs/api/plots/020_base.ipynb #e5762a94
 import re
@@ -200,20 +201,34 @@ def write_caption(
         color='0.35',
     )
 
+def share_caption(
+    axes: Sequence[Axes] | np.ndarray, # panels of one figure
+    text: str,                         # one line or several
+) -> None:
+    "One caption below all panels, as wide as the figure; under the first panel where nothing lays the figure out"
+    figure: Any = axes[0].get_figure(root=True)
+    if not figure.get_layout_engine(): return write_caption(axes[0], text)
+    wide = int(figure.get_size_inches()[0]/.061)
+    figure.supxlabel('\n'.join(textwrap.fill(line, wide) for line in text.split('\n')), fontsize=7, color='0.35')
+
 # %% ../../nbs/api/plots/020_base.ipynb #b422088e
 def legend_above(
     ax: Axes,         # of a figure, with everything drawn that has a label
-    columns: int = 3, # at most; fewer where the panel is narrower than the names
+    columns: int = 3, # at most; fewer where the axes are narrower than the names
     **more: Any,      # keywords of the legend, as handles
 ) -> None:
-    "A legend above the axes, where it hides no data, and no wider than the panel"
+    "A legend above the axes, where it hides no data, and no wider than the axes, which would be squeezed"
     columns, figure = max(1, min(columns, int(panel_width(ax)/1.7))), ax.get_figure(root=True) # as many as short names allow
+    if figure is not None: figure.draw_without_rendering() # the width of the axes, before there is a legend
+    most = 1.05*ax.get_window_extent().width
     legend = ax.legend(**ABOVE | dict(ncols=columns) | more)
     while figure is not None and columns > 1:
+        legend.set_in_layout(False) # while it is measured
         figure.draw_without_rendering()
-        if legend.get_window_extent().width <= .92*panel_width(ax)*figure.dpi: return # names of the y axis take the rest
+        if legend.get_window_extent().width <= most: break
         columns -= 1
         legend = ax.legend(**ABOVE | dict(ncols=columns) | more) # its boxes are laid out once
+    legend.set_in_layout(True)
 
 # %% ../../nbs/api/plots/020_base.ipynb #de215158
 def set_value_axis(

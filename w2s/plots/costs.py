@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from ..errors import DataError, unknown
 from ..evaluate.cost import CHOICE_WORDS, read_target, target_text
 from .base import BOUNDS, COLORS, MARKERS, ROLE_COLORS, caption, check_columns, draw_points, fit_values, new_axes, write_caption
+from .demonstrations import spread
 from .metrics import metric_label
 
 # %% ../../nbs/api/plots/150_costs.ipynb #0d0265dc
@@ -56,9 +57,9 @@ def plot_costs(
     for share, name, role in ((0., 'weak labels alone', 'student'), (1., 'human labels alone', 'human')): # arms that every run has
         end = ends[ends['share'] == share].assign(x=lambda t: t['cost'])
         if len(end): draw_points(ax, end, 0, fmt='P', ms=7, lw=0, color=ROLE_COLORS[role], label=name, zorder=5)
-    _draw_levels(ax, levels, target)
     shown = [*curve[['value', 'low', 'high']].to_numpy(float).ravel(), *levels.values()]
     fit_values(ax, pd.DataFrame(dict(low=shown, high=shown)))
+    _draw_levels(ax, levels, target)
     ax.set_xlabel('cost of the labels', fontsize=9)
     ax.set_ylabel(metric_label(metric), fontsize=9)
     ax.legend(frameon=False, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1.01), ncols=2)
@@ -72,7 +73,9 @@ def _draw_levels(ax: Axes, levels: dict[str, float], target: str) -> None:
         kind, share = read_target(target)
         start = levels['floor'] if kind == 'pgr' else 0.
         named[target_text((kind, share))] = (start + share*(levels['ceiling'] - start), '0.35', ':')
-    for name, (value, color, style) in named.items():
+    (low, high), order = ax.get_ylim(), sorted(named, key=lambda name: named[name][0])
+    for name, place in zip(order, spread([(named[n][0] - low)/(high - low) for n in order], .045), strict=True):
+        value, color, style = named[name]
         ax.axhline(value, color=color, lw=1.1, ls=style, zorder=1)
-        ax.annotate(name, (1, value), xycoords=ax.get_yaxis_transform(), xytext=(3, 0), textcoords='offset points', va='center', fontsize=7,
+        ax.annotate(name, (1, place), xycoords='axes fraction', xytext=(3, 0), textcoords='offset points', va='center', fontsize=7,
                     color=color)

@@ -18,9 +18,22 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 
+from w2s.plots.base import (
+    BOUNDS,
+    QUESTIONS,
+    ROLE_COLORS,
+    WIDEST,
+    caption,
+    check_single,
+    model_name,
+    new_axes,
+    rows_of_metric,
+    share_caption,
+    write_caption,
+)
+
 from ..errors import DataError
 from ..evaluate.metrics import MODEL, ROLES, by_role
-from .base import BOUNDS, QUESTIONS, ROLE_COLORS, WIDEST, caption, check_single, model_name, new_axes, rows_of_metric, write_caption
 from .labels import student_methods
 from .methods import one_pair, one_strong
 from .metrics import metric_label
@@ -28,10 +41,10 @@ from .metrics import metric_label
 # %% ../../nbs/api/plots/110_demonstrations.ipynb #3bd87411
 METHOD_LOOKS = { # method of a student -> colour, mark
     'naive': ('#CC79A7', 'o'), 'in-context': ('#0072B2', 'D'), 'infer-and-respond': ('#661100', 's'), 'ask-to-improve': ('#56B4E9', '^'),
-    'resampled': ('#D55E00', 'v'), 'own answers': ('#FFFFFF', 'P'), 'auxiliary': ('#999933', 'X'), 'bootstrap': ('#332288', 'p'),
-    'dpo': ('#44AA99', '<'),
+    'resampled': ('#D55E00', 'v'), 'own answers': ('#FFFFFF', 'P'), 'auxiliary': ('#999933', 'X'), 'bootstrap': ('#6699CC', 'p'),
+    'dpo': ('#332288', '<'),
 }
-SPARE = (('#AA4499', '8'), ('#555555', '$A$'), ('#6699CC', '$B$'), ('#999933', '$C$')) # for methods of a user
+SPARE = (('#AA4499', '8'), ('#555555', '$A$'), ('#44AA99', '$B$'), ('#999933', '$C$')) # for methods of a user
 ROLE_MARKS = {'baseline': 'h', 'floor': '>', 'mixed': '$m$', 'human': 'd', 'ceiling': '*'}
 # in points; what lies below a student still shows
 MARK_SIZES = {'baseline': 10, 'floor': 10, 'student': 7, 'mixed': 7, 'human': 9, 'ceiling': 14}
@@ -236,7 +249,8 @@ def plot_transfer(
         ax.set_title(title, fontsize=10, loc='left', pad=34)
     here = one_strong(intervals[intervals['metric'].isin([content, style])], strong)
     _panel_legend(pair[1], drawn, here)
-    write_caption(pair[0], caption(here, QUESTIONS))
+    if axes is None: share_caption(pair, caption(here, QUESTIONS))
+    else: write_caption(pair[0], caption(here, QUESTIONS))
     return pair
 
 # %% ../../nbs/api/plots/110_demonstrations.ipynb #d7e5f283

@@ -16,7 +16,7 @@ from matplotlib.transforms import ScaledTranslation
 from scipy import stats
 
 from ..errors import DataError, unknown
-from .base import COLORS, MARKERS, check_columns, check_single, model_name, new_axes, write_caption
+from .base import COLORS, MARKERS, QUESTIONS, check_columns, check_single, model_name, new_axes, write_caption
 from .demonstrations import ENDS, axis_limits
 from .methods import one_pair
 from .metrics import metric_label
@@ -109,5 +109,6 @@ def plot_examples(
         if levels is not None: at += _example_levels(ax, levels, m, COLORS[i])
     _example_axes(ax, here, pd.Series(at), ns, levels is not None)
     seeds = f'{here["seeds"].max()} seed' + 's'*bool(here['seeds'].max() > 1)
-    write_caption(ax, f'Error bars: {round(100*level)} % CI over groups of test questions, {seeds}. Weak supervisor: {model_name(who)}.')
+    tested = f', n = {levels["n"].max()} {QUESTIONS}' if levels is not None and len(levels) else f' over {QUESTIONS}'
+    write_caption(ax, f'Error bars: {round(100*level)} % CI{tested}, {seeds}. Weak supervisor: {model_name(who)}.')
     return ax

@@ -34,6 +34,7 @@ from w2s.plots.base import (
     model_size,
     new_axes,
     rows_of_metric,
+    share_caption,
     write_caption,
 )
 
@@ -304,9 +305,9 @@ def plot_tasks(
     for ax, (task, part) in zip(axes, parts.items(), strict=True):
         more |= dict(_draw_sizes(new_axes(ax, 0, 0), part, chosen, colors, sizes))
         ax.set_title(task, fontsize=9)
-        ax.set_xlabel('')
+    for ax in axes[:-columns]: ax.set_xlabel('') # only the last in each column names its axis
     fig = axes[0].get_figure()
     fig.supylabel(metric_label(metric), fontsize=9)
-    fig.supxlabel(f'parameters of the strong student\n{caption(table, GROUPS)}', fontsize=8)
+    share_caption(axes, caption(table, GROUPS))
     fig.legend(handles=line_legend(colors, chosen, list(more.items())), frameon=False, fontsize=8, loc='outside upper center', ncols=4)
     return axes

@@ -188,7 +188,7 @@ def plot_curves(
     ax.set_xlabel(f'fraction of training, method {method}', fontsize=9)
     ax.set_ylabel('fraction of test examples', fontsize=9)
     ax.set_xlim(0, 1)
-    ax.legend(frameon=False, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1.01), ncols=2, handlelength=3)
+    legend_above(ax, 2)
     weak, strong = (model_name(here[c].iloc[0]) for c in ('weak', 'strong'))
     seeds = here['seed'].nunique()
     write_caption(

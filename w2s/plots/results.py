@@ -177,9 +177,12 @@ def plot_training(
             mean, name = h[value].rolling(smooth, min_periods=1).mean(), (stage or value) if j == 0 else None
             ax.plot(h['step'], mean, color=color, lw=1.6, label=name)
     if start is not None: ax.axhline(start, color='0.25', lw=1, ls='--', label=f'start: {start:.3f}')
-    ax.set_xlabel('optimiser step', fontsize=9)
+    ax.set_xlabel('optimizer step', fontsize=9)
     ax.set_ylabel(f'{value} (nats)' if value == 'loss' else value, fontsize=9)
     legend_above(ax)
+    seeds = table['seed'].nunique()
+    thick = f'Thin: each step; thick: running mean of {smooth} steps. ' if smooth > 1 else ''
+    write_caption(ax, f'{thick}{seeds} seed{"s" * (seeds > 1)}.')
     return ax
 
 # %% ../../nbs/api/plots/030_results.ipynb #7469537e

@@ -14,9 +14,21 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from w2s.plots.base import (
+    BOUNDS,
+    QUESTIONS,
+    ROLE_COLORS,
+    WIDEST,
+    caption,
+    check_single,
+    new_axes,
+    rows_of_metric,
+    share_caption,
+    write_caption,
+)
+
 from ..errors import DataError
 from ..evaluate.metrics import by_role
-from .base import BOUNDS, QUESTIONS, ROLE_COLORS, WIDEST, caption, check_single, new_axes, rows_of_metric, write_caption
 from .demonstrations import models_sentence
 from .labels import student_methods
 from .methods import one_pair
@@ -62,8 +74,8 @@ def plot_scores(
     "Several measures of every model: a row per model, a panel per measure, with error bars; raises `DataError`"
     table, models = score_rows(intervals, metrics, methods, weak, strong)
     size = (min(2.2 + 2.8*len(metrics), WIDEST), 1.3 + .3*len(models))
-    if axes is None: axes = plt.subplots(1, len(metrics), figsize=size, layout='constrained', squeeze=False)[1][0]
-    panels = np.array(list(axes))
+    own = plt.subplots(1, len(metrics), figsize=size, layout='constrained', squeeze=False)[1][0] if axes is None else axes
+    panels = np.array(list(own))
     if panels.shape != (len(metrics),): raise DataError(f'plot_scores: {len(metrics)} metrics and {panels.size} axes')
     for i, (ax, metric) in enumerate(zip(panels, metrics, strict=True)):
         _draw_scores(new_axes(ax, 0, 0), table[table['metric'] == metric], models)
@@ -72,5 +84,7 @@ def plot_scores(
         ax.tick_params(axis='y', length=0)
         ax.set_xlabel(metric_label(metric), fontsize=9)
     dashed = ' Dashed: untuned model.' if ('baseline', 'untuned') in models else ''
-    write_caption(panels[0], caption(table, QUESTIONS) + dashed + models_sentence(table))
+    text = caption(table, QUESTIONS) + dashed + models_sentence(table)
+    if axes is None: share_caption(panels, text)
+    else: write_caption(panels[0], text)
     return panels

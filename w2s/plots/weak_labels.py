@@ -60,7 +60,8 @@ def plot_reliability(
         errors.append(f'{name} {calibration_error(part):.3f}' if len(parts) > 1 else f'{calibration_error(part):.3f}')
     if len(parts) == 1: _counts(ax, full, .04 * (1 - start))
     ax.set_xlim(start - .02, 1.02)
-    ax.set_ylim(min(start, full['low'].min()) - .15 * (1 - start), 1.03)
+    least = min(start, full['low'].min())
+    ax.set_ylim(least - (.22*(1.03 - least) if len(parts) == 1 else .05), 1.03) # counts lie below all error bars
     ax.set_xlabel('stated probability', fontsize=9)
     ax.set_ylabel('accuracy of labels', fontsize=9)
     legend_above(ax, 2)

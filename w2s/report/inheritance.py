@@ -22,7 +22,7 @@ from .folder import markdown_table
 def inheritance_figure(
     result: Result, # of a run with inherited errors
 ) -> Figure:        # of its first student
-    "Copied, corrected and broken anew, by confidence"
+    "Copied, corrected and newly wrong, by confidence"
     figure = Figure(figsize=(7.6, 4.4), layout='constrained')
     plot_inheritance(result.extra['inherited'], ax=figure.subplots())
     return figure
@@ -63,7 +63,7 @@ def inheritance_section(
     t, phi, rows = (result.extra[k] for k in ('inherited', 'error_correlation', 'inherited_rows'))
     told = '; '.join(f'{k}: {v}' for k, v in OUTCOMES.items() if k in set(t['outcome']))
     parts = [f'{told.capitalize()}.', _shares(t[t['confidence'] == 'all']), TWIN if t['method'].map(is_twin).any() else NO_TWIN]
-    by = t[(t['confidence'] != 'all') & (t['role'] == 'student') & t['outcome'].isin(('copied', 'broken anew'))]
+    by = t[(t['confidence'] != 'all') & (t['role'] == 'student') & t['outcome'].isin(('copied', 'newly wrong'))]
     if len(by): parts += ['By confidence of the supervisor:', _shares(by)]
     if inheritance_drawn(result): parts.append('![what became of the errors of the supervisor](inheritance.png)')
     if len(phi):
