@@ -6,6 +6,7 @@
 __all__ = ['GOES_ON', 'FAULT', 'fault_text', 'end_of', 'GuardedGroup', 'prepare_streams', 'prepare_warnings', 'prepare_process']
 
 # %% ../../nbs/api/cli/010_guard.ipynb #c9fd45ec
+import gc
 import os
 import signal
 import sys
@@ -58,6 +59,9 @@ class GuardedGroup(NarrowGroup):
         ctx: Any, # of typer: what was typed
     ) -> Any:
         "Run a command; what ends it is printed, and becomes the exit status"
+        if not gc.isenabled(): # it was off while the program started; what is there now stays
+            gc.freeze()
+            gc.enable()
         try: return super().invoke(ctx)
         except (Exception, KeyboardInterrupt) as error:
             if hasattr(error, 'exit_code') or type(error).__name__ == 'Abort': raise # of the command line itself: a usage error, or the end
