@@ -100,7 +100,8 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch
     (tmp_path/'file').write_text('mine')
     (tmp_path/'folder.parquet').mkdir()
     for name in ('rows.jsonl', 't.jsonl'): (tmp_path/name).write_text('')
-    monkeypatch.setattr('w2s.compare.models.know_model', None)
+    for user in ('files.label', 'compare.preference_arms'): # a module that is loaded meanwhile would keep what is put in its place
+        monkeypatch.setattr(f'w2s.{user}.know_model', None)
     place = {'a file': 'file', 'below a file': 'file/run', 'a name too long': 'x'*300, 'a folder for a file': 'folder.parquet'}[what]
     words = (
         ('label', '--model', 'pico', '--rows', tmp_path / 'rows.jsonl', '--train', tmp_path / 't.jsonl')
