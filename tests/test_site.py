@@ -1,4 +1,5 @@
 "The pages as a reader of the site meets them: links, headings, figures with words, code that is shown, weight, the sidebar"
+import ast
 import json
 import re
 from collections import Counter
@@ -100,6 +101,23 @@ def figure_faults(cells: list[dict]) -> list[str]:
     return faults + [f'{label} is there {n} times' for label, n in labels.items() if label and n > 1]
 
 
+def import_faults(cells: list[dict]) -> list[str]:
+    """Imports that make the site run a cell: its processor runs every cell with an import, a page's slow and GPU cells too, and warns where
+    a cell that is shown does something else as well"""
+    faults = []
+    for cell in cells:
+        source = ''.join(cell['source'])
+        marks = {line[2:].strip() for line in source.splitlines() if line.startswith('#|')}
+        if cell['cell_type'] != 'code' or marks & {'export', 'exports', 'exporti'} or 'eval: false' in marks: continue
+        body = ast.parse(re.sub('^(?=[%!])', '#', source, flags=re.M)).body
+        kinds = (ast.Import, ast.ImportFrom)
+        if not any(isinstance(node, kinds) for statement in body for node in ast.walk(statement)): continue
+        if flags := marks & {'slow', 'gpu'}: faults.append(f'{cell["id"]}: {", ".join(flags)}, with an import')
+        elif 'hide' not in marks and not all(isinstance(statement, kinds) for statement in body):
+            faults.append(f'{cell["id"]}: an import and other code')
+    return faults
+
+
 # The pages
 
 def test_every_link_leads_somewhere():
@@ -109,6 +127,10 @@ def test_every_link_leads_somewhere():
 
 def test_headings_are_in_order():
     report([f'{name(p)}: {f}' for p, cells in CELLS.items() for f in heading_faults(cells)], 'one title, and no level left out')
+
+
+def test_imports_stand_alone():
+    report([f'{name(p)} {f}' for p, cells in CELLS.items() for f in import_faults(cells)], 'the site runs every cell with an import')
 
 
 def test_every_figure_has_words():
@@ -248,6 +270,15 @@ HIDDEN = {'#| export\nimport os': False, '#| export\ndef f(): pass': True, '#| e
 
 @pytest.mark.parametrize('source,hidden', HIDDEN.items())
 def test_hidden_code_is_found(source, hidden): assert bool(show_code.hidden_cells({'cells': [code(source)]})) is hidden
+
+
+IMPORTS = {'import a\nfrom b import c': True, '#| hide\nimport a\na.quiet()': True, '#| export\nimport a\nb = a.c': True,
+           '#| gpu\nlabel(pairs)': True, '#| slow\n#| eval: false\nimport a': True, '%matplotlib inline\nimport a': True,
+           'import a\na.b()': False, 'def f():\n    import a': False, '#| gpu\nimport a': False, '#| hide\n#| slow\nimport a': False}
+
+
+@pytest.mark.parametrize('source,fine', IMPORTS.items())
+def test_imports_beside_code_are_found(source, fine): assert (not import_faults([code(source)])) is fine
 
 
 ADDRESSES = {'What a 7 % gap is': 'what-a-7-gap-is', 'One clause, many things': 'one-clause-many-things', '`w2s run`': 'w2s-run',
