@@ -115,6 +115,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    "Every page has left a shell of IPython, and each of them collects all garbage when Python ends"
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(config, items):
     """Notebooks first, in the order of test_notebooks.py: a long one started last would leave a worker idle. Mark the quick tier, and
     leave out what a plain run leaves out"""
