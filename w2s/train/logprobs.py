@@ -66,7 +66,8 @@ def _pieces(
     "Walk over the logits in pieces: rows, first word, weights of the piece as they are multiplied, logits, slope of the cap"
     cells, whole = CELLS if hidden.device.type == 'cpu' else WIDE, in_16_bits(weight)
     for v in range(0, len(weight), PIECE):
-        w = weight[v:v + PIECE] if whole else weight[v:v + PIECE].float() * scale
+        w = weight[v:v + PIECE] if whole else weight[v:v + PIECE].float()
+        if not whole and scale != 1: w = w * scale
         step = max(1, cells // len(w))
         for t in range(0, len(hidden), step):
             rows = slice(t, min(t + step, len(hidden)))

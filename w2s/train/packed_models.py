@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from ..models.load import set_mode
 from ..models.meeting import forget_passes
 from ..models.places import SWITCH
 from .packing import Packed, Span, pack
+from .short_attention import TREE, bunches, short_attention
 from .tokens import Encoded
 
 # %% ../../nbs/api/train/115_packed_models.ipynb #e083d504
@@ -96,9 +97,28 @@ def packed_attention(
     if other.get('is_causal') is False or getattr(module, 'is_causal', True) is False: raise NotPacked('its attention is not causal')
     if _in_one_go(query, value): return _flash(spans, query, key, value, dropout, scaling, sliding_window)[None], None
     if (groups := query.shape[1]//key.shape[1]) > 1: key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+    short = not dropout and query.device.type == 'cpu' and query.dtype == torch.float32 and not 0 < (sliding_window or 0) < TREE
+    return _by_span(spans, query, key, value, dropout, scaling, sliding_window, short).transpose(1, 2), None
+
+def _by_span(
+    spans: tuple[Span, ...],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout: float,
+    scale: float | None,
+    window: int | None,
+    short: bool,
+) -> Tensor:
+    "Attention of all spans, a call each unless they are short: (1, heads, tokens, width)"
+    some, others = bunches(spans) if short else ((), spans)
     sizes = [s.stop - s.start for s in spans]
+    out = short_attention(query[0], key[0], value[0], some, scale)[None] if some else None
+    if not others: return cast(Tensor, out)
     parts = {s.start: at for s, *at in zip(spans, *(t.split(sizes, 2) for t in (query, key, value)), strict=True)}
-    return torch.cat([_of_span(s, parts, dropout, scaling, sliding_window) for s in spans], 2).transpose(1, 2), None
+    found = torch.cat([_of_span(s, parts, dropout, scale, window) for s in others], 2)
+    if out is None: return found
+    return out.index_copy(2, torch.tensor([t for s in others for t in range(s.start, s.stop)]), found)
 
 def _of_span(span: Span, parts: dict[int, list[Tensor]], dropout: float, scale: float | None, window: int | None) -> Tensor:
     "What one span sees"
