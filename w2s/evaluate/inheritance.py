@@ -44,10 +44,9 @@ def seed_groups(
     values: Sequence[float] | np.ndarray, # one a row
 ) -> np.ndarray:             # sums, shape (seeds, groups)
     "Sums by seed and group"
-    sums = table[['seed', 'group']].assign(value=np.asarray(values, float)).pivot_table(
-        index='seed', columns='group', values='value', aggfunc='sum', fill_value=0.
-    )
-    return sums.to_numpy()
+    (seed, seeds), (group, groups) = (pd.factorize(table[c], sort=True) for c in ('seed', 'group'))
+    sums = np.bincount(seed*len(groups) + group, np.asarray(values, float), len(seeds)*len(groups))
+    return sums.reshape(len(seeds), len(groups))
 
 def linear_share(
     hits: np.ndarray, # (seeds, groups): how often

@@ -61,9 +61,10 @@ def folded(
     page: Page,                          # of its kind
     tables: Mapping[str, pd.DataFrame],  # of the run
     made: Mapping[str, Any],             # of `describe_making`
+    parts: Mapping[str, str] | None = None, # of `sections`; None: they are made here
 ) -> dict[str, str]:                     # heading -> Markdown
     "What opens by a click"
-    found = {k: v for k, v in sections(result, page, made).items() if k not in ('Limitations', 'Incomplete')}
+    found = {k: v for k, v in (parts or sections(result, page, made)).items() if k not in ('Limitations', 'Incomplete')}
     names = {'PGR': 'PGR: all students and metrics', 'Differences': 'All differences', 'Arms': 'All metrics of all arms',
              'Training': 'Training curves'}
     every = '\n\n'.join(table_text(name, t) for name, t in tables.items() if len(t.columns))
@@ -85,11 +86,12 @@ def html_report(
     page: Page,                          # of its kind
     tables: Mapping[str, pd.DataFrame],  # of the run
     made: Mapping[str, Any],             # of `describe_making`
+    parts: Mapping[str, str] | None = None, # of `sections`; None: they are made here
 ) -> Callable[[Path], str]:              # folder with the figures -> the page
     "The report of a run as one page of HTML, to be made when its figures are drawn"
     def write(folder: Path) -> str:
         def short(part: Mapping[str, str]) -> dict[str, str]: return {h: shorten_home(t) for h, t in part.items()}
-        first, rest = short(first_screen(result, page)), short(folded(result, page, tables, made))
+        first, rest = short(first_screen(result, page)), short(folded(result, page, tables, made, parts))
         end = ', '.join(filter(None, [f'w2s {made.get("versions", {}).get("w2s", "")}'.strip(), str(made.get('command', ''))]))
         return html_page(page.title(result), question(result), first, rest, read_pictures(folder, all_figures(result, page)), end)
     return write

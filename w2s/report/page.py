@@ -180,7 +180,7 @@ def sections(
 def report_text(
     result: Result, # of a run
     page: Page,     # of its kind
-    made: Mapping[str, Any] | None = None, # as in `sections`
+    parts: Mapping[str, str] | None = None, # of `sections`; None: they are made here
 ) -> str:           # Markdown
     "The result as a page of text"
     return (
@@ -188,7 +188,7 @@ def report_text(
             [
                 f'# {escape_markdown(page.title(result))}',
                 escape_markdown(question(result)),
-                *(f'## {heading}\n\n{text}' for heading, text in sections(result, page, made).items()),
+                *(f'## {heading}\n\n{text}' for heading, text in (parts or sections(result, page)).items()),
             ]
         )
         + '\n'

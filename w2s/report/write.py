@@ -19,7 +19,7 @@ from .folder import write_folder
 from .html import html_report
 from .labels import LABELS_PAGE
 from .latex import latex_results
-from .page import Page, all_figures, report_text
+from .page import Page, all_figures, report_text, sections
 from .preferences import PREFERENCES_PAGE
 from .toxicity import TOXICITY_PAGE
 
@@ -62,9 +62,10 @@ def write(
     page, folder = page_of(result), out or result.folder
     figures = {name: draw for name, (draw, _) in all_figures(result, page).items()}
     tables, made = all_tables(result), known or describe_making()
+    parts = sections(result, page, made)
     texts: dict[str, str | Callable[[Path], str]] = {
-        'report.md': report_text(result, page, made),
-        'report.html': html_report(result, page, tables, made),
+        'report.md': report_text(result, page, parts),
+        'report.html': html_report(result, page, tables, made, parts),
         'results.tex': latex_results(result),
     }
     write_folder(folder, result.config, tables, figures, texts, result.adapters, result.report, known=known)
