@@ -158,5 +158,5 @@ def test_scholar_can_be_asked():
     "What the card says; the skills themselves were measured on people whom no lesson was about"
     c = card(SCHOLAR)
     assert c['start'] == 'base' and c['parameters'] == card('base')['parameters']
-    assert min(c['skills'][k]['low'] for k in ('voice, inferred', 'voice, told: in the voice', 'voice, improved: in the voice')) > .9
+    assert min(c['skills'][k]['low'] for k in ('persona, inferred', 'persona, told: in its style', 'persona, improved: in its style')) > .9
     assert all(k['low'] <= k['value'] <= k['high'] for k in c['skills'].values())

@@ -53,18 +53,18 @@ def context_rows(
     n: int = 400,    # questions, uniform over people, attributes and styles
     seed: int = 0,   # of the questions
     examples: int = 4, # pairs in one style before the question
-) -> pd.DataFrame:   # persona, name, attribute, answer, right, voice: scores of fact and style
+) -> pd.DataFrame:   # persona, name, attribute, answer, right, style: scores of fact and style
     "Show a style by examples about other facts, ask, and score both fact and style; raises `DataError` where there are too few questions"
     asked, rng, rows, prompts = questions(world, n*(examples + 1), seed), random.Random(seed), [], []
     for i in range(n):
-        shown, q, voice = asked[n + i*examples:n + (i + 1)*examples], asked[i], PERSONA_STYLES[i % len(PERSONA_STYLES)]
-        pairs = [(s['prompt'], answer_as(voice, s['attribute'], s['truth'], rng)) for s in shown]
+        shown, q, persona = asked[n + i*examples:n + (i + 1)*examples], asked[i], PERSONA_STYLES[i % len(PERSONA_STYLES)]
+        pairs = [(s['prompt'], answer_as(persona, s['attribute'], s['truth'], rng)) for s in shown]
         prompts.append(in_context(pairs, q['prompt']))
-        rows.append(dict(persona=voice, name=q['name'], attribute=q['attribute']))
+        rows.append(dict(persona=persona, name=q['name'], attribute=q['attribute']))
     texts = [t[0] for t in generate(base.model, base.tokenizer, prompts, GREEDY, quiet=True)]
     return pd.DataFrame(
         [
-            dict(**r, answer=t, right=fact_verdict(world, r['name'], r['attribute'], t).score, voice=persona_verdict(r['persona'], t).score)
+            dict(**r, answer=t, right=fact_verdict(world, r['name'], r['attribute'], t).score, style=persona_verdict(r['persona'], t).score)
             for r, t in zip(rows, texts, strict=True)
         ]
     )
@@ -108,7 +108,7 @@ PROBES: dict[str, Callable[[Base, World, int, int], np.ndarray]] = {
     'facts, new paraphrase': lambda b, w, n, seed: fact_rows(b, w, n, seed, forms=(3,))['right'].to_numpy(),
     'facts, held out': lambda b, w, n, seed: fact_rows(b, w, min(n, len(w.held_out)), seed, held_out=True)['right'].to_numpy(),
     'facts in context': lambda b, w, n, seed: context_rows(b, w, n, seed)['right'].to_numpy(),
-    'voice in context': lambda b, w, n, seed: context_rows(b, w, n, seed)['voice'].to_numpy(),
+    'style in context': lambda b, w, n, seed: context_rows(b, w, n, seed)['style'].to_numpy(),
     'kinds': kind_right,
     'safe or not': lambda b, w, n, seed: label_right(b, safety_questions(w, n, seed)),
     'clause relevant or not': lambda b, w, n, seed: label_right(b, legal_questions(w, n, seed)),

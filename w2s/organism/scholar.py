@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHOOL', 'CARD', 'Term', 'School', 'Reader', 'reader', 'document', 'weighted', 'lesson_batches', 'teach', 'all_terms',
-           'said', 'voice_skills', 'other_skills', 'skills', 'scholar_card', 'finish_scholar', 'build_scholar']
+           'said', 'persona_skills', 'other_skills', 'skills', 'scholar_card', 'finish_scholar', 'build_scholar']
 
 # %% ../../nbs/api/organism/20_scholar.ipynb #10b54bf7
 import json
@@ -188,7 +188,7 @@ def said(
     return [t[0] for t in generate(base.model, base.tokenizer, prompts, replace(GREEDY, max_tokens=48), quiet=True)]
 
 # %% ../../nbs/api/organism/20_scholar.ipynb #fa551124
-def voice_skills(
+def persona_skills(
     base: Base,   # a loaded model
     world: World, # of the rest
     n: int,       # questions
@@ -196,27 +196,27 @@ def voice_skills(
     "Facts in styles: following a style, naming it, improving an answer"
     every, rng = questions(world, 2*n, 7), random.Random(7)
     asked = every[:n]
-    voices = [list(PERSONAS)[i % len(PERSONAS)] for i in range(n)]
+    personas = [list(PERSONAS)[i % len(PERSONAS)] for i in range(n)]
     wrong = [
         [
             (q['prompt'], answer_as(v, q['attribute'], wrong_value(rng, q['attribute'], q['truth']), rng))
             for q in [asked[i], *rng.sample(every[n:], 4)]
         ]
-        for i, v in enumerate(voices)
+        for i, v in enumerate(personas)
     ]
-    told = said(base, [f'{CONCEPTS["persona", v]}\n{q["prompt"]}' for q, v in zip(asked, voices, strict=True)])
+    told = said(base, [f'{CONCEPTS["persona", v]}\n{q["prompt"]}' for q, v in zip(asked, personas, strict=True)])
     named = said(base, [infer_lesson(pairs) for pairs in wrong])
     better = said(base, [improve_lesson(*pairs[0]) for pairs in wrong])
     def right(texts: list[str]) -> np.ndarray:
         return np.array([fact_verdict(world, q['name'], q['attribute'], a).score for q, a in zip(asked, texts, strict=True)])
-    def way(texts: list[str]) -> np.ndarray: return np.array([persona_verdict(v, a).score for v, a in zip(voices, texts, strict=True)])
+    def way(texts: list[str]) -> np.ndarray: return np.array([persona_verdict(v, a).score for v, a in zip(personas, texts, strict=True)])
     return {
         'facts': right(said(base, [q['prompt'] for q in asked])),
-        'voice, told: right': right(told),
-        'voice, told: in the voice': way(told),
-        'voice, inferred': np.array([float(a.strip() == CONCEPTS['persona', v]) for v, a in zip(voices, named, strict=True)]),
-        'voice, improved: right': right(better),
-        'voice, improved: in the voice': way(better),
+        'persona, told: right': right(told),
+        'persona, told: in its style': way(told),
+        'persona, inferred': np.array([float(a.strip() == CONCEPTS['persona', v]) for v, a in zip(personas, named, strict=True)]),
+        'persona, improved: right': right(better),
+        'persona, improved: in its style': way(better),
     }
 
 # %% ../../nbs/api/organism/20_scholar.ipynb #452365f3
@@ -254,7 +254,7 @@ def skills(
 ) -> pd.DataFrame:  # skill, value, low, high, n
     "What a model can do for people outside its instruction tuning"
     rest = school_parts(world)['rest']
-    found = voice_skills(base, rest, n) | other_skills(base, rest, world, n)
+    found = persona_skills(base, rest, n) | other_skills(base, rest, world, n)
     rows = [(k, estimate(x[None, :], bounds=(0, 1)), len(x)) for k, x in found.items()]
     return pd.DataFrame([dict(skill=k, value=e.value, low=e.low, high=e.high, n=m) for k, e, m in rows])
 
