@@ -10,11 +10,14 @@ __all__ = ['CASES', 'PANELS', 'SHORT', 'PREFIXED', 'SHOWN_STAGES', 'field_commen
 import ast
 import inspect
 import io
+import linecache
+import re
 import tokenize
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from keyword import iskeyword
+from textwrap import dedent
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
@@ -31,13 +34,19 @@ def field_comments(
     out: dict[str, str] = {}
     for c in reversed(cls.__mro__):
         if not is_dataclass(c): continue
-        try: out |= _comments(inspect.getsource(c))
+        try: out |= _comments(_source_of(c))
         except (OSError, TypeError): continue
     return out
 
+def _source_of(cls: type) -> str:
+    "Source of a class; `inspect.getsource` parses its whole module for it, which every command would wait for"
+    lines = linecache.getlines(inspect.getsourcefile(cls) or '')
+    at = [i for i, line in enumerate(lines) if re.match(rf'class {cls.__qualname__}\b', line)]
+    return ''.join(inspect.getblock(lines[at[0]:])) if len(at) == 1 else inspect.getsource(cls)
+
 def _comments(source: str) -> dict[str, str]:
     "Name of a field -> comment on its last line, or the lines of comment directly above it, as the pages read them"
-    source = inspect.cleandoc(source)
+    source = dedent(source)
     lines = {
         t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT
     }
