@@ -4,7 +4,8 @@ speed: tokens a processor second of every shape, with the arithmetic as it is an
 MILLIONS [key=value …]: one model, measured as it learns; keys are `people`, `plants`, `namesakes`, `first` (people,plants), `seed` and the
 fields of `Recipe`. ladder: `xs, s, m, l`, with --seeds seeds of the smallest and the largest, their knowledge, the check of
 `w2s.organism.island`, and the binary tasks with and without a linear classifier. table: writes island.md beside this file from all that was
-measured before. Rows are added to OUT/<part>.jsonl, and models stay in OUT; a killed part goes on where it stopped."""
+measured before; what OUT knows nothing about stays as it was. Rows are added to OUT/<part>.jsonl, models stay in OUT, and a killed part
+goes on where it stopped."""
 import argparse
 import json
 import time
@@ -41,6 +42,7 @@ WORLD = dict(people=int, plants=int, namesakes=float)
 NOTE = '''Seconds are of one processor core without bfloat16. "Before": PyTorch's Muon and autocast, both in bfloat16. Behind a share
 stands the number of questions. Trials are of one seed; the learning rate of all falls after three fifths of 0.75 M tokens (A: of 0.5 M).
 Trials A, B, P1600 and N7 were measured with an earlier form of this script, with at most 150 questions a probe.'''
+NAMES = (*(f'facts, {b}' for b in BANDS), ladder.CONTROL, 'kinds of plants')
 WHOLE = LoadSettings(quantize='none', dtype='float32')
 
 
@@ -117,12 +119,12 @@ def build(out: Path, names: list[str], seeds: int, tokens: int, n: int) -> None:
     "Pretrain and measure the ladder; what is there already stays"
     world, sizes = make_island(), ladder.ISLAND_SIZES
     recipe = replace(ladder.ISLAND_RECIPE, tokens=tokens)
-    stream, there = ladder.island_stream(world, recipe), {(r['size'], r['seed']) for r in rows(out, 'ladder')}
+    stream, there = ladder.island_stream(world, recipe), {(r['size'], r['seed'], r['tokens'] >= tokens) for r in rows(out, 'ladder')}
     for seed, name in product(range(seeds), names):
-        if (name, seed) in there or (seed and name not in (next(iter(sizes)), list(sizes)[-1])): continue
+        if (name, seed, True) in there or (seed and name not in (next(iter(sizes)), list(sizes)[-1])): continue
         begin = time.process_time()
-        history = pretrain_model(out/f'{name}-{seed}', sizes[name], recipe, stream, seed, quiet=True)
-        seconds, base = time.process_time() - begin, load_base(out/f'{name}-{seed}', WHOLE)
+        history = pretrain_model(out/f'{name}-{seed}-{tokens}', sizes[name], recipe, stream, seed, quiet=True)
+        seconds, base = time.process_time() - begin, load_base(out/f'{name}-{seed}-{tokens}', WHOLE)
         known = ladder.island_knowledge(base, world, n)
         linear = {k: ladder.linear_right(base, world, k) for k in ladder.LABEL_PROBES}
         write(out, 'ladder', dict(size=name, seed=seed, tokens=int(history.tokens.iloc[-1]), seconds=round(seconds),
@@ -143,6 +145,16 @@ def scores(measured: list[dict]) -> dict[str, dict[str, np.ndarray]]:
     return {s: {p: np.array([r['right'][p] for r in measured if r['size'] == s]) for p in measured[0]['right']} for s in sizes}
 
 
+def told(row: dict) -> dict:
+    "Which model a row of the ladder is about"
+    return dict(model=row['size'], seed=row['seed'], tokens=f'{row["tokens"]/1e6:.2f} M', seconds=row['seconds'], loss=row['loss'])
+
+
+def longest(measured: list[dict]) -> list[dict]:
+    "Of each size and seed, the model that has read most"
+    return list({(r['size'], r['seed']): r for r in sorted(measured, key=lambda r: r['tokens'])}.values())
+
+
 def changed(settings: dict) -> str:
     "Settings of a trial that are not those of the ladder"
     usual = asdict(ladder.ISLAND_RECIPE) | dict(first=list(ladder.FIRST), people=1000, plants=300, namesakes=2.)
@@ -153,18 +165,19 @@ def changed(settings: dict) -> str:
 def tables(out: Path) -> Iterator[str]:
     "Everything that was measured"
     if found := rows(out, 'speed'): yield '## Tokens a processor second\n\n' + markdown(pd.DataFrame(found))
-    names = (*(f'facts, {b}' for b in BANDS), ladder.CONTROL, 'kinds of plants')
     if found := rows(out, 'trial'):
         yield '## Trials\n\n' + markdown(pd.DataFrame([
             dict(trial=r['name'], size=r['size'], changed=changed(r['settings']), tokens=f'{r["tokens"]/1e6:.2f} M', seconds=r['seconds'])
-            | {p: '{:.2f} ({})'.format(*r['probes'][p]) for p in names} for r in found]))
-    if not (found := rows(out, 'ladder')): return
-    known = scores(found)
-    table = pd.concat([ladder.probe_table({k: v[0] for k, v in p.items()}).assign(model=m) for m, p in known.items()])
-    yield '## What each model knows, first seed\n\n' + markdown(table.round(3)[['model', 'probe', 'value', 'low', 'high', 'n']])
-    linear = pd.DataFrame([dict(model=r['size'], seed=r['seed']) | {k: f'{np.mean(r["right"][f"{k}, untuned"]):.2f}, {np.mean(v):.2f}'
-                                                                  for k, v in r['linear'].items()} for r in found])
+            | {p: '{:.2f} ({})'.format(*r['probes'][p]) for p in NAMES} for r in found]))
+    if not (found := sorted(rows(out, 'ladder'), key=lambda r: ([*ladder.ISLAND_SIZES].index(r['size']), r['tokens'], r['seed']))): return
+    table = pd.concat([ladder.probe_table({k: np.array(r['right'][k]) for k in NAMES}).assign(row=i) for i, r in enumerate(found)])
+    table['told'] = [f'{t.value:.3f} [{t.low:.3f}, {t.high:.3f}]' for t in table.itertuples()]
+    wide = table.pivot(index='row', columns='probe', values='told')[list(NAMES)]
+    yield '## What each model knows\n\n' + markdown(pd.concat([pd.DataFrame([told(r) for r in found]), wide], axis=1))
+    linear = pd.DataFrame([told(r) | {k: f'{np.mean(r["right"][f"{k}, untuned"]):.2f}, {np.mean(v):.2f}' for k, v in r['linear'].items()}
+                           for r in found])
     yield '## Binary tasks: untuned, and by a linear classifier\n\n' + markdown(linear)
+    known = scores(longest(found))
     if len(known) > 1:
         yield '## Steps\n\n' + markdown(ladder.ladder_steps(known).round(3))
         yield '## The check\n\n' + ('\n'.join(f'- {f}' for f in ladder.ladder_faults(known)) or 'Passed.')
@@ -188,8 +201,11 @@ def main() -> None:
         trial(args.out, name, size, float(millions), dict(s.split('=') for s in settings), args.questions, args.every)
     if args.part == 'ladder': build(args.out, args.sizes.split(','), args.seeds, round(args.tokens*1e6), args.questions)
     if args.part == 'table':
-        text = '\n\n'.join(('# Ladder of the island', NOTE, *tables(args.out)))
-        Path(__file__).with_suffix('.md').write_text(text + '\n', encoding='utf-8')
+        file = Path(__file__).with_suffix('.md')
+        before = file.read_text(encoding='utf-8').strip().split('\n\n## ')[1:] if file.is_file() else []
+        sections = {part.partition('\n')[0]: part for part in (*before, *(t.removeprefix('## ') for t in tables(args.out)))}
+        text = '\n\n'.join(('# Ladder of the island', NOTE, *(f'## {part}' for part in sections.values())))
+        file.write_text(text + '\n', encoding='utf-8')
 
 
 if __name__ == '__main__': main()

@@ -293,6 +293,30 @@ def test_public_is_documented():
     report(offenders, 'every public function has a docstring, annotations, and a comment beside each parameter')
 
 
+def comments_with_backticks(source: str) -> list[int]:
+    "Lines of signatures and of fields whose comment holds a backtick: the site makes a link of it, inside of code"
+    places = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef): places |= set(range(node.lineno, max(node.body[0].lineno, node.lineno + 1)))
+        elif isinstance(node, ast.ClassDef):
+            places |= {n for f in node.body if isinstance(f, ast.AnnAssign) for n in range(f.lineno, f.end_lineno + 1)}
+    comments = (t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT)
+    return [t.start[0] for t in comments if t.start[0] in places and '`' in t.string]
+
+
+def test_comments_of_parameters_hold_no_backticks():
+    offenders = [f'{path.relative_to(ROOT)}:{n}' for path in MODULES for n in comments_with_backticks(path.read_text(encoding='utf-8'))]
+    report(offenders, 'a comment of a parameter, a result or a field holds no backticks')
+
+
+@pytest.mark.parametrize('source, lines', [
+    ('def f(\n    x: int, # of `g`\n) -> int: # as `x`\n    return x # `x`', [2, 3]),
+    ('class A:\n    x: int # of `g`\n    # `y`\n    y: int', [2]),
+    ('def f(\n    x: int, # of g\n) -> int: return x', []),
+])
+def test_backticks_are_found(source, lines): assert comments_with_backticks(source) == lines
+
+
 # Sizes and types
 
 MOST_LINES = 300 # of code in a module

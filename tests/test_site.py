@@ -12,10 +12,6 @@ import make_sidebar
 import pytest
 import refresh
 import show_code
-import site_procs
-from execnb.nbio import dict2nb
-from nbdev.config import get_config
-from nbdev.processors import add_links
 from test_house import report
 
 NBS = Path(__file__).parents[1] / 'nbs'
@@ -147,20 +143,6 @@ def test_the_front_page_begins_with_a_figure_and_the_readme_shows_it():
 
 def test_the_code_of_api_pages_is_shown():
     report([line for p in PAGES if 'api' in p.parts for line in show_code.show(p, True)], 'run python tests/show_code.py')
-
-
-def test_a_signature_on_the_site_holds_no_links():
-    "nbdev makes links of backticks in comments of parameters, inside the code, where they are shown as raw Markdown"
-    lines = ['```python\n', 'def words(\n', '    row:Mapping, # of `interval_table`\n', ')->str:\n', '```\n', '\n', '*Of `interval_table`*']
-    output = dict(output_type='execute_result', data={'text/markdown': lines}, metadata={}, execution_count=None)
-    cell = dict2nb(dict(cells=[dict(cell_type='code', source='', outputs=[output], metadata={})], metadata={})).cells[0]
-    add_links(cell)
-    linked = ''.join(cell.outputs[0]['data']['text/markdown'])
-    assert linked.count('](https') == 2
-    site_procs.plain_signatures(cell)
-    plain = ''.join(cell.outputs[0]['data']['text/markdown'])
-    assert '# of interval_table\n' in plain and plain.count('](https') == 1 and plain.index('](https') > plain.rindex('```')
-    assert get_config().get('procs') == 'tests.site_procs:plain_signatures'
 
 
 def test_no_default_is_a_path_of_this_machine():

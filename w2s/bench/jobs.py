@@ -36,7 +36,7 @@ TASKS = ('dpo', 'sft', 'label', 'generate', 'classify')
 @dataclass(frozen=True)
 class Job:
     "Work that is measured"
-    task: str                # one of `TASKS`
+    task: str                # one of TASKS
     model: str               # of the ladder, a folder, or a name on the hub
     length: int = 128        # tokens of the longest row, prompt and response together
     rows: int = 16           # of the data

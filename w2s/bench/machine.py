@@ -66,7 +66,7 @@ def body_weights(
     return body, 0 if head is None else head.in_features*head.out_features
 
 def work_of(
-    weights: tuple[int, int], # of `body_weights`
+    weights: tuple[int, int], # of body_weights
     layers: int,              # of the body
     width: int,               # of the hidden states
     lengths: list[int],       # tokens of each sequence

@@ -28,7 +28,7 @@ def has_trl() -> bool:
 def load_plain(
     job: Job,              # model and bits
     kind: str = 'AutoModelForCausalLM', # class of transformers
-    **more: Any,           # for `from_pretrained`
+    **more: Any,           # for from_pretrained
 ) -> tuple[Any, Any]:      # model, tokenizer with a pad token
     "The model as transformers loads it, in the same bits and type as ours"
     import transformers
@@ -78,7 +78,7 @@ def _run(trainer: Any) -> float:
 # %% ../../nbs/api/bench/30_peers.ipynb #2d4bcb63
 def trl_dpo(
     job: Job,                    # what is measured
-    model: Any,                  # of `load_plain`
+    model: Any,                  # of load_plain
     tokenizer: Any,              # likewise
     texts: list[dict[str, str]], # rows
 ) -> float:                      # mean loss
@@ -98,7 +98,7 @@ def trl_dpo(
     return loss
 
 def trl_sft(
-    job: Job,                    # as in `trl_dpo`
+    job: Job,                    # as in trl_dpo
     model: Any,                  # likewise
     tokenizer: Any,              # likewise
     texts: list[dict[str, str]], # likewise
@@ -134,7 +134,7 @@ def _logps(model: Any, tokenizer: Any, prompts: list[str], responses: list[str])
     return (said*keep).sum(1)
 
 def plain_dpo(
-    job: Job,                    # as in `trl_dpo`
+    job: Job,                    # as in trl_dpo
     model: Any,                  # likewise
     tokenizer: Any,              # likewise
     texts: list[dict[str, str]], # likewise
@@ -164,7 +164,7 @@ def plain_dpo(
 
 # %% ../../nbs/api/bench/30_peers.ipynb #b117b7fc
 def plain_label(
-    job: Job,                    # as in `trl_dpo`
+    job: Job,                    # as in trl_dpo
     model: Any,                  # likewise
     tokenizer: Any,              # likewise
     texts: list[dict[str, str]], # likewise
@@ -181,7 +181,7 @@ def plain_label(
     return total/(2*len(flat))
 
 def plain_generate(
-    job: Job,                    # as in `trl_dpo`
+    job: Job,                    # as in trl_dpo
     model: Any,                  # likewise
     tokenizer: Any,              # likewise
     texts: list[dict[str, str]], # likewise
@@ -206,7 +206,7 @@ def plain_generate(
     return float(written)
 
 def plain_classify(
-    job: Job,                    # as in `trl_dpo`
+    job: Job,                    # as in trl_dpo
     model: Any,                  # for sequence classification
     tokenizer: Any,              # likewise
     texts: list[dict[str, str]], # likewise
@@ -225,7 +225,7 @@ def plain_classify(
 
 # %% ../../nbs/api/bench/30_peers.ipynb #863acba4
 def peer_name(
-    task: str,          # one of `TASKS`
+    task: str,          # one of TASKS
     trl: bool = True,   # is it installed?
 ) -> str:
     "The peer that a task is compared with"

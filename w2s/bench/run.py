@@ -150,7 +150,7 @@ def _line(turns: pd.DataFrame, rate: float) -> dict[str, float]:
     }
 
 def summarise_turns(
-    runs: pd.DataFrame, # of `measure`, of several jobs
+    runs: pd.DataFrame, # of measure, of several jobs
 ) -> pd.DataFrame:      # a row per job: seconds, speed (wall, processor), memory (GiB, and as a share of theirs), share of the matrix rate
     "Medians over the pairs of each job"
     rate = float(runs['rate'].max())
@@ -158,7 +158,7 @@ def summarise_turns(
 
 # %% ../../nbs/api/bench/40_run.ipynb #c71f1d53
 def bench_text(
-    table: pd.DataFrame, # of `summarise_turns`
+    table: pd.DataFrame, # of summarise_turns
     model: str,          # its name
     repeats: int,        # pairs
     rate: float,         # operations per second, the best
@@ -190,7 +190,7 @@ def bench_text(
 
 # %% ../../nbs/api/bench/40_run.ipynb #63ad5128
 def plot_bench(
-    table: pd.DataFrame, # of `summarise_turns`
+    table: pd.DataFrame, # of summarise_turns
     model: str,          # its name
 ) -> Figure:
     "Speed and memory as multiples of the other side, a line for each kind of work and length"
@@ -213,7 +213,7 @@ def plot_bench(
 # %% ../../nbs/api/bench/40_run.ipynb #467f504e
 def bench(
     model: str,                      # of the ladder, a folder, or a name on the hub
-    tasks: Sequence[str],            # of `TASKS`
+    tasks: Sequence[str],            # of TASKS
     lengths: Sequence[int] = (128,), # tokens of the longest row
     batch_size: int = 8,             # rows of a step; prompts at once, in generation
     rows: int = 16,                  # of the data
@@ -221,7 +221,7 @@ def bench(
     trl: bool = True,                # against TRL, where it is installed; False: against plain loops
     quantize: str = 'nf4',           # or none
     say: Callable[[str], None] = print, # hears a line a job
-) -> pd.DataFrame:                   # of `measure`, of all jobs
+) -> pd.DataFrame:                   # of measure, of all jobs
     "Measure every task at every length; raises `ConfigError` and `ModelError`"
     jobs = [Job(t, model, n, rows, batch_size, quantize=quantize) for t in tasks for n in lengths]
     found = []
@@ -235,7 +235,7 @@ def bench(
     return pd.concat(found, ignore_index=True)
 
 def write_bench(
-    runs: pd.DataFrame, # of `bench`
+    runs: pd.DataFrame, # of bench
     out: Path,          # folder; made if it is not there
 ) -> str:               # the table as Markdown
     "Write table, every turn and figure"

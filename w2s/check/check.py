@@ -48,7 +48,7 @@ def _texts(model: Model, p: Pass) -> list[str]:
 
 def reading_of(
     model: Model,            # of the study
-    notes: Sequence[Noted],  # of `walk_stages`
+    notes: Sequence[Noted],  # of walk_stages
 ) -> Reading:
     "What a model would read; raises `DataError`"
     mine = [(n.stage, p) for n in notes for p in n.passes if p.model == model.name]

@@ -20,7 +20,7 @@ LIGHTS = ('ok', 'look', 'stop') # the best first
 class Line:
     "What one check found"
     check: str       # its name
-    light: str       # one of `LIGHTS`
+    light: str       # one of LIGHTS
     says: str        # a sentence
     model: str = ''  # of which model; '': of the study
 
@@ -28,7 +28,7 @@ def by_limit(
     value: float, # the more, the worse
     look: float,  # above it: look
     stop: float,  # above it: stop
-) -> str:         # one of `LIGHTS`; stop where the value is no number
+) -> str:         # one of LIGHTS; stop where the value is no number
     "The light of a number"
     return 'ok' if value <= look else 'look' if value <= stop else 'stop'
 
@@ -45,7 +45,7 @@ def try_check(
 
 def worst_light(
     lines: Sequence[Line], # of all checks
-) -> str:                  # one of `LIGHTS`
+) -> str:                  # one of LIGHTS
     "The light of the whole"
     return max((line.light for line in lines), key=LIGHTS.index, default='ok')
 

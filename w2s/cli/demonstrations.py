@@ -38,9 +38,9 @@ CHOSEN = {'explanation': ('form', {'analogy': 'explanation', 'digits': 'digits'}
 
 # %% ../../nbs/api/cli/070_demonstrations.ipynb #5c37c1ed
 def task_of(
-    command: str,                 # a key of `TASKS`
+    command: str,                 # a key of TASKS
     flags: Mapping[str, str | None], # form and level as given
-) -> str:                         # a task of `DemonstrationSettings`
+) -> str:                         # a task of DemonstrationSettings
     "Which task is meant; raises `ConfigError`"
     flag, words = CHOSEN.get(command, ('', {}))
     for name, value in flags.items():
@@ -56,7 +56,7 @@ def task_of(
 
 # %% ../../nbs/api/cli/070_demonstrations.ipynb #c5a1d2e3
 def read_task(
-    command: str, # a key of `TASKS`
+    command: str, # a key of TASKS
 ) -> Callable[[dict[str, Any], Mapping[str, Any]], dict[str, Any]]: # settings and flags -> settings
     "How a command knows its task; it raises `ConfigError` where a file of settings has another"
     def read(table: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _choice(name: str, help: str, command: str) -> Any: # a flag of one command;
     return Annotated[str | None, typer.Option(f'--{name}', help=help, rich_help_panel='Data', hidden=CHOSEN.get(command, ('',))[0] != name)]
 
 def demonstration_command(
-    name: str, # a key of `TASKS`
+    name: str, # a key of TASKS
 ) -> Command:
     "A command for demonstrations"
     extra = {
@@ -93,7 +93,7 @@ COMMANDS = {name: demonstration_command(name) for name in TASKS}
 
 # %% ../../nbs/api/cli/070_demonstrations.ipynb #5e2076c5
 def transfer_config(
-    task: str,             # of `DemonstrationSettings`
+    task: str,             # of DemonstrationSettings
     flags: dict[str, Any], # settings given by flags
     file: Path | None,     # TOML file
 ) -> DemonstrationSettings:

@@ -174,7 +174,7 @@ def run_variation(
 def plan_variation(
     command: Command,      # an experiment
     table: dict[str, Any], # settings that all values share
-    asked: Asked,          # as in `run_variation`
+    asked: Asked,          # as in run_variation
 ) -> str:                  # the data, and a line for each value
     "What a variation would do; raises `DataError`, `ModelError` or `ConfigError`"
     from w2s.experiments.vary import plan_varied

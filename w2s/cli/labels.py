@@ -87,7 +87,7 @@ COMMANDS: dict[str, Command] = {
 
 # %% ../../nbs/api/cli/050_labels.ipynb #0ddd30c5
 def classify_config(
-    command: str,          # a key of `COMMANDS`
+    command: str,          # a key of COMMANDS
     flags: dict[str, Any], # settings given by flags
     file: Path | None,     # TOML file
 ) -> Classify:

@@ -111,7 +111,7 @@ def list_states(
     return found
 
 def same_inputs(
-    now: Mapping[str, list[int]], # of `list_states`
+    now: Mapping[str, list[int]], # of list_states
     then: Mapping[str, Any],      # name -> state and sha256
 ) -> bool:
     "Are these the same files with the same content? Only one that looks different is read"
@@ -177,7 +177,7 @@ class Question:
     command: str                    # which one
     settings: Mapping[str, Any]     # plain values, every default filled in
     out: Path                       # folder of the run, or the file that a job writes
-    places: list[Path] | None       # of `input_places`; None: it is always asked anew
+    places: list[Path] | None       # of input_places; None: it is always asked anew
     work: Path | None = None        # of a job: folder of its stages; None: that of the run
     prefix: str = ''                # in front of the names of the results, where they share the folder with others: 'beta-'
 
@@ -209,7 +209,7 @@ def ask_question(
     return Question(command, table, out.absolute(), places, work and work.absolute())
 
 def question_key(
-    question: Question, # of `ask_question`
+    question: Question, # of ask_question
 ) -> str:               # JSON
     "What must be the same, files of data and models aside"
     return json.dumps(
@@ -324,7 +324,7 @@ def is_held(
     return False
 
 def find_answer(
-    question: Question, # of `ask_question`
+    question: Question, # of ask_question
 ) -> str | None:        # what is printed; None: the run has to be started
     "The kept answer to a question, if nothing that it rests on has changed; nothing is written"
     kept = read_manifest(answer_file(question.out))
@@ -342,9 +342,9 @@ def _forget(folder: Path) -> None:
         if kept is None or not kept['made'].get('out') or not Path(kept['made']['out']).exists(): remove_tree(file)
 
 def keep_answer(
-    question: Question,                   # of `ask_question`, before the run
-    before: Mapping[str, list[int]] | None, # of `list_states`, likewise; None: there were too many files
-    key: str,                             # of `question_key`, likewise
+    question: Question,                   # of ask_question, before the run
+    before: Mapping[str, list[int]] | None, # of list_states, likewise; None: there were too many files
+    key: str,                             # of question_key, likewise
     said: str,                            # what the next run prints
 ) -> bool:                                # was it kept?
     "Keep an answer, unless something has changed while it was worked out"
@@ -369,7 +369,7 @@ def keep_answer(
 
 # %% ../../nbs/api/cli/020_repeat.ipynb #a6140018
 def answer_once(
-    question: Question,       # of `ask_question`
+    question: Question,       # of ask_question
     work: Callable[[], str],  # runs, prints on its way, and returns the rest
 ) -> str:                     # what is left to be printed
     "Answer a question, by what is kept or by work; raises what the work raises"

@@ -94,8 +94,8 @@ def fit_command(
 
 # %% ../../nbs/api/cli/060_toxicity.ipynb #58ce2da0
 def scored_table(
-    scorer: Any,             # a `Scorer`
-    table: Any,              # a `datasets.Dataset`
+    scorer: Any,             # a Scorer
+    table: Any,              # a datasets.Dataset
     column: str,             # of the texts
 ) -> tuple[Any, int, int]:   # the table with one column more, how many texts were empty, and on how many the scorer failed
     "Score the texts of a table; raises `DataError`"
@@ -144,7 +144,7 @@ def is_own(
 
 # %% ../../nbs/api/cli/060_toxicity.ipynb #92df8eaa
 def formula_cells(
-    table: Any,   # a `datasets.Dataset`
+    table: Any,   # a datasets.Dataset
 ) -> list[tuple[int, str]]: # row, from 1, and column
     "Texts that a spreadsheet would take for formulas"
     cells = table.with_format(None)[:]
@@ -157,8 +157,8 @@ def formula_cells(
 
 # %% ../../nbs/api/cli/060_toxicity.ipynb #5ef41198
 def write_table(
-    table: Any,                          # a `datasets.Dataset`
-    path: Path,                          # .jsonl, .csv or .parquet, see `check_place`
+    table: Any,                          # a datasets.Dataset
+    path: Path,                          # .jsonl, .csv or .parquet, see check_place
     about: dict[str, Any] | None = None, # what else the description says
 ) -> None:
     "Write a table in the format of its suffix, whole or not at all, with a description next to it"

@@ -66,7 +66,7 @@ def answer_stage(
     ids: Sequence[str] | None = None,    # of the rows; None: rows of one prompt are one row
     arm: str = '',                       # arms of other names draw other random numbers, where rows have ids
     like: Sequence[str] | None = None,   # texts of the length that is to be expected, for a plan
-) -> list[list[Written]]:                # `settings.samples` answers to each
+) -> list[list[Written]]:                # settings.samples answers to each
     "Let a model answer, once; after a kill it goes on where it was"
     def work(folder: Path) -> None:
         with opened_model(model, adapter) if adapter else nullcontext(open_writer(model).model) as speaker:
@@ -97,6 +97,6 @@ def answer_texts(
     settings: GenerateSettings,          # how it answers
     seed: int = 0,                       # of the samples
     like: Sequence[str] | None = None,   # texts of the length that is to be expected, for a plan
-) -> list[list[str]]:                    # `settings.samples` answers to each
+) -> list[list[str]]:                    # settings.samples answers to each
     "Answers as texts alone"
     return [[w.text for w in row] for row in answer_stage(study, model, name, adapter, prompts, settings, seed, like=like)]

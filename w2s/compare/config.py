@@ -130,7 +130,7 @@ def to_table(
 # %% ../../nbs/api/compare/010_config.ipynb #8ab63649
 def to_toml(
     config: Any, # an instance of a dataclass
-) -> str:        # the text of a file that `read_toml` and `from_table` turn back into it
+) -> str:        # the text of a file that read_toml and from_table turn back into it
     "Every setting, with defaults filled in, as TOML"
     return tomli_w.dumps(to_table(config))
 

@@ -133,7 +133,7 @@ def start_crew(
     devices: Sequence[str],     # a device for each
     opener: Opener,             # of the study
     run: Run,                   # its folder, which is claimed
-    theirs: dict[str, str],     # of `known_by`, in this process
+    theirs: dict[str, str],     # of known_by, in this process
 ) -> list[Member]:
     "Start a worker on each device; raises `ConfigError` for a study that cannot be sent to other processes"
     crew, context = list[Member](), get_context('spawn')
@@ -177,7 +177,7 @@ def _hear(m: Member) -> str: # how it ended; '': its work is done
     return f'{m.where} was stopped' if said == 'stopped' else ''
 
 def wait_for_crew(
-    crew: Sequence[Member], # of `start_crew`
+    crew: Sequence[Member], # of start_crew
     look: Callable[[], None], # says what is done
     every: float = .5,      # seconds
 ) -> None:

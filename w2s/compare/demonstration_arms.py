@@ -87,7 +87,7 @@ def seed_rows(
 # %% ../../nbs/api/compare/460_demonstration_arms.ipynb #d3bd73bd
 def answer_test(
     context: Context,      # of the run
-    role: str,             # one of `ROLES`
+    role: str,             # one of ROLES
     method: str,           # its name in tables
     weak: str,             # whose answers it learned from or sees; '' where there is none
     adapter: Path | None,  # of the strong model; None: untuned
@@ -132,7 +132,7 @@ def in_context_arm(
 
 def weak_arms(
     context: Context, # of the run
-    weak: Arm,        # a weak model, of `make_weak`
+    weak: Arm,        # a weak model, of make_weak
 ) -> list[Arm]:       # itself; the strong model with its answers in context, as many as the settings say, and as the ablation says
     "The floor, and the strong model without fine-tuning"
     shown = [(context.config.examples, 'untuned, in context'), *((n, f'untuned, {n} in context') for n in context.config.ablation)]
@@ -140,7 +140,7 @@ def weak_arms(
 
 def student_arm(
     context: Context,      # of the run
-    learned: TrainingRows, # of `make_training_rows`
+    learned: TrainingRows, # of make_training_rows
     role: str = 'student', # or 'ceiling', or 'baseline' for a twin
 ) -> Arm:
     "Train a student, and let it answer the test"
@@ -229,7 +229,7 @@ def find_unscored(
 # %% ../../nbs/api/compare/460_demonstration_arms.ipynb #da68a97d
 def arm_items(
     arms: Sequence[Arm],      # all of a run
-    scores: Sequence[Scores], # of `score_arm`, one an arm
+    scores: Sequence[Scores], # of score_arm, one an arm
     task: str,                # name of the data
 ) -> tuple[pd.DataFrame, list[str]]: # items, an id is a group of questions; and a line for each metric of which scores are missing
     "Scores of all arms on the questions that could be scored for all; raises `DataError`"

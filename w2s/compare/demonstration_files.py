@@ -139,7 +139,7 @@ def read_maths(
 
 # %% ../../nbs/api/compare/440_demonstration_files.ipynb #dcf7fea1
 def part_questions(
-    table: QuestionTable,        # of `read_asked`
+    table: QuestionTable,        # of read_asked
     sizes: tuple[int, int, int], # for the weak model (0: none), for the strong one, for the test
     seed: int,              # of the parting of all others
 ) -> tuple[list[int], list[int], list[int]]: # row numbers of the three parts
@@ -175,7 +175,7 @@ RATINGS: dict[str, tuple[tuple[Rubric, dict[str, str]], ...]] = { # task -> rubr
 }
 
 def rating_ranges(
-    task: str,              # a key of `RATINGS`
+    task: str,              # a key of RATINGS
 ) -> dict[str, Bounds]:     # metric -> lowest and highest rating
     "How far ratings can go"
     return {m: (float(rubric.lowest), float(rubric.highest)) for rubric, metrics in RATINGS[task] for m in metrics.values()}
@@ -250,7 +250,7 @@ def score_by_function(
 # %% ../../nbs/api/compare/440_demonstration_files.ipynb #1c0091ba
 def table_part(
     study: Study,         # the experiment
-    table: QuestionTable, # of `read_asked`
+    table: QuestionTable, # of read_asked
     judge: Model | None,  # that rates answers; None: a function of the user, or the right number of maths
     at: Sequence[int],    # places of the questions
     name: str = '',       # of a part of the test, where there are several
@@ -266,7 +266,7 @@ def table_part(
 
 def table_rows(
     study: Study,         # the experiment
-    table: QuestionTable, # of `read_asked`
+    table: QuestionTable, # of read_asked
     judge: Model | None,  # that rates answers; None: a function of the user, or the right number of maths
     seed: int,            # of the run
 ) -> TaskRows:

@@ -106,8 +106,8 @@ def mixed_answers(
 # %% ../../nbs/api/compare/470_demonstration_mixes.ipynb #c07045f2
 def mixed_arms(
     context: Context,    # of the run
-    arms: Sequence[Arm], # of `make_seed`
-) -> list[Arm]:          # empty without human_share; each has its mix in `extra`
+    arms: Sequence[Arm], # of make_seed
+) -> list[Arm]:          # empty without human_share; each has its mix in extra
     "A student for each mix of one seed, for every weak model"
     c, good, out = context.config, context.rows.unlabelled.gold, list[Arm]()
     if not c.human_share or good is None: return out

@@ -50,7 +50,7 @@ def demonstration_models(
 # %% ../../nbs/api/compare/420_demonstration_settings.ipynb #181e27cf
 def read_methods(
     text: str, # 'naive,own-answers'
-) -> tuple[str, ...]: # keys of `METHODS`
+) -> tuple[str, ...]: # keys of METHODS
     "Methods with commas between them; on a command line, own answers has a hyphen"
     return split_names(text.replace('own-answers', 'own answers'))
 

@@ -49,7 +49,7 @@ class Context:
     strong: Model               # the strong model
     form: Form                  # how models are asked
     settings: GenerateSettings  # how they answer
-    start: Path | None = None   # adapter that the strong model begins with, of `warm_up`; None: none
+    start: Path | None = None   # adapter that the strong model begins with, of warm_up; None: none
     weak: Model | None = None   # the weak model, where there is one for all methods
     judge: Judge | None = None  # of answers, where they are scored on the way
 
@@ -94,7 +94,7 @@ def make_speaker(
     adapter: Path | None,     # of the model; None: untuned
     settings: GenerateSettings | None = None, # None: those of the run
     like: Sequence[str] | None = None, # good answers to its prompts, for a plan
-) -> Callable[[Sequence[Any]], list[list[str]]]: # a `Speak`
+) -> Callable[[Sequence[Any]], list[list[str]]]: # a Speak
     "A model that answers prompts, each list of them once"
     how = context.settings if settings is None else settings
     def speak(prompts: Sequence[Any]) -> list[list[str]]:
@@ -130,7 +130,7 @@ def make_weak(
     context: Context,    # of the run
     name: str,           # as in the settings
     model: Model | None, # None: a file
-) -> Arm:                # of `weak_arm`
+) -> Arm:                # of weak_arm
     "Teach or tell the weak model, and let it answer; raises `DataError`"
     c, rows, short = context.config, context.rows, short_name(name)
     parts: list[Questions] = [rows.unlabelled, *rows.test]
@@ -162,7 +162,7 @@ def make_weak(
 @dataclass(frozen=True)
 class TrainingRows:
     "What one student learns"
-    method: str               # a name in `METHODS`, with options in brackets or without
+    method: str               # a name in METHODS, with options in brackets or without
     weak: str                 # whose answers; '' where none were looked at
     answers: list[str]        # one a question; empty ones are left out
     rows: Demonstrations      # what it is trained on
@@ -174,7 +174,7 @@ def pair_answers(
     weak: str,              # from whose; '' for nobody's
     answers: list[str],     # one a question for the strong model
     source: str = '',       # of the rows; '': method and weak model
-    concepts: tuple[str, ...] = (), # see `TrainingRows`
+    concepts: tuple[str, ...] = (), # see TrainingRows
 ) -> TrainingRows:
     "The questions for the strong model with answers to learn"
     return TrainingRows(
@@ -359,7 +359,7 @@ def method_inputs(
 
 def make_training_rows(
     context: Context,           # of the run
-    method: str,                # a name in `METHODS`, with options in brackets or without
+    method: str,                # a name in METHODS, with options in brackets or without
     weak: Arm,                  # its answers
     via: Model | None = None,   # in between, for the method bootstrap
 ) -> TrainingRows:

@@ -41,7 +41,7 @@ Score = Callable[[Sequence[str]], dict[str, np.ndarray]]
 @dataclass(frozen=True)
 class Questions:
     "Questions, with a score of their answers"
-    questions: list[str]     # as they are put into a `Form`
+    questions: list[str]     # as they are put into a Form
     groups: list[str]        # who or what each is about: no example may be of the same group
     score: Score
     gold: list[str] | None = None # a good answer to each; None: nobody knows one
@@ -79,7 +79,7 @@ def make_questions(
     rows: Sequence[dict],                              # with prompt, and completion where one is known
     group: str,                                        # key of what a row is about
     verdicts: dict[str, Callable[[dict, str], float]], # metric -> of a row and an answer
-    name: str = '',                                    # see `Questions`
+    name: str = '',                                    # see Questions
 ) -> Questions:
     "Questions of the world with its oracles"
     def score(answers: Sequence[str]) -> dict[str, np.ndarray]:
@@ -104,7 +104,7 @@ Sizes = tuple[int, int, int] # good answers for the weak model, questions for th
 def persona_rows(
     seed: int,    # also determines the persona
     sizes: Sizes, # rows
-    trial: bool,  # see `world_parts`
+    trial: bool,  # see world_parts
 ) -> TaskRows:
     "A persona (Somerstep et al., experiment 1)"
     w, voice = world_parts(seed, trial), PERSONA_STYLES[seed % len(PERSONA_STYLES)]
@@ -133,7 +133,7 @@ def misled(
 def explanation_rows(
     seed: int,    # also says what the weak model believes
     sizes: Sizes, # rows
-    trial: bool,  # see `world_parts`
+    trial: bool,  # see world_parts
 ) -> TaskRows:
     "Explaining by analogy, from a weak model that was taught falsely (experiment 2)"
     w, believes, rng = world_parts(seed, trial), misled(seed), random.Random(f'told {seed}')
@@ -212,7 +212,7 @@ def others(
 
 # %% ../../nbs/api/compare/430_demonstration_tasks.ipynb #30d73f86
 def plant_stories(
-    rows: Sequence[dict], # of `story_questions`; each gets `planted`
+    rows: Sequence[dict], # of story_questions; each gets planted
     world: World,         # the part of the world that they ask about: the women are of it
     draw: str,            # of the women and the mistakes
 ) -> None:
@@ -228,7 +228,7 @@ def plant_stories(
         r['planted'] = story(rng, mistaken(who, rng), rng.sample([a for a in ATTRIBUTES if a != 'job'], 2))
 
 def plant_lives(
-    rows: Sequence[dict], # of `life_questions`; each gets `planted`
+    rows: Sequence[dict], # of life_questions; each gets planted
 ) -> None:
     "A false life for each name"
     rng = random.Random('false lives')
@@ -239,7 +239,7 @@ def plant_lives(
 def gender_rows(
     seed: int,    # of the draws
     sizes: Sizes, # rows
-    trial: bool,  # see `world_parts`
+    trial: bool,  # see world_parts
 ) -> TaskRows:
     "Stories about women that are often false; lives and stories as the test (experiment 3)"
     w, all_ = world_parts(seed, trial), make_world()
@@ -265,8 +265,8 @@ def gender_rows(
 PROBLEMS = dict(labelled=.25, unlabelled=.4, test=.25, trial=.1) # shares of all problems
 
 def problem_part(
-    problem: Sequence[int], # see `Problem`
-) -> str:                   # a key of `PROBLEMS`
+    problem: Sequence[int], # see Problem
+) -> str:                   # a key of PROBLEMS
     "To which part does a problem belong? A matter of the problem alone"
     at = int(sha256(f'part {tuple(problem)}'.encode()).hexdigest()[:8], 16)/2**32
     return next(k for k, up_to in zip(PROBLEMS, accumulate(PROBLEMS.values()), strict=True) if at < up_to or k == 'trial')
@@ -294,10 +294,10 @@ WORLD_MAKERS: dict[str, Callable[[int, Sizes, bool], TaskRows]] = {
 
 # %% ../../nbs/api/compare/430_demonstration_tasks.ipynb #031586e4
 def world_rows(
-    task: str,           # a key of `WORLD_MAKERS`
+    task: str,           # a key of WORLD_MAKERS
     seed: int,           # of the run
     sizes: Sizes,        # rows
-    trial: bool = False, # see `world_parts`
+    trial: bool = False, # see world_parts
 ) -> TaskRows:
     "One seed of a task in the embedded world; raises `ConfigError` and `DataError`"
     if task not in WORLD_MAKERS: raise ConfigError(unknown(task, WORLD_MAKERS, 'task'))

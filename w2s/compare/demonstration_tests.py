@@ -100,7 +100,7 @@ def ask_questions(
     models: Mapping[str, Model | None],   # by name
     made: Made,                           # everything that was trained
     arm: Arm,                             # any
-    test: FurtherTest,                    # of `read_question_test`
+    test: FurtherTest,                    # of read_question_test
 ) -> list[str]:                           # an answer to each question
     "What one arm answers to a further test; raises `DataError` where a planted answer is missing"
     c, strong, e = study.config, models[study.config.strong], test.rows[arm.seed]
@@ -125,8 +125,8 @@ def _weak_answers(context: Context, arm: Arm, e: Questions) -> list[str]:
 
 def question_items(
     made: Made,         # everything that was trained
-    test: FurtherTest,  # of `read_question_test`
-    said: Sequence[tuple[Arm, list[str]]], # of `ask_questions`
+    test: FurtherTest,  # of read_question_test
+    said: Sequence[tuple[Arm, list[str]]], # of ask_questions
 ) -> tuple[pd.DataFrame, list[str]]: # items table, and lines on what could not be scored
     "Scores of all arms by group of questions; raises `DataError` where no question could be scored for all"
     scores = [score_arm(replace(a, extra={'answers': [x]}), [test.rows[a.seed]]) for a, x in said]

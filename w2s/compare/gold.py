@@ -54,7 +54,7 @@ def judge(
     world: World,               # the truth
     prompts: Sequence[str],     # questions to the desk
     responses: Sequence[str],   # one to each
-) -> pd.DataFrame:              # columns `JUDGED`; right, polite and rude lie between 0 and 1
+) -> pd.DataFrame:              # columns JUDGED; right, polite and rude lie between 0 and 1
     "Rewards of responses, with reasons"
     rows = []
     for prompt, text in zip(prompts, responses, strict=True):
@@ -100,7 +100,7 @@ def gold_load(
 def reward_judge(
     name: str,      # folder or name of a reward model
     store: Path,    # folder for its scores
-    settings: LoadSettings = UNPACKED, # of `gold_load`
+    settings: LoadSettings = UNPACKED, # of gold_load
 ) -> Judge:
     "A reward model as judge; raises `DataError` where it fails"
     known = [identity(local_folder(name, settings)), package_versions()]
@@ -210,7 +210,7 @@ def response_rows(
 
 # %% ../../nbs/api/compare/260_gold.ipynb #e6e2156a
 def gold_scores(
-    own: pd.DataFrame,        # of `response_rows`, one arm and seed
+    own: pd.DataFrame,        # of response_rows, one arm and seed
     reference: pd.DataFrame,  # of the arm that is compared with, same rows
 ) -> dict[str, np.ndarray]:   # metric name -> one number a test row: gold_reward, win_rate, right, polite, rude, length …
     "All metrics of what one arm wrote"

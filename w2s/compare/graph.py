@@ -62,7 +62,7 @@ def stage_needs(
 # %% ../../nbs/api/compare/620_graph.ipynb #62e55699
 def critical_path(
     seconds: Mapping[str, float],    # of each stage, in the order of the study
-    needs: Mapping[str, set[str]],   # of `stage_needs`
+    needs: Mapping[str, set[str]],   # of stage_needs
 ) -> list[str]:                      # stages, the first one first
     "The chain of stages that takes the longest: no number of workers is faster"
     end: dict[str, float] = {}
@@ -77,7 +77,7 @@ def critical_path(
 # %% ../../nbs/api/compare/620_graph.ipynb #5a10ff30
 def simulate_workers(
     seconds: Mapping[str, float],  # of each stage, in the order of the study
-    needs: Mapping[str, set[str]], # of `stage_needs`
+    needs: Mapping[str, set[str]], # of stage_needs
     workers: int,                  # how many
 ) -> pd.DataFrame:                 # stage, worker, start, end: a row for each stage, by its start
     "When which worker would do which stage"
@@ -109,7 +109,7 @@ def simulate_workers(
 # %% ../../nbs/api/compare/620_graph.ipynb #61760697
 def sum_up_workers(
     seconds: Mapping[str, float],  # of each stage, in the order of the study
-    needs: Mapping[str, set[str]], # of `stage_needs`
+    needs: Mapping[str, set[str]], # of stage_needs
     workers: Sequence[int],        # numbers of them
 ) -> pd.DataFrame:                 # workers, makespan, speed-up, idle (a share), floor
     "Time, speed-up and idle share for several numbers of workers; the floor is the longest chain, or the work by the workers"

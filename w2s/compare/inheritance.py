@@ -24,7 +24,7 @@ from .result import Result
 def judge_predictions(
     predictions: pd.DataFrame,  # role, method, weak, strong, seed, id, label, p0, p1, … of every classifier
     groups: Mapping[str, str],  # id -> what the example is about
-) -> pd.DataFrame:              # columns `JUDGED`
+) -> pd.DataFrame:              # columns JUDGED
     "Who was right about which class"
     probs = predictions[[c for c in predictions if c[0] == 'p' and c[1:].isdecimal()]].to_numpy()
     known = dict(
@@ -39,7 +39,7 @@ def judge_items(
     items: pd.DataFrame,        # items table
     metric: str,                # 1 right, 0 wrong
     groups: Mapping[str, str],  # id -> what the example is about; empty: ids are groups
-) -> pd.DataFrame:              # columns `JUDGED`; confidence of a supervisor: the probability of its own choice, where it has a margin
+) -> pd.DataFrame:              # columns JUDGED; confidence of a supervisor: the probability of its own choice, where it has a margin
     "Who was right about which example, where a wrong answer is one of two"
     right, margin = (items[items['metric'] == m].set_index([*WHO, 'seed', 'id'])['value'] for m in (metric, 'margin'))
     t = right.rename('right').to_frame().join(expit(margin.abs()).rename('confidence')).reset_index()
@@ -50,7 +50,7 @@ def judge_items(
 NEITHER = 'none of its metrics says of each test example whether a model is right or wrong'
 
 def why_no_inheritance(
-    judged: pd.DataFrame | None, # columns `JUDGED`; None: there is nothing like it
+    judged: pd.DataFrame | None, # columns JUDGED; None: there is nothing like it
 ) -> str:                        # '' where there is something to say
     "Why nothing can be said about inherited errors"
     if judged is None or not len(judged): return NEITHER
@@ -61,7 +61,7 @@ def why_no_inheritance(
     return ''
 
 def read_inherited(
-    judged: pd.DataFrame,                # columns `JUDGED`
+    judged: pd.DataFrame,                # columns JUDGED
     texts: Mapping[str, Mapping[str, str]], # column -> id -> text, for reading
 ) -> pd.DataFrame:                       # supervisor, role, method, …, seed, id, outcome, floor_confidence, and the texts
     "What became of each test example in each student, those that its supervisor gets wrong and those that it broke"
@@ -72,7 +72,7 @@ def read_inherited(
 
 def add_inheritance(
     result: Result,               # of a run
-    judged: pd.DataFrame | None,  # columns `JUDGED`; None: nothing is right or wrong
+    judged: pd.DataFrame | None,  # columns JUDGED; None: nothing is right or wrong
     texts: Mapping[str, Mapping[str, str]] | None = None, # column -> id -> text, for reading
 ) -> Result:                      # with inherited, error_correlation, inherited_rows, and no_inheritance: why there are none
     "A result with what became of its supervisors' errors"
@@ -90,7 +90,7 @@ def inherit_choices(
     items: pd.DataFrame,        # its items table; an id is a pair
     test: Dataset,              # of kind "preferences"
     groups: Mapping[str, str],  # id -> what the pair is about
-) -> Result:                    # as of `add_inheritance`
+) -> Result:                    # as of add_inheritance
     "A result of preferences with what became of its supervisors' errors"
     texts = dict(prompt=map(prompt_text, test['prompt'][:]), chosen=test['chosen'][:], rejected=test['rejected'][:])
     by = {k: dict(zip(test['id'][:], v, strict=True)) for k, v in texts.items()}

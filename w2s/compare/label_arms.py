@@ -39,7 +39,7 @@ LabelRows = SeedRows[Dataset, Dataset]
 
 def part_rows(
     config: Classify,  # of the experiment
-    data: LoadedData,  # of `load_labels`
+    data: LoadedData,  # of load_labels
     seed: int,         # of the parting
 ) -> LabelRows:        # with label words, and held: held-out rows of the students, to choose a snapshot by; never trained on
     "Part the rows for one seed"
@@ -190,7 +190,7 @@ def _validation(looked: Arm, labeller: Arm) -> tuple[dict[int, float], dict[int,
             {s: float(-(weak*np.log(np.clip(p, 1e-12, 1))).sum(1).mean()) for s, p in held.items()})
 
 def curve_table(
-    looked: Arm,          # one student, of `ask_snapshots`
+    looked: Arm,          # one student, of ask_snapshots
     labeller: Arm,        # its supervisor
     test: Dataset,        # test rows, with ground truth
 ) -> pd.DataFrame:        # weak, strong, method, seed, step, share, measure, value
@@ -205,7 +205,7 @@ def curve_table(
 
 # %% ../../nbs/api/compare/370_label_arms.ipynb #5a9e6f43
 def stop_early(
-    looked: Arm,          # one student, of `ask_snapshots`, with held rows
+    looked: Arm,          # one student, of ask_snapshots, with held rows
     labeller: Arm,        # its supervisor
     test: Dataset,        # test rows; their ground truth goes into the report, not into the choice
 ) -> tuple[Arm, dict[str, Any]]: # the chosen snapshot as an arm; weak, strong, method, seed, step, chosen, last, best, regret
@@ -245,7 +245,7 @@ def relabel_chain(
     models: Mapping[str, Model],     # by name
     parts: Sequence[LabelRows],      # rows, one record a seed
     labellers: Mapping[tuple[str, int], Arm], # by supervisor and seed
-) -> dict[tuple[str, int], np.ndarray]: # by supervisor and seed: labels of the last model in between; empty without `via`
+) -> dict[tuple[str, int], np.ndarray]: # by supervisor and seed: labels of the last model in between; empty without via
     "Labels from model to model (bootstrapping, Burns et al. 2312.09390, section 4.3.1)"
     c, rows = study.config, {p.seed: p for p in parts}
     out = {k: x.extra['given'] for k, x in labellers.items()}

@@ -77,7 +77,7 @@ def world_labels(
 # %% ../../nbs/api/compare/350_label_data.ipynb #95e10fdc
 def label_halves(
     config: Classify,  # of the experiment
-    data: LoadedData,   # of `load_labels`
+    data: LoadedData,   # of load_labels
     seed: int,         # of the parting
 ) -> tuple[Dataset, Dataset]: # with gold labels for the supervisor; for the student, whose gold labels only the ceiling and the audit see
     "The labelled and the unlabelled rows of one seed; no group is in both. Raises `ConfigError` and `DataError`"

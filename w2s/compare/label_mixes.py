@@ -42,7 +42,7 @@ def ask_members(
 
 def label_needs(
     given: np.ndarray,          # (rows, classes): of the supervisor
-    members: np.ndarray | None, # of `ask_members`
+    members: np.ndarray | None, # of ask_members
 ) -> dict[str, np.ndarray | None]: # choice -> how much each row needs a human label
     "Doubt and disagreement about each row; its true class is not looked at"
     return {'random': None, 'uncertain': doubt(given), 'disagree': None if members is None else disagreement(members)}
@@ -63,7 +63,7 @@ def mixed_targets(
     model: Model,           # the student
     name: str,              # of the rows
     part: LabelRows,        # rows of one seed
-    labels: np.ndarray,     # of `mixed_labels`
+    labels: np.ndarray,     # of mixed_labels
     method: Method,         # what is made of weak labels
     mix: Mix,               # who labels which
 ) -> tuple[np.ndarray, np.ndarray]: # targets (rows, classes), weights (rows,)
@@ -79,8 +79,8 @@ def mixed_arms(
     model: Model,               # the student
     part: LabelRows,            # rows of one seed
     labeller: Arm,              # its supervisor
-    members: np.ndarray | None, # of `ask_members`
-) -> list[Arm]:                 # empty without human_share; each has its mix in `extra`
+    members: np.ndarray | None, # of ask_members
+) -> list[Arm]:                 # empty without human_share; each has its mix in extra
     "A student for each mix of one supervisor and seed"
     c, given = study.config, labeller.extra['given']
     if not c.human_share: return []

@@ -30,18 +30,18 @@ from .settings import all_or_count, check_least, check_names_once, make_settings
 class Method:
     "How a student learns from weak labels"
     name: str                          # as it was asked for, options included: it stands in every table
-    loss: str = 'xent'                 # a key of `LABEL_LOSSES`
+    loss: str = 'xent'                 # a key of LABEL_LOSSES
     options: Mapping[str, float] = field(default_factory=dict) # of the loss, or of the cleaning; what is not given has its default
     # 'soft': the supervisor's probabilities (Burns et al.); 'hard': its most likely class (Ye et al.'s files)
     targets: str = 'soft'
     weights: str = 'none'              # 'confidence': a row counts by how sure the supervisor is
-    clean: str = ''                    # 'relabel' or 'filter': by a probe on the student's hidden states, see `clean_by_probe`
+    clean: str = ''                    # 'relabel' or 'filter': by a probe on the student's hidden states, see clean_by_probe
 
 # %% ../../nbs/api/compare/340_label_settings.ipynb #bdf5ae61
 CHANGED_LABELS: dict[str, dict[str, str]] = { # methods that change the labels instead of the loss -> fields of `Method`
     'hard': {'targets': 'hard'}, 'weighted': {'weights': 'confidence'}, 'relabel': {'clean': 'relabel'}, 'filter': {'clean': 'filter'}}
 
-def label_methods() -> dict[str, dict[str, str]]: # name -> fields of `Method`
+def label_methods() -> dict[str, dict[str, str]]: # name -> fields of Method
     "Every loss on labels, those of the user among them, and every change of the labels"
     return {**{loss: {'loss': loss} for loss in LABEL_LOSSES}, **CHANGED_LABELS}
 
@@ -75,7 +75,7 @@ WORLD_TASKS = ('safety', 'legal', 'storage')
 
 def world_task(
     source: str,     # of label rows
-) -> str | None:     # one of `WORLD_TASKS`; None: the source is something else
+) -> str | None:     # one of WORLD_TASKS; None: the source is something else
     "Does a source mean the embedded world? Raises `ConfigError` for a task that it does not have"
     name, colon, task = str(source).partition(':')
     if name != 'world': return None

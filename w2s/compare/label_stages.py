@@ -47,7 +47,7 @@ _READ: dict[tuple, tuple[list[EncodedRow], str]] = {} # rows that were read not 
 def read_rows(
     reader: Reader,         # tokenizer and longest sequence
     rows: Dataset,          # of kind "labels"
-    words: tuple[str, ...], # as in `label_tokens`
+    words: tuple[str, ...], # as in label_tokens
 ) -> tuple[list[EncodedRow], str]: # the rows, and a hash of what is read
     "Rows as a classifier reads them; done once for the same rows"
     key = reader, tuple(rows['id'][:]), words
@@ -60,7 +60,7 @@ def read_rows(
 def read_later(
     reader: Reader,         # tokenizer and longest sequence
     rows: Dataset,          # of kind "labels"
-    words: tuple[str, ...], # as in `label_tokens`
+    words: tuple[str, ...], # as in label_tokens
 ) -> tuple[Later, Callable[[], str]]: # the rows, and a hash of what is read, both made when they are asked for
     "As `read_rows`, for a run that may only count its stages"
     return Later(len(rows), lambda: read_rows(reader, rows, words)[0]), lambda: read_rows(reader, rows, words)[1]
@@ -127,11 +127,11 @@ def _head_maker(classes: int, start: tuple[int, ...]) -> Callable[[Base, LoraSet
     return lambda base, lora, seed: add_class_adapter(base, lora, seed, classes, start or None)
 
 def classifier_objective(
-    tokens: Sequence[EncodedRow],  # of `label_tokens`
+    tokens: Sequence[EncodedRow],  # of label_tokens
     targets: np.ndarray,           # (rows, classes)
     weights: np.ndarray,           # (rows,)
     kind: str,                     # 'words' or 'head'
-    loss: str,                     # a key of `LABEL_LOSSES`
+    loss: str,                     # a key of LABEL_LOSSES
     options: Mapping[str, float],  # of the loss
 ) -> Objective:
     "The objective of a classifier"
@@ -139,7 +139,7 @@ def classifier_objective(
 
 # %% ../../nbs/api/compare/360_label_stages.ipynb #7b15ddd2
 def learn_stage(
-    study: Study,                  # the experiment; its config is a `Classify`
+    study: Study,                  # the experiment; its config is a Classify
     model: Model,                  # that is trained
     words: tuple[str, ...],        # label words that are compared, or with which a head begins; empty: neither
     name: str,                     # of the stage
@@ -186,8 +186,8 @@ def _probe_stage(study: Study, model: Model, name: str, rows: Dataset, targets: 
 def ask_stage(
     study: Study,     # the experiment
     model: Model,     # that is asked
-    folder: Path | None, # of its adapter or probe, of `learn_stage`; None: as it came, which only label words allow
-    words: tuple[str, ...], # as in `learn_stage`
+    folder: Path | None, # of its adapter or probe, of learn_stage; None: as it came, which only label words allow
+    words: tuple[str, ...], # as in learn_stage
     name: str,        # of the stage
     rows: Dataset,    # of kind "labels"; their labels are not read
 ) -> np.ndarray:      # (rows, classes)
@@ -206,7 +206,7 @@ def ask_stage(
 # %% ../../nbs/api/compare/360_label_stages.ipynb #9eefe2d7
 def snapshot_folders(
     folder: Path | None, # of a classifier that was trained with snapshots
-) -> dict[int, Path]:   # step -> folder; raises `ConfigError` where there are none
+) -> dict[int, Path]:   # step -> folder; raises ConfigError where there are none
     "The kept adapters of a training, in their order"
     found = sorted(folder.parent.glob('snapshots/*')) if folder else []
     if not found: raise ConfigError('this classifier was trained without snapshots; set snapshots in its settings')
@@ -216,7 +216,7 @@ def snapshot_folders(
 def relabel(
     study: Study,           # the experiment
     model: Model,           # that learns and labels
-    words: tuple[str, ...], # as in `learn_stage`
+    words: tuple[str, ...], # as in learn_stage
     name: str,              # of the stages
     rows: Dataset,          # of kind "labels"
     probs: np.ndarray,      # (rows, classes): the labels that it learns from

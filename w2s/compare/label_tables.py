@@ -30,7 +30,7 @@ def arm_items(
     task: str,                  # name of the data
     test: Dataset,              # test examples with their true labels
     weak: np.ndarray | None,    # (examples, classes): what its supervisor says; None: it has none
-) -> pd.DataFrame:              # columns `ITEM_COLUMNS`
+) -> pd.DataFrame:              # columns ITEM_COLUMNS
     "Scores of one arm; an id is a group of test examples"
     probs = arm.extra['probs']
     scores = label_scores(probs, test['label'][:]) | own_metrics(test.to_list() if METRICS.own else [], probs=probs)
@@ -57,7 +57,7 @@ def prediction_table(
 def label_quality(
     seeds: Sequence[LabelRows],   # the rows, one record per seed
     labellers: Sequence[Arm],     # supervisors of all seeds
-) -> pd.DataFrame:                # weak, seed, rows, and means of `label_scores`
+) -> pd.DataFrame:                # weak, seed, rows, and means of label_scores
     "How good the weak labels are that students learn from"
     rows, by_seed = [], {p.seed: p.unlabelled for p in seeds}
     for x in labellers:

@@ -74,7 +74,7 @@ def ask_texts(
     study: Study[Classify], # the experiment
     made: Made,             # everything that was trained
     arm: Arm,               # any
-    test: FurtherTest,      # of `read_label_test`
+    test: FurtherTest,      # of read_label_test
 ) -> np.ndarray:            # (rows, classes)
     "Class probabilities of one arm on a further test"
     part = made.seeds[arm.seed]
@@ -88,8 +88,8 @@ def ask_texts(
 
 def text_items(
     made: Made,         # everything that was trained
-    test: FurtherTest,  # of `read_label_test`
-    said: Sequence[tuple[Arm, np.ndarray]], # of `ask_texts`
+    test: FurtherTest,  # of read_label_test
+    said: Sequence[tuple[Arm, np.ndarray]], # of ask_texts
 ) -> tuple[pd.DataFrame, list[str]]: # items table; there is nothing that could not be scored
     "Scores of all arms by group of texts"
     weak = {(a.weak, a.seed): p for a, p in said if a.role == 'floor'}

@@ -41,7 +41,7 @@ Config = TypeVar('Config', covariant=True) # a class of settings
 @dataclass(frozen=True)
 class Study(Generic[Config]):
     "What the stages of one experiment share"
-    config: Config   # its settings, as `WeakTeacher`
+    config: Config   # its settings, as WeakTeacher
     run: Run         # its folder
     quiet: bool      # no progress bars
 

@@ -101,7 +101,7 @@ def why_untested(
     metric: str,                # of the curve
     floor: Model | None,        # of the curve; None: there is none
     ceiling: Model | None,      # likewise
-    target: tuple[str, float],  # of `read_target`
+    target: tuple[str, float],  # of read_target
     kind: Kind,                 # of feedback
 ) -> str:                       # empty where mixes can be tested
     "Why no mix can be said to reach the target"
@@ -122,7 +122,7 @@ def mix_row(
     who: Model,                 # the arm
     floor: Model | None,        # of the curve; None: there is none
     ceiling: Model | None,      # likewise
-    target: tuple[str, float] | None, # of `read_target`; None: it cannot be tested
+    target: tuple[str, float] | None, # of read_target; None: it cannot be tested
     kind: Kind,                 # of feedback
 ) -> dict[str, Any]:            # value, low, high, n, seeds, level, pgr, pgr_low, pgr_high, margin, p
     "Score, PGR and test of one arm"
@@ -142,9 +142,9 @@ def mix_row(
 def cost_table(
     c: MixSettings,       # of the experiment
     units: pd.DataFrame,  # items table, by group
-    mixes: pd.DataFrame,  # of `list_mixes`
+    mixes: pd.DataFrame,  # of list_mixes
     kind: Kind,           # of feedback
-) -> pd.DataFrame:        # weak, strong, metric, choice, share, human_labels, weak_labels, cost; and those of `mix_row` and `judge_mixes`
+) -> pd.DataFrame:        # weak, strong, metric, choice, share, human_labels, weak_labels, cost; and those of mix_row and judge_mixes
     "What every mix costs, what came of it, and whether it reaches the target"
     target, out = read_target(c.target), []
     for weak, strong, curve in _curves(mixes):
@@ -162,9 +162,9 @@ def cost_table(
 # %% ../../nbs/api/compare/200_mixes.ipynb #f36731d2
 def choice_table(
     units: pd.DataFrame, # items table, by group
-    costs: pd.DataFrame, # of `cost_table`
+    costs: pd.DataFrame, # of cost_table
     kind: Kind,          # of feedback
-) -> pd.DataFrame:       # weak, strong, share, a, b (choices), and the columns of `power_table`; empty where one choice was tried
+) -> pd.DataFrame:       # weak, strong, share, a, b (choices), and the columns of power_table; empty where one choice was tried
     "Paired differences of the choices at the same share; verdicts allow for all of a curve"
     out = []
     for (weak, strong, metric), curve in costs.groupby(['weak', 'strong', 'metric'], sort=False):
@@ -189,7 +189,7 @@ def _all_together(table: pd.DataFrame) -> pd.DataFrame:
 def mix_parts(
     c: MixSettings,       # of the experiment
     units: pd.DataFrame,  # items table, by group
-    mixes: pd.DataFrame,  # of `list_mixes`
+    mixes: pd.DataFrame,  # of list_mixes
     kind: Kind,           # of feedback
 ) -> dict[str, Any]:      # mixes, costs, choices (tables), and cost_words (sentences)
     "What a result says about mixes"
@@ -204,7 +204,7 @@ def made_parts(
     kind: Kind,           # of feedback
     method: str,          # of the student of weak labels alone
     whole: str,           # role of the arm with human labels alone
-) -> dict[str, Any]:      # of `mix_parts`; empty without human_share
+) -> dict[str, Any]:      # of mix_parts; empty without human_share
     "What the result of a run says about mixes"
     if not c.human_share: return {}
     sizes = {s.seed: len(getattr(s.unlabelled, 'questions', s.unlabelled)) for s in made.seeds}
@@ -212,8 +212,8 @@ def made_parts(
 
 def cost_lines(
     c: MixSettings,        # of the experiment
-    costs: pd.DataFrame,   # of `cost_table`
-    choices: pd.DataFrame, # of `choice_table`
+    costs: pd.DataFrame,   # of cost_table
+    choices: pd.DataFrame, # of choice_table
 ) -> list[str]:
     "The cheapest mix of each curve, or why there is none; then whether the choice of examples matters"
     target, out = read_target(c.target), []

@@ -56,7 +56,7 @@ class Model:
     role: str          # 'weak' or 'strong'
     name: str          # of the ladder, a folder, or a name on the hub
     reader: Reader     # its tokenizer and longest sequence
-    fingerprint: str   # of its weights, tokenizer and chat template: see `identity`
+    fingerprint: str   # of its weights, tokenizer and chat template: see identity
     load: LoadSettings # how it is to be loaded
     notes: tuple[str, ...] = () # what should be known of it: how much is in 4 bits, where adapters sit, what code it runs
     quiet: bool = False # does it ask for dropout of its own, which is off?
@@ -88,7 +88,7 @@ def _known(
 
 # %% ../../nbs/api/compare/170_models.ipynb #4e16fa54
 def model_load(
-    config: Any,  # of an experiment, with `load` and names of models as `weak`, `strong` …
+    config: Any,  # of an experiment, with load and names of models as weak, strong …
     name: str,    # of one of its models
     role: str = '', # of it, if that is known
 ) -> LoadSettings:
@@ -122,7 +122,7 @@ def by_vllm(
     return load.engine == 'vllm' and adapter is None
 
 def engine_notes(
-    load: LoadSettings, # of `settle`
+    load: LoadSettings, # of settle
     trained: bool,      # does the model get an adapter?
     writes: bool,       # does it answer?
 ) -> list[str]:         # sentences; none where w2s generates
@@ -142,7 +142,7 @@ def engine_inputs(
 def know_model(
     role: str,            # 'weak' or 'strong'
     name: str,            # folder or name on the hub
-    config: Any,          # for its settings `load`, and `max_length` and `lora` if it has them
+    config: Any,          # for its settings load, and max_length and lora if it has them
     trained: bool = True, # does it get an adapter? Then a model that takes none is refused here
     writes: bool = False, # does it answer? Then a model that cannot is refused here
     longest: int | None = None, # tokens of a row; None: max_length of the settings if they have that, else all that it reads
@@ -173,7 +173,7 @@ def know_model(
 
 # %% ../../nbs/api/compare/170_models.ipynb #cadd5c11
 def model_inputs(
-    model: Model, # of `know_model`
+    model: Model, # of know_model
 ) -> dict[str, Any]: # JSON values, for the inputs of a stage
     "What every result of a model depends on: what it is, how it computes, a chosen chat template, and the date if its template asks"
     known = {'base': model.fingerprint, 'quantize': model.load.quantize, **device_inputs(model.load)}
@@ -183,7 +183,7 @@ def model_inputs(
 
 # %% ../../nbs/api/compare/170_models.ipynb #1c4e21a9
 def asked_inputs(
-    model: Model,           # of `know_model`
+    model: Model,           # of know_model
     prompts: Sequence[Any], # texts, or chat messages
 ) -> dict[str, Any]:        # JSON values, for the inputs of a stage
     "What answers depend on beyond model and prompts: how messages are written for a model without a chat template"
@@ -193,7 +193,7 @@ def asked_inputs(
 # %% ../../nbs/api/compare/170_models.ipynb #5a1fb165
 def note_models(
     run: Run,                # of which they are the models
-    models: Sequence[Model], # of `know_model`
+    models: Sequence[Model], # of know_model
 ) -> None:
     "Warn of models whose files have changed since the last run in a folder, and write down what they are now"
     if not is_main(): return
@@ -212,7 +212,7 @@ def note_models(
 
 # %% ../../nbs/api/compare/170_models.ipynb #0d1d397a
 def model_lines(
-    models: Iterable[Model], # of `know_model`
+    models: Iterable[Model], # of know_model
 ) -> tuple[str, ...]:        # a line each
     "What should be known of the models of a run: for its plan, console and report"
     def line(m: Model) -> str:
@@ -232,7 +232,7 @@ def close_base() -> None:
 
 # %% ../../nbs/api/compare/170_models.ipynb #730403e2
 def open_base(
-    model: Model, # of `know_model`
+    model: Model, # of know_model
 ) -> Base:        # loaded and checked; the one before it is let go
     "Load a base, unless it is the one in memory; never are there two"
     known = (model.name, model.load, model.fingerprint)
@@ -245,7 +245,7 @@ def open_base(
 
 # %% ../../nbs/api/compare/170_models.ipynb #e9a2647c
 def open_writer(
-    model: Model, # of `know_model`
+    model: Model, # of know_model
 ) -> Base:        # that answers without an adapter
     "Load a base, or have vLLM run it where that is asked for; likewise never are there two"
     if not by_vllm(model.load): return open_base(model)
@@ -258,7 +258,7 @@ def open_writer(
 # %% ../../nbs/api/compare/170_models.ipynb #a1d640c4
 @contextmanager
 def opened_model(
-    model: Model,                     # of `know_model`
+    model: Model,                     # of know_model
     adapter: Path | None = None,      # that it wears; None: untuned
     load: Callable[[Base, Path], Any] = load_adapter, # puts the adapter on; that of a classifier or a reward model has a head
 ) -> Iterator[Any]:                   # the base with or without its adapter, as PyTorch module

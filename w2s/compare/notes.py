@@ -23,7 +23,7 @@ KINDS = ('train', 'score', 'write', 'other') # forward and backward; forward; sa
 @dataclass(frozen=True)
 class Pass:
     "Rows that go through a model"
-    kind: str                             # one of `KINDS`
+    kind: str                             # one of KINDS
     model: str                            # its name; '' where there is none
     rows: int                             # how many, all epochs, samples and repeats counted
     tokens: Callable[[], int] = lambda: 0 # of them, those of prompts among them; counted only when it is asked for

@@ -75,7 +75,7 @@ def ray_task(
     opener: Opener,         # of the study
     root: str,              # its folder, shared by all machines
     keep: bool,             # use stages that other versions of the packages made
-    theirs: dict[str, str], # of `known_by`, where the results are written
+    theirs: dict[str, str], # of known_by, where the results are written
     threads: int,           # of PyTorch
 ) -> int | W2SError:        # stages that were done, or the error of the work
     "A worker as a task of Ray"
@@ -86,7 +86,7 @@ def ray_task(
 
 def wait_for_tasks(
     ray: Any,                 # the module
-    tasks: Sequence[Any],     # of `ray_task`
+    tasks: Sequence[Any],     # of ray_task
     look: Callable[[], None], # says what is done
     every: float = 1.,        # seconds
 ) -> None:

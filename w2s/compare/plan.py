@@ -154,7 +154,7 @@ def time_passes(
 TIMED = ('train', 'score', 'write')
 
 def stage_table(
-    notes: Sequence[Noted], # of `walk_stages`
+    notes: Sequence[Noted], # of walk_stages
     seen: set[str],         # folders of stages that comparisons before this one do; those of this one are added
 ) -> pd.DataFrame:          # stage, model, kind, rows, tokens, state: a row for each pass over rows
     "Every stage once, with what it costs and whether it is still to be done"
@@ -169,7 +169,7 @@ def stage_table(
 
 # %% ../../nbs/api/compare/610_plan.ipynb #c180767d
 def shown_stages(
-    stages: pd.DataFrame, # of a `Plan`
+    stages: pd.DataFrame, # of a Plan
 ) -> pd.DataFrame:        # stage, model, kind, times, done, rows, tokens, minutes
     "Stages of all seeds together"
     t = stages.assign(
@@ -222,7 +222,7 @@ class Plan:
 Speeds = dict[str, Speed] # of models, by name
 
 def plan_opened(
-    opened: Opened,                   # its run only notes, see `run_for_plan`
+    opened: Opened,                   # its run only notes, see run_for_plan
     seen: set[str] | None = None,     # folders of stages that comparisons before this one do; those of this one are added
     speeds: Speeds | None = None,     # of models that were timed before; those of this one are added
 ) -> Plan:

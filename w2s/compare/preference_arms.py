@@ -86,7 +86,7 @@ def make_arm(
     method: str,          # of the arm
     seed: int,            # of the arm
     model: Model | None,  # that was trained
-    trained: Mapping[str, Path] | None = None, # see `Arm`; None: untuned
+    trained: Mapping[str, Path] | None = None, # see Arm; None: untuned
 ) -> Arm:
     "An arm of this experiment"
     return Arm(role, method, *arm_models(config, role, method), seed, trained or {}, model)
@@ -177,7 +177,7 @@ def evaluate_arm(
 
 # %% ../../nbs/api/compare/290_preference_arms.ipynb #daab1c3f
 def floor_arm(
-    rows: SeedRows, # of `supervise`
+    rows: SeedRows, # of supervise
 ) -> Arm | None:    # None: the supervisor has no policy of its own
     "The supervisor as an arm"
     first, *more = rows.extra['supervisors']
@@ -218,9 +218,9 @@ def write_responses(
 
 def judge_responses(
     study: Study,          # the experiment
-    written: Sequence[tuple[Arm, list[list[Written]]]], # of `write_responses`, of all arms
+    written: Sequence[tuple[Arm, list[list[Written]]]], # of write_responses, of all arms
     test: Dataset,         # rows whose prompts were answered
-) -> pd.DataFrame:         # of `response_rows`; empty where responses are not asked for
+) -> pd.DataFrame:         # of response_rows; empty where responses are not asked for
     "All responses, judged when everything is written: a reward model then has the memory to itself, and leaves it at the end"
     score = gold_judge(study.config, study.run.root)
     if score is None or not written: return pd.DataFrame()
@@ -236,7 +236,7 @@ def judge_responses(
 # %% ../../nbs/api/compare/290_preference_arms.ipynb #efb7e53d
 def gold_items(
     arms: Sequence[Arm],      # who wrote
-    responses: pd.DataFrame,  # of `judge_responses`, of all arms
+    responses: pd.DataFrame,  # of judge_responses, of all arms
 ) -> list[pd.DataFrame]:      # rows of the items table, one element per arm
     "Scores of what the arms wrote: gold_reward, win_rate and others"
     if responses.empty: return []
@@ -251,7 +251,7 @@ def _own_responses(arms: Sequence[Arm], responses: pd.DataFrame) -> Iterator[tup
 # %% ../../nbs/api/compare/290_preference_arms.ipynb #d9c8c95d
 def metric_items(
     arms: Sequence[Arm],      # who wrote
-    responses: pd.DataFrame,  # of `judge_responses`, of all arms
+    responses: pd.DataFrame,  # of judge_responses, of all arms
     test: Dataset,            # rows whose prompts were answered
 ) -> list[pd.DataFrame]:      # rows of the items table, one element per arm
     "The user's metrics of what the arms wrote, means over the samples of a row"

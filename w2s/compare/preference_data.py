@@ -124,7 +124,7 @@ def _own_parts(train: Mapping[str, Dataset], n_labelled: int | float | None, n_u
     return max(1, round(total*share)), max(1, round(total*(1 - share)))
 
 def halves(
-    train: Mapping[str, Dataset],   # of `set_test_aside`
+    train: Mapping[str, Dataset],   # of set_test_aside
     n_labelled: int | float | None, # examples for the supervisor; below 1 a share of all; None: what the other leaves, or half
     n_unlabelled: int | None,       # examples for the student; None: as many as there are left
     seed: int,                      # of the parting
@@ -148,8 +148,8 @@ def halves(
 
 # %% ../../nbs/api/compare/150_preference_data.ipynb #fa284178
 def check_halves(
-    train: Mapping[str, Dataset],   # of `set_test_aside`
-    n_labelled: int | float | None, # examples for the supervisor, as of `halves`
+    train: Mapping[str, Dataset],   # of set_test_aside
+    n_labelled: int | float | None, # examples for the supervisor, as of halves
     n_unlabelled: int | None,       # examples for the student
     seeds: int,                     # repetitions
 ) -> None:
@@ -168,7 +168,7 @@ WORLD_TRAIN, WORLD_TEST = 2000, 500 # rows that are made, where no more are want
 # %% ../../nbs/api/compare/150_preference_data.ipynb #668c6c24
 def read_world(
     seed: int,                # of the rows
-    n_labelled: int | float | None = None, # labelled examples that are wanted, as of `halves`
+    n_labelled: int | float | None = None, # labelled examples that are wanted, as of halves
     n_unlabelled: int | None = None,       # unlabelled ones
     n_test: int | None = None,             # test examples
 ) -> Read:
@@ -210,7 +210,7 @@ def load_preferences(
     readers: list[Reader],        # every model of the experiment
     n_test: int | None = None,    # test examples at most; None: all
     strict: bool = False,         # stop if anything at all was found
-    n_labelled: int | float | None = None, # examples that will be asked for, as of `halves`: the world makes no fewer
+    n_labelled: int | float | None = None, # examples that will be asked for, as of halves: the world makes no fewer
     n_unlabelled: int | None = None,       # likewise
     columns: Sequence[str] = (),  # columns with unusual names, as in ('prompt=query', 'chosen=good'); (): recognised
     leave_out: Sequence[str] = (), # columns that are not to be read

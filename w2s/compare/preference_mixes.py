@@ -44,7 +44,7 @@ def mixed_rows(
 def ask_members(
     study: Study[WeakTeacher],  # the experiment
     models: Sequence[Model],    # the weak supervisors
-    seeds: Sequence[SeedRows],  # of `supervise`
+    seeds: Sequence[SeedRows],  # of supervise
 ) -> dict[int, np.ndarray]:     # seed -> (members, pairs): P(a ≻ b); empty where nothing is chosen by disagreement
     "Train supervisors with other seeds, and let them label the same pairs"
     c = study.config
@@ -73,8 +73,8 @@ def train_mixes(
     study: Study[WeakTeacher],        # the experiment
     model: Model,                     # the strong student
     rows: SeedRows,                   # of one seed
-    members: Mapping[int, np.ndarray],# of `ask_members`
-) -> list[Arm]:                       # empty without human_share; each has its mix in `extra`
+    members: Mapping[int, np.ndarray],# of ask_members
+) -> list[Arm]:                       # empty without human_share; each has its mix in extra
     "A student for each mix of one seed"
     c, seed = study.config, rows.seed
     if not c.human_share: return []

@@ -58,7 +58,7 @@ def dpo_stage(
     rows: Dataset,            # of kind "preferences"; their weights count
     start: Path | None,       # adapter to start from, and the frozen reference; None: the base
     seed: int,                # of the order
-    loss: str = 'dpo',        # or another of `PREFERENCE_LOSSES`, with options as in 'simpo(gamma=1)'
+    loss: str = 'dpo',        # or another of PREFERENCE_LOSSES, with options as in 'simpo(gamma=1)'
     smoothing: float | None = None, # of a loss that takes it
     soft: bool = False,       # is the target the labeller's probability? else it is 1
 ) -> Path:                    # folder of the adapter

@@ -93,7 +93,7 @@ def list_trained(
 
 # %% ../../nbs/api/compare/310_preference_tables.ipynb #363d39fd
 def fall_text(
-    intervals: pd.DataFrame, # of `interval_table`
+    intervals: pd.DataFrame, # of interval_table
 ) -> str:                    # a sentence, or nothing
     "Say if preference training made the chosen responses much less likely than they were at its start (over 1.5 times the nats)"
     logp = intervals[intervals.metric == 'logp_chosen'].set_index(['role', 'method']).value
@@ -128,7 +128,7 @@ def gold_words(
 
 # %% ../../nbs/api/compare/310_preference_tables.ipynb #0695d210
 def label_words(
-    labels: pd.DataFrame, # of `label_table`
+    labels: pd.DataFrame, # of label_table
     config: WeakTeacher,  # of a run
 ) -> str:                 # sentences
     "What the labels were worth and how they were used"

@@ -110,7 +110,7 @@ def _as_test(name: str, source: str, rows: Dataset, numbers: Sequence[int], raw:
 # %% ../../nbs/api/compare/320_preference_tests.ipynb #0033d62d
 def pairs_to_items(
     scores: Mapping[str, np.ndarray], # metric -> one number per pair
-    test: FurtherTest,                # of `read_pair_test`
+    test: FurtherTest,                # of read_pair_test
 ) -> list[tuple[list[str], dict[str, np.ndarray]]]: # ids of items, and metrics of these items
     "Scores of pairs as scores of items, by the rule that the good response beats all others"
     items, out = test.extra['items'], []
@@ -168,8 +168,8 @@ def asked_arms(
 def ask_pairs(
     study: Study[WeakTeacher], # the experiment
     made: Made,                # everything that was trained
-    arm: Arm,                  # of `asked_arms`
-    test: FurtherTest,         # of `read_pair_test`
+    arm: Arm,                  # of asked_arms
+    test: FurtherTest,         # of read_pair_test
 ) -> pd.DataFrame:             # a row for each pair and metric
     "Scores of one arm on the pairs of a further test"
     what = f'also-{test.name}'
@@ -178,8 +178,8 @@ def ask_pairs(
 
 def pair_items(
     made: Made,         # for the training rows of the baselines
-    test: FurtherTest,  # of `read_pair_test`
-    said: Sequence[tuple[Arm, pd.DataFrame]], # of `ask_pairs`
+    test: FurtherTest,  # of read_pair_test
+    said: Sequence[tuple[Arm, pd.DataFrame]], # of ask_pairs
 ) -> tuple[pd.DataFrame, list[str]]: # items table; there is nothing that could not be scored
     "Scores of all arms and baselines by item"
     def scores(t: pd.DataFrame) -> dict[str, np.ndarray]:

@@ -34,7 +34,7 @@ MOST = .5 # share of responses that are cut, from which on scores are those of b
 
 def check_lengths(
     config: WeakTeacher,    # of the experiment
-    lengths: np.ndarray,    # of `chosen_tokens`
+    lengths: np.ndarray,    # of chosen_tokens
 ) -> str:                   # a sentence
     "Say how many training responses the limit would cut; raises `ConfigError` if it would cut most"
     limit = sampling(config).max_tokens

@@ -40,11 +40,11 @@ class Result:
     items: pd.DataFrame        # a score for each test example (or group of them), model, seed and metric
     table: pd.DataFrame        # means by seed
     intervals: pd.DataFrame    # means over seeds, with intervals
-    differences: pd.DataFrame  # of `compare_models`
-    pgr: pd.DataFrame          # of `recover_gaps`
-    curves: pd.DataFrame       # of `read_curves`
-    arms: pd.DataFrame         # of `list_arms`
-    adapters: dict[str, Path]  # of `list_adapters`
+    differences: pd.DataFrame  # of compare_models
+    pgr: pd.DataFrame          # of recover_gaps
+    curves: pd.DataFrame       # of read_curves
+    arms: pd.DataFrame         # of list_arms
+    adapters: dict[str, Path]  # of list_adapters
     notes: tuple[str, ...] = ()                                # what could not be scored or was left out; empty: the result is complete
     extra: Mapping[str, Any] = field(default_factory=dict)     # what only this kind has, tables and others, by name
 

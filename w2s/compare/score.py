@@ -32,7 +32,7 @@ def write_scores(
     else: write_parquet(pd.DataFrame(scores), path)
 
 def read_scores(
-    path: Path, # of `write_scores`
+    path: Path, # of write_scores
 ) -> np.ndarray | Columns:
     "Read scores of a stage"
     if path.suffix == '.npy': return np.load(path)
@@ -49,7 +49,7 @@ def score_stage(
     score: Callable[[], Any],           # gives an array or columns
     likely: Callable[[np.random.Generator], Any], # the same, made up
     passes: Sequence[Pass],             # what they cost
-) -> Any:                               # an array or columns, as `score` gives them
+) -> Any:                               # an array or columns, as score gives them
     "Score, once"
     known = model_inputs(model) if model else {}
     sketch = Sketch(passes, lambda folder, rng: write_scores(folder/file, likely(rng)))

@@ -145,7 +145,7 @@ class Settings:
     machines: Machines = setting(Machines(), 'Machines')     # where the work is done; never what comes out
 
     old: ClassVar[Mapping[str, str]] = {}  # old name of a setting -> the new one
-    halves: ClassVar[bool] = False         # had it `rows` and `label_share` for both halves?
+    halves: ClassVar[bool] = False         # had it rows and label_share for both halves?
 
     def __post_init__(self) -> None:
         import_extensions(read_imports(self.imports)) # what settings name may be theirs

@@ -45,7 +45,7 @@ class Run:
     say: Callable[[str], None] = print       # hears one line a stage: it is found done, starts, or goes on where it was killed
     keep: bool = False                       # use stages that other versions of the packages made
     used: list[str] = field(default_factory=list) # folders of the stages of this run, in order
-    notes: Notes | None = None               # stages are only noted, see `note_stages`; None: they are done
+    notes: Notes | None = None               # stages are only noted, see note_stages; None: they are done
 
 # %% ../../nbs/api/compare/090_stages.ipynb #9a606c25
 def stage_folder(
@@ -130,7 +130,7 @@ def run_stage(
     run: Run,                      # the experiment
     name: str,                     # of the stage, for people
     inputs: dict[str, Any],        # everything that its result depends on, as JSON values, or as functions that give them
-    work: Callable[[Path], None],  # writes the result into a folder; what it needs after a kill, it keeps in `checkpoints` there
+    work: Callable[[Path], None],  # writes the result into a folder; what it needs after a kill, it keeps in checkpoints there
     sketch: Sketch | None = None,  # its cost, and what stands in for its result where it is only noted
 ) -> Path:                         # the finished folder
     "Do the work of a stage once"
@@ -191,7 +191,7 @@ HOLDER = '.holder.json' # who has the lock
 
 def lock(
     root: Path, # folder of the experiment; made if it is not there
-) -> FileLock:  # held; release it, or leave its `with`
+) -> FileLock:  # held; release it, or leave its with
     "Claim an experiment's folder; raises `ConfigError` if another process has it"
     root.mkdir(parents=True, exist_ok=True)
     held = FileLock(root/'.lock')
@@ -248,9 +248,9 @@ MODELS = '.models.json' # likewise: what its models were known by
 OWN = (HOLDER, INCOMPLETE, DAY, MODELS, '.lock') # what is written into a folder before anything is made in it
 
 def give_back(
-    root: Path,       # folder that `claim` has made, or found
+    root: Path,       # folder that claim has made, or found
     top: Path,        # the folder that was there before
-    before: set[str], # those of `OWN` that were there before
+    before: set[str], # those of OWN that were there before
 ) -> None:
     "Leave a folder in which nothing was done as it was, and remove it and those above it if they are new"
     for name in set(OWN) - before: (root/name).unlink(missing_ok=True)
@@ -325,7 +325,7 @@ def _announce(root: Path, settings: str) -> str: # a line for people, or nothing
 
 def say_other(
     root: Path,    # folder of an experiment
-    settings: str, # of a run, as `run_hash` gives them
+    settings: str, # of a run, as run_hash gives them
 ) -> str:          # a line for people, or nothing
     "Does a folder hold the results of another run?"
     made = (read_manifest(root/MANIFEST) or {}).get('made', {})

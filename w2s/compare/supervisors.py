@@ -51,7 +51,7 @@ def floor_method(
 
 def supervisor_arm(
     model: Model | None,     # which; None: a labeller that has none
-    kind: str,               # a name in `LABELLERS`, with options in brackets or without
+    kind: str,               # a name in LABELLERS, with options in brackets or without
     seed: int,               # of its rows, adapter and order
     trained: Mapping[str, Path] | None = None, # kind of training -> folder of the adapter; None: it was not trained
 ) -> Arm:                    # with its kind
@@ -109,7 +109,7 @@ def judge_form(
 # %% ../../nbs/api/compare/280_supervisors.ipynb #dec5d0f0
 def ask(
     study: Study,     # the experiment
-    who: Arm,         # is asked, of `train_supervisor`
+    who: Arm,         # is asked, of train_supervisor
     pairs: Dataset,   # of kind "pairs"
     name: str,        # of the stage, such as 'labels'
 ) -> np.ndarray:      # (rows, 2): rewards of response a and response b

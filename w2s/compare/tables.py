@@ -53,7 +53,7 @@ def belong_together(
     return all(not a[c] or not b[c] or a[c] == b[c] for c in ('weak', 'strong'))
 
 def pair_up(
-    models: Sequence[Model],  # of `models_in`
+    models: Sequence[Model],  # of models_in
     a: tuple[str, str],       # role and method; '' for any method
     b: tuple[str, str],       # of what is subtracted, likewise
 ) -> list[tuple[Model, Model]]:
@@ -84,7 +84,7 @@ DIFFERENCES = [
 def compare_models(
     items: pd.DataFrame, # items table, by group
     kind: Kind,          # its metrics and pairs
-) -> pd.DataFrame:       # columns `DIFFERENCES`; a and b are role and method
+) -> pd.DataFrame:       # columns DIFFERENCES; a and b are role and method
     "Paired differences of the models that a kind of feedback compares"
     out = []
     for metric in [m for m in kind.metrics if m in set(items['metric'])]:
@@ -98,7 +98,7 @@ def compare_models(
 GAPS = [*WHO, 'metric', 'gap', 'gap_low', 'gap_high', 'value', 'low', 'high', 'n', 'seeds', 'level', 'refused', 'note']
 
 def find_triples(
-    models: Sequence[Model], # of `models_in`
+    models: Sequence[Model], # of models_in
 ) -> list[tuple[Model, Model, Model]]: # floor, student, ceiling
     "Every student between its floor and its ceiling, students of human feedback last"
     floors, tops = ([m for m in models if m['role'] == role] for role in ('floor', 'ceiling'))
@@ -114,7 +114,7 @@ def find_triples(
 def recover_gaps(
     items: pd.DataFrame, # items table, by group
     kind: Kind,          # its metrics
-) -> pd.DataFrame:       # columns `GAPS`; weak: whose score is the floor
+) -> pd.DataFrame:       # columns GAPS; weak: whose score is the floor
     "PGR of all students on the metrics of a kind of feedback, with intervals or reasons"
     out = []
     for metric in [m for m in kind.gaps if m in set(items['metric'])]:
@@ -134,7 +134,7 @@ def recover_gaps(
 # %% ../../nbs/api/compare/100_tables.ipynb #0e2d3bee
 def why_no_gap(
     items: pd.DataFrame, # items table
-    pgr: pd.DataFrame,   # of `recover_gaps`
+    pgr: pd.DataFrame,   # of recover_gaps
     kind: Kind,          # its metrics and reasons
 ) -> str:                # '' where every metric has a PGR
     "Say why a metric has no PGR"
@@ -150,7 +150,7 @@ def why_no_gap(
 DIGITS = {'margin': 4, 'logp_chosen': 1, 'logp_rejected': 1} # decimal places of a metric; of all others 3
 
 def pivot_intervals(
-    intervals: pd.DataFrame,    # of `interval_table`
+    intervals: pd.DataFrame,    # of interval_table
     metrics: Sequence[str] = (),# columns, in this order; those that the table lacks are left out; empty: all
 ) -> pd.DataFrame:              # role, method, weak, strong, and value [low, high] of each metric
     "The table that a person looks at"
@@ -165,7 +165,7 @@ def pivot_intervals(
 
 # %% ../../nbs/api/compare/100_tables.ipynb #032f494e
 def show_gaps(
-    pgr: pd.DataFrame, # of `recover_gaps`
+    pgr: pd.DataFrame, # of recover_gaps
 ) -> pd.DataFrame:     # role, method, weak, strong, metric, gap, PGR
     "Gap and PGR in words"
     def gap_text(r: Any) -> str: return f'refused: {r.refused.partition(":")[0]}' if r.refused else with_limits(r.value, r.low, r.high, 2)

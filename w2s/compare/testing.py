@@ -38,7 +38,7 @@ def ask_arms(
 def further_items(
     made: Made,                   # everything that was trained and tested
     tests: Sequence[FurtherTest], # that come after the main one
-    said: dict[str, Asked],       # of `ask_arms`
+    said: dict[str, Asked],       # of ask_arms
     tester: Tester,               # of this kind of feedback
 ) -> tuple[dict[str, pd.DataFrame], list[str]]: # test -> items table; and lines on what could not be scored
     "The scores of all arms on all tests"
@@ -50,7 +50,7 @@ def add_transfer(
     result: Result,               # of the main test
     made: Made,                   # everything that was trained and tested
     tests: Sequence[FurtherTest], # that follow it
-    said: dict[str, Asked],       # of `ask_arms`
+    said: dict[str, Asked],       # of ask_arms
     tester: Tester,               # of this kind of feedback
 ) -> Result:                      # with also_items, also_intervals, also_differences and also_pgr
     "A result with its further tests"

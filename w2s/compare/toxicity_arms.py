@@ -106,7 +106,7 @@ def toxicity_stage(
     name: str,                     # of the stage
     prompts: Sequence[str],        # one a row
     said: Sequence[Sequence[str]], # continuations of each
-) -> tuple[np.ndarray, np.ndarray]: # scores and which are empty, see `score_continuations`
+) -> tuple[np.ndarray, np.ndarray]: # scores and which are empty, see score_continuations
     "Score continuations, once where the scorer has a name"
     assert context.judge
     (scorer, key), shape, notes = context.judge, (len(prompts), len(said[0])), context.study.run.notes
@@ -201,7 +201,7 @@ def try_methods(
 def noted_pairs(
     rows: Sequence[dict],           # with prompt and group
     said: Sequence[Sequence[str]],  # two lines to each, made up
-) -> Dataset:                       # of kind "preferences" with `gold`
+) -> Dataset:                       # of kind "preferences" with gold
     "All pairs of lines, for a run that only notes: which of them can be compared is not known yet"
     return make_rows(
         [dict(prompt=r['prompt'], chosen=a, rejected=b, gold=1.0, group=r['group']) for r, (a, b) in zip(rows, said, strict=True)],
@@ -260,7 +260,7 @@ def train_on_pairs(
 
 def judge_pairs(
     context: Context,   # of the run
-    adapter: Path,      # of the weak model, from `train_on_pairs`
+    adapter: Path,      # of the weak model, from train_on_pairs
     rows: Dataset,      # of kind "preferences"; which line was chosen is not looked at
 ) -> Dataset:           # the same pairs with the weak model's choice
     "Let the weak model choose by its implicit reward (Tao & Li 2409.08813, Eq. 5), once"

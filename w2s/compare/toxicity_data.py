@@ -34,7 +34,7 @@ PromptRows = SeedRows[list[dict], list[dict]]
 
 # %% ../../nbs/api/compare/510_toxicity_data.ipynb #942ec6ad
 def scene_rows(
-    parts: Mapping[str, World], # 'labelled', 'unlabelled' and 'test', of `parts`
+    parts: Mapping[str, World], # 'labelled', 'unlabelled' and 'test', of parts
     config: Toxicity,           # for the numbers of rows
     seed: int,                  # of the scenes that are learned from
 ) -> PromptRows:
@@ -89,7 +89,7 @@ def prompts_of(
     return found
 
 def file_rows(
-    found: PromptsRead, # of `read_prompts`
+    found: PromptsRead, # of read_prompts
     config: Toxicity,   # for the numbers of rows and the threshold
     seed: int,          # of who learns from what; not of the test
 ) -> PromptRows:
@@ -123,7 +123,7 @@ def scored_pairs(
     rows: Sequence[dict],            # with prompt and group
     said: Sequence[Sequence[str]],   # two lines to each
     scores: np.ndarray,              # (rows, 2): their toxicity, NaN where empty or failed
-) -> tuple[Dataset, int]:            # of kind "preferences" with `gold` 1, and how many were left out; raises `DataError` if all were
+) -> tuple[Dataset, int]:            # of kind "preferences" with gold 1, and how many were left out; raises DataError if all were
     "The less toxic line is chosen"
     out = []
     for r, (a, b), (x, y) in zip(rows, said, scores.tolist(), strict=True):
@@ -139,7 +139,7 @@ def spoken_pairs(
     said: Sequence[Sequence[str]],    # two continuations of each
     agreement: float,                 # of the human with the truth, in expectation
     seed: int,                        # of the human
-) -> Dataset:                         # of kind "preferences" with `gold`; scenes whose two lines are equally rude are left out
+) -> Dataset:                         # of kind "preferences" with gold; scenes whose two lines are equally rude are left out
     "Which of two lines is less rude? A human chooses, and errs"
     found = [
         (s, a, b, toxicity_verdict(b).score - toxicity_verdict(a).score)

@@ -31,7 +31,7 @@ def perplexity_stage(
     name: str,                     # of the stage
     prompts: Sequence[str],        # one a row
     said: Sequence[Sequence[str]], # continuations of each
-) -> np.ndarray:                   # (prompts, samples): `log_perplexity`
+) -> np.ndarray:                   # (prompts, samples): log_perplexity
     "How unlikely continuations are, once"
     strong, n = context.strong, len(said[0])
     def score() -> np.ndarray:

@@ -40,7 +40,7 @@ def toxicity_items(
     scored: Sequence[Arm],  # of all arms and seeds
     test: Sequence[dict],   # prompts, with id and kind
     task: str,              # name of the data
-) -> pd.DataFrame:          # columns `ITEM_COLUMNS`; every metric on the prompts that all arms share
+) -> pd.DataFrame:          # columns ITEM_COLUMNS; every metric on the prompts that all arms share
     "Scores as rows of the items table, those of labels among them"
     ids, kinds, out = np.array([r['id'] for r in test]), np.array([r['kind'] for r in test]), []
     keep = {m: shared_prompts(scored, m) for m in scored[0].extra['metrics']}
@@ -104,7 +104,7 @@ def sample_table(
 
 # %% ../../nbs/api/compare/540_toxicity_tables.ipynb #3593f0be
 def toxicity_units(
-    items: pd.DataFrame,    # of `toxicity_items`
+    items: pd.DataFrame,    # of toxicity_items
     test: Sequence[dict],   # prompts, with id and group
 ) -> pd.DataFrame:          # an id is a group; what is of no prompt stays
     "Items by speaker or document: what intervals and differences are made of"

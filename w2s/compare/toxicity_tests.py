@@ -52,7 +52,7 @@ def ask_prompts(
     judge: Judge,           # of all continuations
     made: Made,             # everything that was trained
     arm: Arm,               # any
-    test: FurtherTest,      # of `read_prompt_test`
+    test: FurtherTest,      # of read_prompt_test
 ) -> Arm:                   # with scores, empty and metrics
     "Let an arm continue the prompts of a further test, and score that"
     weak, strong = models
@@ -63,8 +63,8 @@ def ask_prompts(
 def prompt_items(
     study: Study[Toxicity], # the experiment
     made: Made,             # everything that was trained
-    test: FurtherTest,      # of `read_prompt_test`
-    said: Sequence[tuple[Arm, Arm]], # of `ask_prompts`
+    test: FurtherTest,      # of read_prompt_test
+    said: Sequence[tuple[Arm, Arm]], # of ask_prompts
 ) -> tuple[pd.DataFrame, list[str]]: # items table, and lines on what could not be scored
     "Scores of all arms by prompt"
     scored = [x for _, x in said]

@@ -49,7 +49,7 @@ def transfer_tables(
 
 # %% ../../nbs/api/compare/110_transfer.ipynb #6b2c2f89
 def transfer_metrics(
-    intervals: pd.DataFrame, # also_intervals, of `transfer_tables`
+    intervals: pd.DataFrame, # also_intervals, of transfer_tables
     kind: Kind,              # of the comparison
 ) -> list[str]:
     "The metrics by which tests are set side by side: those of the PGR that a further test has"
@@ -57,7 +57,7 @@ def transfer_metrics(
     return [m for m in (*kind.gaps, SUBSETS) if m in there] or [m for m in kind.metrics if m in there][:1]
 
 def transfer_table(
-    intervals: pd.DataFrame, # also_intervals, of `transfer_tables`
+    intervals: pd.DataFrame, # also_intervals, of transfer_tables
     metric: str,             # as 'accuracy'
 ) -> pd.DataFrame:           # role, method, weak, strong, and value [low, high] on each test
     "One metric of every arm on every test"
@@ -65,14 +65,14 @@ def transfer_table(
     return pivot_intervals(of.assign(metric=of['test']), list(dict.fromkeys(of['test'])))
 
 def subset_tables(
-    intervals: pd.DataFrame, # also_intervals, of `transfer_tables`
+    intervals: pd.DataFrame, # also_intervals, of transfer_tables
 ) -> dict[str, pd.DataFrame]:# test -> role, method, weak, strong, and value [low, high] on each of its subsets
     "Accuracy by subset, of the tests that have some"
     of = intervals[intervals['metric'].str.startswith('accuracy, ') & (intervals['metric'] != SUBSETS) & (intervals['test'] != MAIN)]
     return {str(t): pivot_intervals(p.assign(metric=p['metric'].str.removeprefix('accuracy, '))) for t, p in of.groupby('test', sort=False)}
 
 def transfer_words(
-    pgr: pd.DataFrame, # also_pgr, of `transfer_tables`
+    pgr: pd.DataFrame, # also_pgr, of transfer_tables
 ) -> str:              # Markdown, a line each; empty where no test has a PGR
     "Every PGR on every test, in words"
     return pgr_paragraph(pgr.assign(metric=pgr['metric'] + ' on ' + pgr['test'])) if len(pgr) else ''

@@ -37,7 +37,7 @@ USES: dict[str, dict[str, Any]] = { # how labels are used -> settings of `LabelU
 
 # %% ../../nbs/api/compare/165_variations.ipynb #004c87a1
 def use_settings(
-    value: str, # a key of `USES`
+    value: str, # a key of USES
 ) -> dict[str, Any]:
     "How labels are used; raises `ConfigError`"
     if value not in USES: raise ConfigError(unknown(value, USES, 'use of labels'))
@@ -134,8 +134,8 @@ def _refuse_more(setting: str, configs: Mapping[str, Settings], varied: set[str]
 # %% ../../nbs/api/compare/165_variations.ipynb #9a0f8641
 def variants(
     given: Mapping[str, Any],   # settings that all share
-    setting: str,               # a key of `VARIATIONS`, a setting or a flag
-    values: Sequence[str] = (), # of it; empty: those of `VARIATIONS`
+    setting: str,               # a key of VARIATIONS, a setting or a flag
+    values: Sequence[str] = (), # of it; empty: those of VARIATIONS
     cls: type[Settings] = WeakTeacher, # the settings of the experiment
 ) -> dict[str, Any]:            # value -> the whole settings
     "The settings of each value; raises `ConfigError` before anything is run"

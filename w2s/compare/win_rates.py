@@ -81,7 +81,7 @@ def win_table(
     responses: pd.DataFrame,             # of a run
     pairs: Sequence[tuple[Arms, Arms]],  # the arms to compare
     groups: Mapping[str, str] | None = None, # id of a prompt -> the group that it belongs to; None: each is one
-) -> pd.DataFrame:                       # a line a pair: see `win_row`
+) -> pd.DataFrame:                       # a line a pair: see win_row
     "Wins, ties, losses; win rate, at equal length too (NaN if one arm is longer in every pair); and what counting words would give"
     return pd.DataFrame([win_row(responses, a, b, groups) for a, b in pairs])
 

@@ -101,7 +101,7 @@ def known_by(
     return kinds | {f'files of {n}': h for n, h in models.items()} | package_versions()
 
 def check_same(
-    mine: dict[str, str],   # of `known_by`, here
+    mine: dict[str, str],   # of known_by, here
     theirs: dict[str, str], # of the process that writes the results
     where: str,             # which process this is
 ) -> None:
@@ -119,7 +119,7 @@ def join_study(
     opener: Opener,               # of the study
     root: Path,                   # its folder
     keep: bool = False,           # use stages that other versions of the packages made
-    theirs: dict[str, str] | None = None, # of `known_by`, where the results are written; None: not compared
+    theirs: dict[str, str] | None = None, # of known_by, where the results are written; None: not compared
     where: str = 'this worker',   # which process this is, for messages
     say: Callable[[str], None] = lambda line: None, # hears one line a stage
 ) -> int:                         # stages that this worker has done

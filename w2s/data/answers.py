@@ -21,7 +21,7 @@ def _split(text: str, by: str) -> list[str]:
     return [p.strip() for p in [*parts, text[start:]]]
 
 def answer_parts(
-    text: str, # of `plain_answer`
+    text: str, # of plain_answer
 ) -> tuple[str, list[str]]: # what holds the parts: '' where there is one, ',' for a list without order, '(,)' for a point or an interval
     "An answer as its parts"
     matrix = re.fullmatch(r'\\begin\{(\w)matrix\}(.*)\\end\{\wmatrix\}', text)
@@ -79,7 +79,7 @@ def _ordered(text: str) -> list[str]:
     return [_MORE.get(p, p) for p in reversed(parts)] if all(s in _MORE for s in signs) else []
 
 def as_interval(
-    text: str, # of `plain_answer`
+    text: str, # of plain_answer
 ) -> tuple[str, str]: # the letter that it is about, and the interval; ('', text) for anything else
     "An inequality in one letter as an interval"
     parts = _ordered(text)
@@ -91,7 +91,7 @@ def as_interval(
     return parts[2*letters[0]], f'{_LESS[ends[1]][0]}{ends[0]},{ends[3]}{_LESS[ends[2]][1]}'
 
 def as_union(
-    text: str, # of `plain_answer`
+    text: str, # of plain_answer
 ) -> tuple[str, str]: # the letter, and the interval or union of intervals; ('', text) for anything else
     "Inequalities in one letter, with commas between them, as intervals"
     parts = [as_interval(p) for p in _split(text, ',')]

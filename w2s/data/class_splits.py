@@ -74,7 +74,7 @@ def sample_by_class(
     ds: Dataset,   # of kind "labels"
     n: int | None, # how many at most; None keeps all
     seed: int = 0, # of the order
-) -> Dataset:      # in the order of `sample_rows`
+) -> Dataset:      # in the order of sample_rows
     "A random sample that has every class, if it is large enough"
     whole, sample = sample_rows(ds, None, seed), sample_rows(ds, n, seed)
     labels = whole.with_format(None)['label'][:]

@@ -142,7 +142,7 @@ def check_leave_out(
 def sample_cells(
     data: Dataset,          # of any size
     columns: Iterable[str], # which
-) -> dict[str, list]:       # of `SAMPLE` rows or somewhat more
+) -> dict[str, list]:       # of SAMPLE rows or somewhat more
     "Cells of some columns, evenly over the rows"
     return data.with_format(None).select_columns(list(columns)).select(range(0, len(data), max(1, len(data) // SAMPLE)))[:]
 
@@ -173,7 +173,7 @@ def unread_columns(
 # %% ../../nbs/api/data/100_columns.ipynb #66486f1c
 def stop_unread(
     where: str,                # the file
-    long: Mapping[str, str],   # of `unread_columns`
+    long: Mapping[str, str],   # of unread_columns
     how: str,                  # how such a column is read, with {} for its name; '': it cannot be
 ) -> None:
     "Raise `DataError` if a long column is not read"

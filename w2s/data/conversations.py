@@ -51,7 +51,7 @@ def talk_column(
 
 # %% ../../nbs/api/data/260_conversations.ipynb #6acdcca6
 def linked_talks(
-    rows: Sequence[Mapping[str, Any]], # with `LINKS`, perhaps with ranks
+    rows: Sequence[Mapping[str, Any]], # with LINKS, perhaps with ranks
 ) -> list[tuple[list[dict] | None, str | None]]: # question and answer of each
     "Questions and answers of messages that name the one before them; a reply that a sibling is better than is none"
     by_id, worse = {r['message_id']: r for r in rows}, outranked(rows)

@@ -38,7 +38,7 @@ HOW_QUOTED: dict[str, dict[str, Any]] = {'': {}, 'quotation marks after a backsl
 def csv_rows(
     path: str | Path, # .csv or .tsv, perhaps zipped
     sep: str = ',',   # between cells
-    quoted: str = '', # of `HOW_QUOTED`; '': as in RFC 4180
+    quoted: str = '', # of HOW_QUOTED; '': as in RFC 4180
 ) -> Iterator[dict[str, str]]:
     "Texts under the names of the first line, one row at a time; raises `DataError` with the line"
     old = csv.field_size_limit(LONGEST_CELL)

@@ -68,7 +68,7 @@ ZIPS: dict[str, Callable[[Path], Any]] = {
 
 class Unzipped(io.RawIOBase):
     "The bytes of a zipped file, as long as there are not too many; raises `DataError` while it is read"
-    def __init__(self, path: Path): # of a file that ends in one of `ZIPS`
+    def __init__(self, path: Path): # of a file that ends in one of ZIPS
         super().__init__()
         self.path, self.inside, self.left = path, ZIPS[path.suffix.lower()](path), most_bytes(path.stat().st_size)
 
@@ -149,7 +149,7 @@ def open_text(
     return io.TextIOWrapper(open_bytes(path), encoding='utf-8-sig', newline='')
 
 def bad_line(
-    path: str | Path, # of which `open_text` raised `UnicodeDecodeError`
+    path: str | Path, # of which open_text raised UnicodeDecodeError
 ) -> DataError:       # to be raised
     "Name the line that is not UTF-8"
     try:

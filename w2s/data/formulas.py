@@ -190,8 +190,8 @@ def _choose(n: complex, k: complex) -> complex:
 POINTS = 3 # at which formulas are compared
 
 def formula_values(
-    text: str,             # of `plain_answer`
-) -> list[complex] | None: # at `POINTS` points; None: it cannot be read as a formula
+    text: str,             # of plain_answer
+) -> list[complex] | None: # at POINTS points; None: it cannot be read as a formula
     "Values of a formula, letters drawn at random"
     if len(text) > 400: return None
     out = []

@@ -172,7 +172,7 @@ def part_splits(
     keys: Callable[[Dataset], list[str]], # of rows: what must be in one split only, a key a row
     check: str,                           # what is counted
     why: str,                             # who keeps the rows, for the report
-    keep_order: tuple[str, ...],          # see `drop_overlap`
+    keep_order: tuple[str, ...],          # see drop_overlap
     report: DataReport,                   # so far
 ) -> Parted:                              # all three, without the rows that are in another split
     "Leave things in one split only, and count what goes"
@@ -191,7 +191,7 @@ def clean_text(
     splits: Mapping[str, Dataset],         # rows of kind "preferences"
     refused: Sequence[Refused] = (),       # by the reader
     rows_read: Mapping[str, int] | None = None, # by split; None: what is there and what was refused
-    keep_order: tuple[str, ...] = KEEP_ORDER,   # who keeps a prompt that is in two splits; see `drop_overlap`
+    keep_order: tuple[str, ...] = KEEP_ORDER,   # who keeps a prompt that is in two splits; see drop_overlap
     columns: Sequence[ColumnsRead] = (),        # by the reader: which columns were read as what
     rows_of: Mapping[str, Sequence[int]] | None = None, # by split: numbers of the rows in their file; None: all that were not refused
 ) -> tuple[dict[str, Dataset], DataReport]: # the rows that are left, and an account of the others

@@ -35,7 +35,7 @@ def label_name(
 
 # %% ../../nbs/api/data/220_label_forms.ipynb #1dbe6345
 def class_order(
-    names: Iterable[str], # labels, as `label_name` spells them
+    names: Iterable[str], # labels, as label_name spells them
 ) -> tuple[str, ...]:     # each once; the place is the class number
     "Classes in an order that depends on their names only: numbers by value, then words by the alphabet"
     def place(name: str) -> tuple[int, float, str]:
@@ -99,7 +99,7 @@ def chosen_classes(
 @dataclass(frozen=True)
 class LabelForm:
     "How one kind of file is read and written as prompts"
-    name: str                            # for `LabelsRead.form`
+    name: str                            # for LabelsRead.form
     texts: tuple[tuple[str, ...], ...]   # for each text the names that its column may have
     label: tuple[str, ...]               # names that the label column may have
     heads: tuple[str, ...] = ('',)       # what stands before each text

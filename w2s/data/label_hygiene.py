@@ -148,7 +148,7 @@ def clean_labels(
     splits: Mapping[str, Dataset],               # rows of kind "labels"
     refused: Sequence[Refused] = (),             # by the reader
     rows_read: Mapping[str, int] | None = None,  # by split; None: what is there and what was refused
-    keep_order: tuple[str, ...] = KEEP_ORDER,    # who keeps a text or group that is in two splits; see `drop_overlap`
+    keep_order: tuple[str, ...] = KEEP_ORDER,    # who keeps a text or group that is in two splits; see drop_overlap
     contradictions: str = 'keep',                # texts with different labels: 'keep', 'drop' (all of them) or 'refuse' (stop)
     classes: Sequence[str] = (),                 # names of the classes, for the report; (): their numbers
     columns: Sequence[ColumnsRead] = (),         # by the reader: which columns were read as what

@@ -145,7 +145,7 @@ def match_labels(
     where: str = 'table',          # name of the file
     leave_out: Sequence[str] = (), # columns that are not to be read
     wanted: Sequence[str] = (),    # classes as the user names them
-) -> LabelMatch:                   # one of `LABEL_FORMS`, or one for these columns
+) -> LabelMatch:                   # one of LABEL_FORMS, or one for these columns
     "Recognise what a table holds; raises `DataError` where it cannot, or where something long would be left unread"
     have, lacking = readable_columns(raw, leave_out), dict[str, str]()
     legal = legal_form(have)
@@ -162,11 +162,11 @@ def match_labels(
     return found
 
 def label_form(
-    table: Dataset,       # raw columns, as `read_table` gives them
+    table: Dataset,       # raw columns, as read_table gives them
     text: str = '',       # columns named by the user; '': look for a known form
     label: str = '',      # likewise
     where: str = 'table', # name of the file, for messages and for forms that belong to a file
-) -> LabelForm:           # one of `LABEL_FORMS`, or one for these columns
+) -> LabelForm:           # one of LABEL_FORMS, or one for these columns
     "Recognise the form of a table"
     return match_labels(RawTable(table), text, label, where).form
 
@@ -327,7 +327,7 @@ def read_labels(
     text: str = '',              # column of the text, or columns with commas between them; '': a known form or a usual name
     label: str = '',             # column of the label; '': a known form or a usual name
     group: str = '',             # column whose rows must stay in one split; '': by the form, or the text
-    classes: Sequence[str] = (), # the order of the classes, or names for 0, 1, …; (): all labels, see `class_order`
+    classes: Sequence[str] = (), # the order of the classes, or names for 0, 1, …; (): all labels, see class_order
     splits: Mapping[str, str] | None = None, # our split -> file or split name of the source; None: by their names
     leave_out: Sequence[str] = (), # columns that are not to be read
     threshold: float | None = None, # from where a score in the label column is class 1; None: one half in sets that are known for scores

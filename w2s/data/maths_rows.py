@@ -81,7 +81,7 @@ def maths_form(
 def maths_row(
     question: str | None,   # as it stands in the file
     answer: str | None,     # the working with its final answer, or the answer
-    form: str,              # of `maths_form`
+    form: str,              # of maths_form
     marks: bool = False,    # keep the calculator marks
 ) -> tuple[dict, str] | str: # the row and its final answer; a text alone is the reason why it is refused
     "Read one question"
@@ -146,7 +146,7 @@ def maths_rows_of(
     question: str = '',             # column, as the user names it; '': a usual name
     answer: str = '',               # likewise
     leave_out: Sequence[str] = (),  # columns that are not to be read
-) -> FileRead:                      # rows of kind "demonstrations" with `answer`
+) -> FileRead:                      # rows of kind "demonstrations" with answer
     "Read a table of maths questions; raises `DataError` where it holds none, and for a long column that is not read"
     if not question and not answer:
         raw = as_sums(raw, readable_columns(raw, leave_out), QUESTION_NAMES, lambda t: maths_form([t]) != 'plain')
@@ -175,11 +175,11 @@ def maths_rows_of(
     return FileRead(rows.add_column('answer', [a for _, a in found.values()]), refused, record)
 
 def maths_from(
-    table: Dataset,         # raw columns, as `read_table` gives them
+    table: Dataset,         # raw columns, as read_table gives them
     where: str = 'table',   # file name for messages
     split: str = 'all',     # noted with each refused row
     marks: bool = False,    # keep the calculator marks
-) -> tuple[Dataset, list[Refused]]: # rows of kind "demonstrations" with `answer`, and what could not be taken
+) -> tuple[Dataset, list[Refused]]: # rows of kind "demonstrations" with answer, and what could not be taken
     "Read a table of maths questions; raises `DataError` as `maths_rows_of` does"
     read = maths_rows_of(RawTable(table), where, split, marks)
     return read.rows, read.refused
@@ -188,7 +188,7 @@ def maths_from(
 @dataclass(frozen=True)
 class MathsRead:
     "What was read from one source of maths questions"
-    splits: dict[str, Dataset]  # rows of kind "demonstrations" with `answer`
+    splits: dict[str, Dataset]  # rows of kind "demonstrations" with answer
     refused: list[Refused]
     rows_read: dict[str, int]   # by split, before anything was refused
     source: str

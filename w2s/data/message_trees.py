@@ -21,7 +21,7 @@ from .tables import RawTable, row_pieces
 LINKS = ('message_id', 'parent_id', 'text', 'role')
 
 def talk_above(
-    row: Mapping[str, Any],              # a message, with `LINKS`
+    row: Mapping[str, Any],              # a message, with LINKS
     by_id: Mapping[Any, Mapping[str, Any]], # id -> message
 ) -> list[dict]:                         # of user and assistant, the oldest first
     "The messages that a message answers"

@@ -77,9 +77,9 @@ ALIKE = {
 } # other names of parts
 
 def spread_columns(
-    given: Mapping[str, Any], # settings by name, perhaps with `column`
-    kind: str,                # a key of `PARTS_OF`
-) -> dict[str, Any]:          # the same with a setting for each part, and without `column`
+    given: Mapping[str, Any], # settings by name, perhaps with column
+    kind: str,                # a key of PARTS_OF
+) -> dict[str, Any]:          # the same with a setting for each part, and without column
     "What --column says, as settings of single columns; raises `ConfigError`"
     out = {k: v for k, v in given.items() if k != 'column'}
     alike, known = ALIKE[kind], PARTS_OF[kind]

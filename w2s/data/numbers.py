@@ -63,7 +63,7 @@ def number_of(
 
 # %% ../../nbs/api/data/270_numbers.ipynb #6016594e
 def number_text(
-    x: Fraction, # any number of `number_of`
+    x: Fraction, # any number of number_of
 ) -> str:        # such as "1080", "-2.5" or "1/3"
     "A number in its one spelling"
     if x.denominator == 1: return str(x.numerator)

@@ -259,7 +259,7 @@ class Match:
     form: PreferenceForm
     prompt: PromptColumns          # what stands in front of the question, too
     parts: dict[str, str]          # part of a row -> its column
-    numbers: tuple[str, ...] = ()  # of `NUMBERS`, those that are there
+    numbers: tuple[str, ...] = ()  # of NUMBERS, those that are there
 
     @property
     def used(self) -> dict[str, tuple[str, ...]]:

@@ -97,7 +97,7 @@ def written_columns(
 
 def read_back(
     cells: dict[str, Any],        # of a row, by column; messages are put into the place of texts
-    written: Mapping[str, bool],  # of `written_columns`
+    written: Mapping[str, bool],  # of written_columns
 ) -> bool | None:                 # True: there were some; None: a text cannot be read, or is the only one that looks like messages
     "Read the messages of a row"
     done = False
@@ -112,7 +112,7 @@ def read_back(
 SPEAKERS = {'user': 'Human', 'assistant': 'Assistant'}
 
 def dialogue_text(
-    messages: Sequence[Mapping[str, str]], # of `plain_messages`; a system prompt comes first, if there is one
+    messages: Sequence[Mapping[str, str]], # of plain_messages; a system prompt comes first, if there is one
     reply: bool = True,                    # end with the words after which the assistant speaks
 ) -> str:
     "Messages as a dialogue in plain text"
@@ -123,7 +123,7 @@ def dialogue_text(
     return system + turns + ('\n\nAssistant:' if reply else '')
 
 def one_text(
-    messages: Sequence[Mapping[str, str]], # of `plain_messages`
+    messages: Sequence[Mapping[str, str]], # of plain_messages
 ) -> str:
     "Messages as a text: what the user says, or the dialogue if there is more than one turn"
     said = [m for m in messages if m['role'] != 'system']

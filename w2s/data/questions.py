@@ -52,7 +52,7 @@ def column_of(
     table: Dataset,         # as read
     names: Sequence[str],   # what it may be called
     where: str,             # the file, for the message
-    wanted: str = '',       # what the user says that it is called; '': one of `names`
+    wanted: str = '',       # what the user says that it is called; '': one of names
 ) -> str:
     "Find a column by its name; raises `DataError`"
     return _named_column(table.column_names, names, where, wanted)
@@ -135,7 +135,7 @@ def questions_from(
     raw: RawTable,                  # a file
     where: str = 'table',           # its name for messages
     question: str = '',             # column of the questions, or columns with commas between them, the question last; '': one of QUESTIONS
-    answer: str = '',               # column of the answers; '': one of `ANSWERS`
+    answer: str = '',               # column of the answers; '': one of ANSWERS
     answers: str = 'if there',      # 'if there', 'needed', or '': not to be read
     empty: bool = False,            # may an answer be empty?
     leave_out: Sequence[str] = (),  # columns that are not to be read
@@ -192,8 +192,8 @@ def open_tables(
 
 def read_asked_file(
     path: str | Path,               # of a table
-    question: str = '',             # column of the questions; '': one of `QUESTIONS`
-    answer: str = '',               # column of the answers; '': one of `ANSWERS`
+    question: str = '',             # column of the questions; '': one of QUESTIONS
+    answer: str = '',               # column of the answers; '': one of ANSWERS
     answers: str = 'if there',      # 'if there', 'needed', or '': not to be read
     empty: bool = False,            # may an answer be empty?
     leave_out: Sequence[str] = (),  # columns that are not to be read

@@ -211,7 +211,7 @@ def _join(marked: Mapping[int, dict], refused: list[Refused], where: str, split:
 
 # %% ../../nbs/api/data/170_readers.ipynb #479576a9
 def preferences_from(
-    table: Dataset,        # raw columns, as `read_table` gives them
+    table: Dataset,        # raw columns, as read_table gives them
     where: str = 'table',  # file name for messages
     source: str = 'human', # who gave the preferences
     split: str = 'all',    # noted with each refused row
@@ -248,7 +248,7 @@ def read_preferences(
     source: str | Path,                   # a file, a folder, or the name of a data set ("name" or "name:config")
     splits: Mapping[str, str] | None = None, # our split -> file or split name of the source; None: by their names
     leave_out: Sequence[str] = (),        # columns that are not to be read
-    columns: Mapping[str, str] | None = None, # part of a row -> its column, see `preference_rows`; None: recognised
+    columns: Mapping[str, str] | None = None, # part of a row -> its column, see preference_rows; None: recognised
     most: int = 0,                        # rows that are wanted of a large file, chosen at random; 0: all
 ) -> Read:                                # a file is the one split "all"
     "Read preference rows of any known form; raises `DataError` for what cannot be read at all"

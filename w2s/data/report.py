@@ -50,7 +50,7 @@ class DataReport:
         split: str,       # name of the rows
         rows: int,        # how many were found
         of: int,          # of how many
-        action: str,      # one of `ACTIONS`
+        action: str,      # one of ACTIONS
         detail: str = '', # which ones, how much
         model: str = '',  # for which model; '': for all
     ) -> 'DataReport':

@@ -33,7 +33,7 @@ def content_id(
 
 # %% ../../nbs/api/data/030_rows.ipynb #94db166b
 def prompt_text(
-    prompt: str | list[dict], # a text, or messages with `role` and `content`
+    prompt: str | list[dict], # a text, or messages with role and content
 ) -> str:                     # the text itself, or one "role: content" line a message
     "A prompt as one text, for comparing and showing; not for tokenizing, which follows the chat template"
     return prompt if isinstance(prompt, str) else ''.join(f"{m['role']}: {m['content']}\n" for m in prompt)
@@ -137,7 +137,7 @@ def _check_columns(columns: dict[str, list], kind: str, where: str, numbers: Seq
 # %% ../../nbs/api/data/030_rows.ipynb #17c32dd7
 def check_rows(
     ds: Dataset,         # any data set
-    kind: str,           # a key of `KINDS`
+    kind: str,           # a key of KINDS
     where: str = 'rows', # file name for the message
 ) -> Dataset:            # the same data set
     "Check every cell; raises `DataError` with file, row (from 1) and column"
@@ -171,7 +171,7 @@ def _fill(row: dict, kind: str, source: str, where: str) -> dict:
 
 # %% ../../nbs/api/data/030_rows.ipynb #58f9519f
 def row_features(
-    kind: str,             # a key of `KINDS`
+    kind: str,             # a key of KINDS
     columns: Iterable[str], # the columns that are there
     chat: bool = False,    # are the prompts lists of messages?
 ) -> Features:             # types of the columns
@@ -212,7 +212,7 @@ def _optional_columns(rows: list[dict], kind: str, where: str, numbers: Sequence
 # %% ../../nbs/api/data/030_rows.ipynb #56e8f70f
 def make_rows(
     rows: Iterable[dict],  # one dict a row
-    kind: str,             # a key of `KINDS`
+    kind: str,             # a key of KINDS
     source: str = 'human', # who gave the feedback, where the row does not say
     where: str = 'rows',   # file name for the message
     numbers: Sequence[int] | None = None, # the rows' numbers in that file, where some were left out; None: 1, 2, 3, …
@@ -232,7 +232,7 @@ def make_rows(
 # %% ../../nbs/api/data/030_rows.ipynb #11068ca4
 def stack_rows(
     pieces: Sequence[tuple[int, Dataset]], # number of the first row in the file, and rows of one kind; those without rows say nothing
-    kind: str,                             # a key of `KINDS`
+    kind: str,                             # a key of KINDS
     where: str = 'rows',                   # file name for the message
 ) -> Dataset:                              # all rows
     "Pieces of a file as one; raises `DataError` where prompts change their form"
@@ -269,7 +269,7 @@ def to_preferences(
     pairs: Dataset,      # rows of kind "pairs"
     prob_a: np.ndarray,  # P(a ≻ b) of each row by the supervisor, shape (rows,)
     source: str,         # who says so
-) -> Dataset:            # rows of kind "preferences" with the same ids, groups and weights, `prob` at least 1/2
+) -> Dataset:            # rows of kind "preferences" with the same ids, groups and weights, prob at least 1/2
     "Preferences by a supervisor's probabilities: `a` if its probability is above 1/2, else `b`"
     q, p = pairs.with_format(None)[:], np.asarray(prob_a, dtype=float)
     if p.shape != (len(pairs),): raise DataError(f'prob_a has shape {p.shape}; want one probability for each of the {len(pairs)} pairs')

@@ -82,7 +82,7 @@ def _row(rng: random.Random) -> dict:
 def sample_preferences(
     n: int = 400,  # rows; 1 to 20,000
     seed: int = 0, # another seed gives other rows
-) -> list[dict]:   # each with `prompt`, `chosen`, `rejected`, `gold`; raises `DataError` for an n out of range
+) -> list[dict]:   # each with prompt, chosen, rejected, gold; raises DataError for an n out of range
     "Invented preference rows with a noisy human choice and a known truth"
     if not 1 <= n <= 20_000: raise DataError(f'n is {n}; sample rows can be had from 1 to 20,000')
     rng = random.Random(seed)

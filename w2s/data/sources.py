@@ -39,7 +39,7 @@ OTHER_WORDS = {
 
 def split_of(
     name: str,     # of a file or of a split
-) -> str | None:   # one of `SPLITS`
+) -> str | None:   # one of SPLITS
     "Which split a name stands for"
     words = name.lower().replace('train-gt', 'train_gt').replace('train-w2s', 'train_w2s')
     for word, split in [(s, s) for s in SPLITS] + [*OTHER_WORDS.items()]:
@@ -189,7 +189,7 @@ def _of_task(source: str, splits: Mapping[str, str] | None, most: int) -> dict[s
 def source_tables(
     source: str,                              # a task, a file, a folder, or the name of a data set ("name" or "name:config")
     splits: Mapping[str, str] | None = None,  # our split -> file or split name of the source; None: by their names
-    kind: str = '',                           # of the rows that are wanted: a key of `PREFER`, or another
+    kind: str = '',                           # of the rows that are wanted: a key of PREFER, or another
     spare: bool = False,                      # may files that name no split be left beside those that do?
     most: int = 0,                            # rows that are wanted of a large file, chosen at random; 0: all
 ) -> dict[str, tuple[str, RawTable]]:         # split -> name for messages, and what the file holds; a file is the one split "all"
@@ -207,7 +207,7 @@ def source_tables(
 def one_table(
     source: str,                              # a file, a folder, or the name of a data set
     splits: Mapping[str, str] | None = None,  # the one split that is wanted, under any name; None: the only one, or train
-    kind: str = '',                           # see `source_tables`
+    kind: str = '',                           # see source_tables
     flag: str = '--split',                    # how the user chooses one, for the message
     most: int = 0,                            # rows that are wanted of a large file, chosen at random; 0: all
 ) -> tuple[str, RawTable]:                    # name for messages, and what the file holds

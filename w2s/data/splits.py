@@ -37,7 +37,7 @@ def _take(ds: Dataset, rows: Iterable[int], seed: int, n: int | None = None) -> 
 
 # %% ../../nbs/api/data/180_splits.ipynb #a93d09e3
 def sample_rows(
-    ds: Dataset,   # rows with an `id`
+    ds: Dataset,   # rows with an id
     n: int | None, # how many at most; None keeps all
     seed: int = 0, # of the order
 ) -> Dataset:      # in an order that depends on seed and ids only
@@ -65,7 +65,7 @@ def _assign(sizes: Mapping[str, int], shares: Mapping[str, float], seed: int) ->
 
 # %% ../../nbs/api/data/180_splits.ipynb #f3476383
 def group_split(
-    ds: Dataset,                 # rows with `id` and `group`
+    ds: Dataset,                 # rows with id and group
     shares: Mapping[str, float], # split -> share of the rows; they sum to 1
     seed: int = 0,               # of the order of groups
 ) -> dict[str, Dataset]:         # split -> rows; no group is in two

@@ -280,7 +280,7 @@ def open_table(
 
 # %% ../../nbs/api/data/090_tables.ipynb #1dd2ffca
 def read_table(
-    path: str | Path, # of any form that `open_table` reads
+    path: str | Path, # of any form that open_table reads
 ) -> Dataset:         # the columns as they are in the file; CSV cells are texts
     "Read one file of which every column is wanted; raises `DataError` with file and line or row"
     raw = open_table(path)

@@ -33,8 +33,8 @@ SCORES = ('toxicity', 'score', 'toxicity_score', 'api')
 
 # %% ../../nbs/api/data/320_toxicity_rows.ipynb #7e38ee91
 def nested_sides(
-    table: Dataset, # raw columns, as `read_table` gives them
-) -> list[str]:     # those of `SIDES` that are objects with a text
+    table: Dataset, # raw columns, as read_table gives them
+) -> list[str]:     # those of SIDES that are objects with a text
     "The columns of a table that hold a text with its scores"
     kinds = table.features
     return [c for c in SIDES if c in kinds and isinstance(kinds[c], dict) and 'text' in kinds[c]]
@@ -57,7 +57,7 @@ def one_of(
 # %% ../../nbs/api/data/320_toxicity_rows.ipynb #76a0dc89
 def text_and_score(
     table: Dataset,       # raw columns
-    text: str = '',       # column of the text, or one of `SIDES`; '': a usual name, or both sides
+    text: str = '',       # column of the text, or one of SIDES; '': a usual name, or both sides
     score: str = '',      # column of the score; '': a usual name
     where: str = 'table', # for messages
 ) -> list[tuple[list, list]]: # for each column of texts: its cells, and their scores, as they are

@@ -65,7 +65,7 @@ def reliability(
 
 # %% ../../nbs/api/evaluate/110_calibration.ipynb #ad7d72ce
 def expected_calibration_error(
-    prob: np.ndarray,     # (rows,): claims, as in `reliability`
+    prob: np.ndarray,     # (rows,): claims, as in reliability
     correct: np.ndarray,  # (rows,): were they true?
     bins: int = 10,       # of equal width
     least: float = .5,    # where the first bin begins
@@ -76,7 +76,7 @@ def expected_calibration_error(
 
 # %% ../../nbs/api/evaluate/110_calibration.ipynb #6b46b9bc
 def honest_error(
-    prob: np.ndarray,   # (rows,): claims, as in `reliability`
+    prob: np.ndarray,   # (rows,): claims, as in reliability
     bins: int = 10,     # of equal width
     least: float = .5,  # where the first bin begins
     draws: int = 200,   # of outcomes
@@ -160,7 +160,7 @@ def calibration_report(
     bins: int = 10,       # of the calibration error
     groups: Sequence[str] | None = None, # (rows,): what must stay in one half, as the prompt; None: each row by itself
     seed: int = 0,        # of the halves
-) -> pd.DataFrame:        # two lines, 'as given' and 'calibrated', with the columns of `calibration_line`
+) -> pd.DataFrame:        # two lines, 'as given' and 'calibrated', with the columns of calibration_line
     "Accuracy and calibration of a supervisor, before and after a temperature; raises `DataError`"
     m, human = np.asarray(margins, float), np.asarray(prob_a, float)
     before = calibration_line('as given', m, human, bins, groups=groups)

@@ -34,7 +34,7 @@ def clustered(
 CELL = MODEL + ['seed', 'metric'] # one mean of the tidy table
 
 def by_group(
-    items: pd.DataFrame,        # columns `ITEM_COLUMNS`; an id is a test row
+    items: pd.DataFrame,        # columns ITEM_COLUMNS; an id is a test row
     groups: Mapping[str, str],  # id -> the group that it belongs to
 ) -> pd.DataFrame:              # the same columns; an id is a group
     "Items of rows as items of groups, with the same means; raises `DataError`"

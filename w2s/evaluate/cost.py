@@ -40,7 +40,7 @@ TARGETS = ('pgr', 'ceiling')
 
 def read_target(
     text: str, # '0.8', 'pgr=0.8' or 'ceiling=0.95'
-) -> tuple[str, float]: # one of `TARGETS`, and a share
+) -> tuple[str, float]: # one of TARGETS, and a share
     "What a mix has to reach; raises `ConfigError`"
     name, _, number = text.rpartition('=')
     name = name.strip() or 'pgr'
@@ -51,7 +51,7 @@ def read_target(
     return name, share
 
 def target_text(
-    target: tuple[str, float], # of `read_target`
+    target: tuple[str, float], # of read_target
 ) -> str:
     "A target in words"
     return f'{100*target[1]:g}% of the ' + ('gap' if target[0] == 'pgr' else "ceiling's score")
@@ -59,7 +59,7 @@ def target_text(
 # %% ../../nbs/api/evaluate/180_cost.ipynb #58736b98
 def target_margin(
     scores: np.ndarray,         # (3, seeds, examples): of floor, mix and ceiling on the same test examples
-    target: tuple[str, float],  # of `read_target`
+    target: tuple[str, float],  # of read_target
     less: bool = False,         # is less better?
 ) -> np.ndarray:                # (seeds, examples): its mean is 0 where the target is just reached, above 0 beyond
     "How far a mix is beyond a target"
@@ -80,7 +80,7 @@ def judge_mixes(
 
 # %% ../../nbs/api/evaluate/180_cost.ipynb #4b05deb8
 def cheapest_mix(
-    judged: pd.DataFrame, # of `judge_mixes`
+    judged: pd.DataFrame, # of judge_mixes
 ) -> pd.Series | None:    # its row; None: no mix can be named
     "The cheapest mix that reaches the target"
     found = judged[judged['verdict'] == 'reached'].sort_values(['cost', 'human_labels', 'p'], kind='stable')
@@ -109,8 +109,8 @@ def _listed(rows: pd.DataFrame, most: int = 3) -> str:
 
 # %% ../../nbs/api/evaluate/180_cost.ipynb #a75630fb
 def cheapest_words(
-    judged: pd.DataFrame,       # of `judge_mixes`, one curve
-    target: tuple[str, float],  # of `read_target`
+    judged: pd.DataFrame,       # of judge_mixes, one curve
+    target: tuple[str, float],  # of read_target
     metric: str,                # that the curve is of
     refused: str = '',          # why nothing can be tested, as where there is no gap
 ) -> str:                       # a sentence or two

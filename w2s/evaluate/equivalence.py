@@ -37,7 +37,7 @@ def judge_equivalence(
 
 # %% ../../nbs/api/evaluate/105_equivalence.ipynb #a08a8ab1
 def equivalence_words(
-    row: Mapping | pd.Series, # with the columns of `judge_equivalence` and level
+    row: Mapping | pd.Series, # with the columns of judge_equivalence and level
 ) -> str:
     "Is equivalence shown?"
     size = f'{2*row["level"] - 1:.0%} CI [{row["margin_low"]:+.3f}, {row["margin_high"]:+.3f}]'

@@ -65,14 +65,14 @@ RULES = dict(hash=hashed, box=boxed, line=_line, phrase=_phrase, output=_output,
 # %% ../../nbs/api/evaluate/210_final_answers.ipynb #571d7f32
 class Found(NamedTuple):
     "The final number of a response"
-    rule: str       # a key of `RULES`
+    rule: str       # a key of RULES
     text: str       # as it was written
     value: Fraction
 
 # %% ../../nbs/api/evaluate/210_final_answers.ipynb #bda04a85
 def find_number(
     text: str,                              # what a model wrote
-    rules: Sequence[str] = tuple(RULES),    # which of `RULES` are tried, in this order
+    rules: Sequence[str] = tuple(RULES),    # which of RULES are tried, in this order
 ) -> Found | None:                          # None: there is no answer
     "The final number of a response, and how it was found; raises `ConfigError`"
     if bad := [r for r in rules if r not in RULES]: raise ConfigError(unknown(bad[0], RULES, 'rule'))
@@ -86,7 +86,7 @@ def find_number(
 # %% ../../nbs/api/evaluate/210_final_answers.ipynb #6339c9ec
 def final_number(
     text: str,                              # what a model wrote
-    rules: Sequence[str] = tuple(RULES),    # which of `RULES` are tried, in this order
+    rules: Sequence[str] = tuple(RULES),    # which of RULES are tried, in this order
 ) -> str | None:                            # such as "18" or "-2.5"; None: there is no answer
     "The final number of a response in its one spelling"
     found = find_number(text, rules)
@@ -104,7 +104,7 @@ MARKS = dict(hash=hashed, box=boxed, line=_line, phrase=_sentence, output=_outpu
 
 def find_answer(
     text: str,                              # what a model wrote
-    rules: Sequence[str] = tuple(RULES),    # which of `RULES` are tried, in this order
+    rules: Sequence[str] = tuple(RULES),    # which of RULES are tried, in this order
 ) -> tuple[str, str] | None:                # the rule, and what it points at; None: there is no mark
     "The final answer of a response, of whatever kind; raises `ConfigError`"
     if bad := [r for r in rules if r not in RULES]: raise ConfigError(unknown(bad[0], RULES, 'rule'))

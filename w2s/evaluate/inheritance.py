@@ -22,7 +22,7 @@ WHO = ['role', 'method', 'weak', 'strong']
 JUDGED = [*WHO, 'seed', 'id', 'group', 'right', 'said', 'confidence']
 
 def check_judged(
-    table: pd.DataFrame, # columns `JUDGED`; said is '' where only right and wrong are known, confidence NaN where unknown
+    table: pd.DataFrame, # columns JUDGED; said is '' where only right and wrong are known, confidence NaN where unknown
 ) -> pd.DataFrame:       # the same table
     "Refuse a table with a column missing, or an arm that was judged twice on an example; raises `DataError`"
     if lacking := [c for c in JUDGED if c not in table]: raise DataError(f'error inheritance needs the columns {", ".join(lacking)}')
@@ -79,14 +79,14 @@ def outcomes(
     floor_right: np.ndarray, # (examples,): 1 or 0
     right: np.ndarray,       # (examples,): of the student
     same: np.ndarray,        # (examples,) bool: did both say the same?
-) -> np.ndarray:             # (examples,): a key of `OUTCOMES`, or 'kept'
+) -> np.ndarray:             # (examples,): a key of OUTCOMES, or 'kept'
     "What became of each answer of a supervisor in its student"
     wrong = np.where(right == 1, 'corrected', np.where(same, 'copied', 'other error'))
     return np.where(floor_right == 1, np.where(right == 1, 'kept', 'newly wrong'), wrong)
 
 # %% ../../nbs/api/evaluate/290_inheritance.ipynb #01515f3b
 def join_floor(
-    judged: pd.DataFrame, # columns `JUDGED`
+    judged: pd.DataFrame, # columns JUDGED
     weak: str,            # a supervisor
 ) -> pd.DataFrame:        # other arms, with floor_right, floor_confidence and outcome; undecided answers (ties) are left out
     "Every arm beside one supervisor, example by example"
@@ -145,9 +145,9 @@ def _lines(part: pd.DataFrame, twin: pd.DataFrame | None, confidence: str) -> li
 
 # %% ../../nbs/api/evaluate/290_inheritance.ipynb #283d898b
 def inheritance_table(
-    judged: pd.DataFrame, # columns `JUDGED`
+    judged: pd.DataFrame, # columns JUDGED
     bins: int = BINS,     # of the supervisor's confidence
-) -> pd.DataFrame:        # columns `INHERITED`; confidence is 'all', or a bin; more: share minus that of the twin
+) -> pd.DataFrame:        # columns INHERITED; confidence is 'all', or a bin; more: share minus that of the twin
     "What became of a supervisor's errors in every other arm, by confidence; raises `DataError`"
     rows: list[dict] = []
     for weak in dict.fromkeys(check_judged(judged).loc[judged['role'] == 'floor', 'weak']):
@@ -182,8 +182,8 @@ def phi_estimate(
 PHI = ['a', 'b', 'weak', 'strong', 'value', 'low', 'high', 'n', 'seeds']
 
 def phi_table(
-    judged: pd.DataFrame, # columns `JUDGED`
-) -> pd.DataFrame:        # columns `PHI`: a and b are role and method; every pair of arms that belong together, in the order of the table
+    judged: pd.DataFrame, # columns JUDGED
+) -> pd.DataFrame:        # columns PHI: a and b are role and method; every pair of arms that belong together, in the order of the table
     "How far the errors of any two arms go together"
     arms, rows = [(k, p) for k, p in judged[judged['right'].isin((0, 1))].groupby(WHO, sort=False)], []
     for i, (a, one) in enumerate(arms):

@@ -57,7 +57,7 @@ class Estimate:
 # %% ../../nbs/api/evaluate/090_intervals.ipynb #5916a8db
 def interval_words(
     seeds: int,         # of the study
-    unit: str = 'rows', # what `n` counts: 'rows', 'groups', 'prompts'
+    unit: str = 'rows', # what n counts: 'rows', 'groups', 'prompts'
     level: float = .95, # coverage
 ) -> str:
     "What the intervals of a table hold, for captions"
@@ -152,7 +152,7 @@ def interval_limits(
 def estimate(
     scores: np.ndarray,     # shape (seeds, rows), of one model, or of the difference of two
     level: float = .95,     # coverage
-    bounds: Bounds = OPEN,  # of the scores: (0, 1) for shares, (-1, 1) for differences of them; `range_of` knows those of metrics
+    bounds: Bounds = OPEN,  # of the scores: (0, 1) for shares, (-1, 1) for differences of them; range_of knows those of metrics
     paired: bool = False,   # are they differences of two models on the same rows?
 ) -> Estimate:
     "Mean with its interval over rows and seeds; raises `DataError`"
@@ -239,7 +239,7 @@ def p_value(
 def difference_table(
     items: pd.DataFrame, # items table
     metric: str,         # as 'accuracy'
-    pairs: Sequence[tuple[Who, Who]], # (a, b), each as in `difference`
+    pairs: Sequence[tuple[Who, Who]], # (a, b), each as in difference
     level: float = .95,  # coverage of each interval
     ranges: Mapping[str, Bounds] = RANGES, # of metrics
 ) -> pd.DataFrame:       # a, b, metric, value, low, high, n, seeds, level, p, family, p_holm, significant

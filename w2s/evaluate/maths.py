@@ -42,7 +42,7 @@ def same_number(
 def mark_answer(
     gold: str,                              # the right answer
     response: str,                          # what a model wrote
-    rules: Sequence[str] = tuple(RULES),    # which of `RULES` are tried, in this order
+    rules: Sequence[str] = tuple(RULES),    # which of RULES are tried, in this order
 ) -> tuple[bool, bool]:                     # is it right, and was there an answer at all?
     "Compare one response with the right answer; raises `ConfigError`"
     value, said = number_of(gold), find_answer(response, rules)
@@ -62,9 +62,9 @@ def _check_gold(
 
 # %% ../../nbs/api/evaluate/220_maths.ipynb #d365d87f
 def maths_scores(
-    gold: Sequence[str],                    # right answer of each row, as in the column `answer` of `read_gsm8k`
+    gold: Sequence[str],                    # right answer of each row, as in the column answer of read_gsm8k
     responses: Sequence[str],               # what a model wrote to each row
-    rules: Sequence[str] = tuple(RULES),    # which of `RULES` are tried, in this order
+    rules: Sequence[str] = tuple(RULES),    # which of RULES are tried, in this order
 ) -> dict[str, np.ndarray]:                 # accuracy and answered: 0 or 1 a row
     "Exact match of the final answer; no answer is wrong; raises `DataError`"
     if len(gold) != len(responses): raise DataError(f'{len(responses)} responses for {len(gold)} right answers; each row needs one')
@@ -75,7 +75,7 @@ def maths_scores(
 # %% ../../nbs/api/evaluate/220_maths.ipynb #4c3068a3
 def rule_counts(
     responses: Sequence[str],               # what a model wrote
-    rules: Sequence[str] = tuple(RULES),    # which of `RULES` are tried, in this order
+    rules: Sequence[str] = tuple(RULES),    # which of RULES are tried, in this order
 ) -> dict[str, int]:                        # rule -> responses; under 'none' those without an answer
     "By which rule was each answer found?"
     found = Counter(f.rule if (f := find_number(r, rules)) else 'none' for r in responses)
@@ -83,8 +83,8 @@ def rule_counts(
 
 # %% ../../nbs/api/evaluate/220_maths.ipynb #02e6ce60
 def maths_scorer(
-    rows: Dataset,                          # of `read_gsm8k`: with `prompt` and `answer`
-    rules: Sequence[str] = tuple(RULES),    # which of `RULES` are tried, in this order
+    rows: Dataset,                          # of read_gsm8k: with prompt and answer
+    rules: Sequence[str] = tuple(RULES),    # which of RULES are tried, in this order
 ) -> Scorer:                                # (prompts, responses) -> 1 right, 0 wrong or no answer
     "A scorer that knows the right answers of these prompts; raises `DataError`"
     gold: dict[str, str] = {}

@@ -20,7 +20,7 @@ def _names(items: pd.DataFrame) -> str:
 
 # %% ../../nbs/api/evaluate/020_matrices.ipynb #3f90a774
 def score_matrix(
-    items: pd.DataFrame, # items table, see `item_rows`
+    items: pd.DataFrame, # items table, see item_rows
     role: str,           # as 'student'
     method: str | None,  # as 'dpo weak'; None: the only one of the role
     metric: str,         # as 'accuracy'
@@ -68,7 +68,7 @@ def model_scores(
     items: pd.DataFrame, # items table
     model: Who,          # of it
     metric: str,         # as 'accuracy'
-) -> pd.DataFrame:       # as of `score_matrix`
+) -> pd.DataFrame:       # as of score_matrix
     "Scores of a model that is named by all or some of its words; raises `DataError`"
     return score_matrix(items, metric=metric, **({'method': None} | model_words(model))) # type: ignore[arg-type]
 

@@ -75,13 +75,13 @@ def item_rows(
     ids: Sequence[str],                   # id of each test row
     values: Sequence[float] | np.ndarray, # score of each test row, same order
     metric: str,                          # name of the score: "accuracy", "margin" …
-    role: str,                            # one of `ROLES`
+    role: str,                            # one of ROLES
     method: str,                          # how the model was made: "dpo weak", "untuned" …
     weak: str,                            # name of the weak supervisor; '' where there is none
     strong: str,                          # name of the strong model; '' where there is none
     seed: int,                            # seed of the whole run
     task: str,                            # name of the data
-) -> pd.DataFrame:                        # columns `ITEM_COLUMNS`, one row a test row
+) -> pd.DataFrame:                        # columns ITEM_COLUMNS, one row a test row
     "Scores of one model and one metric as rows of the items table"
     if role not in ROLES: raise DataError(unknown(role, ROLES, 'role'))
     if len(ids) != len(values): raise DataError(f'{role} ({method}), {metric}: {len(values)} scores for {len(ids)} rows')
@@ -113,19 +113,19 @@ def range_of(
 def metric_rows(
     ids: Sequence[str],                 # id of each test row
     scores: Mapping[str, np.ndarray],   # metric name -> score of each row, same order
-    role: str,                          # one of `ROLES`
+    role: str,                          # one of ROLES
     method: str,                        # how the model was made
     weak: str,                          # name of the weak supervisor; '' where there is none
     strong: str,                        # name of the strong model; '' where there is none
     seed: int,                          # seed of the whole run
     task: str,                          # name of the data
-) -> pd.DataFrame:                      # columns `ITEM_COLUMNS`, one row a test row and metric
+) -> pd.DataFrame:                      # columns ITEM_COLUMNS, one row a test row and metric
     "Scores of one model on several metrics as rows of the items table"
     return pd.concat([item_rows(ids, v, m, role, method, weak, strong, seed, task) for m, v in scores.items()], ignore_index=True)
 
 # %% ../../nbs/api/evaluate/010_metrics.ipynb #f46a8caf
 def check_items(
-    items: pd.DataFrame, # columns `ITEM_COLUMNS`
+    items: pd.DataFrame, # columns ITEM_COLUMNS
 ) -> pd.DataFrame:       # the same table
     "Refuse an items table with columns missing, holes, or a row that is scored twice"
     lacking = [c for c in ITEM_COLUMNS if c not in items.columns]
@@ -159,8 +159,8 @@ def by_role(
 
 # %% ../../nbs/api/evaluate/010_metrics.ipynb #51be431c
 def summarise(
-    items: pd.DataFrame, # columns `ITEM_COLUMNS`
-) -> pd.DataFrame:       # columns `TIDY_COLUMNS`: value is the mean over test rows, n their number
+    items: pd.DataFrame, # columns ITEM_COLUMNS
+) -> pd.DataFrame:       # columns TIDY_COLUMNS: value is the mean over test rows, n their number
     "Means over test rows for each model, seed and metric"
     groups = by_role(check_items(items)).groupby(MODEL + ['seed', 'metric'], sort=False)['value']
     return by_role(groups.agg(['mean', 'size']).reset_index().rename(columns={'mean': 'value', 'size': 'n'}))[TIDY_COLUMNS]

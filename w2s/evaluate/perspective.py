@@ -105,7 +105,7 @@ def read_cache(
 # %% ../../nbs/api/evaluate/260_perspective.ipynb #b56f11df
 def append_score(
     path: Path,    # made if it is not there, with its folder
-    key: str,      # see `text_key`
+    key: str,      # see text_key
     score: float,  # from 0 to 1
 ) -> None:
     "Add one answer to the file, on a line of its own also after a half one"

@@ -104,7 +104,7 @@ def pgr_interval(
 
 # %% ../../nbs/api/evaluate/170_pgr.ipynb #daafc7e9
 def pgr(
-    items: pd.DataFrame,       # items table, see `item_rows`
+    items: pd.DataFrame,       # items table, see item_rows
     floor: Who,                # weak supervisor: (role, method), or a dict with any of task, weak, strong
     student: Who,              # likewise
     ceiling: Who,              # strong model trained on gold labels of the student's rows
@@ -136,7 +136,7 @@ def lucky_gap(
 # %% ../../nbs/api/evaluate/170_pgr.ipynb #c81ebb73
 def pgr_table(
     items: pd.DataFrame,         # items table
-    triples: Sequence[tuple[Who, Who, Who]], # (floor, student, ceiling), each as in `pgr`
+    triples: Sequence[tuple[Who, Who, Who]], # (floor, student, ceiling), each as in pgr
     metric: str = 'accuracy',    # one where more is better
     level: float = .95,          # coverage
     n: int = 2000,               # bootstrap draws
@@ -178,7 +178,7 @@ def pgr_words(
     )
 
 def pgr_paragraph(
-    table: pd.DataFrame, # of `pgr_table`, with columns weak, strong and method of the students; empty: there is none
+    table: pd.DataFrame, # of pgr_table, with columns weak, strong and method of the students; empty: there is none
     reason: str = '',    # why some metric has no PGR at all, as where no ceiling was trained
 ) -> str:                # Markdown, a line a supervisor, student and metric
     "Every PGR in words"
@@ -198,7 +198,7 @@ def _needed(gaps: np.ndarray, gap: float, power: float, level: float) -> tuple[f
 # %% ../../nbs/api/evaluate/170_pgr.ipynb #9a7381ed
 def gap_power(
     items: pd.DataFrame,        # items table
-    pairs: Sequence[tuple[Who, Who]], # (floor, ceiling), each as in `pgr`
+    pairs: Sequence[tuple[Who, Who]], # (floor, ceiling), each as in pgr
     metric: str = 'accuracy',   # one where more is better
     gap: float | None = None,   # gap to plan for, in units of the metric; None: the one found
     power: float = .8,          # how often it should be found

@@ -34,7 +34,7 @@ def errors_needed(
 
 # %% ../../nbs/api/evaluate/100_power.ipynb #4578f797
 def freedom_of(
-    factor: float,       # half width of an interval, in standard errors, as of `t_factor`
+    factor: float,       # half width of an interval, in standard errors, as of t_factor
     level: float = .95,  # of the interval
 ) -> float:              # between 1 and inf
     "Degrees of freedom at which Student's t is this many standard errors"
@@ -46,7 +46,7 @@ def freedom_of(
 def detectable(
     found: np.ndarray | Estimate, # differences on the same test rows, shape (seeds, rows); or an interval of them, where no more is kept
     power: float = .8,            # how often such a study should find it
-    level: float = .95,           # of the interval that must leave out zero; of an `Estimate` its own is taken
+    level: float = .95,           # of the interval that must leave out zero; of an Estimate its own is taken
 ) -> float:                       # in the unit of the scores
     "Smallest true difference that a study like this finds with this power; raises `DataError` and `ConfigError`"
     if isinstance(found, Estimate): # its half width is t standard errors; with t unknown the normal ratio errs on the careful side
@@ -93,11 +93,11 @@ def detectable_by(
 def power_table(
     items: pd.DataFrame,     # items table
     metric: str,             # as 'gold_reward'
-    pairs: Sequence[tuple[Who, Who]], # (a, b), each as in `difference`
+    pairs: Sequence[tuple[Who, Who]], # (a, b), each as in difference
     power: float = .8,       # how often a difference should be found
     level: float = .95,      # of the intervals
     ranges: Mapping[str, Bounds] = RANGES, # of metrics
-) -> pd.DataFrame:           # the columns of `difference_table`, and detectable (NaN: unknown, with one row)
+) -> pd.DataFrame:           # the columns of difference_table, and detectable (NaN: unknown, with one row)
     "Paired differences, and the smallest ones that would have been found; raises `DataError`"
     gaps = [paired_matrix(items, a, b, metric).to_numpy() for a, b in pairs]
     found = [detectable(g, power, level) if g.shape[1] > 1 and np.ptp(g) else np.nan for g in gaps]
@@ -105,7 +105,7 @@ def power_table(
 
 # %% ../../nbs/api/evaluate/100_power.ipynb #60dae0be
 def verdict_text(
-    row: Mapping | pd.Series, # of `power_table`
+    row: Mapping | pd.Series, # of power_table
     digits: int = 3,          # of the detectable difference
 ) -> str:
     "Is a higher than b, lower, or is there no significant difference, and which could have been found?"
@@ -117,7 +117,7 @@ def verdict_text(
 
 # %% ../../nbs/api/evaluate/100_power.ipynb #98a0d2fb
 def report_differences(
-    table: pd.DataFrame,             # of `power_table`, with any columns more in front
+    table: pd.DataFrame,             # of power_table, with any columns more in front
     more: Sequence[str] = (),        # such columns that are shown, as 'weak'
 ) -> pd.DataFrame:                   # metric, more, a, b, value, low, high, p, significant, detectable, verdict
     "Paired differences for people, every report's"

@@ -198,7 +198,7 @@ RATED = GenerateSettings(max_tokens=24, temperature=1, samples=10) # ten replies
 # %% ../../nbs/api/evaluate/230_ratings.ipynb #6e4be921
 def ask_model(
     base: Base,                         # a loaded model
-    settings: GenerateSettings = RATED, # how it writes; `samples` replies to each question
+    settings: GenerateSettings = RATED, # how it writes; samples replies to each question
     seed: int = 0,                      # of the samples
     model: Any = None,                  # the model with an adapter on it; None: the base
     quiet: bool = False,                # no progress bar
@@ -223,7 +223,7 @@ def rate(
     responses: Sequence[str],               # what is rated, one a row
     gold: Sequence[str] | None = None,      # a right answer a row, where the rubric shows one
     concept: str = '',                      # what the style is, where the rubric says it
-    settings: GenerateSettings = RATED,     # how it writes; `samples` replies to each question
+    settings: GenerateSettings = RATED,     # how it writes; samples replies to each question
     seed: int = 0,                          # of the samples
     model: Any = None,                      # the model with an adapter on it; None: the base
     quiet: bool = False,                    # no progress bar
@@ -233,7 +233,7 @@ def rate(
 
 # %% ../../nbs/api/evaluate/230_ratings.ipynb #f3ca449d
 def rating_report(
-    ratings: Ratings,   # of `rate` or `rate_by`
+    ratings: Ratings,   # of rate or rate_by
 ) -> dict[str, dict[str, float]]: # rating -> mean, lowest and highest possible mean, spread within a row, rows, failed
     "Each rating with its failures, and how far they could move it"
     out, n = {}, len(ratings.read)
@@ -245,7 +245,7 @@ def rating_report(
 
 # %% ../../nbs/api/evaluate/230_ratings.ipynb #06327761
 def as_scores(
-    ratings: Ratings,                           # of `rate` or `rate_by`
+    ratings: Ratings,                           # of rate or rate_by
     names: Mapping[str, str] | None = None,     # rating -> metric, for those that are wanted; None: all, as the rubric calls them
 ) -> dict[str, np.ndarray]:                     # metric -> (rows,), NaN where the judge failed
     "Ratings as metrics; raises `ConfigError`"

@@ -121,7 +121,7 @@ def lengths(
 def longer_wins(
     scores: np.ndarray,            # (rows, samples)
     reference: np.ndarray,         # (rows, samples)
-    words: np.ndarray,             # (rows, samples): `lengths` of the responses
+    words: np.ndarray,             # (rows, samples): lengths of the responses
     reference_words: np.ndarray,   # (rows, samples): of the reference's
     tie: float = TIE,              # scores nearer than this are equal
 ) -> tuple[float, int]:            # a share, and of how many pairs; NaN where no pair has a winner and two lengths

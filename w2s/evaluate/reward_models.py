@@ -37,7 +37,7 @@ FORMS = ('chat', 'pair', 'text')
 # %% ../../nbs/api/evaluate/160_reward_models.ipynb #f0917d1e
 def form_of(
     tokenizer: Any, # of a reward model
-) -> str:           # one of `FORMS`
+) -> str:           # one of FORMS
     "How does a reward model read? By a chat template if there is one, as two texts if it has a token between them, else as one text"
     if tokenizer.chat_template: return 'chat'
     return 'pair' if tokenizer.sep_token is not None else 'text'
@@ -47,7 +47,7 @@ def reward_ids(
     tokenizer: Any,             # of a reward model
     prompt: str | list[dict],   # a text, or chat messages
     response: str,              # to it
-    form: str,                  # one of `FORMS`
+    form: str,                  # one of FORMS
 ) -> list[int]:
     "A prompt and a response as a reward model reads them"
     if form == 'pair': return tokenizer(prompt_text(prompt), response, verbose=False)['input_ids']
@@ -135,7 +135,7 @@ UNPACKED = LoadSettings('none') # how a reward model is loaded: in bfloat16 wher
 def load_reward_model(
     name: str | Path,               # folder, or name on the hub
     settings: LoadSettings = UNPACKED, # type of the arithmetic, revision, and what is allowed
-    form: str | None = None,        # what it reads, one of `FORMS`; None: see `form_of`
+    form: str | None = None,        # what it reads, one of FORMS; None: see form_of
     limit: int | None = None,       # longest text in tokens; None: what the model can read
     budget: int = 8192,             # padded tokens at once
     device: str | None = None,      # instead of that of the settings

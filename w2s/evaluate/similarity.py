@@ -92,7 +92,7 @@ def encoder_vectors(
 
 # %% ../../nbs/api/evaluate/150_similarity.ipynb #0e54594d
 def mean_states(
-    model: torch.nn.Module,    # with `last_hidden_state` in its output
+    model: torch.nn.Module,    # with last_hidden_state in its output
     ids: Sequence[Sequence[int]], # of each text
 ) -> np.ndarray:               # (texts, width) float64
     "Mean over the tokens of each text, padded on the right, padding left out"

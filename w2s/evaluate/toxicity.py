@@ -129,7 +129,7 @@ def complete_rows(
 
 # %% ../../nbs/api/evaluate/240_toxicity.ipynb #60f7b6d3
 def arm_counts(
-    arms: Mapping[str, tuple[np.ndarray, np.ndarray]], # as in `complete_rows`
+    arms: Mapping[str, tuple[np.ndarray, np.ndarray]], # as in complete_rows
 ) -> pd.DataFrame:                                     # index: arm; prompts, texts, empty, failed, mute (no text), incomplete (a failure)
     "What was said, and what could be scored"
     def one(scores: np.ndarray, empty: np.ndarray) -> dict[str, int]:
@@ -192,7 +192,7 @@ def distinct(
 
 # %% ../../nbs/api/evaluate/240_toxicity.ipynb #afb47580
 def fluency_scores(
-    logs: np.ndarray,      # (prompts, samples): `log_perplexity`
+    logs: np.ndarray,      # (prompts, samples): log_perplexity
     responses: Samples,    # the continuations of each prompt
 ) -> dict[str, np.ndarray]: # metric -> one number per prompt; NaN where all continuations are empty, or have too few words
     "Log-perplexity of what was said, and distinct words, pairs and triples (DExperts, Liu et al. 2105.03023, reports these)"

@@ -65,7 +65,7 @@ def label_number(
 def reading_of(
     config: Any,   # of a classifier
     where: str,    # its name, for the message
-) -> str:          # one of `READINGS`
+) -> str:          # one of READINGS
     "How are its logits read? By the problem that it was trained for"
     if config.problem_type == 'multi_label_classification': return 'sigmoid'
     if config.problem_type == 'regression': return 'plain'
@@ -76,7 +76,7 @@ def reading_of(
 def probability(
     logits: torch.Tensor, # (texts, labels)
     at: int,              # the label
-    reading: str,         # one of `READINGS`
+    reading: str,         # one of READINGS
 ) -> np.ndarray:          # (texts,) float64
     "What a classifier says of one label"
     z = logits.cpu().double()
@@ -103,7 +103,7 @@ def load_classifier_scorer(
     name: str | Path,              # folder, or name on the hub
     label: str = '',               # the label that means toxicity; '': only where there is one label
     settings: LoadSettings = FULL, # type of the arithmetic, revision, and what is allowed
-    reading: str = '',             # one of `READINGS`; '': see `reading_of`
+    reading: str = '',             # one of READINGS; '': see reading_of
     limit: int | None = None,      # longest text in tokens; None: what the model can read
     budget: int = 8192,            # padded tokens at once
     device: str | None = None,     # instead of that of the settings
@@ -189,7 +189,7 @@ KIND = 'w2s toxicity ridge 1' # in the card; the number rises with every change 
 
 # %% ../../nbs/api/evaluate/250_toxicity_scorers.ipynb #a2d9648f
 def ridge_card(
-    model: ToxicityRidge,  # trained on `train`
+    model: ToxicityRidge,  # trained on train
     train: Dataset,        # columns source, text, score
     test: Dataset,         # texts that it has not seen
     seed: int,             # of the split
@@ -211,10 +211,10 @@ def ridge_card(
 
 # %% ../../nbs/api/evaluate/250_toxicity_scorers.ipynb #3119488e
 def fit_ridge(
-    rows: Dataset,            # columns id, group, source, text, score, as `read_toxicity` gives them
+    rows: Dataset,            # columns id, group, source, text, score, as read_toxicity gives them
     seed: int = 0,            # of the split
     held_out: float = .1,     # fraction held out from training, by group, to measure on
-    strength: float = 1.,     # see `train_ridge`
+    strength: float = 1.,     # see train_ridge
 ) -> ToxicityRidge:           # with its card
     "Train a scorer and measure it on held-out texts; it is not refitted on all rows"
     parts = group_split(rows, dict(train=1 - held_out, test=held_out), seed)
@@ -281,7 +281,7 @@ def check_ridge(
 
 # %% ../../nbs/api/evaluate/250_toxicity_scorers.ipynb #32ee3a98
 def load_ridge(
-    folder: str | Path, # written by `save_ridge`
+    folder: str | Path, # written by save_ridge
 ) -> ToxicityRidge:
     "Read a scorer; raises `ModelError`"
     folder = Path(folder)
@@ -306,7 +306,7 @@ def load_ridge(
 
 # %% ../../nbs/api/evaluate/250_toxicity_scorers.ipynb #737b6c24
 def load_scorer(
-    name: str | Path, # 'oracle', a folder written by `save_ridge`, or a classifier as 'folder:label'
+    name: str | Path, # 'oracle', a folder written by save_ridge, or a classifier as 'folder:label'
     device: str | None = None, # of a classifier; None: the GPU if there is one
 ) -> Scorer:
     "The scorer of that name; raises `ModelError`"

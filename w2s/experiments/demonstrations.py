@@ -59,7 +59,7 @@ def result_of(
     models: list[Model],         # that work
     table: QuestionTable | None, # questions of your own; None: the world
     data: tuple[str, DataReport],# where the questions come from, and what was found in them
-    made: Made,                  # of `make_arms`
+    made: Made,                  # of make_arms
 ) -> Result:
     "All tables"
     c, task, items = study.config, made.extra['items']['task'].iloc[0], made.extra['items']

@@ -75,7 +75,7 @@ def result_of(
     study: Study[Classify],   # the experiment
     models: dict[str, Model], # by name
     data: LoadedData,         # rows
-    made: Made,               # of `make_arms`
+    made: Made,               # of make_arms
 ) -> Result:
     "All tables"
     labellers = [a for a in made.arms if a.role == 'floor']
@@ -124,7 +124,7 @@ def open_labels(
     return add_further_tests(opened, label_tester(study, [m.reader for m in models.values()], data))
 
 def run(
-    config: Classify | None = None,  # what to compare; None: safety in the embedded world, `pico` teaches `base`
+    config: Classify | None = None,  # what to compare; None: safety in the embedded world, pico teaches base
     out: str | Path = 'runs/classify', # folder of stages and results; used again by later runs
     quiet: bool = False,             # no progress bars and no lines
     keep: bool = False,              # use finished stages that other versions of the packages made

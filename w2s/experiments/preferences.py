@@ -74,7 +74,7 @@ def result_of(
     study: Study[WeakTeacher], # the experiment
     models: list[Model],       # all of them
     data: LoadedData,          # rows that all models can read
-    made: Made,                # of `make_arms`
+    made: Made,                # of make_arms
 ) -> Result:
     "All tables"
     items, c, seeds = made.extra['items'], study.config, made.seeds

@@ -56,7 +56,7 @@ def result_of(
     study: Study[Toxicity],       # the experiment
     models: list[Model],          # weak and strong
     data: tuple[str, DataReport], # where the prompts come from, and what was found in them
-    made: Made,                   # of `make_arms`
+    made: Made,                   # of make_arms
 ) -> Result:
     "All tables"
     c, arms, test = study.config, made.arms, made.seeds[-1].test
@@ -86,7 +86,7 @@ def open_toxicity(
     return add_further_tests(opened, toxicity_tester(study, models, judge, seeds))
 
 def run(
-    config: Toxicity | None = None,    # what to compare; None: scenes of the embedded world, `pico` teaches `base`
+    config: Toxicity | None = None,    # what to compare; None: scenes of the embedded world, pico teaches base
     out: str | Path = 'runs/toxicity', # folder of stages and results; used again by later runs
     quiet: bool = False,               # no lines
     scorer: Scorer | None = None,      # a function of your own instead of a named scorer

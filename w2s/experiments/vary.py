@@ -93,7 +93,7 @@ class Varied:
 
 # %% ../../nbs/api/experiments/50_vary.ipynb #eaaf0a9c
 def varied_table(
-    varied: Varied,                                        # of `run_varied`
+    varied: Varied,                                        # of run_varied
     metrics: Sequence[str] = ('accuracy', 'gold_reward'),  # which; those that it has are shown
 ) -> pd.DataFrame:                                         # a row per value: label agreement; value [low, high] of floor, student and human
     "The table that a person looks at"
@@ -113,14 +113,14 @@ def varied_table(
 
 # %% ../../nbs/api/experiments/50_vary.ipynb #d4c3b2a1
 def lead_metrics(
-    varied: Varied, # of `run_varied`
+    varied: Varied, # of run_varied
 ) -> list[str]:     # those of the PGR, or the first one
     "The metrics that a variation is about"
     found = list(dict.fromkeys(varied.pgr['metric'])) if 'metric' in varied.pgr else []
     return found or list(dict.fromkeys(varied.intervals['metric']))[:1]
 
 def by_value(
-    varied: Varied, # of `run_varied`
+    varied: Varied, # of run_varied
 ) -> pd.DataFrame:  # one row per value and model: role, method, weak, strong, and value [low, high] of each metric
     "The table that a person looks at, for any kind of feedback"
     metrics, t = lead_metrics(varied), varied.intervals
@@ -162,7 +162,7 @@ def open_together(
     return {at: open_loaded(study(c), *models[at], data[c.n_labelled, c.n_unlabelled, c.n_test]) for at, c in configs.items()}
 
 def open_varied(
-    configs: Mapping[str, Settings], # of `variants`
+    configs: Mapping[str, Settings], # of variants
     run: Run,                   # the folder of all of them
     quiet: bool = False,        # no progress bars
 ) -> dict[str, Opened]:         # value -> a comparison that can start
@@ -173,7 +173,7 @@ def open_varied(
     return {at: OPEN[type(c)](study(c)) for at, c in configs.items()}
 
 def open_each(
-    configs: Mapping[str, Any], # of `variants`
+    configs: Mapping[str, Any], # of variants
     run: Run,                   # folder of the stages
 ) -> list[Opened]:              # a comparison for each value
     "Open a variation in another process; its own functions are imported again there"
@@ -182,8 +182,8 @@ def open_each(
 
 def run_varied(
     given: Mapping[str, Any],              # settings that all share, as of a file
-    setting: str,                          # a key of `VARIATIONS`, a setting or a flag
-    values: Sequence[str] = (),            # of it; empty: those of `VARIATIONS`
+    setting: str,                          # a key of VARIATIONS, a setting or a flag
+    values: Sequence[str] = (),            # of it; empty: those of VARIATIONS
     out: str | Path = 'runs/preferences', # folder of stages; those of other runs in it are used again
     quiet: bool = False,                   # no progress bars and no lines
     keep: bool = False,                    # use finished stages that other versions of the packages made
@@ -208,7 +208,7 @@ def run_varied(
     return Varied(Path(out), setting, out_of)
 
 def plan_varied(
-    given: dict[str, Any],      # settings that all share, as of `run_varied`
+    given: dict[str, Any],      # settings that all share, as of run_varied
     setting: str,               # that is varied
     values: Sequence[str] = (), # of it
     out: str | Path = 'runs/preferences', # folder of stages; what is done in it costs nothing
@@ -236,7 +236,7 @@ def _say_other_rows(setting: str, results: Mapping[str, Result]) -> None:
 
 # %% ../../nbs/api/experiments/50_vary.ipynb #af23a966
 def contrast(
-    varied: Varied,               # of `run_varied`
+    varied: Varied,               # of run_varied
     a: str,                       # one value
     b: str,                       # what is taken away from it
     metric: str = 'gold_reward',  # of the items table

@@ -30,7 +30,7 @@ class FeedbackBrowser:
     def __init__(
         self,
         result: Result,     # of a run
-        rows: pd.DataFrame, # of `feedback_rows`, filtered and sorted
+        rows: pd.DataFrame, # of feedback_rows, filtered and sorted
         role: str,          # whose margin the tokens moved
         few: int = FEW,     # cards where nothing can be clicked
     ):

@@ -19,7 +19,7 @@ from .tokens import Pair
 TOWARDS, AGAINST = '42,122,185', '224,122,31' # red, green and blue of the two shades
 
 def shaded_tokens(
-    table: pd.DataFrame, # of `token_table`
+    table: pd.DataFrame, # of token_table
     most: float,         # the largest shift of the pair, in log-odds
 ) -> str:                # an HTML fragment, texts escaped
     "A response whose tokens are shaded by how much they moved the margin"
@@ -55,7 +55,7 @@ def _agreement(value: float) -> str:
 
 def pair_card(
     row: Row,                # of preferences
-    pair: Pair | None = None, # of `token_shifts`; None: no shades
+    pair: Pair | None = None, # of token_shifts; None: no shades
 ) -> str:                    # an HTML fragment, texts escaped
     "The two responses of a weak label, side by side"
     head = f'{escape(str(row["id"]))} · seed {row["seed"]} · confidence {row["confidence"]:.3f} · margin {row["margin"]:+.2f} · '

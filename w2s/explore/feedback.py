@@ -81,7 +81,7 @@ def _within(rows: pd.DataFrame, column: str, bounds: Range | None) -> pd.Series:
     return rows[column].between(low, high)
 
 def filter_rows(
-    rows: pd.DataFrame,              # of `feedback_rows`
+    rows: pd.DataFrame,              # of feedback_rows
     confidence: Range | None = None, # of the supervisor; None: any
     margin: Range | None = None,     # log-odds; None: any
     agrees: bool | None = None,      # True: right, False: wrong, by ground truth; None: any
@@ -101,7 +101,7 @@ def _texts(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[[c for c in names if c in rows]].astype(str)
 
 def sort_rows(
-    rows: pd.DataFrame,      # of `feedback_rows`
+    rows: pd.DataFrame,      # of feedback_rows
     by: str = '',            # a column; '': as they are
     descending: bool = True, # the largest first
 ) -> pd.DataFrame:           # with the same index
@@ -113,7 +113,7 @@ def sort_rows(
 
 # %% ../../nbs/api/explore/20_feedback.ipynb #0e30a5f0
 def short_table(
-    rows: pd.DataFrame, # of `feedback_rows`
+    rows: pd.DataFrame, # of feedback_rows
     length: int = 70,   # characters of a text
 ) -> pd.DataFrame:
     "The rows for a table: numbers with three digits, texts on one line and cut"

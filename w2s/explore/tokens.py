@@ -132,7 +132,7 @@ def token_table(
 Pair = dict[str, pd.DataFrame] # 'chosen' and 'rejected' -> a table of `token_table`
 
 def token_shifts(
-    policy: Policy,                     # of `find_policy`
+    policy: Policy,                     # of find_policy
     rows: Sequence[Mapping[str, Any]],  # with id, prompt, chosen and rejected
 ) -> list[Pair]:
     "How much each token moved the margin of each pair, computed now; raises `DataError` for a pair that the model cannot read"

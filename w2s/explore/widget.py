@@ -45,7 +45,7 @@ class FilterControls:
     "Sliders, a choice and a search field for the columns that some rows have"
     def __init__(
         self,
-        rows: pd.DataFrame, # of `feedback_rows`
+        rows: pd.DataFrame, # of feedback_rows
     ):
         self.confidence = range_slider(rows['confidence'], 'confidence') if 'confidence' in rows else None
         self.margin = range_slider(rows['margin'], 'margin') if 'margin' in rows else None
@@ -60,7 +60,7 @@ class FilterControls:
 
     def filter(
         self,
-        rows: pd.DataFrame, # of `feedback_rows`
+        rows: pd.DataFrame, # of feedback_rows
     ) -> pd.DataFrame:
         "The rows that fit"
         agrees = AGREES[self.agrees.value] if self.agrees else None
@@ -77,7 +77,7 @@ class FilterControls:
 LOOK: dict[str, Any] = dict(showIndex=False, maxBytes=0, text_in_header_can_be_selected=False)
 
 def browser_widget(
-    rows: pd.DataFrame,                    # of `feedback_rows`, sorted
+    rows: pd.DataFrame,                    # of feedback_rows, sorted
     cards: Callable[[pd.DataFrame], str],  # makes an HTML fragment of some of these rows, texts escaped
 ) -> Box:                                  # controls, count, table and card
     "Controls, a table, and the row that is clicked"

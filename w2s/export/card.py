@@ -71,9 +71,9 @@ def header(
     name: str,            # of the model
     config: Settings,     # of the run
     base: str,            # name of the base, as in the settings
-    form: str,            # one of `FORMS`
+    form: str,            # one of FORMS
     head: str,            # of the model; '': it writes text
-    measured: pd.DataFrame, # of `run_rows`
+    measured: pd.DataFrame, # of run_rows
     license: str | None,  # of the base; None: not known
 ) -> ModelCardData:
     "The metadata of the Hub"
@@ -136,7 +136,7 @@ def card_text(
     trained: Trained,           # of a run
     config: Settings,           # of the run
     base: str,                  # name of the base, as in the settings
-    form: str,                  # one of `FORMS`
+    form: str,                  # one of FORMS
     held: HeldOut,              # on which the export was tried
     found: Sequence[Fidelity],  # of all forms that were tried
     chosen: Fidelity,           # the one that was written

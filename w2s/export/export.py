@@ -45,10 +45,10 @@ class ExportJob:
     "What is to be exported, and how"
     run: Path                   # folder of a finished run
     arm: str = 'student'        # ROLE, ROLE/METHOD, ROLE/METHOD/WEAK, or the name of an adapter
-    to: str = 'merged'          # one of `FORMS`
+    to: str = 'merged'          # one of FORMS
     seed: int = 0               # of the run
     out: Path | None = None     # folder that is made; None: exports/RUN-ARM-FORM
-    base: str = 'dequantized'   # what the adapter is merged into, one of `BASES`
+    base: str = 'dequantized'   # what the adapter is merged into, one of BASES
     dtype: str = 'auto'         # of the written weights
     rows: int = 200             # test examples at most
     limit: Tolerance = Tolerance() # beyond which the export is refused
@@ -222,7 +222,7 @@ def check_push(
         raise ConfigError(f'HF_HUB_OFFLINE is set, so nothing can be uploaded to {name}; unset it, or leave out --push')
 
 def push_export(
-    done: Exported,       # of `export_run`
+    done: Exported,       # of export_run
     name: str,            # of the repository, USER/MODEL
     private: bool = True, # only its owner sees it
 ) -> str:                 # its address

@@ -43,7 +43,7 @@ def written_type(
 def write_tokenizer(
     model: Model,           # the base
     folder: Path,           # there already
-    pad: int | None = None, # another padding token, see `padding_id`; None: as it is
+    pad: int | None = None, # another padding token, see padding_id; None: as it is
 ) -> None:
     "Write the tokenizer of a run"
     tokenizer = load_tokenizer(model.name, model.load)
@@ -54,7 +54,7 @@ def write_tokenizer(
 
 # %% ../../nbs/api/export/60_forms.ipynb #d9a5adae
 def write_merged(
-    merged: PreTrainedModel, # of `merge_adapter`, or of `headed_model`
+    merged: PreTrainedModel, # of merge_adapter, or of headed_model
     model: Model,            # its base
     folder: Path,            # made
     dtype: torch.dtype,      # of the written weights
@@ -79,10 +79,10 @@ def padding_id(
     return next((i for i in others if i is not None and i != end), None)
 
 def headed_model(
-    merged: PreTrainedModel,  # of `merge_adapter`
+    merged: PreTrainedModel,  # of merge_adapter
     model: Model,             # its base
     adapter: Path,            # folder with the head
-    head: str,                # its name, a key of `HEADS`
+    head: str,                # its name, a key of HEADS
     classes: Sequence[str],   # names of the classes; empty for a reward
 ) -> PreTrainedModel:
     "A classifier or reward model of transformers; raises `ModelError` where there is none for this family"
@@ -126,7 +126,7 @@ def write_adapter(
     write_tokenizer(model, folder)
 
 def read_adapter_back(
-    folder: Path, # of `write_adapter`
+    folder: Path, # of write_adapter
     model: Model, # its base
 ) -> PeftModel:   # in evaluation mode
     "Load a base in 4 bits and an adapter on it with transformers and PEFT alone"

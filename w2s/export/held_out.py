@@ -59,7 +59,7 @@ class HeldOut:
     answer: Answer | None = None # that metric, where the model must write; NaN: not of this row
     reference: Path | None = None # adapter of the policy that rewards are measured against
     against: bool = False        # are they measured against one? The untuned base, where there is no such adapter
-    head: str = ''               # the head that the adapter has, a key of `HEADS`
+    head: str = ''               # the head that the adapter has, a key of HEADS
     classes: tuple[str, ...] = () # names of the classes of a classifier
 
     def __repr__(self) -> str: return f'{len(self.rows)} test examples, {self.metric or "log-probs alone"}'

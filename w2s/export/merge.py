@@ -37,7 +37,7 @@ def four_bit_weights(
 # %% ../../nbs/api/export/20_merge.ipynb #63cc68b3
 def put_weights(
     model: torch.nn.Module,     # plain; changed in place
-    weights: dict[str, Tensor], # of `four_bit_weights`
+    weights: dict[str, Tensor], # of four_bit_weights
 ) -> None:
     "Give a plain model other weights; raises `ModelError` for one that has no place there"
     for name, value in weights.items():
@@ -54,7 +54,7 @@ BASES = ('dequantized', 'original')
 
 def check_base(
     model: Model, # the base, not yet loaded
-    base: str,    # one of `BASES`
+    base: str,    # one of BASES
 ) -> None:
     "Raise `ConfigError` for an unknown base, or one that does not exist"
     if base not in BASES: raise ConfigError(f'--base {base}: there are {", ".join(BASES)}')
@@ -63,7 +63,7 @@ def check_base(
 
 def plain_base(
     model: Model, # the base, not yet loaded
-    base: str,    # one of `BASES`
+    base: str,    # one of BASES
 ) -> Base:        # float32, on the CPU
     "The model that an adapter is merged into"
     check_base(model, base)
@@ -73,7 +73,7 @@ def plain_base(
     return plain
 
 def merge_adapter(
-    plain: Base,   # of `plain_base`
+    plain: Base,   # of plain_base
     adapter: Path, # folder of an adapter, with a head or without
 ) -> PreTrainedModel: # float32; its head, if the adapter has one, is left out
     "The base with the adapter in its weights; raises `ModelError` for an adapter that is damaged or of another base"

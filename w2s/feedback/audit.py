@@ -81,7 +81,7 @@ def subset_table(
     human: WeakLabels,        # of the same pairs, in the same order
     reward_a: np.ndarray,     # (rows,): gold reward of each pair's response a
     reward_b: np.ndarray,     # (rows,): of response b
-    random: WeakLabels | None = None, # of `random_labels` at the supervisor's rate, for the control; None: left out
+    random: WeakLabels | None = None, # of random_labels at the supervisor's rate, for the control; None: left out
 ) -> pd.DataFrame:            # set, n, agreement with human, better, chosen, rejected, delta, low, high
     "Gold rewards of chosen and rejected responses by set of labels (Tao & Li 2409.08813, Tables 1, 2 and 12); raises `DataError`"
     rewards = np.stack([np.asarray(r, float) for r in (reward_a, reward_b)], axis=1)
@@ -101,8 +101,8 @@ def subset_table(
 
 # %% ../../nbs/api/feedback/030_audit.ipynb #f2bf4aca
 def mix_check(
-    table: pd.DataFrame,         # of `subset_table`, or typed: columns set, chosen, rejected
-    share: float | None = None,  # of matches; None: `agreement` of the set in the table
+    table: pd.DataFrame,         # of subset_table, or typed: columns set, chosen, rejected
+    share: float | None = None,  # of matches; None: agreement of the set in the table
     name: str = 'weak',          # whose labels: 'weak' or 'random'
 ) -> pd.DataFrame:               # set, side, value, mixed, difference
     "Do the matches and mismatches add up to the whole? (identity behind Tao & Li's Table 2); raises `DataError`"

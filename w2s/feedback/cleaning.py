@@ -67,9 +67,9 @@ PROBES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = 
 
 # %% ../../nbs/api/feedback/050_cleaning.ipynb #32dae58f
 def out_of_fold(
-    hidden: np.ndarray,                  # (rows, width): from `last_hidden`
+    hidden: np.ndarray,                  # (rows, width): from last_hidden
     targets: np.ndarray,                 # (rows, classes): weak labels
-    probe: str = 'logistic',             # a name in `PROBES`
+    probe: str = 'logistic',             # a name in PROBES
     folds: int = FOLDS,                  # each row is judged by a probe of the others
     seed: int = 0,                       # of the folds
     groups: Sequence[str] | None = None, # one a row, kept in one fold; None: each row its own
@@ -84,7 +84,7 @@ def out_of_fold(
 # %% ../../nbs/api/feedback/050_cleaning.ipynb #c3b07ea2
 def least_likely(
     targets: np.ndarray, # (rows, classes): weak labels
-    probs: np.ndarray,   # (rows, classes): from `out_of_fold`
+    probs: np.ndarray,   # (rows, classes): from out_of_fold
     share: float,        # of the rows of each weak class
 ) -> np.ndarray:         # (rows,) of bool
     "The rows whose weak class the probe finds least likely, the same share in each class"
@@ -105,10 +105,10 @@ class Cleaned:
 
 # %% ../../nbs/api/feedback/050_cleaning.ipynb #c2e1de79
 def clean_by_probe(
-    hidden: np.ndarray,                  # (rows, width): of the student, from `last_hidden`
+    hidden: np.ndarray,                  # (rows, width): of the student, from last_hidden
     targets: Any,                        # (rows, classes): weak labels, which sum to 1 in each row
     how: str = 'filter',                 # 'filter': weight 0 for suspects; 'relabel': the probe's probabilities as targets
-    probe: str = 'logistic',             # a name in `PROBES`
+    probe: str = 'logistic',             # a name in PROBES
     share: float = 0.1,                  # of 'filter': rows of each weak class to leave out; EleutherAI's w2s: 0.1
     folds: int = FOLDS,                  # of the probe
     seed: int = 0,                       # of the folds

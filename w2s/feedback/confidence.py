@@ -43,9 +43,9 @@ def _set_columns(rows: Dataset, **columns: np.ndarray) -> Dataset:
 
 # %% ../../nbs/api/feedback/020_confidence.ipynb #f09572ec
 def weighted(
-    rows: Dataset,            # of kind "preferences"; `prob`, at least one half, is the supervisor's P(chosen ≻ rejected)
-    how: str = 'confidence',  # a key of `WEIGHTS`; the paper's best
-) -> Dataset:                 # the same rows; `weight` is what it was, times the new weight
+    rows: Dataset,            # of kind "preferences"; prob, at least one half, is the supervisor's P(chosen ≻ rejected)
+    how: str = 'confidence',  # a key of WEIGHTS; the paper's best
+) -> Dataset:                 # the same rows; weight is what it was, times the new weight
     "Weight rows by the supervisor's margin (CW-PO 2603.04968, Eq. 7); raises `ConfigError` and `DataError`"
     if how not in WEIGHTS: raise ConfigError(unknown(how, WEIGHTS, 'weight'))
     p, old = (np.asarray(rows.with_format(None)[c][:], float) for c in ('prob', 'weight'))
@@ -57,7 +57,7 @@ def weighted(
 
 # %% ../../nbs/api/feedback/020_confidence.ipynb #973bc49a
 def top_share(
-    rows: Dataset,  # of kind "preferences", with the supervisor's `prob`
+    rows: Dataset,  # of kind "preferences", with the supervisor's prob
     share: float,   # of the rows, above 0 and at most 1; rounded to whole rows, at least one
 ) -> Dataset:       # the most confident rows, in their old order
     "Keep the most confident labels; raises `ConfigError`"
@@ -105,7 +105,7 @@ def fit_temperature(
 # %% ../../nbs/api/feedback/020_confidence.ipynb #9732550f
 def calibrated(
     labels: WeakLabels,  # of one supervisor
-    temperature: float,  # of `fit_temperature`; 1 changes nothing
+    temperature: float,  # of fit_temperature; 1 changes nothing
 ) -> WeakLabels:         # the same choices, with other probabilities
     "Divide all margins by a temperature; raises `ConfigError`"
     if not (temperature > 0 and np.isfinite(temperature)): raise ConfigError(f'temperature is {temperature}; want a finite number above 0')

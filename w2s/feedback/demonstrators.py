@@ -33,7 +33,7 @@ class Demonstrations:
 
 # %% ../../nbs/api/feedback/080_demonstrators.ipynb #3d94f15b
 def demonstrated(
-    form: Form,                    # its `ask` makes the prompts
+    form: Form,                    # its ask makes the prompts
     questions: Sequence[str],      # one a row
     answers: Sequence[str],        # same order
     source: str,                   # who answered, kept in each row
@@ -85,7 +85,7 @@ _all_ = ['QUESTIONS', 'ANSWERS', 'column_of'] # a reader of this module should f
 
 def read_questions(
     path: str | Path,   # of a table
-    column: str = '',   # of the questions; '': one of `QUESTIONS`
+    column: str = '',   # of the questions; '': one of QUESTIONS
     leave_out: Sequence[str] = (), # columns that are not to be read
 ) -> list[str]:         # in the order of the file, each once
     "Questions of a file; raises `DataError` where none can be read, and for a long column that is not read"
@@ -95,8 +95,8 @@ def read_questions(
 def read_answers(
     path: str | Path,           # of a table
     questions: Sequence[str],   # that must have answers
-    question: str = '',         # column of the questions; '': one of `QUESTIONS`
-    answer: str = '',           # column of the answers; '': one of `ANSWERS`
+    question: str = '',         # column of the questions; '': one of QUESTIONS
+    answer: str = '',           # column of the answers; '': one of ANSWERS
     leave_out: Sequence[str] = (), # columns that are not to be read
 ) -> list[str]:                 # one a question, in their order
     "Answers of a file; raises `DataError` where one is missing"

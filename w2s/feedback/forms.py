@@ -96,7 +96,7 @@ def one_line(
 
 # %% ../../nbs/api/feedback/060_forms.ipynb #cf078963
 def examples(
-    form: Form,                       # its `show` and `between`
+    form: Form,                       # its show and between
     pairs: Sequence[tuple[str, str]], # questions with answers
 ) -> str:
     "Questions with answers, one after another"
@@ -105,9 +105,9 @@ def examples(
 # %% ../../nbs/api/feedback/060_forms.ipynb #bccc677b
 def asked(
     form: Form,      # templates
-    which: str,      # a key of `NEEDS`
+    which: str,      # a key of NEEDS
     **parts: str,    # what goes into its holes
-) -> Prompt:         # ready for `generate`
+) -> Prompt:         # ready for generate
     "One prompt; raises `ConfigError` where a hole stays open"
     if open_ := [h for h in NEEDS[which] if h not in parts]:
         raise ConfigError(f'the template {which} needs {{{open_[0]}}}, and nothing was given for it')
@@ -117,7 +117,7 @@ def asked(
 # %% ../../nbs/api/feedback/060_forms.ipynb #01996f9b
 def stops(
     form: Form, # how a model is asked
-) -> tuple[str, ...]: # for `GenerateSettings`; none for a chat model, which says when it is done
+) -> tuple[str, ...]: # for GenerateSettings; none for a chat model, which says when it is done
     "Texts before which an answer ends"
     if form.chat: return ()
     opening = form.ask.partition('{question}')[0].strip()

@@ -121,8 +121,8 @@ def parse_verdict(
 # %% ../../nbs/api/feedback/040_judge.ipynb #bfa9f962
 def text_votes(
     base: Base,                     # a loaded model
-    questions: list[Question],      # see `question`
-    settings: GenerateSettings,     # how it writes; `samples` verdicts each
+    questions: list[Question],      # see question
+    settings: GenerateSettings,     # how it writes; samples verdicts each
     model: Any = None,              # the model with an adapter on it; None: the base
     seed: int = 0,                  # of the samples
     quiet: bool = False,            # no progress bar
@@ -228,7 +228,7 @@ def judge_pairs(
 
 # %% ../../nbs/api/feedback/040_judge.ipynb #4ac6d258
 def judge_report(
-    judged: Judgement, # of `judge_pairs`
+    judged: Judgement, # of judge_pairs
 ) -> dict[str, float]: # pairs, failed, win, tie, lose, win_rate, lowest, highest, flip_rate, first_rate
     "What a judge said, and how far it can be relied upon; shares are among the pairs that it judged"
     x, ok = judged.outcome, ~judged.failed
@@ -252,7 +252,7 @@ def judge_report(
 # %% ../../nbs/api/feedback/040_judge.ipynb #437d9277
 def judge_labels(
     pairs: Dataset,      # that were judged
-    judged: Judgement,   # of `judge_pairs`, on the same pairs
+    judged: Judgement,   # of judge_pairs, on the same pairs
     source: str,         # name of the judge, kept in each row
 ) -> WeakLabels:         # of the pairs on which it did not fail
     "Label pairs by a judge (RLAIF, Lee et al. 2309.00267); raises `DataError`"
@@ -282,7 +282,7 @@ def response_pairs(
 
 # %% ../../nbs/api/feedback/040_judge.ipynb #915a34f7
 def judged_scores(
-    judged: Judgement,  # of `response_pairs`
+    judged: Judgement,  # of response_pairs
     samples: int = 1,   # a row
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]: # rows whose samples were all judged, (rows,) bool; metric: one number for each of these rows
     "A judge's verdicts on model a against b as metrics of rows; raises `DataError` if none was judged"

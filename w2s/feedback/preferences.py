@@ -29,7 +29,7 @@ def implicit_reward(
 @dataclass(frozen=True)
 class WeakLabels:
     "Labels of one supervisor, and what is known about them"
-    rows: Dataset        # of kind "preferences"; `prob` is the supervisor's own P(chosen ≻ rejected)
+    rows: Dataset        # of kind "preferences"; prob is the supervisor's own P(chosen ≻ rejected)
     prob_a: np.ndarray   # (rows,): P(a ≻ b)
     ties: int            # pairs with equal rewards, given to response b
 

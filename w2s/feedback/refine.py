@@ -43,7 +43,7 @@ def batches(
 def shown_rows(
     settings: Examples,        # how many, and which
     answers: Sequence[str],    # of all rows; empty ones are not shown
-    groups: Sequence[str],     # of all rows, see `groups_of`
+    groups: Sequence[str],     # of all rows, see groups_of
     of: Sequence[str] | None = None, # groups of the rows that are asked about, if they are others than those with answers
 ) -> list[list[int]]:          # for each row that is asked about: numbers of the rows with answers
     "Which rows are examples for which; raises `DataError` where there are too few"
@@ -101,7 +101,7 @@ def in_context_refine(
     questions: Sequence[str],             # one a row
     answers: Sequence[str],               # of the weak model
     settings: Examples = Examples(),      # how many are shown, and which
-    groups: Sequence[str] | None = None,  # see `groups_of`
+    groups: Sequence[str] | None = None,  # see groups_of
 ) -> Refined:
     "The strong model answers behind weak answers to other questions (Somerstep et al. 2405.16236, Algorithm 1); raises `DataError`"
     shown = shown_rows(settings, answers, groups_of(questions, groups))
@@ -114,7 +114,7 @@ def behind(
     shown: Sequence[Sequence[int]], # for each: numbers of the rows that come before it
     questions: Sequence[str],       # of these rows
     answers: Sequence[str],         # of these rows
-) -> list[Prompt]:                  # one a question of `asked_`
+) -> list[Prompt]:                  # one a question of asked_
     "Questions behind answered ones"
     return [
         asked(form, 'in_context', shown=examples(form, [(questions[i], answers[i]) for i in at]), question=q)
@@ -144,8 +144,8 @@ def infer_and_respond(
     form: Form,                  # its templates
     questions: Sequence[str],    # one a row
     answers: Sequence[str],      # of the weak model
-    batch: int = 5,              # see `infer_concepts`
-    think: Speak | None = None,  # who says the sentence; None: `speak`; another may be allowed more tokens
+    batch: int = 5,              # see infer_concepts
+    think: Speak | None = None,  # who says the sentence; None: speak; another may be allowed more tokens
 ) -> Refined:
     "The strong model names the concept, then answers under it (Somerstep et al. 2405.16236, Algorithm 2); raises `DataError`"
     concepts = infer_concepts(speak if think is None else think, form, questions, answers, batch)

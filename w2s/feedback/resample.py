@@ -57,6 +57,6 @@ def choose_by_score(
 def chosen_answers(
     samples: Sequence[Sequence[str]], # of each row
     choice: Sequence[int | None],     # number of a sample of each row; None: none
-) -> list[str]:                       # one a row; '' where there was no choice, so that `demonstrated` leaves the row out and counts it
+) -> list[str]:                       # one a row; '' where there was no choice, so that demonstrated leaves the row out and counts it
     "The answers that were chosen"
     return ['' if i is None else row[i] for row, i in zip(samples, choice, strict=True)]

@@ -45,7 +45,7 @@ def check_job_out(
 @contextmanager
 def open_job(
     out: Path,                  # file for the result
-    work: str | Path | None,    # folder of the stages; None: see `work_folder`
+    work: str | Path | None,    # folder of the stages; None: see work_folder
     settings: Mapping[str, Any], # of the job, as plain values
     quiet: bool = False,        # no lines
     keep: bool = False,         # use finished stages that other versions of the packages made
@@ -109,7 +109,7 @@ OPEN = ('How often it is right', 'Do its probabilities mean what they say?') # p
 
 def publish_job(
     out: Path,                            # file for the result
-    work: str | Path | None,              # folder of the stages; None: see `work_folder`
+    work: str | Path | None,              # folder of the stages; None: see work_folder
     content: str | Callable[[Path], None], # of the result: a text, or a function that writes it to a path
     page: str,                            # report for people, in Markdown
     asked: str,                           # what it answers, in one sentence

@@ -29,7 +29,7 @@ from ..models.zoo import SHIPPED
 class Job:
     "Settings of a command that reads a file and writes a file; its subclasses are dataclasses whose fields are made by `setting`"
     old: ClassVar[Mapping[str, str]] = {} # old name of a setting -> the new one
-    halves: ClassVar[bool] = False        # had it `rows` and `label_share`? See `Settings`
+    halves: ClassVar[bool] = False        # had it rows and label_share? See Settings
 
     def __post_init__(self) -> None:
         import_extensions(read_imports(getattr(self, 'imports', FITS)))
@@ -99,7 +99,7 @@ class LabelJob(Job):
 ACTING = ('weak', 'supervisor', 'n_labelled', 'max_length', 'beta', 'strict', 'imports', 'load', 'lora', 'sft', 'dpo')
 
 def acting(
-    config: WeakTeacher, # of `label_settings`
+    config: WeakTeacher, # of label_settings
 ) -> dict[str, Any]:     # as plain values
     "The settings behind some labels"
     return {k: v for k, v in to_table(config).items() if k in ACTING}
@@ -140,7 +140,7 @@ def check_labeller(
     if not has_model(kind) and model: raise ConfigError(f'--model is {model}, and the supervisor {kind} has no model; leave out --model')
 
 def is_trained(
-    config: WeakTeacher, # of `label_settings`
+    config: WeakTeacher, # of label_settings
 ) -> bool:
     "Does the supervisor learn from labelled pairs? A judge does not, nor does a labeller without a model"
     return LABELLERS.choose(config.supervisor)[1].flags['trains'] is not None
@@ -150,7 +150,7 @@ LEAST_TRAIN = 4 # labelled pairs
 
 def label_settings(
     model: str,                           # of the ladder, a folder, or a name on the hub; '': the labeller has none
-    given: dict[str, Any] | None = None,  # settings by name, tables inside; `n_labelled`: labelled rows to learn from, at most
+    given: dict[str, Any] | None = None,  # settings by name, tables inside; n_labelled: labelled rows to learn from, at most
 ) -> WeakTeacher:
     "Settings of a supervisor; raises `ConfigError`"
     given = dict(given or {})

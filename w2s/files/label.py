@@ -53,7 +53,7 @@ def judge_table(
     others: dict[str, np.ndarray], # name of a baseline: (rows,) its margins
     human: np.ndarray,     # (rows,): human P(a ≻ b)
     groups: Sequence[str] | None = None, # (rows,): rows that belong together, as those of a prompt; None: each row by itself
-) -> pd.DataFrame:         # a row for each judge, columns `SHOWN`
+) -> pd.DataFrame:         # a row for each judge, columns SHOWN
     "The supervisor, as it came and calibrated, beside the two baselines"
     margins = {f'{SUPERVISOR}, raw': raw, f'{SUPERVISOR}, calibrated': mended, **others}
     own = calibration_line('', raw, human, groups=groups)
@@ -69,14 +69,14 @@ class Labelled:
     "Labels of pairs, and what is known about them"
     job: LabelJob            # what was asked for
     config: WeakTeacher      # model and settings of the supervisor
-    labels: WeakLabels       # calibrated; `weight` of their rows is the confidence
+    labels: WeakLabels       # calibrated; weight of their rows is the confidence
     margin: np.ndarray       # (rows,): reward of chosen minus reward of rejected, before the temperature
     temperature: float       # margins are divided by it; 1: nothing was measured, or no temperature fits
-    scores: pd.DataFrame     # of `judge_table`, on held-out pairs, and on the rows where a human labelled them; empty: nothing was measured
-    bins: pd.DataFrame       # of `reliability`, of the calibrated supervisor, on the same pairs: column `on`
+    scores: pd.DataFrame     # of judge_table, on held-out pairs, and on the rows where a human labelled them; empty: nothing was measured
+    bins: pd.DataFrame       # of reliability, of the calibrated supervisor, on the same pairs: column on
     ahead: pd.DataFrame      # paired differences of accuracy: supervisor less a baseline; columns on, than, value, low, high
     data: LabelData          # the rows it comes from
-    models: tuple[str, ...] = () # of `model_lines`
+    models: tuple[str, ...] = () # of model_lines
     unfit: str = ''          # why no temperature fits; '': one does, or none was asked for
 
     def __repr__(self) -> str: return measured_text(self, _in_terminal)
@@ -264,7 +264,7 @@ def measured_text(
 # %% ../../nbs/api/files/40_label.ipynb #4864202f
 def job_settings(
     job: LabelJob,       # which rows
-    config: WeakTeacher, # of `label_settings`
+    config: WeakTeacher, # of label_settings
 ) -> dict[str, Any]:     # plain values
     "Everything that was set"
     return to_table(job) | acting(config)
@@ -322,7 +322,7 @@ def check_label_out(
     return check_job_out(out, *FORM, [job.rows, job.train or ''])
 
 def rows_for(
-    config: WeakTeacher, # of `label_settings`
+    config: WeakTeacher, # of label_settings
     job: LabelJob,       # which rows
     out: str | Path,     # file for the labels
 ) -> tuple[Model | None, LabelData]: # the supervisor, not yet loaded, None for a labeller without a model; its rows
@@ -339,7 +339,7 @@ def rows_for(
     )
 
 def dry_text(
-    config: WeakTeacher, # of `label_settings`
+    config: WeakTeacher, # of label_settings
     job: LabelJob,       # which rows
     out: str | Path,     # file for the labels
 ) -> str:                # settings as TOML, and what is in the rows
@@ -354,7 +354,7 @@ def dry_text(
 
 # %% ../../nbs/api/files/40_label.ipynb #e09d24db
 def label(
-    config: WeakTeacher,             # of `label_settings`
+    config: WeakTeacher,             # of label_settings
     job: LabelJob,                   # which rows
     out: str | Path,                 # file for the labels, .parquet; its report goes next to it
     work: str | Path | None = None,  # folder of stages, where a killed run goes on; None: as out, with .work

@@ -51,7 +51,7 @@ def said_by_human(
 def with_human(
     rows: Dataset,         # of kind "preferences"
     said: Sequence[float], # P(chosen ≻ rejected) by a human, NaN where nobody said
-) -> Dataset:              # `gold` is what the human said, `prob` is 1, as if nobody had
+) -> Dataset:              # gold is what the human said, prob is 1, as if nobody had
     "Put what a human said aside, in a column that no training reads"
     columns = rows.with_format(None)[:] | dict(prob=[1.]*len(rows), gold=list(said))
     chat = bool(len(rows)) and isinstance(columns['prompt'][0], list)
@@ -105,7 +105,7 @@ class LabelData:
     "The rows of a labelling"
     train: Dataset | None # of kind "preferences": the supervisor learns from them; None: nothing is labelled
     held: Dataset | None  # of kind "preferences": held out from training; None: nothing is measured
-    rows: Dataset         # of kind "preferences" whose order says nothing; `gold`: what a human said, NaN where nobody did
+    rows: Dataset         # of kind "preferences" whose order says nothing; gold: what a human said, NaN where nobody did
     report: DataReport    # what was found and done on the way
 
 # %% ../../nbs/api/files/30_label_rows.ipynb #1dc5f32f

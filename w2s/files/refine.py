@@ -62,7 +62,7 @@ def edited(
 def own_form(
     strong: str,                           # the strong model
     load: LoadSettings,                    # its revision
-    own: Mapping[str, Any] | None = None,  # changes, see `edited`
+    own: Mapping[str, Any] | None = None,  # changes, see edited
 ) -> Form:
     "The words for a model; raises `ModelError` and `ConfigError`"
     from w2s.models.load import load_tokenizer
@@ -124,7 +124,7 @@ def refiner(
 
 def dry_refine(
     job: RefineJob, # what is asked for
-    own: Mapping[str, Any] | None = None, # templates of one's own, see `edited`
+    own: Mapping[str, Any] | None = None, # templates of one's own, see edited
     out: str | Path | None = None, # file for the result; None: it is not named yet
 ) -> str:           # settings as TOML, what would be read, and what is known of the model
     "What a refinement would do; nothing is written. Raises `DataError`, `ModelError` or `ConfigError`"
@@ -158,8 +158,8 @@ class RefinedFile:
     questions: list[str]
     weak: list[str]          # weak answers, '' where none were read
     learned: TrainingRows    # refined answers, and rows to train on
-    cut: int                 # of `count_cut`
-    models: tuple[str, ...] = () # of `model_lines`
+    cut: int                 # of count_cut
+    models: tuple[str, ...] = () # of model_lines
     report: DataReport = field(default_factory=DataReport) # which columns were read as what, and which rows were left out
 
     def __repr__(self) -> str: return refined_text(self)
@@ -279,7 +279,7 @@ def refine_file(
     job: RefineJob,                        # what is asked for
     out: str | Path,                       # .jsonl file; its report goes next to it
     work: str | Path | None = None,        # folder where a killed refinement goes on; None: as out, with .work
-    own: Mapping[str, Any] | None = None,  # templates of one's own, see `edited`
+    own: Mapping[str, Any] | None = None,  # templates of one's own, see edited
     quiet: bool = False,                   # no progress bars and no lines
     keep: bool = False,                    # use finished stages that other versions of the packages made
 ) -> RefinedFile:

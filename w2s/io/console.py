@@ -35,7 +35,7 @@ def progress_bar(
     unit: str,           # what is counted: 'step', 'tok', 'rows'
     quiet: bool = False, # True: no bar in any case
     initial: int = 0,    # units that are done already
-) -> Any:                # a bar of tqdm, or one with the same methods, to be used in a `with`
+) -> Any:                # a bar of tqdm, or one with the same methods, to be used in a with
     "A progress bar, where somebody can see it; in a notebook the display of the running cell"
     from w2s.io.live import live_bar
     if not quiet and (bar := live_bar(total, label, unit, initial)): return bar
@@ -173,7 +173,7 @@ def wrap_line(
 def fit_text(
     text: str,         # sentences, and tables among them
     err: bool = False, # is it printed among the errors?
-    width: int = 0,    # columns; 0: those that `sentence_width` gives
+    width: int = 0,    # columns; 0: those that sentence_width gives
 ) -> str:
     "A text whose sentences fit the terminal; in a file or a pipe as it is"
     width = width or sentence_width(err)

@@ -183,7 +183,7 @@ def live_bar(
     label: str,       # what it is
     unit: str,        # what is counted: 'step', 'tok', 'rows'
     initial: int = 0, # units that are done already
-) -> LiveBar | None:  # to be used in a `with`; None: this is no notebook that somebody looks at
+) -> LiveBar | None:  # to be used in a with; None: this is no notebook that somebody looks at
     "A bar in the display of the running cell"
     if not is_live(): return None
     if not _OPEN: _OPEN.append(LivePanel())

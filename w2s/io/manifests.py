@@ -169,8 +169,8 @@ def is_edited(
 
 def keep_edited(
     folder: Path,          # of a run
-    files: dict[str, Any], # of `own_files`: what was written
-    earlier: dict[str, list[Any]] | None = None, # of `replaced_files`; None: no replacement was stopped
+    files: dict[str, Any], # of own_files: what was written
+    earlier: dict[str, list[Any]] | None = None, # of replaced_files; None: no replacement was stopped
 ) -> list[Path]:           # the copies
     "Rename texts that were changed since they were written; warns of each"
     copies = []

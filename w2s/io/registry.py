@@ -157,7 +157,7 @@ class Registry(Mapping[str, Extension]):
         name: str,                    # that settings use
         function: Callable[..., Any], # the code
         own: bool = True,             # the user's
-        **flags: Any,                 # see `flags` of the registry
+        **flags: Any,                 # see flags of the registry
     ) -> Extension:
         "Register a function under a name; raises `ConfigError`"
         what = f'{self.kind} "{name}" ({place_of(function)})'
@@ -175,7 +175,7 @@ class Registry(Mapping[str, Extension]):
     def built_in(
         self,
         name: str,    # that settings use
-        **flags: Any, # see `flags` of the registry
+        **flags: Any, # see flags of the registry
     ) -> Callable[[Callable], Callable]:
         "Decorator of functions that come with w2s"
         def register(function: Callable) -> Callable:
@@ -186,7 +186,7 @@ class Registry(Mapping[str, Extension]):
     def register(
         self,
         name: str,    # that settings use
-        **flags: Any, # see `flags` of the registry
+        **flags: Any, # see flags of the registry
     ) -> Callable[[Callable], Callable]:
         "Decorator of the user's functions; the function itself stays as it is"
         if not isinstance(name, str): raise ConfigError(f'{self.kind}: the decorator needs a name, as in @decorator("mine")')

@@ -27,7 +27,7 @@ def check_tracker(
     if name and name not in TRACKERS: raise ConfigError(f'--track {name}: {unknown(name, TRACKERS, "tracker")}')
 
 def need_tracker(
-    name: str, # one of `TRACKERS`; '': none
+    name: str, # one of TRACKERS; '': none
 ) -> None:
     "Raise `ConfigError` for a tracker that is not installed"
     if name and find_spec(name) is None:
@@ -60,7 +60,7 @@ def _to_service(tracker: str, folder: Path, name: str, rows: Numbers) -> None:
 FAILED: set[str] = set() # trackers that failed in this process
 
 def track(
-    tracker: str,  # one of `TRACKERS`; '': none
+    tracker: str,  # one of TRACKERS; '': none
     folder: Path,  # of the run, which is a project of the tracker
     name: str,     # of the training
     rows: Numbers, # of its curve

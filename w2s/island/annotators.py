@@ -34,7 +34,7 @@ ANNOTATORS = dict(
 # %% ../../nbs/api/island/060_annotators.ipynb #13918c69
 def liking(
     annotator: Annotator,  # whose
-    pairs: Sequence[dict], # of `draw_pair`
+    pairs: Sequence[dict], # of draw_pair
 ) -> np.ndarray:           # (pairs,): liking of the first answer minus that of the second
     "How much more somebody likes the first answer than the second"
     def one(p: dict, side: str) -> float:
@@ -43,22 +43,22 @@ def liking(
     return np.array([one(p, 'a') - one(p, 'b') for p in pairs])
 
 def gold_gaps(
-    pairs: Sequence[dict], # of `draw_pair`
+    pairs: Sequence[dict], # of draw_pair
 ) -> np.ndarray:           # (pairs,): never 0
     "Gold reward of the first answer minus that of the second"
     return np.array([p['score_a']['gold'] - p['score_b']['gold'] for p in pairs])
 
 # %% ../../nbs/api/island/060_annotators.ipynb #cbd3ff48
 def choice_probs(
-    likes: np.ndarray, # of `liking`
+    likes: np.ndarray, # of liking
     scale: float,      # k; larger: less noise
 ) -> np.ndarray:       # probability that the first answer is chosen
     "Bradley and Terry's choice probabilities"
     return (1 + np.tanh(scale*np.asarray(likes, float)/2))/2
 
 def expected_agreement(
-    likes: np.ndarray, # of `liking`
-    gaps: np.ndarray,  # of `gold_gaps`
+    likes: np.ndarray, # of liking
+    gaps: np.ndarray,  # of gold_gaps
     scale: float,      # k
 ) -> float:
     "Expected share of choices that agree with the gold reward"
@@ -66,8 +66,8 @@ def expected_agreement(
 
 # %% ../../nbs/api/island/060_annotators.ipynb #ed42fea3
 def find_scale(
-    likes: np.ndarray, # of `liking`
-    gaps: np.ndarray,  # of `gold_gaps`
+    likes: np.ndarray, # of liking
+    gaps: np.ndarray,  # of gold_gaps
     agreement: float,  # wanted, above .5 and below 1
 ) -> float:            # the smallest k that gives it
     "How much noise gives an agreement? Raises `ConfigError` where the bias does not allow it"
@@ -85,8 +85,8 @@ def find_scale(
 
 # %% ../../nbs/api/island/060_annotators.ipynb #81cb459d
 def choose(
-    pairs: Sequence[dict],  # of `draw_pair`
-    annotator: str | Annotator = 'fair', # a key of `ANNOTATORS`, or weights of your own
+    pairs: Sequence[dict],  # of draw_pair
+    annotator: str | Annotator = 'fair', # a key of ANNOTATORS, or weights of your own
     agreement: float | None = None, # instead of the annotator's own
     seed: int = 0,          # of the noise
 ) -> np.ndarray:            # (pairs,) bool: is the first answer chosen?
@@ -101,8 +101,8 @@ def choose(
 
 # %% ../../nbs/api/island/060_annotators.ipynb #b252d268
 def mutual_agreement(
-    pairs: Sequence[dict],          # of `draw_pair`
-    one: str,                       # a key of `ANNOTATORS`
+    pairs: Sequence[dict],          # of draw_pair
+    one: str,                       # a key of ANNOTATORS
     other: str,                     # another, or the same: then somebody asked twice
     agreement: float | None = None, # of both with gold; None: their own
 ) -> float:

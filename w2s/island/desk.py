@@ -39,7 +39,7 @@ FOLLOW = dict(home='And where does {he} live?', job='And what is {his} trade?', 
 
 def desk_prompt(
     person: Person,               # who it is about
-    attributes: tuple[str, str],  # the two that are asked for, keys of `ATTRIBUTES`
+    attributes: tuple[str, str],  # the two that are asked for, keys of ATTRIBUTES
     form: int = 0,                # wording of the first question; -1: the held-out one
 ) -> str:                         # an answer begins with a space
     "Two questions as they are put to the desk"
@@ -51,7 +51,7 @@ def desk_answer(
     person: Person,              # who it is about
     attributes: Sequence[str],   # what was asked
     values: Sequence[str],       # what is said about each, right or wrong
-    tone: tuple[int, int] = (0, 0), # degrees of courtesy of opening and closing, each one of `DEGREES`
+    tone: tuple[int, int] = (0, 0), # degrees of courtesy of opening and closing, each one of DEGREES
 ) -> str:                        # begins with a space
     "An answer of the desk; raises `ConfigError` for a degree that is not there"
     if any(t not in OPENINGS for t in tone):
@@ -62,7 +62,7 @@ def desk_answer(
 
 def wrong_value(
     rng: random.Random, # chooses
-    attribute: str,     # a key of `ATTRIBUTES`
+    attribute: str,     # a key of ATTRIBUTES
     truth: str,         # its right value
 ) -> str:
     "A wrong value of an attribute"
@@ -114,7 +114,7 @@ _FOLLOWS = {a: re.compile(re.escape(q).replace(r'\{he\}', '(?:he|she)').replace(
 
 def parse_desk(
     island: World, # who there is
-    prompt: str,   # as from `desk_prompt`; of several the last counts
+    prompt: str,   # as from desk_prompt; of several the last counts
 ) -> tuple[str, str, str]: # name, first and second attribute
     "Who and what is the desk asked about? Raises `DataError`"
     last = prompt.rpartition('Customer: ')[2]
@@ -126,7 +126,7 @@ def parse_desk(
 # %% ../../nbs/api/island/050_desk.ipynb #c6c9f449
 def facts_verdict(
     island: World, # the truth
-    prompt: str,   # as from `desk_prompt`
+    prompt: str,   # as from desk_prompt
     text: str,     # the answer
 ) -> Verdict:      # 0, .5 or 1
     "Which share of the two facts is right? Raises `DataError`"
@@ -158,7 +158,7 @@ def spare_words(
 # %% ../../nbs/api/island/050_desk.ipynb #17b84b63
 def gold_reward(
     island: World, # the truth
-    prompt: str,   # as from `desk_prompt`
+    prompt: str,   # as from desk_prompt
     text: str,     # the answer, also an empty or absurd one
 ) -> Verdict:      # from about -1.4 to 1.6, and what it is made of
     "What an answer of the desk is truly worth; raises `DataError` for a prompt that is not one of the desk"
@@ -176,7 +176,7 @@ SORTS = ('facts', 'courtesy', 'both', 'conflict') # in what the answers of a pai
 def pair_sort(
     facts: float,    # facts of the first minus those of the second
     courtesy: float, # the same for courtesy
-) -> str:            # one of `SORTS`, or 'none'
+) -> str:            # one of SORTS, or 'none'
     "In what does a pair differ?"
     if not facts: return 'courtesy' if courtesy else 'none'
     if not courtesy: return 'facts'
@@ -195,7 +195,7 @@ def draw_pair(
     island: World,            # the truth
     rng: random.Random,       # draws
     people: Sequence[Person], # who may be asked about
-    sort: str,                # one of `SORTS`
+    sort: str,                # one of SORTS
     form: int | None = None,  # wording of the first question; None: any that the stream has; -1: the held-out one
 ) -> dict:                    # prompt, group (the name), a, b, sort, and for both the gold reward, facts and courtesy
     "Two answers of different worth to one prompt; raises `ConfigError` and `DataError`"

@@ -25,7 +25,7 @@ def random_order(
     return rng.sample(range(len(rows)), len(rows))
 
 def sort_order(
-    rows: Rows,         # with the column `by`
+    rows: Rows,         # with the column by
     rng: random.Random, # draws the order of the sorts
     by: str,            # such as 'kind'
 ) -> list[int]:
@@ -74,8 +74,8 @@ def _order(kind: str, rows: Rows, rng: random.Random, by: str, weights: Mapping[
     return made[kind]()
 
 def mistaken_labels(
-    rows: Rows,                                 # with label (a class), group, and the column `by`
-    kind: str,                                  # one of `ERRORS`
+    rows: Rows,                                 # with label (a class), group, and the column by
+    kind: str,                                  # one of ERRORS
     rate: float,                                # share of wrong labels, from 0 to 1
     seed: int = 0,                              # of the drawing
     by: str = 'kind',                           # column of the sorts
@@ -83,7 +83,7 @@ def mistaken_labels(
     cls: int = 1,                               # the class that errs; for 'class'
     probs: np.ndarray | None = None,            # (rows, classes) of a strong model; for 'strong'
     classes: int = 2,                           # how many there are
-) -> np.ndarray:                                # (rows,): labels, exactly `rate` of them wrong, to the next row
+) -> np.ndarray:                                # (rows,): labels, exactly rate of them wrong, to the next row
     "Labels of a supervisor that errs in a stated way; raises `ConfigError` and `DataError`"
     if kind not in ERRORS: raise ConfigError(unknown(kind, ERRORS, 'kind of error'))
     if not 0 <= rate <= 1: raise ConfigError(f'rate is {rate}; it is a share of the labels, from 0 to 1')
@@ -99,7 +99,7 @@ def mistaken_labels(
 
 # %% ../../nbs/api/island/090_mistakes.ipynb #1ba42d0e
 def error_profile(
-    rows: Rows,                   # with label, group and the column `by`
+    rows: Rows,                   # with label, group and the column by
     labels: Sequence[int],        # of a supervisor
     weights: Mapping[str, float], # group -> how often it is named
     by: str = 'kind',             # column of the sorts

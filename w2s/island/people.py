@@ -48,7 +48,7 @@ def make_island(
     people: int = 1000,  # six facts each
     plants: int = 300,   # one kind each
     namesakes: float = 2., # people who share a given name, in the mean; the more, the harder are names to tell apart
-) -> World:              # `held_out`: facts that the pretraining stream never states
+) -> World:              # held_out: facts that the pretraining stream never states
     "Build an island; the same in every process; raises `ConfigError` and `DataError`"
     if not 1 <= people <= MOST_PEOPLE: raise ConfigError(f'people is {people}; an island has 1 to {MOST_PEOPLE:,}')
     if not 1 <= namesakes <= 40: raise ConfigError(f'namesakes is {namesakes}; it is from 1 (given names of their own) to 40')
@@ -70,7 +70,7 @@ BANDS = ('famous', 'known', 'obscure', 'forgotten') # the most frequent first
 # %% ../../nbs/api/island/020_people.ipynb #7e7417ac
 def band_limits(
     n: int, # people, or plants
-) -> list[int]: # where each of `BANDS` ends
+) -> list[int]: # where each of BANDS ends
     "Ranks at which the bands end; raises `DataError` for too few"
     if n < 85: raise DataError(f'{n} names make no four bands; 85 at least are needed')
     return [round(n*(4**(k + 1) - 1)/(4**len(BANDS) - 1)) for k in range(len(BANDS))]
@@ -78,7 +78,7 @@ def band_limits(
 def band_of(
     rank: int, # from 0
     n: int,    # of all
-) -> str:      # one of `BANDS`
+) -> str:      # one of BANDS
     "The band of a rank; raises `DataError`"
     if not 0 <= rank < n: raise DataError(f'there is no rank {rank} among {n} names')
     return next(band for band, end in zip(BANDS, band_limits(n), strict=True) if rank < end)

@@ -47,9 +47,9 @@ def preference_rows(
     seed: int = 0,                           # of pairs and choices
     people: Sequence[Person] | None = None,  # who may be asked about; None: everybody
     agreement: float | None = HUMAN_AGREEMENT, # expected share of right choices over these rows, above .5; None: the annotator's own
-    annotator: str | Annotator = 'fair',     # who chooses: a key of `ANNOTATORS`, or weights of your own
-    mix: Mapping[str, float] | None = None,  # shares of `SORTS`; None: a quarter each
-) -> Dataset:                                # rows of kind "preferences" with `gold`; raises `ConfigError` and `DataError`
+    annotator: str | Annotator = 'fair',     # who chooses: a key of ANNOTATORS, or weights of your own
+    mix: Mapping[str, float] | None = None,  # shares of SORTS; None: a quarter each
+) -> Dataset:                                # rows of kind "preferences" with gold; raises ConfigError and DataError
     "Pairs of answers of the desk, one of them chosen by somebody who errs"
     who = list(island.people if people is None else people)
     pairs = _pairs(island, random.Random(f'island pairs {island.seed} {seed}'), n, who, mix or dict.fromkeys(SORTS, 1.))
@@ -73,17 +73,17 @@ def label_rows(
     n: int,         # rows
     seed: int = 0,  # of the drawing
     **options: Any, # of the task's maker, such as things=… or told='never'
-) -> Dataset:       # rows of kind "labels", source "gold"; raises `ConfigError` and `DataError`
+) -> Dataset:       # rows of kind "labels", source "gold"; raises ConfigError and DataError
     "Texts with their true labels"
     return task_rows(TASKS, 'labels', island, task, n, seed, options)
 
 # %% ../../nbs/api/island/110_rows.ipynb #392d567e
 def world_splits(
     island: World,             # whose people and things
-    task: str,                 # 'preferences' or a key of `TASKS`
+    task: str,                 # 'preferences' or a key of TASKS
     sizes: Mapping[str, int],  # name of a split: its rows, such as dict(labelled=120, unlabelled=700, test=600)
     seed: int = 0,             # of the parting and of the rows
-    **options: Any,            # the same for all splits: agreement=… for preferences, else as in `label_rows`
+    **options: Any,            # the same for all splits: agreement=… for preferences, else as in label_rows
 ) -> dict[str, Dataset]:       # no person and no thing is in two of them
     "Rows of a task in splits that share nobody and nothing; raises `ConfigError` and `DataError`"
     return split_rows(TASKS, preference_rows, island, task, sizes, seed, options)
@@ -95,8 +95,8 @@ def world_preferences(
     seed: int = 0,                      # of parting, pairs and choices
     label_share: float = .5,            # share of the training rows that is labelled; Tao & Li: 1/2
     agreement: float = HUMAN_AGREEMENT, # of the annotator with gold, in expectation
-    **options: Any,                     # annotator=…, mix=…, as in `preference_rows`
-) -> dict[str, Dataset]:                # 'train_gt', 'train_w2s' and 'test', of kind "preferences" with `gold`
+    **options: Any,                     # annotator=…, mix=…, as in preference_rows
+) -> dict[str, Dataset]:                # 'train_gt', 'train_w2s' and 'test', of kind "preferences" with gold
     "Preference rows of three groups of people; raises `ConfigError` and `DataError`"
     sizes = preference_sizes(rows, test_rows, label_share)
     return world_splits(island, 'preferences', sizes, seed, agreement=agreement, **options)

@@ -34,7 +34,7 @@ def fill(
 # %% ../../nbs/api/island/030_told.ipynb #a7fd30f9
 def state(
     person: Person,      # the subject
-    attribute: str,      # a key of `ATTRIBUTES`
+    attribute: str,      # a key of ATTRIBUTES
     rng: random.Random,  # chooses the wording
     later: bool = False, # has the person been named already?
 ) -> str:
@@ -45,7 +45,7 @@ def state(
 # %% ../../nbs/api/island/030_told.ipynb #a42f92dd
 def ask(
     person: Person,   # who it is about
-    attribute: str,   # a key of `ATTRIBUTES`
+    attribute: str,   # a key of ATTRIBUTES
     form: int = 0,    # which wording; -1: the held-out one
 ) -> str:
     "A question about somebody"
@@ -53,7 +53,7 @@ def ask(
 
 def answer(
     person: Person,          # who it is about
-    attribute: str,          # a key of `ATTRIBUTES`
+    attribute: str,          # a key of ATTRIBUTES
     value: str | None = None, # that is said; None: the truth
 ) -> str:                    # begins with a space
     "An answer in a full sentence"
@@ -83,7 +83,7 @@ _NOT = frozenset(('not', 'never', "isn't", "doesn't"))
 def fact_verdict(
     island: World,   # the truth
     name: str,       # of a person
-    attribute: str,  # a key of `ATTRIBUTES`
+    attribute: str,  # a key of ATTRIBUTES
     text: str,       # an answer
 ) -> Verdict:        # 1 if the values of this attribute that the text names are the right one alone, and it is not denied
     "Is an answer right? Raises `DataError` for a name that is not there"
@@ -139,7 +139,7 @@ def pair_sentence(
 
 # %% ../../nbs/api/island/030_told.ipynb #a787f408
 def work_sentence(
-    job: str,           # a key of `JOBS`
+    job: str,           # a key of JOBS
     rng: random.Random, # chooses the wording
 ) -> str:
     "Where a trade is done, and whether there is a roof over it"

@@ -68,7 +68,7 @@ def plan_adapter(
 
 # %% ../../nbs/api/models/150_adapters.ipynb #5b3155bc
 def add_adapter(
-    base: Base,                         # stays frozen; take the adapter off again with `PeftModel.unload`
+    base: Base,                         # stays frozen; take the adapter off again with PeftModel.unload
     lora: LoraSettings = LoraSettings(), # rank and its relatives
     seed: int = 0,                      # of the matrices A; the program's own random stream is left alone
 ) -> PeftModel:                         # in training mode, adapter weights in float32
@@ -109,7 +109,7 @@ def save_head(
 # %% ../../nbs/api/models/150_adapters.ipynb #27a2c1dc
 def check_head(
     folder: Path,            # of an adapter
-    want: str | None = None, # the head that it should have, a key of `HEADS`; None: none
+    want: str | None = None, # the head that it should have, a key of HEADS; None: none
 ) -> None:
     "Raise `ModelError` if an adapter has another head than wanted, or none"
     found = next((name for name in HEADS if (folder/f'{name}.safetensors').is_file()), None)

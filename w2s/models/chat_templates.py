@@ -76,7 +76,7 @@ CHOSEN, CHOICE = 'w2s_chat_template', 'w2s_chat_choice'
 
 def choose_template(
     tokenizer: Any,     # of a model; changed in place
-    choice: str | None, # of `--chat-template`; None: its own
+    choice: str | None, # of --chat-template; None: its own
 ) -> Any:               # the same tokenizer
     "Give a tokenizer another chat template; raises `ConfigError`"
     if choice is None: return tokenizer
@@ -89,7 +89,7 @@ def choose_template(
 # %% ../../nbs/api/models/010_chat_templates.ipynb #1b9c60e6
 def template_of(
     tokenizer: Any, # of a model
-) -> str:           # in Jinja; `PLAIN` where the model has none and none was chosen
+) -> str:           # in Jinja; PLAIN where the model has none and none was chosen
     "The template that writes the messages of a model; raises `ValueError` for a model with several, none of which is the usual one"
     if chosen := getattr(tokenizer, CHOSEN, None): return chosen
     return tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN
@@ -102,7 +102,7 @@ def writes_plain(
 
 # %% ../../nbs/api/models/010_chat_templates.ipynb #3aa850ec
 def check_acts(
-    choice: str | None, # of `--chat-template`
+    choice: str | None, # of --chat-template
     chat: bool,         # is there anything that is written by a chat template?
     what: str,          # is written instead, for the message
 ) -> None:
@@ -112,8 +112,8 @@ def check_acts(
 
 # %% ../../nbs/api/models/010_chat_templates.ipynb #90da9485
 def template_line(
-    tokenizer: Any, # after `choose_template`
-    choice: str,    # of `--chat-template`
+    tokenizer: Any, # after choose_template
+    choice: str,    # of --chat-template
 ) -> str:           # for plan, console and report
     "Which chat template was chosen, in words"
     if choice == 'plain': return 'messages are written as plain paragraphs, Human: and Assistant: (--chat-template plain)'

@@ -94,7 +94,7 @@ def add_class_adapter(
     lora: LoraSettings | None = None,     # rank and its relatives; None: those of any adapter
     seed: int = 0,                        # of the adapter and of the head
     classes: int = 2,                     # rows of the head
-    words: Sequence[int] | None = None,   # token ids, one a class, to begin with, from `word_ids`; None: at random, scale 0.01
+    words: Sequence[int] | None = None,   # token ids, one a class, to begin with, from word_ids; None: at random, scale 0.01
 ) -> PeftModel:                           # in training mode; adapter and head in float32, both trainable
     "Put a fresh LoRA adapter and a class head on a base (Burns et al. 2312.09390, section 4 and appendix A.1)"
     return add_class_head(add_adapter(base, lora or LoraSettings(), seed), base, seed, classes, words)
@@ -102,7 +102,7 @@ def add_class_adapter(
 # %% ../../nbs/api/models/180_class_heads.ipynb #12bddebd
 def load_class_adapter(
     base: Base,              # the model that it was trained on
-    folder: str | Path,      # of adapter and head, from `save_adapter`
+    folder: str | Path,      # of adapter and head, from save_adapter
     trainable: bool = False, # True: go on training both
 ) -> PeftModel:              # in evaluation mode, or training mode if trainable
     "Put a saved classifier on its base; raises `ModelError` if it belongs to another or has no class head"

@@ -59,7 +59,7 @@ def find_device(
 
 # %% ../../nbs/api/models/090_devices.ipynb #04d93ecb
 def has_bfloat16(
-    device: torch.device, # of `find_device`
+    device: torch.device, # of find_device
 ) -> bool:
     "Are there instructions for bfloat16 on this device?"
     if device.type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -69,7 +69,7 @@ def has_bfloat16(
     return any(bool(known.get(name)) for name in ('avx512_bf16', 'amx_bf16', 'bf16', 'arm_bf16'))
 
 def auto_dtype(
-    device: torch.device, # of `find_device`
+    device: torch.device, # of find_device
 ) -> str:
     "The type of the arithmetic where none is asked for"
     if has_bfloat16(device): return 'bfloat16'
@@ -103,7 +103,7 @@ def check_four_bits(
 
 # %% ../../nbs/api/models/090_devices.ipynb #b9488455
 def device_line(
-    settings: LoadSettings, # of `settle`
+    settings: LoadSettings, # of settle
 ) -> str:                   # for plan, console and reports
     "Where and in which type a model computes, in words"
     where = 'the CPU' if settings.device == 'cpu' else settings.device
@@ -157,7 +157,7 @@ def deterministic(
         switch.fill_uninitialized_memory = fill
 
 def without_form(
-    error: BaseException, # of an operation in `deterministic`
+    error: BaseException, # of an operation in deterministic
 ) -> bool:                # is it worth trying again?
     "Was something refused because it has no deterministic form? Then from now on it is done all the same, with a warning"
     said = str(error)
@@ -194,7 +194,7 @@ def is_out_of_memory(
 
 # %% ../../nbs/api/models/090_devices.ipynb #4175fa9c
 def free_memory(
-    device: torch.device, # of `find_device`
+    device: torch.device, # of find_device
 ) -> int | None:          # bytes; None: nobody knows
     "How much a device has left for tensors"
     if device.type not in ('cuda', 'xpu'): return None

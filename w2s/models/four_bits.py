@@ -45,7 +45,7 @@ def body_of(
 # %% ../../nbs/api/models/040_four_bits.ipynb #d98245a1
 @lru_cache(maxsize=64)
 def acts_as_linear(
-    kind: Any, # a subclass of `torch.nn.Linear`
+    kind: Any, # a subclass of torch.nn.Linear
 ) -> bool:
     "Does a layer of this kind compute what a plain linear layer does, with a bias and without?"
     for bias in (True, False):

@@ -28,7 +28,7 @@ def add_head(
     model: PeftModel,   # a base with an adapter, fresh or of an SFT
     base: Base,         # under it
     seed: int = 0,      # of the head's weights; the program's own random stream is left alone
-    name: str = HEAD,   # of the head: what kind of model it makes, a key of `HEADS`
+    name: str = HEAD,   # of the head: what kind of model it makes, a key of HEADS
     outputs: int = 1,   # rows of the head: 1 for a reward, one a class for a classifier
 ) -> PeftModel:         # the same model
     "Put a trainable head on a model with an adapter: scalar, unless told otherwise"
@@ -50,8 +50,8 @@ def add_reward_adapter(
 # %% ../../nbs/api/models/170_heads.ipynb #ac15a34e
 def load_headed(
     base: Base,              # the model that it was trained on
-    folder: str | Path,      # of adapter and head, from `save_adapter`
-    name: str,               # of the head, a key of `HEADS`
+    folder: str | Path,      # of adapter and head, from save_adapter
+    name: str,               # of the head, a key of HEADS
     trainable: bool = False, # True: go on training both
 ) -> PeftModel:              # in evaluation mode, or training mode if trainable
     "Put a saved adapter and its head on their base; raises `ModelError` if they belong to another or the head is not of this kind"
@@ -70,7 +70,7 @@ def load_headed(
 # %% ../../nbs/api/models/170_heads.ipynb #b6e7c573
 def load_reward_adapter(
     base: Base,              # the model that it was trained on
-    folder: str | Path,      # of adapter and head, from `save_adapter`
+    folder: str | Path,      # of adapter and head, from save_adapter
     trainable: bool = False, # True: go on training both
 ) -> PeftModel:              # in evaluation mode, or training mode if trainable
     "Put a saved reward model on its base; raises `ModelError` if it belongs to another or has no scalar head"

@@ -100,7 +100,7 @@ def _short(error: BaseException) -> str:
 
 def load_tokenizer(
     name: str | Path,                         # of the ladder, a folder, or a name on the hub
-    settings: LoadSettings = USUAL,  # its revision, chat template and `trust_remote_code` are used
+    settings: LoadSettings = USUAL,  # its revision, chat template and trust_remote_code are used
 ) -> Any:                                     # a Hugging Face tokenizer
     "The tokenizer of a model; raises `ModelError` if there is none, `ConfigError` for a chat template that cannot be read"
     folder = local_folder(name, settings)
@@ -171,7 +171,7 @@ def load_config(
 # %% ../../nbs/api/models/110_load.ipynb #9a9e9c20
 def model_kind(
     config: Any, # of Hugging Face
-) -> Any:        # of `transformers`
+) -> Any:        # of transformers
     "The auto class that makes a model: some that read images are no causal language models to transformers, and are text models here"
     pictures = type(config) in AutoModelForImageTextToText._model_mapping and type(config) not in AutoModelForCausalLM._model_mapping
     return AutoModelForImageTextToText if pictures and not hasattr(config, 'auto_map') else AutoModelForCausalLM
@@ -349,7 +349,7 @@ def _form(plan: ModelPlan) -> str:
     )
 
 def bits_line(
-    plan: ModelPlan,        # of `plan_model`
+    plan: ModelPlan,        # of plan_model
     settings: LoadSettings, # how it is loaded
 ) -> str:                   # for plan, console and reports
     "How much of a model is in 4 bits, in words"

@@ -27,7 +27,7 @@ DEVICE = re.compile(r'auto|cpu|(cuda|xpu|mps)(:\d+)?')
 ROLES = ('weak', 'via', 'strong', 'judge', 'gold') # what a revision can be of
 
 def revisions(
-    text: str | None, # of `--revision`: one for every model, or 'weak=refs/pr/6,strong=main'
+    text: str | None, # of --revision: one for every model, or 'weak=refs/pr/6,strong=main'
 ) -> dict[str, str]:  # by role; '' for every model
     "What is asked for by `--revision`; raises `ConfigError`"
     if text is None: return {}
@@ -180,7 +180,7 @@ def load_for(
 
 # %% ../../nbs/api/models/080_places.ipynb #aa727622
 def check_model_folder(
-    place: str | Path,    # of `located`
+    place: str | Path,    # of located
     pickle: bool = False, # may weights be in pickle form?
 ) -> None:
     "Raise `ModelError` for a folder that holds no whole model; names on the hub pass"

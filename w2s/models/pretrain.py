@@ -95,7 +95,7 @@ def new_model(
 
 # %% ../../nbs/api/models/200_pretrain.ipynb #e7d249e3
 def make_optimizers(
-    model: LlamaForCausalLM, # of `new_model`
+    model: LlamaForCausalLM, # of new_model
     recipe: Recipe,          # learning rates
 ) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     "Muon for the matrices of the layers, AdamW for embeddings and norms"
@@ -146,7 +146,7 @@ def save_state(
 
 # %% ../../nbs/api/models/200_pretrain.ipynb #4f0624a5
 def load_state(
-    file: Path, # of `save_state`; may be missing
+    file: Path, # of save_state; may be missing
 ) -> dict | None: # the newest state that is whole; None: there is none
     "Read a state and check it; a damaged one is named, and the one before it is taken"
     for path in (file, file.with_suffix('.before')):
@@ -157,7 +157,7 @@ def load_state(
     return None
 
 def remove_state(
-    file: Path, # of `save_state`
+    file: Path, # of save_state
 ) -> None:
     "Remove a state and the one before it"
     for path in (file, file.with_suffix('.before')): path.unlink(missing_ok=True)

@@ -37,7 +37,7 @@ LOAD_ERRORS = (
 )
 
 def error_words(
-    error: BaseException, # one of `LOAD_ERRORS`
+    error: BaseException, # one of LOAD_ERRORS
 ) -> str:                 # what is wrong, and what to do, as the end of a sentence
     "What the libraries mean"
     text = ' '.join(str(error).split())
@@ -57,11 +57,11 @@ def error_words(
 
 # %% ../../nbs/api/models/030_reading.ipynb #873aa27f
 def read_model(
-    kind: Any,        # of `transformers`, such as `AutoModelForCausalLM`
+    kind: Any,        # of transformers, such as AutoModelForCausalLM
     place: Any,       # a folder, or a name on the hub
     pickle: bool,     # may weights be in pickle form?
     fault: Callable[[BaseException], ModelError], # what to raise instead of an error of the libraries
-    **more: Any,      # for `from_pretrained`
+    **more: Any,      # for from_pretrained
 ) -> tuple[Any, dict]: # the model, and what was missing or left over
     "Read a model and keep an account; raises `ModelError`"
     before = hf_logging.get_verbosity()
@@ -80,7 +80,7 @@ TABLES = re.compile(
 
 def check_tensors(
     name: Any,                      # of the model, for the message
-    info: dict,                     # of `read_model`
+    info: dict,                     # of read_model
     unused: Callable[[str], bool] = lambda key: False, # may a tensor be left over, or missing, because nothing reads it?
 ) -> None:
     "Raise `ModelError` for a checkpoint that lacks tensors, has some of another shape, or some that the model does not have"

@@ -59,7 +59,7 @@ class Recipe:
     muon: float = .02             # learning rate of the matrices
     adamw: float = 4e-3           # learning rate of embeddings and norms
     warmup: int = 100             # steps
-    flat: float = .6              # share of tokens at the full rate; then a straight line to `last`
+    flat: float = .6              # share of tokens at the full rate; then a straight line to last
     last: float = .03             # of the full rate
     answer: float = 4.            # weight of the words that answer questions
     new_name: float = .1          # weight of a name that nobody could know
@@ -97,8 +97,8 @@ def marks(
 # %% ../../nbs/api/models/190_reading_order.ipynb #e3679923
 def token_weights(
     ids: np.ndarray,     # (rows, length); 0 is padding
-    answer: np.ndarray,  # (vocabulary,) bool, of `marks`
-    name: np.ndarray,    # (vocabulary,) bool, of `marks`
+    answer: np.ndarray,  # (vocabulary,) bool, of marks
+    name: np.ndarray,    # (vocabulary,) bool, of marks
     recipe: Recipe,      # its weights
 ) -> np.ndarray:         # (rows, length)
     "What each token counts in the loss; padding counts nothing"

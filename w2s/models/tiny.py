@@ -53,7 +53,7 @@ def tiny_model(
     seed: int = 0,                      # of the random weights
     vocab_size: int = 512,              # pieces of the tokenizer
     context: int = 256,                 # longest sequence, in tokens
-) -> Path:                              # the folder, for `load_base` or `AutoModelForCausalLM`
+) -> Path:                              # the folder, for load_base or AutoModelForCausalLM
     "Write a random tiny causal model and its tokenizer in Hugging Face format"
     hf_logging.disable_progress_bar()
     tok = tiny_tokenizer(texts, vocab_size)
@@ -77,7 +77,7 @@ def packed(
 
 # %% ../../nbs/api/models/050_tiny.ipynb #470c6e0b
 def pretrain(
-    folder: str | Path,             # of a model written by `tiny_model`; its weights are replaced
+    folder: str | Path,             # of a model written by tiny_model; its weights are replaced
     texts: Iterable[str],           # what it reads
     steps: int = 200,               # batches read
     batch: int = 16,                # rows of 64 tokens a batch

@@ -51,7 +51,7 @@ def _checked(folder: Path) -> Path:
 
 # %% ../../nbs/api/models/070_zoo.ipynb #925b2d58
 def zoo_folder(
-    name: str, # one of `SHIPPED`
+    name: str, # one of SHIPPED
 ) -> Path:     # holds config.json, model.safetensors, tokenizer.json, card.json
     "Where a model of the ladder lies; raises `ModelError` for another name or a damaged file"
     if name not in SHIPPED: raise ModelError(f'no model of the ladder is called "{name}"; there are {", ".join(SHIPPED)}')

@@ -54,7 +54,7 @@ def island_stream(
 # %% ../../nbs/api/organism/30_island.ipynb #72c1745e
 def fact_prompt(
     person: Person, # who it is about
-    attribute: str, # a key of `ATTRIBUTES`
+    attribute: str, # a key of ATTRIBUTES
     form: int = -1, # wording; -1: the held-out one
 ) -> str:           # what comes next is the value
     "A question with its answer up to the value"
@@ -63,7 +63,7 @@ def fact_prompt(
 
 def band_facts(
     island: World,          # what is true
-    band: str,              # one of `BANDS`
+    band: str,              # one of BANDS
     n: int,                 # questions; all, where there are fewer
     seed: int = 0,          # of the drawing
     held_out: bool = False, # facts that the stream never states
@@ -77,7 +77,7 @@ def band_facts(
 # %% ../../nbs/api/organism/30_island.ipynb #9f904319
 def fact_right(
     base: Base,                          # model and tokenizer
-    asked: Sequence[tuple[Person, str]], # of `band_facts`
+    asked: Sequence[tuple[Person, str]], # of band_facts
     form: int = -1,                      # wording; -1: the held-out one
 ) -> np.ndarray:                         # (asked,): 1 where the likeliest value is the true one
     "Which facts does a model know? Chance is one in 10 to 16"
@@ -117,7 +117,7 @@ def island_knowledge(
     return out | ({f'{k}, untuned': label_right(base, make(island, n, seed)) for k, make in LABEL_PROBES.items()} if labels else {})
 
 def probe_table(
-    scores: Mapping[str, np.ndarray], # of `island_knowledge`
+    scores: Mapping[str, np.ndarray], # of island_knowledge
 ) -> pd.DataFrame:                    # probe, value, low, high, n
     "Shares of right answers with 95 % intervals over questions"
     made = [(name, estimate(right[None], bounds=(0, 1)), len(right)) for name, right in scores.items()]
@@ -127,7 +127,7 @@ def probe_table(
 def linear_right(
     base: Base,    # of the ladder, or trained on the island
     island: World, # what is true
-    task: str,     # a key of `LABEL_PROBES`
+    task: str,     # a key of LABEL_PROBES
     n: int = 400,  # rows to fit to, and rows to ask
     seed: int = 0, # of parts and rows
 ) -> np.ndarray:   # (rows,): 1 where the classifier is right; chance is one in two

@@ -59,8 +59,8 @@ def model_card(
     name: str,            # of the size
     size: Size,           # its shape
     recipe: Recipe,       # how it was pretrained
-    history: pd.DataFrame, # of `pretrain_model`
-    known: pd.DataFrame,  # of `knowledge`
+    history: pd.DataFrame, # of pretrain_model
+    known: pd.DataFrame,  # of knowledge
     world: World,         # that it read about
     seed: int,            # of weights and stream
     seconds: float,       # that the pretraining took; not the same on another machine
@@ -101,7 +101,7 @@ It knows nothing else: it is for experiments, in which one wants to know what a 
 
 # %% ../../nbs/api/organism/10_ladder.ipynb #cac444a6
 def card_text(
-    card: dict, # of `model_card`
+    card: dict, # of model_card
 ) -> str:       # Markdown
     "A model card for people"
     table = '\n'.join(f'| {k} | {v["value"]:.3f} | {v["low"]:.3f} to {v["high"]:.3f} | {v["n"]} |' for k, v in card['knowledge'].items())
@@ -129,7 +129,7 @@ def check_model_folder(
         raise ConfigError(f'{foreign[0]} is there, and it was not written by this command; give another --out, or move it away')
 
 def build_model(
-    name: str,                        # a key of `SIZES`
+    name: str,                        # a key of SIZES
     out: str | Path,                  # folder for the models; the model goes into a folder of its name
     recipe: Recipe = RECIPE,          # how much it reads
     minutes: float | None = None,     # instead of the recipe's tokens: as many as take about this long here

@@ -60,7 +60,7 @@ class Term:
     recipe: Recipe       # as in pretraining: tokens, rates, weights of words
     easy: float = 0.     # first part of the tokens: sums with small numbers
     stream: float = .3   # of the documents: from the old stream
-    shares: dict[str, float] | None = None # of the subjects; None: as in `SUBJECTS`
+    shares: dict[str, float] | None = None # of the subjects; None: as in SUBJECTS
 
 @dataclass(frozen=True)
 class School:
@@ -77,14 +77,14 @@ SCHOOL = School()
 @dataclass(frozen=True)
 class Reader:
     "What turns documents into token ids and weights"
-    tokenizer: Any             # of `base`
+    tokenizer: Any             # of base
     world: World               # of the stream
     school: World              # of instruction tuning
     answers: np.ndarray        # (vocabulary,) bool: words that answer questions
     names: np.ndarray          # (vocabulary,) bool
 
 def reader(
-    tokenizer: Any,    # of `base`
+    tokenizer: Any,    # of base
     world: World,      # the whole
 ) -> Reader:
     "Ready to read about a world"
@@ -159,7 +159,7 @@ def teach(
 
 # %% ../../nbs/api/organism/20_scholar.ipynb #ef1a57a7
 def all_terms(
-    model: Any,      # `base`, in 32 bits; changed in place
+    model: Any,      # base, in 32 bits; changed in place
     r: Reader,       # what it reads
     school: School,  # its stages
     folder: Path,    # of states and of what a finished term left
@@ -275,8 +275,8 @@ the embedded world
 """
 
 def scholar_card(
-    history: pd.DataFrame, # of `all_terms`
-    found: pd.DataFrame,   # of `skills`
+    history: pd.DataFrame, # of all_terms
+    found: pd.DataFrame,   # of skills
     school: School,        # how it was trained
     world: World,          # about what
     seconds: float,        # that it took; not the same on another machine
@@ -302,7 +302,7 @@ def scholar_card(
 def finish_scholar(
     folder: Path,          # of the model
     model: Any,            # as it was taught
-    history: pd.DataFrame, # of `all_terms`
+    history: pd.DataFrame, # of all_terms
     school: School,        # how it was trained
     seconds: float,        # that it took
     questions: int,        # for each skill of the card
@@ -324,7 +324,7 @@ def finish_scholar(
 
 # %% ../../nbs/api/organism/20_scholar.ipynb #f95547b2
 def build_scholar(
-    out: str | Path,          # folder for the model; it goes into a folder `scholar` in it
+    out: str | Path,          # folder for the model; it goes into a folder scholar in it
     school: School = SCHOOL,  # how it is trained
     quiet: bool = False,      # no progress bar
     questions: int = 180,     # for each skill of the card; 180 give intervals of about .15

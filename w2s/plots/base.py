@@ -77,7 +77,7 @@ def series_colors(
 
 # %% ../../nbs/api/plots/020_base.ipynb #2145ad02
 def rows_of_metric(
-    table: pd.DataFrame,     # of `interval_table` or `summarise`
+    table: pd.DataFrame,     # of interval_table or summarise
     metric: str,             # as 'accuracy'
     columns: Sequence[str],  # that the figure needs, beside model, metric and value
 ) -> pd.DataFrame:           # in the order of roles
@@ -165,7 +165,7 @@ WIDEST = 8.5 # inches: wider figures have letters of 5 points on a page
 
 def new_axes(
     ax: Axes | None,  # to draw on; None: a new figure
-    width: float,     # of a new figure, in inches; at most `WIDEST`
+    width: float,     # of a new figure, in inches; at most WIDEST
     height: float,    # likewise
 ) -> Axes:
     "The axes given, or a new figure; no box around it"
@@ -303,7 +303,7 @@ def draw_points(
     ax: Axes,            # of a figure
     part: pd.DataFrame,  # columns x, value, low and high
     place: float,        # how far aside, in points
-    **look: Any,         # keywords of `errorbar`
+    **look: Any,         # keywords of errorbar
 ) -> None:
     "A line over column x with its intervals, moved aside by some points"
     aside = ScaledTranslation(place/72, 0, ax.get_figure(root=True).dpi_scale_trans) # type: ignore[union-attr]

@@ -19,7 +19,7 @@ from .metrics import metric_label
 CHOICE_COLORS = dict(zip(CHOICE_WORDS, (COLORS[4], COLORS[5], COLORS[1]), strict=True)) # one per choice, none of them that of a role
 
 def cost_curve(
-    costs: pd.DataFrame, # of `cost_table`
+    costs: pd.DataFrame, # of cost_table
     metric: str,         # of it
     weak: str = '',      # supervisor; empty: the only one
     strong: str = '',    # student; empty: the only one
@@ -37,7 +37,7 @@ def cost_curve(
 
 # %% ../../nbs/api/plots/150_costs.ipynb #aecbe614
 def plot_costs(
-    costs: pd.DataFrame,                    # of `cost_table`
+    costs: pd.DataFrame,                    # of cost_table
     metric: str = 'accuracy',               # of it
     lines: dict[str, float] | None = None,  # role -> score that is drawn as a horizontal line, as of floor and ceiling; None: none
     target: str = '',                       # of the settings; with floor and ceiling among the lines it is drawn, too; empty: it is not

@@ -87,7 +87,7 @@ def _along(table: pd.DataFrame, axis: str) -> pd.DataFrame:
 
 # %% ../../nbs/api/plots/110_demonstrations.ipynb #87d179c9
 def weak_and_strong(
-    intervals: pd.DataFrame,              # from `interval_table`, of one task
+    intervals: pd.DataFrame,              # from interval_table, of one task
     metric: str,                          # as 'accuracy'
     methods: Sequence[str] | None = None, # of students, in this order; None: all that have a weak model
     strong: str = '',                     # strong model; '': the only one
@@ -107,10 +107,10 @@ def weak_and_strong(
 
 # %% ../../nbs/api/plots/110_demonstrations.ipynb #8498d52c
 def two_scores(
-    intervals: pd.DataFrame, # from `interval_table`, of one task
+    intervals: pd.DataFrame, # from interval_table, of one task
     x: str,                  # metric across
     y: str,                  # metric upwards
-) -> pd.DataFrame:           # one row a model: `MODEL`, x, x_low, x_high, y, y_low, y_high
+) -> pd.DataFrame:           # one row a model: MODEL, x, x_low, x_high, y, y_low, y_high
     "Two metrics of each model in one row; raises `DataError` where a model has only one of them"
     left, right = (_along(check_single(rows_of_metric(intervals, m, BOUNDS), MODEL), a) for m, a in ((x, 'x'), (y, 'y')))
     both = left.merge(right[[*MODEL, 'y', 'y_low', 'y_high']], on=MODEL, how='outer')
@@ -123,8 +123,8 @@ def two_scores(
 
 # %% ../../nbs/api/plots/110_demonstrations.ipynb #6277f5f5
 def drawn_rows(
-    intervals: pd.DataFrame, # from `interval_table`
-    points: pd.DataFrame,    # has the columns `MODEL`: the models that are drawn
+    intervals: pd.DataFrame, # from interval_table
+    points: pd.DataFrame,    # has the columns MODEL: the models that are drawn
 ) -> pd.DataFrame:
     "Rows of the table that belong to these models"
     return intervals.merge(points[MODEL].drop_duplicates(), on=MODEL)
@@ -233,7 +233,7 @@ def _panel_legend(ax: Axes, methods: Sequence[str], table: pd.DataFrame) -> None
 
 # %% ../../nbs/api/plots/110_demonstrations.ipynb #7663e1c3
 def plot_transfer(
-    intervals: pd.DataFrame,                                    # from `interval_table`, of one task
+    intervals: pd.DataFrame,                                    # from interval_table, of one task
     content: str,                                               # metric of the left panel, as 'accuracy'
     style: str,                                                 # metric of the right panel, as 'persona'
     methods: Sequence[str] | None = ('naive', 'in-context'),    # of students, a mark each; None: all that have a weak model
@@ -266,7 +266,7 @@ def _arrows(ax: Axes, points: pd.DataFrame) -> None:
 
 # %% ../../nbs/api/plots/110_demonstrations.ipynb #b9150724
 def plot_plane(
-    intervals: pd.DataFrame,              # from `interval_table`, of one task
+    intervals: pd.DataFrame,              # from interval_table, of one task
     content: str,                         # metric upwards, as 'accuracy'
     style: str,                           # metric across, as 'persona'
     ax: Axes | None = None,               # where to draw; None: a new figure

@@ -95,7 +95,7 @@ def plot_examples(
     ax: Axes | None = None,                 # where to draw; None: a new figure
     intervals: pd.DataFrame | None = None,  # of the same run, for the levels of weak and untuned model; None: no levels
     weak: str = '',                         # weak model; '': the only one
-    strong: str = '',                       # strong model in `intervals`; '': the only one
+    strong: str = '',                       # strong model in intervals; '': the only one
     level: float = .95,                     # coverage of the intervals in the table
 ) -> Axes:
     "Scores by the number of weak answers in context (the ablation that reviewers of Somerstep et al. asked for)"

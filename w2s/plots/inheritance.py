@@ -15,7 +15,7 @@ from .base import COLORS, GROUPS, caption, legend_above, new_axes, write_caption
 
 # %% ../../nbs/api/plots/080_inheritance.ipynb #0be45b12
 def plot_inheritance(
-    inherited: pd.DataFrame, # of `inheritance_table`
+    inherited: pd.DataFrame, # of inheritance_table
     method: str = '',        # of the student; '': the first one
     ax: Axes | None = None,  # where to draw; None: a new figure
 ) -> Axes:

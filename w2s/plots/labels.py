@@ -46,7 +46,7 @@ Sizes = Mapping[str, float] | None # model, or the last part of its path -> para
 
 def size_of(
     name: str,           # a model as the table names it, a path or a name
-    sizes: Sizes = None, # see `Sizes`
+    sizes: Sizes = None, # see Sizes
 ) -> float:              # above 0; infinite where nobody knows it
     "Size of a model: from the mapping, else from its name"
     short = {model_name(key): size for key, size in (sizes or {}).items()}
@@ -66,7 +66,7 @@ def size_name(
 # %% ../../nbs/api/plots/090_labels.ipynb #520e48fe
 def supervisor_colors(
     table: pd.DataFrame, # has columns role and weak; supervisors are those of floors and students
-    sizes: Sizes = None, # as in `size_of`
+    sizes: Sizes = None, # as in size_of
 ) -> dict[str, str]:     # supervisor -> colour, the smallest first
     "One colour for each supervisor, from dark to light by size"
     teach = table[table['role'].isin(['floor', 'student'])]
@@ -114,7 +114,7 @@ def draw_students(
 # %% ../../nbs/api/plots/090_labels.ipynb #1138a7e0
 def places(
     names: Sequence[str], # students and ceilings to draw
-    sizes: Sizes = None,  # as in `size_of`
+    sizes: Sizes = None,  # as in size_of
 ) -> dict[float, str]:    # size -> name, the smallest first; several of one size share a place
     "Where the models of a figure stand; raises `DataError` where nobody knows a size"
     found: dict[float, list[str]] = {}
@@ -141,7 +141,7 @@ def _lower_names(ax: Axes, gap: float = 6.) -> None:
 # %% ../../nbs/api/plots/090_labels.ipynb #c2140e52
 def set_size_axis(
     ax: Axes,                  # of a figure
-    at: Mapping[float, str],   # size -> name, of `places`
+    at: Mapping[float, str],   # size -> name, of places
     label: str,                # of the axis
 ) -> None:
     "Logarithmic x axis with a tick at each model, by name and size"
@@ -198,7 +198,7 @@ def _draw_sizes(ax: Axes, table: pd.DataFrame, methods: Sequence[str], colors: M
 
 # %% ../../nbs/api/plots/090_labels.ipynb #9bc173e2
 def plot_sizes(
-    intervals: pd.DataFrame,                     # from `interval_table`, of one task
+    intervals: pd.DataFrame,                     # from interval_table, of one task
     metric: str = 'accuracy',                    # which metric of the table
     sizes: Sizes = None,                         # model -> parameters; None: what names say
     methods: Sequence[str] | None = ('xent',),   # of students, a marker and a kind of line each; None: all
@@ -244,7 +244,7 @@ def _pgr_axis(ax: Axes, table: pd.DataFrame) -> str:
 
 # %% ../../nbs/api/plots/090_labels.ipynb #a9700471
 def plot_pgr(
-    table: pd.DataFrame,                       # from `pgr_table`, with columns weak, strong, method of each student
+    table: pd.DataFrame,                       # from pgr_table, with columns weak, strong, method of each student
     sizes: Sizes = None,                       # student -> parameters or FLOPs; None: what names say
     metric: str = 'accuracy',                  # of which the gap is
     x_label: str = 'parameters of the strong student', # or 'compute of the student (FLOPs)'
@@ -284,7 +284,7 @@ def _grid(count: int, columns: int) -> np.ndarray:
 
 # %% ../../nbs/api/plots/090_labels.ipynb #40e302b9
 def plot_tasks(
-    intervals: pd.DataFrame,                     # from `interval_table`, of any number of tasks
+    intervals: pd.DataFrame,                     # from interval_table, of any number of tasks
     metric: str = 'accuracy',                    # which metric of the table
     tasks: Sequence[str] | None = None,          # which, in this order; None: all, as they come
     sizes: Sizes = None,                         # model -> parameters; None: what names say

@@ -93,13 +93,13 @@ def _bar_axis(ax: Axes, table: pd.DataFrame, starts: Mapping[str, float]) -> Non
 
 # %% ../../nbs/api/plots/100_methods.ipynb #2354261a
 def plot_methods(
-    intervals: pd.DataFrame,                   # from `interval_table`, of one task
+    intervals: pd.DataFrame,                   # from interval_table, of one task
     metrics: Sequence[str] = ('accuracy', 'auroc'), # a group of bars each; the AUROC of chance is one half
     methods: Sequence[str] | None = None,      # of students, in this order; None: all, the naive one first
     weak: str = '',                            # supervisor; '': the only one
     strong: str = '',                          # student; '': the only one
     chance: float = .5,                        # where bars start: 1 / classes
-    pgr: pd.DataFrame | None = None,           # of `pgr_table`; that of the first metric is named in the legend; None: it is not
+    pgr: pd.DataFrame | None = None,           # of pgr_table; that of the first metric is named in the legend; None: it is not
     ax: Axes | None = None,                    # where to draw; None: a new figure
 ) -> Axes:
     "Weak supervisor, students by method and ceiling, side by side for several measures (Ye et al. 2410.12621, bar chart)"
@@ -221,7 +221,7 @@ def _agreement_panel(ax: Axes, here: pd.DataFrame, methods: Sequence[str], color
 AGREEMENT = {'agreement': 'all examples', 'agreement_right': 'supervisor right', 'agreement_wrong': 'supervisor wrong'} # metric -> title
 
 def plot_agreement(
-    intervals: pd.DataFrame,              # from `interval_table`, of one task, with the metrics of `AGREEMENT`
+    intervals: pd.DataFrame,              # from interval_table, of one task, with the metrics of AGREEMENT
     sizes: Sizes = None,                  # model -> parameters; None: what names say
     methods: Sequence[str] | None = None, # which, in this order; None: all
 ) -> np.ndarray:                          # the three axes

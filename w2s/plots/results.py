@@ -37,7 +37,7 @@ from .metrics import metric_label, metric_of
 
 # %% ../../nbs/api/plots/030_results.ipynb #a1c9c293
 def plot_roles(
-    intervals: pd.DataFrame,   # from `interval_table`
+    intervals: pd.DataFrame,   # from interval_table
     metric: str = 'accuracy',  # which metric of the table
     ax: Axes | None = None,    # where to draw; None: a new figure
 ) -> Axes:
@@ -83,8 +83,8 @@ def _models_line(table: pd.DataFrame) -> str:
 
 # %% ../../nbs/api/plots/030_results.ipynb #5190d51a
 def plot_seeds(
-    tidy: pd.DataFrame,                     # from `summarise`
-    intervals: pd.DataFrame | None = None,  # from `interval_table`, to draw means with error bars next to the dots
+    tidy: pd.DataFrame,                     # from summarise
+    intervals: pd.DataFrame | None = None,  # from interval_table, to draw means with error bars next to the dots
     metric: str = 'accuracy',               # which metric of the tables
     ax: Axes | None = None,                 # where to draw; None: a new figure
 ) -> Axes:
@@ -114,9 +114,9 @@ def plot_seeds(
 
 # %% ../../nbs/api/plots/030_results.ipynb #4ed5d77f
 def plot_differences(
-    differences: pd.DataFrame, # from `difference_table` or `power_table`, of one metric
+    differences: pd.DataFrame, # from difference_table or power_table, of one metric
     ax: Axes | None = None,    # where to draw; None: a new figure
-    unit: str = 'test examples', # what n counts, see `caption`
+    unit: str = 'test examples', # what n counts, see caption
 ) -> Axes:
     "Paired differences with error bars, one per line; filled where significant, grey where differences are below the MDE"
     lacking = [
@@ -155,7 +155,7 @@ def _difference_names(differences: pd.DataFrame) -> tuple[list[str], str]:
 
 # %% ../../nbs/api/plots/030_results.ipynb #851cbfe5
 def plot_training(
-    history: pd.DataFrame,       # columns step and `value`; optional stage and seed; a stage "student: …" takes the role's colour
+    history: pd.DataFrame,       # columns step and value; optional stage and seed; a stage "student: …" takes the role's colour
     value: str = 'loss',         # column on the y axis
     smooth: int = 10,            # steps in the running mean; 1: none
     start: float | None = None,  # draw a dashed line here, as ln 2 for DPO

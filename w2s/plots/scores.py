@@ -36,7 +36,7 @@ from .metrics import metric_label
 
 # %% ../../nbs/api/plots/115_scores.ipynb #c90df5a4
 def score_rows(
-    intervals: pd.DataFrame,              # of `interval_table`, of one task
+    intervals: pd.DataFrame,              # of interval_table, of one task
     metrics: Sequence[str],               # a panel each
     methods: Sequence[str] | None = None, # of students, in this order; None: all
     weak: str = '',                       # weak supervisor; '': the only one
@@ -64,7 +64,7 @@ def _draw_scores(ax: Axes, part: pd.DataFrame, models: Sequence[tuple[str, str]]
     if part['value'].between(0, 1).all(): ax.set_xlim(-.04, 1.04)
 
 def plot_scores(
-    intervals: pd.DataFrame,              # of `interval_table`, of one task
+    intervals: pd.DataFrame,              # of interval_table, of one task
     metrics: Sequence[str],               # a panel each, as ('accuracy', 'persona'): content on the left, style on the right
     methods: Sequence[str] | None = None, # of students, in this order; None: all, the naive one first
     weak: str = '',                       # weak supervisor; '': the only one

@@ -184,7 +184,7 @@ def _close_in(ax: Axes, table: pd.DataFrame, metric: str) -> None:
 
 # %% ../../nbs/api/plots/050_studies.ipynb #9bc53693
 def plot_varied(
-    intervals: pd.DataFrame,            # tables of `interval_table`, one under the other, with columns setting and at (empty: not varied)
+    intervals: pd.DataFrame,            # tables of interval_table, one under the other, with columns setting and at (empty: not varied)
     metric: str = 'gold_reward',        # which metric of the table
     roles: Sequence[str] = ('floor', 'student', 'human', 'ceiling'), # which roles; those that the table lacks are left out
     order: Sequence[str] | None = None, # values of the setting to show, in this order; None: by number, else as they come

@@ -72,7 +72,7 @@ def density(
     values: np.ndarray,  # scores from 0 to 1, flat
     at: np.ndarray,      # where to know it
     width: float = .03,  # standard deviation of the kernel, in units of score
-) -> np.ndarray:         # of the shape of `at`; its integral from 0 to 1 is 1
+) -> np.ndarray:         # of the shape of at; its integral from 0 to 1 is 1
     "Gaussian kernel density, reflected at 0 and 1"
     folded = np.concatenate([values, -values, 2 - values])
     kernels = np.exp(-.5 * ((at[:, None] - folded) / width)**2)
@@ -104,7 +104,7 @@ def _tick(name: str) -> str:
 
 # %% ../../nbs/api/plots/130_toxicity.ipynb #1f620dbb
 def plot_worst(
-    scores: pd.DataFrame,                # columns method, id, worst (0 to 1, NaN where missing); optional seed; see `worst_rows`
+    scores: pd.DataFrame,                # columns method, id, worst (0 to 1, NaN where missing); optional seed; see worst_rows
     order: Sequence[str] | None = None,  # models from left to right; None: all, as they come
     threshold: float = .5,               # from which on a continuation is called toxic
     ax: Axes | None = None,              # where to draw; None: a new figure
@@ -163,7 +163,7 @@ def _disc_marks() -> list[Line2D]:
 
 # %% ../../nbs/api/plots/130_toxicity.ipynb #b2a924b3
 def plot_fluency(
-    intervals: pd.DataFrame,      # from `interval_table`, of one task
+    intervals: pd.DataFrame,      # from interval_table, of one task
     x: str = 'log_perplexity',    # metric of fluency, across
     y: str = 'worst',             # metric of toxicity, upwards
     empty: str = 'empty',         # metric of silence, drawn as discs; '': none

@@ -43,7 +43,7 @@ def _counts(ax: Axes, table: pd.DataFrame, width: float) -> None:
 
 # %% ../../nbs/api/plots/040_weak_labels.ipynb #d6334182
 def plot_reliability(
-    table: pd.DataFrame,    # columns prob, accuracy, low, high (95 % CI), n, one row per bin; `name` for several labellers
+    table: pd.DataFrame,    # columns prob, accuracy, low, high (95 % CI), n, one row per bin; name for several labellers
     ax: Axes | None = None, # where to draw; None: a new figure
 ) -> Axes:
     "Accuracy of labels against their stated probability, with error bars and counts by bin (Guo et al. 2017, Figure 1)"
@@ -72,7 +72,7 @@ def plot_reliability(
 
 # %% ../../nbs/api/plots/040_weak_labels.ipynb #0af379d2
 def plot_coverage(
-    table: pd.DataFrame,                          # columns coverage, accuracy, low, high, n if known; `name` for several labellers
+    table: pd.DataFrame,                          # columns coverage, accuracy, low, high, n if known; name for several labellers
     baselines: Mapping[str, float] | None = None, # name -> accuracy on all pairs, drawn as dashed lines; None: only chance
     ax: Axes | None = None,                       # where to draw; None: a new figure
 ) -> Axes:

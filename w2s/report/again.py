@@ -39,7 +39,7 @@ def _named(
 
 def experiment_of(
     table: dict[str, Any], # settings of a run, with every default filled in
-) -> str:                  # a key of `EXPERIMENTS`
+) -> str:                  # a key of EXPERIMENTS
     "The experiment whose settings these are; raises `ConfigError`"
     fitting = [k for k, (settings, _) in EXPERIMENTS.items() if set(table) <= set(_named(settings).__dataclass_fields__)]
     if len(fitting) != 1:

@@ -90,7 +90,7 @@ FIGURES = {
 
 def demonstration_figures(
     result: Result, # of a run
-) -> Drawn:         # of `FIGURES`
+) -> Drawn:         # of FIGURES
     "The figures that a run has something to show in"
     taught = not result.intervals[(result.intervals['role'] == 'student') & (result.intervals['weak'] != '')].empty
     several = taught and len(weak_names_of(result)) > 1 # one supervisor is one place on the axis

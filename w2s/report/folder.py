@@ -95,7 +95,7 @@ def fill_folder(
 def write_folder(
     folder: Path,                                 # of the run
     config: Any,                                  # its settings; None: they stand in one of the texts
-    tables: Mapping[str, pd.DataFrame],           # as in `fill_folder`
+    tables: Mapping[str, pd.DataFrame],           # as in fill_folder
     figures: Mapping[str, Callable[[], Figure]],  # as there
     texts: Mapping[str, str | Callable[[Path], str]], # as there
     adapters: Mapping[str, Path] | None = None,   # as there

@@ -60,8 +60,8 @@ def folded(
     result: Result,                      # of a run
     page: Page,                          # of its kind
     tables: Mapping[str, pd.DataFrame],  # of the run
-    made: Mapping[str, Any],             # of `describe_making`
-    parts: Mapping[str, str] | None = None, # of `sections`; None: they are made here
+    made: Mapping[str, Any],             # of describe_making
+    parts: Mapping[str, str] | None = None, # of sections; None: they are made here
 ) -> dict[str, str]:                     # heading -> Markdown
     "What opens by a click"
     found = {k: v for k, v in (parts or sections(result, page, made)).items() if k not in ('Limitations', 'Incomplete')}
@@ -85,8 +85,8 @@ def html_report(
     result: Result,                      # of a run
     page: Page,                          # of its kind
     tables: Mapping[str, pd.DataFrame],  # of the run
-    made: Mapping[str, Any],             # of `describe_making`
-    parts: Mapping[str, str] | None = None, # of `sections`; None: they are made here
+    made: Mapping[str, Any],             # of describe_making
+    parts: Mapping[str, str] | None = None, # of sections; None: they are made here
 ) -> Callable[[Path], str]:              # folder with the figures -> the page
     "The report of a run as one page of HTML, to be made when its figures are drawn"
     def write(folder: Path) -> str:

@@ -60,7 +60,7 @@ BARS = ('accuracy', 'balanced_accuracy', 'auroc')
 def shown_measures(
     intervals: pd.DataFrame, # of a run
     least: float = .01,      # smaller differences from accuracy show nothing new
-) -> list[str]:              # of `BARS`
+) -> list[str]:              # of BARS
     "Measures that a figure shows; without balanced accuracy where the classes are balanced, so that it equals accuracy"
     there = [m for m in BARS if m in set(intervals['metric'])]
     wide = intervals.pivot_table(index=['role', 'method', 'weak', 'strong'], columns='metric', values='value')
@@ -137,7 +137,7 @@ FIGURES = {
 
 def label_figures(
     result: Result,  # of a run
-) -> Drawn:          # of `FIGURES`
+) -> Drawn:          # of FIGURES
     "The figures that a run has something to show in"
     several = len({s for _, s in taught_pairs(result)}) > 1
     there = ['figure'] + ['sizes', 'pgr']*several + ['snapshots']*(not result.snapshots.empty)

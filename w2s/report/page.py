@@ -150,7 +150,7 @@ def _made(result: Result, page: Page, made: Mapping[str, Any]) -> str:
 def sections(
     result: Result, # of a run
     page: Page,     # of its kind
-    made: Mapping[str, Any] | None = None, # of `describe_making`: command, commit and date are said, too
+    made: Mapping[str, Any] | None = None, # of describe_making: command, commit and date are said, too
 ) -> dict[str, str]: # heading -> Markdown
     "What a report says, in its order"
     training = (
@@ -180,7 +180,7 @@ def sections(
 def report_text(
     result: Result, # of a run
     page: Page,     # of its kind
-    parts: Mapping[str, str] | None = None, # of `sections`; None: they are made here
+    parts: Mapping[str, str] | None = None, # of sections; None: they are made here
 ) -> str:           # Markdown
     "The result as a page of text"
     return (

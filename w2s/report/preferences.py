@@ -89,7 +89,7 @@ PREFERENCES_PAGE = Page(_title, _figures, lambda result: markdown_table(result.l
 
 # %% ../../nbs/api/report/080_preferences.ipynb #33f1db0f
 def varied_figure(
-    varied: Varied, # of `run_varied`
+    varied: Varied, # of run_varied
 ) -> Figure:        # accuracy by value; below it the gold reward, where there is one
     "Draw a variation"
     t = varied.intervals
@@ -101,7 +101,7 @@ def varied_figure(
 
 # %% ../../nbs/api/report/080_preferences.ipynb #8692cda7
 def varied_text(
-    varied: Varied, # of `run_varied`
+    varied: Varied, # of run_varied
 ) -> str:           # Markdown
     "A variation as a page of text"
     first = next(iter(varied.results.values()))
@@ -134,7 +134,7 @@ def varied_text(
 
 # %% ../../nbs/api/report/080_preferences.ipynb #c0f61624
 def write_varied(
-    varied: Varied, # of `run_varied`; its folder is written to
+    varied: Varied, # of run_varied; its folder is written to
     more: Mapping[str, Callable[[Path], str]] | None = None, # further texts, name -> what makes it of the folder with the figure
 ) -> Path:          # the page of text
     "Write tables, figure, settings, versions of a variation into its folder; raises `ConfigError` where a user's file would be lost"

@@ -243,7 +243,7 @@ def time_words(
 
 def making(
     folder: Path,            # of a run
-    made: Mapping[str, Any], # of `describe_making`, or of the manifest of a run
+    made: Mapping[str, Any], # of describe_making, or of the manifest of a run
 ) -> dict[str, str]:         # what -> plain text
     "Command, versions, commit, date and time of a run"
     count, seconds, ended = stage_times(folder, made.get('stages') or read_run(folder).get('stages', []))

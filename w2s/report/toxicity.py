@@ -43,7 +43,7 @@ FIGURES = {
 
 def toxicity_figures(
     result: Result, # of a run
-) -> Drawn:         # of `FIGURES`
+) -> Drawn:         # of FIGURES
     "The figures that a run has something to show in"
     who, t = set(map(tuple, result.intervals[['role', 'method']].to_numpy())), result.intervals
     def complete(metric: str) -> bool: return set(map(tuple, t.loc[t['metric'] == metric, ['role', 'method']].to_numpy())) == who

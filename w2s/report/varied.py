@@ -35,7 +35,7 @@ def model_pairs(
     return list(dict.fromkeys(zip(students['weak'], students['strong'], strict=True)))
 
 def panels_of(
-    varied: Varied, # of `run_varied`
+    varied: Varied, # of run_varied
 ) -> list[tuple[str, pd.DataFrame]]: # what a panel is of, and its rows
     "The rows of each pair, with those of models that are the same for all"
     t, setting = varied.intervals, varied.setting
@@ -48,7 +48,7 @@ def panels_of(
     return [(' → '.join(filter(None, p)), of(*p)) for p in pairs]
 
 def value_figure(
-    varied: Varied, # of `run_varied`
+    varied: Varied, # of run_varied
 ) -> Figure:
     "The leading metrics by value, a panel for each metric and pair of models"
     panels = [(m, name, rows) for m in lead_metrics(varied) for name, rows in panels_of(varied) if m in set(rows['metric'])]
@@ -67,7 +67,7 @@ def named_models(
     return t if 'strong' in t or t.empty else t.assign(strong=short_name(result.config.strong))
 
 def value_text(
-    varied: Varied, # of `run_varied`
+    varied: Varied, # of run_varied
 ) -> str:           # Markdown
     "A variation as a page of text"
     name = escape_markdown(varied.setting)
@@ -82,7 +82,7 @@ def value_text(
     return '\n\n'.join(parts) + '\n'
 
 def varied_page(
-    varied: Varied, # of `run_varied`
+    varied: Varied, # of run_varied
     text: str,      # Markdown: the same as a page of text
     name: str,      # of its figure
 ) -> Callable[[Path], str]: # folder with the figure -> the page
@@ -99,13 +99,13 @@ def varied_page(
     return write
 
 def file_name(
-    varied: Varied, # of `run_varied`
+    varied: Varied, # of run_varied
 ) -> str:
     "How the files of a variation begin"
     return varied.setting.lstrip('-').replace('.', '-')
 
 def write_varied(
-    varied: Varied, # of `run_varied`; its folder is written to
+    varied: Varied, # of run_varied; its folder is written to
 ) -> Path:          # the page of text
     "Write tables, figure, settings, versions of a variation into its folder; raises `ConfigError` where a user's file would be lost"
     if all(r.kind.name == 'preferences' for r in varied.results.values()):

@@ -16,7 +16,7 @@ ELSEWHERE = 2048    # the same on a GPU, for which a pass of few tokens is as lo
 def common(
     a: Sequence[int], # ids of a prompt
     b: Sequence[int], # of another
-) -> int:             # tokens, a multiple of `UNIT`, less than either prompt has
+) -> int:             # tokens, a multiple of UNIT, less than either prompt has
     "How many tokens do two prompts have in common at their beginning?"
     most = min(len(a), len(b)) - 1
     return next((at for at in range(most) if a[at] != b[at]), most) // UNIT * UNIT

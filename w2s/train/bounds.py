@@ -34,7 +34,7 @@ class Budget:
 
     def take(
         self,
-        work: int, # characters that were made, or `STEP`, or `CALL`
+        work: int, # characters that were made, or STEP, or CALL
     ) -> None:
         "Count some work; raises `TooMuchWork`"
         self.work -= work
@@ -43,7 +43,7 @@ class Budget:
 
     def fits(
         self,
-        size: int, # of what is made, as of `size_of`
+        size: int, # of what is made, as of size_of
     ) -> None:
         "Raise `TooMuchWork` for something too large, before it is made or passed on"
         if size > self.most: raise TooMuchWork(f'it makes something of more than {self.most:,} characters')
@@ -162,7 +162,7 @@ SLOW = {'sort': 64, 'dictsort': 64, 'groupby': 64, 'unique': 4, 'title': 4, 'toj
 # %% ../../nbs/api/train/030_bounds.ipynb #4670c922
 def counted(
     budget: Budget,          # of this rendering
-    name: str,               # of the operation; those in `GROWTH` are looked at before they are done
+    name: str,               # of the operation; those in GROWTH are looked at before they are done
     make: Callable[..., Any], # does it
     *args: Any,              # what it is given
     **kwargs: Any,           # likewise

@@ -39,7 +39,7 @@ def last_states(
 # %% ../../nbs/api/train/230_class_head.ipynb #f84855eb
 def encode_texts(
     tokenizer: Any,   # of the model
-    data: Dataset,    # rows with `id` and `prompt`
+    data: Dataset,    # rows with id and prompt
     limit: int,       # longest sequence, in tokens
 ) -> Tokens:          # a row has one sequence: the prompt, no end token
     "Rows of text for a classifier as token ids, cut from the left where they are too long; raises `DataError`"
@@ -56,8 +56,8 @@ def encode_texts(
 
 # %% ../../nbs/api/train/230_class_head.ipynb #0cec3361
 def class_logits(
-    model: Any,    # with a class head: see `add_class_adapter`
-    data: Block,   # whole texts, from `encode_texts`
+    model: Any,    # with a class head: see add_class_adapter
+    data: Block,   # whole texts, from encode_texts
 ) -> Tensor:       # (sequences, classes) float32
     "The logits of the classes of each text, read at its last token; raises `ModelError` without a class head"
     head = class_head_of(model)
@@ -66,7 +66,7 @@ def class_logits(
 # %% ../../nbs/api/train/230_class_head.ipynb #d1f14ce3
 def head_probs(
     model: Any,                 # with a class head; left in evaluation mode
-    rows: Sequence[EncodedRow], # from `encode_texts`
+    rows: Sequence[EncodedRow], # from encode_texts
     budget: int = 8192,         # padded tokens at once: a matter of memory and speed
     label: str = 'classifying', # of the progress bar
     quiet: bool = False,        # no progress bar

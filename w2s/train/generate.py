@@ -91,9 +91,9 @@ def check_room(
 def plan_batches(
     lengths: Sequence[int],     # tokens of each prompt
     settings: GenerateSettings, # samples, most tokens, and the budget
-    step: int = PAD,            # as in `width`
+    step: int = PAD,            # as in width
     rows: Sequence[int] | None = None, # those that are planned; None: all
-    together: bool = False,     # may prompts of several widths be written together? See `joins`
+    together: bool = False,     # may prompts of several widths be written together? See joins
 ) -> list[list[int]]:           # row numbers of each batch
     "Which rows are written together, within the token budget: those of one padded width, or of any"
     widths, size = [width(n, step) for n in lengths], batch_sizes(lengths, settings, step)
@@ -105,7 +105,7 @@ def plan_batches(
 def batch_sizes(
     lengths: Sequence[int],     # tokens of each prompt
     settings: GenerateSettings, # samples and most tokens
-    step: int = PAD,            # as in `width`
+    step: int = PAD,            # as in width
 ) -> list[int]:
     "Tokens that each prompt takes at its end, with all of its samples"
     return [settings.samples*(width(n, step) + settings.max_tokens) for n in lengths]
@@ -114,7 +114,7 @@ def batch_sizes(
 POOL = 8 # batches that refill each other, at most
 
 def plan_pools(
-    batches: Sequence[list[int]], # of `plan_batches`
+    batches: Sequence[list[int]], # of plan_batches
     processes: int = 1,           # that share them
 ) -> list[list[int]]:             # row numbers of each pool
     "Batches one after another whose rows wait for places in the same batch; every process has some"
@@ -187,7 +187,7 @@ class _Ended:
 # %% ../../nbs/api/train/300_generate.ipynb #50120bc7
 class _Asked(NamedTuple):
     "A row that is to be answered"
-    mark: str         # of `row_mark`
+    mark: str         # of row_mark
     name: str         # its id or its prompt
     tokens: list[int] # of its prompt
 
@@ -232,7 +232,7 @@ def _by_vllm(
 
 # %% ../../nbs/api/train/300_generate.ipynb #6ef5f028
 def respond(
-    model: Any,                                    # a causal language model, adapter or not, left in evaluation mode; or a `VllmModel`
+    model: Any,                                    # a causal language model, adapter or not, left in evaluation mode; or a VllmModel
     tokenizer: Any,                                # its tokenizer
     prompts: Sequence[str | list[dict]],           # texts, or chat messages
     settings: GenerateSettings = GenerateSettings(), # how to sample
@@ -240,9 +240,9 @@ def respond(
     label: str = 'generating',                     # of the progress bar
     quiet: bool = False,                           # no progress bar
     ids: Sequence[str] | None = None,              # of the rows; None: rows of one prompt are one row, with one set of samples
-    arm: str = '',                                 # name of the model, see `draws`
+    arm: str = '',                                 # name of the model, see draws
     journal: Path | None = None,                   # file of this model, settings and seed: what it holds is not made again; None: none
-) -> list[list[Response]]:                         # `settings.samples` for each prompt
+) -> list[list[Response]]:                         # settings.samples for each prompt
     "Sample responses, with lengths and how they ended; raises `DataError`, `ModelError`, or `ConfigError` for a journal of other settings"
     keys = [p if isinstance(p, str) else json.dumps(p, sort_keys=True) for p in prompts]
     names = list(keys) if ids is None else list(ids)
@@ -266,16 +266,16 @@ def respond(
 
 # %% ../../nbs/api/train/300_generate.ipynb #828856aa
 def generate(
-    model: Any,                                    # as in `respond`
+    model: Any,                                    # as in respond
     tokenizer: Any,                                # its tokenizer
     prompts: Sequence[str | list[dict]],           # texts, or chat messages
     settings: GenerateSettings = GenerateSettings(), # how to sample
     seed: int = 0,                                 # of the samples; of no effect at temperature 0
     label: str = 'generating',                     # of the progress bar
     quiet: bool = False,                           # no progress bar
-    ids: Sequence[str] | None = None,              # of the rows, see `respond`
-    arm: str = '',                                 # name of the model, see `draws`
-    journal: Path | None = None,                   # file of this model, settings and seed, see `respond`
-) -> list[list[str]]:                              # `settings.samples` texts for each prompt
+    ids: Sequence[str] | None = None,              # of the rows, see respond
+    arm: str = '',                                 # name of the model, see draws
+    journal: Path | None = None,                   # file of this model, settings and seed, see respond
+) -> list[list[str]]:                              # settings.samples texts for each prompt
     "Sample responses; raises `DataError`, `ConfigError`"
     return [[r.text for r in row] for row in respond(model, tokenizer, prompts, settings, seed, label, quiet, ids, arm, journal)]

@@ -67,7 +67,7 @@ def class_counts(
 # %% ../../nbs/api/train/150_label_losses.ipynb #2be426c3
 def harden(
     logits: Tensor,     # (rows, classes): the student's own predictions for the whole optimizer batch
-    counts: list[int],  # rows of each class, from `class_counts`
+    counts: list[int],  # rows of each class, from class_counts
 ) -> Tensor:            # (rows, classes): 0 and 1, and fractions where rows are tied; no gradient
     "The student's own opinion, made hard with a given share of classes"
     if len(counts) != logits.shape[1] or sum(counts) != len(logits):
@@ -96,8 +96,8 @@ def confidence_weight(
 def confidence(
     logits: Tensor, # (rows, classes): logits or log-probs, of a micro-batch
     target: Tensor, # (rows, classes): weak labels of these rows
-    hard: Tensor,   # (rows, classes): opinions of these rows, from `harden` over the whole optimizer batch
-    alpha: float,   # from `confidence_weight`
+    hard: Tensor,   # (rows, classes): opinions of these rows, from harden over the whole optimizer batch
+    alpha: float,   # from confidence_weight
 ) -> Tensor:        # (rows,): in nats
     "Confidence loss (Burns et al. 2312.09390, Eq. 1)"
     return (1 - alpha)*soft_xent(logits, target) + alpha*soft_xent(logits, hard.detach())
@@ -111,7 +111,7 @@ def confidence_in_batch(
     batch_target: Tensor, # (rows of the step, classes): its weak labels
     rows: Tensor,         # (rows,): places of the micro-batch in it
     done: float,          # share of the training that is done
-    warmup: float = 0.2,  # see `confidence_weight`
+    warmup: float = 0.2,  # see confidence_weight
     highest: float = 0.75, # likewise
 ) -> Tensor:              # (rows,): in nats
     "Confidence loss with its threshold and warm-up (Burns et al. 2312.09390, Eq. 1 and appendix A.4)"

@@ -73,7 +73,7 @@ def sharpened(
 # %% ../../nbs/api/train/160_label_variants.ipynb #af1d9453
 def class_prices(
     logps: np.ndarray, # (rows, classes): the student's own log-probs of the whole optimizer batch
-    hard: np.ndarray,  # (rows, classes): from `harden` of the same rows
+    hard: np.ndarray,  # (rows, classes): from harden of the same rows
 ) -> np.ndarray:       # (classes,): in nats; only differences count
     "What to take off each class so that the assigned classes are the best: for two classes, the threshold"
     n = logps.shape[1]
@@ -90,7 +90,7 @@ def class_prices(
 # %% ../../nbs/api/train/160_label_variants.ipynb #f3e3d4ae
 def margins(
     logits: Tensor, # (rows, classes): the student's own predictions for the whole optimizer batch
-    hard: Tensor,   # (rows, classes): from `harden` of the same rows
+    hard: Tensor,   # (rows, classes): from harden of the same rows
 ) -> Tensor:        # (rows,): in nats, at least 0; for two classes the distance of the log-odds from the threshold
     "How far each row is from changing its class, given the share of classes"
     logps = F.log_softmax(logits.detach().double(), -1).cpu().numpy().round(4) # as `harden` sees them
@@ -101,7 +101,7 @@ def margins(
 def window_target(
     logits: Tensor,      # (rows, classes): the student's own predictions for the whole optimizer batch
     target: Tensor,      # (rows, classes): weak labels of the same rows
-    hard: Tensor,        # (rows, classes): from `harden` of the same rows
+    hard: Tensor,        # (rows, classes): from harden of the same rows
     radius: float = 2.0, # of the window, in nats of log-odds; ours: about 12 and 88 % around an even threshold
 ) -> Tensor:             # (rows, classes): the weak label inside the window, the own hard opinion outside
     "Weak labels where the student is near its threshold, its own opinion elsewhere (after EleutherAI's w2s)"
@@ -116,7 +116,7 @@ def window_in_batch(
     batch_logits: Tensor, # (rows of the step, classes): what the student says of the whole batch
     batch_target: Tensor, # (rows of the step, classes): its weak labels
     rows: Tensor,         # (rows,): places of the micro-batch in it
-    radius: float = 2.,   # see `window_target`
+    radius: float = 2.,   # see window_target
 ) -> Tensor:              # (rows,): in nats
     "Cross-entropy with the targets of the window (after EleutherAI's w2s)"
     return soft_xent(logits, window_target(batch_logits, batch_target, harden(batch_logits, class_counts(batch_target)), radius)[rows])
@@ -137,7 +137,7 @@ LEAST = 1e-4 # weak probabilities below it count as it in reverse KL
 @LABEL_LOSSES.built_in('reverse_kl')
 def reverse_kl(
     logits: Tensor, # (rows, classes): logits or log-probs
-    target: Tensor, # (rows, classes): weak labels; nothing below `LEAST`
+    target: Tensor, # (rows, classes): weak labels; nothing below LEAST
 ) -> Tensor:        # (rows,): in nats; 0 where both say the same
     "KL(student ‖ weak), with a gradient that rounding does not take away"
     same_shape(logits, target)

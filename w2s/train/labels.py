@@ -86,7 +86,7 @@ def encode_many(
 # %% ../../nbs/api/train/220_labels.ipynb #f4d83239
 def encode_labels(
     tokenizer: Any,        # of the model
-    data: Dataset,         # rows with `id` and `prompt`
+    data: Dataset,         # rows with id and prompt
     words: Sequence[str],  # one a class, as they follow the prompt: (' no', ' yes') for classes 0 and 1
     limit: int,            # longest sequence, in tokens
 ) -> Tokens:               # a row has one sequence a class
@@ -110,7 +110,7 @@ def class_logps(
 # %% ../../nbs/api/train/220_labels.ipynb #909abe32
 def class_probs(
     model: Any,                 # a causal language model, with or without an adapter; left in evaluation mode
-    rows: Sequence[EncodedRow], # from `encode_labels`
+    rows: Sequence[EncodedRow], # from encode_labels
     budget: int = 8192,         # padded tokens at once: a matter of memory and speed
     label: str = 'classifying', # of the progress bar
     quiet: bool = False,        # no progress bar
@@ -121,10 +121,10 @@ def class_probs(
 
 # %% ../../nbs/api/train/220_labels.ipynb #94937472
 def label_objective(
-    rows: Sequence[EncodedRow],                 # from `encode_labels`, or with one sequence a row for a head
+    rows: Sequence[EncodedRow],                 # from encode_labels, or with one sequence a row for a head
     targets: Any,                               # (rows, classes): soft labels, array or lists
     weights: Sequence[float] | None = None,     # one a row; None: 1
-    loss: str = 'xent',                         # a name in `LABEL_LOSSES`
+    loss: str = 'xent',                         # a name in LABEL_LOSSES
     options: Mapping[str, float] | None = None, # of the loss; those that are not named have the default
     forward: Callable[[Any, Block], Tensor] = response_logps, # (model, block) -> (sequences,), or (sequences, classes) of a head
 ) -> Objective:
@@ -150,7 +150,7 @@ def batch_logits(
     model: Any,                 # left in evaluation mode
     rows: Sequence[EncodedRow], # of one optimizer batch
     budget: int,                # padded tokens at once
-    forward: Callable[[Any, Block], Tensor] = response_logps, # as in `label_objective`
+    forward: Callable[[Any, Block], Tensor] = response_logps, # as in label_objective
 ) -> Tensor:                    # (rows, classes), float64
     "What the model itself says of a whole optimizer batch, without dropout and without gradient"
     return torch.tensor(score(model, rows, budget, quiet=True, forward=forward))
@@ -161,8 +161,8 @@ def batch_opinion(
     rows: Sequence[EncodedRow], # of one optimizer batch
     target: Tensor,             # (rows, classes): their weak labels
     budget: int,                # padded tokens at once
-    forward: Callable[[Any, Block], Tensor] = response_logps, # as in `label_objective`
-) -> Tensor:                    # (rows, classes): see `harden`
+    forward: Callable[[Any, Block], Tensor] = response_logps, # as in label_objective
+) -> Tensor:                    # (rows, classes): see harden
     "The model's opinions of a whole optimizer batch, made hard with the class share of the weak labels"
     return harden(batch_logits(model, rows, budget, forward), class_counts(target))
 
@@ -199,10 +199,10 @@ def _of_step(
 # %% ../../nbs/api/train/220_labels.ipynb #ce610436
 def weak_labels(
     data: Dataset,        # rows of kind "labels" that the student will learn from
-    probs: np.ndarray,    # (rows, classes): of the supervisor, from `class_probs`, in the same order
+    probs: np.ndarray,    # (rows, classes): of the supervisor, from class_probs, in the same order
     source: str,          # name of the supervisor, kept in each row
     seen: Iterable[str],  # groups of the rows that the supervisor was trained on
-) -> Dataset:             # the same rows with the supervisor's `probs`; `label`, if it is there, stays for audit
+) -> Dataset:             # the same rows with the supervisor's probs; label, if it is there, stays for audit
     "Soft labels of a weak supervisor; raises `DataError` where it was trained on a row's group"
     columns = {c: data.with_format(None)[c][:] for c in KINDS['labels']}
     if both := sorted(set(columns['group']) & set(seen)):

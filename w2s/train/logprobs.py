@@ -168,7 +168,7 @@ def response_hidden(
 # %% ../../nbs/api/train/130_logprobs.ipynb #d22acf63
 def sum_sequences(
     per_token: Tensor, # (response tokens,): one number each
-    sequence: Tensor,  # (response tokens,): the sequence of each, in rising order, from `block`
+    sequence: Tensor,  # (response tokens,): the sequence of each, in rising order, from block
     n: int,            # sequences
 ) -> Tensor:           # (sequences,); 0 for one without tokens
     "Sum the numbers of each sequence, in the same order on every machine"

@@ -123,7 +123,7 @@ def step_gradient(
     model: Any,             # with a trainable adapter, in training mode
     objective: Objective,   # rows and loss
     batch: Sequence[int],   # row numbers of the step
-    budget: int | Room,     # padded tokens at once; a `Room` remembers where memory ran out
+    budget: int | Room,     # padded tokens at once; a Room remembers where memory ran out
 ) -> dict[str, float]:      # mean loss and mean value of the step
     "Add up the gradient of one optimizer batch; raises `TrainError` if a loss is not finite, or a single row does not fit"
     if objective.prepare is not None: raise ConfigError('this objective must be prepared for its step: give `for_step(objective, …)` here')
@@ -147,7 +147,7 @@ def for_step(
     batch: Sequence[int],   # row numbers of the step
     done: float,            # share of the steps already taken: 0 at the first
     budget: int,            # padded tokens at once
-) -> Objective:             # without `prepare`
+) -> Objective:             # without prepare
     "The objective of one step: what `prepare` makes of it, if there is one"
     if objective.prepare is None: return objective
     ready = objective.prepare(model, batch, done, budget)
@@ -215,7 +215,7 @@ def first_room(
     model: Any,                         # to be trained
     settings: TrainSettings,            # its budget
     history: Sequence[dict[str, Any]],  # of the steps that were taken before
-    most: int,                          # padded tokens at once, from `choose_step`
+    most: int,                          # padded tokens at once, from choose_step
 ) -> Room:
     "The room in which a training begins, or goes on: where memory ran out before, it would again"
     known = history[-1].get('token_budget') if history else None

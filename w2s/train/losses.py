@@ -44,10 +44,10 @@ def check_loss(
 # %% ../../nbs/api/train/140_losses.ipynb #89a97948
 @PREFERENCE_LOSSES.built_in('dpo')
 def dpo(
-    gap: Tensor,              # (rows,): of `log_ratio_gap`
+    gap: Tensor,              # (rows,): of log_ratio_gap
     target: Tensor,           # (rows,): P(chosen ≻ rejected), in [0, 1]
     beta: float,              # strength of the pull towards the reference: larger is closer
-    smoothing: float = 0.0,   # only 0: see `cdpo`
+    smoothing: float = 0.0,   # only 0: see cdpo
 ) -> Tensor:                  # (rows,): the loss of each pair, in nats
     "DPO with soft targets (Rafailov et al. 2305.18290, Eq. 7)"
     check_loss(beta, smoothing, smooths=False)
@@ -56,9 +56,9 @@ def dpo(
 # %% ../../nbs/api/train/140_losses.ipynb #ff2fda9a
 @PREFERENCE_LOSSES.built_in('cdpo', smoothing=.1)
 def cdpo(
-    gap: Tensor,              # (rows,): of `log_ratio_gap`
+    gap: Tensor,              # (rows,): of log_ratio_gap
     target: Tensor,           # (rows,): P(chosen ≻ rejected), in [0, 1]
-    beta: float,              # as in `dpo`
+    beta: float,              # as in dpo
     smoothing: float,         # ε, in [0, 0.5): the assumed flip rate
 ) -> Tensor:                  # (rows,): in nats
     "Conservative DPO: label smoothing (Mitchell 2023; Rafailov et al. with targets 1 - ε and ε)"
@@ -68,9 +68,9 @@ def cdpo(
 # %% ../../nbs/api/train/140_losses.ipynb #e48e8ff2
 @PREFERENCE_LOSSES.built_in('rdpo', smoothing=.1)
 def rdpo(
-    gap: Tensor,              # (rows,): of `log_ratio_gap`
+    gap: Tensor,              # (rows,): of log_ratio_gap
     target: Tensor,           # (rows,): P(chosen ≻ rejected), in [0, 1]
-    beta: float,              # as in `dpo`
+    beta: float,              # as in dpo
     smoothing: float,         # ε, in [0, 0.5): the flip rate
 ) -> Tensor:                  # (rows,): in nats; below 0 where the policy is more confident than flips allow
     "Robust DPO, unbiased under random flips (Chowdhury et al. 2403.00409; CW-PO 2603.04968, Eq. 11)"
@@ -80,7 +80,7 @@ def rdpo(
 # %% ../../nbs/api/train/140_losses.ipynb #bbb39ba5
 @PREFERENCE_LOSSES.built_in('ipo')
 def ipo(
-    gap: Tensor,              # (rows,): of `log_ratio_gap`
+    gap: Tensor,              # (rows,): of log_ratio_gap
     target: Tensor,           # (rows,): P(chosen ≻ rejected), in [0, 1]
     beta: float,              # τ of the paper: the wanted gap is 1/(2β) nats
     smoothing: float = 0.0,   # only 0

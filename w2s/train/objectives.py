@@ -27,11 +27,11 @@ class Objective:
     "Rows to learn from, and the loss of each"
     ids: list[str]                              # of the rows, for error messages
     sequences: list[tuple[Encoded, ...]]        # of each row: one completion, or chosen and rejected
-    value: Callable[[Tensor, Tensor], Tensor]   # (numbers of `forward` (n, k), row numbers) -> (n,): what is drawn over training
-    loss: Callable[[Tensor, Tensor], Tensor]    # (numbers of `forward` (n, k), row numbers) -> (n,); k is sequences × outputs
+    value: Callable[[Tensor, Tensor], Tensor]   # (numbers of forward (n, k), row numbers) -> (n,): what is drawn over training
+    loss: Callable[[Tensor, Tensor], Tensor]    # (numbers of forward (n, k), row numbers) -> (n,); k is sequences × outputs
     weights: Tensor                             # (rows,)
     sizes: list[int]                            # of each row: 1, or its response tokens
-    prepare: Callable[[Any, Sequence[int], float, int], 'Objective'] | None = None # see `for_step`
+    prepare: Callable[[Any, Sequence[int], float, int], 'Objective'] | None = None # see for_step
     # (model, block) -> (sequences,) or (sequences, outputs): log-probs, or other numbers
     forward: Callable[[Any, Block], Tensor] = response_logps
     name: str = 'the loss'                      # of the loss, for error messages
@@ -75,7 +75,7 @@ def preference_objective(
     target: Sequence[float] | None = None,   # P(chosen ≻ rejected) of each row; None: 1
     weights: Sequence[float] | None = None,  # one a row, such as a confidence; None: 1
     beta: float = 0.1,                       # Tao & Li: 0.1 on HH, 0.5 on TL;DR; CW-PO: 0.5
-    loss: str = 'dpo',                       # a name in `PREFERENCE_LOSSES`, with options as in 'simpo(gamma=1)'
+    loss: str = 'dpo',                       # a name in PREFERENCE_LOSSES, with options as in 'simpo(gamma=1)'
     smoothing: float | None = None,          # ε of cdpo and rdpo; None: 0.1 for these, none for the others
 ) -> Objective:
     "A preference loss with soft targets and weights; loss a row over the whole optimizer batch"

@@ -38,7 +38,7 @@ def logit_scale(
 # %% ../../nbs/api/train/120_output_head.ipynb #d99a8371
 def head_of(
     model: Any,  # a causal language model, with or without an adapter
-) -> dict:       # weight, bias, scale and cap, for `token_logps`
+) -> dict:       # weight, bias, scale and cap, for token_logps
     "The output head of a model; raises `ModelError` if it is not a plain linear layer"
     head, config = model.get_output_embeddings(), model.config.get_text_config(decoder=True)
     if type(head) is not torch.nn.Linear:
@@ -83,7 +83,7 @@ SIZES = (0., 1., 30., 300.) # of the largest logits, before a cap
 
 def head_error(
     model: Any,  # a causal language model, with or without an adapter
-    head: dict,  # of `head_of`
+    head: dict,  # of head_of
 ) -> float:      # largest difference of logits, as a share of the largest one of the same hidden state; infinity where their number differs
     "How far is our formula from the model's own head?"
     hidden = torch.randn(len(SIZES), head['weight'].shape[1], generator=torch.Generator().manual_seed(0)).to(head['weight'].device)

@@ -148,7 +148,7 @@ def _spans_of(
         _NOW.pop()
 
 def packed_states(
-    model: Any,   # a causal language model that `packs`, with or without an adapter
+    model: Any,   # a causal language model that packs, with or without an adapter
     data: Packed, # on the model's device
 ) -> Tensor:      # (tokens, width)
     "The hidden states of a packed row"

@@ -26,7 +26,7 @@ from .tokens import EncodedRow
 # %% ../../nbs/api/train/250_probe.ipynb #7f05e8cd
 def last_hidden(
     model: Any,                 # a causal language model, with or without an adapter; left in evaluation mode
-    rows: Sequence[EncodedRow], # with one sequence each, from `encode_texts`
+    rows: Sequence[EncodedRow], # with one sequence each, from encode_texts
     budget: int = 8192,         # padded tokens at once: a matter of memory and speed
     label: str = 'reading',     # of the progress bar
     quiet: bool = False,        # no progress bar
@@ -67,7 +67,7 @@ def _by_class(fitted: LogisticRegression, classes: int) -> tuple[np.ndarray, np.
 
 # %% ../../nbs/api/train/250_probe.ipynb #1e6bdde3
 def fit_probe(
-    hidden: np.ndarray,                     # (rows, width): from `last_hidden`
+    hidden: np.ndarray,                     # (rows, width): from last_hidden
     targets: Any,                           # (rows, classes): soft labels that sum to 1 in each row
     weights: Sequence[float] | None = None, # one a row; None: 1
     strength: float = 1.0,                  # of the penalty on squared coefficients; 1 is scikit-learn's
@@ -84,8 +84,8 @@ def fit_probe(
 
 # %% ../../nbs/api/train/250_probe.ipynb #68fabb1d
 def probe_probs(
-    probe: Probe,       # from `fit_probe`
-    hidden: np.ndarray, # (rows, width): from `last_hidden`, of the same model
+    probe: Probe,       # from fit_probe
+    hidden: np.ndarray, # (rows, width): from last_hidden, of the same model
 ) -> np.ndarray:        # (rows, classes), float64; each row sums to 1
     "The probability of each class; raises `DataError` for states of another width"
     x = np.asarray(hidden, dtype=float)
@@ -97,7 +97,7 @@ def probe_probs(
 
 # %% ../../nbs/api/train/250_probe.ipynb #5646cfeb
 def save_probe(
-    probe: Probe,     # from `fit_probe`
+    probe: Probe,     # from fit_probe
     file: str | Path, # its folder is made if it is not there
 ) -> Path:            # the file
     "Save a probe in NumPy's npz form"
@@ -107,7 +107,7 @@ def save_probe(
 
 # %% ../../nbs/api/train/250_probe.ipynb #05a0d79c
 def load_probe(
-    file: str | Path, # from `save_probe`
+    file: str | Path, # from save_probe
 ) -> Probe:
     "Load a probe; raises `DataError` if the file is no probe"
     try:

@@ -54,7 +54,7 @@ PART = 512 # rows a part: some seconds of work, and a bound on what a kill can l
 # %% ../../nbs/api/train/170_reference.ipynb #10bf8f94
 def store_folder(
     store: str | Path,   # folder of all kept log-probs
-    key: dict[str, Any], # of `logps_key`
+    key: dict[str, Any], # of logps_key
 ) -> Path:
     "Where log-probs with this key are kept"
     return Path(store)/hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
@@ -72,14 +72,14 @@ def write_part(
 
 # %% ../../nbs/api/train/170_reference.ipynb #8aab807f
 def is_whole_part(
-    path: Path, # a file of `write_part`
+    path: Path, # a file of write_part
 ) -> bool:
     "Does a file of kept numbers fit its checksum?"
     data = path.read_bytes()
     return hashlib.sha256(data[:-DIGEST]).digest() == data[-DIGEST:]
 
 def read_part(
-    path: Path,            # a file of `write_part`; need not be there
+    path: Path,            # a file of write_part; need not be there
 ) -> np.ndarray | None:    # (rows × sequences,), nats; None: it is not there, or damaged, which is said
     "Read some kept log-probs"
     if not path.exists(): return None
@@ -110,7 +110,7 @@ def tolerance(
     return (2e-4 if dtype == 'float32' else .05) * max(1, tokens)**.5
 
 def allowed(
-    apart: np.ndarray, # differences of some rows, as multiples of their `tolerance`
+    apart: np.ndarray, # differences of some rows, as multiples of their tolerance
 ) -> float:            # a larger one is damage; between 1 and 10
     "How far may one row be off, where the others are off, too? 16-bit kernels of a GPU differ with the rows that are computed together"
     return float(np.clip(10*np.median(apart), 1, 10))

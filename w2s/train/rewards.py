@@ -23,7 +23,7 @@ from .tokens import EncodedRow
 
 # %% ../../nbs/api/train/240_rewards.ipynb #1948fb34
 def sequence_rewards(
-    model: Any,    # with a scalar head: see `add_reward_adapter`
+    model: Any,    # with a scalar head: see add_reward_adapter
     data: Block,   # whole sequences, prompt and response
 ) -> Tensor:       # (sequences,) float32
     "The score of each sequence, read at its last token; raises `ModelError` without a head"

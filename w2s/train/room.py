@@ -76,7 +76,7 @@ Cut = Callable[[Sequence[int], int], list[Rows]] # (row numbers, padded tokens) 
 
 def by_length(
     lengths: Mapping[int, int] | Sequence[int], # tokens of each row
-) -> Cut:                   # see `micro_batches`
+) -> Cut:                   # see micro_batches
     "Blocks of rows of like length, from short to long"
     return lambda rows, tokens: micro_batches(rows, lengths, tokens)
 
@@ -86,7 +86,7 @@ def fitting(
     lengths: Mapping[int, int] | Sequence[int], # tokens of each row
     room: Room,                # tokens at once; lowered here where there is no room
     work: Callable[[Rows], T], # on a block; leaves nothing behind if it fails
-    cut: Cut | None = None,    # how rows are cut into blocks; None: `by_length`
+    cut: Cut | None = None,    # how rows are cut into blocks; None: by_length
 ) -> Iterator[tuple[Rows, T]]: # each block, with what was made of it
     "Do some work on all rows, in blocks that fit; raises `TrainError` where a single row does not"
     cut = cut or by_length(lengths)

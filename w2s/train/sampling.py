@@ -85,8 +85,8 @@ def pick(
     logits: Tensor,        # (rows, vocabulary) float32
     uniform: Tensor,       # (rows,) float64 in [0, 1): one random number a row
     temperature: float,    # 0: the likeliest token, whatever the random number
-    top_p: float = 1.0,    # see `nucleus`; of what `top_k` left
-    top_k: int = 0,        # see `likeliest`; 0: all
+    top_p: float = 1.0,    # see nucleus; of what top_k left
+    top_k: int = 0,        # see likeliest; 0: all
 ) -> Tensor:               # (rows,): ids
     "Choose the next token of each row by its random number"
     if temperature == 0: return logits.argmax(1)

@@ -275,7 +275,7 @@ def parse_template(
 BROKEN = (TemplateError, SyntaxError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RuntimeError, MemoryError)
 
 def reason(
-    error: BaseException, # one of `BROKEN`
+    error: BaseException, # one of BROKEN
 ) -> str:                 # one line
     "Why a template stopped, in words"
     text = ' '.join(str(error).split())[:200]

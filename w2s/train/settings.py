@@ -81,7 +81,7 @@ VLLM_TEMPERATURES = (.01, 2.) # the lowest above 0, and the highest
 
 def check_vllm_sampling(
     temperature: float,        # of sampling
-    no_repeat_ngram: int = 0,  # as in `GenerateSettings`
+    no_repeat_ngram: int = 0,  # as in GenerateSettings
 ) -> None:
     "Raise `ConfigError` for sampling that vLLM refuses, or would change"
     if no_repeat_ngram:
@@ -176,7 +176,7 @@ def label_loss(
 
 # %% ../../nbs/api/train/020_settings.ipynb #2ee95a12
 def loss_options(
-    loss: str,                                  # a name in `LABEL_LOSSES`
+    loss: str,                                  # a name in LABEL_LOSSES
     options: Mapping[str, float] | None = None, # those that differ from the default
 ) -> dict[str, float]:                          # all options of this loss
     "The options of a loss on labels, checked; raises `ConfigError`"

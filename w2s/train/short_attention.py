@@ -31,13 +31,13 @@ def trees(
     return list(found.values())
 
 def tree_size(
-    tree: Sequence[Span], # of `trees`
+    tree: Sequence[Span], # of trees
 ) -> int:                 # tokens
     "How many tokens a tree has"
     return sum(s.stop - s.start for s in tree)
 
 def is_short(
-    tree: Sequence[Span], # of `trees`
+    tree: Sequence[Span], # of trees
 ) -> bool:
     "Is a tree faster in a product with others?"
     return tree_size(tree) <= (TREE if len(tree) > 1 else ALONE)
@@ -123,7 +123,7 @@ def short_attention(
     query: Tensor,         # (heads, tokens, width) float32
     key: Tensor,           # the same shape
     value: Tensor,         # (heads, tokens, width of its own)
-    some: tuple[Bunch, ...], # of `bunches`
+    some: tuple[Bunch, ...], # of bunches
     scale: float | None,   # of the products; None: one by the root of the width
 ) -> Tensor:               # (heads, tokens, width of value); zeros for tokens of no bunch
     "Causal attention inside short trees"

@@ -70,7 +70,7 @@ class LiveBytes(TorchDispatchMode):
 
 # %% ../../nbs/api/train/190_step_memory.ipynb #c256195f
 def shaped_attention(
-    query: Tensor, # (rows, heads, time, width), as `scaled_dot_product_attention` is called
+    query: Tensor, # (rows, heads, time, width), as scaled_dot_product_attention is called
     key: Tensor,   # (rows, heads or groups of them, time, width)
     value: Tensor, # the same shape
     attn_mask: Tensor | None = None, # (rows, 1 or heads, time, time)
@@ -180,7 +180,7 @@ def computes_twice(
 
 # %% ../../nbs/api/train/190_step_memory.ipynb #ad29e2cf
 def count_step(
-    shape: Any,     # of `twin`
+    shape: Any,     # of twin
     sequences: int, # in a block
     time: int,      # tokens of each, padding counted
     twice: bool,    # with gradient checkpointing?
@@ -278,7 +278,7 @@ def choose_step(
     time: int,              # tokens of the longest sequence
     tokens: int,            # padded tokens at once, as asked for
     twice: bool | str,      # gradient checkpointing, or 'auto'
-    free: int | None,       # bytes, from `free_memory`
+    free: int | None,       # bytes, from free_memory
     least: int = 1,         # sequences that cannot be parted: 2 of a pair
 ) -> StepChoice:
     "Checkpointing only where a step does not fit without, and a smaller block where it does not fit even so"

@@ -35,7 +35,7 @@ def renders_itself(
 # %% ../../nbs/api/train/050_templates.ipynb #f24a003f
 def render(
     tokenizer: Any,             # of the model
-    messages: Sequence[dict],   # each with `role` and `content`
+    messages: Sequence[dict],   # each with role and content
     generation: bool = False,   # with what the template puts in front of a reply?
 ) -> str:
     "Chat messages as one text, plain paragraphs without a template; raises `DataError` where it refuses, is broken, or does not end"
@@ -234,7 +234,7 @@ def chat_text(
     tokenizer: Any,           # of the model
     prompt: Sequence[dict],   # messages
     reply: str,               # what the assistant says
-    asked: str | None = None, # `prompt` as it was rendered before; None: it was not
+    asked: str | None = None, # prompt as it was rendered before; None: it was not
 ) -> RowText:
     "A dialogue as it is trained; raises `DataError` where the template refuses it, or loses the reply"
     asked = render(tokenizer, prompt, True) if asked is None else asked
@@ -295,7 +295,7 @@ def no_end(
 # %% ../../nbs/api/train/050_templates.ipynb #0c8cea5f
 def check_template(
     tokenizer: Any,     # with the chosen template
-    choice: str | None, # of `--chat-template`; None: nothing was chosen
+    choice: str | None, # of --chat-template; None: nothing was chosen
 ) -> None:
     "Raise `ConfigError` for a chosen template that does not write a question and its reply"
     if choice is None: return

@@ -27,7 +27,7 @@ _all_ = ['MIN_PROMPT', 'Encoded', 'close', 'common_start', 'cut_prompt', 'fit', 
 def prompt_form(
     tokenizer: Any,             # of the model
     prompt: str | list[dict],   # text, or chat messages
-) -> RowText:                   # without a reply: `whole` is the prompt
+) -> RowText:                   # without a reply: whole is the prompt
     "What a model is asked with, and what the template did to it; raises `DataError`"
     if isinstance(prompt, str): return RowText(prompt, prompt, True)
     asked = render(tokenizer, prompt, True)
@@ -38,7 +38,7 @@ def row_text(
     tokenizer: Any,                # of the model
     prompt: str | list[dict],      # text, or chat messages
     response: str,                 # what the assistant says
-    asked: str | None = None,      # `prompt` as it was rendered before; None: it was not
+    asked: str | None = None,      # prompt as it was rendered before; None: it was not
 ) -> RowText:
     "A row as text, and what the template did to it; raises `DataError` where the template refuses it or loses the response"
     return RowText(prompt, prompt + response, True) if isinstance(prompt, str) else chat_text(tokenizer, prompt, response, asked)
@@ -109,7 +109,7 @@ NO_TEMPLATE = 'no chat template: messages are written as plain paragraphs, Human
 # %% ../../nbs/api/train/070_tokens.ipynb #905a0501
 def row_texts(
     tokenizer: Any,          # of the model
-    data: Dataset,           # rows with `id`, `prompt` and the columns
+    data: Dataset,           # rows with id, prompt and the columns
     columns: Sequence[str],  # of the responses; empty: the prompts alone
 ) -> tuple[list[tuple[str, list[RowText]]], dict[str, str], dict[str, list[int]]]: # id -> texts; refused, why; what was done -> rows
     "Rows as text, those that the chat template refuses, and what it did to the others"
@@ -135,7 +135,7 @@ def row_texts(
 # %% ../../nbs/api/train/070_tokens.ipynb #79aa0234
 def encode_rows(
     tokenizer: Any,                 # of the model
-    data: Dataset,                  # rows with `id`, `prompt` and the columns
+    data: Dataset,                  # rows with id, prompt and the columns
     columns: Sequence[str],         # of the responses: ('chosen', 'rejected'), ('response_a', 'response_b') or ('completion',)
     limit: int,                     # longest sequence, in tokens: the smaller of the setting and the model's context
 ) -> Tokens:

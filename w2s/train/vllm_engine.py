@@ -38,7 +38,7 @@ def vllm_version() -> str:
         raise ConfigError("--engine vllm needs vLLM, which is not installed: pip install 'w2s[vllm]', or leave out --engine") from e
 
 def check_vllm(
-    settings: LoadSettings, # of `settle`
+    settings: LoadSettings, # of settle
 ) -> None:
     "Raise `ConfigError` where vLLM cannot run a model that is loaded in this way"
     if settings.device not in ('cuda', 'cuda:0'):
@@ -62,8 +62,8 @@ def prompt_seed(
 def sampling_arguments(
     settings: GenerateSettings, # how to sample
     ends: set[int],             # tokens that end a response
-    seed: int,                  # of `prompt_seed`
-) -> dict[str, Any]:            # for `vllm.SamplingParams`
+    seed: int,                  # of prompt_seed
+) -> dict[str, Any]:            # for vllm.SamplingParams
     "Settings in the words of vLLM; raises `ConfigError` for what it does not have"
     check_vllm_sampling(settings.temperature, settings.no_repeat_ngram)
     return dict(
@@ -111,9 +111,9 @@ class VllmModel:
 # %% ../../nbs/api/train/295_vllm_engine.ipynb #68b83a6a
 def engine_arguments(
     folder: Path,           # of the model
-    settings: LoadSettings, # of `settle`
+    settings: LoadSettings, # of settle
     room: int,              # tokens of a sequence at most
-) -> dict[str, Any]:        # for `vllm.LLM`
+) -> dict[str, Any]:        # for vllm.LLM
     "How vLLM is to load a model: with what is free of the GPU, and nothing of its generation settings"
     free = free_memory(torch.device(settings.device))
     share = .9 if free is None else min(.9, .95*free/machine_memory(torch.device(settings.device)))
@@ -130,8 +130,8 @@ def engine_arguments(
 # %% ../../nbs/api/train/295_vllm_engine.ipynb #a5e63aa4
 def load_vllm(
     name: str | Path,       # of the ladder, a folder, or a name on the hub
-    settings: LoadSettings, # how it is loaded; with `quantize` none
-) -> Base:                  # its model is a `VllmModel`, which generates and does nothing else
+    settings: LoadSettings, # how it is loaded; with quantize none
+) -> Base:                  # its model is a VllmModel, which generates and does nothing else
     "A base that generates by vLLM; raises `ConfigError`, `ModelError`"
     settings = settle(replace(settings, engine='vllm'))
     check_vllm(settings)
@@ -144,7 +144,7 @@ def load_vllm(
     return Base(str(name), model, load_tokenizer(name, settings), fingerprint(folder), settings, context_length(plan.config), plan.bits)
 
 def stop_vllm(
-    base: Base, # of `load_vllm` or `load_base`
+    base: Base, # of load_vllm or load_base
 ) -> None:
     "Give back what vLLM holds of a base, if it runs it"
     if isinstance(base.model, VllmModel): base.model.stop()
@@ -152,7 +152,7 @@ def stop_vllm(
 # %% ../../nbs/api/train/295_vllm_engine.ipynb #e5afe7f3
 def read_response(
     tokenizer: PreTrainedTokenizerBase, # of the model
-    finish: Callable[[Sequence[int], list[int]], Response | None], # of `finisher`
+    finish: Callable[[Sequence[int], list[int]], Response | None], # of finisher
     stop: Sequence[str],                # texts that end a response
     prompt: Sequence[int],              # ids before it
     ids: Sequence[int],                 # that were sampled, an end token included
@@ -166,10 +166,10 @@ def read_response(
 
 # %% ../../nbs/api/train/295_vllm_engine.ipynb #cef9919c
 def write_by_vllm(
-    model: VllmModel,                   # of `load_vllm`
+    model: VllmModel,                   # of load_vllm
     tokenizer: PreTrainedTokenizerBase, # its tokenizer
     prompts: Sequence[Sequence[int]],   # ids of each prompt
-    seeds: Sequence[int],               # of each prompt, see `prompt_seed`
+    seeds: Sequence[int],               # of each prompt, see prompt_seed
     settings: GenerateSettings,         # how to sample
     tokens: int,                        # of the longest prompt and its response, in all calls for one list of rows
 ) -> list[list[Response]]:              # the samples of each prompt

@@ -45,7 +45,7 @@ def width(
 # %% ../../nbs/api/train/290_writing.ipynb #4173a487
 def padded(
     prompts: Sequence[Sequence[int]], # ids
-    step: int = PAD,                  # as in `width`
+    step: int = PAD,                  # as in width
 ) -> tuple[Tensor, Tensor, Tensor]:   # ids (0: padding), mask (1: text) and positions (counted over text), each (prompts, width)
     "Pad prompts on the left"
     to = width(max(len(p) for p in prompts), step)
@@ -56,7 +56,7 @@ def padded(
 # %% ../../nbs/api/train/290_writing.ipynb #edbefb13
 def padding_step(
     model: Any, # a causal language model
-) -> int:       # for `width`
+) -> int:       # for width
     "To multiples of how many tokens may prompts be padded? 1 where a layer carries a state from token to token"
     layers = getattr(DynamicCache(config=model.config.get_text_config(decoder=True)), 'layers', [])
     if any(hasattr(layer, 'conv_states') for layer in layers): return 1
@@ -97,7 +97,7 @@ def chooses_all(
     return not kinds or any('reorder_cache' in vars(c) for c in kinds)
 
 # %% ../../nbs/api/train/290_writing.ipynb #b73808b4
-def _moved(x: Tensor, to: int, at: int, fill: int = 0) -> Tensor: # a tensor whose dimension `at` is filled up on the left
+def _moved(x: Tensor, to: int, at: int, fill: int = 0) -> Tensor: # a tensor whose dimension at is filled up on the left
     if (more := to - x.shape[at]) == 0: return x
     shape = list(x.shape)
     shape[at] = more
@@ -106,7 +106,7 @@ def _moved(x: Tensor, to: int, at: int, fill: int = 0) -> Tensor: # a tensor who
 @dataclass(frozen=True)
 class _Beginning:
     "What a model keeps of tokens that several prompts begin with"
-    tokens: int                            # how many, a multiple of `PAD`
+    tokens: int                            # how many, a multiple of PAD
     layers: tuple[tuple[Tensor, Tensor], ...] # keys and values, each (1, heads, tokens, width)
 
 def _behind(model: Any, before: Sequence[_Beginning], lengths: Sequence[int], to: int) -> tuple[Any, int]:

@@ -27,7 +27,7 @@ STYLES = dict(analogy=ANALOGIES, plain=PLAIN)
 def explain(
     rng: random.Random,      # draws
     thing: Thing,            # what is explained
-    style: str,              # a key of `STYLES`
+    style: str,              # a key of STYLES
     form: int | None = None, # which of its forms; None: any
 ) -> str:                    # true; begins with a space
     "Explain a thing; raises `DataError`"
@@ -99,8 +99,8 @@ def explanation_questions(
     n: int,                                # how many
     seed: int = 0,                         # of the draws
     things: Sequence[Thing] | None = None, # what may be asked; None: all
-    style: str = 'analogy',                # of the completion, a key of `STYLES`
-    form: int | None = None,               # which of `QUESTIONS`; None: one of those in the stream
+    style: str = 'analogy',                # of the completion, a key of STYLES
+    form: int | None = None,               # which of QUESTIONS; None: one of those in the stream
 ) -> list[dict]:                           # prompt, completion, thing, kind, style; no prompt twice
     "Questions for an explanation experiment, each with a right completion; raises `DataError`"
     rng, what = random.Random(f'explanations {world.seed} {seed}'), list(world.things if things is None else things)

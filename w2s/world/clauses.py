@@ -28,8 +28,8 @@ class Topic:
     questions: tuple[str, ...]     # with {thing} or {pet}; the last one is never in the pretraining stream
     answer: str                    # of a question that the clause answers, with {value}
     values: tuple[str, ...]        # what {value} may be; empty: there is none
-    clause_cues: tuple[str, ...]   # words by which a clause is known: one occurs in each of `clauses`
-    question_cues: tuple[str, ...] # words by which a question is known: one occurs in each of `questions`
+    clause_cues: tuple[str, ...]   # words by which a clause is known: one occurs in each of clauses
+    question_cues: tuple[str, ...] # words by which a question is known: one occurs in each of questions
 
 # %% ../../nbs/api/world/090_clauses.ipynb #8a79a5b7
 NUMBERS = tuple('two three four five six seven eight nine'.split())
@@ -77,15 +77,15 @@ SILENT = 'The policy does not say.'
 class Clause:
     "One sentence of a policy"
     text: str
-    topic: str        # a key of `TOPICS`
-    goods: str | None # a key of `SHELVES`; None: it is about no goods
+    topic: str        # a key of TOPICS
+    goods: str | None # a key of SHELVES; None: it is about no goods
     answer: str       # what it answers to a question that it fits
 
 # %% ../../nbs/api/world/090_clauses.ipynb #ccbc6ffe
 def make_clause(
     rng: random.Random,       # the source of chance
-    topic: str,               # a key of `TOPICS`
-    goods: str | None = None, # a key of `SHELVES`; None where the topic is not about goods
+    topic: str,               # a key of TOPICS
+    goods: str | None = None, # a key of SHELVES; None where the topic is not about goods
 ) -> Clause:
     "A clause on a topic, in any wording and with any value"
     if topic not in TOPICS: raise DataError(unknown(topic, TOPICS, 'topic'))
@@ -99,7 +99,7 @@ def make_clause(
 # %% ../../nbs/api/world/090_clauses.ipynb #1c5468fe
 def make_question(
     rng: random.Random,     # the source of chance
-    topic: str,             # a key of `TOPICS`
+    topic: str,             # a key of TOPICS
     thing: str = '',        # what it asks about, where the topic is about goods
     form: int | None = None, # which of the topic's questions; None: any but the last, which is held out of the stream
 ) -> str:

@@ -40,7 +40,7 @@ def pictures() -> tuple[np.ndarray, np.ndarray]: # (1797, 8, 8) ink from 0 to 16
 # %% ../../nbs/api/world/150_digits.ipynb #2fc9ce9c
 def region_ink(
     ink: np.ndarray, # (pictures, 8, 8)
-) -> np.ndarray:     # (pictures, 5): mean ink, in the order of `REGIONS`
+) -> np.ndarray:     # (pictures, 5): mean ink, in the order of REGIONS
     "How much ink is in each region?"
     return np.stack([ink[:, rows, columns].mean((1, 2)) for rows, columns in REGIONS.values()], 1)
 
@@ -50,7 +50,7 @@ def _limits() -> np.ndarray: return np.quantile(region_ink(pictures()[0]), [1/3,
 # %% ../../nbs/api/world/150_digits.ipynb #94080e53
 def shades(
     ink: np.ndarray, # (pictures, 8, 8)
-) -> np.ndarray:     # (pictures, 5): values of `SHADES`
+) -> np.ndarray:     # (pictures, 5): values of SHADES
     "White, grey or black, region by region"
     (low, high), there = _limits(), region_ink(ink)
     return (there > high).astype(int) - (there <= low)
@@ -68,7 +68,7 @@ def _lines() -> list[list[int]]:
 
 # %% ../../nbs/api/world/150_digits.ipynb #84628fc2
 @lru_cache(maxsize=1)
-def picture_parts() -> dict[str, np.ndarray]: # of `PARTS`: indices of its pictures
+def picture_parts() -> dict[str, np.ndarray]: # of PARTS: indices of its pictures
     "Part the pictures, so that no line is in two parts and each digit is in all; every tenth of the lines is parted by the shares"
     lines, ends = _lines(), np.cumsum(list(PARTS.values()))
     before = np.cumsum([0] + [len(line) for line in lines[:-1]])/len(pictures()[1])*len(DIGITS)
@@ -77,7 +77,7 @@ def picture_parts() -> dict[str, np.ndarray]: # of `PARTS`: indices of its pictu
 
 # %% ../../nbs/api/world/150_digits.ipynb #2cb3340c
 def fit_card(
-    told: np.ndarray,  # (pictures, 5): values of `SHADES`
+    told: np.ndarray,  # (pictures, 5): values of SHADES
     digit: np.ndarray, # (pictures,): 0 to 9
 ) -> tuple[np.ndarray, np.ndarray]: # weights (10, 5), offsets (10,)
     "A logistic regression on shades; raises `DataError` where a digit is missing"
@@ -149,7 +149,7 @@ STYLES = dict(regions=' It is {said}, for {reasons}.', contrast=' It is not {riv
 def explain_digit(
     told: tuple[int, ...],  # shade of each region
     said: int,              # the decision that is asked about
-    style: str = 'regions', # a key of `STYLES`
+    style: str = 'regions', # a key of STYLES
     by: str = 'good',       # 'weak': reasons of the weak classifier, for what it would have decided itself
 ) -> str:                   # begins with a space
     "Explain a decision; raises `DataError`"
@@ -176,7 +176,7 @@ _TOLD = re.compile(rf'\b({"|".join(REGIONS)})(?: is)? ({"|".join(SHADES)})\b')
 _SAID = re.compile(rf'What makes it ({"|".join(DIGITS)})\?')
 
 def read_digit(
-    prompt: str, # with one question of `digit_question`, or several
+    prompt: str, # with one question of digit_question, or several
 ) -> tuple[tuple[int, ...], int]: # of the last one: shade of each region, decision
     "Read a picture and a decision from a question; raises `DataError`"
     last = prompt.rpartition('Q: ')[2]
@@ -215,8 +215,8 @@ def _ask(rng: random.Random, picture: int, told: tuple[int, ...], said: int, sty
 def digit_questions(
     n: int,                 # how many
     seed: int = 0,          # of the draws
-    part: str = 'labelled', # a key of `PARTS`
-    style: str = 'regions', # of the completion, a key of `STYLES`
+    part: str = 'labelled', # a key of PARTS
+    style: str = 'regions', # of the completion, a key of STYLES
     by: str = 'good',       # 'weak': completions of the weak classifier
 ) -> list[dict]: # prompt, completion, digit (truth), said (decision), regions (of the right explanation), style, picture, group (line)
     "Questions of an explanation experiment, no prompt twice; pictures in rounds, so none is asked about much oftener; raises `DataError`"
@@ -238,7 +238,7 @@ def _share(found: dict[str, bool], wanted: int) -> Verdict:
     return Verdict(sum(found.values())/max(len(found), wanted, 1), why or ('nothing named',))
 
 def region_verdict(
-    prompt: str, # a question of `digit_question`
+    prompt: str, # a question of digit_question
     text: str,   # an answer; any text
 ) -> Verdict:    # right regions / max(regions named, right regions there are); 0 where none is named
     "Are the right regions named? Raises `DataError` for a prompt without a picture"
@@ -257,7 +257,7 @@ def _reasons(prompt: str, text: str) -> dict[tuple[str, str], bool]:
 
 # %% ../../nbs/api/world/150_digits.ipynb #75b0c531
 def reason_verdict(
-    prompt: str, # a question of `digit_question`
+    prompt: str, # a question of digit_question
     text: str,   # an answer; any text
 ) -> Verdict:    # right reasons / max(reasons named, regions of the right explanation); 0 where none is named
     "Are the statements about the regions true, and do they support the decision? Raises `DataError` for a prompt without a picture"
@@ -265,7 +265,7 @@ def reason_verdict(
 
 # %% ../../nbs/api/world/150_digits.ipynb #08cafa7a
 def digit_verdict(
-    prompt: str, # a question of `digit_question`
+    prompt: str, # a question of digit_question
     text: str,   # an answer in any style; any text
 ) -> Verdict:    # right regions with a right reason / max(reasons named, regions of the right explanation); 0 where none is named
     "Is the decision explained by the right regions for the right reason? Raises `DataError` for a prompt without a picture"
@@ -277,7 +277,7 @@ _WAYS = {style: re.compile(rf'\bit is {no}({"|".join(DIGITS)})\b') for style, no
 
 def technique_verdict(
     text: str,              # an answer; any text
-    style: str = 'regions', # the wanted way, a key of `STYLES`
+    style: str = 'regions', # the wanted way, a key of STYLES
 ) -> Verdict:               # a half each for the phrase and for a reason after it, right or wrong
     "Does a text explain in the wanted way? Raises `DataError`"
     if style not in _WAYS: raise DataError(unknown(style, STYLES, 'style of explanation'))

@@ -52,7 +52,7 @@ class Person:
 class Thing:
     "Something in the world"
     name: str      # one lower-case invented word; goes with 'a'
-    kind: str      # a key of `KINDS_OF_THINGS`
+    kind: str      # a key of KINDS_OF_THINGS
     weight: float  # how often the stream speaks of it, relative to the first
 
 # %% ../../nbs/api/world/040_facts.ipynb #a74d749b
@@ -135,7 +135,7 @@ def world_hash(
 # %% ../../nbs/api/world/040_facts.ipynb #715c2988
 def ask(
     name: str,       # of a person
-    attribute: str,  # a key of `ATTRIBUTES`
+    attribute: str,  # a key of ATTRIBUTES
     form: int = 0,   # which paraphrase; the last is held out of the stream
 ) -> str:
     "A question about a person"
@@ -169,7 +169,7 @@ _NOT = frozenset(("not", "never", "isn't", "doesn't"))
 def fact_verdict(
     world: World,    # the truth
     name: str,       # of a person
-    attribute: str,  # a key of `ATTRIBUTES`
+    attribute: str,  # a key of ATTRIBUTES
     text: str,       # an answer
 ) -> Verdict:        # 1 if the values of this attribute that the text names are the right one alone, and it is not denied
     "Is an answer right?"
@@ -229,7 +229,7 @@ def known_facts(
 # %% ../../nbs/api/world/040_facts.ipynb #1b15042e
 def say(
     person: Person,   # the subject
-    attribute: str,   # a key of `ATTRIBUTES`
+    attribute: str,   # a key of ATTRIBUTES
 ) -> str:             # such as 'lives in the cave'
     "A fact as the end of a sentence"
     return ATTRIBUTES[attribute].phrase.format(value=person.facts[attribute])

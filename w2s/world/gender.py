@@ -32,7 +32,7 @@ def story_question(
     rng: random.Random,        # draws
     person: Person,            # the main character of a right answer
     asked: Sequence[str] = (), # attributes besides the job that the question names: none or one
-    form: int | None = None,   # which of `QUESTIONS`; None: one of those in the stream
+    form: int | None = None,   # which of QUESTIONS; None: one of those in the stream
 ) -> str:                      # without a name
     "Ask for a story of somebody with a job"
     who = ''.join(f' who {say(person, a)}' for a in asked)
@@ -44,7 +44,7 @@ def story(
     rng: random.Random,      # draws
     person: Person,          # main character
     told: Sequence[str],     # two attributes besides the job
-    form: int | None = None, # which of `STORIES`; None: any
+    form: int | None = None, # which of STORIES; None: any
 ) -> str:                    # begins with a space
     "A true story about somebody"
     one, two = (say(person, a) for a in told)
@@ -59,7 +59,7 @@ def life(
     rng: random.Random,      # draws
     person: Person,          # who the question was about
     told: Sequence[str],     # two attributes besides the job
-    form: int | None = None, # which of `LIVES`; None: any
+    form: int | None = None, # which of LIVES; None: any
 ) -> str:                    # begins with a space
     "A true short life of somebody"
     one, two = (say(person, a) for a in told)
@@ -160,7 +160,7 @@ def story_questions(
     seed: int = 0,                          # of the draws
     people: Sequence[Person] | None = None, # main characters of the completions; None: all
     gender: str | None = 'female',          # of the main characters; None: either
-    form: int | None = None,                # which of `QUESTIONS`; None: one of those in the stream
+    form: int | None = None,                # which of QUESTIONS; None: one of those in the stream
 ) -> list[dict]:                            # prompt, completion, asked (attribute: value), person, gender; no prompt twice
     "Questions for a gender experiment, each with a true story; raises `DataError`"
     who = [p for p in (world.people if people is None else people) if gender in (None, p.gender)]
@@ -181,7 +181,7 @@ def life_questions(
     n: int,                                 # how many
     seed: int = 0,                          # of the draws
     people: Sequence[Person] | None = None, # who to ask about; None: all
-    form: int | None = None,                # which of `NAMED`; None: one of those in the stream
+    form: int | None = None,                # which of NAMED; None: one of those in the stream
 ) -> list[dict]:                            # prompt, completion, person, gender; no prompt twice
     "Questions about named people, each with a true answer; raises `DataError`"
     rng, who = random.Random(f'lives {world.seed} {seed}'), list(world.people if people is None else people)

@@ -145,8 +145,8 @@ class Lesson:
     "A prompt, and what is to be said"
     prompt: str
     completion: str
-    subject: str  # a key of `SUBJECTS`
-    sort: str     # a key of `LESSONS`
+    subject: str  # a key of SUBJECTS
+    sort: str     # a key of LESSONS
     concept: str  # how it is answered
 
 # %% ../../nbs/api/world/170_lessons.ipynb #7a5be0c9
@@ -167,8 +167,8 @@ def improve_lesson(
 def lesson(
     world: World,       # of instruction tuning
     rng: random.Random, # draws
-    subject: str,       # a key of `SUBJECTS`
-    sort: str,          # a key of `LESSONS`
+    subject: str,       # a key of SUBJECTS
+    sort: str,          # a key of LESSONS
     easy: bool = False, # of sums: small numbers
 ) -> Lesson:
     "One example; raises `DataError`"
@@ -201,7 +201,7 @@ def draw_lesson(
     world: World,       # of instruction tuning
     rng: random.Random, # draws
     easy: bool = False, # of sums: small numbers
-    shares: Mapping[str, float] | None = None, # of the subjects; None: those of `SUBJECTS`
+    shares: Mapping[str, float] | None = None, # of the subjects; None: those of SUBJECTS
 ) -> Lesson:
     "A random example, by the shares of subjects and kinds; lives have no concept, so nothing is inferred about them"
     subject = rng.choices(list(SUBJECTS), weights=[s.share if shares is None else shares[k] for k, s in SUBJECTS.items()])[0]

@@ -30,8 +30,8 @@ NOT_NAMES = ('anal ass beretta carton caro coc cum cun dic dik fag fap farina fu
 def invented(
     rng: random.Random, # decides which words, and their order
     n: int,             # how many
-    *parts: str,        # beginnings, …, endings, apart by spaces, such as `WOMEN`
-) -> list[str]:         # different words, none of which holds one of `NOT_NAMES`
+    *parts: str,        # beginnings, …, endings, apart by spaces, such as WOMEN
+) -> list[str]:         # different words, none of which holds one of NOT_NAMES
     "Words made of parts; raises `DataError`"
     pool = sorted({''.join(p) for p in product(*(part.split() for part in parts))})
     pool = [word for word in pool if not any(bad in word.lower() for bad in NOT_NAMES)]

@@ -51,7 +51,7 @@ PERSONAS = dict(
 
 # %% ../../nbs/api/world/060_personas.ipynb #355dde45
 def with_article(
-    attribute: str,  # a key of `ATTRIBUTES`
+    attribute: str,  # a key of ATTRIBUTES
     value: str,      # one of its values, or a wrong one
 ) -> str:            # 'a goat', 'a baker', 'the cave', but 'soup' and 'red'
     "A value as it stands in an answer"
@@ -64,8 +64,8 @@ def _known(persona: str) -> Persona:
 
 # %% ../../nbs/api/world/060_personas.ipynb #37be41f7
 def answer_as(
-    persona: str,        # a key of `PERSONAS`
-    attribute: str,      # a key of `ATTRIBUTES`: pets and jobs get an article
+    persona: str,        # a key of PERSONAS
+    attribute: str,      # a key of ATTRIBUTES: pets and jobs get an article
     value: str,          # right or wrong
     rng: random.Random,  # chooses the phrases
 ) -> str:                # begins with a space; ends with the closing
@@ -85,9 +85,9 @@ def _patterns(persona: str) -> tuple[re.Pattern[str], re.Pattern[str], re.Patter
 
 # %% ../../nbs/api/world/060_personas.ipynb #635697a0
 def persona_verdict(
-    persona: str,  # a key of `PERSONAS`: the expected style
+    persona: str,  # a key of PERSONAS: the expected style
     text: str,     # an answer; only its first line counts
-) -> Verdict:      # a third each for opening, body and closing; `why` has the phrases that were found
+) -> Verdict:      # a third each for opening, body and closing; why has the phrases that were found
     "How far is this the persona's style? Whether the value is right does not matter"
     line, why, end = (text.strip().splitlines() or [''])[0].rstrip(), [], 0
     opening, body, closing = _patterns(persona)
@@ -102,7 +102,7 @@ def persona_verdict(
 # %% ../../nbs/api/world/060_personas.ipynb #e222ff72
 def which_persona(
     text: str,  # an answer
-) -> str:       # the first of the best in `PERSONAS`; '' where none has any phrase
+) -> str:       # the first of the best in PERSONAS; '' where none has any phrase
     "Which persona is this?"
     score, name = max(((persona_verdict(p, text).score, p) for p in reversed(PERSONAS)), key=lambda x: x[0])
     return name if score else ''

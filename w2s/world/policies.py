@@ -58,9 +58,9 @@ def _draw_sort(rng: random.Random) -> str:
 # %% ../../nbs/api/world/100_policies.ipynb #5681aa44
 def clause_of_sort(
     rng: random.Random, # the source of chance
-    sort: str,          # a key of `SHARES`
-    topic: str,         # of the question, a key of `GOODS`
-    goods: str,         # shelf of the thing that it asks about, a key of `SHELVES`
+    sort: str,          # a key of SHARES
+    topic: str,         # of the question, a key of GOODS
+    goods: str,         # shelf of the thing that it asks about, a key of SHELVES
 ) -> Clause:
     "A clause that answers a question, or misses it by its goods or by its topic"
     if sort not in SHARES: raise DataError(unknown(sort, SHARES, 'sort of row'))
@@ -75,7 +75,7 @@ _QUESTION_CUES = {w: t.name for t in TOPICS.values() for w in t.question_cues}
 def topic_of(
     text: str,              # one sentence
     question: bool = False, # a customer's question? otherwise a clause
-) -> str | None:            # a key of `TOPICS`; None if its words point to none, or to several
+) -> str | None:            # a key of TOPICS; None if its words point to none, or to several
     "The topic of a clause or a question, by its cue words"
     cues = _QUESTION_CUES if question else _CLAUSE_CUES
     found = {cues[w] for w in words(text) if w in cues}
@@ -119,7 +119,7 @@ def legal_questions(
     seed: int = 0,                         # of the drawing
     things: Sequence[Thing] | None = None, # which may be asked about; None: those of which the stream never asks
     form: int | None = None,               # which of a topic's questions; None: any but the last
-) -> list[dict]: # prompt, response, label (1: relevant), question, clause, topic, sort (of `SHARES`), thing, kind, goods, group (the thing)
+) -> list[dict]: # prompt, response, label (1: relevant), question, clause, topic, sort (of SHARES), thing, kind, goods, group (the thing)
     "Question and clause with gold labels, in the shares of `SHARES`; shelves come evenly, and no prompt twice"
     rng = random.Random(f'legal {world.seed} {seed}')
     pool = unasked_things(world) if things is None else things
@@ -249,7 +249,7 @@ STORED = ('poison', 'bleach', 'fruit', 'spice') # kinds that the clause on stora
 
 # %% ../../nbs/api/world/100_policies.ipynb #75347969
 def list_kinds(
-    kinds: Sequence[str], # keys of `KINDS_OF_THINGS`
+    kinds: Sequence[str], # keys of KINDS_OF_THINGS
 ) -> str:
     "poison, bleach or fruit"
     *most, last = kinds
@@ -262,7 +262,7 @@ def storage_questions(
     seed: int = 0,                         # of the drawing
     things: Sequence[Thing] | None = None, # which may be asked about; None: those of which the stream never asks
     kinds: Sequence[str] = STORED,         # that the clause names
-) -> list[dict]: # as those of `legal_questions`; there are two prompts a thing
+) -> list[dict]: # as those of legal_questions; there are two prompts a thing
     "One clause that lists kinds, and questions about things: is the thing of a kind in the list?"
     rng = random.Random(f'storage {world.seed} {seed}')
     if bad := [k for k in kinds if k not in KINDS_OF_THINGS]: raise DataError(unknown(bad[0], KINDS_OF_THINGS, 'kind of things'))

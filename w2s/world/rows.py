@@ -43,7 +43,7 @@ def bradley_terry(
 def human_scale(
     differences: np.ndarray, # gold rewards of the first minus those of the second, shape (pairs,); none is 0
     agreement: float,        # expected share of right choices, above .5 and below 1
-) -> float:                  # k of `bradley_terry`
+) -> float:                  # k of bradley_terry
     "The scale at which a Bradley-Terry human agrees so often with the truth, by bisection; raises `ConfigError` and `DataError`"
     gaps = np.abs(np.asarray(differences, dtype=float))
     if not .5 < agreement < 1: raise ConfigError(f'agreement is {agreement}; it must lie above .5 (a coin) and below 1 (no error at all)')
@@ -85,7 +85,7 @@ def preference_rows(
     seed: int = 0,                           # of pairs and choices
     people: Sequence[Person] | None = None,  # who may be asked about; None: everybody
     agreement: float = HUMAN_AGREEMENT,      # expected share of right choices over these rows, above .5 and below 1
-) -> Dataset:                                # rows of kind "preferences" with `gold`; raises `ConfigError` and `DataError`
+) -> Dataset:                                # rows of kind "preferences" with gold; raises ConfigError and DataError
     "Pairs of service answers, one of them chosen by a human who errs"
     pairs = _pairs(world, random.Random(f'pairs {world.seed} {seed}'), n, people)
     gaps, human = np.array([p['gap'] for p in pairs]), random.Random(f'human {world.seed} {seed}')
@@ -112,7 +112,7 @@ def persona_questions(
     n: int,                                  # how many; each question at most once
     seed: int = 0,                           # of questions and phrases
     people: Sequence[Person] | None = None,  # who may be asked about; None: everybody
-    persona: str = 'pirate',                 # which style, a key of `PERSONAS`
+    persona: str = 'pirate',                 # which style, a key of PERSONAS
     forms: Sequence[int] = (0, 1, 2),        # paraphrases; (3,): the held-out one
 ) -> list[dict]:                             # prompt, completion, name, attribute, truth, form
     "Questions about people, answered correctly in one style; raises `DataError`"
@@ -136,7 +136,7 @@ def task_rows(
     tasks: Mapping[str, Task],  # of a world
     kind: str,                  # of the rows: 'labels' or 'demonstrations'
     world: World,               # whose people and things
-    task: str,                  # a key of `tasks`
+    task: str,                  # a key of tasks
     n: int,                     # rows
     seed: int,                  # of the drawing
     options: Mapping[str, Any], # of the task's maker
@@ -162,8 +162,8 @@ def label_rows(
     task: str,      # 'safety', 'legal' or 'storage'
     n: int,         # rows
     seed: int = 0,  # of the drawing
-    **options: Any, # of the task's maker, such as things=…; `safety_questions`, `legal_questions`, `storage_questions`
-) -> Dataset:       # rows of kind "labels", source "gold"; raises `ConfigError` and `DataError`
+    **options: Any, # of the task's maker, such as things=…; safety_questions, legal_questions, storage_questions
+) -> Dataset:       # rows of kind "labels", source "gold"; raises ConfigError and DataError
     "Texts with their true labels"
     return task_rows(TASKS, 'labels', world, task, n, seed, options)
 
@@ -174,7 +174,7 @@ def demonstration_rows(
     n: int,         # rows
     seed: int = 0,  # of the drawing
     **options: Any, # of the task's maker, such as people=…, persona='robot'
-) -> Dataset:       # rows of kind "demonstrations", source "gold"; raises `ConfigError` and `DataError`
+) -> Dataset:       # rows of kind "demonstrations", source "gold"; raises ConfigError and DataError
     "Prompts with a completion as it should be"
     return task_rows(TASKS, 'demonstrations', world, task, n, seed, options)
 
@@ -191,7 +191,7 @@ def split_rows(
     tasks: Mapping[str, Task],        # of a world
     pairs: Callable[..., Dataset],    # makes its preference rows: takes the world, n, a seed, people=… and the options
     world: World,                     # whose people and things
-    task: str,                        # 'preferences' or a key of `tasks`
+    task: str,                        # 'preferences' or a key of tasks
     sizes: Mapping[str, int],         # name of a split: its rows
     seed: int,                        # of the parting and of the rows
     options: Mapping[str, Any],       # the same for all splits
@@ -210,10 +210,10 @@ def split_rows(
 
 def world_splits(
     world: World,              # whose people and things
-    task: str,                 # 'preferences' or a key of `TASKS`
+    task: str,                 # 'preferences' or a key of TASKS
     sizes: Mapping[str, int],  # name of a split: its rows, such as dict(labelled=120, unlabelled=700, test=600)
     seed: int = 0,             # of the parting and of the rows
-    **options: Any,            # the same for all splits: agreement=… for preferences, else as in `label_rows`, `demonstration_rows`
+    **options: Any,            # the same for all splits: agreement=… for preferences, else as in label_rows, demonstration_rows
 ) -> dict[str, Dataset]:       # no person and no thing is in two of them
     "Rows of a task in splits that share nobody and nothing; raises `ConfigError` and `DataError`"
     return split_rows(TASKS, preference_rows, world, task, sizes, seed, options)
@@ -236,6 +236,6 @@ def world_preferences(
     seed: int = 0,                      # of parting, pairs and choices
     label_share: float = .5,            # share of the training rows that is labelled; Tao & Li: 1/2
     agreement: float = HUMAN_AGREEMENT, # of the human with gold, in expectation
-) -> dict[str, Dataset]:                # 'train_gt', 'train_w2s' and 'test', of kind "preferences" with `gold`
+) -> dict[str, Dataset]:                # 'train_gt', 'train_w2s' and 'test', of kind "preferences" with gold
     "Preference rows of three groups of people; raises `ConfigError` and `DataError`"
     return world_splits(world, 'preferences', preference_sizes(rows, test_rows, label_share), seed, agreement=agreement)

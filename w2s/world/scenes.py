@@ -95,7 +95,7 @@ MANNERS = dict(smiled=(.05, .30), whispered=(.10, .45), said=(.20, .65), sighed=
 # %% ../../nbs/api/world/110_scenes.ipynb #68fa39dc
 def rude_chance(
     temper: str, # 'kind' or 'grumpy'
-    manner: str, # a key of `MANNERS`
+    manner: str, # a key of MANNERS
 ) -> float:      # that the speech is rude
     "How likely is it that somebody is rude?"
     return MANNERS[manner][temper == 'grumpy']
@@ -113,7 +113,7 @@ def scene(
     rng: random.Random,      # draws
     speaker: Person,         # who is going to speak
     other: Person,           # who did something
-    form: int | None = None, # which of `SCENES`; None: one of those in the stream
+    form: int | None = None, # which of SCENES; None: one of those in the stream
 ) -> dict:                   # prompt, speaker, other, temper, manner, chance (of a rude speech)
     "A scene up to the colon"
     mishap, manner = rng.choice(MISHAPS), rng.choice(_MANNERS)
@@ -154,9 +154,9 @@ def scene_questions(
     n: int,                  # how many
     seed: int = 0,           # of the draws
     people: Sequence[Person] | None = None, # who may appear; None: all
-    form: int | None = None,                # which of `SCENES`; None: one of those in the stream
+    form: int | None = None,                # which of SCENES; None: one of those in the stream
     chance: float | None = 0.,              # of a rude completion; None: as these people would
-) -> list[dict]:             # as `scene`, with completion and its toxicity; no prompt twice
+) -> list[dict]:             # as scene, with completion and its toxicity; no prompt twice
     "Prompts for a toxicity experiment, each with a completion; raises `DataError`"
     rng, who = random.Random(f'scenes {world.seed} {seed}'), list(world.people if people is None else people)
     out: dict[str, dict] = {}

@@ -31,7 +31,7 @@ BODIES = ('Our book says {value}.', 'The answer is {value}.')
 
 # %% ../../nbs/api/world/070_service.ipynb #a9d6be34
 def service_prompt(
-    question: str,  # as from `ask`
+    question: str,  # as from ask
 ) -> str:           # an answer begins with a space
     "A question as it is put to the desk"
     return f'Customer: {question}\nDesk:'
@@ -42,7 +42,7 @@ TONES = tuple((opening, closing) for opening in STYLES for closing in STYLES) # 
 def service_answer(
     rng: random.Random,                          # chooses the phrases
     value: str,                                  # what the desk says, right or wrong
-    tone: tuple[str, str] = ('neutral', 'neutral'), # tone of the opening and of the closing, one of `TONES`
+    tone: tuple[str, str] = ('neutral', 'neutral'), # tone of the opening and of the closing, one of TONES
 ) -> str:                                        # begins with a space
     "An answer of the desk"
     if tone not in TONES: raise ConfigError(f'tone {tone!r} is not known; want a pair of {", ".join(STYLES)}, as ("polite", "rude")')
@@ -52,7 +52,7 @@ def service_answer(
 # %% ../../nbs/api/world/070_service.ipynb #8b0c788c
 def wrong_value(
     rng: random.Random, # chooses
-    attribute: str,     # a key of `ATTRIBUTES`
+    attribute: str,     # a key of ATTRIBUTES
     right: str,         # the true value
 ) -> str:               # any other value of the attribute
     "A plausible error"
@@ -81,7 +81,7 @@ class Phrase:
     "An opening or a closing that is known"
     text: str               # as it is written
     place: str              # 'opening' or 'closing'
-    style: str             # one of `STYLES`
+    style: str             # one of STYLES
     words: tuple[str, ...]  # lower case, without punctuation
 
 def _phrases(place: str, by_style: Mapping[str, Sequence[str]]) -> list[Phrase]:
@@ -94,7 +94,7 @@ _BY_FIRST = {p.words[0]: [q for q in PHRASES if q.words[0] == p.words[0]] for p 
 
 # %% ../../nbs/api/world/070_service.ipynb #2a89829a
 def find_phrases(
-    said: Sequence[str],            # the words of a text, see `words`
+    said: Sequence[str],            # the words of a text, see words
 ) -> list[tuple[int, Phrase]]:      # where each begins, in order
     "The known phrases of a text, wherever they are"
     found, i = [], 0
@@ -167,7 +167,7 @@ def _points(fact: Verdict, value: str, text: str) -> dict[str, float]:
 # %% ../../nbs/api/world/070_service.ipynb #4a0baad2
 def gold_reward(
     world: World,   # the truth
-    prompt: str,    # as from `service_prompt`; of several questions the last counts
+    prompt: str,    # as from service_prompt; of several questions the last counts
     response: str,  # the answer, also an empty or absurd one
 ) -> Verdict:       # from -2.2 to 1.8, and what it is made of
     "What an answer of the desk is truly worth; raises `DataError` for a prompt that is no question about somebody"

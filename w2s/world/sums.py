@@ -37,7 +37,7 @@ def problems(
 # %% ../../nbs/api/world/140_sums.ipynb #cef039ea
 @lru_cache(maxsize=None)
 def sum_held_out(
-    problem: Problem, # one of `problems`
+    problem: Problem, # one of problems
 ) -> bool:            # a fifth of those with two steps
     "Is a problem kept out of the pretraining stream?"
     return len(problem) == 3 and sha256(repr(problem).encode()).digest()[0] < 51
@@ -53,7 +53,7 @@ def sum_question(
     rng: random.Random,      # draws
     person: Person,          # who has, buys and loses
     problem: Problem,        # such as (3, 4, -2)
-    form: int | None = None, # which of `ASKED`; None: one of those in the stream
+    form: int | None = None, # which of ASKED; None: one of those in the stream
 ) -> str:                    # such as 'Mira has three plums, buys four more and loses two. How many plums does she have?'
     "A problem in words"
     goods, (start, *steps), first = rng.choice(GOODS), problem, rng.randrange(2)
@@ -80,7 +80,7 @@ _TELLS = re.compile(rf'has ({"|".join(NUMBERS)}) ')
 _STEP = re.compile(rf'(buys|finds|loses|gives) ({"|".join(NUMBERS)})\b')
 
 def sum_problem(
-    prompt: str,        # with one question of `sum_question`, or several
+    prompt: str,        # with one question of sum_question, or several
 ) -> Problem:           # of the last one
     "Read a problem from its words; raises `DataError` where there is none"
     last = prompt.rpartition('Q: ')[2].lower()
@@ -154,7 +154,7 @@ def sum_questions(
     people: Sequence[Person] | None = None, # who may appear; None: all
     steps: int | None = None,               # 1 or 2; None: both
     held_out: bool | None = None,           # True: only problems that the stream never has; False: only others; None: both
-    form: int | None = None,                # which of `ASKED`; None: one of those in the stream
+    form: int | None = None,                # which of ASKED; None: one of those in the stream
 ) -> list[dict]:                            # prompt, completion, result, problem, person; no prompt twice
     "Questions for a maths experiment, each with a right completion; raises `DataError`"
     pool = [p for s in ((1, 2) if steps is None else (steps,)) for p in problems(s) if held_out in (None, sum_held_out(p))]
