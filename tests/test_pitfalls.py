@@ -1100,8 +1100,8 @@ MORE = [ # other values, where one does not tell the whole
     ('LabelUse.targets', 'soft', STUDENT, {'loss': 'ipo'}),
 ]
 PATHS = {'WeakTeacher.data', 'WeakTeacher.weak', 'WeakTeacher.strong', 'WeakTeacher.imports', 'WeakTeacher.also_test'} # by content, below
-# for folders, and for rows that are texts; what they change: test_hub, test_chat_rows
-REFUSED = {'LoadSettings.revision', 'LoadSettings.chat_template'}
+# for folders, for rows that are texts, and without vLLM; what they change: test_hub, test_chat_rows, test_vllm_engine
+REFUSED = {'LoadSettings.revision', 'LoadSettings.chat_template', 'LoadSettings.engine'}
 READING = {'WeakTeacher.column', 'WeakTeacher.leave_out', 'WeakTeacher.split'} # of a file; what is read counts, by content
 TABLES = {'WeakTeacher.load', 'WeakTeacher.lora', 'WeakTeacher.sft', 'WeakTeacher.dpo', 'WeakTeacher.labels'}
 WHERE = {'WeakTeacher.machines'} # the work is done, and not what it is: tests/test_parallel.py compares the bits

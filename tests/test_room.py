@@ -31,6 +31,7 @@ from w2s.train.probe import last_hidden
 from w2s.train.rewards import response_rewards, reward_objective
 from w2s.train.room import Room, fitting
 from w2s.train.settings import GenerateSettings, TrainSettings
+from w2s.train.short_attention import bunches
 from w2s.train.tokens import encode_rows
 
 VIEWS = {
@@ -57,6 +58,7 @@ class Short(TorchDispatchMode):
     "Counts allocations, and refuses some of them"
     def __init__(self, at=0, times=1, error=torch.OutOfMemoryError, limit=None):
         super().__init__()
+        bunches.cache_clear() # what is kept of an earlier run needs no allocation
         self.seen, self.bad, self.error, self.limit, self.failed = 0, range(at, at + times if at else at), error, limit, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
