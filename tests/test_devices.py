@@ -381,10 +381,12 @@ def test_the_choice_follows_the_memory(base):
     finally: model.unload()
 
 
-def test_the_choice_changes_no_result(base, rows, tmp_path, monkeypatch):
+def test_the_choice_changes_no_result(folders, rows, tmp_path, monkeypatch):
     "A training on a device with little memory: the same adapter to rounding, the lower budget in its history, and back in place on resume"
+    precise = load_base(folders[0], LoadSettings('none', 'float32'), device='cpu')
+    precise.model.double() # or Adam turns the last digit of a gradient near zero into a step
     def go(name, free=None, after=None):
-        model = add_adapter(base, LoraSettings(rank=2))
+        model = add_adapter(precise, LoraSettings(rank=2))
         try:
             monkeypatch.setattr(loop, 'free_memory', lambda device: free)
             history = train(
@@ -400,7 +402,7 @@ def test_the_choice_changes_no_result(base, rows, tmp_path, monkeypatch):
     straight, history = go('plain')
     assert 'token_budget' not in history
     little, history = go('little', 1 << 20)
-    assert (little - straight).abs().max() < 1e-6 and history.token_budget.nunique() == 1
+    assert (little - straight).abs().max() < 2e-7 and history.token_budget.nunique() == 1
     def stop(taken):
         if taken == 2: raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): go('resumed', 1 << 20, stop)

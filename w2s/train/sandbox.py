@@ -16,13 +16,13 @@ from typing import Any
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
-from jinja2.runtime import LoopContext
+from jinja2.runtime import LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from ..errors import DataError
-from .bounds import BUDGET, STEP, budget_for, counted, size_of
+from .bounds import BUDGET, MACRO, STEP, budget_for, counted, size_of
 
 # %% ../../nbs/api/train/040_sandbox.ipynb #1739caef
 def _steps(items: Iterable, work: int) -> Iterator:
@@ -190,6 +190,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         "Count a call"
         own = getattr(__obj, '__wrapped__', __obj) # the formats of texts are wrapped
         name = _check_method(own)
+        if isinstance(own, Macro): BUDGET.get().take(MACRO)
         first = (own.__self__,) if name else ()
         args = tuple(_steps(a, STEP) for a in args) if isinstance(__obj, LoopContext) else _listed(name, args)
         up = super().call
