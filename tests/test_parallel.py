@@ -160,6 +160,21 @@ def kill_one(process, out, stage='-dpo'):
     return None
 
 
+def test_small_models_get_a_process_for_each_core(tmp_path):
+    "Where nothing was asked for; who sets the number of threads has chosen"
+    from w2s.compare.crews import core_count
+    sizes = '--weak pico --strong nano --seeds 2 --n-labelled 8 --n-unlabelled 8 --n-test 4 --samples 0 --others human'.split()
+    def run(name, **env):
+        command = [sys.executable, '-m', 'w2s', 'run', 'preferences', *sizes, '--out', str(tmp_path/name)]
+        plain = {k: v for k, v in ENV.items() if k != 'OMP_NUM_THREADS'}
+        done = subprocess.run(command, env=plain | env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        made = [read_manifest(p)['made']['process'] for p in (tmp_path/name/'stages').glob('*/manifest.json')]
+        return '--processes 1: one for all' in done.stdout, len(set(made))
+    assert run('alone', OMP_NUM_THREADS='1') == (False, 1)
+    if core_count() > 1: assert run('cores') == (True, 2)
+
+
 @pytest.mark.cases(1)
 @needs_proc
 @pytest.mark.parametrize(

@@ -124,10 +124,12 @@ def step_gradient(
     objective: Objective,   # rows and loss
     batch: Sequence[int],   # row numbers of the step
     budget: int | Room,     # padded tokens at once; a Room remembers where memory ran out
+    weights: list[Tensor] | None = None, # of the adapter; None: they are looked for
 ) -> dict[str, float]:      # mean loss and mean value of the step
     "Add up the gradient of one optimizer batch; raises `TrainError` if a loss is not finite, or a single row does not fit"
     if objective.prepare is not None: raise ConfigError('this objective must be prepared for its step: give `for_step(objective, …)` here')
-    lengths, weights = {i: sum(len(s.ids) for s in objective.sequences[i]) for i in batch}, list(trainable(model).values())
+    lengths = {i: sum(len(s.ids) for s in objective.sequences[i]) for i in batch}
+    weights = list(trainable(model).values()) if weights is None else weights
     size = sum(objective.sizes[i] for i in batch)
     room, device = budget if isinstance(budget, Room) else Room(budget), next(model.parameters()).device
     def work(part: list[int]) -> tuple[float, float]: return run_same(device, lambda: add_block(model, objective, part, size, weights))
@@ -185,8 +187,9 @@ def take_step(
     "One optimizer step, or none; raises `TrainError` if loss or gradient is not finite"
     for group in optimizer.param_groups: group['lr'] = rate
     optimizer.zero_grad()
-    note = step_gradient(model, objective, batch, room or settings.token_budget)
-    norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group['params']], settings.max_grad_norm)
+    weights = [p for group in optimizer.param_groups for p in group['params']]
+    note = step_gradient(model, objective, batch, room or settings.token_budget, weights)
+    norm = torch.nn.utils.clip_grad_norm_(weights, settings.max_grad_norm)
     size = norm.item()
     if not math.isfinite(size):
         raise TrainError(f'the gradient is {size} in rows {", ".join(objective.ids[i] for i in batch[:8])}{_half_words(model)}')

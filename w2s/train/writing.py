@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAD', 'WIDE', 'width', 'padded', 'padding_step', 'no_cache', 'cache_name', 'has_own_cache', 'chooses_all', 'joins',
-           'refills', 'check_writes', 'check_state', 'write']
+           'refills', 'check_writes', 'check_state', 'filled', 'write']
 
 # %% ../../nbs/api/train/290_writing.ipynb #fa66e014
 import inspect
@@ -25,6 +25,7 @@ from ..models.devices import compute_in, is_out_of_memory
 from ..models.four_bits import body_of
 from ..models.places import SWITCH
 from .beginnings import ELSEWHERE, LEAST, shared_beginnings
+from .cache import choose_rows, make_room
 from .endings import Response, finisher
 from .logprobs import head_of
 from .sampling import ban_repeats, next_logits, pick
@@ -140,6 +141,7 @@ class _State:
         self.cache, start = _behind(model, before, [len(p) for p in prompts], ids.shape[1]) if before else (None, 0)
         self.text, self.position = ids.masked_fill(self.mask == 0, -1), self.position[:, start:]
         self.read(ids[:, start:])
+        make_room(self.cache)
         if samples == 1 and not alone: return
         at = torch.arange(len(prompts), device=ids.device).repeat_interleave(2 if alone else samples)
         self.cache.reorder_cache(at) # the one method that all kinds of layers have
@@ -157,8 +159,9 @@ class _State:
     def advance(self, chosen: Tensor, keep: list[int]) -> None:
         "Append one token to each sequence, leave out those that are not kept, and read on"
         if len(keep) < len(chosen) or len(keep) == 1:
-            at = torch.tensor(keep*2 if len(keep) == 1 else keep, device=chosen.device)
-            self.cache.reorder_cache(at)
+            rows = keep*2 if len(keep) == 1 else keep
+            at = torch.tensor(rows, device=chosen.device)
+            choose_rows(self.cache, rows, at)
             self.mask, self.position, self.text, chosen = self.mask[at], self.position[at], self.text[at], chosen[at]
         self.rows = len(keep)
         self.text = torch.cat([self.text, chosen[:, None]], 1)
@@ -319,6 +322,15 @@ class _Waiting:
             if (start := self.starts[i]) and start not in self.known: self.known[start] = _beginning(self.model, start)
         return [self.known[self.starts[i]] for i in part if self.starts[i]]
 
+# %% ../../nbs/api/train/290_writing.ipynb #ee53aa1f
+def filled(
+    goes_on: Sequence[bool], # does each row?
+) -> list[int]:              # rows, the last of them in the places of those that have ended
+    "The rows that go on, so that as few as possible move"
+    rest = [i for i, on in enumerate(goes_on) if on]
+    moved = iter(reversed([i for i in rest if i >= len(rest)]))
+    return [i if goes_on[i] else next(moved) for i in range(len(rest))]
+
 # %% ../../nbs/api/train/290_writing.ipynb #7e4f9b34
 def write(
     model: Any,                         # a causal language model, in evaluation mode
@@ -349,7 +361,8 @@ def write(
             ids[row].append(token)
             out[row] = finish(prompts[row // n], ids[row])
             if ended and out[row] is not None: ended(row, out[row])
-        keep, live = [at for at, row in enumerate(live) if out[row] is None], [row for row in live if out[row] is None]
+        keep = filled([out[row] is None for row in live])
+        live = [live[at] for at in keep]
         if live: state.advance(chosen, keep)
         else: state = None
     return out
