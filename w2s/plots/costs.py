@@ -44,6 +44,7 @@ def plot_costs(
     weak: str = '',                         # supervisor; empty: the only one
     strong: str = '',                       # student; empty: the only one
     ax: Axes | None = None,                 # where to draw; None: a new figure
+    unit: str = 'test examples',            # what n counts, see caption
 ) -> Axes:
     "Result against cost with intervals, one colour per choice of examples; raises `DataError`"
     curve, levels = cost_curve(costs, metric, weak, strong), dict(lines or {})
@@ -63,7 +64,7 @@ def plot_costs(
     ax.set_xlabel('cost of the labels', fontsize=9)
     ax.set_ylabel(metric_label(metric), fontsize=9)
     ax.legend(frameon=False, fontsize=8, loc='lower center', bbox_to_anchor=(.5, 1.01), ncols=2)
-    write_caption(ax, caption(curve))
+    write_caption(ax, caption(curve, unit))
     return ax
 
 def _draw_levels(ax: Axes, levels: dict[str, float], target: str) -> None:

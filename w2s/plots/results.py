@@ -40,6 +40,7 @@ def plot_roles(
     intervals: pd.DataFrame,   # from interval_table
     metric: str = 'accuracy',  # which metric of the table
     ax: Axes | None = None,    # where to draw; None: a new figure
+    unit: str = 'test examples', # what n counts, see caption
 ) -> Axes:
     "Grouped bars with intervals, like Tao & Li's Figure 2"
     table = rows_of_metric(intervals, metric, ['low', 'high', 'n', 'seeds', 'level'])
@@ -58,7 +59,7 @@ def plot_roles(
     else: ax.set_xticks(range(len(names)), names)
     if not alone: legend_above(ax)
     ax.set_xlabel(_models_line(table), fontsize=9)
-    write_caption(ax, ('Bars start at chance. ' if metric_of(metric).chance else '') + caption(table))
+    write_caption(ax, ('Bars start at chance. ' if metric_of(metric).chance else '') + caption(table, unit))
     fit_texts(ax)
     return ax
 

@@ -17,6 +17,7 @@ from ..compare.result import Result
 from ..evaluate.cost import mix_words
 from ..evaluate.intervals import with_limits
 from ..io.console import escape_list
+from ..plots.base import GROUPS
 from ..plots.costs import plot_costs
 from .folder import markdown_table
 
@@ -40,7 +41,7 @@ def costs_figure(
     curves = list(result.costs[['weak', 'strong', 'metric']].drop_duplicates().itertuples(index=False, name=None))
     figure = Figure(figsize=(7.2, 4.4*len(curves)), layout='constrained')
     for ax, (weak, strong, metric) in zip(figure.subplots(len(curves), squeeze=False)[:, 0], curves, strict=True):
-        plot_costs(result.costs, metric, _levels(result, metric, weak, strong), result.config.target, weak, strong, ax)
+        plot_costs(result.costs, metric, _levels(result, metric, weak, strong), result.config.target, weak, strong, ax, GROUPS)
         if len({c[:2] for c in curves}) > 1: ax.set_ylabel(f'{ax.get_ylabel()}, {weak} → {strong}', fontsize=8)
     return figure
 

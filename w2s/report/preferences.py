@@ -24,6 +24,7 @@ from ..evaluate.metrics import by_role
 from ..evaluate.power import DIFFERENCES_TOLD, report_differences
 from ..experiments.vary import Varied, varied_table
 from ..io.console import bullet_list, code_block, escape_list, escape_markdown
+from ..plots.base import GROUPS
 from ..plots.results import plot_roles
 from ..plots.studies import plot_varied
 from .folder import markdown_table, write_folder
@@ -37,7 +38,7 @@ def result_figure(
     metrics = [m for m in ('accuracy', 'gold_reward') if m in set(result.intervals.metric)]
     figure = Figure(figsize=(7.2, 4.2*len(metrics)), layout='constrained')
     for ax, metric in zip(figure.subplots(len(metrics), squeeze=False)[:, 0], metrics, strict=True):
-        plot_roles(result.intervals, metric, ax=ax)
+        plot_roles(result.intervals, metric, ax, GROUPS)
     return figure
 
 # %% ../../nbs/api/report/080_preferences.ipynb #ff870134
