@@ -171,12 +171,13 @@ def plot_training(
     table = history.assign(**{c: '' for c in ('stage', 'seed') if c not in history.columns})
     table = table.dropna(subset=[value]).sort_values('step', kind='stable')
     colors = _stage_colors(list(map(str, table['stage'].unique())))
+    styles = _stage_styles(colors)
     for stage, of_stage in table.groupby('stage', sort=False):
         for j, (_, h) in enumerate(of_stage.groupby('seed', sort=False)):
-            color = colors[str(stage)]
+            color, style = colors[str(stage)], styles[str(stage)]
             if smooth > 1: ax.plot(h['step'], h[value], color=color, lw=.6, alpha=.35)
             mean, name = h[value].rolling(smooth, min_periods=1).mean(), (stage or value) if j == 0 else None
-            ax.plot(h['step'], mean, color=color, lw=1.6, label=name)
+            ax.plot(h['step'], mean, style, color=color, lw=1.6, label=name)
     if start is not None: ax.axhline(start, color='0.25', lw=1, ls='--', label=f'start: {start:.3f}')
     ax.set_xlabel('optimizer step', fontsize=9)
     ax.set_ylabel(f'{value} (nats)' if value == 'loss' else value, fontsize=9)
@@ -192,6 +193,16 @@ def _stage_colors(stages: list[str]) -> dict[str, str]:
     known = [s for s in stages if s.partition(':')[0] in ROLE_COLORS]
     others = {s: COLORS[i % len(COLORS)] for i, s in enumerate(s for s in stages if s not in known)}
     return others | {s: ROLE_COLORS[s.partition(':')[0]] for s in known}
+
+def _stage_styles(colors: dict[str, str]) -> dict[str, str]:
+    "Stage -> line style: stages of one colour differ by it"
+    seen: dict[str, int] = {}
+    for color in colors.values(): seen[color] = 0
+    styles = {}
+    for stage, color in colors.items():
+        styles[stage] = ('-', '--', ':', '-.')[seen[color] % 4]
+        seen[color] += 1
+    return styles
 
 # %% ../../nbs/api/plots/030_results.ipynb #ee66db96
 def save_figure(

@@ -65,9 +65,10 @@ def training_table(
 def training_figure(
     result: Result, # of a run with curves
 ) -> Figure:
-    "Loss over the steps of every training"
-    figure, (ax,) = panels(1, 1, (7.2, 3.6))
-    plot_training(result.curves, ax=ax)
+    "Loss over the steps of every training, a panel for each kind, such as SFT and DPO"
+    kind = result.curves['stage'].str.partition(': ')[2]
+    figure, axes = panels(kind.nunique(), 1, (7.2, 3.4))
+    for ax, (_, curves) in zip(axes, result.curves.groupby(kind, sort=False), strict=True): plot_training(curves, ax=ax)
     return figure
 
 def panels(
