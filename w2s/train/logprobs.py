@@ -158,12 +158,9 @@ def response_hidden(
 ) -> Tensor:       # (response tokens, width)
     "The hidden states from which the response tokens of a block are predicted"
     body = body_of(model)
-    on_cpu = data.input_ids.device.type == 'cpu'
-    if on_cpu: check_ids(model, data.input_ids) # on a GPU the question would cost a wait
-    needed = data.position.unique() if on_cpu and isinstance(data, Packed) else None # likewise
+    if data.input_ids.device.type == 'cpu': check_ids(model, data.input_ids) # on a GPU the question would cost a wait
     data = data.to(next(body.parameters()).device)
-    if isinstance(data, Packed):
-        return packed_states(model, data, None if needed is None else needed.to(data.position.device))[data.position]
+    if isinstance(data, Packed): return packed_states(model, data)[data.position]
     extra = {'position_ids': data.position_ids} if 'position_ids' in inspect.signature(body.forward).parameters else {}
     with compute_in(model): out = body(input_ids=data.input_ids, attention_mask=data.attention_mask, use_cache=False, **extra)
     return out.last_hidden_state[data.sequence, data.position]
