@@ -20,6 +20,7 @@ from w2s.cli import plan as plan_page
 from w2s.cli.app import app
 from w2s.compare import on_ray, workers
 from w2s.compare.comparison import run_experiment
+from w2s.compare.config import read_toml
 from w2s.compare.demonstration_settings import fill_transfer
 from w2s.compare.label_settings import fill_classify
 from w2s.compare.learn import Study
@@ -170,6 +171,7 @@ def test_small_models_get_a_process_for_each_core(tmp_path):
         done = subprocess.run(command, env=plain | env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         made = [read_manifest(p)['made']['process'] for p in (tmp_path/name/'stages').glob('*/manifest.json')]
+        assert not read_toml(tmp_path/name/'config.toml').get('machines', {}).get('processes') # another machine has other cores
         return '--processes 1: one for all' in done.stdout, len(set(made))
     assert run('alone', OMP_NUM_THREADS='1') == (False, 1)
     if core_count() > 1: assert run('cores') == (True, 2)

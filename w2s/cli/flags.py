@@ -36,10 +36,12 @@ def run_and_write(
     keep: bool = False,  # use stages of other versions
 ) -> str:                # what is printed
     "Run and write; raises `DataError`, `ModelError`, `ConfigError` or `TrainError`"
-    if (n := over_cores(command, [config])) > 1: config = replace(config, machines=replace(config.machines, processes=n))
+    n = over_cores(command, [config])
+    spread = replace(config, machines=replace(config.machines, processes=n)) if n > 1 else config
     from w2s.report.write import write
     with all_processes():
-        result = import_module(command.opens.partition(':')[0]).run(config, out, keep=keep)
+        result = import_module(command.opens.partition(':')[0]).run(spread, out, keep=keep)
+        result = replace(result, config=config) # as it was asked for: another machine has other cores
         from_main(lambda: write(result), 'the results')
     first = ('report.html', 'report.md', 'figure.png', 'results.tex', 'results.parquet')
     files = [f for f in (*first, *command.files) if (out/f).exists()]
@@ -177,11 +179,12 @@ def run_variation(
     asked: Asked,          # folder, what is varied, and whether stages of other versions are kept
 ) -> str:                  # what is printed
     "Run a variation and write it; raises what a run raises"
+    configs = variants(table, str(asked.vary), split_names(asked.values or ''), command.settings)
+    if (n := over_cores(command, list(configs.values()))) > 1: table = {**table, 'machines': {**table.get('machines', {}), 'processes': n}}
     from w2s.experiments.vary import run_varied
     from w2s.report.varied import write_varied
-    configs = list(variants(table, str(asked.vary), split_names(asked.values or ''), command.settings).values())
-    if (n := over_cores(command, configs)) > 1: table = {**table, 'machines': {**table.get('machines', {}), 'processes': n}}
     varied = run_varied(table, str(asked.vary), split_names(asked.values or ''), asked.out, keep=asked.keep, cls=command.settings)
+    varied = replace(varied, results={at: replace(r, config=configs[at]) for at, r in varied.results.items()})
     where = from_main(lambda: write_varied(varied), 'the results')
     return f'\n{varied}\n\nwritten to {where.with_suffix(".html")}, with the same as Markdown, tables and a figure'
 

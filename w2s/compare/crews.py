@@ -108,6 +108,7 @@ def core_processes(
 ) -> int:                 # 1: this process alone
     "How many processes do a study of small models on a CPU where nothing was asked for: one for each core, if there are seeds"
     asked = machines.several or machines.processes is not None or bool(os.environ.get('OMP_NUM_THREADS')) or launched() > 1
+    asked |= load.engine != 'w2s' or load.shard != 'off' # which are for one process
     if asked or load.device not in ('auto', 'cpu') or any(m and m not in SHIPPED for m in models): return 1
     from w2s.models.devices import accelerator
     return 1 if load.device == 'auto' and accelerator() else max(1, min(core_count(), seeds))
@@ -170,8 +171,11 @@ class Member:
     answer: Any   # where it says how it ended
 
 def _context(devices: Sequence[str]) -> Any:
-    "How processes are started: on processors from one that has loaded the packages already, where the system has that"
-    return get_context('forkserver' if set(devices) == {'cpu'} and 'forkserver' in get_all_start_methods() else 'spawn')
+    "How processes are started: on processors from the one of `load_ahead`, unless the environment has changed since"
+    ready = set(devices) == {'cpu'} and _AHEAD == [dict(os.environ)]
+    return get_context('forkserver' if ready else 'spawn')
+
+_AHEAD: list[dict[str, str]] = [] # the environment in which modules were loaded ahead
 
 def load_ahead(
     modules: Sequence[str], # that workers need
@@ -179,7 +183,8 @@ def load_ahead(
     "Begin to load modules in a process from which the workers of a CPU start, while this one does something else"
     if 'forkserver' not in get_all_start_methods(): return
     get_context('forkserver').set_forkserver_preload([*modules, 'w2s.compare.workers'])
-    forkserver.ensure_running()
+    with bound_to('cpu'): forkserver.ensure_running()
+    _AHEAD[:] = _AHEAD or [dict(os.environ)] # there is one such process
 
 def start_crew(
     devices: Sequence[str],     # a device for each

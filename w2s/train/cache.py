@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 # %% ../../nbs/api/train/287_cache.ipynb #532e4698
-ROOM = 64 # tokens for which memory is taken beyond those that are there
+ROOM = .25 # share of the tokens so far for which memory is allocated beyond them, so that long responses are copied rarely
 
 class RoomyLayer(DynamicLayer):
     "Keys and values of one layer, each (rows, heads, tokens, width), in memory with room for more tokens"
@@ -35,7 +35,7 @@ class RoomyLayer(DynamicLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         have, to = keys.shape[2], keys.shape[2] + key_states.shape[2]
         if self._memory is None or not self.in_place or to > self._memory[0].shape[2]:
-            self._memory = _moved(keys, to + ROOM), _moved(values, to + ROOM)
+            self._memory = _with_room(keys, to), _with_room(values, to)
         (a, b), self._views = self._memory, (self._memory[0][:, :, :to], self._memory[1][:, :, :to])
         a[:, :, have:to], b[:, :, have:to] = key_states, value_states
         self.keys, self.values = self._views
@@ -59,9 +59,9 @@ class RoomyLayer(DynamicLayer):
         self._views = self._memory[0][:, :, :self.keys.shape[2]], self._memory[1][:, :, :self.keys.shape[2]]
         self.keys, self.values = self._views
 
-def _moved(x: Tensor, tokens: int) -> Tensor:
-    "A copy of (rows, heads, tokens, width) in memory for more tokens"
-    out = x.new_empty(*x.shape[:2], tokens, x.shape[3])
+def _with_room(x: Tensor, tokens: int) -> Tensor:
+    "A copy of (rows, heads, tokens, width) in memory for so many tokens and some more"
+    out = x.new_empty(*x.shape[:2], tokens + max(8, round(ROOM*tokens)), x.shape[3])
     out[:, :, :x.shape[2]] = x
     return out
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAD', 'WIDE', 'width', 'padded', 'padding_step', 'no_cache', 'cache_name', 'has_own_cache', 'chooses_all', 'joins',
-           'refills', 'check_writes', 'check_state', 'filled', 'write']
+           'refills', 'check_writes', 'check_state', 'fill_places', 'write']
 
 # %% ../../nbs/api/train/290_writing.ipynb #fa66e014
 import inspect
@@ -323,7 +323,7 @@ class _Waiting:
         return [self.known[self.starts[i]] for i in part if self.starts[i]]
 
 # %% ../../nbs/api/train/290_writing.ipynb #ee53aa1f
-def filled(
+def fill_places(
     goes_on: Sequence[bool], # does each row?
 ) -> list[int]:              # rows, the last of them in the places of those that have ended
     "The rows that go on, so that as few as possible move"
@@ -361,7 +361,7 @@ def write(
             ids[row].append(token)
             out[row] = finish(prompts[row // n], ids[row])
             if ended and out[row] is not None: ended(row, out[row])
-        keep = filled([out[row] is None for row in live])
+        keep = fill_places([out[row] is None for row in live])
         live = [live[at] for at in keep]
         if live: state.advance(chosen, keep)
         else: state = None
