@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from w2s.plots.base import (
     COLORS,
@@ -179,6 +180,7 @@ def plot_training(
             mean, name = h[value].rolling(smooth, min_periods=1).mean(), (stage or value) if j == 0 else None
             ax.plot(h['step'], mean, style, color=color, lw=1.6, label=name)
     if start is not None: ax.axhline(start, color='0.25', lw=1, ls='--', label=f'start: {start:.3f}')
+    ax.xaxis.set_major_locator(MaxNLocator('auto', integer=True, steps=[1, 2, 2.5, 5, 10]))
     ax.set_xlabel('optimizer step', fontsize=9)
     ax.set_ylabel(f'{value} (nats)' if value == 'loss' else value, fontsize=9)
     legend_above(ax)

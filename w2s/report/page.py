@@ -65,8 +65,10 @@ def training_table(
 def training_figure(
     result: Result, # of a run with curves
 ) -> Figure:
-    "Loss over the steps of every training, a panel for each kind, such as SFT and DPO"
-    kind = result.curves['stage'].str.partition(': ')[2]
+    "Loss over the steps of every training; where arms are trained in several stages, such as SFT and DPO, a panel for each"
+    arms = result.curves[result.curves['role'] != ''] # the others are models in between
+    several = arms.groupby(list(WHO))['stage'].nunique().gt(1).any()
+    kind = result.curves['stage'].map(lambda stage: stage.partition(': ')[2] if several else '')
     figure, axes = panels(kind.nunique(), 1, (7.2, 3.4))
     for ax, (_, curves) in zip(axes, result.curves.groupby(kind, sort=False), strict=True): plot_training(curves, ax=ax)
     return figure
