@@ -163,7 +163,7 @@ def kill_one(process, out, stage='-dpo'):
 
 def test_small_models_get_a_process_for_each_core(tmp_path):
     "Where nothing was asked for; who sets the number of threads has chosen"
-    from w2s.compare.crews import core_count
+    from w2s.compare.cores import core_count
     sizes = '--weak pico --strong nano --seeds 2 --n-labelled 8 --n-unlabelled 8 --n-test 4 --samples 0 --others human'.split()
     def run(name, **env):
         command = [sys.executable, '-m', 'w2s', 'run', 'preferences', *sizes, '--out', str(tmp_path/name)]

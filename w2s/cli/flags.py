@@ -52,7 +52,7 @@ def over_cores(
     configs: Sequence[Settings], # its settings; several of a variation
 ) -> int:                        # processes; 1: as they were asked for
     "A process for each core of a CPU, where that is faster and nothing was asked for; says so"
-    from w2s.compare.crews import core_processes, load_ahead, on_processors
+    from w2s.compare.cores import core_processes, load_ahead, on_processors
     names = [m for c in configs for m in command.models(c)]
     n = min(core_processes(c.machines, c.load, names, c.seeds) for c in configs)
     if n > 1: print(f'{n} processes, a core each, since the models are small ({ONE_FOR_ALL})', flush=True)

@@ -44,11 +44,12 @@ def check_places(
     pickle: bool = False,     # may weights be in pickle form?
 ) -> None:
     "Find in a second what is not there, before PyTorch is loaded; raises `DataError`, `ModelError` or `OSError`"
-    from w2s.data.sources import check_source
     from w2s.io.disk import check_writable
     from w2s.models.places import check_model_folder, located
     for place in map(located, filter(None, models)): check_model_folder(place, pickle)
-    for source in filter(None, sources): check_source(source)
+    if named := list(filter(None, sources)):
+        from w2s.data.sources import check_source
+        for source in named: check_source(source)
     if out: check_writable(out)
 
 # %% ../../nbs/api/cli/025_places.ipynb #61b9a095

@@ -26,7 +26,8 @@ from ..models.sharding import ONE_PROCESS, check_shard
 from ..train.processes import all_processes, check_launch, from_main, is_main, launched
 from .arms import Arm, Made, list_adapters, list_arms, read_curves
 from .config import to_table
-from .crews import crew_devices, do_on_devices, gpu_count
+from .cores import crew_devices, gpu_count
+from .crews import do_on_devices
 from .extensions import import_extensions
 from .learn import Study
 from .machines import Machines

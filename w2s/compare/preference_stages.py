@@ -20,9 +20,10 @@ from ..train.loop import Objective, preference_objective
 from ..train.reference import stored_logps, tokens_hash
 from ..train.settings import choose_loss
 from ..train.tokens import EncodedRow, encode_rows
+from .config import settings_hash
 from .learn import Study, sft_rows, train_stage
-from .models import Model, open_base
-from .notes import Later, scoring_pass
+from .models import Model, model_inputs, open_base
+from .notes import Later, recall_rows, scoring_pass
 from .preference_data import RESPONSES
 from .sources import source_hash
 
@@ -33,9 +34,9 @@ def encoded(
     columns: tuple[str, ...] = RESPONSES, # of the responses
 ) -> Sequence[EncodedRow]: # encoded when they are looked at
     "Rows as a model reads them"
-    # the last one stands for the content
-    key = model.name, model.fingerprint, model.load.chat_template, model.reader.limit, columns, rows._fingerprint
-    return Later(len(rows), lambda: encode_rows(model.reader.tokenizer, rows, columns, model.reader.limit).rows, key)
+    reader, how = model.reader, (settings_hash(model_inputs(model)), model.reader.limit)
+    def encode(some: Dataset) -> list[EncodedRow]: return encode_rows(reader.tokenizer, some, columns, reader.limit).rows
+    return Later(len(rows), lambda: recall_rows(how, rows, columns, encode))
 
 # %% ../../nbs/api/compare/240_preference_stages.ipynb #25c570da
 def sft_stage(
