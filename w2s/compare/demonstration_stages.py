@@ -27,7 +27,7 @@ from ..feedback.refine import Examples, Refined, ask_to_improve, in_context_refi
 from ..feedback.resample import choose_by_agreement, chosen_answers
 from ..train.generate import GenerateSettings
 from ..train.loop import TrainSettings
-from ..train.tokens import EncodedRow, encode_rows
+from ..train.tokens import EncodedRow
 from .answer import answer_texts
 from .arms import Arm, SeedRows
 from .demonstration_tasks import Questions
@@ -36,6 +36,7 @@ from .learn import Study, sft_rows
 from .models import Model
 from .notes import Later
 from .preference_settings import short_name
+from .preference_stages import encoded
 from .stages import stage_name
 
 # %% ../../nbs/api/compare/450_demonstration_stages.ipynb #b421ea80
@@ -74,8 +75,8 @@ def train_sft(
 ) -> Path:                   # folder of the adapter
     "Supervised fine-tuning on completions, once; raises `DataError` for a row that does not fit"
     weights, noting = rows['weight'][:], context.study.run.notes is not None and context.study.run.notes.guesses
-    def read(limit: int = model.reader.limit) -> list[EncodedRow]:
-        found = encode_rows(model.reader.tokenizer, rows, ('completion',), limit).rows
+    def read(limit: int | None = None) -> list[EncodedRow]:
+        found = list(encoded(model, rows, ('completion',), limit))
         return read(sys.maxsize) if noting and len(found) < len(rows) else found # answers that stand in are as long as they may be
 
     tokens: Sequence[EncodedRow] = Later(len(rows), read) if noting else read()

@@ -32,11 +32,12 @@ def encoded(
     model: Model,  # that reads them
     rows: Dataset, # of kind "preferences"; all readable
     columns: tuple[str, ...] = RESPONSES, # of the responses
+    limit: int | None = None, # longest sequence, in tokens; None: that of the model
 ) -> Sequence[EncodedRow]: # encoded when they are looked at
     "Rows as a model reads them"
-    reader, how = model.reader, (settings_hash(model_inputs(model)), model.reader.limit)
-    def encode(some: Dataset) -> list[EncodedRow]: return encode_rows(reader.tokenizer, some, columns, reader.limit).rows
-    return Later(len(rows), lambda: recall_rows(how, rows, columns, encode))
+    most = model.reader.limit if limit is None else limit
+    def encode(some: Dataset) -> list[EncodedRow]: return encode_rows(model.reader.tokenizer, some, columns, most).rows
+    return Later(len(rows), lambda: recall_rows((settings_hash(model_inputs(model)), most), rows, columns, encode))
 
 # %% ../../nbs/api/compare/240_preference_stages.ipynb #25c570da
 def sft_stage(
