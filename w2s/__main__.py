@@ -6,17 +6,15 @@
 __all__ = ['main']
 
 # %% ../nbs/api/20_main.ipynb #e702b348
-import atexit
 import gc
+from importlib import import_module
 
 # %% ../nbs/api/20_main.ipynb #8e22d14e
 def main() -> None:
     "The `w2s` command"
     gc.disable() # until a command runs, see `GuardedGroup`
-    gc.set_threshold(50_000, 10, 10) # then rarely: loading packages makes a million objects that stay
-    atexit.register(gc.freeze) # and not once more at the end
-    from w2s.cli.app import main as start
-    start()
+    import_module('w2s.compare.quiet_collector') # then rarely, and not once more at the end
+    import_module('w2s.cli.app').main()
 
 # %% ../nbs/api/20_main.ipynb #2cdd10e9
 #| eval: false

@@ -71,10 +71,10 @@ def recall_rows(
     keys = [(how, *columns, *texts) for texts in zip(prompts, *(data[c][:] for c in columns), strict=True)]
     new = {k: i for i, k in enumerate(keys) if k not in _KEPT} # one row of each text
     made = {r.id: r for r in encode(data if len(new) == len(keys) else data.select(sorted(new.values())))} if new else {}
-    found = [made.get(ids[new[k]]) if k in new else _KEPT.pop(k, None) for k in keys]
-    _KEPT.update(zip(keys, found, strict=True))
+    found = {k: made.get(ids[new[k]]) if k in new else _KEPT.pop(k) for k in dict.fromkeys(keys)} # a text may be in several rows
+    _KEPT.update(found)
     while len(_KEPT) > KEPT_ROWS: del _KEPT[next(iter(_KEPT))]
-    return [r if r.id == i else replace(r, id=i) for r, i in zip(found, ids, strict=True) if r]
+    return [r if r.id == i else replace(r, id=i) for k, i in zip(keys, ids, strict=True) if (r := found[k])]
 
 # %% ../../nbs/api/compare/080_notes.ipynb #433c708c
 class Later(Sequence[EncodedRow]):
